@@ -1,0 +1,53 @@
+# Headlight. `make` lists the targets; each sets up what it needs first (tools/setup.sh).
+
+PYTHON := build/venv/bin/python
+SETUP  := sh tools/setup.sh
+JOBS   ?= 2
+
+# The header of `make demo`: DeepSeek's shape, 512 channels and 64 more with the position.
+DEMO      := build/demo
+DEMO_NAME := hl_sparse_flash_attention_bf16_d512_rope64
+DEMO_SPEC := --op sparse_flash_attention --dtype bf16 --dk 512 --rope 64
+
+.DEFAULT_GOAL := help
+.PHONY: help demo demo-embedded test check bench examples headers clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
+
+demo: ## generate a header, compile the example against it, run a decode step on .npy files
+	@$(SETUP) python cc
+	@mkdir -p $(DEMO)
+	$(PYTHON) -m gen header $(DEMO_SPEC) -o $(DEMO)/$(DEMO_NAME).h
+	$(PYTHON) examples/make_npy.py $(DEMO)
+	cc -O2 -I$(DEMO) examples/decode_npy.c -o $(DEMO)/decode_npy -lm
+	$(DEMO)/decode_npy $(DEMO)
+
+demo-embedded: ## the same in small, as firmware for a Cortex-M4F under qemu
+	@$(SETUP) python cc arm
+	$(PYTHON) examples/embedded/run.py
+
+test: ## all tests, the examples, the firmware
+	@$(SETUP) python cc cxx sleef arm64 arm
+	$(PYTHON) -m pytest tests
+	$(PYTHON) examples/run.py
+	$(PYTHON) examples/embedded/run.py
+
+check: ## what must hold of the product: same bytes, strict compiles, names, stack, linters
+	@$(SETUP) python cc cxx arm64 arm lint
+	@$(PYTHON) tests/check.py --jobs $(JOBS)
+
+bench: ## time the shipped headers against this machine's own limits
+	@$(SETUP) python cc sleef
+	$(PYTHON) bench/run.py
+
+examples: ## compile every example by the line at its top, and run it
+	@$(SETUP) python cc
+	$(PYTHON) examples/run.py
+
+headers: ## generate include/ from gen/catalogue.toml
+	@$(SETUP) python
+	$(PYTHON) -m gen all
+
+clean: ## remove build/, with the virtual environment
+	rm -rf build

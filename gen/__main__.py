@@ -1,0 +1,257 @@
+"""The command line: list, show, header, all, check. Installed, it is called `headlight`."""
+
+import argparse
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+from gen import __version__, memory, render, spec
+from gen.spec import Refusal
+
+INCLUDE = Path(__file__).parent.parent / "include"
+
+
+def write_whole(path, text):
+    """The whole file or nothing: it is written beside its place, then moved there."""
+    path = Path(path)
+    if path.is_file() and path.read_text(encoding="utf-8") == text:
+        return False
+    part = None
+    try:
+        handle, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+        os.chmod(part, 0o644)
+        os.replace(part, path)
+    except OSError as error:
+        if part is not None:
+            Path(part).unlink(missing_ok=True)
+        reason = error.strerror or str(error)
+        raise Refusal(
+            f"cannot write {path}: {reason}", "name a file in a folder that exists and is yours"
+        ) from error
+    return True
+
+
+def find_header(name):
+    """A header by its name: from the catalogue, or by reading the name itself."""
+    headers = {header.name: header for header in spec.load_catalogue()}
+    name = name.removesuffix(".h")
+    if name in headers:
+        return headers[name]
+    table = spec.names.parse(name)
+    if table is None:
+        raise Refusal(f"no header is called {name!r}", spec.nearest(name, tuple(headers)))
+    return spec.parse_header(table)
+
+
+def split_words(text):
+    return [word for word in text.replace(" ", ",").split(",") if word]
+
+
+def table_of(options):
+    """The kernel's table from the command line; only what was given."""
+    lists = {
+        "layout_q": options.layout_q,
+        "layout_kv": options.layout_kv,
+        "features": options.feature,
+        "isa": options.isa,
+    }
+    plain = ("op", "dtype", "kv", "dk", "rope", "dv", "math", "prefix", "name")
+    table = {key: getattr(options, key) for key in plain if getattr(options, key) is not None}
+    for key, given in lists.items():
+        if given is not None:
+            table[key] = [word for text in given for word in split_words(text)]
+    return table
+
+
+def pick(options):
+    """The headers that a `header` call asks for."""
+    table = table_of(options)
+    if options.spec is None:
+        if options.only is not None:
+            raise Refusal("--only picks from a TOML file, and there is none", "add --spec FILE")
+        return [spec.parse_header(table)]
+    if table:
+        raise Refusal(
+            f"--{next(iter(table)).replace('_', '-')} beside --spec: the file says it all",
+            "put it into the TOML, or leave --spec out",
+        )
+    headers = spec.load_toml(options.spec)
+    if options.only is not None:
+        names = tuple(header.name for header in headers)
+        headers = [header for header in headers if header.name == options.only]
+        if not headers:
+            raise Refusal(
+                f"{options.spec} has no header {options.only!r}", spec.nearest(options.only, names)
+            )
+    return headers
+
+
+def run_header(options):
+    headers = pick(options)
+    texts = [(header, render.render_header(header)) for header in headers]
+    if options.output == "-":
+        for _, text in texts:
+            sys.stdout.write(text)
+        return 0
+    target = Path(options.output) if options.output else Path(".")
+    if len(texts) > 1 and not target.is_dir():
+        raise Refusal(
+            f"{len(texts)} headers do not fit into one file {target}",
+            "name a folder with -o, or pick one with --only",
+        )
+    for header, text in texts:
+        path = target / f"{header.name}.h" if target.is_dir() else target
+        write_whole(path, text)
+        print(path)
+    return 0
+
+
+def run_list(_options):
+    for header in spec.load_catalogue():
+        kernels = header.kernels
+        print(f"{header.name}.h")
+        for kernel in kernels:
+            print(f"    {kernel.op}: {describe(kernel)}")
+    return 0
+
+
+def describe(kernel):
+    rope = f" + {kernel.rope}" if kernel.rope else ""
+    extra = f", {', '.join(kernel.features)}" if kernel.features else ""
+    math = f", math {kernel.math}" if kernel.math != "builtin" else ""
+    return (
+        f"{kernel.dtype}, key {kernel.dk}{rope}, value {kernel.dv}, "
+        f"layouts {'/'.join(kernel.layout_q)} x {'/'.join(kernel.layout_kv)}, "
+        f"isa {' '.join(kernel.isa)}{extra}{math}"
+    )
+
+
+def run_show(options):
+    header = find_header(options.name)
+    text = render.render_header(header)
+    print(f"{header.name}.h: {text.count(chr(10))} lines, description {header.digest}")
+    for kernel in header.kernels:
+        show_kernel(kernel, options)
+    return 0
+
+
+def show_kernel(kernel, options):
+    tiles = render.tiles_of(kernel)
+    mem = memory.plan(kernel, tiles)
+    bytes_each = render.FORMATS[kernel.dtype].bytes
+    row = kernel.d * bytes_each
+    print(f"\n{kernel.name}\n  {describe(kernel)}")
+    print(f"\n  arguments (hl_{kernel.op}_args)")
+    print("    " + ", ".join(render.argument_names(kernel.op)))
+    print("\n  instruction sets, tiles and why")
+    for isa, tile in tiles.items():
+        print(f"    {isa.name}: {isa.lanes} lanes, {isa.registers} registers")
+        print(f"      score tiles {tile.rows} keys x {tile.vecs} vectors of heads")
+        print(f"      value tiles {tile.value_heads} heads x {tile.value_vecs} vectors of channels")
+        for reason in tile.why.values():
+            print(f"      {reason}")
+    group, rows, keys = options.group, options.rows, options.keys
+    chunks = max(1, -(-keys // render.CHUNK_KEYS))
+    print(f"\n  memory for {group} query heads on a kv head, {rows} rows, {keys} keys")
+    print(f"    workspace of one task  {mem.workspace_bytes(group)} bytes")
+    print(f"    partials to split rows {mem.partials_bytes(rows, group, chunks)} bytes at most")
+    flops = 2 * group * (kernel.d + kernel.dv)
+    print(f"\n  work of one key\n    {flops} flop for all {group} heads, {row} bytes read once")
+    print(f"    {flops / row:.1f} flop a byte")
+
+
+def run_all(options):
+    folder = Path(options.folder)
+    if not folder.is_dir():
+        raise Refusal(f"there is no folder {folder}", "make it, or name another with --folder")
+    texts = {header.name: render.render_header(header) for header in spec.load_catalogue()}
+    for name, text in texts.items():
+        changed = write_whole(folder / f"{name}.h", text)
+        print(f"{'written  ' if changed else 'unchanged'} {folder / name}.h")
+    for stray in stray_headers(folder, texts):
+        print(f"stray     {stray}: not in the catalogue, left alone")
+    return 0
+
+
+def stray_headers(folder, known):
+    return [path for path in sorted(folder.glob("*.h")) if path.stem not in known]
+
+
+def run_check(options):
+    folder = Path(options.folder)
+    bad = 0
+    texts = {header.name: render.render_header(header) for header in spec.load_catalogue()}
+    for name, text in texts.items():
+        path = folder / f"{name}.h"
+        found = path.read_text(encoding="utf-8") if path.is_file() else None
+        if found != text:
+            bad += 1
+            what = "is missing" if found is None else "differs from what is generated"
+            print(f"{path} {what}; fix: python3 -m gen all")
+    for stray in stray_headers(folder, texts):
+        bad += 1
+        print(f"{stray} is not in the catalogue; fix: remove it, or describe it there")
+    print(f"{len(texts)} headers checked, {bad} wrong")
+    return 1 if bad else 0
+
+
+def parser():
+    top = argparse.ArgumentParser(prog="headlight", description=__doc__.split("\n")[0])
+    top.add_argument("--version", action="version", version=__version__)
+    sub = top.add_subparsers(required=True, metavar="COMMAND")
+
+    one = sub.add_parser("list", help="the shipped headers")
+    one.set_defaults(run=run_list)
+
+    one = sub.add_parser("show", help="what a header will contain: tiles and why, memory, work")
+    one.add_argument("name", help="a shipped header, or any name of the grammar")
+    one.add_argument("--group", type=int, default=128, help="query heads on one kv head")
+    one.add_argument("--rows", type=int, default=1, help="query rows")
+    one.add_argument("--keys", type=int, default=2048, help="keys of a row")
+    one.set_defaults(run=run_show)
+
+    one = sub.add_parser("header", help="make one header (or those of a TOML file)")
+    one.add_argument("--spec", help="a TOML file with [[header]] tables")
+    one.add_argument("--only", help="this header of the TOML file")
+    one.add_argument("--op", help=", ".join(spec.names.OPERATORS))
+    one.add_argument("--dtype", help="query and output: " + ", ".join(spec.FORMATS))
+    one.add_argument("--kv", help="storage of key and value; the dtype if not given")
+    one.add_argument("--dk", type=int, help="channels of the key without the rotary ones (nope)")
+    one.add_argument("--rope", type=int, help="rotary channels, 0 if not given")
+    one.add_argument("--dv", type=int, help="channels of the value, dk if not given")
+    one.add_argument("--layout-q", action="append", help=", ".join(spec.LAYOUTS_Q))
+    one.add_argument("--layout-kv", action="append", help=", ".join(spec.LAYOUTS_KV))
+    one.add_argument("--feature", action="append", help=", ".join(spec.FEATURES))
+    one.add_argument("--isa", action="append", help=", ".join(spec.ISAS))
+    one.add_argument("--math", help=", ".join(spec.names.MATHS))
+    one.add_argument("--prefix", help="of every name in the header; hl if not given")
+    one.add_argument("--name", help="of the kernel and its file, instead of the grammar's")
+    one.add_argument("-o", dest="output", help="file or folder to write to; - for standard output")
+    one.set_defaults(run=run_header)
+
+    for name, run, text in (
+        ("all", run_all, "make all shipped headers"),
+        ("check", run_check, "are the shipped headers what would be generated?"),
+    ):
+        one = sub.add_parser(name, help=text)
+        one.add_argument("--folder", default=str(INCLUDE))
+        one.set_defaults(run=run)
+    return top
+
+
+def main(argv=None):
+    options = parser().parse_args(argv)
+    try:
+        return options.run(options)
+    except Refusal as refusal:
+        print(f"headlight: {refusal}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

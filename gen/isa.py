@@ -1,0 +1,116 @@
+"""Instruction sets as data, and the list of words that each of them has to spell."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Isa:
+    """One instruction set: a region of the header with its own suffix and target attribute."""
+
+    name: str
+    macro: str  # HL_HAS_<macro>, HL_ISA_<macro>
+    title: str
+    lanes: int  # float32 numbers in a vector
+    registers: int  # vector registers
+    target: str  # of the compiler's target attribute; "" where the baseline will do
+    formats: tuple[str, ...]  # element types that its words can load and store
+    maths: tuple[str, ...]  # exp2 it can be generated with
+    sleef_exp2: str = ""
+
+
+ISAS = {
+    isa.name: isa
+    for isa in (
+        Isa(
+            name="scalar",
+            macro="SCALAR",
+            title="plain C99",
+            lanes=1,
+            registers=16,
+            target="",
+            formats=("f32", "f16", "bf16"),
+            maths=("builtin", "sleef", "libm"),
+            sleef_exp2="Sleef_exp2f_u10",
+        ),
+        Isa(
+            name="neon",
+            macro="NEON",
+            title="AArch64 NEON",
+            lanes=4,
+            registers=32,
+            target="",
+            formats=("f32", "f16", "bf16"),
+            maths=("builtin", "libm"),
+        ),
+        Isa(
+            name="avx2",
+            macro="AVX2",
+            title="AVX2, FMA and F16C",
+            lanes=8,
+            registers=16,
+            target="avx2,fma,f16c",
+            formats=("f32", "f16", "bf16"),
+            maths=("builtin", "sleef", "libm"),
+            sleef_exp2="Sleef_exp2f8_u10avx2",
+        ),
+        Isa(
+            name="avx512",
+            macro="AVX512",
+            title="AVX-512 F, BW, DQ and VL",
+            lanes=16,
+            registers=32,
+            target="avx512f,avx512bw,avx512dq,avx512vl,fma",
+            formats=("f32", "f16", "bf16"),
+            maths=("builtin", "sleef", "libm"),
+            sleef_exp2="Sleef_exp2f16_u10avx512f",
+        ),
+    )
+}
+
+# The words. A page under templates/isa spells each of them once; algorithms are written in them.
+#   x, y, z: vectors of float32; n: a count of lanes, 1 .. lanes-1; p: an address, any alignment
+WORDS = {
+    "vzero": "0 in every lane",
+    "vset": "one number in every lane",
+    "vload": "lanes numbers from p",
+    "vstore": "lanes numbers to p",
+    "vload_n": "n numbers from p, 0 in the lanes behind; reads nothing else",
+    "vstore_n": "the first n lanes to p; writes nothing else",
+    "vadd": "x + y",
+    "vsub": "x - y",
+    "vmul": "x * y",
+    "vdiv": "x / y",
+    "vfma": "x * y + z, rounded once where the instruction set can",
+    "vmax": "the larger; a NaN in y stays",
+    "vround": "x to the nearest whole number, -1e6 < x < 1e6",
+    "vscale": "x * 2^n for a whole n, -126 .. 0, and x in [0.5, 2)",
+    "vflush": "y, but 0 where x < limit",
+    "vsum": "the sum of all lanes, in a fixed order",
+    "vexp2": "2^x for x <= 0 (templates/step/exp2)",
+    "vload_f16": "as vload, from float16",
+    "vload_f16_n": "as vload_n",
+    "vstore_f16": "as vstore, rounded to nearest even",
+    "vstore_f16_n": "as vstore_n",
+    "vload_bf16": "as vload, from bfloat16",
+    "vload_bf16_n": "as vload_n",
+    "vstore_bf16": "as vstore, rounded to nearest even; a NaN stays a NaN",
+    "vstore_bf16_n": "as vstore_n",
+    "vrow": "a whole stored row to float32 (templates/kv)",
+}
+
+# The word that reads or writes one element type: ("load", "bf16") -> vload_bf16.
+FORMAT_WORDS = {
+    "f32": {"load": "vload", "load_n": "vload_n", "store": "vstore", "store_n": "vstore_n"},
+    "f16": {
+        "load": "vload_f16",
+        "load_n": "vload_f16_n",
+        "store": "vstore_f16",
+        "store_n": "vstore_f16_n",
+    },
+    "bf16": {
+        "load": "vload_bf16",
+        "load_n": "vload_bf16_n",
+        "store": "vstore_bf16",
+        "store_n": "vstore_bf16_n",
+    },
+}

@@ -1,0 +1,309 @@
+"""Strict Jinja: tables and pages in, one header out. Refuses output that is not fit to read."""
+
+import re
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+
+import jinja2
+
+from gen import ABI, __version__, memory, tiling
+from gen.fill import WIDTH, refill
+from gen.formats import FORMATS
+from gen.isa import FORMAT_WORDS, ISAS
+from gen.names import Speller
+from gen.spec import Refusal
+
+CHUNK_KEYS = 2048  # keys summed before they are merged, unless the caller says otherwise
+MAX_GROUP = 65536  # query heads on one kv head: keeps every size of the workspace in 32 bits
+
+# Names that an error can put to an argument, beside the fields of the args structs.
+EXTRA_ARGUMENTS = ("plan", "args", "workspace", "parts")
+
+# Minimax for (2^f - 1) / f on [-1/2, 1/2], weighted for the relative error of 2^f; the last
+# coefficient is exactly 1, so that 2^0 is.
+EXP2_COEFFICIENTS = (
+    "1.53533619e-4f",
+    "1.33988750e-3f",
+    "9.61843710e-3f",
+    "5.55033237e-2f",
+    "2.40226477e-1f",
+    "6.93147182e-1f",
+    "1.0f",
+)
+EXP2_ULP = "1.0"
+LOG_ERROR = "6e-8"
+
+
+def template_folder():
+    """Beside the package in a checkout, inside it when installed."""
+    here = Path(__file__).parent
+    beside = here.parent / "templates"
+    return beside if beside.is_dir() else here / "templates"
+
+
+@cache
+def environment():
+    return jinja2.Environment(
+        loader=jinja2.FileSystemLoader(template_folder()),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        line_statement_prefix="//%",
+        autoescape=False,
+    )
+
+
+def page(name, **context):
+    try:
+        return environment().get_template(name).render(**context)
+    except jinja2.TemplateError as error:
+        raise RuntimeError(f"template {name}: {error}") from error
+
+
+@cache
+def argument_names(op):
+    """The fields of the operator's args struct, read from its page: one list, not two."""
+    text = (template_folder() / "op" / f"{op}.h.j2").read_text(encoding="utf-8")
+    body = re.search(r"typedef struct hl_\w+_args \{(.*?)\n\} ", text, re.DOTALL)[1]
+    body = re.sub(r"/\*.*?\*/", "", body, flags=re.DOTALL)
+    return re.findall(r"(\w+);", body)
+
+
+def arguments():
+    rows = [*argument_names("sparse_flash_attention"), *EXTRA_ARGUMENTS]
+    return [SimpleNamespace(lower=name, upper=name.upper()) for name in rows]
+
+
+@dataclass(frozen=True)
+class Region:
+    """One kernel on one instruction set: what the pages of a region are filled in with."""
+
+    kernel: object
+    isa: object
+    tile: object
+
+    @property
+    def speller(self):
+        return Speller(self.kernel.prefix, self.kernel.private, self.isa.name, self.kernel.math)
+
+
+def kernel_view(kernel):
+    """What templates may ask about a kernel: every decision already taken."""
+    fmt = FORMATS[kernel.dtype]
+    words = FORMAT_WORDS[kernel.dtype]
+    views = [
+        SimpleNamespace(
+            name=isa.name,
+            macro=isa.macro,
+            title=isa.title,
+            task=f"{kernel.private}_task_{isa.name}",
+            merge=f"{kernel.private}_merge_{isa.name}",
+        )
+        for isa in kernel.isas
+    ]
+    return SimpleNamespace(
+        name=kernel.name,
+        macro=kernel.name.upper(),
+        op=kernel.op,
+        op_name=f"hl_{kernel.op}",
+        dtype=kernel.dtype,
+        title=fmt.title,
+        c_type=fmt.c_type,
+        bytes=fmt.bytes,
+        dk=kernel.dk,
+        rope=kernel.rope,
+        dv=kernel.dv,
+        d=kernel.d,
+        has_rope=kernel.rope > 0,
+        has_slots="slots" in kernel.features,
+        math=kernel.math,
+        layout_q=kernel.layout_q,
+        layout_kv=kernel.layout_kv,
+        layout_q_tests=[f"a->layout_query == HL_LAYOUT_{name}" for name in kernel.layout_q],
+        layout_kv_tests=[f"a->layout_kv == HL_LAYOUT_{name}" for name in kernel.layout_kv],
+        layouts_kv=[SimpleNamespace(file=f"{n.lower()}.h.j2") for n in kernel.layout_kv],
+        isas=views,
+        scalar=next((view for view in views if view.name == "scalar"), None),
+        isa_mask=" | ".join(f"1u << HL_ISA_{view.macro}" for view in views),
+        isa_last="HL_ISA_AVX512",
+        store=words["store"],
+        store_n=words["store_n"],
+        row_word=f"hl_vrow_{kernel.dtype}",
+        from_float={"f32": "", "f16": "hl_f16_of_float", "bf16": "hl_bf16_of_float"}[kernel.dtype],
+        exp2=Speller("hl", math=kernel.math, isa="scalar").word("vexp2"),
+        log={"builtin": "hl_log", "sleef": "Sleef_logf_u10", "libm": "logf"}[kernel.math],
+    )
+
+
+def words_page(isa, dtype, math):
+    """Words, exp2 and row loader of one instruction set, as one kernel needs them."""
+    speller = Speller("hl", "", isa.name, math)
+    fmt = FORMATS[dtype]
+    words = FORMAT_WORDS[dtype]
+    math_tag = "" if math == "builtin" else f"_{math.upper()}"
+    row = SimpleNamespace(
+        guard=f"HL_VROW_{dtype.upper()}_{isa.macro}",
+        word=f"hl_vrow_{dtype}_{isa.name}",
+        title=fmt.title,
+        c_type=fmt.c_type,
+        load=words["load"],
+        load_n=words["load_n"],
+    )
+    exp2 = SimpleNamespace(
+        guard=f"HL_VEXP2{math_tag}_{isa.macro}", coefficients=EXP2_COEFFICIENTS, ulp=EXP2_ULP
+    )
+    text = page(f"isa/{isa.name}.h.j2", formats=(dtype,))
+    text += page("step/exp2.h.j2", isa=isa, math=math, exp2=exp2)
+    text += page("kv/plain.h.j2", isa=isa, row=row)
+    return speller.spell(text)
+
+
+STEPS = ("load", "score", "softmax", "value", "finish")
+
+
+def region_page(region, view):
+    """One instruction set's region: the steps, the merge and the forward page."""
+    isa = region.isa
+    k = SimpleNamespace(**vars(view))
+    k.row_word = f"{view.row_word}_{isa.name}"
+    context = {
+        "k": k,
+        "isa": isa,
+        "tile": region.tile,
+        "task_attribute": f'__attribute__((target("{isa.target}")))\n' if isa.target else "",
+    }
+    text = "\n".join(page(f"step/{step}.h.j2", **context) for step in STEPS)
+    text += "\n" + page("algo/merge.h.j2", **context)
+    text += "\n" + page("algo/forward.h.j2", **context)
+    return region.speller.spell(text)
+
+
+def tiles_of(kernel):
+    return {isa: tiling.tile(kernel, isa) for isa in kernel.isas}
+
+
+def kernel_page(kernel):
+    """Everything of one kernel behind the shared parts."""
+    view = kernel_view(kernel)
+    tiles = tiles_of(kernel)
+    mem = memory.plan(kernel, tiles)
+    words = [
+        SimpleNamespace(isa=isa, text=words_page(isa, kernel.dtype, kernel.math))
+        for isa in {**{ISAS["scalar"]: 0}, **{isa: 0 for isa in kernel.isas}}
+    ]
+    regions = [
+        SimpleNamespace(
+            isa=isa, tile=tile, text=region_page(Region(kernel, isa, tile), view)
+        )
+        for isa, tile in tiles.items()
+    ]
+    common = Speller(kernel.prefix, kernel.private)
+    text = page(
+        "kernel.h.j2",
+        k=view,
+        memory=mem,
+        words=words,
+        regions=regions,
+        chunk=CHUNK_KEYS,
+        max_group=MAX_GROUP,
+    )
+    return common.spell(text)
+
+
+def command_of(header):
+    """The exact command that makes this header again."""
+    if header.from_file:
+        return f"python3 -m gen header --spec {header.from_file} --only {header.name}"
+    kernel = header.kernels[0]
+    parts = [
+        "python3 -m gen header",
+        f"--op {kernel.op}",
+        f"--dtype {kernel.dtype}",
+        f"--dk {kernel.dk}",
+    ]
+    if kernel.rope:
+        parts.append(f"--rope {kernel.rope}")
+    if kernel.dv != kernel.dk:
+        parts.append(f"--dv {kernel.dv}")
+    parts.append(f"--layout-q {','.join(kernel.layout_q)}")
+    parts.append(f"--layout-kv {','.join(kernel.layout_kv)}")
+    if kernel.features:
+        parts.append(f"--feature {','.join(kernel.features)}")
+    parts.append(f"--isa {','.join(kernel.isa)}")
+    if kernel.math != "builtin":
+        parts.append(f"--math {kernel.math}")
+    if kernel.prefix != "hl":
+        parts.append(f"--prefix {kernel.prefix}")
+    if kernel.given_name:
+        parts.append(f"--name {kernel.given_name}")
+    parts.append(f"-o {header.name}.h")
+    return " ".join(parts)
+
+
+def wrap_command(command, width=92):
+    """The command over several lines, each to be joined by a backslash."""
+    lines = [""]
+    for word in re.split(r" (?=--?[a-z])", command):
+        if lines[-1] and len(lines[-1]) + len(word) + 1 > width:
+            lines.append("    " + word)
+        else:
+            lines[-1] = f"{lines[-1]} {word}".strip() if len(lines) == 1 else f"{lines[-1]} {word}"
+    return lines
+
+
+def render_header(header):
+    """The text of one header."""
+    kernels = [kernel_view(kernel) for kernel in header.kernels]
+    text = page(
+        "header.h.j2",
+        header=header,
+        version=__version__,
+        abi=ABI,
+        guard=f"{header.name.upper()}_H",
+        command=wrap_command(command_of(header)),
+        kernels=kernels,
+        pages=[kernel_page(kernel) for kernel in header.kernels],
+        arguments=arguments(),
+        chunk=CHUNK_KEYS,
+        log_error=LOG_ERROR,
+        ops=sorted({kernel.op for kernel in header.kernels}),
+        isas=[isa for isa in ISAS.values() if isa.name == "scalar" or any(
+            isa.name in kernel.isa for kernel in header.kernels)],
+        manual_of=manual_of(header),
+    )
+    text = refill(Speller(header.prefix).rename(text))
+    lint(text, header.name)
+    return text
+
+
+def manual_of(header):
+    """Figures that the manual quotes, for the header's first kernel."""
+    kernel = header.kernels[0]
+    mem = memory.plan(kernel, tiles_of(kernel))
+    return SimpleNamespace(
+        example_group=128 if kernel.d >= 512 else 8,
+        bytes=mem.workspace_bytes(128 if kernel.d >= 512 else 8),
+    )
+
+
+def lint(text, name):
+    """The product is for reading: what is not fit to be read is not written."""
+    lines = text.split("\n")
+    for number, text_line in enumerate(lines, 1):
+        where = f"{name}.h:{number}"
+        if len(text_line) > WIDTH:
+            raise Refusal(
+                f"{where} would be {len(text_line)} columns wide: {text_line.strip()[:60]}...",
+                "choose a shorter --name or --prefix",
+            )
+        if text_line.rstrip() != text_line:
+            raise RuntimeError(f"{where} ends in a blank: mend the template")
+        if "\t" in text_line:
+            raise RuntimeError(f"{where} has a tab: mend the template")
+        if not text_line and number > 1 and not lines[number - 2] and number < len(lines):
+            raise RuntimeError(f"{where} is a second blank line: mend the template")
+    if not text.endswith("\n"):
+        raise RuntimeError(f"{name}.h does not end with a line break: mend the template")

@@ -1,0 +1,312 @@
+"""What a caller may ask for: defaults, and every refusal. A refusal says what, why, and `fix:`."""
+
+import difflib
+import hashlib
+import json
+import re
+import tomllib
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from gen import names
+from gen.formats import FORMATS
+from gen.isa import ISAS
+
+CATALOGUE = Path(__file__).with_name("catalogue.toml")
+
+LAYOUTS_Q = ("BSND", "TND")
+LAYOUTS_KV = ("BSND", "TND", "PA_BSND")
+FEATURES = ("slots",)
+CHANNELS_MAX = 4096
+KERNEL_KEYS = (
+    "op",
+    "dtype",
+    "kv",
+    "dk",
+    "rope",
+    "dv",
+    "layout_q",
+    "layout_kv",
+    "features",
+    "isa",
+    "math",
+    "prefix",
+    "name",
+)
+
+
+class Refusal(ValueError):
+    """Something that cannot be generated. The text says what, why and how to mend it."""
+
+    def __init__(self, what, fix):
+        super().__init__(f"{what}; fix: {fix}")
+
+
+def nearest(word, known):
+    """'did you mean' for a misspelt word: the nearest known one, or all of them."""
+    close = difflib.get_close_matches(str(word), known, n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else f"use one of {', '.join(known)}"
+
+
+def one_of(key, value, known):
+    if value not in known:
+        raise Refusal(f"{key} = {value!r} is not known", nearest(value, known))
+    return value
+
+
+def some_of(key, values, known, need_one=True):
+    """A list without repeats, in the known order, of known words."""
+    if isinstance(values, str):
+        values = [values]
+    if not isinstance(values, (list, tuple)):
+        raise Refusal(f"{key} = {values!r} is not a list", f'write {key} = ["{known[0]}"]')
+    for value in values:
+        one_of(key, value, known)
+    if need_one and not values:
+        raise Refusal(f"{key} is empty: nothing could be called", f"name one of {', '.join(known)}")
+    return tuple(word for word in known if word in values)
+
+
+def channels(key, value, least):
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise Refusal(f"{key} = {value!r} is not a whole number", f"give {key} in channels")
+    if not least <= value <= CHANNELS_MAX:
+        raise Refusal(
+            f"{key} = {value} is out of range", f"choose {key} from {least} to {CHANNELS_MAX}"
+        )
+    return value
+
+
+def identifier(key, value):
+    if not isinstance(value, str) or not re.fullmatch(r"[a-z][a-z0-9_]*", value):
+        raise Refusal(
+            f"{key} = {value!r} is not a lower-case C identifier",
+            "start with a letter a-z, go on with a-z, 0-9 and _",
+        )
+    if "__" in value or value.endswith("_"):
+        raise Refusal(
+            f"{key} = {value!r} has an underscore too many: C++ reserves such names",
+            "write single underscores between words",
+        )
+    return value
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One kernel, checked. Everything that a caller can see of it, nothing that the tuner chose."""
+
+    op: str
+    dtype: str
+    kv: str
+    dk: int
+    rope: int
+    dv: int
+    layout_q: tuple[str, ...]
+    layout_kv: tuple[str, ...]
+    features: tuple[str, ...]
+    isa: tuple[str, ...]
+    math: str
+    prefix: str
+    given_name: str = ""
+
+    @property
+    def d(self):
+        """Channels of the dot product."""
+        return self.dk + self.rope
+
+    def _what(self):
+        return {
+            "dtype": self.dtype,
+            "dk": self.dk,
+            "dv": self.dv,
+            "rope": self.rope,
+            "features": self.features,
+            "math": self.math,
+        }
+
+    @property
+    def name(self):
+        return self.given_name or names.kernel_name(self.prefix, self.op, **self._what())
+
+    @property
+    def private(self):
+        """What the private names start with (still spelled with our own prefix)."""
+        if self.given_name:
+            return self.given_name
+        return names.private_name("hl", self.op, **self._what())
+
+    @property
+    def isas(self):
+        return tuple(ISAS[name] for name in self.isa)
+
+    def table(self):
+        """The kernel as a table again: parse_kernel(table()) is the kernel."""
+        table = {key: getattr(self, key) for key in KERNEL_KEYS if key != "name"}
+        table = {k: list(v) if isinstance(v, tuple) else v for k, v in table.items()}
+        if self.given_name:
+            table["name"] = self.given_name
+        return table
+
+
+@dataclass(frozen=True)
+class Header:
+    """One header: a name and the kernels in it."""
+
+    name: str
+    kernels: tuple[Kernel, ...]
+    from_file: str = ""  # base name of the TOML that described it, "" for the catalogue's own
+
+    @property
+    def prefix(self):
+        return self.kernels[0].prefix
+
+    @cached_property
+    def digest(self):
+        """Changes when, and only when, what was asked for changes."""
+        tables = [kernel.table() for kernel in self.kernels]
+        text = json.dumps([self.name, tables], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def parse_kernel(table, prefix=None):
+    """A kernel from its table (catalogue, TOML or command line), or a Refusal."""
+    if not isinstance(table, dict):
+        raise Refusal(f"a kernel is described by {table!r}", "describe it by a table")
+    for key in table:
+        if key not in KERNEL_KEYS:
+            raise Refusal(f"unknown key {key!r}", nearest(key, KERNEL_KEYS))
+    for key in ("op", "dtype", "dk"):
+        if key not in table:
+            raise Refusal(f"{key} is missing: it has no default", f"add {key}")
+    op = one_of("op", table["op"], tuple(names.OPERATORS))
+    dtype = one_of("dtype", table["dtype"], tuple(FORMATS))
+    kv = one_of("kv", table.get("kv", dtype), tuple(FORMATS))
+    if kv != dtype:
+        raise Refusal(
+            f"kv = {kv!r} differs from dtype = {dtype!r}: {op} has one type for query, key, value",
+            f"leave kv out, or set it to {dtype!r}",
+        )
+    dk = channels("dk", table["dk"], 1)
+    rope = channels("rope", table.get("rope", 0), 0)
+    dv = channels("dv", table.get("dv", dk), 1)
+    if dv > dk:
+        raise Refusal(
+            f"dv = {dv} is more than dk = {dk}: the value is at most as wide as the key's nope part",
+            f"set dv to {dk} or less, or widen dk",
+        )
+    if rope > dk:
+        raise Refusal(
+            f"rope = {rope} is wider than dk = {dk} (dk counts the nope channels only)",
+            f"set rope to {dk} or less; for joined rows of {dk + rope}, dk is the nope part",
+        )
+    layout_q = some_of("layout_q", table.get("layout_q", LAYOUTS_Q), LAYOUTS_Q)
+    layout_kv = some_of("layout_kv", table.get("layout_kv", LAYOUTS_KV), LAYOUTS_KV)
+    for layout in layout_kv:
+        if layout != "PA_BSND" and layout not in layout_q:
+            raise Refusal(
+                f"layout_kv {layout} without layout_q {layout}: {op} pairs an unpaged cache only "
+                "with a query of the same layout",
+                f"add {layout} to layout_q, or leave it out of layout_kv",
+            )
+    for layout in layout_q:
+        if layout not in layout_kv and "PA_BSND" not in layout_kv:
+            raise Refusal(
+                f"layout_q {layout} has no layout_kv to go with",
+                f"add {layout} or PA_BSND to layout_kv, or leave {layout} out of layout_q",
+            )
+    features = some_of("features", table.get("features", ()), FEATURES, need_one=False)
+    math = one_of("math", table.get("math", "builtin"), names.MATHS)
+    able = tuple(name for name, isa in ISAS.items() if math in isa.maths)
+    isa = some_of("isa", table.get("isa", able), tuple(ISAS))
+    for name in isa:
+        if dtype not in ISAS[name].formats:
+            raise Refusal(
+                f"isa {name} cannot load {dtype}: it has words for "
+                f"{', '.join(ISAS[name].formats)}",
+                f"leave {name} out of isa, or choose another dtype",
+            )
+        if math not in ISAS[name].maths:
+            raise Refusal(
+                f"math {math!r} is not there for isa {name}",
+                f"use isa = {list(able)}, or math = {ISAS[name].maths[0]!r}",
+            )
+    prefix = identifier("prefix", table.get("prefix", prefix or "hl"))
+    if "_" in prefix:
+        raise Refusal(
+            f"prefix = {prefix!r} holds an underscore: names could no longer be read backwards",
+            "use letters and digits only",
+        )
+    given = table.get("name", "")
+    if given:
+        identifier("name", given)
+        if not given.startswith(prefix + "_"):
+            raise Refusal(
+                f"name = {given!r} does not start with the prefix {prefix + '_'!r}",
+                f"call it {prefix}_{given}",
+            )
+    return Kernel(
+        op, dtype, kv, dk, rope, dv, layout_q, layout_kv, features, isa, math, prefix, given
+    )
+
+
+def parse_header(table, from_file=""):
+    """A header from its table: the keys of one kernel, or `name` and a list of `kernel`s."""
+    if not isinstance(table, dict):
+        raise Refusal(f"a header is described by {table!r}", "describe it by a table")
+    if "kernel" not in table:
+        kernel = parse_kernel(table)
+        return Header(kernel.name, (kernel,), from_file)
+    for key in table:
+        if key not in ("name", "prefix", "kernel"):
+            raise Refusal(
+                f"key {key!r} stands beside a list of kernels",
+                f"move {key} into each [[header.kernel]]; beside them only name and prefix",
+            )
+    if not isinstance(table["kernel"], list) or not table["kernel"]:
+        raise Refusal("kernel is not a list of tables", "write [[header.kernel]] for each")
+    prefix = table.get("prefix")
+    kernels = tuple(parse_kernel(kernel, prefix) for kernel in table["kernel"])
+    if len({kernel.prefix for kernel in kernels}) > 1:
+        raise Refusal("kernels of one header have several prefixes", "give them the same prefix")
+    seen = set()
+    for kernel in kernels:
+        if kernel.name in seen:
+            raise Refusal(
+                f"two kernels of one header are called {kernel.name}", "give one of them a name"
+            )
+        seen.add(kernel.name)
+    name = identifier("name", table.get("name", kernels[0].name))
+    return Header(name, kernels, from_file)
+
+
+def load_toml(path):
+    """All headers of a TOML file: [[header]] tables."""
+    path = Path(path)
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise Refusal(f"cannot read {path}: {error.strerror}", "check the path") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise Refusal(f"{path} is not TOML: {error}", "mend that line") from error
+    for key in table:
+        if key != "header":
+            raise Refusal(
+                f"unknown key {key!r} at the top of {path.name}",
+                "put every description under [[header]]",
+            )
+    if not isinstance(table.get("header"), list) or not table["header"]:
+        raise Refusal(f"{path.name} describes no header", "add a [[header]] table")
+    from_file = "" if path.resolve() == CATALOGUE.resolve() else path.name
+    headers = [parse_header(header, from_file) for header in table["header"]]
+    seen = set()
+    for header in headers:
+        if header.name in seen:
+            raise Refusal(f"two headers are called {header.name}", "give one of them a name")
+        seen.add(header.name)
+    return headers
+
+
+def load_catalogue():
+    """The shipped headers: the one list that is generated, tested, benchmarked and tabled."""
+    return load_toml(CATALOGUE)

@@ -1,0 +1,804 @@
+"""`make check`: what must hold of the product beyond right numbers. One function a rule.
+
+A rule yields checks. A check that passed is remembered under build/cache by everything that its
+verdict depends on, so that a second run tries only what changed. The last line is
+"N passed, N failed".
+"""
+
+import argparse
+import hashlib
+import itertools
+import os
+import re
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+INCLUDE = ROOT / "include"
+WORK = ROOT / "build" / "check"
+CACHE = ROOT / "build" / "cache" / "check"
+
+STRICT = ["-Wall", "-Wextra", "-Wpedantic", "-Wconversion", "-Wsign-conversion", "-Wshadow"]
+STRICT += ["-Wundef", "-Wcast-qual", "-Wdouble-promotion", "-Wvla", "-Werror"]
+STRICT_C = ["-Wstrict-prototypes", "-Wmissing-prototypes"]
+STANDARDS = ["c99", "c11", "c17", "c++11", "c++17"]
+LEVELS = ["-O0", "-O2", "-O3"]
+CORTEX_M4F = ["-mcpu=cortex-m4", "-mthumb", "-mfpu=fpv4-sp-d16", "-mfloat-abi=hard"]
+
+COLUMNS = 100
+STACK_BYTES = 8192
+COMPILE_SECONDS = 6.0
+
+# What an object may want from others. A compiler makes the first two of loops and copies by itself.
+MEMORY = "memcpy|memset"
+RUN_TIME_CHOICE = f"{MEMORY}|__cpu_model|__cpu_indicator_init|syscall"
+OPENMP = r"GOMP_\w+|omp_\w+|__kmpc_\w+"
+CORTEX_M = rf"{MEMORY}|__aeabi_\w+"
+
+
+class Wrong(Exception):
+    """A check that failed, with what there is to say about it."""
+
+
+@dataclass(frozen=True)
+class Check:
+    name: str
+    run: Callable[[], str]  # returns a remark, often empty; raises Wrong
+    depends: tuple[str, ...] | None  # texts that decide the verdict; None: never remembered
+
+
+# ---- tools ---------------------------------------------------------------------------------------
+
+
+def execute(command: list[str], where: Path = ROOT) -> str:
+    """Runs it; its output, or Wrong with the command and the start of what it said."""
+    done = subprocess.run(
+        command,
+        cwd=where,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        check=False,
+    )
+    if done.returncode != 0:
+        said = "\n".join(done.stdout.splitlines()[:30])
+        raise Wrong(f"$ {' '.join(command)}\n{said}\nstatus {done.returncode}")
+    return done.stdout
+
+
+@cache
+def version(tool: str) -> str:
+    return execute([tool, "--version"])
+
+
+@cache
+def text_of(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
+
+
+@cache
+def catalogue() -> dict:
+    """The shipped headers by name, as the generator knows them."""
+    sys.path.insert(0, str(ROOT))
+    from gen.spec import load_catalogue
+
+    return {header.name: header for header in load_catalogue()}
+
+
+def header_names() -> list[str]:
+    return list(catalogue())
+
+
+def header_text(name: str) -> str:
+    return text_of(INCLUDE / f"{name}.h")
+
+
+def isas(name: str) -> set[str]:
+    return {isa for kernel in catalogue()[name].kernels for isa in kernel.isa}
+
+
+def write(name: str, text: str) -> Path:
+    """A source file under build/check; untouched if it says that already."""
+    path = WORK / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists() or path.read_text(encoding="utf-8") != text:
+        path.write_text(text, encoding="utf-8")
+    return path
+
+
+def compiler_for(compiler: str, standard: str) -> list[str]:
+    plus = {"gcc": "g++", "clang": "clang++"}
+    language = standard.startswith("c++")
+    flags = STRICT if language else STRICT + STRICT_C
+    return [plus[compiler] if language else compiler, f"-std={standard}", *flags]
+
+
+def suffix(standard: str) -> str:
+    return ".cc" if standard.startswith("c++") else ".c"
+
+
+# ---- C that uses a header ------------------------------------------------------------------------
+
+USER = """\
+{include}
+
+typedef void (*any_function)(void);
+
+/* Not static: the compiler has to build every function that is named here. */
+any_function all_of_them[] = {{
+{functions}
+}};
+
+#ifndef __cplusplus
+int main(void);
+#endif
+
+int main(void)
+{{
+    int wrong = 0;
+{calls}
+    return wrong;
+}}
+"""
+
+# An all-zero struct of arguments has no query: plan has to say so, and in words.
+CALL = """\
+    {{
+        static {plan} plan;
+        static {args} args;
+        hl_error error;
+        char text[160];
+        wrong += {kernel}_plan(&plan, &args, &error) != HL_ERR_NULL;
+        wrong += hl_error_text(&error, text, sizeof text) != text || text[0] == 0;
+    }}
+"""
+
+
+def public_functions(text: str) -> list[str]:
+    """Every function that a header declares with HL_API."""
+    return list(dict.fromkeys(re.findall(r"^HL_API [^;{(]*?(\w+)\(", text, re.MULTILINE)))
+
+
+def user_source(name: str, start: str = "") -> str:
+    """C and C++ that names every function of a header and calls what can be called."""
+    text = header_text(name)
+    plans = re.findall(
+        r"^HL_API hl_status (\w+)_plan\(\s*(\w+) \*plan,\s+const (\w+) \*", text, re.M
+    )
+    calls = [
+        CALL.format(kernel=kernel, plan=plan, args=args)
+        for kernel, plan, args in dict.fromkeys(plans)
+    ]
+    if not calls:
+        raise Wrong(f"{name}.h declares no ..._plan")
+    functions = [f"    (any_function){function}," for function in public_functions(text)]
+    return USER.format(
+        include=start + include_line(name),
+        functions="\n".join(functions),
+        calls="".join(calls).rstrip("\n"),
+    )
+
+
+def include_line(name: str) -> str:
+    return f'#include "{name}.h"'
+
+
+EXPORT = "#define HL_API extern\n#define HL_IMPLEMENTATION\n"
+DECLARE = "#define HL_API extern\n"
+
+
+def static_user(name: str, standard: str = "c99") -> Path:
+    """The header as it is used by default, by a file that uses all of it."""
+    return write(f"{name}_static{suffix(standard)}", user_source(name))
+
+
+def exporter(name: str, standard: str = "c99") -> Path:
+    """The one file of a program that holds the header's code."""
+    return write(f"{name}_export{suffix(standard)}", f"{EXPORT}{include_line(name)}\n")
+
+
+def declarer(name: str, standard: str = "c99") -> Path:
+    """Another file of that program, which calls it."""
+    return write(f"{name}_declare{suffix(standard)}", user_source(name, DECLARE))
+
+
+# ---- what an object file contains ----------------------------------------------------------------
+
+
+def symbols(path: Path, nm: str = "nm") -> list[tuple[str, str]]:
+    """(name, type letter) of every symbol."""
+    rows = (line.split() for line in execute([nm, "--format=posix", str(path)]).splitlines())
+    return [(row[0], row[1]) for row in rows if len(row) > 1]
+
+
+def sections(path: Path, size: str = "size") -> dict[str, int]:
+    rows = (line.split() for line in execute([size, "-A", str(path)]).splitlines())
+    return {row[0]: int(row[1]) for row in rows if len(row) == 3 and row[1].isdigit()}
+
+
+def compiler_made(symbol: str) -> bool:
+    """Labels, tables of a switch, outlined regions, Arm's mapping symbols: not names of ours."""
+    return symbol.startswith((".", "$", "CSWTCH.", "switch.table.", "_GLOBAL_OFFSET_TABLE_"))
+
+
+def object_faults(path: Path, allowed: str, prefix: str = "hl", tools: str = "") -> list[str]:
+    """Names without our prefix, what the object wants from others, data that can change."""
+    faults = []
+    for symbol, kind in symbols(path, f"{tools}nm"):
+        if compiler_made(symbol):
+            continue
+        if kind in "Uw":
+            if not re.fullmatch(allowed, symbol):
+                faults.append(f"wants {symbol}")
+        elif not symbol.startswith(f"{prefix}_"):
+            faults.append(f"defines {symbol} ({kind}) without {prefix}_")
+    for section, size in sections(path, f"{tools}size").items():
+        # .data.rel.ro: constants that hold addresses, fixed when the program is loaded.
+        changeable = re.match(r"\.(data|bss|tdata|tbss|init_array|ctors)(?!\.rel\.ro)", section)
+        if changeable and size:
+            faults.append(f"{size} bytes of {section}")
+    return faults
+
+
+def inspect(path: Path, allowed: str, prefix: str = "hl", tools: str = "") -> str:
+    faults = object_faults(path, allowed, prefix, tools)
+    if faults:
+        raise Wrong("\n".join([f"{path.name}:", *faults[:20]]))
+    return ""
+
+
+def allowed_undefined(name: str) -> str:
+    return RUN_TIME_CHOICE if len(isas(name)) > 1 else MEMORY
+
+
+# ---- the rules -----------------------------------------------------------------------------------
+
+
+def same_bytes() -> Iterator[Check]:
+    """include/ is what the generator writes, to the byte."""
+
+    def run() -> str:
+        execute([sys.executable, "-m", "gen", "check"])
+        return ""
+
+    yield Check("python -m gen check", run, None)
+
+
+def build(label: str, name: str, command: list[str], sources: list[Path], after=None) -> Check:
+    """Compiles the sources with a header in silence, then hands the result to after(path)."""
+    result = WORK / re.sub(r"[^\w+]", "-", label)
+
+    def run() -> str:
+        execute([*command, f"-I{INCLUDE}", *map(str, sources), "-o", str(result)])
+        try:
+            return after(result) if after else ""
+        finally:
+            result.unlink()
+
+    texts = (header_text(name), *map(text_of, sources))
+    return Check(label, run, (*texts, " ".join(command), version(command[0])))
+
+
+def strict_compiles() -> Iterator[Check]:
+    """Silent at every standard and level, as it is used by default: all static."""
+    for name, standard in itertools.product(header_names(), STANDARDS):
+        source = static_user(name, standard)
+        for compiler, level in itertools.product(["gcc", "clang"], LEVELS):
+            command = [*compiler_for(compiler, standard), level, "-c"]
+            yield build(f"{name} {compiler} {standard} {level}", name, command, [source])
+
+
+def exported() -> Iterator[Check]:
+    """The same with HL_API and HL_IMPLEMENTATION, and only our names in the object."""
+    for name, standard in itertools.product(header_names(), STANDARDS):
+        for compiler, level in itertools.product(["gcc", "clang"], LEVELS):
+            yield export_check(name, standard, compiler, [level], allowed_undefined(name))
+
+
+def openmp() -> Iterator[Check]:
+    """-fopenmp brings no warning, and no name but those of OpenMP's own library."""
+    for name, standard in itertools.product(header_names(), ["c99", "c++17"]):
+        for compiler in ("gcc", "clang"):
+            allowed = f"{allowed_undefined(name)}|{OPENMP}"
+            yield export_check(name, standard, compiler, ["-O2", "-fopenmp"], allowed)
+
+
+def export_check(name: str, standard: str, compiler: str, flags: list[str], allowed: str) -> Check:
+    command = [*compiler_for(compiler, standard), *flags, "-c"]
+    label = f"{name} exported {compiler} {standard} {' '.join(flags)}"
+    sources = [exporter(name, standard)]
+    return build(label, name, command, sources, lambda made: inspect(made, allowed))
+
+
+def linked() -> Iterator[Check]:
+    """The plain static form, and one file that implements what another calls: both run."""
+    for name, standard in itertools.product(header_names(), ["c99", "c++17"]):
+        one = [static_user(name, standard)]
+        two = [exporter(name, standard), declarer(name, standard)]
+        for compiler in ("gcc", "clang"):
+            command = [*compiler_for(compiler, standard), "-O0"]
+            for form, sources in (("static", one), ("two files", two)):
+                label = f"{name} run {compiler} {standard} {form}"
+                yield build(label, name, command, sources, lambda made: execute([str(made)]))
+
+
+def fixed_isa() -> Iterator[Check]:
+    """HL_ISA_ONLY_...: no choice at run time, so nothing of it is left in the object."""
+    cross = "aarch64-linux-gnu-"
+    compilers = {
+        "scalar": ["gcc"],
+        "avx2": ["gcc", "-mavx2", "-mfma", "-mf16c"],
+        "avx512": ["gcc", "-march=skylake-avx512"],
+        "neon": [f"{cross}gcc"],
+    }
+    for name in header_names():
+        for isa in sorted(isas(name)):
+            text = f"#define HL_ISA_ONLY_{isa.upper()}\n{EXPORT}{include_line(name)}\n"
+            source = write(f"{name}_only_{isa}.c", text)
+            command = [*compilers[isa], "-std=c99", *STRICT, *STRICT_C, "-O2", "-c"]
+            tools = cross if isa == "neon" else ""
+
+            def after(made: Path, tools=tools) -> str:
+                return inspect(made, MEMORY, tools=tools)
+
+            yield build(f"{name} only {isa}", name, command, [source], after)
+
+
+def aarch64() -> Iterator[Check]:
+    """The same header for AArch64: gcc's and clang's warnings, gcc's object, a run under qemu."""
+    cross = "aarch64-linux-gnu-"
+    sysroot = "/usr/aarch64-linux-gnu"
+    gcc = [f"{cross}gcc"]
+    clang = ["clang", "--target=aarch64-linux-gnu", "-isystem", f"{sysroot}/include"]
+
+    def names(made: Path) -> str:
+        return inspect(made, MEMORY, tools=cross)
+
+    def runs(made: Path) -> str:
+        return execute(["qemu-aarch64", "-L", sysroot, str(made)])
+
+    for name in header_names():
+        for level, tool in itertools.product(LEVELS, [gcc, clang]):
+            command = [*tool, "-std=c99", *STRICT, *STRICT_C, level, "-c"]
+            label = f"{name} aarch64 {tool[0]} {level}"
+            yield build(label, name, command, [static_user(name)])
+            yield build(f"{label} exported", name, command, [exporter(name)], names)
+        yield build(f"{name} aarch64 run", name, [*gcc, "-std=c99"], [static_user(name)], runs)
+
+
+def freestanding() -> Iterator[Check]:
+    """Without a C library: no header but the compiler's own, nothing wanted but memcpy, memset."""
+    cross = "arm-none-eabi-"
+    hosts = [
+        (["gcc", "-O2"], "", MEMORY),
+        (["clang", "-O2"], "", MEMORY),
+        ([f"{cross}gcc", *CORTEX_M4F, "-Os"], cross, CORTEX_M),
+    ]
+    for name in [name for name in header_names() if isas(name) == {"scalar"}]:
+        for tool, tools, allowed in hosts:
+            own = execute([tool[0], "-print-file-name=include"]).strip()
+            if tool[0] == "clang":
+                own = execute(["clang", "-print-resource-dir"]).strip() + "/include"
+            command = [*tool, "-std=c99", *STRICT, *STRICT_C, "-ffreestanding", "-nostdinc"]
+            command += ["-isystem", own, "-c"]
+
+            def after(made: Path, tools=tools, allowed=allowed) -> str:
+                return inspect(made, allowed, tools=tools)
+
+            for form, start in (("", ""), (" HL_NO_TEXT", "#define HL_NO_TEXT\n")):
+                text = f"{start}{EXPORT}{include_line(name)}\n"
+                source = write(f"{name}_freestanding{form.replace(' ', '_')}.c", text)
+                yield build(f"{name} freestanding {tool[0]}{form}", name, command, [source], after)
+
+
+def pairs() -> Iterator[Check]:
+    """Any two headers share one file, in either order; so does a header with itself."""
+    for first, second in itertools.product(header_names(), repeat=2):
+        lines = f"{include_line(first)}\n{include_line(second)}\nextern int used;\n"
+        for compiler, standard in (("gcc", "c99"), ("clang", "c++11")):
+            command = [*compiler_for(compiler, standard), "-fsyntax-only"]
+            for form, start in (("static", ""), ("exported", EXPORT)):
+                label = f"{first} + {second} {compiler} {standard} {form}"
+                stem = f"pair/{first[3:]}+{second[3:]}_{form}"
+                source = write(stem + suffix(standard), start + lines)
+                yield parse(label, (first, second), [*command, f"-I{INCLUDE}", str(source)], source)
+
+
+def parse(label: str, names: tuple[str, ...], command: list[str], source: Path) -> Check:
+    """A command that has to be silent about a source with these headers."""
+
+    def run() -> str:
+        execute(command)
+        return ""
+
+    texts = (*map(header_text, names), text_of(source))
+    return Check(label, run, (*texts, " ".join(command), version(command[0])))
+
+
+def versions_apart() -> Iterator[Check]:
+    """Headers of two generator versions in one file are an error that says what to do."""
+    name, other = header_names()[:2]
+    newer, count = re.subn(r"(HL_COMMON (?:!= )?)(\w+)", r"\g<1>999999", header_text(other))
+    write("versions/newer.h", newer)
+    source = write("versions/both.c", f'{include_line(name)}\n#include "newer.h"\n')
+
+    def run() -> str:
+        if count < 2:
+            raise Wrong("HL_COMMON was not found: nothing to tell two versions apart")
+        command = ["gcc", "-fsyntax-only", "-fmax-errors=1", f"-I{INCLUDE}", "-I.", source.name]
+        try:
+            execute(command, source.parent)
+        except Wrong as refusal:
+            if "headers of two generator versions in one file" in str(refusal):
+                return ""
+            raise
+        raise Wrong("two versions in one file were accepted")
+
+    yield Check("two generator versions", run, (header_text(name), newer, version("gcc")))
+
+
+def other_prefix() -> Iterator[Check]:
+    """A header with another prefix says hl_ nowhere, and lives beside one of ours."""
+    kernel = catalogue()[header_names()[0]].kernels[0]
+    target = WORK / "prefix" / "acme.h"
+    export = "#define ACME_API extern\n#define ACME_IMPLEMENTATION\n"
+    ours = header_names()[0]
+    source = write("prefix/acme.c", export + '#include "acme.h"\n')
+    both = write("prefix/both.c", include_line(ours) + '\n#include "acme.h"\nextern int used;\n')
+
+    def run() -> str:
+        spec = ["--op", kernel.op, "--dtype", kernel.dtype, "--dk", "64", "--prefix", "acme"]
+        execute([sys.executable, "-m", "gen", "header", *spec, "-o", str(target)])
+        strict = [*compiler_for("gcc", "c99"), "-O2", f"-I{INCLUDE}"]
+        execute([*strict, "-c", str(source), "-o", str(source.with_suffix(".o"))])
+        execute([*strict, "-fsyntax-only", str(both)])
+        code = re.sub(r"/\*.*?\*/", "", target.read_text(encoding="utf-8"), flags=re.S)
+        left = re.findall(r"\bhl_\w+|\bHL_\w+", code)
+        if left:
+            raise Wrong(f"still named for hl: {' '.join(sorted(set(left))[:10])}")
+        return inspect(source.with_suffix(".o"), RUN_TIME_CHOICE, prefix="acme")
+
+    yield Check("--prefix acme", run, None)
+
+
+def macros() -> Iterator[Check]:
+    """Every macro carries the prefix."""
+    for name in header_names():
+
+        def run(name=name) -> str:
+            defined = re.findall(r"^#\s*define\s+(\w+)", header_text(name), re.MULTILINE)
+            foreign = sorted({macro for macro in defined if not macro.startswith("HL_")})
+            if foreign or not defined:
+                raise Wrong(f"{len(defined)} macros; without HL_: {' '.join(foreign)}")
+            return f"{len(set(defined))} macros"
+
+        yield Check(f"{name} macros", run, None)
+
+
+def stack() -> Iterator[Check]:
+    """No function uses more than 8 KiB of stack, none an amount that depends on data."""
+    plain = ("gcc", ["-O2"])
+    compilers = [plain, ("gcc", ["-O0"]), ("gcc", ["-O3"]), ("gcc", ["-O2", "-fopenmp"])]
+    compilers += [("clang", [level]) for level in LEVELS]
+
+    for name, (compiler, flags) in itertools.product(header_names(), compilers):
+
+        def after(made: Path, speaks=(compiler, flags) == plain) -> str:
+            usage = made.with_name(f"{made.name}.su")
+            try:
+                deepest = deepest_frame(usage.read_text(encoding="utf-8"))
+            finally:
+                usage.unlink()
+            return deepest if speaks else ""
+
+        command = [compiler, "-std=c99", *flags, "-fstack-usage", "-c"]
+        label = f"{name} stack {compiler} {' '.join(flags)}"
+        yield build(label, name, command, [exporter(name)], after)
+
+
+def deepest_frame(usage: str) -> str:
+    """Reads what -fstack-usage wrote; the deepest function, or Wrong."""
+    rows = [line.split("\t") for line in usage.splitlines()]
+    frames = [(int(row[1]), row[0].rsplit(":", 1)[-1], row[2]) for row in rows]
+    if not frames:
+        raise Wrong("no function was measured")
+    # "bounded": the frame is realigned by a known amount and still has a largest size.
+    faults = [
+        f"{function}: {size} bytes, {kind}"
+        for size, function, kind in frames
+        if size > STACK_BYTES or kind not in ("static", "dynamic,bounded")
+    ]
+    if faults:
+        raise Wrong("\n".join(faults[:20]))
+    size, function, _ = max(frames)
+    return f"{size} bytes in {function}"
+
+
+def compile_time() -> Iterator[Check]:
+    """A header costs its user less than 6 seconds of gcc -O2."""
+    for name in header_names():
+        source = static_user(name)
+        command = ["gcc", "-O2", f"-I{INCLUDE}", "-c", str(source), "-o", os.devnull]
+
+        def run(command=command) -> str:
+            # Another process measures its child, so that this one's other children do not count.
+            seconds = float(execute([sys.executable, __file__, "--time", *command]))
+            if seconds > COMPILE_SECONDS:
+                raise Wrong(f"{seconds:.1f} s of processor time, more than {COMPILE_SECONDS}")
+            return f"{seconds:.1f} s of processor time"
+
+        depends = (header_text(name), text_of(source), " ".join(command), version("gcc"))
+        yield Check(f"{name} gcc -O2", run, depends)
+
+
+def print_processor_time(command: list[str]) -> int:
+    execute(command)
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    print(used.ru_utime + used.ru_stime)
+    return 0
+
+
+def cppcheck() -> Iterator[Check]:
+    command = ["cppcheck", "--std=c99", "--enable=warning,performance,portability"]
+    command += ["--inline-suppr", "--error-exitcode=1", "--quiet", "--platform=unix64"]
+    # The system's headers are not read: not knowing their names is no finding.
+    command += ["--suppress=missingIncludeSystem", f"-I{INCLUDE}"]
+    for name in header_names():
+        source = static_user(name)
+        yield parse(f"{name} cppcheck", (name,), [*command, str(source)], source)
+
+
+def clang_tidy() -> Iterator[Check]:
+    rules = ROOT / ".clang-tidy"
+    command = ["clang-tidy", "--quiet", f"--config-file={rules}"]
+    for name in header_names():
+        source = static_user(name)
+        line = [*command, str(source), "--", "-std=c99", f"-I{INCLUDE}"]
+        check = parse(f"{name} clang-tidy", (name,), line, source)
+        yield Check(check.name, check.run, (*check.depends, text_of(rules)))
+
+
+def ruff() -> Iterator[Check]:
+    def run() -> str:
+        execute([sys.executable, "-m", "ruff", "check", "."])
+        return ""
+
+    yield Check("ruff check", run, None)
+
+
+README_MARK = "A 20-line example"
+
+
+def readme_example(readme: str) -> str:
+    """The first C block after the line that announces it."""
+    found = re.search(rf"^.*{README_MARK}.*\n(?s:.*?)^```c\n((?s:.*?))^```$", readme, re.MULTILINE)
+    if not found:
+        raise Wrong(f"README.md: no ```c block after a line with '{README_MARK}'")
+    return found[1]
+
+
+def readme() -> Iterator[Check]:
+    """A stranger's first minute: one header in an empty folder, the README's lines, plain cc."""
+
+    def run() -> str:
+        code = readme_example((ROOT / "README.md").read_text(encoding="utf-8"))
+        folder = WORK / "stranger"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        for header in re.findall(r'#include "(\w+\.h)"', code):
+            shutil.copy(INCLUDE / header, folder)
+        (folder / "file.c").write_text(code, encoding="utf-8")
+        execute(["cc", "-O2", "file.c"], folder)
+        said = execute(["./a.out"], folder).strip()
+        lines = len(code.strip().splitlines())
+        return f"{lines} lines; it says: {said}"
+
+    yield Check("the README's example", run, None)
+
+
+def layout_faults(text: str) -> list[str]:
+    """What makes a C file or template unfit to read."""
+    faults = []
+    for number, line in enumerate(text.split("\n"), 1):
+        if len(line) > COLUMNS:
+            faults.append(f"line {number}: {len(line)} columns")
+        if line != line.rstrip():
+            faults.append(f"line {number}: trailing blanks")
+        if "\t" in line:
+            faults.append(f"line {number}: a tab")
+    if "\n\n\n" in text:
+        faults.append("two blank lines together")
+    if not text.endswith("\n") or text.endswith("\n\n"):
+        faults.append("does not end with one line break")
+    return faults
+
+
+def layout() -> Iterator[Check]:
+    """Generated headers and templates: at most 100 columns, no trailing blanks, no tabs."""
+    files = sorted(INCLUDE.glob("*.h"))
+    files += sorted(path for path in (ROOT / "templates").rglob("*") if path.is_file())
+    for path in files:
+
+        def run(path=path) -> str:
+            faults = layout_faults(path.read_text(encoding="utf-8"))
+            if faults:
+                raise Wrong("\n".join(f"{path.relative_to(ROOT)}: {fault}" for fault in faults[:9]))
+            return ""
+
+        yield Check(f"layout of {path.relative_to(ROOT)}", run, None)
+
+
+# Paths of one machine, hosts of registries, credits of tools: none of them is about the project.
+# The brackets keep this file from finding itself.
+FORBIDDEN = re.compile(
+    r"(?<![\w.])/(?:w[o]rk|f[a]rm|h[o]me|r[o]ot|opt/w[h]eels)/"
+    r"|p[y]pi\.|python[h]osted|cond[a]\.(?:org|com|io)|n[p]mjs|crate[s]\.io|dock[e]r\.io|g[h]cr\.io"
+    r"|artifact[o]ry|sub-?[a]gent|Co-[A]uthored-By|\b[Cc]l[a]ude\b|\bC[h]atGPT\b",
+)
+
+
+def forbidden_lines(text: str) -> list[str]:
+    lines = enumerate(text.splitlines(), 1)
+    return [f"{number}: {line.strip()[:80]}" for number, line in lines if FORBIDDEN.search(line)]
+
+
+def project_files() -> list[Path]:
+    """What is tracked or would be."""
+    listed = execute(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"])
+    return [ROOT / name for name in sorted(set(listed.split("\0"))) if (ROOT / name).is_file()]
+
+
+def installed() -> Iterator[Check]:
+    """The generator installs with pip, and runs as `headlight` where there is no checkout."""
+
+    def run() -> str:
+        source = WORK / "install" / "source"
+        target = WORK / "install" / "target"
+        shutil.rmtree(source.parent, ignore_errors=True)
+        # From a copy: building in place would leave folders in the checkout.
+        for path in project_files():
+            copy = source / path.relative_to(ROOT)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, copy)
+        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
+        execute([*pip, "--no-build-isolation", "--target", str(target), str(source)])
+        shutil.rmtree(source)
+        headlight = ["env", f"PYTHONPATH={target}", str(target / "bin" / "headlight")]
+        listed = execute([*headlight, "list"], target)
+        absent = [name for name in header_names() if name not in listed]
+        if absent:
+            raise Wrong(f"`headlight list` does not name {' '.join(absent)}")
+        execute([*headlight, "check"], target)
+        return ""
+
+    yield Check("pip install, headlight", run, None)
+
+
+def words() -> Iterator[Check]:
+    """Nothing speaks of the machine that it was written on."""
+
+    def run() -> str:
+        faults = []
+        files = project_files()
+        for path in files:
+            text = path.read_bytes().decode("utf-8", "replace")
+            faults += [f"{path.relative_to(ROOT)}:{line}" for line in forbidden_lines(text)]
+        if faults or not files:
+            raise Wrong("\n".join(faults[:20]) or "no file was found")
+        return f"{len(files)} files"
+
+    yield Check("forbidden words", run, None)
+
+
+RULES = [
+    same_bytes,
+    layout,
+    words,
+    ruff,
+    installed,
+    readme,
+    macros,
+    versions_apart,
+    other_prefix,
+    pairs,
+    linked,
+    compile_time,
+    strict_compiles,
+    exported,
+    openmp,
+    fixed_isa,
+    aarch64,
+    freestanding,
+    stack,
+    cppcheck,
+    clang_tidy,
+]
+
+
+# ---- running them --------------------------------------------------------------------------------
+
+
+def remembered_at(check: Check) -> Path | None:
+    """Where a pass is remembered: the name is a digest of all that decides the verdict."""
+    if check.depends is None:
+        return None
+    digest = hashlib.sha256(text_of(Path(__file__)).encode())
+    for part in (check.name, *check.depends):
+        digest.update(hashlib.sha256(part.encode()).digest())
+    return CACHE / digest.hexdigest()
+
+
+def attempt(check: Check) -> tuple[Check, str | None, str]:
+    """(check, what is wrong or None, remark)."""
+    memory = remembered_at(check)
+    if memory and memory.exists():
+        return check, None, memory.read_text(encoding="utf-8")
+    try:
+        remark = check.run()
+    except Wrong as wrong:
+        return check, str(wrong), ""
+    except Exception as error:
+        return check, f"{type(error).__name__}: {error}", ""
+    if memory:
+        memory.write_text(remark, encoding="utf-8")
+    return check, None, remark
+
+
+def run_rule(rule: Callable[[], Iterator[Check]], pool: ThreadPoolExecutor) -> tuple[int, int]:
+    """(passed, failed) of one rule; a rule that cannot even start has failed."""
+    start = time.monotonic()
+    passed = failed = 0
+    remarks = []
+    try:
+        checks = list(rule())
+    except Exception as error:
+        print(f"FAIL {rule.__name__}: {type(error).__name__}: {error}", flush=True)
+        return 0, 1
+    for check, wrong, remark in pool.map(attempt, checks):
+        if wrong is None:
+            passed += 1
+            if remark:
+                remarks.append(f"{check.name}: {remark}")
+        else:
+            failed += 1
+            print(f"FAIL {check.name}\n    " + wrong.replace("\n", "\n    "), flush=True)
+    seconds = time.monotonic() - start
+    print(f"{rule.__name__:16} {passed:4} passed {failed:4} failed {seconds:7.1f} s", flush=True)
+    for remark in remarks:
+        print(f"    {remark}")
+    return passed, failed
+
+
+def main(arguments: list[str]) -> int:
+    if arguments[:1] == ["--time"]:
+        return print_processor_time(arguments[1:])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--jobs", type=int, default=2, help="compiles at a time")
+    rules = {rule.__name__: rule for rule in RULES}
+    parser.add_argument("rules", nargs="*", help="only these: " + " ".join(rules))
+    options = parser.parse_args(arguments)
+    unknown = set(options.rules) - set(rules)
+    if unknown:
+        parser.error(f"no rule {', '.join(sorted(unknown))}; fix: one of {' '.join(rules)}")
+    chosen = [rules[name] for name in options.rules or rules]
+    WORK.mkdir(parents=True, exist_ok=True)
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(options.jobs) as pool:
+        results = [run_rule(rule, pool) for rule in chosen]
+    passed, failed = (sum(column) for column in zip(*results, strict=True))
+    print(f"{passed} passed, {failed} failed")
+    return 1 if failed or not passed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
