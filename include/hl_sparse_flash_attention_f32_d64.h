@@ -391,13 +391,28 @@ typedef struct hl_state {
     float *seen;  /* 1 once a key was taken, else 0                                            */
 } hl_state;
 
+/* One block of keys; behind it in loc the block after it, whose rows are asked for meanwhile. */
+typedef struct hl_block {
+    hl_loc *loc;
+    int32_t n;
+    int32_t n_later;
+} hl_block;
+
+/* Rows of later keys, to be asked for while others are computed with. */
+typedef struct hl_ahead {
+    int32_t nope; /* channels before the rotary ones */
+    const void *row[16];
+    const void *rope[16];
+} hl_ahead;
+
 /* The workspace of one task, cut into its named slices. */
 typedef struct hl_space {
     float *q;        /* Q^T, a panel for each pair of head vectors                             */
     float *k;        /* the block's keys                                                       */
     float *v;        /* the block's values; == k where V is part of K                          */
     float *s;        /* S^T, then P^T: [key][head]                                             */
-    hl_loc *loc;     /* where the block's rows lie                                             */
+    void *rows;      /* few heads: where the block's values are stored                         */
+    hl_loc *loc;     /* where the rows of this block and of the next lie                       */
     hl_state state;  /* of the row, or of its first chunk                                      */
     hl_state other;  /* of the chunk to be merged into it                                      */
 } hl_space;
@@ -462,7 +477,7 @@ static inline uint16_t hl_f16_of_float(float x)
 }
 
 /* ln x for x >= 0: x = 2^e y with y in [sqrt 1/2, sqrt 2), ln y = 2 atanh((y - 1) / (y + 1)).
- * Absolute error below 6e-8 plus half a unit in the last place. */
+ * Absolute error below 8e-8 plus half a unit in the last place. */
 static inline float hl_log(float x)
 {
     const uint32_t bits = hl_bits_of(x);
@@ -477,7 +492,7 @@ static inline float hl_log(float x)
     if (!(x < hl_float_of(0x7f800000u))) { /* infinity or NaN */
         return x;
     }
-    return (float)e * 0.693147182f + t * odd;
+    return (float)e * 0.693359375f + ((float)e * -2.12194440e-4f + t * odd); /* ln 2 in two parts */
 }
 
 /* Fills *error, if there is one, and returns its status. */
@@ -843,7 +858,7 @@ enum {
 /* Bytes of workspace for one task, any alignment, as a constant expression: the exact figure for
  * `group` query heads on a kv head (heads_q / heads_kv). Sequence lengths do not matter. */
 #define HL_SPARSE_FLASH_ATTENTION_F32_D64_WORKSPACE_BYTES(group) \
-    (64 + 4 * (166 * (((size_t)(group) + 15) / 16 * 16) + 128 * (size_t)(group) + 12512))
+    (64 + 4 * (166 * (((size_t)(group) + 15) / 16 * 16) + 128 * (size_t)(group) + 12896))
 
 /* Bytes of args.partials to split `rows` query rows of `heads` query heads into `chunks` each. */
 #define HL_SPARSE_FLASH_ATTENTION_F32_D64_PARTIALS_BYTES(rows, heads, chunks) \
@@ -914,10 +929,10 @@ HL_WORD_SCALAR hl_vf_scalar hl_vflush_scalar(hl_vf_scalar x, float limit, hl_vf_
 }
 HL_WORD_SCALAR float hl_vsum_scalar(hl_vf_scalar x) { return x; }
 
-/* A NaN has no whole number: it fails both comparisons and is passed on as it is. */
+/* A NaN has no whole number: it fails the comparison and is passed on as it is. */
 HL_WORD_SCALAR hl_vf_scalar hl_vround_scalar(hl_vf_scalar x)
 {
-    return x < 0.0f ? (float)(int32_t)(x - 0.5f) : x >= 0.0f ? (float)(int32_t)(x + 0.5f) : x;
+    return x <= 0.0f ? (float)(int32_t)(x - 0.5f) : x;
 }
 /* The exponent field counts powers of two. */
 HL_WORD_SCALAR hl_vf_scalar hl_vscale_scalar(hl_vf_scalar x, hl_vf_scalar n)
@@ -931,7 +946,7 @@ HL_WORD_SCALAR hl_vf_scalar hl_vscale_scalar(hl_vf_scalar x, hl_vf_scalar n)
 
 /* 2^x for x <= 0: x = n + f with n whole and f in [-1/2, 1/2]; 2^f by a polynomial, minimax in the
  * relative error; n into the exponent. Below 2^-126 exactly 0: no subnormal number gets further.
- * A NaN stays. Within 1.0 units in the last place over all floats of the range. */
+ * A NaN stays. Within 1.25 units in the last place over all floats of the range. */
 HL_WORD_SCALAR hl_vf_scalar hl_vexp2_scalar(hl_vf_scalar x)
 {
     const hl_vf_scalar low = hl_vmax_scalar(hl_vset_scalar(-126.0f), x);
@@ -1018,7 +1033,7 @@ HL_WORD_NEON float hl_vsum_neon(hl_vf_neon x) { return vaddvq_f32(x); }
 
 /* 2^x for x <= 0: x = n + f with n whole and f in [-1/2, 1/2]; 2^f by a polynomial, minimax in the
  * relative error; n into the exponent. Below 2^-126 exactly 0: no subnormal number gets further.
- * A NaN stays. Within 1.0 units in the last place over all floats of the range. */
+ * A NaN stays. Within 1.25 units in the last place over all floats of the range. */
 HL_WORD_NEON hl_vf_neon hl_vexp2_neon(hl_vf_neon x)
 {
     const hl_vf_neon low = hl_vmax_neon(hl_vset_neon(-126.0f), x);
@@ -1112,7 +1127,7 @@ HL_WORD_AVX2 float hl_vsum_avx2(hl_vf_avx2 x)
 
 /* 2^x for x <= 0: x = n + f with n whole and f in [-1/2, 1/2]; 2^f by a polynomial, minimax in the
  * relative error; n into the exponent. Below 2^-126 exactly 0: no subnormal number gets further.
- * A NaN stays. Within 1.0 units in the last place over all floats of the range. */
+ * A NaN stays. Within 1.25 units in the last place over all floats of the range. */
 HL_WORD_AVX2 hl_vf_avx2 hl_vexp2_avx2(hl_vf_avx2 x)
 {
     const hl_vf_avx2 low = hl_vmax_avx2(hl_vset_avx2(-126.0f), x);
@@ -1211,7 +1226,7 @@ HL_WORD_AVX512 float hl_vsum_avx512(hl_vf_avx512 x) { return _mm512_reduce_add_p
 
 /* 2^x for x <= 0: x = n + f with n whole and f in [-1/2, 1/2]; 2^f by a polynomial, minimax in the
  * relative error; n into the exponent. Below 2^-126 exactly 0: no subnormal number gets further.
- * A NaN stays. Within 1.0 units in the last place over all floats of the range. */
+ * A NaN stays. Within 1.25 units in the last place over all floats of the range. */
 HL_WORD_AVX512 hl_vf_avx512 hl_vexp2_avx512(hl_vf_avx512 x)
 {
     const hl_vf_avx512 low = hl_vmax_avx512(hl_vset_avx512(-126.0f), x);
@@ -1274,8 +1289,10 @@ static inline void hl_sfa_f32_d64_space(hl_space *w, void *workspace, int32_t gr
     at += 6144;
     w->s = at; /* S^T, then P^T */
     at += 96 * heads;
-    w->loc = (hl_loc *)(void *)at; /* where the block's rows lie */
+    w->rows = at; /* addresses of the block's values */
     at += 192;
+    w->loc = (hl_loc *)(void *)at; /* where the rows of two blocks lie */
+    at += 384;
     w->state.m = at; /* running maxima, in log2 units */
     at += heads;
     w->state.l = at; /* running sums */
@@ -1794,57 +1811,130 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d64_load_q_scalar(const hl_sparse_flash_attenti
     }
 }
 
-/* The block's keys, and its values where they are apart. */
-HL_KERNEL_SCALAR void hl_sfa_f32_d64_load_scalar(const hl_sparse_flash_attention_args *a,
-                                                 const hl_group *g, const hl_space *w, int32_t n)
+/* Where one key's row lies; its rotary channels, if they are apart; and its value, which is either
+ * in a tensor of its own or the first channels of the key. */
+HL_KERNEL_SCALAR const float *hl_sfa_f32_d64_key_row_scalar(const hl_sparse_flash_attention_args *a,
+    const hl_group *g, hl_loc at)
 {
-    enum { D = 64, DK = 64, DV = 64, KS = 64, VS = 64 };
-    for (int32_t j = 0; j < n; ++j) {
-        const hl_loc at = w->loc[j];
-        float *const to = w->k + (ptrdiff_t)j * KS;
-        const float *const key = (const float *)a->key
-            + at.outer * a->key_stride.batch + at.inner * a->key_stride.row
-            + g->kv_head * a->key_stride.head;
-        hl_vrow_f32_scalar(to, key, DK);
-        if (a->value != NULL) {
-            hl_vrow_f32_scalar(w->v + (ptrdiff_t)j * VS, (const float *)a->value + at.outer
-                               * a->value_stride.batch + at.inner * a->value_stride.row + g->kv_head
-                               * a->value_stride.head, DV);
+    return (const float *)a->key + at.outer * a->key_stride.batch
+        + at.inner * a->key_stride.row + g->kv_head * a->key_stride.head;
+}
+HL_KERNEL_SCALAR const float *hl_sfa_f32_d64_value_row_scalar(
+    const hl_sparse_flash_attention_args *a, const hl_group *g, hl_loc at)
+{
+    if (a->value == NULL) {
+        return hl_sfa_f32_d64_key_row_scalar(a, g, at);
+    }
+    return (const float *)a->value + at.outer * a->value_stride.batch
+        + at.inner * a->value_stride.row + g->kv_head * a->value_stride.head;
+}
+
+/* One key's row as float32. */
+HL_KERNEL_SCALAR void hl_sfa_f32_d64_load_key_scalar(const hl_sparse_flash_attention_args *a,
+    const hl_group *g, hl_loc at, float *to)
+{
+    enum { DK = 64, D = 64 };
+    hl_vrow_f32_scalar(to, hl_sfa_f32_d64_key_row_scalar(a, g, at), D);
+}
+
+/* Asks for the lines of a row before they are needed: rows that a list names lie anywhere, which no
+ * hardware can guess. A word, not a function: GCC takes a function that does nothing but prefetch
+ * for one without effect, and drops its calls. */
+HL_WORD_SCALAR void hl_sfa_f32_d64_fetch_scalar(const float *row, int32_t channels)
+{
+    for (int32_t c = 0; c < channels; c += 16) {
+        HL_FETCH(row + c);
+    }
+}
+
+HL_WORD_SCALAR void hl_sfa_f32_d64_fetch_key_scalar(hl_loc at,
+                                                    const hl_sparse_flash_attention_args *a,
+                                                    const hl_group *g)
+{
+    enum { DK = 64, D = 64, DV = 64 };
+    hl_sfa_f32_d64_fetch_scalar(hl_sfa_f32_d64_key_row_scalar(a, g, at), D);
+    if (a->value != NULL) {
+        hl_sfa_f32_d64_fetch_scalar(hl_sfa_f32_d64_value_row_scalar(a, g, at), DV);
+    }
+}
+/* Channels c0 .. c0+n-1 of some keys, channel by channel over all of them: so many pages are under
+ * way at once, and each of them is read in order. */
+HL_KERNEL_SCALAR void hl_sfa_f32_d64_load_keys_scalar(const hl_sparse_flash_attention_args *a,
+    const hl_group *g, const hl_loc *loc, int32_t keys, int32_t c0, int32_t n, float *to)
+{
+    enum { L = 1, KS = 64, DK = 64 };
+    const float *row[4];
+    const int32_t end = c0 + n < DK ? c0 + n : DK;
+    int32_t c = c0;
+    for (int32_t r = 0; r < keys; ++r) {
+        row[r] = hl_sfa_f32_d64_key_row_scalar(a, g, loc[r]);
+    }
+    for (; c + L <= end; c += L) {
+        for (int32_t r = 0; r < keys; ++r) {
+            hl_vstore_scalar(to + (ptrdiff_t)r * KS + (c - c0), hl_vload_scalar(row[r] + c));
         }
+    }
+}
+
+/* Where the same channels of later keys lie; where there is none, of a key that is at hand. */
+HL_KERNEL_SCALAR void hl_sfa_f32_d64_look_ahead_scalar(const hl_sparse_flash_attention_args *a,
+    const hl_group *g, const hl_block *b, int32_t j, int32_t c0, hl_ahead *next)
+{
+    enum { DK = 64 };
+    next->nope = DK - c0;
+    for (int32_t r = 0; r < 4; ++r) {
+        const hl_loc at = b->loc[j + r < b->n + b->n_later ? j + r : 0];
+        const float *const row = hl_sfa_f32_d64_key_row_scalar(a, g, at);
+        next->row[r] = row + c0;
+    }
+}
+
+HL_WORD_SCALAR void hl_sfa_f32_d64_fetch_channels_scalar(const hl_ahead *next, int32_t c,
+    int32_t rows)
+{
+    for (int32_t r = 0; r < rows; ++r) {
+        HL_FETCH((const float *)next->row[r] + c);
     }
 }
 
 /* ---- score: S = scale Q K^T, in units of log2 ---- */
 
-/* 4 keys by 2 vectors of heads, over channels c0 .. c1-1: heads in the lanes, so that no
- * number ever has to be summed across them. Adds to what earlier channels left in s. */
+/* 4 keys by 2 vectors of heads, over n channels: heads in the lanes, so that no number ever
+ * has to be summed across them. With add, adds to what earlier channels left in s. Meanwhile the
+ * same channels of later keys are asked for. */
 HL_KERNEL_SCALAR void hl_sfa_f32_d64_qk_4x2_scalar(const float *q, const float *k, float *s,
-                                                   ptrdiff_t ss, int32_t c0, int32_t c1,
-                                                   float scale)
+                                                   ptrdiff_t ss, int32_t n, int32_t add,
+                                                   float scale, const hl_ahead *next)
 {
-    enum { L = 1, W = 2 * L, KS = 64 };
+    enum { L = 1, W = 2 * L, KS = 64, LINE = 16 };
     hl_vf_scalar s0_0 = hl_vzero_scalar(), s0_1 = hl_vzero_scalar();
     hl_vf_scalar s1_0 = hl_vzero_scalar(), s1_1 = hl_vzero_scalar();
     hl_vf_scalar s2_0 = hl_vzero_scalar(), s2_1 = hl_vzero_scalar();
     hl_vf_scalar s3_0 = hl_vzero_scalar(), s3_1 = hl_vzero_scalar();
-    for (int32_t c = c0; c < c1; ++c) {
-        const hl_vf_scalar q0 = hl_vload_scalar(q + (ptrdiff_t)c * W + 0 * L);
-        const hl_vf_scalar q1 = hl_vload_scalar(q + (ptrdiff_t)c * W + 1 * L);
-        hl_vf_scalar x;
-        x = hl_vset_scalar(k[0 * KS + c]);
-        s0_0 = hl_vfma_scalar(x, q0, s0_0);
-        s0_1 = hl_vfma_scalar(x, q1, s0_1);
-        x = hl_vset_scalar(k[1 * KS + c]);
-        s1_0 = hl_vfma_scalar(x, q0, s1_0);
-        s1_1 = hl_vfma_scalar(x, q1, s1_1);
-        x = hl_vset_scalar(k[2 * KS + c]);
-        s2_0 = hl_vfma_scalar(x, q0, s2_0);
-        s2_1 = hl_vfma_scalar(x, q1, s2_1);
-        x = hl_vset_scalar(k[3 * KS + c]);
-        s3_0 = hl_vfma_scalar(x, q0, s3_0);
-        s3_1 = hl_vfma_scalar(x, q1, s3_1);
+    for (int32_t start = 0; start < n; start += LINE) {
+        const int32_t stop = n - start > LINE ? start + LINE : n;
+        if (next != NULL) {
+            hl_sfa_f32_d64_fetch_channels_scalar(next, start, 4);
+        }
+        for (int32_t c = start; c < stop; ++c) {
+            const hl_vf_scalar q0 = hl_vload_scalar(q + (ptrdiff_t)c * W + 0 * L);
+            const hl_vf_scalar q1 = hl_vload_scalar(q + (ptrdiff_t)c * W + 1 * L);
+            hl_vf_scalar x;
+            x = hl_vset_scalar(k[0 * KS + c]);
+            s0_0 = hl_vfma_scalar(x, q0, s0_0);
+            s0_1 = hl_vfma_scalar(x, q1, s0_1);
+            x = hl_vset_scalar(k[1 * KS + c]);
+            s1_0 = hl_vfma_scalar(x, q0, s1_0);
+            s1_1 = hl_vfma_scalar(x, q1, s1_1);
+            x = hl_vset_scalar(k[2 * KS + c]);
+            s2_0 = hl_vfma_scalar(x, q0, s2_0);
+            s2_1 = hl_vfma_scalar(x, q1, s2_1);
+            x = hl_vset_scalar(k[3 * KS + c]);
+            s3_0 = hl_vfma_scalar(x, q0, s3_0);
+            s3_1 = hl_vfma_scalar(x, q1, s3_1);
+        }
     }
-    if (c0 > 0) {
+    if (add) {
         s0_0 = hl_vadd_scalar(hl_vload_scalar(s + 0 * ss + 0 * L), s0_0);
         s0_1 = hl_vadd_scalar(hl_vload_scalar(s + 0 * ss + 1 * L), s0_1);
         s1_0 = hl_vadd_scalar(hl_vload_scalar(s + 1 * ss + 0 * L), s1_0);
@@ -1864,23 +1954,30 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d64_qk_4x2_scalar(const float *q, const float *
     hl_vstore_scalar(s + 3 * ss + 1 * L, hl_vmul_scalar(s3_1, hl_vset_scalar(scale)));
 }
 
-/* 1 keys by 2 vectors of heads, over channels c0 .. c1-1: heads in the lanes, so that no
- * number ever has to be summed across them. Adds to what earlier channels left in s. */
+/* 1 key by 2 vectors of heads, over n channels: heads in the lanes, so that no number ever
+ * has to be summed across them. With add, adds to what earlier channels left in s. Meanwhile the
+ * same channels of later keys are asked for. */
 HL_KERNEL_SCALAR void hl_sfa_f32_d64_qk_1x2_scalar(const float *q, const float *k, float *s,
-                                                   ptrdiff_t ss, int32_t c0, int32_t c1,
-                                                   float scale)
+                                                   ptrdiff_t ss, int32_t n, int32_t add,
+                                                   float scale, const hl_ahead *next)
 {
-    enum { L = 1, W = 2 * L, KS = 64 };
+    enum { L = 1, W = 2 * L, KS = 64, LINE = 16 };
     hl_vf_scalar s0_0 = hl_vzero_scalar(), s0_1 = hl_vzero_scalar();
-    for (int32_t c = c0; c < c1; ++c) {
-        const hl_vf_scalar q0 = hl_vload_scalar(q + (ptrdiff_t)c * W + 0 * L);
-        const hl_vf_scalar q1 = hl_vload_scalar(q + (ptrdiff_t)c * W + 1 * L);
-        hl_vf_scalar x;
-        x = hl_vset_scalar(k[0 * KS + c]);
-        s0_0 = hl_vfma_scalar(x, q0, s0_0);
-        s0_1 = hl_vfma_scalar(x, q1, s0_1);
+    for (int32_t start = 0; start < n; start += LINE) {
+        const int32_t stop = n - start > LINE ? start + LINE : n;
+        if (next != NULL) {
+            hl_sfa_f32_d64_fetch_channels_scalar(next, start, 1);
+        }
+        for (int32_t c = start; c < stop; ++c) {
+            const hl_vf_scalar q0 = hl_vload_scalar(q + (ptrdiff_t)c * W + 0 * L);
+            const hl_vf_scalar q1 = hl_vload_scalar(q + (ptrdiff_t)c * W + 1 * L);
+            hl_vf_scalar x;
+            x = hl_vset_scalar(k[0 * KS + c]);
+            s0_0 = hl_vfma_scalar(x, q0, s0_0);
+            s0_1 = hl_vfma_scalar(x, q1, s0_1);
+        }
     }
-    if (c0 > 0) {
+    if (add) {
         s0_0 = hl_vadd_scalar(hl_vload_scalar(s + 0 * ss + 0 * L), s0_0);
         s0_1 = hl_vadd_scalar(hl_vload_scalar(s + 0 * ss + 1 * L), s0_1);
     }
@@ -1888,30 +1985,37 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d64_qk_1x2_scalar(const float *q, const float *
     hl_vstore_scalar(s + 0 * ss + 1 * L, hl_vmul_scalar(s0_1, hl_vset_scalar(scale)));
 }
 
-/* 4 keys by 1 vector of heads, over channels c0 .. c1-1: heads in the lanes, so that no
- * number ever has to be summed across them. Adds to what earlier channels left in s. */
+/* 4 keys by 1 vector of heads, over n channels: heads in the lanes, so that no number ever
+ * has to be summed across them. With add, adds to what earlier channels left in s. Meanwhile the
+ * same channels of later keys are asked for. */
 HL_KERNEL_SCALAR void hl_sfa_f32_d64_qk_4x1_scalar(const float *q, const float *k, float *s,
-                                                   ptrdiff_t ss, int32_t c0, int32_t c1,
-                                                   float scale)
+                                                   ptrdiff_t ss, int32_t n, int32_t add,
+                                                   float scale, const hl_ahead *next)
 {
-    enum { L = 1, W = 1 * L, KS = 64 };
+    enum { L = 1, W = 1 * L, KS = 64, LINE = 16 };
     hl_vf_scalar s0_0 = hl_vzero_scalar();
     hl_vf_scalar s1_0 = hl_vzero_scalar();
     hl_vf_scalar s2_0 = hl_vzero_scalar();
     hl_vf_scalar s3_0 = hl_vzero_scalar();
-    for (int32_t c = c0; c < c1; ++c) {
-        const hl_vf_scalar q0 = hl_vload_scalar(q + (ptrdiff_t)c * W + 0 * L);
-        hl_vf_scalar x;
-        x = hl_vset_scalar(k[0 * KS + c]);
-        s0_0 = hl_vfma_scalar(x, q0, s0_0);
-        x = hl_vset_scalar(k[1 * KS + c]);
-        s1_0 = hl_vfma_scalar(x, q0, s1_0);
-        x = hl_vset_scalar(k[2 * KS + c]);
-        s2_0 = hl_vfma_scalar(x, q0, s2_0);
-        x = hl_vset_scalar(k[3 * KS + c]);
-        s3_0 = hl_vfma_scalar(x, q0, s3_0);
+    for (int32_t start = 0; start < n; start += LINE) {
+        const int32_t stop = n - start > LINE ? start + LINE : n;
+        if (next != NULL) {
+            hl_sfa_f32_d64_fetch_channels_scalar(next, start, 4);
+        }
+        for (int32_t c = start; c < stop; ++c) {
+            const hl_vf_scalar q0 = hl_vload_scalar(q + (ptrdiff_t)c * W + 0 * L);
+            hl_vf_scalar x;
+            x = hl_vset_scalar(k[0 * KS + c]);
+            s0_0 = hl_vfma_scalar(x, q0, s0_0);
+            x = hl_vset_scalar(k[1 * KS + c]);
+            s1_0 = hl_vfma_scalar(x, q0, s1_0);
+            x = hl_vset_scalar(k[2 * KS + c]);
+            s2_0 = hl_vfma_scalar(x, q0, s2_0);
+            x = hl_vset_scalar(k[3 * KS + c]);
+            s3_0 = hl_vfma_scalar(x, q0, s3_0);
+        }
     }
-    if (c0 > 0) {
+    if (add) {
         s0_0 = hl_vadd_scalar(hl_vload_scalar(s + 0 * ss + 0 * L), s0_0);
         s1_0 = hl_vadd_scalar(hl_vload_scalar(s + 1 * ss + 0 * L), s1_0);
         s2_0 = hl_vadd_scalar(hl_vload_scalar(s + 2 * ss + 0 * L), s2_0);
@@ -1923,56 +2027,85 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d64_qk_4x1_scalar(const float *q, const float *
     hl_vstore_scalar(s + 3 * ss + 0 * L, hl_vmul_scalar(s3_0, hl_vset_scalar(scale)));
 }
 
-/* 1 keys by 1 vector of heads, over channels c0 .. c1-1: heads in the lanes, so that no
- * number ever has to be summed across them. Adds to what earlier channels left in s. */
+/* 1 key by 1 vector of heads, over n channels: heads in the lanes, so that no number ever
+ * has to be summed across them. With add, adds to what earlier channels left in s. Meanwhile the
+ * same channels of later keys are asked for. */
 HL_KERNEL_SCALAR void hl_sfa_f32_d64_qk_1x1_scalar(const float *q, const float *k, float *s,
-                                                   ptrdiff_t ss, int32_t c0, int32_t c1,
-                                                   float scale)
+                                                   ptrdiff_t ss, int32_t n, int32_t add,
+                                                   float scale, const hl_ahead *next)
 {
-    enum { L = 1, W = 1 * L, KS = 64 };
+    enum { L = 1, W = 1 * L, KS = 64, LINE = 16 };
     hl_vf_scalar s0_0 = hl_vzero_scalar();
-    for (int32_t c = c0; c < c1; ++c) {
-        const hl_vf_scalar q0 = hl_vload_scalar(q + (ptrdiff_t)c * W + 0 * L);
-        hl_vf_scalar x;
-        x = hl_vset_scalar(k[0 * KS + c]);
-        s0_0 = hl_vfma_scalar(x, q0, s0_0);
+    for (int32_t start = 0; start < n; start += LINE) {
+        const int32_t stop = n - start > LINE ? start + LINE : n;
+        if (next != NULL) {
+            hl_sfa_f32_d64_fetch_channels_scalar(next, start, 1);
+        }
+        for (int32_t c = start; c < stop; ++c) {
+            const hl_vf_scalar q0 = hl_vload_scalar(q + (ptrdiff_t)c * W + 0 * L);
+            hl_vf_scalar x;
+            x = hl_vset_scalar(k[0 * KS + c]);
+            s0_0 = hl_vfma_scalar(x, q0, s0_0);
+        }
     }
-    if (c0 > 0) {
+    if (add) {
         s0_0 = hl_vadd_scalar(hl_vload_scalar(s + 0 * ss + 0 * L), s0_0);
     }
     hl_vstore_scalar(s + 0 * ss + 0 * L, hl_vmul_scalar(s0_0, hl_vset_scalar(scale)));
 }
 
-/* All heads of the group against the n keys of the block. Channels in slices of 64, so that
- * a slice of a Q panel stays in the first-level cache while the keys pass by. */
-HL_KERNEL_SCALAR void hl_sfa_f32_d64_score_scalar(const hl_space *w, int32_t heads, int32_t n,
-                                                  float scale)
+/* Some heads of the group against the `rows` keys that lie in k, over n channels from c0. */
+HL_KERNEL_SCALAR void hl_sfa_f32_d64_score_keys_scalar(const hl_space *w, const float *k, float *s,
+    int32_t heads, int32_t rows, int32_t h0, int32_t h1, int32_t c0, int32_t n, float scale,
+    const hl_ahead *next)
 {
-    enum { L = 1, W = 2 * L, D = 64, KS = 64, SLICE = 64 };
-    const ptrdiff_t ss = heads;
-    for (int32_t h = 0; h < heads; h += W) {
-        const float *const q = w->q + (ptrdiff_t)h * D;
-        for (int32_t c0 = 0; c0 < D; c0 += SLICE) {
-            const int32_t c1 = c0 + SLICE < D ? c0 + SLICE : D;
-            const float x = c1 == D ? scale : 1.0f;
-            int32_t j = 0;
-            for (; n - j >= 4; j += 4) {
-                const float *const k = w->k + (ptrdiff_t)j * KS;
-                float *const s = w->s + j * ss + h;
-                if (heads - h >= W) {
-                    hl_sfa_f32_d64_qk_4x2_scalar(q, k, s, ss, c0, c1, x);
-                } else {
-                    hl_sfa_f32_d64_qk_4x1_scalar(q, k, s, ss, c0, c1, x);
-                }
+    enum { L = 1, W = 2 * L, D = 64 };
+    const int32_t add = c0 > 0;
+    for (int32_t h = h0; h < h1; h += W) {
+        const int32_t width = heads - h < W ? heads - h : W;
+        const float *const q = w->q + (ptrdiff_t)h * D + (ptrdiff_t)c0 * width;
+        if (rows == 4) {
+            if (width == W) {
+                hl_sfa_f32_d64_qk_4x2_scalar(q, k, s + h, heads, n, add, scale, next);
+            } else {
+                hl_sfa_f32_d64_qk_4x1_scalar(q, k, s + h, heads, n, add, scale, next);
             }
-            for (; j < n; j += 1) {
-                const float *const k = w->k + (ptrdiff_t)j * KS;
-                float *const s = w->s + j * ss + h;
-                if (heads - h >= W) {
-                    hl_sfa_f32_d64_qk_1x2_scalar(q, k, s, ss, c0, c1, x);
-                } else {
-                    hl_sfa_f32_d64_qk_1x1_scalar(q, k, s, ss, c0, c1, x);
-                }
+        } else {
+            if (width == W) {
+                hl_sfa_f32_d64_qk_1x2_scalar(q, k, s + h, heads, n, add, scale, next);
+            } else {
+                hl_sfa_f32_d64_qk_1x1_scalar(q, k, s + h, heads, n, add, scale, next);
+            }
+        }
+        next = NULL;
+    }
+}
+
+/* Keys of the next tile: the largest that still fits. */
+HL_KERNEL_SCALAR int32_t hl_sfa_f32_d64_tile_rows_scalar(int32_t left)
+{
+    return left >= 4 ? 4 : 1;
+}
+/* Few heads: 4 keys at a time are loaded, a slice of channels at a time, and used at once, so that
+ * they never leave the first-level cache as float32: writing a block of them would cost more. */
+HL_KERNEL_SCALAR void hl_sfa_f32_d64_score_few_scalar(const hl_sparse_flash_attention_args *a,
+    const hl_group *g, const hl_space *w, const hl_block *b, int32_t heads, float scale)
+{
+    enum { KS = 64, D = 64, SLICE = 64, KEYS = 4 };
+    hl_ahead next;
+    for (int32_t j = 0; j < b->n; j += KEYS) {
+        const int32_t keys = b->n - j < KEYS ? b->n - j : KEYS;
+        for (int32_t c0 = 0; c0 < D; c0 += SLICE) {
+            const int32_t left = D - c0;
+            const int32_t n = left < SLICE ? left : SLICE;
+            int32_t rows = 0;
+            hl_sfa_f32_d64_load_keys_scalar(a, g, b->loc + j, keys, c0, n, w->k);
+            for (int32_t r = 0; r < keys; r += rows) {
+                rows = hl_sfa_f32_d64_tile_rows_scalar(keys - r);
+                hl_sfa_f32_d64_look_ahead_scalar(a, g, b, j + KEYS + r, c0, &next);
+                hl_sfa_f32_d64_score_keys_scalar(w, w->k + (ptrdiff_t)r * KS, w->s
+                                                 + (ptrdiff_t)(j + r) * heads, heads, rows, 0,
+                                                 heads, c0, n, left > SLICE ? 1.0f : scale, &next);
             }
         }
     }
@@ -2011,10 +2144,10 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d64_softmax_scalar(float *s, const hl_state *t,
 
 /* ---- value: O = alpha O + P V ---- */
 
-/* 4 heads by 2 vectors of channels, over the block's n keys. */
-HL_KERNEL_SCALAR void hl_sfa_f32_d64_pv_4x2_scalar(const float *p, ptrdiff_t ps, const float *v,
-                                                   ptrdiff_t vs, float *o, const float *alpha,
-                                                   int32_t n)
+/* 4 heads by 2 vectors of channels; values are read where they are stored. */
+HL_KERNEL_SCALAR void hl_sfa_f32_d64_pr_4x2_scalar(const float *p, ptrdiff_t ps,
+                                                   const float *const *row, int32_t c, float *o,
+                                                   const float *alpha, int32_t n)
 {
     enum { L = 1, OS = 64 };
     hl_vf_scalar o0_0 = hl_vzero_scalar(), o0_1 = hl_vzero_scalar();
@@ -2022,8 +2155,8 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d64_pv_4x2_scalar(const float *p, ptrdiff_t ps,
     hl_vf_scalar o2_0 = hl_vzero_scalar(), o2_1 = hl_vzero_scalar();
     hl_vf_scalar o3_0 = hl_vzero_scalar(), o3_1 = hl_vzero_scalar();
     for (int32_t j = 0; j < n; ++j) {
-        const hl_vf_scalar v0 = hl_vload_scalar(v + j * vs + 0 * L);
-        const hl_vf_scalar v1 = hl_vload_scalar(v + j * vs + 1 * L);
+        const hl_vf_scalar v0 = hl_vload_scalar(row[j] + c + 0 * L);
+        const hl_vf_scalar v1 = hl_vload_scalar(row[j] + c + 1 * L);
         hl_vf_scalar x;
         x = hl_vset_scalar(p[j * ps + 0]);
         o0_0 = hl_vfma_scalar(x, v0, o0_0);
@@ -2064,33 +2197,10 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d64_pv_4x2_scalar(const float *p, ptrdiff_t ps,
                                     o3_1));
 }
 
-/* 1 head by 2 vectors of channels, over the block's n keys. */
-HL_KERNEL_SCALAR void hl_sfa_f32_d64_pv_1x2_scalar(const float *p, ptrdiff_t ps, const float *v,
-                                                   ptrdiff_t vs, float *o, const float *alpha,
-                                                   int32_t n)
-{
-    enum { L = 1, OS = 64 };
-    hl_vf_scalar o0_0 = hl_vzero_scalar(), o0_1 = hl_vzero_scalar();
-    for (int32_t j = 0; j < n; ++j) {
-        const hl_vf_scalar v0 = hl_vload_scalar(v + j * vs + 0 * L);
-        const hl_vf_scalar v1 = hl_vload_scalar(v + j * vs + 1 * L);
-        hl_vf_scalar x;
-        x = hl_vset_scalar(p[j * ps + 0]);
-        o0_0 = hl_vfma_scalar(x, v0, o0_0);
-        o0_1 = hl_vfma_scalar(x, v1, o0_1);
-    }
-    hl_vstore_scalar(o + 0 * OS + 0 * L,
-                     hl_vfma_scalar(hl_vset_scalar(alpha[0]), hl_vload_scalar(o + 0 * OS + 0 * L),
-                                    o0_0));
-    hl_vstore_scalar(o + 0 * OS + 1 * L,
-                     hl_vfma_scalar(hl_vset_scalar(alpha[0]), hl_vload_scalar(o + 0 * OS + 1 * L),
-                                    o0_1));
-}
-
-/* 4 heads by 1 vector of channels, over the block's n keys. */
-HL_KERNEL_SCALAR void hl_sfa_f32_d64_pv_4x1_scalar(const float *p, ptrdiff_t ps, const float *v,
-                                                   ptrdiff_t vs, float *o, const float *alpha,
-                                                   int32_t n)
+/* 4 heads by 1 vector of channels; values are read where they are stored. */
+HL_KERNEL_SCALAR void hl_sfa_f32_d64_pr_4x1_scalar(const float *p, ptrdiff_t ps,
+                                                   const float *const *row, int32_t c, float *o,
+                                                   const float *alpha, int32_t n)
 {
     enum { L = 1, OS = 64 };
     hl_vf_scalar o0_0 = hl_vzero_scalar();
@@ -2098,7 +2208,7 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d64_pv_4x1_scalar(const float *p, ptrdiff_t ps,
     hl_vf_scalar o2_0 = hl_vzero_scalar();
     hl_vf_scalar o3_0 = hl_vzero_scalar();
     for (int32_t j = 0; j < n; ++j) {
-        const hl_vf_scalar v0 = hl_vload_scalar(v + j * vs + 0 * L);
+        const hl_vf_scalar v0 = hl_vload_scalar(row[j] + c + 0 * L);
         hl_vf_scalar x;
         x = hl_vset_scalar(p[j * ps + 0]);
         o0_0 = hl_vfma_scalar(x, v0, o0_0);
@@ -2123,15 +2233,49 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d64_pv_4x1_scalar(const float *p, ptrdiff_t ps,
                                     o3_0));
 }
 
-/* 1 head by 1 vector of channels, over the block's n keys. */
-HL_KERNEL_SCALAR void hl_sfa_f32_d64_pv_1x1_scalar(const float *p, ptrdiff_t ps, const float *v,
-                                                   ptrdiff_t vs, float *o, const float *alpha,
-                                                   int32_t n)
+/* 1 head by 4 vectors of channels; values are read where they are stored. */
+HL_KERNEL_SCALAR void hl_sfa_f32_d64_pr_1x4_scalar(const float *p, ptrdiff_t ps,
+                                                   const float *const *row, int32_t c, float *o,
+                                                   const float *alpha, int32_t n)
+{
+    enum { L = 1, OS = 64 };
+    hl_vf_scalar o0_0 = hl_vzero_scalar(), o0_1 = hl_vzero_scalar(), o0_2 = hl_vzero_scalar(),
+        o0_3 = hl_vzero_scalar();
+    for (int32_t j = 0; j < n; ++j) {
+        const hl_vf_scalar v0 = hl_vload_scalar(row[j] + c + 0 * L);
+        const hl_vf_scalar v1 = hl_vload_scalar(row[j] + c + 1 * L);
+        const hl_vf_scalar v2 = hl_vload_scalar(row[j] + c + 2 * L);
+        const hl_vf_scalar v3 = hl_vload_scalar(row[j] + c + 3 * L);
+        hl_vf_scalar x;
+        x = hl_vset_scalar(p[j * ps + 0]);
+        o0_0 = hl_vfma_scalar(x, v0, o0_0);
+        o0_1 = hl_vfma_scalar(x, v1, o0_1);
+        o0_2 = hl_vfma_scalar(x, v2, o0_2);
+        o0_3 = hl_vfma_scalar(x, v3, o0_3);
+    }
+    hl_vstore_scalar(o + 0 * OS + 0 * L,
+                     hl_vfma_scalar(hl_vset_scalar(alpha[0]), hl_vload_scalar(o + 0 * OS + 0 * L),
+                                    o0_0));
+    hl_vstore_scalar(o + 0 * OS + 1 * L,
+                     hl_vfma_scalar(hl_vset_scalar(alpha[0]), hl_vload_scalar(o + 0 * OS + 1 * L),
+                                    o0_1));
+    hl_vstore_scalar(o + 0 * OS + 2 * L,
+                     hl_vfma_scalar(hl_vset_scalar(alpha[0]), hl_vload_scalar(o + 0 * OS + 2 * L),
+                                    o0_2));
+    hl_vstore_scalar(o + 0 * OS + 3 * L,
+                     hl_vfma_scalar(hl_vset_scalar(alpha[0]), hl_vload_scalar(o + 0 * OS + 3 * L),
+                                    o0_3));
+}
+
+/* 1 head by 1 vector of channels; values are read where they are stored. */
+HL_KERNEL_SCALAR void hl_sfa_f32_d64_pr_1x1_scalar(const float *p, ptrdiff_t ps,
+                                                   const float *const *row, int32_t c, float *o,
+                                                   const float *alpha, int32_t n)
 {
     enum { L = 1, OS = 64 };
     hl_vf_scalar o0_0 = hl_vzero_scalar();
     for (int32_t j = 0; j < n; ++j) {
-        const hl_vf_scalar v0 = hl_vload_scalar(v + j * vs + 0 * L);
+        const hl_vf_scalar v0 = hl_vload_scalar(row[j] + c + 0 * L);
         hl_vf_scalar x;
         x = hl_vset_scalar(p[j * ps + 0]);
         o0_0 = hl_vfma_scalar(x, v0, o0_0);
@@ -2141,34 +2285,35 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d64_pv_1x1_scalar(const float *p, ptrdiff_t ps,
                                     o0_0));
 }
 
-/* All heads of the group. A few channels of all values stay in the first-level cache while the
- * heads pass by. */
-HL_KERNEL_SCALAR void hl_sfa_f32_d64_value_scalar(const hl_space *w, const hl_state *t,
-                                                  int32_t padded, int32_t group, ptrdiff_t vs,
-                                                  int32_t n)
+/* Few heads: the values are not worth a copy. */
+HL_KERNEL_SCALAR void hl_sfa_f32_d64_value_few_scalar(const hl_sparse_flash_attention_args *a,
+    const hl_group *g, const hl_space *w, const hl_state *t, const hl_block *b, int32_t padded,
+    int32_t group)
 {
-    enum { L = 1, OS = 64 };
-    int32_t c = 0;
-    for (; c + 2 * L <= OS; c += 2 * L) {
-        int32_t h = 0;
-        for (; h + 4 <= group; h += 4) {
-            hl_sfa_f32_d64_pv_4x2_scalar(w->s + h, padded, w->v + c, vs, t->o + (ptrdiff_t)h * OS
-                                         + c, t->alpha + h, n);
+    enum { L = 1, OS = 64, DV = 64 };
+    const float **const row = (const float **)w->rows;
+    int32_t h = 0;
+    for (int32_t j = 0; j < b->n; ++j) {
+        row[j] = hl_sfa_f32_d64_value_row_scalar(a, g, b->loc[j]);
+    }
+    for (; h + 4 <= group; h += 4) {
+        float *const o = t->o + (ptrdiff_t)h * OS;
+        int32_t c = 0;
+        for (; c + 2 * L <= DV; c += 2 * L) {
+            hl_sfa_f32_d64_pr_4x2_scalar(w->s + h, padded, row, c, o + c, t->alpha + h, b->n);
         }
-        for (; h + 1 <= group; h += 1) {
-            hl_sfa_f32_d64_pv_1x2_scalar(w->s + h, padded, w->v + c, vs, t->o + (ptrdiff_t)h * OS
-                                         + c, t->alpha + h, n);
+        for (; c + 1 * L <= DV; c += 1 * L) {
+            hl_sfa_f32_d64_pr_4x1_scalar(w->s + h, padded, row, c, o + c, t->alpha + h, b->n);
         }
     }
-    for (; c + 1 * L <= OS; c += 1 * L) {
-        int32_t h = 0;
-        for (; h + 4 <= group; h += 4) {
-            hl_sfa_f32_d64_pv_4x1_scalar(w->s + h, padded, w->v + c, vs, t->o + (ptrdiff_t)h * OS
-                                         + c, t->alpha + h, n);
+    for (; h + 1 <= group; h += 1) {
+        float *const o = t->o + (ptrdiff_t)h * OS;
+        int32_t c = 0;
+        for (; c + 4 * L <= DV; c += 4 * L) {
+            hl_sfa_f32_d64_pr_1x4_scalar(w->s + h, padded, row, c, o + c, t->alpha + h, b->n);
         }
-        for (; h + 1 <= group; h += 1) {
-            hl_sfa_f32_d64_pv_1x1_scalar(w->s + h, padded, w->v + c, vs, t->o + (ptrdiff_t)h * OS
-                                         + c, t->alpha + h, n);
+        for (; c + 1 * L <= DV; c += 1 * L) {
+            hl_sfa_f32_d64_pr_1x1_scalar(w->s + h, padded, row, c, o + c, t->alpha + h, b->n);
         }
     }
 }
@@ -2337,27 +2482,40 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d64_merge_state_scalar(const hl_state *t, const
 
 /* ---- forward: one group against its keys ---- */
 
+/* One block of keys: load, score, softmax, value. */
+HL_KERNEL_SCALAR void hl_sfa_f32_d64_block_scalar(const hl_sparse_flash_attention_plan *plan,
+                                                  const hl_group *g, const hl_space *w,
+                                                  const hl_state *t, const hl_block *b,
+                                                  int32_t padded)
+{
+    const hl_sparse_flash_attention_args *const a = &plan->args;
+    /* rows -> numbers, a tile at a time; S = scale Q K^T, in units of log2 */
+    hl_sfa_f32_d64_score_few_scalar(a, g, w, b, padded, plan->scale_log2);
+    /* m' = max(m, rowmax S);  P = 2^(S - m');  l, alpha */
+    hl_sfa_f32_d64_softmax_scalar(w->s, t, padded, b->n);
+    /* O = alpha O + P V */
+    hl_sfa_f32_d64_value_few_scalar(a, g, w, t, b, padded, plan->group);
+}
+
 /* One chunk of a group's keys (FlashAttention-2, algorithm 1, with K and V in blocks). */
 HL_KERNEL_SCALAR void hl_sfa_f32_d64_forward_scalar(const hl_sparse_flash_attention_plan *plan,
                                                     const hl_group *g, const hl_space *w,
                                                     const hl_state *t, hl_cursor c, int32_t padded)
 {
-    enum { BLOCK = 16, KS = 64, VS = 64 };
+    const int32_t block = 16;
     const hl_sparse_flash_attention_args *const a = &plan->args;
-    const ptrdiff_t vs = a->value != NULL ? VS : KS;
-    int32_t n = hl_sfa_f32_d64_next(a, g, &c, w->loc, BLOCK);
+    hl_block b;
+    b.loc = w->loc;
+    b.n = hl_sfa_f32_d64_next(a, g, &c, b.loc, block);
     hl_sfa_f32_d64_start_scalar(t, padded, plan->group);
-    while (n > 0) {
-        /* rows -> numbers, once for the whole group */
-        hl_sfa_f32_d64_load_scalar(a, g, w, n);
-        /* S = scale Q K^T, in units of log2 */
-        hl_sfa_f32_d64_score_scalar(w, padded, n, plan->scale_log2);
-        /* m' = max(m, rowmax S);  P = 2^(S - m');  l, alpha */
-        hl_sfa_f32_d64_softmax_scalar(w->s, t, padded, n);
-        /* O = alpha O + P V */
-        hl_sfa_f32_d64_value_scalar(w, t, padded, plan->group, vs, n);
+    while (b.n > 0) {
+        b.n_later = b.n < block ? 0 : hl_sfa_f32_d64_next(a, g, &c, b.loc + block, block);
+        hl_sfa_f32_d64_block_scalar(plan, g, w, t, &b, padded);
         *t->seen = 1.0f;
-        n = hl_sfa_f32_d64_next(a, g, &c, w->loc, BLOCK);
+        for (int32_t j = 0; j < b.n_later; ++j) {
+            b.loc[j] = b.loc[block + j];
+        }
+        b.n = b.n_later;
     }
 }
 
@@ -2459,34 +2617,120 @@ HL_KERNEL_NEON void hl_sfa_f32_d64_load_q_neon(const hl_sparse_flash_attention_a
     }
 }
 
-/* The block's keys, and its values where they are apart. */
-HL_KERNEL_NEON void hl_sfa_f32_d64_load_neon(const hl_sparse_flash_attention_args *a,
-                                             const hl_group *g, const hl_space *w, int32_t n)
+/* Where one key's row lies; its rotary channels, if they are apart; and its value, which is either
+ * in a tensor of its own or the first channels of the key. */
+HL_KERNEL_NEON const float *hl_sfa_f32_d64_key_row_neon(const hl_sparse_flash_attention_args *a,
+    const hl_group *g, hl_loc at)
 {
-    enum { D = 64, DK = 64, DV = 64, KS = 64, VS = 64 };
-    for (int32_t j = 0; j < n; ++j) {
-        const hl_loc at = w->loc[j];
-        float *const to = w->k + (ptrdiff_t)j * KS;
-        const float *const key = (const float *)a->key
-            + at.outer * a->key_stride.batch + at.inner * a->key_stride.row
-            + g->kv_head * a->key_stride.head;
-        hl_vrow_f32_neon(to, key, DK);
+    return (const float *)a->key + at.outer * a->key_stride.batch
+        + at.inner * a->key_stride.row + g->kv_head * a->key_stride.head;
+}
+HL_KERNEL_NEON const float *hl_sfa_f32_d64_value_row_neon(const hl_sparse_flash_attention_args *a,
+    const hl_group *g, hl_loc at)
+{
+    if (a->value == NULL) {
+        return hl_sfa_f32_d64_key_row_neon(a, g, at);
+    }
+    return (const float *)a->value + at.outer * a->value_stride.batch
+        + at.inner * a->value_stride.row + g->kv_head * a->value_stride.head;
+}
+
+/* One key's row as float32. */
+HL_KERNEL_NEON void hl_sfa_f32_d64_load_key_neon(const hl_sparse_flash_attention_args *a,
+                                                 const hl_group *g, hl_loc at, float *to)
+{
+    enum { DK = 64, D = 64 };
+    hl_vrow_f32_neon(to, hl_sfa_f32_d64_key_row_neon(a, g, at), D);
+}
+
+/* Asks for the lines of a row before they are needed: rows that a list names lie anywhere, which no
+ * hardware can guess. A word, not a function: GCC takes a function that does nothing but prefetch
+ * for one without effect, and drops its calls. */
+HL_WORD_NEON void hl_sfa_f32_d64_fetch_neon(const float *row, int32_t channels)
+{
+    for (int32_t c = 0; c < channels; c += 16) {
+        HL_FETCH(row + c);
+    }
+}
+
+HL_WORD_NEON void hl_sfa_f32_d64_fetch_key_neon(hl_loc at, const hl_sparse_flash_attention_args *a,
+                                                const hl_group *g)
+{
+    enum { DK = 64, D = 64, DV = 64 };
+    hl_sfa_f32_d64_fetch_neon(hl_sfa_f32_d64_key_row_neon(a, g, at), D);
+    if (a->value != NULL) {
+        hl_sfa_f32_d64_fetch_neon(hl_sfa_f32_d64_value_row_neon(a, g, at), DV);
+    }
+}
+/* Channels c0 .. c0+n-1 of some keys, channel by channel over all of them: so many pages are under
+ * way at once, and each of them is read in order. */
+HL_KERNEL_NEON void hl_sfa_f32_d64_load_keys_neon(const hl_sparse_flash_attention_args *a,
+                                                  const hl_group *g, const hl_loc *loc,
+                                                  int32_t keys, int32_t c0, int32_t n, float *to)
+{
+    enum { L = 4, KS = 64, DK = 64 };
+    const float *row[16];
+    const int32_t end = c0 + n < DK ? c0 + n : DK;
+    int32_t c = c0;
+    for (int32_t r = 0; r < keys; ++r) {
+        row[r] = hl_sfa_f32_d64_key_row_neon(a, g, loc[r]);
+    }
+    for (; c + L <= end; c += L) {
+        for (int32_t r = 0; r < keys; ++r) {
+            hl_vstore_neon(to + (ptrdiff_t)r * KS + (c - c0), hl_vload_neon(row[r] + c));
+        }
+    }
+}
+
+/* Where the same channels of later keys lie; where there is none, of a key that is at hand. */
+HL_KERNEL_NEON void hl_sfa_f32_d64_look_ahead_neon(const hl_sparse_flash_attention_args *a,
+                                                   const hl_group *g, const hl_block *b, int32_t j,
+                                                   int32_t c0, hl_ahead *next)
+{
+    enum { DK = 64 };
+    next->nope = DK - c0;
+    for (int32_t r = 0; r < 8; ++r) {
+        const hl_loc at = b->loc[j + r < b->n + b->n_later ? j + r : 0];
+        const float *const row = hl_sfa_f32_d64_key_row_neon(a, g, at);
+        next->row[r] = row + c0;
+    }
+}
+
+HL_WORD_NEON void hl_sfa_f32_d64_fetch_channels_neon(const hl_ahead *next, int32_t c, int32_t rows)
+{
+    for (int32_t r = 0; r < rows; ++r) {
+        HL_FETCH((const float *)next->row[r] + c);
+    }
+}
+/* The whole block's keys, and its values where they are apart; meanwhile rows are asked for that
+ * lie 8 further on, in this block or in the next. */
+HL_KERNEL_NEON void hl_sfa_f32_d64_load_neon(const hl_sparse_flash_attention_args *a,
+                                             const hl_group *g, const hl_space *w,
+                                             const hl_block *b)
+{
+    enum { DV = 64, KS = 64, VS = 64 };
+    for (int32_t j = 0; j < b->n; ++j) {
+        if (j + 8 < b->n + b->n_later) {
+            hl_sfa_f32_d64_fetch_key_neon(b->loc[j + 8], a, g);
+        }
+        hl_sfa_f32_d64_load_key_neon(a, g, b->loc[j], w->k + (ptrdiff_t)j * KS);
         if (a->value != NULL) {
-            hl_vrow_f32_neon(w->v + (ptrdiff_t)j * VS, (const float *)a->value + at.outer
-                             * a->value_stride.batch + at.inner * a->value_stride.row + g->kv_head
-                             * a->value_stride.head, DV);
+            hl_vrow_f32_neon(w->v + (ptrdiff_t)j * VS,
+                             hl_sfa_f32_d64_value_row_neon(a, g, b->loc[j]), DV);
         }
     }
 }
 
 /* ---- score: S = scale Q K^T, in units of log2 ---- */
 
-/* 8 keys by 2 vectors of heads, over channels c0 .. c1-1: heads in the lanes, so that no
- * number ever has to be summed across them. Adds to what earlier channels left in s. */
+/* 8 keys by 2 vectors of heads, over n channels: heads in the lanes, so that no number ever
+ * has to be summed across them. With add, adds to what earlier channels left in s. Meanwhile the
+ * same channels of later keys are asked for. */
 HL_KERNEL_NEON void hl_sfa_f32_d64_qk_8x2_neon(const float *q, const float *k, float *s,
-                                               ptrdiff_t ss, int32_t c0, int32_t c1, float scale)
+                                               ptrdiff_t ss, int32_t n, int32_t add, float scale,
+                                               const hl_ahead *next)
 {
-    enum { L = 4, W = 2 * L, KS = 64 };
+    enum { L = 4, W = 2 * L, KS = 64, LINE = 16 };
     hl_vf_neon s0_0 = hl_vzero_neon(), s0_1 = hl_vzero_neon();
     hl_vf_neon s1_0 = hl_vzero_neon(), s1_1 = hl_vzero_neon();
     hl_vf_neon s2_0 = hl_vzero_neon(), s2_1 = hl_vzero_neon();
@@ -2495,36 +2739,42 @@ HL_KERNEL_NEON void hl_sfa_f32_d64_qk_8x2_neon(const float *q, const float *k, f
     hl_vf_neon s5_0 = hl_vzero_neon(), s5_1 = hl_vzero_neon();
     hl_vf_neon s6_0 = hl_vzero_neon(), s6_1 = hl_vzero_neon();
     hl_vf_neon s7_0 = hl_vzero_neon(), s7_1 = hl_vzero_neon();
-    for (int32_t c = c0; c < c1; ++c) {
-        const hl_vf_neon q0 = hl_vload_neon(q + (ptrdiff_t)c * W + 0 * L);
-        const hl_vf_neon q1 = hl_vload_neon(q + (ptrdiff_t)c * W + 1 * L);
-        hl_vf_neon x;
-        x = hl_vset_neon(k[0 * KS + c]);
-        s0_0 = hl_vfma_neon(x, q0, s0_0);
-        s0_1 = hl_vfma_neon(x, q1, s0_1);
-        x = hl_vset_neon(k[1 * KS + c]);
-        s1_0 = hl_vfma_neon(x, q0, s1_0);
-        s1_1 = hl_vfma_neon(x, q1, s1_1);
-        x = hl_vset_neon(k[2 * KS + c]);
-        s2_0 = hl_vfma_neon(x, q0, s2_0);
-        s2_1 = hl_vfma_neon(x, q1, s2_1);
-        x = hl_vset_neon(k[3 * KS + c]);
-        s3_0 = hl_vfma_neon(x, q0, s3_0);
-        s3_1 = hl_vfma_neon(x, q1, s3_1);
-        x = hl_vset_neon(k[4 * KS + c]);
-        s4_0 = hl_vfma_neon(x, q0, s4_0);
-        s4_1 = hl_vfma_neon(x, q1, s4_1);
-        x = hl_vset_neon(k[5 * KS + c]);
-        s5_0 = hl_vfma_neon(x, q0, s5_0);
-        s5_1 = hl_vfma_neon(x, q1, s5_1);
-        x = hl_vset_neon(k[6 * KS + c]);
-        s6_0 = hl_vfma_neon(x, q0, s6_0);
-        s6_1 = hl_vfma_neon(x, q1, s6_1);
-        x = hl_vset_neon(k[7 * KS + c]);
-        s7_0 = hl_vfma_neon(x, q0, s7_0);
-        s7_1 = hl_vfma_neon(x, q1, s7_1);
+    for (int32_t start = 0; start < n; start += LINE) {
+        const int32_t stop = n - start > LINE ? start + LINE : n;
+        if (next != NULL) {
+            hl_sfa_f32_d64_fetch_channels_neon(next, start, 8);
+        }
+        for (int32_t c = start; c < stop; ++c) {
+            const hl_vf_neon q0 = hl_vload_neon(q + (ptrdiff_t)c * W + 0 * L);
+            const hl_vf_neon q1 = hl_vload_neon(q + (ptrdiff_t)c * W + 1 * L);
+            hl_vf_neon x;
+            x = hl_vset_neon(k[0 * KS + c]);
+            s0_0 = hl_vfma_neon(x, q0, s0_0);
+            s0_1 = hl_vfma_neon(x, q1, s0_1);
+            x = hl_vset_neon(k[1 * KS + c]);
+            s1_0 = hl_vfma_neon(x, q0, s1_0);
+            s1_1 = hl_vfma_neon(x, q1, s1_1);
+            x = hl_vset_neon(k[2 * KS + c]);
+            s2_0 = hl_vfma_neon(x, q0, s2_0);
+            s2_1 = hl_vfma_neon(x, q1, s2_1);
+            x = hl_vset_neon(k[3 * KS + c]);
+            s3_0 = hl_vfma_neon(x, q0, s3_0);
+            s3_1 = hl_vfma_neon(x, q1, s3_1);
+            x = hl_vset_neon(k[4 * KS + c]);
+            s4_0 = hl_vfma_neon(x, q0, s4_0);
+            s4_1 = hl_vfma_neon(x, q1, s4_1);
+            x = hl_vset_neon(k[5 * KS + c]);
+            s5_0 = hl_vfma_neon(x, q0, s5_0);
+            s5_1 = hl_vfma_neon(x, q1, s5_1);
+            x = hl_vset_neon(k[6 * KS + c]);
+            s6_0 = hl_vfma_neon(x, q0, s6_0);
+            s6_1 = hl_vfma_neon(x, q1, s6_1);
+            x = hl_vset_neon(k[7 * KS + c]);
+            s7_0 = hl_vfma_neon(x, q0, s7_0);
+            s7_1 = hl_vfma_neon(x, q1, s7_1);
+        }
     }
-    if (c0 > 0) {
+    if (add) {
         s0_0 = hl_vadd_neon(hl_vload_neon(s + 0 * ss + 0 * L), s0_0);
         s0_1 = hl_vadd_neon(hl_vload_neon(s + 0 * ss + 1 * L), s0_1);
         s1_0 = hl_vadd_neon(hl_vload_neon(s + 1 * ss + 0 * L), s1_0);
@@ -2560,22 +2810,30 @@ HL_KERNEL_NEON void hl_sfa_f32_d64_qk_8x2_neon(const float *q, const float *k, f
     hl_vstore_neon(s + 7 * ss + 1 * L, hl_vmul_neon(s7_1, hl_vset_neon(scale)));
 }
 
-/* 1 keys by 2 vectors of heads, over channels c0 .. c1-1: heads in the lanes, so that no
- * number ever has to be summed across them. Adds to what earlier channels left in s. */
+/* 1 key by 2 vectors of heads, over n channels: heads in the lanes, so that no number ever
+ * has to be summed across them. With add, adds to what earlier channels left in s. Meanwhile the
+ * same channels of later keys are asked for. */
 HL_KERNEL_NEON void hl_sfa_f32_d64_qk_1x2_neon(const float *q, const float *k, float *s,
-                                               ptrdiff_t ss, int32_t c0, int32_t c1, float scale)
+                                               ptrdiff_t ss, int32_t n, int32_t add, float scale,
+                                               const hl_ahead *next)
 {
-    enum { L = 4, W = 2 * L, KS = 64 };
+    enum { L = 4, W = 2 * L, KS = 64, LINE = 16 };
     hl_vf_neon s0_0 = hl_vzero_neon(), s0_1 = hl_vzero_neon();
-    for (int32_t c = c0; c < c1; ++c) {
-        const hl_vf_neon q0 = hl_vload_neon(q + (ptrdiff_t)c * W + 0 * L);
-        const hl_vf_neon q1 = hl_vload_neon(q + (ptrdiff_t)c * W + 1 * L);
-        hl_vf_neon x;
-        x = hl_vset_neon(k[0 * KS + c]);
-        s0_0 = hl_vfma_neon(x, q0, s0_0);
-        s0_1 = hl_vfma_neon(x, q1, s0_1);
+    for (int32_t start = 0; start < n; start += LINE) {
+        const int32_t stop = n - start > LINE ? start + LINE : n;
+        if (next != NULL) {
+            hl_sfa_f32_d64_fetch_channels_neon(next, start, 1);
+        }
+        for (int32_t c = start; c < stop; ++c) {
+            const hl_vf_neon q0 = hl_vload_neon(q + (ptrdiff_t)c * W + 0 * L);
+            const hl_vf_neon q1 = hl_vload_neon(q + (ptrdiff_t)c * W + 1 * L);
+            hl_vf_neon x;
+            x = hl_vset_neon(k[0 * KS + c]);
+            s0_0 = hl_vfma_neon(x, q0, s0_0);
+            s0_1 = hl_vfma_neon(x, q1, s0_1);
+        }
     }
-    if (c0 > 0) {
+    if (add) {
         s0_0 = hl_vadd_neon(hl_vload_neon(s + 0 * ss + 0 * L), s0_0);
         s0_1 = hl_vadd_neon(hl_vload_neon(s + 0 * ss + 1 * L), s0_1);
     }
@@ -2583,12 +2841,14 @@ HL_KERNEL_NEON void hl_sfa_f32_d64_qk_1x2_neon(const float *q, const float *k, f
     hl_vstore_neon(s + 0 * ss + 1 * L, hl_vmul_neon(s0_1, hl_vset_neon(scale)));
 }
 
-/* 8 keys by 1 vector of heads, over channels c0 .. c1-1: heads in the lanes, so that no
- * number ever has to be summed across them. Adds to what earlier channels left in s. */
+/* 8 keys by 1 vector of heads, over n channels: heads in the lanes, so that no number ever
+ * has to be summed across them. With add, adds to what earlier channels left in s. Meanwhile the
+ * same channels of later keys are asked for. */
 HL_KERNEL_NEON void hl_sfa_f32_d64_qk_8x1_neon(const float *q, const float *k, float *s,
-                                               ptrdiff_t ss, int32_t c0, int32_t c1, float scale)
+                                               ptrdiff_t ss, int32_t n, int32_t add, float scale,
+                                               const hl_ahead *next)
 {
-    enum { L = 4, W = 1 * L, KS = 64 };
+    enum { L = 4, W = 1 * L, KS = 64, LINE = 16 };
     hl_vf_neon s0_0 = hl_vzero_neon();
     hl_vf_neon s1_0 = hl_vzero_neon();
     hl_vf_neon s2_0 = hl_vzero_neon();
@@ -2597,27 +2857,33 @@ HL_KERNEL_NEON void hl_sfa_f32_d64_qk_8x1_neon(const float *q, const float *k, f
     hl_vf_neon s5_0 = hl_vzero_neon();
     hl_vf_neon s6_0 = hl_vzero_neon();
     hl_vf_neon s7_0 = hl_vzero_neon();
-    for (int32_t c = c0; c < c1; ++c) {
-        const hl_vf_neon q0 = hl_vload_neon(q + (ptrdiff_t)c * W + 0 * L);
-        hl_vf_neon x;
-        x = hl_vset_neon(k[0 * KS + c]);
-        s0_0 = hl_vfma_neon(x, q0, s0_0);
-        x = hl_vset_neon(k[1 * KS + c]);
-        s1_0 = hl_vfma_neon(x, q0, s1_0);
-        x = hl_vset_neon(k[2 * KS + c]);
-        s2_0 = hl_vfma_neon(x, q0, s2_0);
-        x = hl_vset_neon(k[3 * KS + c]);
-        s3_0 = hl_vfma_neon(x, q0, s3_0);
-        x = hl_vset_neon(k[4 * KS + c]);
-        s4_0 = hl_vfma_neon(x, q0, s4_0);
-        x = hl_vset_neon(k[5 * KS + c]);
-        s5_0 = hl_vfma_neon(x, q0, s5_0);
-        x = hl_vset_neon(k[6 * KS + c]);
-        s6_0 = hl_vfma_neon(x, q0, s6_0);
-        x = hl_vset_neon(k[7 * KS + c]);
-        s7_0 = hl_vfma_neon(x, q0, s7_0);
+    for (int32_t start = 0; start < n; start += LINE) {
+        const int32_t stop = n - start > LINE ? start + LINE : n;
+        if (next != NULL) {
+            hl_sfa_f32_d64_fetch_channels_neon(next, start, 8);
+        }
+        for (int32_t c = start; c < stop; ++c) {
+            const hl_vf_neon q0 = hl_vload_neon(q + (ptrdiff_t)c * W + 0 * L);
+            hl_vf_neon x;
+            x = hl_vset_neon(k[0 * KS + c]);
+            s0_0 = hl_vfma_neon(x, q0, s0_0);
+            x = hl_vset_neon(k[1 * KS + c]);
+            s1_0 = hl_vfma_neon(x, q0, s1_0);
+            x = hl_vset_neon(k[2 * KS + c]);
+            s2_0 = hl_vfma_neon(x, q0, s2_0);
+            x = hl_vset_neon(k[3 * KS + c]);
+            s3_0 = hl_vfma_neon(x, q0, s3_0);
+            x = hl_vset_neon(k[4 * KS + c]);
+            s4_0 = hl_vfma_neon(x, q0, s4_0);
+            x = hl_vset_neon(k[5 * KS + c]);
+            s5_0 = hl_vfma_neon(x, q0, s5_0);
+            x = hl_vset_neon(k[6 * KS + c]);
+            s6_0 = hl_vfma_neon(x, q0, s6_0);
+            x = hl_vset_neon(k[7 * KS + c]);
+            s7_0 = hl_vfma_neon(x, q0, s7_0);
+        }
     }
-    if (c0 > 0) {
+    if (add) {
         s0_0 = hl_vadd_neon(hl_vload_neon(s + 0 * ss + 0 * L), s0_0);
         s1_0 = hl_vadd_neon(hl_vload_neon(s + 1 * ss + 0 * L), s1_0);
         s2_0 = hl_vadd_neon(hl_vload_neon(s + 2 * ss + 0 * L), s2_0);
@@ -2637,55 +2903,106 @@ HL_KERNEL_NEON void hl_sfa_f32_d64_qk_8x1_neon(const float *q, const float *k, f
     hl_vstore_neon(s + 7 * ss + 0 * L, hl_vmul_neon(s7_0, hl_vset_neon(scale)));
 }
 
-/* 1 keys by 1 vector of heads, over channels c0 .. c1-1: heads in the lanes, so that no
- * number ever has to be summed across them. Adds to what earlier channels left in s. */
+/* 1 key by 1 vector of heads, over n channels: heads in the lanes, so that no number ever
+ * has to be summed across them. With add, adds to what earlier channels left in s. Meanwhile the
+ * same channels of later keys are asked for. */
 HL_KERNEL_NEON void hl_sfa_f32_d64_qk_1x1_neon(const float *q, const float *k, float *s,
-                                               ptrdiff_t ss, int32_t c0, int32_t c1, float scale)
+                                               ptrdiff_t ss, int32_t n, int32_t add, float scale,
+                                               const hl_ahead *next)
 {
-    enum { L = 4, W = 1 * L, KS = 64 };
+    enum { L = 4, W = 1 * L, KS = 64, LINE = 16 };
     hl_vf_neon s0_0 = hl_vzero_neon();
-    for (int32_t c = c0; c < c1; ++c) {
-        const hl_vf_neon q0 = hl_vload_neon(q + (ptrdiff_t)c * W + 0 * L);
-        hl_vf_neon x;
-        x = hl_vset_neon(k[0 * KS + c]);
-        s0_0 = hl_vfma_neon(x, q0, s0_0);
+    for (int32_t start = 0; start < n; start += LINE) {
+        const int32_t stop = n - start > LINE ? start + LINE : n;
+        if (next != NULL) {
+            hl_sfa_f32_d64_fetch_channels_neon(next, start, 1);
+        }
+        for (int32_t c = start; c < stop; ++c) {
+            const hl_vf_neon q0 = hl_vload_neon(q + (ptrdiff_t)c * W + 0 * L);
+            hl_vf_neon x;
+            x = hl_vset_neon(k[0 * KS + c]);
+            s0_0 = hl_vfma_neon(x, q0, s0_0);
+        }
     }
-    if (c0 > 0) {
+    if (add) {
         s0_0 = hl_vadd_neon(hl_vload_neon(s + 0 * ss + 0 * L), s0_0);
     }
     hl_vstore_neon(s + 0 * ss + 0 * L, hl_vmul_neon(s0_0, hl_vset_neon(scale)));
 }
 
-/* All heads of the group against the n keys of the block. Channels in slices of 64, so that
- * a slice of a Q panel stays in the first-level cache while the keys pass by. */
+/* Some heads of the group against the `rows` keys that lie in k, over n channels from c0. */
+HL_KERNEL_NEON void hl_sfa_f32_d64_score_keys_neon(const hl_space *w, const float *k, float *s,
+                                                   int32_t heads, int32_t rows, int32_t h0,
+                                                   int32_t h1, int32_t c0, int32_t n, float scale,
+                                                   const hl_ahead *next)
+{
+    enum { L = 4, W = 2 * L, D = 64 };
+    const int32_t add = c0 > 0;
+    for (int32_t h = h0; h < h1; h += W) {
+        const int32_t width = heads - h < W ? heads - h : W;
+        const float *const q = w->q + (ptrdiff_t)h * D + (ptrdiff_t)c0 * width;
+        if (rows == 8) {
+            if (width == W) {
+                hl_sfa_f32_d64_qk_8x2_neon(q, k, s + h, heads, n, add, scale, next);
+            } else {
+                hl_sfa_f32_d64_qk_8x1_neon(q, k, s + h, heads, n, add, scale, next);
+            }
+        } else {
+            if (width == W) {
+                hl_sfa_f32_d64_qk_1x2_neon(q, k, s + h, heads, n, add, scale, next);
+            } else {
+                hl_sfa_f32_d64_qk_1x1_neon(q, k, s + h, heads, n, add, scale, next);
+            }
+        }
+        next = NULL;
+    }
+}
+
+/* Keys of the next tile: the largest that still fits. */
+HL_KERNEL_NEON int32_t hl_sfa_f32_d64_tile_rows_neon(int32_t left)
+{
+    return left >= 8 ? 8 : 1;
+}
+/* Many heads: the whole block is loaded. Channels in slices of 64, so that a slice of a Q panel
+ * stays in the first-level cache while the keys pass by. */
 HL_KERNEL_NEON void hl_sfa_f32_d64_score_neon(const hl_space *w, int32_t heads, int32_t n,
                                               float scale)
 {
-    enum { L = 4, W = 2 * L, D = 64, KS = 64, SLICE = 64 };
-    const ptrdiff_t ss = heads;
+    enum { W = 2 * 4, D = 64, KS = 64, SLICE = 64 };
     for (int32_t h = 0; h < heads; h += W) {
-        const float *const q = w->q + (ptrdiff_t)h * D;
         for (int32_t c0 = 0; c0 < D; c0 += SLICE) {
-            const int32_t c1 = c0 + SLICE < D ? c0 + SLICE : D;
-            const float x = c1 == D ? scale : 1.0f;
-            int32_t j = 0;
-            for (; n - j >= 8; j += 8) {
-                const float *const k = w->k + (ptrdiff_t)j * KS;
-                float *const s = w->s + j * ss + h;
-                if (heads - h >= W) {
-                    hl_sfa_f32_d64_qk_8x2_neon(q, k, s, ss, c0, c1, x);
-                } else {
-                    hl_sfa_f32_d64_qk_8x1_neon(q, k, s, ss, c0, c1, x);
-                }
+            const int32_t left = D - c0;
+            int32_t rows = 0;
+            for (int32_t j = 0; j < n; j += rows) {
+                rows = hl_sfa_f32_d64_tile_rows_neon(n - j);
+                hl_sfa_f32_d64_score_keys_neon(w, w->k + (ptrdiff_t)j * KS + c0, w->s + (ptrdiff_t)j
+                                               * heads, heads, rows, h, h + 1, c0, left < SLICE
+                                               ? left : SLICE, left > SLICE ? 1.0f : scale, NULL);
             }
-            for (; j < n; j += 1) {
-                const float *const k = w->k + (ptrdiff_t)j * KS;
-                float *const s = w->s + j * ss + h;
-                if (heads - h >= W) {
-                    hl_sfa_f32_d64_qk_1x2_neon(q, k, s, ss, c0, c1, x);
-                } else {
-                    hl_sfa_f32_d64_qk_1x1_neon(q, k, s, ss, c0, c1, x);
-                }
+        }
+    }
+}
+/* Few heads: 16 keys at a time are loaded, a slice of channels at a time, and used at once, so that
+ * they never leave the first-level cache as float32: writing a block of them would cost more. */
+HL_KERNEL_NEON void hl_sfa_f32_d64_score_few_neon(const hl_sparse_flash_attention_args *a,
+                                                  const hl_group *g, const hl_space *w,
+                                                  const hl_block *b, int32_t heads, float scale)
+{
+    enum { KS = 64, D = 64, SLICE = 64, KEYS = 16 };
+    hl_ahead next;
+    for (int32_t j = 0; j < b->n; j += KEYS) {
+        const int32_t keys = b->n - j < KEYS ? b->n - j : KEYS;
+        for (int32_t c0 = 0; c0 < D; c0 += SLICE) {
+            const int32_t left = D - c0;
+            const int32_t n = left < SLICE ? left : SLICE;
+            int32_t rows = 0;
+            hl_sfa_f32_d64_load_keys_neon(a, g, b->loc + j, keys, c0, n, w->k);
+            for (int32_t r = 0; r < keys; r += rows) {
+                rows = hl_sfa_f32_d64_tile_rows_neon(keys - r);
+                hl_sfa_f32_d64_look_ahead_neon(a, g, b, j + KEYS + r, c0, &next);
+                hl_sfa_f32_d64_score_keys_neon(w, w->k + (ptrdiff_t)r * KS, w->s
+                                               + (ptrdiff_t)(j + r) * heads, heads, rows, 0, heads,
+                                               c0, n, left > SLICE ? 1.0f : scale, &next);
             }
         }
     }
@@ -2891,8 +3208,7 @@ HL_KERNEL_NEON void hl_sfa_f32_d64_pv_1x1_neon(const float *p, ptrdiff_t ps, con
                    hl_vfma_neon(hl_vset_neon(alpha[0]), hl_vload_neon(o + 0 * OS + 0 * L), o0_0));
 }
 
-/* All heads of the group. A few channels of all values stay in the first-level cache while the
- * heads pass by. */
+/* Many heads: a few channels of all values stay in the nearest cache while the heads pass by. */
 HL_KERNEL_NEON void hl_sfa_f32_d64_value_neon(const hl_space *w, const hl_state *t, int32_t padded,
                                               int32_t group, ptrdiff_t vs, int32_t n)
 {
@@ -2918,6 +3234,215 @@ HL_KERNEL_NEON void hl_sfa_f32_d64_value_neon(const hl_space *w, const hl_state 
         for (; h + 1 <= group; h += 1) {
             hl_sfa_f32_d64_pv_1x1_neon(w->s + h, padded, w->v + c, vs, t->o + (ptrdiff_t)h * OS + c,
                                        t->alpha + h, n);
+        }
+    }
+}
+/* 8 heads by 2 vectors of channels; values are read where they are stored. */
+HL_KERNEL_NEON void hl_sfa_f32_d64_pr_8x2_neon(const float *p, ptrdiff_t ps,
+                                               const float *const *row, int32_t c, float *o,
+                                               const float *alpha, int32_t n)
+{
+    enum { L = 4, OS = 64 };
+    hl_vf_neon o0_0 = hl_vzero_neon(), o0_1 = hl_vzero_neon();
+    hl_vf_neon o1_0 = hl_vzero_neon(), o1_1 = hl_vzero_neon();
+    hl_vf_neon o2_0 = hl_vzero_neon(), o2_1 = hl_vzero_neon();
+    hl_vf_neon o3_0 = hl_vzero_neon(), o3_1 = hl_vzero_neon();
+    hl_vf_neon o4_0 = hl_vzero_neon(), o4_1 = hl_vzero_neon();
+    hl_vf_neon o5_0 = hl_vzero_neon(), o5_1 = hl_vzero_neon();
+    hl_vf_neon o6_0 = hl_vzero_neon(), o6_1 = hl_vzero_neon();
+    hl_vf_neon o7_0 = hl_vzero_neon(), o7_1 = hl_vzero_neon();
+    for (int32_t j = 0; j < n; ++j) {
+        const hl_vf_neon v0 = hl_vload_neon(row[j] + c + 0 * L);
+        const hl_vf_neon v1 = hl_vload_neon(row[j] + c + 1 * L);
+        hl_vf_neon x;
+        x = hl_vset_neon(p[j * ps + 0]);
+        o0_0 = hl_vfma_neon(x, v0, o0_0);
+        o0_1 = hl_vfma_neon(x, v1, o0_1);
+        x = hl_vset_neon(p[j * ps + 1]);
+        o1_0 = hl_vfma_neon(x, v0, o1_0);
+        o1_1 = hl_vfma_neon(x, v1, o1_1);
+        x = hl_vset_neon(p[j * ps + 2]);
+        o2_0 = hl_vfma_neon(x, v0, o2_0);
+        o2_1 = hl_vfma_neon(x, v1, o2_1);
+        x = hl_vset_neon(p[j * ps + 3]);
+        o3_0 = hl_vfma_neon(x, v0, o3_0);
+        o3_1 = hl_vfma_neon(x, v1, o3_1);
+        x = hl_vset_neon(p[j * ps + 4]);
+        o4_0 = hl_vfma_neon(x, v0, o4_0);
+        o4_1 = hl_vfma_neon(x, v1, o4_1);
+        x = hl_vset_neon(p[j * ps + 5]);
+        o5_0 = hl_vfma_neon(x, v0, o5_0);
+        o5_1 = hl_vfma_neon(x, v1, o5_1);
+        x = hl_vset_neon(p[j * ps + 6]);
+        o6_0 = hl_vfma_neon(x, v0, o6_0);
+        o6_1 = hl_vfma_neon(x, v1, o6_1);
+        x = hl_vset_neon(p[j * ps + 7]);
+        o7_0 = hl_vfma_neon(x, v0, o7_0);
+        o7_1 = hl_vfma_neon(x, v1, o7_1);
+    }
+    hl_vstore_neon(o + 0 * OS + 0 * L,
+                   hl_vfma_neon(hl_vset_neon(alpha[0]), hl_vload_neon(o + 0 * OS + 0 * L), o0_0));
+    hl_vstore_neon(o + 0 * OS + 1 * L,
+                   hl_vfma_neon(hl_vset_neon(alpha[0]), hl_vload_neon(o + 0 * OS + 1 * L), o0_1));
+    hl_vstore_neon(o + 1 * OS + 0 * L,
+                   hl_vfma_neon(hl_vset_neon(alpha[1]), hl_vload_neon(o + 1 * OS + 0 * L), o1_0));
+    hl_vstore_neon(o + 1 * OS + 1 * L,
+                   hl_vfma_neon(hl_vset_neon(alpha[1]), hl_vload_neon(o + 1 * OS + 1 * L), o1_1));
+    hl_vstore_neon(o + 2 * OS + 0 * L,
+                   hl_vfma_neon(hl_vset_neon(alpha[2]), hl_vload_neon(o + 2 * OS + 0 * L), o2_0));
+    hl_vstore_neon(o + 2 * OS + 1 * L,
+                   hl_vfma_neon(hl_vset_neon(alpha[2]), hl_vload_neon(o + 2 * OS + 1 * L), o2_1));
+    hl_vstore_neon(o + 3 * OS + 0 * L,
+                   hl_vfma_neon(hl_vset_neon(alpha[3]), hl_vload_neon(o + 3 * OS + 0 * L), o3_0));
+    hl_vstore_neon(o + 3 * OS + 1 * L,
+                   hl_vfma_neon(hl_vset_neon(alpha[3]), hl_vload_neon(o + 3 * OS + 1 * L), o3_1));
+    hl_vstore_neon(o + 4 * OS + 0 * L,
+                   hl_vfma_neon(hl_vset_neon(alpha[4]), hl_vload_neon(o + 4 * OS + 0 * L), o4_0));
+    hl_vstore_neon(o + 4 * OS + 1 * L,
+                   hl_vfma_neon(hl_vset_neon(alpha[4]), hl_vload_neon(o + 4 * OS + 1 * L), o4_1));
+    hl_vstore_neon(o + 5 * OS + 0 * L,
+                   hl_vfma_neon(hl_vset_neon(alpha[5]), hl_vload_neon(o + 5 * OS + 0 * L), o5_0));
+    hl_vstore_neon(o + 5 * OS + 1 * L,
+                   hl_vfma_neon(hl_vset_neon(alpha[5]), hl_vload_neon(o + 5 * OS + 1 * L), o5_1));
+    hl_vstore_neon(o + 6 * OS + 0 * L,
+                   hl_vfma_neon(hl_vset_neon(alpha[6]), hl_vload_neon(o + 6 * OS + 0 * L), o6_0));
+    hl_vstore_neon(o + 6 * OS + 1 * L,
+                   hl_vfma_neon(hl_vset_neon(alpha[6]), hl_vload_neon(o + 6 * OS + 1 * L), o6_1));
+    hl_vstore_neon(o + 7 * OS + 0 * L,
+                   hl_vfma_neon(hl_vset_neon(alpha[7]), hl_vload_neon(o + 7 * OS + 0 * L), o7_0));
+    hl_vstore_neon(o + 7 * OS + 1 * L,
+                   hl_vfma_neon(hl_vset_neon(alpha[7]), hl_vload_neon(o + 7 * OS + 1 * L), o7_1));
+}
+
+/* 8 heads by 1 vector of channels; values are read where they are stored. */
+HL_KERNEL_NEON void hl_sfa_f32_d64_pr_8x1_neon(const float *p, ptrdiff_t ps,
+                                               const float *const *row, int32_t c, float *o,
+                                               const float *alpha, int32_t n)
+{
+    enum { L = 4, OS = 64 };
+    hl_vf_neon o0_0 = hl_vzero_neon();
+    hl_vf_neon o1_0 = hl_vzero_neon();
+    hl_vf_neon o2_0 = hl_vzero_neon();
+    hl_vf_neon o3_0 = hl_vzero_neon();
+    hl_vf_neon o4_0 = hl_vzero_neon();
+    hl_vf_neon o5_0 = hl_vzero_neon();
+    hl_vf_neon o6_0 = hl_vzero_neon();
+    hl_vf_neon o7_0 = hl_vzero_neon();
+    for (int32_t j = 0; j < n; ++j) {
+        const hl_vf_neon v0 = hl_vload_neon(row[j] + c + 0 * L);
+        hl_vf_neon x;
+        x = hl_vset_neon(p[j * ps + 0]);
+        o0_0 = hl_vfma_neon(x, v0, o0_0);
+        x = hl_vset_neon(p[j * ps + 1]);
+        o1_0 = hl_vfma_neon(x, v0, o1_0);
+        x = hl_vset_neon(p[j * ps + 2]);
+        o2_0 = hl_vfma_neon(x, v0, o2_0);
+        x = hl_vset_neon(p[j * ps + 3]);
+        o3_0 = hl_vfma_neon(x, v0, o3_0);
+        x = hl_vset_neon(p[j * ps + 4]);
+        o4_0 = hl_vfma_neon(x, v0, o4_0);
+        x = hl_vset_neon(p[j * ps + 5]);
+        o5_0 = hl_vfma_neon(x, v0, o5_0);
+        x = hl_vset_neon(p[j * ps + 6]);
+        o6_0 = hl_vfma_neon(x, v0, o6_0);
+        x = hl_vset_neon(p[j * ps + 7]);
+        o7_0 = hl_vfma_neon(x, v0, o7_0);
+    }
+    hl_vstore_neon(o + 0 * OS + 0 * L,
+                   hl_vfma_neon(hl_vset_neon(alpha[0]), hl_vload_neon(o + 0 * OS + 0 * L), o0_0));
+    hl_vstore_neon(o + 1 * OS + 0 * L,
+                   hl_vfma_neon(hl_vset_neon(alpha[1]), hl_vload_neon(o + 1 * OS + 0 * L), o1_0));
+    hl_vstore_neon(o + 2 * OS + 0 * L,
+                   hl_vfma_neon(hl_vset_neon(alpha[2]), hl_vload_neon(o + 2 * OS + 0 * L), o2_0));
+    hl_vstore_neon(o + 3 * OS + 0 * L,
+                   hl_vfma_neon(hl_vset_neon(alpha[3]), hl_vload_neon(o + 3 * OS + 0 * L), o3_0));
+    hl_vstore_neon(o + 4 * OS + 0 * L,
+                   hl_vfma_neon(hl_vset_neon(alpha[4]), hl_vload_neon(o + 4 * OS + 0 * L), o4_0));
+    hl_vstore_neon(o + 5 * OS + 0 * L,
+                   hl_vfma_neon(hl_vset_neon(alpha[5]), hl_vload_neon(o + 5 * OS + 0 * L), o5_0));
+    hl_vstore_neon(o + 6 * OS + 0 * L,
+                   hl_vfma_neon(hl_vset_neon(alpha[6]), hl_vload_neon(o + 6 * OS + 0 * L), o6_0));
+    hl_vstore_neon(o + 7 * OS + 0 * L,
+                   hl_vfma_neon(hl_vset_neon(alpha[7]), hl_vload_neon(o + 7 * OS + 0 * L), o7_0));
+}
+
+/* 1 head by 4 vectors of channels; values are read where they are stored. */
+HL_KERNEL_NEON void hl_sfa_f32_d64_pr_1x4_neon(const float *p, ptrdiff_t ps,
+                                               const float *const *row, int32_t c, float *o,
+                                               const float *alpha, int32_t n)
+{
+    enum { L = 4, OS = 64 };
+    hl_vf_neon o0_0 = hl_vzero_neon(), o0_1 = hl_vzero_neon(), o0_2 = hl_vzero_neon(), o0_3 =
+        hl_vzero_neon();
+    for (int32_t j = 0; j < n; ++j) {
+        const hl_vf_neon v0 = hl_vload_neon(row[j] + c + 0 * L);
+        const hl_vf_neon v1 = hl_vload_neon(row[j] + c + 1 * L);
+        const hl_vf_neon v2 = hl_vload_neon(row[j] + c + 2 * L);
+        const hl_vf_neon v3 = hl_vload_neon(row[j] + c + 3 * L);
+        hl_vf_neon x;
+        x = hl_vset_neon(p[j * ps + 0]);
+        o0_0 = hl_vfma_neon(x, v0, o0_0);
+        o0_1 = hl_vfma_neon(x, v1, o0_1);
+        o0_2 = hl_vfma_neon(x, v2, o0_2);
+        o0_3 = hl_vfma_neon(x, v3, o0_3);
+    }
+    hl_vstore_neon(o + 0 * OS + 0 * L,
+                   hl_vfma_neon(hl_vset_neon(alpha[0]), hl_vload_neon(o + 0 * OS + 0 * L), o0_0));
+    hl_vstore_neon(o + 0 * OS + 1 * L,
+                   hl_vfma_neon(hl_vset_neon(alpha[0]), hl_vload_neon(o + 0 * OS + 1 * L), o0_1));
+    hl_vstore_neon(o + 0 * OS + 2 * L,
+                   hl_vfma_neon(hl_vset_neon(alpha[0]), hl_vload_neon(o + 0 * OS + 2 * L), o0_2));
+    hl_vstore_neon(o + 0 * OS + 3 * L,
+                   hl_vfma_neon(hl_vset_neon(alpha[0]), hl_vload_neon(o + 0 * OS + 3 * L), o0_3));
+}
+
+/* 1 head by 1 vector of channels; values are read where they are stored. */
+HL_KERNEL_NEON void hl_sfa_f32_d64_pr_1x1_neon(const float *p, ptrdiff_t ps,
+                                               const float *const *row, int32_t c, float *o,
+                                               const float *alpha, int32_t n)
+{
+    enum { L = 4, OS = 64 };
+    hl_vf_neon o0_0 = hl_vzero_neon();
+    for (int32_t j = 0; j < n; ++j) {
+        const hl_vf_neon v0 = hl_vload_neon(row[j] + c + 0 * L);
+        hl_vf_neon x;
+        x = hl_vset_neon(p[j * ps + 0]);
+        o0_0 = hl_vfma_neon(x, v0, o0_0);
+    }
+    hl_vstore_neon(o + 0 * OS + 0 * L,
+                   hl_vfma_neon(hl_vset_neon(alpha[0]), hl_vload_neon(o + 0 * OS + 0 * L), o0_0));
+}
+
+/* Few heads: the values are not worth a copy. */
+HL_KERNEL_NEON void hl_sfa_f32_d64_value_few_neon(const hl_sparse_flash_attention_args *a,
+                                                  const hl_group *g, const hl_space *w,
+                                                  const hl_state *t, const hl_block *b,
+                                                  int32_t padded, int32_t group)
+{
+    enum { L = 4, OS = 64, DV = 64 };
+    const float **const row = (const float **)w->rows;
+    int32_t h = 0;
+    for (int32_t j = 0; j < b->n; ++j) {
+        row[j] = hl_sfa_f32_d64_value_row_neon(a, g, b->loc[j]);
+    }
+    for (; h + 8 <= group; h += 8) {
+        float *const o = t->o + (ptrdiff_t)h * OS;
+        int32_t c = 0;
+        for (; c + 2 * L <= DV; c += 2 * L) {
+            hl_sfa_f32_d64_pr_8x2_neon(w->s + h, padded, row, c, o + c, t->alpha + h, b->n);
+        }
+        for (; c + 1 * L <= DV; c += 1 * L) {
+            hl_sfa_f32_d64_pr_8x1_neon(w->s + h, padded, row, c, o + c, t->alpha + h, b->n);
+        }
+    }
+    for (; h + 1 <= group; h += 1) {
+        float *const o = t->o + (ptrdiff_t)h * OS;
+        int32_t c = 0;
+        for (; c + 4 * L <= DV; c += 4 * L) {
+            hl_sfa_f32_d64_pr_1x4_neon(w->s + h, padded, row, c, o + c, t->alpha + h, b->n);
+        }
+        for (; c + 1 * L <= DV; c += 1 * L) {
+            hl_sfa_f32_d64_pr_1x1_neon(w->s + h, padded, row, c, o + c, t->alpha + h, b->n);
         }
     }
 }
@@ -3086,27 +3611,50 @@ HL_KERNEL_NEON void hl_sfa_f32_d64_merge_state_neon(const hl_state *t, const hl_
 
 /* ---- forward: one group against its keys ---- */
 
+/* One block of keys: load, score, softmax, value. */
+HL_KERNEL_NEON void hl_sfa_f32_d64_block_neon(const hl_sparse_flash_attention_plan *plan,
+                                              const hl_group *g, const hl_space *w,
+                                              const hl_state *t, const hl_block *b, int32_t padded)
+{
+    const hl_sparse_flash_attention_args *const a = &plan->args;
+    if (plan->group <= 16) {
+        /* rows -> numbers, a tile at a time; S = scale Q K^T, in units of log2 */
+        hl_sfa_f32_d64_score_few_neon(a, g, w, b, padded, plan->scale_log2);
+        /* m' = max(m, rowmax S);  P = 2^(S - m');  l, alpha */
+        hl_sfa_f32_d64_softmax_neon(w->s, t, padded, b->n);
+        /* O = alpha O + P V */
+        hl_sfa_f32_d64_value_few_neon(a, g, w, t, b, padded, plan->group);
+        return;
+    }
+    /* rows -> numbers, once for the whole group */
+    hl_sfa_f32_d64_load_neon(a, g, w, b);
+    /* S = scale Q K^T, in units of log2 */
+    hl_sfa_f32_d64_score_neon(w, padded, b->n, plan->scale_log2);
+    /* m' = max(m, rowmax S);  P = 2^(S - m');  l, alpha */
+    hl_sfa_f32_d64_softmax_neon(w->s, t, padded, b->n);
+    /* O = alpha O + P V */
+    hl_sfa_f32_d64_value_neon(w, t, padded, plan->group, a->value != NULL ? 64 : 64, b->n);
+}
+
 /* One chunk of a group's keys (FlashAttention-2, algorithm 1, with K and V in blocks). */
 HL_KERNEL_NEON void hl_sfa_f32_d64_forward_neon(const hl_sparse_flash_attention_plan *plan,
                                                 const hl_group *g, const hl_space *w,
                                                 const hl_state *t, hl_cursor c, int32_t padded)
 {
-    enum { BLOCK = 64, KS = 64, VS = 64 };
+    const int32_t block = plan->group <= 16 ? 64 : 64;
     const hl_sparse_flash_attention_args *const a = &plan->args;
-    const ptrdiff_t vs = a->value != NULL ? VS : KS;
-    int32_t n = hl_sfa_f32_d64_next(a, g, &c, w->loc, BLOCK);
+    hl_block b;
+    b.loc = w->loc;
+    b.n = hl_sfa_f32_d64_next(a, g, &c, b.loc, block);
     hl_sfa_f32_d64_start_neon(t, padded, plan->group);
-    while (n > 0) {
-        /* rows -> numbers, once for the whole group */
-        hl_sfa_f32_d64_load_neon(a, g, w, n);
-        /* S = scale Q K^T, in units of log2 */
-        hl_sfa_f32_d64_score_neon(w, padded, n, plan->scale_log2);
-        /* m' = max(m, rowmax S);  P = 2^(S - m');  l, alpha */
-        hl_sfa_f32_d64_softmax_neon(w->s, t, padded, n);
-        /* O = alpha O + P V */
-        hl_sfa_f32_d64_value_neon(w, t, padded, plan->group, vs, n);
+    while (b.n > 0) {
+        b.n_later = b.n < block ? 0 : hl_sfa_f32_d64_next(a, g, &c, b.loc + block, block);
+        hl_sfa_f32_d64_block_neon(plan, g, w, t, &b, padded);
         *t->seen = 1.0f;
-        n = hl_sfa_f32_d64_next(a, g, &c, w->loc, BLOCK);
+        for (int32_t j = 0; j < b.n_later; ++j) {
+            b.loc[j] = b.loc[block + j];
+        }
+        b.n = b.n_later;
     }
 }
 
@@ -3210,64 +3758,156 @@ HL_KERNEL_AVX2 void hl_sfa_f32_d64_load_q_avx2(const hl_sparse_flash_attention_a
     }
 }
 
-/* The block's keys, and its values where they are apart. */
-HL_KERNEL_AVX2 void hl_sfa_f32_d64_load_avx2(const hl_sparse_flash_attention_args *a,
-                                             const hl_group *g, const hl_space *w, int32_t n)
+/* Where one key's row lies; its rotary channels, if they are apart; and its value, which is either
+ * in a tensor of its own or the first channels of the key. */
+HL_KERNEL_AVX2 const float *hl_sfa_f32_d64_key_row_avx2(const hl_sparse_flash_attention_args *a,
+    const hl_group *g, hl_loc at)
 {
-    enum { D = 64, DK = 64, DV = 64, KS = 64, VS = 64 };
-    for (int32_t j = 0; j < n; ++j) {
-        const hl_loc at = w->loc[j];
-        float *const to = w->k + (ptrdiff_t)j * KS;
-        const float *const key = (const float *)a->key
-            + at.outer * a->key_stride.batch + at.inner * a->key_stride.row
-            + g->kv_head * a->key_stride.head;
-        hl_vrow_f32_avx2(to, key, DK);
+    return (const float *)a->key + at.outer * a->key_stride.batch
+        + at.inner * a->key_stride.row + g->kv_head * a->key_stride.head;
+}
+HL_KERNEL_AVX2 const float *hl_sfa_f32_d64_value_row_avx2(const hl_sparse_flash_attention_args *a,
+    const hl_group *g, hl_loc at)
+{
+    if (a->value == NULL) {
+        return hl_sfa_f32_d64_key_row_avx2(a, g, at);
+    }
+    return (const float *)a->value + at.outer * a->value_stride.batch
+        + at.inner * a->value_stride.row + g->kv_head * a->value_stride.head;
+}
+
+/* One key's row as float32. */
+HL_KERNEL_AVX2 void hl_sfa_f32_d64_load_key_avx2(const hl_sparse_flash_attention_args *a,
+                                                 const hl_group *g, hl_loc at, float *to)
+{
+    enum { DK = 64, D = 64 };
+    hl_vrow_f32_avx2(to, hl_sfa_f32_d64_key_row_avx2(a, g, at), D);
+}
+
+/* Asks for the lines of a row before they are needed: rows that a list names lie anywhere, which no
+ * hardware can guess. A word, not a function: GCC takes a function that does nothing but prefetch
+ * for one without effect, and drops its calls. */
+HL_WORD_AVX2 void hl_sfa_f32_d64_fetch_avx2(const float *row, int32_t channels)
+{
+    for (int32_t c = 0; c < channels; c += 16) {
+        HL_FETCH(row + c);
+    }
+}
+
+HL_WORD_AVX2 void hl_sfa_f32_d64_fetch_key_avx2(hl_loc at, const hl_sparse_flash_attention_args *a,
+                                                const hl_group *g)
+{
+    enum { DK = 64, D = 64, DV = 64 };
+    hl_sfa_f32_d64_fetch_avx2(hl_sfa_f32_d64_key_row_avx2(a, g, at), D);
+    if (a->value != NULL) {
+        hl_sfa_f32_d64_fetch_avx2(hl_sfa_f32_d64_value_row_avx2(a, g, at), DV);
+    }
+}
+/* Channels c0 .. c0+n-1 of some keys, channel by channel over all of them: so many pages are under
+ * way at once, and each of them is read in order. */
+HL_KERNEL_AVX2 void hl_sfa_f32_d64_load_keys_avx2(const hl_sparse_flash_attention_args *a,
+                                                  const hl_group *g, const hl_loc *loc,
+                                                  int32_t keys, int32_t c0, int32_t n, float *to)
+{
+    enum { L = 8, KS = 64, DK = 64 };
+    const float *row[24];
+    const int32_t end = c0 + n < DK ? c0 + n : DK;
+    int32_t c = c0;
+    for (int32_t r = 0; r < keys; ++r) {
+        row[r] = hl_sfa_f32_d64_key_row_avx2(a, g, loc[r]);
+    }
+    for (; c + L <= end; c += L) {
+        for (int32_t r = 0; r < keys; ++r) {
+            hl_vstore_avx2(to + (ptrdiff_t)r * KS + (c - c0), hl_vload_avx2(row[r] + c));
+        }
+    }
+}
+
+/* Where the same channels of later keys lie; where there is none, of a key that is at hand. */
+HL_KERNEL_AVX2 void hl_sfa_f32_d64_look_ahead_avx2(const hl_sparse_flash_attention_args *a,
+                                                   const hl_group *g, const hl_block *b, int32_t j,
+                                                   int32_t c0, hl_ahead *next)
+{
+    enum { DK = 64 };
+    next->nope = DK - c0;
+    for (int32_t r = 0; r < 6; ++r) {
+        const hl_loc at = b->loc[j + r < b->n + b->n_later ? j + r : 0];
+        const float *const row = hl_sfa_f32_d64_key_row_avx2(a, g, at);
+        next->row[r] = row + c0;
+    }
+}
+
+HL_WORD_AVX2 void hl_sfa_f32_d64_fetch_channels_avx2(const hl_ahead *next, int32_t c, int32_t rows)
+{
+    for (int32_t r = 0; r < rows; ++r) {
+        HL_FETCH((const float *)next->row[r] + c);
+    }
+}
+/* The whole block's keys, and its values where they are apart; meanwhile rows are asked for that
+ * lie 8 further on, in this block or in the next. */
+HL_KERNEL_AVX2 void hl_sfa_f32_d64_load_avx2(const hl_sparse_flash_attention_args *a,
+                                             const hl_group *g, const hl_space *w,
+                                             const hl_block *b)
+{
+    enum { DV = 64, KS = 64, VS = 64 };
+    for (int32_t j = 0; j < b->n; ++j) {
+        if (j + 8 < b->n + b->n_later) {
+            hl_sfa_f32_d64_fetch_key_avx2(b->loc[j + 8], a, g);
+        }
+        hl_sfa_f32_d64_load_key_avx2(a, g, b->loc[j], w->k + (ptrdiff_t)j * KS);
         if (a->value != NULL) {
-            hl_vrow_f32_avx2(w->v + (ptrdiff_t)j * VS, (const float *)a->value + at.outer
-                             * a->value_stride.batch + at.inner * a->value_stride.row + g->kv_head
-                             * a->value_stride.head, DV);
+            hl_vrow_f32_avx2(w->v + (ptrdiff_t)j * VS,
+                             hl_sfa_f32_d64_value_row_avx2(a, g, b->loc[j]), DV);
         }
     }
 }
 
 /* ---- score: S = scale Q K^T, in units of log2 ---- */
 
-/* 6 keys by 2 vectors of heads, over channels c0 .. c1-1: heads in the lanes, so that no
- * number ever has to be summed across them. Adds to what earlier channels left in s. */
+/* 6 keys by 2 vectors of heads, over n channels: heads in the lanes, so that no number ever
+ * has to be summed across them. With add, adds to what earlier channels left in s. Meanwhile the
+ * same channels of later keys are asked for. */
 HL_KERNEL_AVX2 void hl_sfa_f32_d64_qk_6x2_avx2(const float *q, const float *k, float *s,
-                                               ptrdiff_t ss, int32_t c0, int32_t c1, float scale)
+                                               ptrdiff_t ss, int32_t n, int32_t add, float scale,
+                                               const hl_ahead *next)
 {
-    enum { L = 8, W = 2 * L, KS = 64 };
+    enum { L = 8, W = 2 * L, KS = 64, LINE = 16 };
     hl_vf_avx2 s0_0 = hl_vzero_avx2(), s0_1 = hl_vzero_avx2();
     hl_vf_avx2 s1_0 = hl_vzero_avx2(), s1_1 = hl_vzero_avx2();
     hl_vf_avx2 s2_0 = hl_vzero_avx2(), s2_1 = hl_vzero_avx2();
     hl_vf_avx2 s3_0 = hl_vzero_avx2(), s3_1 = hl_vzero_avx2();
     hl_vf_avx2 s4_0 = hl_vzero_avx2(), s4_1 = hl_vzero_avx2();
     hl_vf_avx2 s5_0 = hl_vzero_avx2(), s5_1 = hl_vzero_avx2();
-    for (int32_t c = c0; c < c1; ++c) {
-        const hl_vf_avx2 q0 = hl_vload_avx2(q + (ptrdiff_t)c * W + 0 * L);
-        const hl_vf_avx2 q1 = hl_vload_avx2(q + (ptrdiff_t)c * W + 1 * L);
-        hl_vf_avx2 x;
-        x = hl_vset_avx2(k[0 * KS + c]);
-        s0_0 = hl_vfma_avx2(x, q0, s0_0);
-        s0_1 = hl_vfma_avx2(x, q1, s0_1);
-        x = hl_vset_avx2(k[1 * KS + c]);
-        s1_0 = hl_vfma_avx2(x, q0, s1_0);
-        s1_1 = hl_vfma_avx2(x, q1, s1_1);
-        x = hl_vset_avx2(k[2 * KS + c]);
-        s2_0 = hl_vfma_avx2(x, q0, s2_0);
-        s2_1 = hl_vfma_avx2(x, q1, s2_1);
-        x = hl_vset_avx2(k[3 * KS + c]);
-        s3_0 = hl_vfma_avx2(x, q0, s3_0);
-        s3_1 = hl_vfma_avx2(x, q1, s3_1);
-        x = hl_vset_avx2(k[4 * KS + c]);
-        s4_0 = hl_vfma_avx2(x, q0, s4_0);
-        s4_1 = hl_vfma_avx2(x, q1, s4_1);
-        x = hl_vset_avx2(k[5 * KS + c]);
-        s5_0 = hl_vfma_avx2(x, q0, s5_0);
-        s5_1 = hl_vfma_avx2(x, q1, s5_1);
+    for (int32_t start = 0; start < n; start += LINE) {
+        const int32_t stop = n - start > LINE ? start + LINE : n;
+        if (next != NULL) {
+            hl_sfa_f32_d64_fetch_channels_avx2(next, start, 6);
+        }
+        for (int32_t c = start; c < stop; ++c) {
+            const hl_vf_avx2 q0 = hl_vload_avx2(q + (ptrdiff_t)c * W + 0 * L);
+            const hl_vf_avx2 q1 = hl_vload_avx2(q + (ptrdiff_t)c * W + 1 * L);
+            hl_vf_avx2 x;
+            x = hl_vset_avx2(k[0 * KS + c]);
+            s0_0 = hl_vfma_avx2(x, q0, s0_0);
+            s0_1 = hl_vfma_avx2(x, q1, s0_1);
+            x = hl_vset_avx2(k[1 * KS + c]);
+            s1_0 = hl_vfma_avx2(x, q0, s1_0);
+            s1_1 = hl_vfma_avx2(x, q1, s1_1);
+            x = hl_vset_avx2(k[2 * KS + c]);
+            s2_0 = hl_vfma_avx2(x, q0, s2_0);
+            s2_1 = hl_vfma_avx2(x, q1, s2_1);
+            x = hl_vset_avx2(k[3 * KS + c]);
+            s3_0 = hl_vfma_avx2(x, q0, s3_0);
+            s3_1 = hl_vfma_avx2(x, q1, s3_1);
+            x = hl_vset_avx2(k[4 * KS + c]);
+            s4_0 = hl_vfma_avx2(x, q0, s4_0);
+            s4_1 = hl_vfma_avx2(x, q1, s4_1);
+            x = hl_vset_avx2(k[5 * KS + c]);
+            s5_0 = hl_vfma_avx2(x, q0, s5_0);
+            s5_1 = hl_vfma_avx2(x, q1, s5_1);
+        }
     }
-    if (c0 > 0) {
+    if (add) {
         s0_0 = hl_vadd_avx2(hl_vload_avx2(s + 0 * ss + 0 * L), s0_0);
         s0_1 = hl_vadd_avx2(hl_vload_avx2(s + 0 * ss + 1 * L), s0_1);
         s1_0 = hl_vadd_avx2(hl_vload_avx2(s + 1 * ss + 0 * L), s1_0);
@@ -3295,22 +3935,30 @@ HL_KERNEL_AVX2 void hl_sfa_f32_d64_qk_6x2_avx2(const float *q, const float *k, f
     hl_vstore_avx2(s + 5 * ss + 1 * L, hl_vmul_avx2(s5_1, hl_vset_avx2(scale)));
 }
 
-/* 1 keys by 2 vectors of heads, over channels c0 .. c1-1: heads in the lanes, so that no
- * number ever has to be summed across them. Adds to what earlier channels left in s. */
+/* 1 key by 2 vectors of heads, over n channels: heads in the lanes, so that no number ever
+ * has to be summed across them. With add, adds to what earlier channels left in s. Meanwhile the
+ * same channels of later keys are asked for. */
 HL_KERNEL_AVX2 void hl_sfa_f32_d64_qk_1x2_avx2(const float *q, const float *k, float *s,
-                                               ptrdiff_t ss, int32_t c0, int32_t c1, float scale)
+                                               ptrdiff_t ss, int32_t n, int32_t add, float scale,
+                                               const hl_ahead *next)
 {
-    enum { L = 8, W = 2 * L, KS = 64 };
+    enum { L = 8, W = 2 * L, KS = 64, LINE = 16 };
     hl_vf_avx2 s0_0 = hl_vzero_avx2(), s0_1 = hl_vzero_avx2();
-    for (int32_t c = c0; c < c1; ++c) {
-        const hl_vf_avx2 q0 = hl_vload_avx2(q + (ptrdiff_t)c * W + 0 * L);
-        const hl_vf_avx2 q1 = hl_vload_avx2(q + (ptrdiff_t)c * W + 1 * L);
-        hl_vf_avx2 x;
-        x = hl_vset_avx2(k[0 * KS + c]);
-        s0_0 = hl_vfma_avx2(x, q0, s0_0);
-        s0_1 = hl_vfma_avx2(x, q1, s0_1);
+    for (int32_t start = 0; start < n; start += LINE) {
+        const int32_t stop = n - start > LINE ? start + LINE : n;
+        if (next != NULL) {
+            hl_sfa_f32_d64_fetch_channels_avx2(next, start, 1);
+        }
+        for (int32_t c = start; c < stop; ++c) {
+            const hl_vf_avx2 q0 = hl_vload_avx2(q + (ptrdiff_t)c * W + 0 * L);
+            const hl_vf_avx2 q1 = hl_vload_avx2(q + (ptrdiff_t)c * W + 1 * L);
+            hl_vf_avx2 x;
+            x = hl_vset_avx2(k[0 * KS + c]);
+            s0_0 = hl_vfma_avx2(x, q0, s0_0);
+            s0_1 = hl_vfma_avx2(x, q1, s0_1);
+        }
     }
-    if (c0 > 0) {
+    if (add) {
         s0_0 = hl_vadd_avx2(hl_vload_avx2(s + 0 * ss + 0 * L), s0_0);
         s0_1 = hl_vadd_avx2(hl_vload_avx2(s + 0 * ss + 1 * L), s0_1);
     }
@@ -3318,35 +3966,43 @@ HL_KERNEL_AVX2 void hl_sfa_f32_d64_qk_1x2_avx2(const float *q, const float *k, f
     hl_vstore_avx2(s + 0 * ss + 1 * L, hl_vmul_avx2(s0_1, hl_vset_avx2(scale)));
 }
 
-/* 6 keys by 1 vector of heads, over channels c0 .. c1-1: heads in the lanes, so that no
- * number ever has to be summed across them. Adds to what earlier channels left in s. */
+/* 6 keys by 1 vector of heads, over n channels: heads in the lanes, so that no number ever
+ * has to be summed across them. With add, adds to what earlier channels left in s. Meanwhile the
+ * same channels of later keys are asked for. */
 HL_KERNEL_AVX2 void hl_sfa_f32_d64_qk_6x1_avx2(const float *q, const float *k, float *s,
-                                               ptrdiff_t ss, int32_t c0, int32_t c1, float scale)
+                                               ptrdiff_t ss, int32_t n, int32_t add, float scale,
+                                               const hl_ahead *next)
 {
-    enum { L = 8, W = 1 * L, KS = 64 };
+    enum { L = 8, W = 1 * L, KS = 64, LINE = 16 };
     hl_vf_avx2 s0_0 = hl_vzero_avx2();
     hl_vf_avx2 s1_0 = hl_vzero_avx2();
     hl_vf_avx2 s2_0 = hl_vzero_avx2();
     hl_vf_avx2 s3_0 = hl_vzero_avx2();
     hl_vf_avx2 s4_0 = hl_vzero_avx2();
     hl_vf_avx2 s5_0 = hl_vzero_avx2();
-    for (int32_t c = c0; c < c1; ++c) {
-        const hl_vf_avx2 q0 = hl_vload_avx2(q + (ptrdiff_t)c * W + 0 * L);
-        hl_vf_avx2 x;
-        x = hl_vset_avx2(k[0 * KS + c]);
-        s0_0 = hl_vfma_avx2(x, q0, s0_0);
-        x = hl_vset_avx2(k[1 * KS + c]);
-        s1_0 = hl_vfma_avx2(x, q0, s1_0);
-        x = hl_vset_avx2(k[2 * KS + c]);
-        s2_0 = hl_vfma_avx2(x, q0, s2_0);
-        x = hl_vset_avx2(k[3 * KS + c]);
-        s3_0 = hl_vfma_avx2(x, q0, s3_0);
-        x = hl_vset_avx2(k[4 * KS + c]);
-        s4_0 = hl_vfma_avx2(x, q0, s4_0);
-        x = hl_vset_avx2(k[5 * KS + c]);
-        s5_0 = hl_vfma_avx2(x, q0, s5_0);
+    for (int32_t start = 0; start < n; start += LINE) {
+        const int32_t stop = n - start > LINE ? start + LINE : n;
+        if (next != NULL) {
+            hl_sfa_f32_d64_fetch_channels_avx2(next, start, 6);
+        }
+        for (int32_t c = start; c < stop; ++c) {
+            const hl_vf_avx2 q0 = hl_vload_avx2(q + (ptrdiff_t)c * W + 0 * L);
+            hl_vf_avx2 x;
+            x = hl_vset_avx2(k[0 * KS + c]);
+            s0_0 = hl_vfma_avx2(x, q0, s0_0);
+            x = hl_vset_avx2(k[1 * KS + c]);
+            s1_0 = hl_vfma_avx2(x, q0, s1_0);
+            x = hl_vset_avx2(k[2 * KS + c]);
+            s2_0 = hl_vfma_avx2(x, q0, s2_0);
+            x = hl_vset_avx2(k[3 * KS + c]);
+            s3_0 = hl_vfma_avx2(x, q0, s3_0);
+            x = hl_vset_avx2(k[4 * KS + c]);
+            s4_0 = hl_vfma_avx2(x, q0, s4_0);
+            x = hl_vset_avx2(k[5 * KS + c]);
+            s5_0 = hl_vfma_avx2(x, q0, s5_0);
+        }
     }
-    if (c0 > 0) {
+    if (add) {
         s0_0 = hl_vadd_avx2(hl_vload_avx2(s + 0 * ss + 0 * L), s0_0);
         s1_0 = hl_vadd_avx2(hl_vload_avx2(s + 1 * ss + 0 * L), s1_0);
         s2_0 = hl_vadd_avx2(hl_vload_avx2(s + 2 * ss + 0 * L), s2_0);
@@ -3362,55 +4018,106 @@ HL_KERNEL_AVX2 void hl_sfa_f32_d64_qk_6x1_avx2(const float *q, const float *k, f
     hl_vstore_avx2(s + 5 * ss + 0 * L, hl_vmul_avx2(s5_0, hl_vset_avx2(scale)));
 }
 
-/* 1 keys by 1 vector of heads, over channels c0 .. c1-1: heads in the lanes, so that no
- * number ever has to be summed across them. Adds to what earlier channels left in s. */
+/* 1 key by 1 vector of heads, over n channels: heads in the lanes, so that no number ever
+ * has to be summed across them. With add, adds to what earlier channels left in s. Meanwhile the
+ * same channels of later keys are asked for. */
 HL_KERNEL_AVX2 void hl_sfa_f32_d64_qk_1x1_avx2(const float *q, const float *k, float *s,
-                                               ptrdiff_t ss, int32_t c0, int32_t c1, float scale)
+                                               ptrdiff_t ss, int32_t n, int32_t add, float scale,
+                                               const hl_ahead *next)
 {
-    enum { L = 8, W = 1 * L, KS = 64 };
+    enum { L = 8, W = 1 * L, KS = 64, LINE = 16 };
     hl_vf_avx2 s0_0 = hl_vzero_avx2();
-    for (int32_t c = c0; c < c1; ++c) {
-        const hl_vf_avx2 q0 = hl_vload_avx2(q + (ptrdiff_t)c * W + 0 * L);
-        hl_vf_avx2 x;
-        x = hl_vset_avx2(k[0 * KS + c]);
-        s0_0 = hl_vfma_avx2(x, q0, s0_0);
+    for (int32_t start = 0; start < n; start += LINE) {
+        const int32_t stop = n - start > LINE ? start + LINE : n;
+        if (next != NULL) {
+            hl_sfa_f32_d64_fetch_channels_avx2(next, start, 1);
+        }
+        for (int32_t c = start; c < stop; ++c) {
+            const hl_vf_avx2 q0 = hl_vload_avx2(q + (ptrdiff_t)c * W + 0 * L);
+            hl_vf_avx2 x;
+            x = hl_vset_avx2(k[0 * KS + c]);
+            s0_0 = hl_vfma_avx2(x, q0, s0_0);
+        }
     }
-    if (c0 > 0) {
+    if (add) {
         s0_0 = hl_vadd_avx2(hl_vload_avx2(s + 0 * ss + 0 * L), s0_0);
     }
     hl_vstore_avx2(s + 0 * ss + 0 * L, hl_vmul_avx2(s0_0, hl_vset_avx2(scale)));
 }
 
-/* All heads of the group against the n keys of the block. Channels in slices of 64, so that
- * a slice of a Q panel stays in the first-level cache while the keys pass by. */
+/* Some heads of the group against the `rows` keys that lie in k, over n channels from c0. */
+HL_KERNEL_AVX2 void hl_sfa_f32_d64_score_keys_avx2(const hl_space *w, const float *k, float *s,
+                                                   int32_t heads, int32_t rows, int32_t h0,
+                                                   int32_t h1, int32_t c0, int32_t n, float scale,
+                                                   const hl_ahead *next)
+{
+    enum { L = 8, W = 2 * L, D = 64 };
+    const int32_t add = c0 > 0;
+    for (int32_t h = h0; h < h1; h += W) {
+        const int32_t width = heads - h < W ? heads - h : W;
+        const float *const q = w->q + (ptrdiff_t)h * D + (ptrdiff_t)c0 * width;
+        if (rows == 6) {
+            if (width == W) {
+                hl_sfa_f32_d64_qk_6x2_avx2(q, k, s + h, heads, n, add, scale, next);
+            } else {
+                hl_sfa_f32_d64_qk_6x1_avx2(q, k, s + h, heads, n, add, scale, next);
+            }
+        } else {
+            if (width == W) {
+                hl_sfa_f32_d64_qk_1x2_avx2(q, k, s + h, heads, n, add, scale, next);
+            } else {
+                hl_sfa_f32_d64_qk_1x1_avx2(q, k, s + h, heads, n, add, scale, next);
+            }
+        }
+        next = NULL;
+    }
+}
+
+/* Keys of the next tile: the largest that still fits. */
+HL_KERNEL_AVX2 int32_t hl_sfa_f32_d64_tile_rows_avx2(int32_t left)
+{
+    return left >= 6 ? 6 : 1;
+}
+/* Many heads: the whole block is loaded. Channels in slices of 64, so that a slice of a Q panel
+ * stays in the first-level cache while the keys pass by. */
 HL_KERNEL_AVX2 void hl_sfa_f32_d64_score_avx2(const hl_space *w, int32_t heads, int32_t n,
                                               float scale)
 {
-    enum { L = 8, W = 2 * L, D = 64, KS = 64, SLICE = 64 };
-    const ptrdiff_t ss = heads;
+    enum { W = 2 * 8, D = 64, KS = 64, SLICE = 64 };
     for (int32_t h = 0; h < heads; h += W) {
-        const float *const q = w->q + (ptrdiff_t)h * D;
         for (int32_t c0 = 0; c0 < D; c0 += SLICE) {
-            const int32_t c1 = c0 + SLICE < D ? c0 + SLICE : D;
-            const float x = c1 == D ? scale : 1.0f;
-            int32_t j = 0;
-            for (; n - j >= 6; j += 6) {
-                const float *const k = w->k + (ptrdiff_t)j * KS;
-                float *const s = w->s + j * ss + h;
-                if (heads - h >= W) {
-                    hl_sfa_f32_d64_qk_6x2_avx2(q, k, s, ss, c0, c1, x);
-                } else {
-                    hl_sfa_f32_d64_qk_6x1_avx2(q, k, s, ss, c0, c1, x);
-                }
+            const int32_t left = D - c0;
+            int32_t rows = 0;
+            for (int32_t j = 0; j < n; j += rows) {
+                rows = hl_sfa_f32_d64_tile_rows_avx2(n - j);
+                hl_sfa_f32_d64_score_keys_avx2(w, w->k + (ptrdiff_t)j * KS + c0, w->s + (ptrdiff_t)j
+                                               * heads, heads, rows, h, h + 1, c0, left < SLICE
+                                               ? left : SLICE, left > SLICE ? 1.0f : scale, NULL);
             }
-            for (; j < n; j += 1) {
-                const float *const k = w->k + (ptrdiff_t)j * KS;
-                float *const s = w->s + j * ss + h;
-                if (heads - h >= W) {
-                    hl_sfa_f32_d64_qk_1x2_avx2(q, k, s, ss, c0, c1, x);
-                } else {
-                    hl_sfa_f32_d64_qk_1x1_avx2(q, k, s, ss, c0, c1, x);
-                }
+        }
+    }
+}
+/* Few heads: 24 keys at a time are loaded, a slice of channels at a time, and used at once, so that
+ * they never leave the first-level cache as float32: writing a block of them would cost more. */
+HL_KERNEL_AVX2 void hl_sfa_f32_d64_score_few_avx2(const hl_sparse_flash_attention_args *a,
+                                                  const hl_group *g, const hl_space *w,
+                                                  const hl_block *b, int32_t heads, float scale)
+{
+    enum { KS = 64, D = 64, SLICE = 64, KEYS = 24 };
+    hl_ahead next;
+    for (int32_t j = 0; j < b->n; j += KEYS) {
+        const int32_t keys = b->n - j < KEYS ? b->n - j : KEYS;
+        for (int32_t c0 = 0; c0 < D; c0 += SLICE) {
+            const int32_t left = D - c0;
+            const int32_t n = left < SLICE ? left : SLICE;
+            int32_t rows = 0;
+            hl_sfa_f32_d64_load_keys_avx2(a, g, b->loc + j, keys, c0, n, w->k);
+            for (int32_t r = 0; r < keys; r += rows) {
+                rows = hl_sfa_f32_d64_tile_rows_avx2(keys - r);
+                hl_sfa_f32_d64_look_ahead_avx2(a, g, b, j + KEYS + r, c0, &next);
+                hl_sfa_f32_d64_score_keys_avx2(w, w->k + (ptrdiff_t)r * KS, w->s
+                                               + (ptrdiff_t)(j + r) * heads, heads, rows, 0, heads,
+                                               c0, n, left > SLICE ? 1.0f : scale, &next);
             }
         }
     }
@@ -3449,173 +4156,87 @@ HL_KERNEL_AVX2 void hl_sfa_f32_d64_softmax_avx2(float *s, const hl_state *t, int
 
 /* ---- value: O = alpha O + P V ---- */
 
-/* 6 heads by 2 vectors of channels, over the block's n keys. */
-HL_KERNEL_AVX2 void hl_sfa_f32_d64_pv_6x2_avx2(const float *p, ptrdiff_t ps, const float *v,
+/* 4 heads by 3 vectors of channels, over the block's n keys. */
+HL_KERNEL_AVX2 void hl_sfa_f32_d64_pv_4x3_avx2(const float *p, ptrdiff_t ps, const float *v,
                                                ptrdiff_t vs, float *o, const float *alpha,
                                                int32_t n)
 {
     enum { L = 8, OS = 64 };
-    hl_vf_avx2 o0_0 = hl_vzero_avx2(), o0_1 = hl_vzero_avx2();
-    hl_vf_avx2 o1_0 = hl_vzero_avx2(), o1_1 = hl_vzero_avx2();
-    hl_vf_avx2 o2_0 = hl_vzero_avx2(), o2_1 = hl_vzero_avx2();
-    hl_vf_avx2 o3_0 = hl_vzero_avx2(), o3_1 = hl_vzero_avx2();
-    hl_vf_avx2 o4_0 = hl_vzero_avx2(), o4_1 = hl_vzero_avx2();
-    hl_vf_avx2 o5_0 = hl_vzero_avx2(), o5_1 = hl_vzero_avx2();
+    hl_vf_avx2 o0_0 = hl_vzero_avx2(), o0_1 = hl_vzero_avx2(), o0_2 = hl_vzero_avx2();
+    hl_vf_avx2 o1_0 = hl_vzero_avx2(), o1_1 = hl_vzero_avx2(), o1_2 = hl_vzero_avx2();
+    hl_vf_avx2 o2_0 = hl_vzero_avx2(), o2_1 = hl_vzero_avx2(), o2_2 = hl_vzero_avx2();
+    hl_vf_avx2 o3_0 = hl_vzero_avx2(), o3_1 = hl_vzero_avx2(), o3_2 = hl_vzero_avx2();
     for (int32_t j = 0; j < n; ++j) {
         const hl_vf_avx2 v0 = hl_vload_avx2(v + j * vs + 0 * L);
         const hl_vf_avx2 v1 = hl_vload_avx2(v + j * vs + 1 * L);
+        const hl_vf_avx2 v2 = hl_vload_avx2(v + j * vs + 2 * L);
         hl_vf_avx2 x;
         x = hl_vset_avx2(p[j * ps + 0]);
         o0_0 = hl_vfma_avx2(x, v0, o0_0);
         o0_1 = hl_vfma_avx2(x, v1, o0_1);
+        o0_2 = hl_vfma_avx2(x, v2, o0_2);
         x = hl_vset_avx2(p[j * ps + 1]);
         o1_0 = hl_vfma_avx2(x, v0, o1_0);
         o1_1 = hl_vfma_avx2(x, v1, o1_1);
+        o1_2 = hl_vfma_avx2(x, v2, o1_2);
         x = hl_vset_avx2(p[j * ps + 2]);
         o2_0 = hl_vfma_avx2(x, v0, o2_0);
         o2_1 = hl_vfma_avx2(x, v1, o2_1);
+        o2_2 = hl_vfma_avx2(x, v2, o2_2);
         x = hl_vset_avx2(p[j * ps + 3]);
         o3_0 = hl_vfma_avx2(x, v0, o3_0);
         o3_1 = hl_vfma_avx2(x, v1, o3_1);
-        x = hl_vset_avx2(p[j * ps + 4]);
-        o4_0 = hl_vfma_avx2(x, v0, o4_0);
-        o4_1 = hl_vfma_avx2(x, v1, o4_1);
-        x = hl_vset_avx2(p[j * ps + 5]);
-        o5_0 = hl_vfma_avx2(x, v0, o5_0);
-        o5_1 = hl_vfma_avx2(x, v1, o5_1);
+        o3_2 = hl_vfma_avx2(x, v2, o3_2);
     }
     hl_vstore_avx2(o + 0 * OS + 0 * L,
                    hl_vfma_avx2(hl_vset_avx2(alpha[0]), hl_vload_avx2(o + 0 * OS + 0 * L), o0_0));
     hl_vstore_avx2(o + 0 * OS + 1 * L,
                    hl_vfma_avx2(hl_vset_avx2(alpha[0]), hl_vload_avx2(o + 0 * OS + 1 * L), o0_1));
+    hl_vstore_avx2(o + 0 * OS + 2 * L,
+                   hl_vfma_avx2(hl_vset_avx2(alpha[0]), hl_vload_avx2(o + 0 * OS + 2 * L), o0_2));
     hl_vstore_avx2(o + 1 * OS + 0 * L,
                    hl_vfma_avx2(hl_vset_avx2(alpha[1]), hl_vload_avx2(o + 1 * OS + 0 * L), o1_0));
     hl_vstore_avx2(o + 1 * OS + 1 * L,
                    hl_vfma_avx2(hl_vset_avx2(alpha[1]), hl_vload_avx2(o + 1 * OS + 1 * L), o1_1));
+    hl_vstore_avx2(o + 1 * OS + 2 * L,
+                   hl_vfma_avx2(hl_vset_avx2(alpha[1]), hl_vload_avx2(o + 1 * OS + 2 * L), o1_2));
     hl_vstore_avx2(o + 2 * OS + 0 * L,
                    hl_vfma_avx2(hl_vset_avx2(alpha[2]), hl_vload_avx2(o + 2 * OS + 0 * L), o2_0));
     hl_vstore_avx2(o + 2 * OS + 1 * L,
                    hl_vfma_avx2(hl_vset_avx2(alpha[2]), hl_vload_avx2(o + 2 * OS + 1 * L), o2_1));
+    hl_vstore_avx2(o + 2 * OS + 2 * L,
+                   hl_vfma_avx2(hl_vset_avx2(alpha[2]), hl_vload_avx2(o + 2 * OS + 2 * L), o2_2));
     hl_vstore_avx2(o + 3 * OS + 0 * L,
                    hl_vfma_avx2(hl_vset_avx2(alpha[3]), hl_vload_avx2(o + 3 * OS + 0 * L), o3_0));
     hl_vstore_avx2(o + 3 * OS + 1 * L,
                    hl_vfma_avx2(hl_vset_avx2(alpha[3]), hl_vload_avx2(o + 3 * OS + 1 * L), o3_1));
-    hl_vstore_avx2(o + 4 * OS + 0 * L,
-                   hl_vfma_avx2(hl_vset_avx2(alpha[4]), hl_vload_avx2(o + 4 * OS + 0 * L), o4_0));
-    hl_vstore_avx2(o + 4 * OS + 1 * L,
-                   hl_vfma_avx2(hl_vset_avx2(alpha[4]), hl_vload_avx2(o + 4 * OS + 1 * L), o4_1));
-    hl_vstore_avx2(o + 5 * OS + 0 * L,
-                   hl_vfma_avx2(hl_vset_avx2(alpha[5]), hl_vload_avx2(o + 5 * OS + 0 * L), o5_0));
-    hl_vstore_avx2(o + 5 * OS + 1 * L,
-                   hl_vfma_avx2(hl_vset_avx2(alpha[5]), hl_vload_avx2(o + 5 * OS + 1 * L), o5_1));
+    hl_vstore_avx2(o + 3 * OS + 2 * L,
+                   hl_vfma_avx2(hl_vset_avx2(alpha[3]), hl_vload_avx2(o + 3 * OS + 2 * L), o3_2));
 }
 
-/* 4 heads by 2 vectors of channels, over the block's n keys. */
-HL_KERNEL_AVX2 void hl_sfa_f32_d64_pv_4x2_avx2(const float *p, ptrdiff_t ps, const float *v,
+/* 1 head by 3 vectors of channels, over the block's n keys. */
+HL_KERNEL_AVX2 void hl_sfa_f32_d64_pv_1x3_avx2(const float *p, ptrdiff_t ps, const float *v,
                                                ptrdiff_t vs, float *o, const float *alpha,
                                                int32_t n)
 {
     enum { L = 8, OS = 64 };
-    hl_vf_avx2 o0_0 = hl_vzero_avx2(), o0_1 = hl_vzero_avx2();
-    hl_vf_avx2 o1_0 = hl_vzero_avx2(), o1_1 = hl_vzero_avx2();
-    hl_vf_avx2 o2_0 = hl_vzero_avx2(), o2_1 = hl_vzero_avx2();
-    hl_vf_avx2 o3_0 = hl_vzero_avx2(), o3_1 = hl_vzero_avx2();
+    hl_vf_avx2 o0_0 = hl_vzero_avx2(), o0_1 = hl_vzero_avx2(), o0_2 = hl_vzero_avx2();
     for (int32_t j = 0; j < n; ++j) {
         const hl_vf_avx2 v0 = hl_vload_avx2(v + j * vs + 0 * L);
         const hl_vf_avx2 v1 = hl_vload_avx2(v + j * vs + 1 * L);
+        const hl_vf_avx2 v2 = hl_vload_avx2(v + j * vs + 2 * L);
         hl_vf_avx2 x;
         x = hl_vset_avx2(p[j * ps + 0]);
         o0_0 = hl_vfma_avx2(x, v0, o0_0);
         o0_1 = hl_vfma_avx2(x, v1, o0_1);
-        x = hl_vset_avx2(p[j * ps + 1]);
-        o1_0 = hl_vfma_avx2(x, v0, o1_0);
-        o1_1 = hl_vfma_avx2(x, v1, o1_1);
-        x = hl_vset_avx2(p[j * ps + 2]);
-        o2_0 = hl_vfma_avx2(x, v0, o2_0);
-        o2_1 = hl_vfma_avx2(x, v1, o2_1);
-        x = hl_vset_avx2(p[j * ps + 3]);
-        o3_0 = hl_vfma_avx2(x, v0, o3_0);
-        o3_1 = hl_vfma_avx2(x, v1, o3_1);
+        o0_2 = hl_vfma_avx2(x, v2, o0_2);
     }
     hl_vstore_avx2(o + 0 * OS + 0 * L,
                    hl_vfma_avx2(hl_vset_avx2(alpha[0]), hl_vload_avx2(o + 0 * OS + 0 * L), o0_0));
     hl_vstore_avx2(o + 0 * OS + 1 * L,
                    hl_vfma_avx2(hl_vset_avx2(alpha[0]), hl_vload_avx2(o + 0 * OS + 1 * L), o0_1));
-    hl_vstore_avx2(o + 1 * OS + 0 * L,
-                   hl_vfma_avx2(hl_vset_avx2(alpha[1]), hl_vload_avx2(o + 1 * OS + 0 * L), o1_0));
-    hl_vstore_avx2(o + 1 * OS + 1 * L,
-                   hl_vfma_avx2(hl_vset_avx2(alpha[1]), hl_vload_avx2(o + 1 * OS + 1 * L), o1_1));
-    hl_vstore_avx2(o + 2 * OS + 0 * L,
-                   hl_vfma_avx2(hl_vset_avx2(alpha[2]), hl_vload_avx2(o + 2 * OS + 0 * L), o2_0));
-    hl_vstore_avx2(o + 2 * OS + 1 * L,
-                   hl_vfma_avx2(hl_vset_avx2(alpha[2]), hl_vload_avx2(o + 2 * OS + 1 * L), o2_1));
-    hl_vstore_avx2(o + 3 * OS + 0 * L,
-                   hl_vfma_avx2(hl_vset_avx2(alpha[3]), hl_vload_avx2(o + 3 * OS + 0 * L), o3_0));
-    hl_vstore_avx2(o + 3 * OS + 1 * L,
-                   hl_vfma_avx2(hl_vset_avx2(alpha[3]), hl_vload_avx2(o + 3 * OS + 1 * L), o3_1));
-}
-
-/* 1 head by 2 vectors of channels, over the block's n keys. */
-HL_KERNEL_AVX2 void hl_sfa_f32_d64_pv_1x2_avx2(const float *p, ptrdiff_t ps, const float *v,
-                                               ptrdiff_t vs, float *o, const float *alpha,
-                                               int32_t n)
-{
-    enum { L = 8, OS = 64 };
-    hl_vf_avx2 o0_0 = hl_vzero_avx2(), o0_1 = hl_vzero_avx2();
-    for (int32_t j = 0; j < n; ++j) {
-        const hl_vf_avx2 v0 = hl_vload_avx2(v + j * vs + 0 * L);
-        const hl_vf_avx2 v1 = hl_vload_avx2(v + j * vs + 1 * L);
-        hl_vf_avx2 x;
-        x = hl_vset_avx2(p[j * ps + 0]);
-        o0_0 = hl_vfma_avx2(x, v0, o0_0);
-        o0_1 = hl_vfma_avx2(x, v1, o0_1);
-    }
-    hl_vstore_avx2(o + 0 * OS + 0 * L,
-                   hl_vfma_avx2(hl_vset_avx2(alpha[0]), hl_vload_avx2(o + 0 * OS + 0 * L), o0_0));
-    hl_vstore_avx2(o + 0 * OS + 1 * L,
-                   hl_vfma_avx2(hl_vset_avx2(alpha[0]), hl_vload_avx2(o + 0 * OS + 1 * L), o0_1));
-}
-
-/* 6 heads by 1 vector of channels, over the block's n keys. */
-HL_KERNEL_AVX2 void hl_sfa_f32_d64_pv_6x1_avx2(const float *p, ptrdiff_t ps, const float *v,
-                                               ptrdiff_t vs, float *o, const float *alpha,
-                                               int32_t n)
-{
-    enum { L = 8, OS = 64 };
-    hl_vf_avx2 o0_0 = hl_vzero_avx2();
-    hl_vf_avx2 o1_0 = hl_vzero_avx2();
-    hl_vf_avx2 o2_0 = hl_vzero_avx2();
-    hl_vf_avx2 o3_0 = hl_vzero_avx2();
-    hl_vf_avx2 o4_0 = hl_vzero_avx2();
-    hl_vf_avx2 o5_0 = hl_vzero_avx2();
-    for (int32_t j = 0; j < n; ++j) {
-        const hl_vf_avx2 v0 = hl_vload_avx2(v + j * vs + 0 * L);
-        hl_vf_avx2 x;
-        x = hl_vset_avx2(p[j * ps + 0]);
-        o0_0 = hl_vfma_avx2(x, v0, o0_0);
-        x = hl_vset_avx2(p[j * ps + 1]);
-        o1_0 = hl_vfma_avx2(x, v0, o1_0);
-        x = hl_vset_avx2(p[j * ps + 2]);
-        o2_0 = hl_vfma_avx2(x, v0, o2_0);
-        x = hl_vset_avx2(p[j * ps + 3]);
-        o3_0 = hl_vfma_avx2(x, v0, o3_0);
-        x = hl_vset_avx2(p[j * ps + 4]);
-        o4_0 = hl_vfma_avx2(x, v0, o4_0);
-        x = hl_vset_avx2(p[j * ps + 5]);
-        o5_0 = hl_vfma_avx2(x, v0, o5_0);
-    }
-    hl_vstore_avx2(o + 0 * OS + 0 * L,
-                   hl_vfma_avx2(hl_vset_avx2(alpha[0]), hl_vload_avx2(o + 0 * OS + 0 * L), o0_0));
-    hl_vstore_avx2(o + 1 * OS + 0 * L,
-                   hl_vfma_avx2(hl_vset_avx2(alpha[1]), hl_vload_avx2(o + 1 * OS + 0 * L), o1_0));
-    hl_vstore_avx2(o + 2 * OS + 0 * L,
-                   hl_vfma_avx2(hl_vset_avx2(alpha[2]), hl_vload_avx2(o + 2 * OS + 0 * L), o2_0));
-    hl_vstore_avx2(o + 3 * OS + 0 * L,
-                   hl_vfma_avx2(hl_vset_avx2(alpha[3]), hl_vload_avx2(o + 3 * OS + 0 * L), o3_0));
-    hl_vstore_avx2(o + 4 * OS + 0 * L,
-                   hl_vfma_avx2(hl_vset_avx2(alpha[4]), hl_vload_avx2(o + 4 * OS + 0 * L), o4_0));
-    hl_vstore_avx2(o + 5 * OS + 0 * L,
-                   hl_vfma_avx2(hl_vset_avx2(alpha[5]), hl_vload_avx2(o + 5 * OS + 0 * L), o5_0));
+    hl_vstore_avx2(o + 0 * OS + 2 * L,
+                   hl_vfma_avx2(hl_vset_avx2(alpha[0]), hl_vload_avx2(o + 0 * OS + 2 * L), o0_2));
 }
 
 /* 4 heads by 1 vector of channels, over the block's n keys. */
@@ -3667,34 +4288,25 @@ HL_KERNEL_AVX2 void hl_sfa_f32_d64_pv_1x1_avx2(const float *p, ptrdiff_t ps, con
                    hl_vfma_avx2(hl_vset_avx2(alpha[0]), hl_vload_avx2(o + 0 * OS + 0 * L), o0_0));
 }
 
-/* All heads of the group. A few channels of all values stay in the first-level cache while the
- * heads pass by. */
+/* Many heads: a few channels of all values stay in the nearest cache while the heads pass by. */
 HL_KERNEL_AVX2 void hl_sfa_f32_d64_value_avx2(const hl_space *w, const hl_state *t, int32_t padded,
                                               int32_t group, ptrdiff_t vs, int32_t n)
 {
     enum { L = 8, OS = 64 };
     int32_t c = 0;
-    for (; c + 2 * L <= OS; c += 2 * L) {
+    for (; c + 3 * L <= OS; c += 3 * L) {
         int32_t h = 0;
-        for (; h + 6 <= group; h += 6) {
-            hl_sfa_f32_d64_pv_6x2_avx2(w->s + h, padded, w->v + c, vs, t->o + (ptrdiff_t)h * OS + c,
-                                       t->alpha + h, n);
-        }
         for (; h + 4 <= group; h += 4) {
-            hl_sfa_f32_d64_pv_4x2_avx2(w->s + h, padded, w->v + c, vs, t->o + (ptrdiff_t)h * OS + c,
+            hl_sfa_f32_d64_pv_4x3_avx2(w->s + h, padded, w->v + c, vs, t->o + (ptrdiff_t)h * OS + c,
                                        t->alpha + h, n);
         }
         for (; h + 1 <= group; h += 1) {
-            hl_sfa_f32_d64_pv_1x2_avx2(w->s + h, padded, w->v + c, vs, t->o + (ptrdiff_t)h * OS + c,
+            hl_sfa_f32_d64_pv_1x3_avx2(w->s + h, padded, w->v + c, vs, t->o + (ptrdiff_t)h * OS + c,
                                        t->alpha + h, n);
         }
     }
     for (; c + 1 * L <= OS; c += 1 * L) {
         int32_t h = 0;
-        for (; h + 6 <= group; h += 6) {
-            hl_sfa_f32_d64_pv_6x1_avx2(w->s + h, padded, w->v + c, vs, t->o + (ptrdiff_t)h * OS + c,
-                                       t->alpha + h, n);
-        }
         for (; h + 4 <= group; h += 4) {
             hl_sfa_f32_d64_pv_4x1_avx2(w->s + h, padded, w->v + c, vs, t->o + (ptrdiff_t)h * OS + c,
                                        t->alpha + h, n);
@@ -3702,6 +4314,222 @@ HL_KERNEL_AVX2 void hl_sfa_f32_d64_value_avx2(const hl_space *w, const hl_state 
         for (; h + 1 <= group; h += 1) {
             hl_sfa_f32_d64_pv_1x1_avx2(w->s + h, padded, w->v + c, vs, t->o + (ptrdiff_t)h * OS + c,
                                        t->alpha + h, n);
+        }
+    }
+}
+/* 8 heads by 1 vector of channels; values are read where they are stored. */
+HL_KERNEL_AVX2 void hl_sfa_f32_d64_pr_8x1_avx2(const float *p, ptrdiff_t ps,
+                                               const float *const *row, int32_t c, float *o,
+                                               const float *alpha, int32_t n)
+{
+    enum { L = 8, OS = 64 };
+    hl_vf_avx2 o0_0 = hl_vzero_avx2();
+    hl_vf_avx2 o1_0 = hl_vzero_avx2();
+    hl_vf_avx2 o2_0 = hl_vzero_avx2();
+    hl_vf_avx2 o3_0 = hl_vzero_avx2();
+    hl_vf_avx2 o4_0 = hl_vzero_avx2();
+    hl_vf_avx2 o5_0 = hl_vzero_avx2();
+    hl_vf_avx2 o6_0 = hl_vzero_avx2();
+    hl_vf_avx2 o7_0 = hl_vzero_avx2();
+    for (int32_t j = 0; j < n; ++j) {
+        const hl_vf_avx2 v0 = hl_vload_avx2(row[j] + c + 0 * L);
+        hl_vf_avx2 x;
+        x = hl_vset_avx2(p[j * ps + 0]);
+        o0_0 = hl_vfma_avx2(x, v0, o0_0);
+        x = hl_vset_avx2(p[j * ps + 1]);
+        o1_0 = hl_vfma_avx2(x, v0, o1_0);
+        x = hl_vset_avx2(p[j * ps + 2]);
+        o2_0 = hl_vfma_avx2(x, v0, o2_0);
+        x = hl_vset_avx2(p[j * ps + 3]);
+        o3_0 = hl_vfma_avx2(x, v0, o3_0);
+        x = hl_vset_avx2(p[j * ps + 4]);
+        o4_0 = hl_vfma_avx2(x, v0, o4_0);
+        x = hl_vset_avx2(p[j * ps + 5]);
+        o5_0 = hl_vfma_avx2(x, v0, o5_0);
+        x = hl_vset_avx2(p[j * ps + 6]);
+        o6_0 = hl_vfma_avx2(x, v0, o6_0);
+        x = hl_vset_avx2(p[j * ps + 7]);
+        o7_0 = hl_vfma_avx2(x, v0, o7_0);
+    }
+    hl_vstore_avx2(o + 0 * OS + 0 * L,
+                   hl_vfma_avx2(hl_vset_avx2(alpha[0]), hl_vload_avx2(o + 0 * OS + 0 * L), o0_0));
+    hl_vstore_avx2(o + 1 * OS + 0 * L,
+                   hl_vfma_avx2(hl_vset_avx2(alpha[1]), hl_vload_avx2(o + 1 * OS + 0 * L), o1_0));
+    hl_vstore_avx2(o + 2 * OS + 0 * L,
+                   hl_vfma_avx2(hl_vset_avx2(alpha[2]), hl_vload_avx2(o + 2 * OS + 0 * L), o2_0));
+    hl_vstore_avx2(o + 3 * OS + 0 * L,
+                   hl_vfma_avx2(hl_vset_avx2(alpha[3]), hl_vload_avx2(o + 3 * OS + 0 * L), o3_0));
+    hl_vstore_avx2(o + 4 * OS + 0 * L,
+                   hl_vfma_avx2(hl_vset_avx2(alpha[4]), hl_vload_avx2(o + 4 * OS + 0 * L), o4_0));
+    hl_vstore_avx2(o + 5 * OS + 0 * L,
+                   hl_vfma_avx2(hl_vset_avx2(alpha[5]), hl_vload_avx2(o + 5 * OS + 0 * L), o5_0));
+    hl_vstore_avx2(o + 6 * OS + 0 * L,
+                   hl_vfma_avx2(hl_vset_avx2(alpha[6]), hl_vload_avx2(o + 6 * OS + 0 * L), o6_0));
+    hl_vstore_avx2(o + 7 * OS + 0 * L,
+                   hl_vfma_avx2(hl_vset_avx2(alpha[7]), hl_vload_avx2(o + 7 * OS + 0 * L), o7_0));
+}
+
+/* 4 heads by 2 vectors of channels; values are read where they are stored. */
+HL_KERNEL_AVX2 void hl_sfa_f32_d64_pr_4x2_avx2(const float *p, ptrdiff_t ps,
+                                               const float *const *row, int32_t c, float *o,
+                                               const float *alpha, int32_t n)
+{
+    enum { L = 8, OS = 64 };
+    hl_vf_avx2 o0_0 = hl_vzero_avx2(), o0_1 = hl_vzero_avx2();
+    hl_vf_avx2 o1_0 = hl_vzero_avx2(), o1_1 = hl_vzero_avx2();
+    hl_vf_avx2 o2_0 = hl_vzero_avx2(), o2_1 = hl_vzero_avx2();
+    hl_vf_avx2 o3_0 = hl_vzero_avx2(), o3_1 = hl_vzero_avx2();
+    for (int32_t j = 0; j < n; ++j) {
+        const hl_vf_avx2 v0 = hl_vload_avx2(row[j] + c + 0 * L);
+        const hl_vf_avx2 v1 = hl_vload_avx2(row[j] + c + 1 * L);
+        hl_vf_avx2 x;
+        x = hl_vset_avx2(p[j * ps + 0]);
+        o0_0 = hl_vfma_avx2(x, v0, o0_0);
+        o0_1 = hl_vfma_avx2(x, v1, o0_1);
+        x = hl_vset_avx2(p[j * ps + 1]);
+        o1_0 = hl_vfma_avx2(x, v0, o1_0);
+        o1_1 = hl_vfma_avx2(x, v1, o1_1);
+        x = hl_vset_avx2(p[j * ps + 2]);
+        o2_0 = hl_vfma_avx2(x, v0, o2_0);
+        o2_1 = hl_vfma_avx2(x, v1, o2_1);
+        x = hl_vset_avx2(p[j * ps + 3]);
+        o3_0 = hl_vfma_avx2(x, v0, o3_0);
+        o3_1 = hl_vfma_avx2(x, v1, o3_1);
+    }
+    hl_vstore_avx2(o + 0 * OS + 0 * L,
+                   hl_vfma_avx2(hl_vset_avx2(alpha[0]), hl_vload_avx2(o + 0 * OS + 0 * L), o0_0));
+    hl_vstore_avx2(o + 0 * OS + 1 * L,
+                   hl_vfma_avx2(hl_vset_avx2(alpha[0]), hl_vload_avx2(o + 0 * OS + 1 * L), o0_1));
+    hl_vstore_avx2(o + 1 * OS + 0 * L,
+                   hl_vfma_avx2(hl_vset_avx2(alpha[1]), hl_vload_avx2(o + 1 * OS + 0 * L), o1_0));
+    hl_vstore_avx2(o + 1 * OS + 1 * L,
+                   hl_vfma_avx2(hl_vset_avx2(alpha[1]), hl_vload_avx2(o + 1 * OS + 1 * L), o1_1));
+    hl_vstore_avx2(o + 2 * OS + 0 * L,
+                   hl_vfma_avx2(hl_vset_avx2(alpha[2]), hl_vload_avx2(o + 2 * OS + 0 * L), o2_0));
+    hl_vstore_avx2(o + 2 * OS + 1 * L,
+                   hl_vfma_avx2(hl_vset_avx2(alpha[2]), hl_vload_avx2(o + 2 * OS + 1 * L), o2_1));
+    hl_vstore_avx2(o + 3 * OS + 0 * L,
+                   hl_vfma_avx2(hl_vset_avx2(alpha[3]), hl_vload_avx2(o + 3 * OS + 0 * L), o3_0));
+    hl_vstore_avx2(o + 3 * OS + 1 * L,
+                   hl_vfma_avx2(hl_vset_avx2(alpha[3]), hl_vload_avx2(o + 3 * OS + 1 * L), o3_1));
+}
+
+/* 4 heads by 1 vector of channels; values are read where they are stored. */
+HL_KERNEL_AVX2 void hl_sfa_f32_d64_pr_4x1_avx2(const float *p, ptrdiff_t ps,
+                                               const float *const *row, int32_t c, float *o,
+                                               const float *alpha, int32_t n)
+{
+    enum { L = 8, OS = 64 };
+    hl_vf_avx2 o0_0 = hl_vzero_avx2();
+    hl_vf_avx2 o1_0 = hl_vzero_avx2();
+    hl_vf_avx2 o2_0 = hl_vzero_avx2();
+    hl_vf_avx2 o3_0 = hl_vzero_avx2();
+    for (int32_t j = 0; j < n; ++j) {
+        const hl_vf_avx2 v0 = hl_vload_avx2(row[j] + c + 0 * L);
+        hl_vf_avx2 x;
+        x = hl_vset_avx2(p[j * ps + 0]);
+        o0_0 = hl_vfma_avx2(x, v0, o0_0);
+        x = hl_vset_avx2(p[j * ps + 1]);
+        o1_0 = hl_vfma_avx2(x, v0, o1_0);
+        x = hl_vset_avx2(p[j * ps + 2]);
+        o2_0 = hl_vfma_avx2(x, v0, o2_0);
+        x = hl_vset_avx2(p[j * ps + 3]);
+        o3_0 = hl_vfma_avx2(x, v0, o3_0);
+    }
+    hl_vstore_avx2(o + 0 * OS + 0 * L,
+                   hl_vfma_avx2(hl_vset_avx2(alpha[0]), hl_vload_avx2(o + 0 * OS + 0 * L), o0_0));
+    hl_vstore_avx2(o + 1 * OS + 0 * L,
+                   hl_vfma_avx2(hl_vset_avx2(alpha[1]), hl_vload_avx2(o + 1 * OS + 0 * L), o1_0));
+    hl_vstore_avx2(o + 2 * OS + 0 * L,
+                   hl_vfma_avx2(hl_vset_avx2(alpha[2]), hl_vload_avx2(o + 2 * OS + 0 * L), o2_0));
+    hl_vstore_avx2(o + 3 * OS + 0 * L,
+                   hl_vfma_avx2(hl_vset_avx2(alpha[3]), hl_vload_avx2(o + 3 * OS + 0 * L), o3_0));
+}
+
+/* 1 head by 4 vectors of channels; values are read where they are stored. */
+HL_KERNEL_AVX2 void hl_sfa_f32_d64_pr_1x4_avx2(const float *p, ptrdiff_t ps,
+                                               const float *const *row, int32_t c, float *o,
+                                               const float *alpha, int32_t n)
+{
+    enum { L = 8, OS = 64 };
+    hl_vf_avx2 o0_0 = hl_vzero_avx2(), o0_1 = hl_vzero_avx2(), o0_2 = hl_vzero_avx2(), o0_3 =
+        hl_vzero_avx2();
+    for (int32_t j = 0; j < n; ++j) {
+        const hl_vf_avx2 v0 = hl_vload_avx2(row[j] + c + 0 * L);
+        const hl_vf_avx2 v1 = hl_vload_avx2(row[j] + c + 1 * L);
+        const hl_vf_avx2 v2 = hl_vload_avx2(row[j] + c + 2 * L);
+        const hl_vf_avx2 v3 = hl_vload_avx2(row[j] + c + 3 * L);
+        hl_vf_avx2 x;
+        x = hl_vset_avx2(p[j * ps + 0]);
+        o0_0 = hl_vfma_avx2(x, v0, o0_0);
+        o0_1 = hl_vfma_avx2(x, v1, o0_1);
+        o0_2 = hl_vfma_avx2(x, v2, o0_2);
+        o0_3 = hl_vfma_avx2(x, v3, o0_3);
+    }
+    hl_vstore_avx2(o + 0 * OS + 0 * L,
+                   hl_vfma_avx2(hl_vset_avx2(alpha[0]), hl_vload_avx2(o + 0 * OS + 0 * L), o0_0));
+    hl_vstore_avx2(o + 0 * OS + 1 * L,
+                   hl_vfma_avx2(hl_vset_avx2(alpha[0]), hl_vload_avx2(o + 0 * OS + 1 * L), o0_1));
+    hl_vstore_avx2(o + 0 * OS + 2 * L,
+                   hl_vfma_avx2(hl_vset_avx2(alpha[0]), hl_vload_avx2(o + 0 * OS + 2 * L), o0_2));
+    hl_vstore_avx2(o + 0 * OS + 3 * L,
+                   hl_vfma_avx2(hl_vset_avx2(alpha[0]), hl_vload_avx2(o + 0 * OS + 3 * L), o0_3));
+}
+
+/* 1 head by 1 vector of channels; values are read where they are stored. */
+HL_KERNEL_AVX2 void hl_sfa_f32_d64_pr_1x1_avx2(const float *p, ptrdiff_t ps,
+                                               const float *const *row, int32_t c, float *o,
+                                               const float *alpha, int32_t n)
+{
+    enum { L = 8, OS = 64 };
+    hl_vf_avx2 o0_0 = hl_vzero_avx2();
+    for (int32_t j = 0; j < n; ++j) {
+        const hl_vf_avx2 v0 = hl_vload_avx2(row[j] + c + 0 * L);
+        hl_vf_avx2 x;
+        x = hl_vset_avx2(p[j * ps + 0]);
+        o0_0 = hl_vfma_avx2(x, v0, o0_0);
+    }
+    hl_vstore_avx2(o + 0 * OS + 0 * L,
+                   hl_vfma_avx2(hl_vset_avx2(alpha[0]), hl_vload_avx2(o + 0 * OS + 0 * L), o0_0));
+}
+
+/* Few heads: the values are not worth a copy. */
+HL_KERNEL_AVX2 void hl_sfa_f32_d64_value_few_avx2(const hl_sparse_flash_attention_args *a,
+                                                  const hl_group *g, const hl_space *w,
+                                                  const hl_state *t, const hl_block *b,
+                                                  int32_t padded, int32_t group)
+{
+    enum { L = 8, OS = 64, DV = 64 };
+    const float **const row = (const float **)w->rows;
+    int32_t h = 0;
+    for (int32_t j = 0; j < b->n; ++j) {
+        row[j] = hl_sfa_f32_d64_value_row_avx2(a, g, b->loc[j]);
+    }
+    for (; h + 8 <= group; h += 8) {
+        float *const o = t->o + (ptrdiff_t)h * OS;
+        int32_t c = 0;
+        for (; c + 1 * L <= DV; c += 1 * L) {
+            hl_sfa_f32_d64_pr_8x1_avx2(w->s + h, padded, row, c, o + c, t->alpha + h, b->n);
+        }
+    }
+    for (; h + 4 <= group; h += 4) {
+        float *const o = t->o + (ptrdiff_t)h * OS;
+        int32_t c = 0;
+        for (; c + 2 * L <= DV; c += 2 * L) {
+            hl_sfa_f32_d64_pr_4x2_avx2(w->s + h, padded, row, c, o + c, t->alpha + h, b->n);
+        }
+        for (; c + 1 * L <= DV; c += 1 * L) {
+            hl_sfa_f32_d64_pr_4x1_avx2(w->s + h, padded, row, c, o + c, t->alpha + h, b->n);
+        }
+    }
+    for (; h + 1 <= group; h += 1) {
+        float *const o = t->o + (ptrdiff_t)h * OS;
+        int32_t c = 0;
+        for (; c + 4 * L <= DV; c += 4 * L) {
+            hl_sfa_f32_d64_pr_1x4_avx2(w->s + h, padded, row, c, o + c, t->alpha + h, b->n);
+        }
+        for (; c + 1 * L <= DV; c += 1 * L) {
+            hl_sfa_f32_d64_pr_1x1_avx2(w->s + h, padded, row, c, o + c, t->alpha + h, b->n);
         }
     }
 }
@@ -3870,27 +4698,50 @@ HL_KERNEL_AVX2 void hl_sfa_f32_d64_merge_state_avx2(const hl_state *t, const hl_
 
 /* ---- forward: one group against its keys ---- */
 
+/* One block of keys: load, score, softmax, value. */
+HL_KERNEL_AVX2 void hl_sfa_f32_d64_block_avx2(const hl_sparse_flash_attention_plan *plan,
+                                              const hl_group *g, const hl_space *w,
+                                              const hl_state *t, const hl_block *b, int32_t padded)
+{
+    const hl_sparse_flash_attention_args *const a = &plan->args;
+    if (plan->group <= 16) {
+        /* rows -> numbers, a tile at a time; S = scale Q K^T, in units of log2 */
+        hl_sfa_f32_d64_score_few_avx2(a, g, w, b, padded, plan->scale_log2);
+        /* m' = max(m, rowmax S);  P = 2^(S - m');  l, alpha */
+        hl_sfa_f32_d64_softmax_avx2(w->s, t, padded, b->n);
+        /* O = alpha O + P V */
+        hl_sfa_f32_d64_value_few_avx2(a, g, w, t, b, padded, plan->group);
+        return;
+    }
+    /* rows -> numbers, once for the whole group */
+    hl_sfa_f32_d64_load_avx2(a, g, w, b);
+    /* S = scale Q K^T, in units of log2 */
+    hl_sfa_f32_d64_score_avx2(w, padded, b->n, plan->scale_log2);
+    /* m' = max(m, rowmax S);  P = 2^(S - m');  l, alpha */
+    hl_sfa_f32_d64_softmax_avx2(w->s, t, padded, b->n);
+    /* O = alpha O + P V */
+    hl_sfa_f32_d64_value_avx2(w, t, padded, plan->group, a->value != NULL ? 64 : 64, b->n);
+}
+
 /* One chunk of a group's keys (FlashAttention-2, algorithm 1, with K and V in blocks). */
 HL_KERNEL_AVX2 void hl_sfa_f32_d64_forward_avx2(const hl_sparse_flash_attention_plan *plan,
                                                 const hl_group *g, const hl_space *w,
                                                 const hl_state *t, hl_cursor c, int32_t padded)
 {
-    enum { BLOCK = 96, KS = 64, VS = 64 };
+    const int32_t block = plan->group <= 16 ? 48 : 96;
     const hl_sparse_flash_attention_args *const a = &plan->args;
-    const ptrdiff_t vs = a->value != NULL ? VS : KS;
-    int32_t n = hl_sfa_f32_d64_next(a, g, &c, w->loc, BLOCK);
+    hl_block b;
+    b.loc = w->loc;
+    b.n = hl_sfa_f32_d64_next(a, g, &c, b.loc, block);
     hl_sfa_f32_d64_start_avx2(t, padded, plan->group);
-    while (n > 0) {
-        /* rows -> numbers, once for the whole group */
-        hl_sfa_f32_d64_load_avx2(a, g, w, n);
-        /* S = scale Q K^T, in units of log2 */
-        hl_sfa_f32_d64_score_avx2(w, padded, n, plan->scale_log2);
-        /* m' = max(m, rowmax S);  P = 2^(S - m');  l, alpha */
-        hl_sfa_f32_d64_softmax_avx2(w->s, t, padded, n);
-        /* O = alpha O + P V */
-        hl_sfa_f32_d64_value_avx2(w, t, padded, plan->group, vs, n);
+    while (b.n > 0) {
+        b.n_later = b.n < block ? 0 : hl_sfa_f32_d64_next(a, g, &c, b.loc + block, block);
+        hl_sfa_f32_d64_block_avx2(plan, g, w, t, &b, padded);
         *t->seen = 1.0f;
-        n = hl_sfa_f32_d64_next(a, g, &c, w->loc, BLOCK);
+        for (int32_t j = 0; j < b.n_later; ++j) {
+            b.loc[j] = b.loc[block + j];
+        }
+        b.n = b.n_later;
     }
 }
 
@@ -3996,35 +4847,120 @@ HL_KERNEL_AVX512 void hl_sfa_f32_d64_load_q_avx512(const hl_sparse_flash_attenti
     }
 }
 
-/* The block's keys, and its values where they are apart. */
-HL_KERNEL_AVX512 void hl_sfa_f32_d64_load_avx512(const hl_sparse_flash_attention_args *a,
-                                                 const hl_group *g, const hl_space *w, int32_t n)
+/* Where one key's row lies; its rotary channels, if they are apart; and its value, which is either
+ * in a tensor of its own or the first channels of the key. */
+HL_KERNEL_AVX512 const float *hl_sfa_f32_d64_key_row_avx512(const hl_sparse_flash_attention_args *a,
+    const hl_group *g, hl_loc at)
 {
-    enum { D = 64, DK = 64, DV = 64, KS = 64, VS = 64 };
-    for (int32_t j = 0; j < n; ++j) {
-        const hl_loc at = w->loc[j];
-        float *const to = w->k + (ptrdiff_t)j * KS;
-        const float *const key = (const float *)a->key
-            + at.outer * a->key_stride.batch + at.inner * a->key_stride.row
-            + g->kv_head * a->key_stride.head;
-        hl_vrow_f32_avx512(to, key, DK);
+    return (const float *)a->key + at.outer * a->key_stride.batch
+        + at.inner * a->key_stride.row + g->kv_head * a->key_stride.head;
+}
+HL_KERNEL_AVX512 const float *hl_sfa_f32_d64_value_row_avx512(
+    const hl_sparse_flash_attention_args *a, const hl_group *g, hl_loc at)
+{
+    if (a->value == NULL) {
+        return hl_sfa_f32_d64_key_row_avx512(a, g, at);
+    }
+    return (const float *)a->value + at.outer * a->value_stride.batch
+        + at.inner * a->value_stride.row + g->kv_head * a->value_stride.head;
+}
+
+/* One key's row as float32. */
+HL_KERNEL_AVX512 void hl_sfa_f32_d64_load_key_avx512(const hl_sparse_flash_attention_args *a,
+    const hl_group *g, hl_loc at, float *to)
+{
+    enum { DK = 64, D = 64 };
+    hl_vrow_f32_avx512(to, hl_sfa_f32_d64_key_row_avx512(a, g, at), D);
+}
+
+/* Asks for the lines of a row before they are needed: rows that a list names lie anywhere, which no
+ * hardware can guess. A word, not a function: GCC takes a function that does nothing but prefetch
+ * for one without effect, and drops its calls. */
+HL_WORD_AVX512 void hl_sfa_f32_d64_fetch_avx512(const float *row, int32_t channels)
+{
+    for (int32_t c = 0; c < channels; c += 16) {
+        HL_FETCH(row + c);
+    }
+}
+
+HL_WORD_AVX512 void hl_sfa_f32_d64_fetch_key_avx512(hl_loc at,
+                                                    const hl_sparse_flash_attention_args *a,
+                                                    const hl_group *g)
+{
+    enum { DK = 64, D = 64, DV = 64 };
+    hl_sfa_f32_d64_fetch_avx512(hl_sfa_f32_d64_key_row_avx512(a, g, at), D);
+    if (a->value != NULL) {
+        hl_sfa_f32_d64_fetch_avx512(hl_sfa_f32_d64_value_row_avx512(a, g, at), DV);
+    }
+}
+/* Channels c0 .. c0+n-1 of some keys, channel by channel over all of them: so many pages are under
+ * way at once, and each of them is read in order. */
+HL_KERNEL_AVX512 void hl_sfa_f32_d64_load_keys_avx512(const hl_sparse_flash_attention_args *a,
+    const hl_group *g, const hl_loc *loc, int32_t keys, int32_t c0, int32_t n, float *to)
+{
+    enum { L = 16, KS = 64, DK = 64 };
+    const float *row[24];
+    const int32_t end = c0 + n < DK ? c0 + n : DK;
+    int32_t c = c0;
+    for (int32_t r = 0; r < keys; ++r) {
+        row[r] = hl_sfa_f32_d64_key_row_avx512(a, g, loc[r]);
+    }
+    for (; c + L <= end; c += L) {
+        for (int32_t r = 0; r < keys; ++r) {
+            hl_vstore_avx512(to + (ptrdiff_t)r * KS + (c - c0), hl_vload_avx512(row[r] + c));
+        }
+    }
+}
+
+/* Where the same channels of later keys lie; where there is none, of a key that is at hand. */
+HL_KERNEL_AVX512 void hl_sfa_f32_d64_look_ahead_avx512(const hl_sparse_flash_attention_args *a,
+    const hl_group *g, const hl_block *b, int32_t j, int32_t c0, hl_ahead *next)
+{
+    enum { DK = 64 };
+    next->nope = DK - c0;
+    for (int32_t r = 0; r < 12; ++r) {
+        const hl_loc at = b->loc[j + r < b->n + b->n_later ? j + r : 0];
+        const float *const row = hl_sfa_f32_d64_key_row_avx512(a, g, at);
+        next->row[r] = row + c0;
+    }
+}
+
+HL_WORD_AVX512 void hl_sfa_f32_d64_fetch_channels_avx512(const hl_ahead *next, int32_t c,
+    int32_t rows)
+{
+    for (int32_t r = 0; r < rows; ++r) {
+        HL_FETCH((const float *)next->row[r] + c);
+    }
+}
+/* The whole block's keys, and its values where they are apart; meanwhile rows are asked for that
+ * lie 8 further on, in this block or in the next. */
+HL_KERNEL_AVX512 void hl_sfa_f32_d64_load_avx512(const hl_sparse_flash_attention_args *a,
+                                                 const hl_group *g, const hl_space *w,
+                                                 const hl_block *b)
+{
+    enum { DV = 64, KS = 64, VS = 64 };
+    for (int32_t j = 0; j < b->n; ++j) {
+        if (j + 8 < b->n + b->n_later) {
+            hl_sfa_f32_d64_fetch_key_avx512(b->loc[j + 8], a, g);
+        }
+        hl_sfa_f32_d64_load_key_avx512(a, g, b->loc[j], w->k + (ptrdiff_t)j * KS);
         if (a->value != NULL) {
-            hl_vrow_f32_avx512(w->v + (ptrdiff_t)j * VS, (const float *)a->value + at.outer
-                               * a->value_stride.batch + at.inner * a->value_stride.row + g->kv_head
-                               * a->value_stride.head, DV);
+            hl_vrow_f32_avx512(w->v + (ptrdiff_t)j * VS,
+                               hl_sfa_f32_d64_value_row_avx512(a, g, b->loc[j]), DV);
         }
     }
 }
 
 /* ---- score: S = scale Q K^T, in units of log2 ---- */
 
-/* 12 keys by 2 vectors of heads, over channels c0 .. c1-1: heads in the lanes, so that no
- * number ever has to be summed across them. Adds to what earlier channels left in s. */
+/* 12 keys by 2 vectors of heads, over n channels: heads in the lanes, so that no number ever
+ * has to be summed across them. With add, adds to what earlier channels left in s. Meanwhile the
+ * same channels of later keys are asked for. */
 HL_KERNEL_AVX512 void hl_sfa_f32_d64_qk_12x2_avx512(const float *q, const float *k, float *s,
-                                                    ptrdiff_t ss, int32_t c0, int32_t c1,
-                                                    float scale)
+                                                    ptrdiff_t ss, int32_t n, int32_t add,
+                                                    float scale, const hl_ahead *next)
 {
-    enum { L = 16, W = 2 * L, KS = 64 };
+    enum { L = 16, W = 2 * L, KS = 64, LINE = 16 };
     hl_vf_avx512 s0_0 = hl_vzero_avx512(), s0_1 = hl_vzero_avx512();
     hl_vf_avx512 s1_0 = hl_vzero_avx512(), s1_1 = hl_vzero_avx512();
     hl_vf_avx512 s2_0 = hl_vzero_avx512(), s2_1 = hl_vzero_avx512();
@@ -4037,48 +4973,54 @@ HL_KERNEL_AVX512 void hl_sfa_f32_d64_qk_12x2_avx512(const float *q, const float 
     hl_vf_avx512 s9_0 = hl_vzero_avx512(), s9_1 = hl_vzero_avx512();
     hl_vf_avx512 s10_0 = hl_vzero_avx512(), s10_1 = hl_vzero_avx512();
     hl_vf_avx512 s11_0 = hl_vzero_avx512(), s11_1 = hl_vzero_avx512();
-    for (int32_t c = c0; c < c1; ++c) {
-        const hl_vf_avx512 q0 = hl_vload_avx512(q + (ptrdiff_t)c * W + 0 * L);
-        const hl_vf_avx512 q1 = hl_vload_avx512(q + (ptrdiff_t)c * W + 1 * L);
-        hl_vf_avx512 x;
-        x = hl_vset_avx512(k[0 * KS + c]);
-        s0_0 = hl_vfma_avx512(x, q0, s0_0);
-        s0_1 = hl_vfma_avx512(x, q1, s0_1);
-        x = hl_vset_avx512(k[1 * KS + c]);
-        s1_0 = hl_vfma_avx512(x, q0, s1_0);
-        s1_1 = hl_vfma_avx512(x, q1, s1_1);
-        x = hl_vset_avx512(k[2 * KS + c]);
-        s2_0 = hl_vfma_avx512(x, q0, s2_0);
-        s2_1 = hl_vfma_avx512(x, q1, s2_1);
-        x = hl_vset_avx512(k[3 * KS + c]);
-        s3_0 = hl_vfma_avx512(x, q0, s3_0);
-        s3_1 = hl_vfma_avx512(x, q1, s3_1);
-        x = hl_vset_avx512(k[4 * KS + c]);
-        s4_0 = hl_vfma_avx512(x, q0, s4_0);
-        s4_1 = hl_vfma_avx512(x, q1, s4_1);
-        x = hl_vset_avx512(k[5 * KS + c]);
-        s5_0 = hl_vfma_avx512(x, q0, s5_0);
-        s5_1 = hl_vfma_avx512(x, q1, s5_1);
-        x = hl_vset_avx512(k[6 * KS + c]);
-        s6_0 = hl_vfma_avx512(x, q0, s6_0);
-        s6_1 = hl_vfma_avx512(x, q1, s6_1);
-        x = hl_vset_avx512(k[7 * KS + c]);
-        s7_0 = hl_vfma_avx512(x, q0, s7_0);
-        s7_1 = hl_vfma_avx512(x, q1, s7_1);
-        x = hl_vset_avx512(k[8 * KS + c]);
-        s8_0 = hl_vfma_avx512(x, q0, s8_0);
-        s8_1 = hl_vfma_avx512(x, q1, s8_1);
-        x = hl_vset_avx512(k[9 * KS + c]);
-        s9_0 = hl_vfma_avx512(x, q0, s9_0);
-        s9_1 = hl_vfma_avx512(x, q1, s9_1);
-        x = hl_vset_avx512(k[10 * KS + c]);
-        s10_0 = hl_vfma_avx512(x, q0, s10_0);
-        s10_1 = hl_vfma_avx512(x, q1, s10_1);
-        x = hl_vset_avx512(k[11 * KS + c]);
-        s11_0 = hl_vfma_avx512(x, q0, s11_0);
-        s11_1 = hl_vfma_avx512(x, q1, s11_1);
+    for (int32_t start = 0; start < n; start += LINE) {
+        const int32_t stop = n - start > LINE ? start + LINE : n;
+        if (next != NULL) {
+            hl_sfa_f32_d64_fetch_channels_avx512(next, start, 12);
+        }
+        for (int32_t c = start; c < stop; ++c) {
+            const hl_vf_avx512 q0 = hl_vload_avx512(q + (ptrdiff_t)c * W + 0 * L);
+            const hl_vf_avx512 q1 = hl_vload_avx512(q + (ptrdiff_t)c * W + 1 * L);
+            hl_vf_avx512 x;
+            x = hl_vset_avx512(k[0 * KS + c]);
+            s0_0 = hl_vfma_avx512(x, q0, s0_0);
+            s0_1 = hl_vfma_avx512(x, q1, s0_1);
+            x = hl_vset_avx512(k[1 * KS + c]);
+            s1_0 = hl_vfma_avx512(x, q0, s1_0);
+            s1_1 = hl_vfma_avx512(x, q1, s1_1);
+            x = hl_vset_avx512(k[2 * KS + c]);
+            s2_0 = hl_vfma_avx512(x, q0, s2_0);
+            s2_1 = hl_vfma_avx512(x, q1, s2_1);
+            x = hl_vset_avx512(k[3 * KS + c]);
+            s3_0 = hl_vfma_avx512(x, q0, s3_0);
+            s3_1 = hl_vfma_avx512(x, q1, s3_1);
+            x = hl_vset_avx512(k[4 * KS + c]);
+            s4_0 = hl_vfma_avx512(x, q0, s4_0);
+            s4_1 = hl_vfma_avx512(x, q1, s4_1);
+            x = hl_vset_avx512(k[5 * KS + c]);
+            s5_0 = hl_vfma_avx512(x, q0, s5_0);
+            s5_1 = hl_vfma_avx512(x, q1, s5_1);
+            x = hl_vset_avx512(k[6 * KS + c]);
+            s6_0 = hl_vfma_avx512(x, q0, s6_0);
+            s6_1 = hl_vfma_avx512(x, q1, s6_1);
+            x = hl_vset_avx512(k[7 * KS + c]);
+            s7_0 = hl_vfma_avx512(x, q0, s7_0);
+            s7_1 = hl_vfma_avx512(x, q1, s7_1);
+            x = hl_vset_avx512(k[8 * KS + c]);
+            s8_0 = hl_vfma_avx512(x, q0, s8_0);
+            s8_1 = hl_vfma_avx512(x, q1, s8_1);
+            x = hl_vset_avx512(k[9 * KS + c]);
+            s9_0 = hl_vfma_avx512(x, q0, s9_0);
+            s9_1 = hl_vfma_avx512(x, q1, s9_1);
+            x = hl_vset_avx512(k[10 * KS + c]);
+            s10_0 = hl_vfma_avx512(x, q0, s10_0);
+            s10_1 = hl_vfma_avx512(x, q1, s10_1);
+            x = hl_vset_avx512(k[11 * KS + c]);
+            s11_0 = hl_vfma_avx512(x, q0, s11_0);
+            s11_1 = hl_vfma_avx512(x, q1, s11_1);
+        }
     }
-    if (c0 > 0) {
+    if (add) {
         s0_0 = hl_vadd_avx512(hl_vload_avx512(s + 0 * ss + 0 * L), s0_0);
         s0_1 = hl_vadd_avx512(hl_vload_avx512(s + 0 * ss + 1 * L), s0_1);
         s1_0 = hl_vadd_avx512(hl_vload_avx512(s + 1 * ss + 0 * L), s1_0);
@@ -4130,35 +5072,42 @@ HL_KERNEL_AVX512 void hl_sfa_f32_d64_qk_12x2_avx512(const float *q, const float 
     hl_vstore_avx512(s + 11 * ss + 1 * L, hl_vmul_avx512(s11_1, hl_vset_avx512(scale)));
 }
 
-/* 4 keys by 2 vectors of heads, over channels c0 .. c1-1: heads in the lanes, so that no
- * number ever has to be summed across them. Adds to what earlier channels left in s. */
+/* 4 keys by 2 vectors of heads, over n channels: heads in the lanes, so that no number ever
+ * has to be summed across them. With add, adds to what earlier channels left in s. Meanwhile the
+ * same channels of later keys are asked for. */
 HL_KERNEL_AVX512 void hl_sfa_f32_d64_qk_4x2_avx512(const float *q, const float *k, float *s,
-                                                   ptrdiff_t ss, int32_t c0, int32_t c1,
-                                                   float scale)
+                                                   ptrdiff_t ss, int32_t n, int32_t add,
+                                                   float scale, const hl_ahead *next)
 {
-    enum { L = 16, W = 2 * L, KS = 64 };
+    enum { L = 16, W = 2 * L, KS = 64, LINE = 16 };
     hl_vf_avx512 s0_0 = hl_vzero_avx512(), s0_1 = hl_vzero_avx512();
     hl_vf_avx512 s1_0 = hl_vzero_avx512(), s1_1 = hl_vzero_avx512();
     hl_vf_avx512 s2_0 = hl_vzero_avx512(), s2_1 = hl_vzero_avx512();
     hl_vf_avx512 s3_0 = hl_vzero_avx512(), s3_1 = hl_vzero_avx512();
-    for (int32_t c = c0; c < c1; ++c) {
-        const hl_vf_avx512 q0 = hl_vload_avx512(q + (ptrdiff_t)c * W + 0 * L);
-        const hl_vf_avx512 q1 = hl_vload_avx512(q + (ptrdiff_t)c * W + 1 * L);
-        hl_vf_avx512 x;
-        x = hl_vset_avx512(k[0 * KS + c]);
-        s0_0 = hl_vfma_avx512(x, q0, s0_0);
-        s0_1 = hl_vfma_avx512(x, q1, s0_1);
-        x = hl_vset_avx512(k[1 * KS + c]);
-        s1_0 = hl_vfma_avx512(x, q0, s1_0);
-        s1_1 = hl_vfma_avx512(x, q1, s1_1);
-        x = hl_vset_avx512(k[2 * KS + c]);
-        s2_0 = hl_vfma_avx512(x, q0, s2_0);
-        s2_1 = hl_vfma_avx512(x, q1, s2_1);
-        x = hl_vset_avx512(k[3 * KS + c]);
-        s3_0 = hl_vfma_avx512(x, q0, s3_0);
-        s3_1 = hl_vfma_avx512(x, q1, s3_1);
+    for (int32_t start = 0; start < n; start += LINE) {
+        const int32_t stop = n - start > LINE ? start + LINE : n;
+        if (next != NULL) {
+            hl_sfa_f32_d64_fetch_channels_avx512(next, start, 4);
+        }
+        for (int32_t c = start; c < stop; ++c) {
+            const hl_vf_avx512 q0 = hl_vload_avx512(q + (ptrdiff_t)c * W + 0 * L);
+            const hl_vf_avx512 q1 = hl_vload_avx512(q + (ptrdiff_t)c * W + 1 * L);
+            hl_vf_avx512 x;
+            x = hl_vset_avx512(k[0 * KS + c]);
+            s0_0 = hl_vfma_avx512(x, q0, s0_0);
+            s0_1 = hl_vfma_avx512(x, q1, s0_1);
+            x = hl_vset_avx512(k[1 * KS + c]);
+            s1_0 = hl_vfma_avx512(x, q0, s1_0);
+            s1_1 = hl_vfma_avx512(x, q1, s1_1);
+            x = hl_vset_avx512(k[2 * KS + c]);
+            s2_0 = hl_vfma_avx512(x, q0, s2_0);
+            s2_1 = hl_vfma_avx512(x, q1, s2_1);
+            x = hl_vset_avx512(k[3 * KS + c]);
+            s3_0 = hl_vfma_avx512(x, q0, s3_0);
+            s3_1 = hl_vfma_avx512(x, q1, s3_1);
+        }
     }
-    if (c0 > 0) {
+    if (add) {
         s0_0 = hl_vadd_avx512(hl_vload_avx512(s + 0 * ss + 0 * L), s0_0);
         s0_1 = hl_vadd_avx512(hl_vload_avx512(s + 0 * ss + 1 * L), s0_1);
         s1_0 = hl_vadd_avx512(hl_vload_avx512(s + 1 * ss + 0 * L), s1_0);
@@ -4178,23 +5127,30 @@ HL_KERNEL_AVX512 void hl_sfa_f32_d64_qk_4x2_avx512(const float *q, const float *
     hl_vstore_avx512(s + 3 * ss + 1 * L, hl_vmul_avx512(s3_1, hl_vset_avx512(scale)));
 }
 
-/* 1 keys by 2 vectors of heads, over channels c0 .. c1-1: heads in the lanes, so that no
- * number ever has to be summed across them. Adds to what earlier channels left in s. */
+/* 1 key by 2 vectors of heads, over n channels: heads in the lanes, so that no number ever
+ * has to be summed across them. With add, adds to what earlier channels left in s. Meanwhile the
+ * same channels of later keys are asked for. */
 HL_KERNEL_AVX512 void hl_sfa_f32_d64_qk_1x2_avx512(const float *q, const float *k, float *s,
-                                                   ptrdiff_t ss, int32_t c0, int32_t c1,
-                                                   float scale)
+                                                   ptrdiff_t ss, int32_t n, int32_t add,
+                                                   float scale, const hl_ahead *next)
 {
-    enum { L = 16, W = 2 * L, KS = 64 };
+    enum { L = 16, W = 2 * L, KS = 64, LINE = 16 };
     hl_vf_avx512 s0_0 = hl_vzero_avx512(), s0_1 = hl_vzero_avx512();
-    for (int32_t c = c0; c < c1; ++c) {
-        const hl_vf_avx512 q0 = hl_vload_avx512(q + (ptrdiff_t)c * W + 0 * L);
-        const hl_vf_avx512 q1 = hl_vload_avx512(q + (ptrdiff_t)c * W + 1 * L);
-        hl_vf_avx512 x;
-        x = hl_vset_avx512(k[0 * KS + c]);
-        s0_0 = hl_vfma_avx512(x, q0, s0_0);
-        s0_1 = hl_vfma_avx512(x, q1, s0_1);
+    for (int32_t start = 0; start < n; start += LINE) {
+        const int32_t stop = n - start > LINE ? start + LINE : n;
+        if (next != NULL) {
+            hl_sfa_f32_d64_fetch_channels_avx512(next, start, 1);
+        }
+        for (int32_t c = start; c < stop; ++c) {
+            const hl_vf_avx512 q0 = hl_vload_avx512(q + (ptrdiff_t)c * W + 0 * L);
+            const hl_vf_avx512 q1 = hl_vload_avx512(q + (ptrdiff_t)c * W + 1 * L);
+            hl_vf_avx512 x;
+            x = hl_vset_avx512(k[0 * KS + c]);
+            s0_0 = hl_vfma_avx512(x, q0, s0_0);
+            s0_1 = hl_vfma_avx512(x, q1, s0_1);
+        }
     }
-    if (c0 > 0) {
+    if (add) {
         s0_0 = hl_vadd_avx512(hl_vload_avx512(s + 0 * ss + 0 * L), s0_0);
         s0_1 = hl_vadd_avx512(hl_vload_avx512(s + 0 * ss + 1 * L), s0_1);
     }
@@ -4202,13 +5158,14 @@ HL_KERNEL_AVX512 void hl_sfa_f32_d64_qk_1x2_avx512(const float *q, const float *
     hl_vstore_avx512(s + 0 * ss + 1 * L, hl_vmul_avx512(s0_1, hl_vset_avx512(scale)));
 }
 
-/* 12 keys by 1 vector of heads, over channels c0 .. c1-1: heads in the lanes, so that no
- * number ever has to be summed across them. Adds to what earlier channels left in s. */
+/* 12 keys by 1 vector of heads, over n channels: heads in the lanes, so that no number ever
+ * has to be summed across them. With add, adds to what earlier channels left in s. Meanwhile the
+ * same channels of later keys are asked for. */
 HL_KERNEL_AVX512 void hl_sfa_f32_d64_qk_12x1_avx512(const float *q, const float *k, float *s,
-                                                    ptrdiff_t ss, int32_t c0, int32_t c1,
-                                                    float scale)
+                                                    ptrdiff_t ss, int32_t n, int32_t add,
+                                                    float scale, const hl_ahead *next)
 {
-    enum { L = 16, W = 1 * L, KS = 64 };
+    enum { L = 16, W = 1 * L, KS = 64, LINE = 16 };
     hl_vf_avx512 s0_0 = hl_vzero_avx512();
     hl_vf_avx512 s1_0 = hl_vzero_avx512();
     hl_vf_avx512 s2_0 = hl_vzero_avx512();
@@ -4221,35 +5178,41 @@ HL_KERNEL_AVX512 void hl_sfa_f32_d64_qk_12x1_avx512(const float *q, const float 
     hl_vf_avx512 s9_0 = hl_vzero_avx512();
     hl_vf_avx512 s10_0 = hl_vzero_avx512();
     hl_vf_avx512 s11_0 = hl_vzero_avx512();
-    for (int32_t c = c0; c < c1; ++c) {
-        const hl_vf_avx512 q0 = hl_vload_avx512(q + (ptrdiff_t)c * W + 0 * L);
-        hl_vf_avx512 x;
-        x = hl_vset_avx512(k[0 * KS + c]);
-        s0_0 = hl_vfma_avx512(x, q0, s0_0);
-        x = hl_vset_avx512(k[1 * KS + c]);
-        s1_0 = hl_vfma_avx512(x, q0, s1_0);
-        x = hl_vset_avx512(k[2 * KS + c]);
-        s2_0 = hl_vfma_avx512(x, q0, s2_0);
-        x = hl_vset_avx512(k[3 * KS + c]);
-        s3_0 = hl_vfma_avx512(x, q0, s3_0);
-        x = hl_vset_avx512(k[4 * KS + c]);
-        s4_0 = hl_vfma_avx512(x, q0, s4_0);
-        x = hl_vset_avx512(k[5 * KS + c]);
-        s5_0 = hl_vfma_avx512(x, q0, s5_0);
-        x = hl_vset_avx512(k[6 * KS + c]);
-        s6_0 = hl_vfma_avx512(x, q0, s6_0);
-        x = hl_vset_avx512(k[7 * KS + c]);
-        s7_0 = hl_vfma_avx512(x, q0, s7_0);
-        x = hl_vset_avx512(k[8 * KS + c]);
-        s8_0 = hl_vfma_avx512(x, q0, s8_0);
-        x = hl_vset_avx512(k[9 * KS + c]);
-        s9_0 = hl_vfma_avx512(x, q0, s9_0);
-        x = hl_vset_avx512(k[10 * KS + c]);
-        s10_0 = hl_vfma_avx512(x, q0, s10_0);
-        x = hl_vset_avx512(k[11 * KS + c]);
-        s11_0 = hl_vfma_avx512(x, q0, s11_0);
+    for (int32_t start = 0; start < n; start += LINE) {
+        const int32_t stop = n - start > LINE ? start + LINE : n;
+        if (next != NULL) {
+            hl_sfa_f32_d64_fetch_channels_avx512(next, start, 12);
+        }
+        for (int32_t c = start; c < stop; ++c) {
+            const hl_vf_avx512 q0 = hl_vload_avx512(q + (ptrdiff_t)c * W + 0 * L);
+            hl_vf_avx512 x;
+            x = hl_vset_avx512(k[0 * KS + c]);
+            s0_0 = hl_vfma_avx512(x, q0, s0_0);
+            x = hl_vset_avx512(k[1 * KS + c]);
+            s1_0 = hl_vfma_avx512(x, q0, s1_0);
+            x = hl_vset_avx512(k[2 * KS + c]);
+            s2_0 = hl_vfma_avx512(x, q0, s2_0);
+            x = hl_vset_avx512(k[3 * KS + c]);
+            s3_0 = hl_vfma_avx512(x, q0, s3_0);
+            x = hl_vset_avx512(k[4 * KS + c]);
+            s4_0 = hl_vfma_avx512(x, q0, s4_0);
+            x = hl_vset_avx512(k[5 * KS + c]);
+            s5_0 = hl_vfma_avx512(x, q0, s5_0);
+            x = hl_vset_avx512(k[6 * KS + c]);
+            s6_0 = hl_vfma_avx512(x, q0, s6_0);
+            x = hl_vset_avx512(k[7 * KS + c]);
+            s7_0 = hl_vfma_avx512(x, q0, s7_0);
+            x = hl_vset_avx512(k[8 * KS + c]);
+            s8_0 = hl_vfma_avx512(x, q0, s8_0);
+            x = hl_vset_avx512(k[9 * KS + c]);
+            s9_0 = hl_vfma_avx512(x, q0, s9_0);
+            x = hl_vset_avx512(k[10 * KS + c]);
+            s10_0 = hl_vfma_avx512(x, q0, s10_0);
+            x = hl_vset_avx512(k[11 * KS + c]);
+            s11_0 = hl_vfma_avx512(x, q0, s11_0);
+        }
     }
-    if (c0 > 0) {
+    if (add) {
         s0_0 = hl_vadd_avx512(hl_vload_avx512(s + 0 * ss + 0 * L), s0_0);
         s1_0 = hl_vadd_avx512(hl_vload_avx512(s + 1 * ss + 0 * L), s1_0);
         s2_0 = hl_vadd_avx512(hl_vload_avx512(s + 2 * ss + 0 * L), s2_0);
@@ -4277,30 +5240,37 @@ HL_KERNEL_AVX512 void hl_sfa_f32_d64_qk_12x1_avx512(const float *q, const float 
     hl_vstore_avx512(s + 11 * ss + 0 * L, hl_vmul_avx512(s11_0, hl_vset_avx512(scale)));
 }
 
-/* 4 keys by 1 vector of heads, over channels c0 .. c1-1: heads in the lanes, so that no
- * number ever has to be summed across them. Adds to what earlier channels left in s. */
+/* 4 keys by 1 vector of heads, over n channels: heads in the lanes, so that no number ever
+ * has to be summed across them. With add, adds to what earlier channels left in s. Meanwhile the
+ * same channels of later keys are asked for. */
 HL_KERNEL_AVX512 void hl_sfa_f32_d64_qk_4x1_avx512(const float *q, const float *k, float *s,
-                                                   ptrdiff_t ss, int32_t c0, int32_t c1,
-                                                   float scale)
+                                                   ptrdiff_t ss, int32_t n, int32_t add,
+                                                   float scale, const hl_ahead *next)
 {
-    enum { L = 16, W = 1 * L, KS = 64 };
+    enum { L = 16, W = 1 * L, KS = 64, LINE = 16 };
     hl_vf_avx512 s0_0 = hl_vzero_avx512();
     hl_vf_avx512 s1_0 = hl_vzero_avx512();
     hl_vf_avx512 s2_0 = hl_vzero_avx512();
     hl_vf_avx512 s3_0 = hl_vzero_avx512();
-    for (int32_t c = c0; c < c1; ++c) {
-        const hl_vf_avx512 q0 = hl_vload_avx512(q + (ptrdiff_t)c * W + 0 * L);
-        hl_vf_avx512 x;
-        x = hl_vset_avx512(k[0 * KS + c]);
-        s0_0 = hl_vfma_avx512(x, q0, s0_0);
-        x = hl_vset_avx512(k[1 * KS + c]);
-        s1_0 = hl_vfma_avx512(x, q0, s1_0);
-        x = hl_vset_avx512(k[2 * KS + c]);
-        s2_0 = hl_vfma_avx512(x, q0, s2_0);
-        x = hl_vset_avx512(k[3 * KS + c]);
-        s3_0 = hl_vfma_avx512(x, q0, s3_0);
+    for (int32_t start = 0; start < n; start += LINE) {
+        const int32_t stop = n - start > LINE ? start + LINE : n;
+        if (next != NULL) {
+            hl_sfa_f32_d64_fetch_channels_avx512(next, start, 4);
+        }
+        for (int32_t c = start; c < stop; ++c) {
+            const hl_vf_avx512 q0 = hl_vload_avx512(q + (ptrdiff_t)c * W + 0 * L);
+            hl_vf_avx512 x;
+            x = hl_vset_avx512(k[0 * KS + c]);
+            s0_0 = hl_vfma_avx512(x, q0, s0_0);
+            x = hl_vset_avx512(k[1 * KS + c]);
+            s1_0 = hl_vfma_avx512(x, q0, s1_0);
+            x = hl_vset_avx512(k[2 * KS + c]);
+            s2_0 = hl_vfma_avx512(x, q0, s2_0);
+            x = hl_vset_avx512(k[3 * KS + c]);
+            s3_0 = hl_vfma_avx512(x, q0, s3_0);
+        }
     }
-    if (c0 > 0) {
+    if (add) {
         s0_0 = hl_vadd_avx512(hl_vload_avx512(s + 0 * ss + 0 * L), s0_0);
         s1_0 = hl_vadd_avx512(hl_vload_avx512(s + 1 * ss + 0 * L), s1_0);
         s2_0 = hl_vadd_avx512(hl_vload_avx512(s + 2 * ss + 0 * L), s2_0);
@@ -4312,65 +5282,111 @@ HL_KERNEL_AVX512 void hl_sfa_f32_d64_qk_4x1_avx512(const float *q, const float *
     hl_vstore_avx512(s + 3 * ss + 0 * L, hl_vmul_avx512(s3_0, hl_vset_avx512(scale)));
 }
 
-/* 1 keys by 1 vector of heads, over channels c0 .. c1-1: heads in the lanes, so that no
- * number ever has to be summed across them. Adds to what earlier channels left in s. */
+/* 1 key by 1 vector of heads, over n channels: heads in the lanes, so that no number ever
+ * has to be summed across them. With add, adds to what earlier channels left in s. Meanwhile the
+ * same channels of later keys are asked for. */
 HL_KERNEL_AVX512 void hl_sfa_f32_d64_qk_1x1_avx512(const float *q, const float *k, float *s,
-                                                   ptrdiff_t ss, int32_t c0, int32_t c1,
-                                                   float scale)
+                                                   ptrdiff_t ss, int32_t n, int32_t add,
+                                                   float scale, const hl_ahead *next)
 {
-    enum { L = 16, W = 1 * L, KS = 64 };
+    enum { L = 16, W = 1 * L, KS = 64, LINE = 16 };
     hl_vf_avx512 s0_0 = hl_vzero_avx512();
-    for (int32_t c = c0; c < c1; ++c) {
-        const hl_vf_avx512 q0 = hl_vload_avx512(q + (ptrdiff_t)c * W + 0 * L);
-        hl_vf_avx512 x;
-        x = hl_vset_avx512(k[0 * KS + c]);
-        s0_0 = hl_vfma_avx512(x, q0, s0_0);
+    for (int32_t start = 0; start < n; start += LINE) {
+        const int32_t stop = n - start > LINE ? start + LINE : n;
+        if (next != NULL) {
+            hl_sfa_f32_d64_fetch_channels_avx512(next, start, 1);
+        }
+        for (int32_t c = start; c < stop; ++c) {
+            const hl_vf_avx512 q0 = hl_vload_avx512(q + (ptrdiff_t)c * W + 0 * L);
+            hl_vf_avx512 x;
+            x = hl_vset_avx512(k[0 * KS + c]);
+            s0_0 = hl_vfma_avx512(x, q0, s0_0);
+        }
     }
-    if (c0 > 0) {
+    if (add) {
         s0_0 = hl_vadd_avx512(hl_vload_avx512(s + 0 * ss + 0 * L), s0_0);
     }
     hl_vstore_avx512(s + 0 * ss + 0 * L, hl_vmul_avx512(s0_0, hl_vset_avx512(scale)));
 }
 
-/* All heads of the group against the n keys of the block. Channels in slices of 64, so that
- * a slice of a Q panel stays in the first-level cache while the keys pass by. */
+/* Some heads of the group against the `rows` keys that lie in k, over n channels from c0. */
+HL_KERNEL_AVX512 void hl_sfa_f32_d64_score_keys_avx512(const hl_space *w, const float *k, float *s,
+    int32_t heads, int32_t rows, int32_t h0, int32_t h1, int32_t c0, int32_t n, float scale,
+    const hl_ahead *next)
+{
+    enum { L = 16, W = 2 * L, D = 64 };
+    const int32_t add = c0 > 0;
+    for (int32_t h = h0; h < h1; h += W) {
+        const int32_t width = heads - h < W ? heads - h : W;
+        const float *const q = w->q + (ptrdiff_t)h * D + (ptrdiff_t)c0 * width;
+        if (rows == 12) {
+            if (width == W) {
+                hl_sfa_f32_d64_qk_12x2_avx512(q, k, s + h, heads, n, add, scale, next);
+            } else {
+                hl_sfa_f32_d64_qk_12x1_avx512(q, k, s + h, heads, n, add, scale, next);
+            }
+        } else if (rows == 4) {
+            if (width == W) {
+                hl_sfa_f32_d64_qk_4x2_avx512(q, k, s + h, heads, n, add, scale, next);
+            } else {
+                hl_sfa_f32_d64_qk_4x1_avx512(q, k, s + h, heads, n, add, scale, next);
+            }
+        } else {
+            if (width == W) {
+                hl_sfa_f32_d64_qk_1x2_avx512(q, k, s + h, heads, n, add, scale, next);
+            } else {
+                hl_sfa_f32_d64_qk_1x1_avx512(q, k, s + h, heads, n, add, scale, next);
+            }
+        }
+        next = NULL;
+    }
+}
+
+/* Keys of the next tile: the largest that still fits. */
+HL_KERNEL_AVX512 int32_t hl_sfa_f32_d64_tile_rows_avx512(int32_t left)
+{
+    return left >= 12 ? 12 : left >= 4 ? 4 : 1;
+}
+/* Many heads: the whole block is loaded. Channels in slices of 64, so that a slice of a Q panel
+ * stays in the first-level cache while the keys pass by. */
 HL_KERNEL_AVX512 void hl_sfa_f32_d64_score_avx512(const hl_space *w, int32_t heads, int32_t n,
                                                   float scale)
 {
-    enum { L = 16, W = 2 * L, D = 64, KS = 64, SLICE = 64 };
-    const ptrdiff_t ss = heads;
+    enum { W = 2 * 16, D = 64, KS = 64, SLICE = 64 };
     for (int32_t h = 0; h < heads; h += W) {
-        const float *const q = w->q + (ptrdiff_t)h * D;
         for (int32_t c0 = 0; c0 < D; c0 += SLICE) {
-            const int32_t c1 = c0 + SLICE < D ? c0 + SLICE : D;
-            const float x = c1 == D ? scale : 1.0f;
-            int32_t j = 0;
-            for (; n - j >= 12; j += 12) {
-                const float *const k = w->k + (ptrdiff_t)j * KS;
-                float *const s = w->s + j * ss + h;
-                if (heads - h >= W) {
-                    hl_sfa_f32_d64_qk_12x2_avx512(q, k, s, ss, c0, c1, x);
-                } else {
-                    hl_sfa_f32_d64_qk_12x1_avx512(q, k, s, ss, c0, c1, x);
-                }
+            const int32_t left = D - c0;
+            int32_t rows = 0;
+            for (int32_t j = 0; j < n; j += rows) {
+                rows = hl_sfa_f32_d64_tile_rows_avx512(n - j);
+                hl_sfa_f32_d64_score_keys_avx512(w, w->k + (ptrdiff_t)j * KS + c0, w->s
+                                                 + (ptrdiff_t)j * heads, heads, rows, h, h + 1, c0,
+                                                 left < SLICE ? left : SLICE, left > SLICE ? 1.0f
+                                                 : scale, NULL);
             }
-            for (; n - j >= 4; j += 4) {
-                const float *const k = w->k + (ptrdiff_t)j * KS;
-                float *const s = w->s + j * ss + h;
-                if (heads - h >= W) {
-                    hl_sfa_f32_d64_qk_4x2_avx512(q, k, s, ss, c0, c1, x);
-                } else {
-                    hl_sfa_f32_d64_qk_4x1_avx512(q, k, s, ss, c0, c1, x);
-                }
-            }
-            for (; j < n; j += 1) {
-                const float *const k = w->k + (ptrdiff_t)j * KS;
-                float *const s = w->s + j * ss + h;
-                if (heads - h >= W) {
-                    hl_sfa_f32_d64_qk_1x2_avx512(q, k, s, ss, c0, c1, x);
-                } else {
-                    hl_sfa_f32_d64_qk_1x1_avx512(q, k, s, ss, c0, c1, x);
-                }
+        }
+    }
+}
+/* Few heads: 24 keys at a time are loaded, a slice of channels at a time, and used at once, so that
+ * they never leave the first-level cache as float32: writing a block of them would cost more. */
+HL_KERNEL_AVX512 void hl_sfa_f32_d64_score_few_avx512(const hl_sparse_flash_attention_args *a,
+    const hl_group *g, const hl_space *w, const hl_block *b, int32_t heads, float scale)
+{
+    enum { KS = 64, D = 64, SLICE = 64, KEYS = 24 };
+    hl_ahead next;
+    for (int32_t j = 0; j < b->n; j += KEYS) {
+        const int32_t keys = b->n - j < KEYS ? b->n - j : KEYS;
+        for (int32_t c0 = 0; c0 < D; c0 += SLICE) {
+            const int32_t left = D - c0;
+            const int32_t n = left < SLICE ? left : SLICE;
+            int32_t rows = 0;
+            hl_sfa_f32_d64_load_keys_avx512(a, g, b->loc + j, keys, c0, n, w->k);
+            for (int32_t r = 0; r < keys; r += rows) {
+                rows = hl_sfa_f32_d64_tile_rows_avx512(keys - r);
+                hl_sfa_f32_d64_look_ahead_avx512(a, g, b, j + KEYS + r, c0, &next);
+                hl_sfa_f32_d64_score_keys_avx512(w, w->k + (ptrdiff_t)r * KS, w->s
+                                                 + (ptrdiff_t)(j + r) * heads, heads, rows, 0,
+                                                 heads, c0, n, left > SLICE ? 1.0f : scale, &next);
             }
         }
     }
@@ -4916,8 +5932,7 @@ HL_KERNEL_AVX512 void hl_sfa_f32_d64_pv_1x1_avx512(const float *p, ptrdiff_t ps,
                                     o0_0));
 }
 
-/* All heads of the group. A few channels of all values stay in the first-level cache while the
- * heads pass by. */
+/* Many heads: a few channels of all values stay in the nearest cache while the heads pass by. */
 HL_KERNEL_AVX512 void hl_sfa_f32_d64_value_avx512(const hl_space *w, const hl_state *t,
                                                   int32_t padded, int32_t group, ptrdiff_t vs,
                                                   int32_t n)
@@ -4967,6 +5982,295 @@ HL_KERNEL_AVX512 void hl_sfa_f32_d64_value_avx512(const hl_space *w, const hl_st
         for (; h + 1 <= group; h += 1) {
             hl_sfa_f32_d64_pv_1x1_avx512(w->s + h, padded, w->v + c, vs, t->o + (ptrdiff_t)h * OS
                                          + c, t->alpha + h, n);
+        }
+    }
+}
+/* 16 heads by 1 vector of channels; values are read where they are stored. */
+HL_KERNEL_AVX512 void hl_sfa_f32_d64_pr_16x1_avx512(const float *p, ptrdiff_t ps,
+                                                    const float *const *row, int32_t c, float *o,
+                                                    const float *alpha, int32_t n)
+{
+    enum { L = 16, OS = 64 };
+    hl_vf_avx512 o0_0 = hl_vzero_avx512();
+    hl_vf_avx512 o1_0 = hl_vzero_avx512();
+    hl_vf_avx512 o2_0 = hl_vzero_avx512();
+    hl_vf_avx512 o3_0 = hl_vzero_avx512();
+    hl_vf_avx512 o4_0 = hl_vzero_avx512();
+    hl_vf_avx512 o5_0 = hl_vzero_avx512();
+    hl_vf_avx512 o6_0 = hl_vzero_avx512();
+    hl_vf_avx512 o7_0 = hl_vzero_avx512();
+    hl_vf_avx512 o8_0 = hl_vzero_avx512();
+    hl_vf_avx512 o9_0 = hl_vzero_avx512();
+    hl_vf_avx512 o10_0 = hl_vzero_avx512();
+    hl_vf_avx512 o11_0 = hl_vzero_avx512();
+    hl_vf_avx512 o12_0 = hl_vzero_avx512();
+    hl_vf_avx512 o13_0 = hl_vzero_avx512();
+    hl_vf_avx512 o14_0 = hl_vzero_avx512();
+    hl_vf_avx512 o15_0 = hl_vzero_avx512();
+    for (int32_t j = 0; j < n; ++j) {
+        const hl_vf_avx512 v0 = hl_vload_avx512(row[j] + c + 0 * L);
+        hl_vf_avx512 x;
+        x = hl_vset_avx512(p[j * ps + 0]);
+        o0_0 = hl_vfma_avx512(x, v0, o0_0);
+        x = hl_vset_avx512(p[j * ps + 1]);
+        o1_0 = hl_vfma_avx512(x, v0, o1_0);
+        x = hl_vset_avx512(p[j * ps + 2]);
+        o2_0 = hl_vfma_avx512(x, v0, o2_0);
+        x = hl_vset_avx512(p[j * ps + 3]);
+        o3_0 = hl_vfma_avx512(x, v0, o3_0);
+        x = hl_vset_avx512(p[j * ps + 4]);
+        o4_0 = hl_vfma_avx512(x, v0, o4_0);
+        x = hl_vset_avx512(p[j * ps + 5]);
+        o5_0 = hl_vfma_avx512(x, v0, o5_0);
+        x = hl_vset_avx512(p[j * ps + 6]);
+        o6_0 = hl_vfma_avx512(x, v0, o6_0);
+        x = hl_vset_avx512(p[j * ps + 7]);
+        o7_0 = hl_vfma_avx512(x, v0, o7_0);
+        x = hl_vset_avx512(p[j * ps + 8]);
+        o8_0 = hl_vfma_avx512(x, v0, o8_0);
+        x = hl_vset_avx512(p[j * ps + 9]);
+        o9_0 = hl_vfma_avx512(x, v0, o9_0);
+        x = hl_vset_avx512(p[j * ps + 10]);
+        o10_0 = hl_vfma_avx512(x, v0, o10_0);
+        x = hl_vset_avx512(p[j * ps + 11]);
+        o11_0 = hl_vfma_avx512(x, v0, o11_0);
+        x = hl_vset_avx512(p[j * ps + 12]);
+        o12_0 = hl_vfma_avx512(x, v0, o12_0);
+        x = hl_vset_avx512(p[j * ps + 13]);
+        o13_0 = hl_vfma_avx512(x, v0, o13_0);
+        x = hl_vset_avx512(p[j * ps + 14]);
+        o14_0 = hl_vfma_avx512(x, v0, o14_0);
+        x = hl_vset_avx512(p[j * ps + 15]);
+        o15_0 = hl_vfma_avx512(x, v0, o15_0);
+    }
+    hl_vstore_avx512(o + 0 * OS + 0 * L,
+                     hl_vfma_avx512(hl_vset_avx512(alpha[0]), hl_vload_avx512(o + 0 * OS + 0 * L),
+                                    o0_0));
+    hl_vstore_avx512(o + 1 * OS + 0 * L,
+                     hl_vfma_avx512(hl_vset_avx512(alpha[1]), hl_vload_avx512(o + 1 * OS + 0 * L),
+                                    o1_0));
+    hl_vstore_avx512(o + 2 * OS + 0 * L,
+                     hl_vfma_avx512(hl_vset_avx512(alpha[2]), hl_vload_avx512(o + 2 * OS + 0 * L),
+                                    o2_0));
+    hl_vstore_avx512(o + 3 * OS + 0 * L,
+                     hl_vfma_avx512(hl_vset_avx512(alpha[3]), hl_vload_avx512(o + 3 * OS + 0 * L),
+                                    o3_0));
+    hl_vstore_avx512(o + 4 * OS + 0 * L,
+                     hl_vfma_avx512(hl_vset_avx512(alpha[4]), hl_vload_avx512(o + 4 * OS + 0 * L),
+                                    o4_0));
+    hl_vstore_avx512(o + 5 * OS + 0 * L,
+                     hl_vfma_avx512(hl_vset_avx512(alpha[5]), hl_vload_avx512(o + 5 * OS + 0 * L),
+                                    o5_0));
+    hl_vstore_avx512(o + 6 * OS + 0 * L,
+                     hl_vfma_avx512(hl_vset_avx512(alpha[6]), hl_vload_avx512(o + 6 * OS + 0 * L),
+                                    o6_0));
+    hl_vstore_avx512(o + 7 * OS + 0 * L,
+                     hl_vfma_avx512(hl_vset_avx512(alpha[7]), hl_vload_avx512(o + 7 * OS + 0 * L),
+                                    o7_0));
+    hl_vstore_avx512(o + 8 * OS + 0 * L,
+                     hl_vfma_avx512(hl_vset_avx512(alpha[8]), hl_vload_avx512(o + 8 * OS + 0 * L),
+                                    o8_0));
+    hl_vstore_avx512(o + 9 * OS + 0 * L,
+                     hl_vfma_avx512(hl_vset_avx512(alpha[9]), hl_vload_avx512(o + 9 * OS + 0 * L),
+                                    o9_0));
+    hl_vstore_avx512(o + 10 * OS + 0 * L,
+                     hl_vfma_avx512(hl_vset_avx512(alpha[10]), hl_vload_avx512(o + 10 * OS + 0 * L),
+                                    o10_0));
+    hl_vstore_avx512(o + 11 * OS + 0 * L,
+                     hl_vfma_avx512(hl_vset_avx512(alpha[11]), hl_vload_avx512(o + 11 * OS + 0 * L),
+                                    o11_0));
+    hl_vstore_avx512(o + 12 * OS + 0 * L,
+                     hl_vfma_avx512(hl_vset_avx512(alpha[12]), hl_vload_avx512(o + 12 * OS + 0 * L),
+                                    o12_0));
+    hl_vstore_avx512(o + 13 * OS + 0 * L,
+                     hl_vfma_avx512(hl_vset_avx512(alpha[13]), hl_vload_avx512(o + 13 * OS + 0 * L),
+                                    o13_0));
+    hl_vstore_avx512(o + 14 * OS + 0 * L,
+                     hl_vfma_avx512(hl_vset_avx512(alpha[14]), hl_vload_avx512(o + 14 * OS + 0 * L),
+                                    o14_0));
+    hl_vstore_avx512(o + 15 * OS + 0 * L,
+                     hl_vfma_avx512(hl_vset_avx512(alpha[15]), hl_vload_avx512(o + 15 * OS + 0 * L),
+                                    o15_0));
+}
+
+/* 4 heads by 4 vectors of channels; values are read where they are stored. */
+HL_KERNEL_AVX512 void hl_sfa_f32_d64_pr_4x4_avx512(const float *p, ptrdiff_t ps,
+                                                   const float *const *row, int32_t c, float *o,
+                                                   const float *alpha, int32_t n)
+{
+    enum { L = 16, OS = 64 };
+    hl_vf_avx512 o0_0 = hl_vzero_avx512(), o0_1 = hl_vzero_avx512(), o0_2 = hl_vzero_avx512(),
+        o0_3 = hl_vzero_avx512();
+    hl_vf_avx512 o1_0 = hl_vzero_avx512(), o1_1 = hl_vzero_avx512(), o1_2 = hl_vzero_avx512(),
+        o1_3 = hl_vzero_avx512();
+    hl_vf_avx512 o2_0 = hl_vzero_avx512(), o2_1 = hl_vzero_avx512(), o2_2 = hl_vzero_avx512(),
+        o2_3 = hl_vzero_avx512();
+    hl_vf_avx512 o3_0 = hl_vzero_avx512(), o3_1 = hl_vzero_avx512(), o3_2 = hl_vzero_avx512(),
+        o3_3 = hl_vzero_avx512();
+    for (int32_t j = 0; j < n; ++j) {
+        const hl_vf_avx512 v0 = hl_vload_avx512(row[j] + c + 0 * L);
+        const hl_vf_avx512 v1 = hl_vload_avx512(row[j] + c + 1 * L);
+        const hl_vf_avx512 v2 = hl_vload_avx512(row[j] + c + 2 * L);
+        const hl_vf_avx512 v3 = hl_vload_avx512(row[j] + c + 3 * L);
+        hl_vf_avx512 x;
+        x = hl_vset_avx512(p[j * ps + 0]);
+        o0_0 = hl_vfma_avx512(x, v0, o0_0);
+        o0_1 = hl_vfma_avx512(x, v1, o0_1);
+        o0_2 = hl_vfma_avx512(x, v2, o0_2);
+        o0_3 = hl_vfma_avx512(x, v3, o0_3);
+        x = hl_vset_avx512(p[j * ps + 1]);
+        o1_0 = hl_vfma_avx512(x, v0, o1_0);
+        o1_1 = hl_vfma_avx512(x, v1, o1_1);
+        o1_2 = hl_vfma_avx512(x, v2, o1_2);
+        o1_3 = hl_vfma_avx512(x, v3, o1_3);
+        x = hl_vset_avx512(p[j * ps + 2]);
+        o2_0 = hl_vfma_avx512(x, v0, o2_0);
+        o2_1 = hl_vfma_avx512(x, v1, o2_1);
+        o2_2 = hl_vfma_avx512(x, v2, o2_2);
+        o2_3 = hl_vfma_avx512(x, v3, o2_3);
+        x = hl_vset_avx512(p[j * ps + 3]);
+        o3_0 = hl_vfma_avx512(x, v0, o3_0);
+        o3_1 = hl_vfma_avx512(x, v1, o3_1);
+        o3_2 = hl_vfma_avx512(x, v2, o3_2);
+        o3_3 = hl_vfma_avx512(x, v3, o3_3);
+    }
+    hl_vstore_avx512(o + 0 * OS + 0 * L,
+                     hl_vfma_avx512(hl_vset_avx512(alpha[0]), hl_vload_avx512(o + 0 * OS + 0 * L),
+                                    o0_0));
+    hl_vstore_avx512(o + 0 * OS + 1 * L,
+                     hl_vfma_avx512(hl_vset_avx512(alpha[0]), hl_vload_avx512(o + 0 * OS + 1 * L),
+                                    o0_1));
+    hl_vstore_avx512(o + 0 * OS + 2 * L,
+                     hl_vfma_avx512(hl_vset_avx512(alpha[0]), hl_vload_avx512(o + 0 * OS + 2 * L),
+                                    o0_2));
+    hl_vstore_avx512(o + 0 * OS + 3 * L,
+                     hl_vfma_avx512(hl_vset_avx512(alpha[0]), hl_vload_avx512(o + 0 * OS + 3 * L),
+                                    o0_3));
+    hl_vstore_avx512(o + 1 * OS + 0 * L,
+                     hl_vfma_avx512(hl_vset_avx512(alpha[1]), hl_vload_avx512(o + 1 * OS + 0 * L),
+                                    o1_0));
+    hl_vstore_avx512(o + 1 * OS + 1 * L,
+                     hl_vfma_avx512(hl_vset_avx512(alpha[1]), hl_vload_avx512(o + 1 * OS + 1 * L),
+                                    o1_1));
+    hl_vstore_avx512(o + 1 * OS + 2 * L,
+                     hl_vfma_avx512(hl_vset_avx512(alpha[1]), hl_vload_avx512(o + 1 * OS + 2 * L),
+                                    o1_2));
+    hl_vstore_avx512(o + 1 * OS + 3 * L,
+                     hl_vfma_avx512(hl_vset_avx512(alpha[1]), hl_vload_avx512(o + 1 * OS + 3 * L),
+                                    o1_3));
+    hl_vstore_avx512(o + 2 * OS + 0 * L,
+                     hl_vfma_avx512(hl_vset_avx512(alpha[2]), hl_vload_avx512(o + 2 * OS + 0 * L),
+                                    o2_0));
+    hl_vstore_avx512(o + 2 * OS + 1 * L,
+                     hl_vfma_avx512(hl_vset_avx512(alpha[2]), hl_vload_avx512(o + 2 * OS + 1 * L),
+                                    o2_1));
+    hl_vstore_avx512(o + 2 * OS + 2 * L,
+                     hl_vfma_avx512(hl_vset_avx512(alpha[2]), hl_vload_avx512(o + 2 * OS + 2 * L),
+                                    o2_2));
+    hl_vstore_avx512(o + 2 * OS + 3 * L,
+                     hl_vfma_avx512(hl_vset_avx512(alpha[2]), hl_vload_avx512(o + 2 * OS + 3 * L),
+                                    o2_3));
+    hl_vstore_avx512(o + 3 * OS + 0 * L,
+                     hl_vfma_avx512(hl_vset_avx512(alpha[3]), hl_vload_avx512(o + 3 * OS + 0 * L),
+                                    o3_0));
+    hl_vstore_avx512(o + 3 * OS + 1 * L,
+                     hl_vfma_avx512(hl_vset_avx512(alpha[3]), hl_vload_avx512(o + 3 * OS + 1 * L),
+                                    o3_1));
+    hl_vstore_avx512(o + 3 * OS + 2 * L,
+                     hl_vfma_avx512(hl_vset_avx512(alpha[3]), hl_vload_avx512(o + 3 * OS + 2 * L),
+                                    o3_2));
+    hl_vstore_avx512(o + 3 * OS + 3 * L,
+                     hl_vfma_avx512(hl_vset_avx512(alpha[3]), hl_vload_avx512(o + 3 * OS + 3 * L),
+                                    o3_3));
+}
+
+/* 4 heads by 1 vector of channels; values are read where they are stored. */
+HL_KERNEL_AVX512 void hl_sfa_f32_d64_pr_4x1_avx512(const float *p, ptrdiff_t ps,
+                                                   const float *const *row, int32_t c, float *o,
+                                                   const float *alpha, int32_t n)
+{
+    enum { L = 16, OS = 64 };
+    hl_vf_avx512 o0_0 = hl_vzero_avx512();
+    hl_vf_avx512 o1_0 = hl_vzero_avx512();
+    hl_vf_avx512 o2_0 = hl_vzero_avx512();
+    hl_vf_avx512 o3_0 = hl_vzero_avx512();
+    for (int32_t j = 0; j < n; ++j) {
+        const hl_vf_avx512 v0 = hl_vload_avx512(row[j] + c + 0 * L);
+        hl_vf_avx512 x;
+        x = hl_vset_avx512(p[j * ps + 0]);
+        o0_0 = hl_vfma_avx512(x, v0, o0_0);
+        x = hl_vset_avx512(p[j * ps + 1]);
+        o1_0 = hl_vfma_avx512(x, v0, o1_0);
+        x = hl_vset_avx512(p[j * ps + 2]);
+        o2_0 = hl_vfma_avx512(x, v0, o2_0);
+        x = hl_vset_avx512(p[j * ps + 3]);
+        o3_0 = hl_vfma_avx512(x, v0, o3_0);
+    }
+    hl_vstore_avx512(o + 0 * OS + 0 * L,
+                     hl_vfma_avx512(hl_vset_avx512(alpha[0]), hl_vload_avx512(o + 0 * OS + 0 * L),
+                                    o0_0));
+    hl_vstore_avx512(o + 1 * OS + 0 * L,
+                     hl_vfma_avx512(hl_vset_avx512(alpha[1]), hl_vload_avx512(o + 1 * OS + 0 * L),
+                                    o1_0));
+    hl_vstore_avx512(o + 2 * OS + 0 * L,
+                     hl_vfma_avx512(hl_vset_avx512(alpha[2]), hl_vload_avx512(o + 2 * OS + 0 * L),
+                                    o2_0));
+    hl_vstore_avx512(o + 3 * OS + 0 * L,
+                     hl_vfma_avx512(hl_vset_avx512(alpha[3]), hl_vload_avx512(o + 3 * OS + 0 * L),
+                                    o3_0));
+}
+
+/* 1 head by 1 vector of channels; values are read where they are stored. */
+HL_KERNEL_AVX512 void hl_sfa_f32_d64_pr_1x1_avx512(const float *p, ptrdiff_t ps,
+                                                   const float *const *row, int32_t c, float *o,
+                                                   const float *alpha, int32_t n)
+{
+    enum { L = 16, OS = 64 };
+    hl_vf_avx512 o0_0 = hl_vzero_avx512();
+    for (int32_t j = 0; j < n; ++j) {
+        const hl_vf_avx512 v0 = hl_vload_avx512(row[j] + c + 0 * L);
+        hl_vf_avx512 x;
+        x = hl_vset_avx512(p[j * ps + 0]);
+        o0_0 = hl_vfma_avx512(x, v0, o0_0);
+    }
+    hl_vstore_avx512(o + 0 * OS + 0 * L,
+                     hl_vfma_avx512(hl_vset_avx512(alpha[0]), hl_vload_avx512(o + 0 * OS + 0 * L),
+                                    o0_0));
+}
+
+/* Few heads: the values are not worth a copy. */
+HL_KERNEL_AVX512 void hl_sfa_f32_d64_value_few_avx512(const hl_sparse_flash_attention_args *a,
+    const hl_group *g, const hl_space *w, const hl_state *t, const hl_block *b, int32_t padded,
+    int32_t group)
+{
+    enum { L = 16, OS = 64, DV = 64 };
+    const float **const row = (const float **)w->rows;
+    int32_t h = 0;
+    for (int32_t j = 0; j < b->n; ++j) {
+        row[j] = hl_sfa_f32_d64_value_row_avx512(a, g, b->loc[j]);
+    }
+    for (; h + 16 <= group; h += 16) {
+        float *const o = t->o + (ptrdiff_t)h * OS;
+        int32_t c = 0;
+        for (; c + 1 * L <= DV; c += 1 * L) {
+            hl_sfa_f32_d64_pr_16x1_avx512(w->s + h, padded, row, c, o + c, t->alpha + h, b->n);
+        }
+    }
+    for (; h + 4 <= group; h += 4) {
+        float *const o = t->o + (ptrdiff_t)h * OS;
+        int32_t c = 0;
+        for (; c + 4 * L <= DV; c += 4 * L) {
+            hl_sfa_f32_d64_pr_4x4_avx512(w->s + h, padded, row, c, o + c, t->alpha + h, b->n);
+        }
+        for (; c + 1 * L <= DV; c += 1 * L) {
+            hl_sfa_f32_d64_pr_4x1_avx512(w->s + h, padded, row, c, o + c, t->alpha + h, b->n);
+        }
+    }
+    for (; h + 1 <= group; h += 1) {
+        float *const o = t->o + (ptrdiff_t)h * OS;
+        int32_t c = 0;
+        for (; c + 1 * L <= DV; c += 1 * L) {
+            hl_sfa_f32_d64_pr_1x1_avx512(w->s + h, padded, row, c, o + c, t->alpha + h, b->n);
         }
     }
 }
@@ -5135,27 +6439,51 @@ HL_KERNEL_AVX512 void hl_sfa_f32_d64_merge_state_avx512(const hl_state *t, const
 
 /* ---- forward: one group against its keys ---- */
 
+/* One block of keys: load, score, softmax, value. */
+HL_KERNEL_AVX512 void hl_sfa_f32_d64_block_avx512(const hl_sparse_flash_attention_plan *plan,
+                                                  const hl_group *g, const hl_space *w,
+                                                  const hl_state *t, const hl_block *b,
+                                                  int32_t padded)
+{
+    const hl_sparse_flash_attention_args *const a = &plan->args;
+    if (plan->group <= 32) {
+        /* rows -> numbers, a tile at a time; S = scale Q K^T, in units of log2 */
+        hl_sfa_f32_d64_score_few_avx512(a, g, w, b, padded, plan->scale_log2);
+        /* m' = max(m, rowmax S);  P = 2^(S - m');  l, alpha */
+        hl_sfa_f32_d64_softmax_avx512(w->s, t, padded, b->n);
+        /* O = alpha O + P V */
+        hl_sfa_f32_d64_value_few_avx512(a, g, w, t, b, padded, plan->group);
+        return;
+    }
+    /* rows -> numbers, once for the whole group */
+    hl_sfa_f32_d64_load_avx512(a, g, w, b);
+    /* S = scale Q K^T, in units of log2 */
+    hl_sfa_f32_d64_score_avx512(w, padded, b->n, plan->scale_log2);
+    /* m' = max(m, rowmax S);  P = 2^(S - m');  l, alpha */
+    hl_sfa_f32_d64_softmax_avx512(w->s, t, padded, b->n);
+    /* O = alpha O + P V */
+    hl_sfa_f32_d64_value_avx512(w, t, padded, plan->group, a->value != NULL ? 64 : 64, b->n);
+}
+
 /* One chunk of a group's keys (FlashAttention-2, algorithm 1, with K and V in blocks). */
 HL_KERNEL_AVX512 void hl_sfa_f32_d64_forward_avx512(const hl_sparse_flash_attention_plan *plan,
                                                     const hl_group *g, const hl_space *w,
                                                     const hl_state *t, hl_cursor c, int32_t padded)
 {
-    enum { BLOCK = 96, KS = 64, VS = 64 };
+    const int32_t block = plan->group <= 32 ? 48 : 96;
     const hl_sparse_flash_attention_args *const a = &plan->args;
-    const ptrdiff_t vs = a->value != NULL ? VS : KS;
-    int32_t n = hl_sfa_f32_d64_next(a, g, &c, w->loc, BLOCK);
+    hl_block b;
+    b.loc = w->loc;
+    b.n = hl_sfa_f32_d64_next(a, g, &c, b.loc, block);
     hl_sfa_f32_d64_start_avx512(t, padded, plan->group);
-    while (n > 0) {
-        /* rows -> numbers, once for the whole group */
-        hl_sfa_f32_d64_load_avx512(a, g, w, n);
-        /* S = scale Q K^T, in units of log2 */
-        hl_sfa_f32_d64_score_avx512(w, padded, n, plan->scale_log2);
-        /* m' = max(m, rowmax S);  P = 2^(S - m');  l, alpha */
-        hl_sfa_f32_d64_softmax_avx512(w->s, t, padded, n);
-        /* O = alpha O + P V */
-        hl_sfa_f32_d64_value_avx512(w, t, padded, plan->group, vs, n);
+    while (b.n > 0) {
+        b.n_later = b.n < block ? 0 : hl_sfa_f32_d64_next(a, g, &c, b.loc + block, block);
+        hl_sfa_f32_d64_block_avx512(plan, g, w, t, &b, padded);
         *t->seen = 1.0f;
-        n = hl_sfa_f32_d64_next(a, g, &c, w->loc, BLOCK);
+        for (int32_t j = 0; j < b.n_later; ++j) {
+            b.loc[j] = b.loc[block + j];
+        }
+        b.n = b.n_later;
     }
 }
 
@@ -5239,13 +6567,13 @@ static inline hl_status hl_sfa_f32_d64_check_lists(const hl_sparse_flash_attenti
     const int64_t groups = plan->n_tasks;
     for (int64_t index = 0; index < groups; ++index) {
         hl_group g;
+        int64_t limit;
         if (!hl_sfa_f32_d64_group(plan, index, &g)) {
             continue;
         }
+        limit = g.length > 0 ? (g.length - 1) / a->sparse_block_size : -1;
         for (int32_t t = 0; t < a->list_length; ++t) {
             const int32_t id = g.list[t];
-            const int64_t most = ((int64_t)g.length - 1) / a->sparse_block_size;
-            const int64_t limit = g.length == 0 ? -1 : most;
             if (id < -1) {
                 return hl_refuse_at(error, HL_ERR_INDEX, HL_ARG_SPARSE_INDICES, HL_RULE_AT_LEAST, 2,
                                     index, t, id, -1);

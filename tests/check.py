@@ -151,17 +151,17 @@ int main(void)
 }}
 """
 
-# An all-zero struct of arguments has no query: plan has to say so, and in words.
+# Without arguments plan has to refuse, and to say why.
 CALL = """\
     {{
         static {plan} plan;
-        static {args} args;
         hl_error error;
         char text[160];
-        wrong += {kernel}_plan(&plan, &args, &error) != HL_ERR_NULL;
+        wrong += {kernel}_plan(&plan, NULL, &error) != HL_ERR_NULL;
         wrong += hl_error_text(&error, text, sizeof text) != text || text[0] == 0;
     }}
 """
+PLAN = re.compile(r"^HL_API hl_status (\w+)_plan\(\s*(\w+) \*plan,", re.MULTILINE)
 
 
 def public_functions(text: str) -> list[str]:
@@ -172,13 +172,8 @@ def public_functions(text: str) -> list[str]:
 def user_source(name: str, start: str = "") -> str:
     """C and C++ that names every function of a header and calls what can be called."""
     text = header_text(name)
-    plans = re.findall(
-        r"^HL_API hl_status (\w+)_plan\(\s*(\w+) \*plan,\s+const (\w+) \*", text, re.M
-    )
-    calls = [
-        CALL.format(kernel=kernel, plan=plan, args=args)
-        for kernel, plan, args in dict.fromkeys(plans)
-    ]
+    plans = dict.fromkeys(PLAN.findall(text))
+    calls = [CALL.format(kernel=kernel, plan=plan) for kernel, plan in plans]
     if not calls:
         raise Wrong(f"{name}.h declares no ..._plan")
     functions = [f"    (any_function){function}," for function in public_functions(text)]

@@ -12,8 +12,10 @@ for folder in (HERE, HERE.parent):
         sys.path.insert(0, str(folder))
 
 QUIET = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
-settings.register_profile("default", deadline=None, derandomize=True, print_blob=True,
-                          suppress_health_check=QUIET)
-settings.register_profile("search", deadline=None, max_examples=2000, print_blob=True,
-                          suppress_health_check=QUIET)
+settings.register_profile(
+    "default", deadline=None, derandomize=True, print_blob=True, suppress_health_check=QUIET
+)
+settings.register_profile(
+    "search", deadline=None, max_examples=2000, print_blob=True, suppress_health_check=QUIET
+)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))

@@ -35,8 +35,16 @@ LIBS = {"builtin": (), "sleef": ("-lsleef", "-lm"), "libm": ("-lm",)}
 
 def table(name: str, **changes: Any) -> dict[str, Any]:
     """The generator's table of one of SPECS."""
-    return {"op": OP, "isa": list(ISAS_X86), "layout_q": BOTH, "layout_kv": ALL, "features": [],
-            "math": "builtin", **SPECS[name], **changes}
+    return {
+        "op": OP,
+        "isa": list(ISAS_X86),
+        "layout_q": BOTH,
+        "layout_kv": ALL,
+        "features": [],
+        "math": "builtin",
+        **SPECS[name],
+        **changes,
+    }
 
 
 @functools.cache
@@ -95,7 +103,8 @@ def sizes(a: Args) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
             s = scale * (q @ k.T)
             p = np.exp(s - s.max(axis=1, keepdims=True))
             value[r.row, r.n2 * group : (r.n2 + 1) * group] = (
-                p @ abs(v) / p.sum(axis=1, keepdims=True))
+                p @ abs(v) / p.sum(axis=1, keepdims=True)
+            )
     return score, keys, value
 
 
@@ -117,7 +126,7 @@ def absolute_slack(exact: np.ndarray, dtype: np.dtype) -> float:
         return float(2 * np.nanmax(abs(((o + some - some) - o).astype(np.float64)), initial=0.0))
 
 
-def check_out(a: Args, got: np.ndarray, want: Output, dtype: np.dtype) -> None:
+def check_out(a: Args, got: np.ndarray, want: Output, dtype: np.dtype, strict: bool) -> None:
     """attention_out of one call against the error rule and against the bound of each element."""
     got, exact = got.astype(np.float64), want.out
     assert (np.isnan(got) == np.isnan(exact)).all(), "NaN where the oracle has none, or none there"
@@ -126,25 +135,42 @@ def check_out(a: Args, got: np.ndarray, want: Output, dtype: np.dtype) -> None:
     reference = np.where(bad, 0.0, abs(plain(a).astype(np.float64) - exact))
     if not error.size:
         return
+    score, keys, value = sizes(a)
     slack = absolute_slack(exact, dtype)
+    if not strict:  # with few elements the plain implementation may be exact by luck: allow four
+        # roundings of a score of that size, to which every float32 implementation is exposed
+        slack += 4 * 2.0**-24 * (1 + score.max()) * value.max()
     assert error.max() <= 2 * reference.max() + slack, (
-        f"largest error {error.max():.3g}, the plain implementation's {reference.max():.3g}")
+        f"largest error {error.max():.3g}, the plain implementation's {reference.max():.3g}"
+    )
     assert error.mean() <= 1.5 * reference.mean() + slack, (
-        f"mean error {error.mean():.3g}, the plain implementation's {reference.mean():.3g}")
-    check_bound(a, error, exact, dtype)
+        f"mean error {error.mean():.3g}, the plain implementation's {reference.mean():.3g}"
+    )
+    check_bound(a, error, exact, dtype, score, keys, value)
 
 
-def check_bound(a: Args, error: np.ndarray, exact: np.ndarray, dtype: np.dtype) -> None:
+def check_bound(
+    a: Args,
+    error: np.ndarray,
+    exact: np.ndarray,
+    dtype: np.dtype,
+    score: np.ndarray,
+    keys: np.ndarray,
+    value: np.ndarray,
+) -> None:
     """|error| <= u |o| + (4 delta + gamma) sum p |v|, for each element: delta bounds the error of a
     score summed in float32 in any order, gamma those of exp2, of rescaling and of the sums."""
-    score, keys, value = sizes(a)
     channels = a.query.shape[-1] + (0 if a.query_rope is None else a.query_rope.shape[-1])
     heads = (len(keys), a.heads_q, 1)
     delta = (channels + 8) * 2.0**-24 * score.reshape(heads)
     gamma = (2 * keys.reshape(heads) + 64) * 2.0**-24
     bound = (4 * delta + gamma) * np.exp(np.minimum(4 * delta, 50.0)) * value
-    bound = bound.reshape(exact.shape) + last_place(dtype) * (abs(exact) + bound.reshape(
-        exact.shape)) + 2 * floor_of(dtype) + keys.max(initial=0.0) * 2.0**-120
+    bound = (
+        bound.reshape(exact.shape)
+        + last_place(dtype) * (abs(exact) + bound.reshape(exact.shape))
+        + 2 * floor_of(dtype)
+        + keys.max(initial=0.0) * 2.0**-120
+    )
     worst = np.nanmax(np.where(np.isnan(exact), 0.0, error / bound))
     assert worst <= 1.0, f"an element's error is {worst:.3g} times its bound"
 
@@ -170,10 +196,11 @@ def check_stats(a: Args, got: dict[str, np.ndarray], want: Output) -> None:
         assert worst <= 1.0, f"softmax_{name}: {worst:.3g} times what is allowed"
 
 
-def check(a: Args, got: dict[str, np.ndarray], dtype: np.dtype) -> Output:
-    """All outputs of one call against the oracle."""
+def check(a: Args, got: dict[str, np.ndarray], dtype: np.dtype, strict: bool = False) -> Output:
+    """All outputs of one call against the oracle; strict: enough elements for the error rule to
+    need no slack but FlashAttention's."""
     want = sparse_flash_attention(a)
-    check_out(a, got["attention_out"], want, dtype)
+    check_out(a, got["attention_out"], want, dtype, strict)
     check_stats(a, got, want)
     return want
 
@@ -184,4 +211,3 @@ def same_bits(x: np.ndarray, y: np.ndarray) -> bool:
     bits = {2: np.uint16, 4: np.uint32, 8: np.uint64}[x.itemsize]
     both_nan = np.isnan(x.astype(np.float64)) & np.isnan(y.astype(np.float64))
     return x.shape == y.shape and bool(((x.view(bits) == y.view(bits)) | both_nan).all())
-

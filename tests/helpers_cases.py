@@ -16,9 +16,17 @@ from oracle import BLOCKS, BSND, PA_BSND, SLOTS, TND, Args, flat, rows
 
 INT_MAX, INT_MIN = 2**31 - 1, -(2**31)
 TENSORS = ("query", "query_rope", "key", "key_rope", "value")
-POINTERS = (*TENSORS, "sparse_indices", "sparse_lengths", "block_table",
-            "actual_seq_lengths_query", "actual_seq_lengths_kv", "sinks")
+POINTERS = (
+    *TENSORS,
+    "sparse_indices",
+    "sparse_lengths",
+    "block_table",
+    "actual_seq_lengths_query",
+    "actual_seq_lengths_kv",
+    "sinks",
+)
 STATS = ("softmax_max", "softmax_sum", "softmax_lse")
+BLOCKS_AND_DENSE = ("none", "blocks", "blocks", "blocks")
 SPREADS = ("normal", "flat", "huge", "dominant", "equal", "growing", "falling", "cancel", "tiny")
 
 
@@ -114,8 +122,11 @@ class Case:
 
 def poison(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     """An array whose bytes are all 0xff."""
-    return np.full(math.prod(shape) * np.dtype(dtype).itemsize, 0xFF, np.uint8).view(dtype).reshape(
-        shape)
+    return (
+        np.full(math.prod(shape) * np.dtype(dtype).itemsize, 0xFF, np.uint8)
+        .view(dtype)
+        .reshape(shape)
+    )
 
 
 def run(kernel: Any, case: Case, isa: str | int = 0, **more: Any) -> dict[str, np.ndarray]:
@@ -154,7 +165,9 @@ def run_guarded(kernel: Any, case: Case, way: Way) -> dict[str, np.ndarray]:
             memory, fields["out_stride"] = strided(rng, places["attention_out"])
             places = {**places, "attention_out": arena.room(memory.shape, memory.dtype)}
         arena.protect()
-        result = in_child(lambda: call_guarded(kernel, {**fields, **places}, way), f"{way} {case.shape}")
+        result = in_child(
+            lambda: call_guarded(kernel, {**fields, **places}, way), f"{way} {case.shape}"
+        )
         assert result.ok, f"{result.error_text} ({way} {case.shape})"
         arena.check()
         if way.strides:
@@ -193,8 +206,9 @@ def call_guarded(kernel: Any, fields: dict[str, Any], way: Way) -> Any:
 # ---- numbers ------------------------------------------------------------------------------------
 
 
-def fill(rng: np.random.Generator, shape: Shape, q: np.ndarray, k: np.ndarray,
-         v: np.ndarray | None) -> float:
+def fill(
+    rng: np.random.Generator, shape: Shape, q: np.ndarray, k: np.ndarray, v: np.ndarray | None
+) -> float:
     """Fills float64 rows (q, k joined: nope and rope) with a score spread; returns the scale."""
     width = q.shape[-1]
     scale = 1 / math.sqrt(width)
@@ -373,15 +387,17 @@ def set_lists(rng: np.random.Generator, args: Args, shape: Shape, n_rows: int) -
                 if shape.lists == "slots":
                     made = random_slots(rng, shape.list_length, len(flat(args.key)))
                 else:
-                    made = random_list(rng, shape.list_length,
-                                       -(-shape.lens_kv[b] // shape.sparse_block_size))
+                    made = random_list(
+                        rng, shape.list_length, -(-shape.lens_kv[b] // shape.sparse_block_size)
+                    )
                 lists[row, n2] = made
             row += 1
     outer = args.query.shape[:-2]
     args.sparse_indices = lists.astype(np.int32).reshape(*outer, *lists.shape[1:])
     if shape.lists == "slots" and shape.list_lengths:
         args.sparse_lengths = rng.integers(
-            0, shape.list_length + 1, (*outer, shape.heads_kv), dtype=np.int32)
+            0, shape.list_length + 1, (*outer, shape.heads_kv), dtype=np.int32
+        )
 
 
 def poison_unread(args: Args) -> None:
@@ -411,7 +427,8 @@ def strided(rng: np.random.Generator, tensor: np.ndarray) -> tuple[np.ndarray, t
         step = step * max(outer[axis], 1) + int(rng.integers(0, 5))
     memory = poison((max(step, 1),), tensor.dtype)
     place = np.lib.stride_tricks.as_strided(
-        memory, tensor.shape, (*(s * tensor.itemsize for s in strides), tensor.itemsize))
+        memory, tensor.shape, (*(s * tensor.itemsize for s in strides), tensor.itemsize)
+    )
     place[...] = tensor
     return memory, tuple([1] * (3 - len(strides)) + strides)
 
@@ -426,8 +443,16 @@ def unstrided(memory: np.ndarray, shape: tuple[int, ...], strides: tuple[int, ..
 
 
 @st.composite
-def shapes(draw: Any, *, rope: bool, slots: bool, layouts: tuple[int, ...] = (BSND, TND, PA_BSND),
-           max_keys: int = 70, max_rows: int = 4, max_group: int = 5) -> Shape:
+def shapes(
+    draw: Any,
+    *,
+    rope: bool,
+    slots: bool,
+    layouts: tuple[int, ...] = (BSND, TND, PA_BSND),
+    max_keys: int = 70,
+    max_rows: int = 4,
+    max_group: int = 5,
+) -> Shape:
     """Any small call."""
     layout_kv = draw(st.sampled_from(layouts))
     layout_q = draw(st.sampled_from((BSND, TND))) if layout_kv == PA_BSND else layout_kv

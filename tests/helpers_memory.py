@@ -21,8 +21,14 @@ import numpy as np
 PAGE = mmap.PAGESIZE
 LIBC = ctypes.CDLL(None, use_errno=True)
 LIBC.mmap.restype = ctypes.c_void_p
-LIBC.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int,
-                      ctypes.c_ssize_t)
+LIBC.mmap.argtypes = (
+    ctypes.c_void_p,
+    ctypes.c_size_t,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_ssize_t,
+)
 LIBC.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
 LIBC.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 PROT_NONE = 0
@@ -43,7 +49,8 @@ def view(address: int, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     count = int(np.prod(shape, dtype=np.int64))
     if count == 0:  # its address is that of a page nobody may touch
         return np.lib.stride_tricks.as_strided(
-            np.frombuffer((ctypes.c_byte * 0).from_address(address), np.uint8).view(dtype), shape)
+            np.frombuffer((ctypes.c_byte * 0).from_address(address), np.uint8).view(dtype), shape
+        )
     raw = (ctypes.c_byte * (count * np.dtype(dtype).itemsize)).from_address(address)
     return np.frombuffer(raw, np.uint8).view(dtype).reshape(shape)
 
@@ -72,8 +79,9 @@ class Arena:
             LIBC.munmap(address, size)
         self.maps.clear()
 
-    def room(self, shape: tuple[int, ...], dtype: np.dtype, *, read_only: bool = False
-             ) -> np.ndarray:
+    def room(
+        self, shape: tuple[int, ...], dtype: np.dtype, *, read_only: bool = False
+    ) -> np.ndarray:
         """An array between forbidden pages, filled with 0xff bytes."""
         dtype = np.dtype(dtype)
         size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize

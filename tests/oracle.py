@@ -169,19 +169,25 @@ def attend(r: Row, a: Args) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndar
     return out, m, total, lse
 
 
+def matmul_in_order(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """x @ y as three loops do it: every product and every sum rounded to the type, in order."""
+    return np.stack([(row[:, None] * y).cumsum(axis=0, dtype=x.dtype)[-1] for row in x])
+
+
 def attend_plain(r: Row, a: Args) -> np.ndarray:
     """The same out as anyone would first write it in the query's type: float32 scores and sums,
     P rounded to the type before it meets V, the result rounded to the type."""
     dtype = r.q.dtype
     q, k, v = (x.astype(np.float32) for x in (r.q, r.k, r.v))
-    s = np.float32(a.scale_value) * (q @ k.T)
     sink = np.full(len(q), -np.inf, np.float32) if r.sinks is None else r.sinks
-    m = np.maximum(s.max(axis=1, initial=-np.inf), sink)
-    if s.shape[1] == 0 or np.isposinf(sink).any():
+    if len(k) == 0 or np.isposinf(sink).any():
         return attend(r, a)[0].astype(dtype)
+    matmul = matmul_in_order if dtype == np.float32 else np.matmul
+    s = np.float32(a.scale_value) * matmul(q, k.T)
+    m = np.maximum(s.max(axis=1), sink)
     p = np.exp(s - m[:, None])
     p = (p / (p.sum(axis=1) + np.exp(sink - m))[:, None]).astype(dtype)
-    return (p.astype(np.float32) @ v).astype(dtype)
+    return matmul(p.astype(np.float32), v).astype(dtype)
 
 
 def sparse_flash_attention(a: Args) -> Output:

@@ -1,5 +1,5 @@
-"""Everything that can be wrong with a call: a status, which argument, where, what it was and what it
-had to be, a sentence; and nothing written."""
+"""Everything that can be wrong with a call: a status, which argument, where, what it was and what
+it had to be, a sentence; and nothing written."""
 
 import ctypes
 import dataclasses
@@ -20,8 +20,18 @@ from oracle import BSND, PA_BSND, TND
 from gen import bind
 
 NAME = "f32_small"
-PAGED = Shape(lens_q=(2, 1), lens_kv=(20, 9), heads_kv=2, group=3, layout_kv=PA_BSND, block_size=4,
-              spare_blocks=2, lists="blocks", list_length=6, seed=1)
+PAGED = Shape(
+    lens_q=(2, 1),
+    lens_kv=(20, 9),
+    heads_kv=2,
+    group=3,
+    layout_kv=PA_BSND,
+    block_size=4,
+    spare_blocks=2,
+    lists="blocks",
+    list_length=6,
+    seed=1,
+)
 BASES = {
     "bsnd": dataclasses.replace(PAGED, layout_kv=BSND, pad_q=1, pad_kv=1),
     "dense": dataclasses.replace(PAGED, layout_kv=BSND, lists="none"),
@@ -74,25 +84,41 @@ class Bad:
     @property
     def id(self) -> str:
         what = self.change if isinstance(self.change, dict) else ""
-        shown = "-".join(f"{k}={v}" for k, v in what.items()
-                         if isinstance(v, (int, float))) if what else ""
+        shown = (
+            "-".join(f"{k}={v}" for k, v in what.items() if isinstance(v, (int, float)))
+            if what
+            else ""
+        )
         return f"{self.base}-{self.status}-{self.argument}-{shown}-{self.position}-{self.value}"
 
 
-def shape(base_name: str, argument: str, value: int, rule: str = "AT_LEAST", limit: int | None = 0
-          ) -> Bad:
+def shape(
+    base_name: str, argument: str, value: int, rule: str = "AT_LEAST", limit: int | None = 0
+) -> Bad:
     """A size out of its range."""
     return Bad(base_name, {argument: value}, "SHAPE", argument, rule, (), value, limit)
 
 
-def length(base_name: str, argument: str, values: np.ndarray, at: int, rule: str, limit: int) -> Bad:
-    return Bad(base_name, {argument: values}, "LENGTH", argument, rule, (at,), int(values[at]), limit)
+def length(
+    base_name: str, argument: str, values: np.ndarray, at: int, rule: str, limit: int
+) -> Bad:
+    return Bad(
+        base_name, {argument: values}, "LENGTH", argument, rule, (at,), int(values[at]), limit
+    )
 
 
 def block_id(b: int, i: int, value: int) -> Bad:
     rule, limit = ("AT_LEAST", 0) if value < 0 else ("AT_MOST", 9)
-    return Bad("paged", with_entry("block_table", (b, i), value), "BLOCK_ID", "block_table", rule,
-               (b, i), value, limit)
+    return Bad(
+        "paged",
+        with_entry("block_table", (b, i), value),
+        "BLOCK_ID",
+        "block_table",
+        rule,
+        (b, i),
+        value,
+        limit,
+    )
 
 
 QUERY_LENS, KV_LENS = "actual_seq_lengths_query", "actual_seq_lengths_kv"
@@ -106,12 +132,28 @@ TABLE = [
     Bad("tnd", {KV_LENS: None}, "NULL", KV_LENS, "NOT_NULL"),
     # Pointers that must not be there.
     Bad("bsnd", {"block_table": np.zeros((2, 9), np.int32)}, "UNSUPPORTED", "block_table", "NULL"),
-    Bad("bsnd", {"sparse_lengths": np.zeros((2, 3, 2), np.int32)}, "UNSUPPORTED", "sparse_lengths",
-        "NULL"),
+    Bad(
+        "bsnd",
+        {"sparse_lengths": np.zeros((2, 3, 2), np.int32)},
+        "UNSUPPORTED",
+        "sparse_lengths",
+        "NULL",
+    ),
     # Sizes.
-    *(shape("bsnd", n, v) for v in (-1, INT_MIN) for n in (
-        "batch", "seq_q", "seq_kv", "heads_q", "heads_kv", "list_length", "sparse_block_size",
-        "chunk_keys")),
+    *(
+        shape("bsnd", n, v)
+        for v in (-1, INT_MIN)
+        for n in (
+            "batch",
+            "seq_q",
+            "seq_kv",
+            "heads_q",
+            "heads_kv",
+            "list_length",
+            "sparse_block_size",
+            "chunk_keys",
+        )
+    ),
     *(shape("paged", n, -1) for n in ("num_blocks", "max_blocks")),
     *(shape("paged", "block_size", v, limit=1) for v in (0, -1, INT_MIN)),
     Bad("bsnd", {"heads_kv": 4}, "SHAPE", "heads_q", "MULTIPLE_OF", (), 6, 4),
@@ -123,21 +165,58 @@ TABLE = [
     *(shape("bsnd", "out_f32", v, "AT_MOST", 1) for v in (2, -1)),
     *(shape("bsnd", "strict_lists", v, "AT_MOST", 1) for v in (2, -1)),
     # Sizes that together do not fit in memory.
-    Bad("dense", {"batch": INT_MAX, "seq_q": INT_MAX, QUERY_LENS: None, KV_LENS: None},
-        "SHAPE", "query", "ADDRESSABLE"),
-    Bad("dense", {"batch": INT_MAX, "seq_kv": INT_MAX, QUERY_LENS: None, KV_LENS: None, "seq_q": 1,
-                  "heads_q": 65536, "heads_kv": 65536}, "SHAPE", "key", "ADDRESSABLE"),
-    Bad("dense", {"seq_kv": INT_MAX, "heads_q": INT_MAX - 1, "heads_kv": INT_MAX - 1,
-                  KV_LENS: None}, "SHAPE", "key", "ADDRESSABLE"),
-    Bad("bsnd", {"list_length": INT_MAX, "batch": INT_MAX, QUERY_LENS: None, KV_LENS: None,
-                 "seq_kv": 1, "heads_q": 65536, "heads_kv": 65536},
-        "SHAPE", "sparse_indices", "ADDRESSABLE"),
+    Bad(
+        "dense",
+        {"batch": INT_MAX, "seq_q": INT_MAX, QUERY_LENS: None, KV_LENS: None},
+        "SHAPE",
+        "query",
+        "ADDRESSABLE",
+    ),
+    Bad(
+        "dense",
+        {
+            "batch": INT_MAX,
+            "seq_kv": INT_MAX,
+            QUERY_LENS: None,
+            KV_LENS: None,
+            "seq_q": 1,
+            "heads_q": 65536,
+            "heads_kv": 65536,
+        },
+        "SHAPE",
+        "key",
+        "ADDRESSABLE",
+    ),
+    Bad(
+        "dense",
+        {"seq_kv": INT_MAX, "heads_q": INT_MAX - 1, "heads_kv": INT_MAX - 1, KV_LENS: None},
+        "SHAPE",
+        "key_stride",
+        "ADDRESSABLE",
+    ),
+    Bad(
+        "bsnd",
+        {
+            "list_length": INT_MAX,
+            "batch": INT_MAX,
+            QUERY_LENS: None,
+            KV_LENS: None,
+            "seq_kv": 1,
+            "heads_q": 65536,
+            "heads_kv": 65536,
+        },
+        "SHAPE",
+        "sparse_indices",
+        "ADDRESSABLE",
+    ),
     Bad("dense", {"query_stride": (2**62, 0, 0)}, "SHAPE", "query", "ADDRESSABLE"),
     Bad("dense", {"key_stride": (0, 2**62, 0)}, "SHAPE", "key", "ADDRESSABLE"),
     # Strides.
-    *(Bad("dense", {f"{n}_stride": s}, "SHAPE", f"{n}_stride", "AT_LEAST", (), -4, 0)
-      for n in ("query", "query_rope", "key", "key_rope", "value", "out")
-      for s in ((-4, 0, 0), (0, -4, 0), (0, 0, -4))),
+    *(
+        Bad("dense", {f"{n}_stride": s}, "SHAPE", f"{n}_stride", "AT_LEAST", (), -4, 0)
+        for n in ("query", "query_rope", "key", "key_rope", "value", "out")
+        for s in ((-4, 0, 0), (0, -4, 0), (0, 0, -4))
+    ),
     Bad("dense", {"out_stride": (0, 0, 6)}, "SHAPE", "out_stride", "AT_LEAST", (), 6, 7),
     Bad("dense", {"out_stride": (0, 41, 0)}, "SHAPE", "out_stride", "AT_LEAST", (), 41, 42),
     Bad("dense", {"out_stride": (83, 0, 0)}, "SHAPE", "out_stride", "AT_LEAST", (), 83, 84),
@@ -158,44 +237,114 @@ TABLE = [
     # Needed entries of the block table; there are 10 blocks.
     *(block_id(b, i, v) for v in (-1, -2, INT_MIN, 10, 11, INT_MAX) for b, i in ((0, 4), (1, 0))),
     # Numbers and options.
-    *(Bad("bsnd", {"scale_value": v}, "VALUE", "scale_value", "FINITE")
-      for v in (math.nan, math.inf, -math.inf)),
-    *(Bad("bsnd", {"sparse_mode": v}, "UNSUPPORTED", "sparse_mode", "GENERATED", (), v)
-      for v in (1, 2, 4, -1)),
-    *(Bad("bsnd", {"attention_mode": v}, "UNSUPPORTED", "attention_mode", "GENERATED", (), v)
-      for v in (1, 3, -1)),
-    *(Bad("bsnd", {"index_kind": v}, "UNSUPPORTED", "index_kind", "GENERATED", (), v)
-      for v in (2, -1)),
-    *(Bad("bsnd", {"layout_query": v}, "UNSUPPORTED", "layout_query", "GENERATED", (), v)
-      for v in (2, 3, -1)),
-    *(Bad("bsnd", {"layout_kv": v}, "UNSUPPORTED", "layout_kv", "GENERATED", (), v)
-      for v in (3, -1)),
+    *(
+        Bad("bsnd", {"scale_value": v}, "VALUE", "scale_value", "FINITE")
+        for v in (math.nan, math.inf, -math.inf)
+    ),
+    *(
+        Bad("bsnd", {"sparse_mode": v}, "UNSUPPORTED", "sparse_mode", "GENERATED", (), v)
+        for v in (1, 2, 4, -1)
+    ),
+    *(
+        Bad("bsnd", {"attention_mode": v}, "UNSUPPORTED", "attention_mode", "GENERATED", (), v)
+        for v in (1, 3, -1)
+    ),
+    *(
+        Bad("bsnd", {"index_kind": v}, "UNSUPPORTED", "index_kind", "GENERATED", (), v)
+        for v in (2, -1)
+    ),
+    *(
+        Bad("bsnd", {"layout_query": v}, "UNSUPPORTED", "layout_query", "GENERATED", (), v)
+        for v in (2, 3, -1)
+    ),
+    *(
+        Bad("bsnd", {"layout_kv": v}, "UNSUPPORTED", "layout_kv", "GENERATED", (), v)
+        for v in (3, -1)
+    ),
     Bad("bsnd", {"layout_kv": TND}, "UNSUPPORTED", "layout_kv", "EQUAL", (), TND, BSND),
     Bad("tnd", {"layout_kv": BSND}, "UNSUPPORTED", "layout_kv", "EQUAL", (), BSND, TND),
     Bad("slots", {"sparse_mode": 3}, "UNSUPPORTED", "sparse_mode", "NULL", (), 3),
-    *(Bad("bsnd", {"isa": v}, "UNSUPPORTED", "isa", "GENERATED", (), v)
-      for v in (2, 5, 31, 32, -1, INT_MAX, INT_MIN)),
+    *(
+        Bad("bsnd", {"isa": v}, "UNSUPPORTED", "isa", "GENERATED", (), v)
+        for v in (2, 5, 31, 32, -1, INT_MAX, INT_MIN)
+    ),
     # Alignment: each tensor to its element, nothing more.
-    *(Bad("joined", lambda f, n=n, o=o: {n: f[n].ctypes.data + o}, "ALIGN", n, "MULTIPLE_OF", (), o,
-          4) for o in (1, 2, 3) for n in (
-        "query", "key", "value", "sparse_indices", QUERY_LENS, KV_LENS, "attention_out",
-        "softmax_max", "softmax_sum", "softmax_lse")),
-    *(Bad("paged", lambda f, n=n: {n: f[n].ctypes.data + 2}, "ALIGN", n, "MULTIPLE_OF", (), 2, 4)
-      for n in ("query_rope", "key_rope", "block_table")),
-    Bad("slots", lambda f: {"sparse_lengths": f["sparse_lengths"].ctypes.data + 1}, "ALIGN",
-        "sparse_lengths", "MULTIPLE_OF", (), 1, 4),
+    *(
+        Bad(
+            "joined",
+            lambda f, n=n, o=o: {n: f[n].ctypes.data + o},
+            "ALIGN",
+            n,
+            "MULTIPLE_OF",
+            (),
+            o,
+            4,
+        )
+        for o in (1, 2, 3)
+        for n in (
+            "query",
+            "key",
+            "value",
+            "sparse_indices",
+            QUERY_LENS,
+            KV_LENS,
+            "attention_out",
+            "softmax_max",
+            "softmax_sum",
+            "softmax_lse",
+        )
+    ),
+    *(
+        Bad("paged", lambda f, n=n: {n: f[n].ctypes.data + 2}, "ALIGN", n, "MULTIPLE_OF", (), 2, 4)
+        for n in ("query_rope", "key_rope", "block_table")
+    ),
+    Bad(
+        "slots",
+        lambda f: {"sparse_lengths": f["sparse_lengths"].ctypes.data + 1},
+        "ALIGN",
+        "sparse_lengths",
+        "MULTIPLE_OF",
+        (),
+        1,
+        4,
+    ),
     # Outputs over anything else.
-    *(Bad("joined", lambda f, n=n: {"attention_out": f[n].ctypes.data}, "ALIAS", "attention_out",
-          "DISJOINT") for n in ("query", "key", "value", "sparse_indices", QUERY_LENS, KV_LENS)),
-    *(Bad("joined", lambda f, n=n, m=m: {n: f[m].ctypes.data + f[m].nbytes - 4}, "ALIAS", n,
-          "DISJOINT") for n in ("softmax_max", "softmax_sum", "softmax_lse")
-      for m in ("query", "key", "value")),
-    Bad("paged", lambda f: {"softmax_sum": f["block_table"].ctypes.data}, "ALIAS", "softmax_sum",
-        "DISJOINT"),
-    Bad("bsnd", lambda f: {"softmax_sum": f["softmax_max"].ctypes.data}, "ALIAS", "softmax_max",
-        "DISJOINT"),
-    Bad("bsnd", lambda f: {"softmax_lse": f["attention_out"].ctypes.data}, "ALIAS", "attention_out",
-        "DISJOINT"),
+    *(
+        Bad(
+            "joined",
+            lambda f, n=n: {"attention_out": f[n].ctypes.data},
+            "ALIAS",
+            "attention_out",
+            "DISJOINT",
+        )
+        for n in ("query", "key", "value", "sparse_indices", QUERY_LENS, KV_LENS)
+    ),
+    *(
+        Bad("joined", lambda f, n=n, m=m: {n: f[m].ctypes.data + 8}, "ALIAS", n, "DISJOINT")
+        for n in ("softmax_max", "softmax_sum", "softmax_lse")
+        for m in ("query", "key", "value")
+    ),
+    Bad(
+        "paged",
+        lambda f: {"softmax_sum": f["block_table"].ctypes.data},
+        "ALIAS",
+        "softmax_sum",
+        "DISJOINT",
+    ),
+    Bad(
+        "bsnd",
+        lambda f: {"softmax_sum": f["softmax_max"].ctypes.data},
+        "ALIAS",
+        "softmax_max",
+        "DISJOINT",
+    ),
+    Bad(
+        "bsnd",
+        lambda f: {"softmax_lse": f["attention_out"].ctypes.data},
+        "ALIAS",
+        "attention_out",
+        "DISJOINT",
+    ),
 ]
 
 
@@ -251,7 +400,7 @@ def test_null_structs():
     k = kernel(NAME)
     _, fields = base("bsnd")
     args, error, plan = k.args(**fields), k.Error(), k.Plan()
-    place = ctypes.addressof
+    place = ctypes.byref
     assert k._c_plan(None, place(args), place(error)) == k.constants["HL_ERR_NULL"]
     assert k.result(-1, error).argument == "PLAN"
     assert k._c_plan(place(plan), None, place(error)) == k.constants["HL_ERR_NULL"]
@@ -302,8 +451,12 @@ def test_workspace_and_partials_overlap_nothing():
         assert {n: a.tobytes() for n, a in fields.items() if isinstance(a, np.ndarray)} == before
         assert (pool == 0xFF).all()
     for victim in ("query", "key", "block_table", "sparse_indices"):
-        result = k.run(**fields, workspace=fields[victim].ctypes.data, capacity=need)
+        inside = pool[64 : 64 + fields[victim].nbytes].view(fields[victim].dtype)
+        inside[...] = fields[victim].reshape(-1)
+        held = pool.tobytes()
+        result = k.run(**{**fields, victim: inside}, workspace=pool)
         assert (result.status_name, result.argument) == ("HL_ERR_ALIAS", "WORKSPACE"), result
+        assert pool.tobytes() == held
 
 
 def long_call() -> tuple[Case, dict[str, Any]]:
@@ -326,8 +479,7 @@ def test_partials_to_the_byte():
     over = {**fields, "attention_out": partials.ctypes.data // 4 * 4 + 4}
     _, result = k.plan(**over, partials=partials, partials_bytes=plan.split_bytes)
     assert result.status_name == "HL_ERR_ALIAS"
-    result = k.run(**fields, partials=partials, partials_bytes=plan.split_bytes,
-                   workspace=partials)
+    result = k.run(**fields, partials=partials, partials_bytes=plan.split_bytes, workspace=partials)
     assert result.status_name == "HL_ERR_ALIAS"
     assert (partials == 0xFF).all()
 
@@ -356,20 +508,22 @@ def test_nothing_to_do_needs_nothing(name, size):
     k = kernel(NAME)
     case, fields = base(name)
     before = {n: fields[n].tobytes() for n in case.outputs()}
-    ends = (size != "batch") * (name == "tnd")
     zero = {**fields, size: 0}
     if size == "seq_q":
         zero[QUERY_LENS] = np.zeros(2, np.int32)
     assert k.run(**zero, workspace=np.zeros(1 << 16, np.uint8)).ok
+    if size == "batch" and name == "tnd":  # every row is padding
+        assert not fields["attention_out"].any() and np.isneginf(fields["softmax_lse"]).all()
+        return
     assert {n: fields[n].tobytes() for n in before} == before
-    bare = {n: v for n, v in zero.items() if not isinstance(v, np.ndarray)}
-    if ends or size == "seq_q":
-        bare |= {n: zero[n] for n in (QUERY_LENS, KV_LENS) if n in zero}
-    if size != "batch" and name == "paged":
-        bare["block_table"] = fields["block_table"]
-    if name in ("bsnd", "tnd", "paged"):
-        bare["list_length"] = 0
-    if name == "slots":
+    needed = {
+        "batch": (),
+        "seq_q": (QUERY_LENS, KV_LENS, "block_table"),
+        "heads_q": (QUERY_LENS, KV_LENS, "block_table"),
+    }[size]
+    bare = {n: v for n, v in zero.items() if not isinstance(v, np.ndarray) or n in needed}
+    bare["list_length"] = 0
+    if name == "slots":  # a list is what the convention is about
         bare["sparse_indices"] = fields["sparse_indices"]
     result = k.run(**bare, workspace=None, capacity=0)
     assert result.ok, result
@@ -407,7 +561,7 @@ STRICT = [  # base, list of one row, what is refused: entry, value, rule; None: 
 def test_strict_lists(base_name, ids, want):
     """Refused only where strict_lists asks for it, with list and entry named."""
     k = kernel(NAME)
-    case, fields = base(base_name)
+    _, fields = base(base_name)
     lists = np.full_like(fields["sparse_indices"], -1)
     lists[0, 1, 1] = ids
     fields = {**fields, "sparse_indices": lists}
@@ -430,12 +584,12 @@ def test_strict_lists(base_name, ids, want):
 def test_strict_lists_look_at_padding_and_ends_as_little_as_the_kernel():
     """Rows that are padding, and ids behind sparse_lengths, are not part of the call."""
     k = kernel(NAME)
-    case, fields = base("bsnd")
+    _, fields = base("bsnd")
     lists = np.full_like(fields["sparse_indices"], INT_MIN)
     lists[0, :2] = -1
     lists[1, :1] = -1
     assert k.run(**{**fields, "sparse_indices": lists}, strict_lists=1).ok
-    case, fields = base("slots")
+    _, fields = base("slots")
     lists = np.full_like(fields["sparse_indices"], INT_MIN)
     lists[..., :3] = -1
     lengths = np.full_like(fields["sparse_lengths"], 3)
@@ -490,17 +644,27 @@ def test_any_metadata_is_refused_or_right(data):
 
     k = kernel(NAME)
     layout = data.draw(st.sampled_from((BSND, TND, PA_BSND)))
-    shape = dataclasses.replace(PAGED, layout_kv=layout, layout_q=TND if layout == TND else BSND,
-                                pad_q=1, seed=data.draw(st.integers(0, 99)))
+    shape = dataclasses.replace(
+        PAGED,
+        layout_kv=layout,
+        layout_q=TND if layout == TND else BSND,
+        pad_q=1,
+        seed=data.draw(st.integers(0, 99)),
+    )
     clean = make_case(k, dataclasses.replace(shape, lists="none"))
     case = make_case(k, shape)
     for name in ("query", "query_rope", "key", "key_rope"):  # any row may now be read
         getattr(clean.args, name)[...] = np.random.default_rng(1).standard_normal(
-            getattr(clean.args, name).shape)
+            getattr(clean.args, name).shape
+        )
     a = clean.args
     a.sparse_indices = case.args.sparse_indices
-    for array in (a.actual_seq_lengths_query, a.actual_seq_lengths_kv, a.block_table,
-                  a.sparse_indices):
+    for array in (
+        a.actual_seq_lengths_query,
+        a.actual_seq_lengths_kv,
+        a.block_table,
+        a.sparse_indices,
+    ):
         for _ in range(0 if array is None else data.draw(st.integers(0, 2))):
             array.reshape(-1)[data.draw(st.integers(0, array.size - 1))] = data.draw(NASTY)
     if a.layout_kv == PA_BSND:  # entries that are not needed may be anything
@@ -527,14 +691,25 @@ def parts_call() -> dict[str, Any]:
     outs = [rng.standard_normal((1, 2, 6, 7)).astype(np.float32) for _ in range(2)]
     stats = [rng.random((1, 2, 2, 3)).astype(np.float32) + 1 for _ in range(4)]
     made = [np.full((1, 2, 2, 3), np.nan, np.float32) for _ in range(3)]
-    return {"out": outs, "max": stats[:2], "sum": stats[2:], "parts": 2, "batch": 1, "seq_q": 2,
-            "heads_q": 6, "heads_kv": 2,
-            "attention_out": np.full((1, 2, 6, 7), np.nan, np.float32), "softmax_max": made[0],
-            "softmax_sum": made[1], "softmax_lse": made[2]}
+    return {
+        "out": outs,
+        "max": stats[:2],
+        "sum": stats[2:],
+        "parts": 2,
+        "batch": 1,
+        "seq_q": 2,
+        "heads_q": 6,
+        "heads_kv": 2,
+        "attention_out": np.full((1, 2, 6, 7), np.nan, np.float32),
+        "softmax_max": made[0],
+        "softmax_sum": made[1],
+        "softmax_lse": made[2],
+    }
 
 
 BAD_PARTS = [
-    ({"parts": 0}, "SHAPE", "PARTS"), ({"parts": -1}, "SHAPE", "PARTS"),
+    ({"parts": 0}, "SHAPE", "PARTS"),
+    ({"parts": -1}, "SHAPE", "PARTS"),
     *(({n: -1}, "SHAPE", n.upper()) for n in ("batch", "seq_q", "heads_q", "heads_kv")),
     ({"heads_kv": 4}, "SHAPE", "HEADS_Q"),
     ({"attention_out": None}, "NULL", "ATTENTION_OUT"),
@@ -555,14 +730,16 @@ def test_merge_parts_refuses(change, status, argument):
     call = parts_call()
     assert k.merge_parts(**call).ok and not np.isnan(call["softmax_lse"]).any()
     call = parts_call()
-    before = [call[n].tobytes() for n in ("attention_out", "softmax_max", "softmax_sum",
-                                          "softmax_lse")]
+    before = [
+        call[n].tobytes() for n in ("attention_out", "softmax_max", "softmax_sum", "softmax_lse")
+    ]
     result = k.merge_parts(**{**call, **(change(call) if callable(change) else change)})
     assert result.status_name == f"HL_ERR_{status}", result
     assert not argument or result.argument == argument, result
     assert result.error_text
-    assert before == [call[n].tobytes() for n in ("attention_out", "softmax_max", "softmax_sum",
-                                                  "softmax_lse")]
+    assert before == [
+        call[n].tobytes() for n in ("attention_out", "softmax_max", "softmax_sum", "softmax_lse")
+    ]
 
 
 # ---- the sentence -------------------------------------------------------------------------------
@@ -576,17 +753,17 @@ def test_sentence_in_any_room():
     table[1, 2] = INT_MIN
     error = k.Error()
     args = k.args(**{**fields, "block_table": table})
-    assert k._c_plan(ctypes.addressof(k.Plan()), ctypes.addressof(args), ctypes.addressof(error))
+    assert k._c_plan(ctypes.byref(k.Plan()), ctypes.byref(args), ctypes.byref(error))
     whole = k.error_text(error)
     assert whole == f"block_table[1][2] must be at least 0; it is {INT_MIN}"
     with Arena("right") as arena:
         for size in range(1, len(whole) + 3):
             room = arena.room((size,), np.uint8)
-            k._c_text(ctypes.addressof(error), room.ctypes.data_as(ctypes.c_char_p), size)
+            k._c_text(ctypes.byref(error), room.ctypes.data_as(ctypes.c_char_p), size)
             assert bytes(room).split(b"\0")[0].decode() == whole[: size - 1]
             assert 0 in room
         nothing = arena.room((0,), np.uint8)
-        k._c_text(ctypes.addressof(error), ctypes.cast(nothing.ctypes.data, ctypes.c_char_p), 0)
+        k._c_text(ctypes.byref(error), ctypes.cast(nothing.ctypes.data, ctypes.c_char_p), 0)
 
 
 def test_without_text_the_numbers_stay():
@@ -605,19 +782,23 @@ def test_what_a_header_was_not_generated_with():
 
     from gen import spec
 
-    small = spec.parse_header(table("f32_80", layout_q=["BSND"], layout_kv=["BSND"],
-                                    isa=["scalar"], dk=4, dv=4))
+    small = spec.parse_header(
+        table("f32_80", layout_q=["BSND"], layout_kv=["BSND"], isa=["scalar"], dk=4, dv=4)
+    )
     k = bind.load(small)
     case = make_case(k, Shape(lens_kv=(5,), lists="blocks"))
     fields = {**case.inputs(), **case.sizes(), **case.outputs()}
     assert k.run(**fields).ok
     some = np.zeros(64, np.float32)
     for change, argument in (
-        ({"query_rope": some}, "QUERY_ROPE"), ({"key_rope": some}, "KEY_ROPE"),
-        ({"index_kind": 1}, "INDEX_KIND"), ({"sparse_lengths": np.zeros(1, np.int32)},
-                                            "SPARSE_LENGTHS"),
-        ({"layout_query": TND}, "LAYOUT_QUERY"), ({"layout_kv": PA_BSND}, "LAYOUT_KV"),
-        ({"isa": 3}, "ISA"), ({"isa": 4}, "ISA"),
+        ({"query_rope": some}, "QUERY_ROPE"),
+        ({"key_rope": some}, "KEY_ROPE"),
+        ({"index_kind": 1}, "INDEX_KIND"),
+        ({"sparse_lengths": np.zeros(1, np.int32)}, "SPARSE_LENGTHS"),
+        ({"layout_query": TND}, "LAYOUT_QUERY"),
+        ({"layout_kv": PA_BSND}, "LAYOUT_KV"),
+        ({"isa": 3}, "ISA"),
+        ({"isa": 4}, "ISA"),
     ):
         result = k.run(**{**fields, **change}, workspace=np.zeros(1 << 16, np.uint8))
         assert (result.status_name, result.argument) == ("HL_ERR_UNSUPPORTED", argument)

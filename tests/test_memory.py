@@ -1,18 +1,26 @@
 """No byte outside the described memory is read or written, whatever the sizes."""
 
 import ctypes
+import dataclasses
 import mmap
+from functools import partial
 
 import numpy as np
 import pytest
-from helpers import ISAS_X86, SPECS, check, kernel, same_bits, shipped
+from helpers import ISAS_X86, SPECS, check, kernel, same_bits, shipped, text
 from helpers_cases import INT_MIN, Shape, Way, make_case, run, run_guarded
 from helpers_memory import LIBC, MAP_NORESERVE, Arena, Died, in_child, map_pages, view
+from helpers_runner import play, program, record, various
 from oracle import BSND, PA_BSND, TND
 
 from gen import bind
 
 BY_ISA = pytest.mark.parametrize("isa", ISAS_X86)
+
+
+def peek(address: int) -> float:
+    """The float32 at an address."""
+    return ctypes.c_float.from_address(address).value
 
 
 def test_the_guard_notices():
@@ -22,11 +30,11 @@ def test_the_guard_notices():
             array = arena.place(np.arange(64, dtype=np.float32))
             arena.protect()
             address = array.ctypes.data
-            assert in_child(lambda: ctypes.c_float.from_address(address).value) == 0.0
+            assert in_child(partial(peek, address)) == 0.0
             with pytest.raises(Died):
-                in_child(lambda: ctypes.c_float.from_address(address + 4 * outside).value)
+                in_child(partial(peek, address + 4 * outside))
             with pytest.raises(Died):
-                in_child(lambda: ctypes.memset(address, 0, 4))
+                in_child(partial(ctypes.memset, address, 0, 4))
     with Arena("right") as arena:
         array = arena.room((5,), np.float32)
         ctypes.memset(array.ctypes.data - 1, 0, 1)
@@ -37,7 +45,7 @@ def test_the_guard_notices():
 def test_a_kernel_that_reads_too_far_is_noticed():
     """The control for everything below: one more key than there is."""
     k = kernel("f32_small")
-    case = make_case(k, Shape(lens_kv=(9,)))
+    case = make_case(k, Shape(lens_kv=(9,), lengths_given=False))
     case.extra["seq_kv"] = 10
     with pytest.raises(Died):
         run_guarded(k, case, Way("avx512"))
@@ -50,10 +58,19 @@ def test_every_number_of_keys_and_heads(name, isa, flush):
     """Both together from 0 (keys) and 1 (heads) past any tile."""
     k = kernel(name)
     for n in (*range(0, 12), *range(15, 18), *range(31, 35), *range(62, 67), 100):
-        shape = Shape(lens_q=(1 + n % 2,), lens_kv=(n,), group=1 + n % 37, seed=n,
-                      layout_kv=PA_BSND if n % 3 == 0 else BSND, block_size=1 + n % 5,
-                      lists="blocks" if n % 4 == 1 else "none", list_length=n % 7,
-                      value=n % 2 == 0, joined_q=n % 5 == 0, joined_k=n % 7 == 0)
+        shape = Shape(
+            lens_q=(1 + n % 2,),
+            lens_kv=(n,),
+            group=1 + n % 37,
+            seed=n,
+            layout_kv=PA_BSND if n % 3 == 0 else BSND,
+            block_size=1 + n % 5,
+            lists="blocks" if n % 4 == 1 else "none",
+            list_length=n % 7,
+            value=n % 2 == 0,
+            joined_q=n % 5 == 0,
+            joined_k=n % 7 == 0,
+        )
         case = make_case(k, shape)
         check(case.args, run_guarded(k, case, Way(isa, flush, strides=n % 6 == 5)), case.dtype)
 
@@ -64,8 +81,17 @@ def test_shipped_headers(name, flush):
     k = kernel(name)
     for isa in k.isas():
         for n, group in ((0, 1), (1, 16), (7, 3), (33, 17), (65, 2)):
-            shape = Shape(lens_q=(2,), lens_kv=(n,), group=group, seed=n, layout_kv=PA_BSND,
-                          block_size=3, sparse_mode=3, lists="blocks", list_length=n // 2)
+            shape = Shape(
+                lens_q=(2,),
+                lens_kv=(n,),
+                group=group,
+                seed=n,
+                layout_kv=PA_BSND,
+                block_size=3,
+                sparse_mode=3,
+                lists="blocks",
+                list_length=n // 2,
+            )
             case = make_case(k, shape)
             check(case.args, run_guarded(k, case, Way(isa, flush)), case.dtype)
 
@@ -76,8 +102,14 @@ def test_only_the_needed_table_entries_are_read(isa):
     k = kernel("bf16_small")
     for page in (1, 3, 16):
         for n in (0, 1, page, page + 1, 4 * page - 1):
-            shape = Shape(lens_q=(1, 1), lens_kv=(n + 1, n), layout_kv=PA_BSND, block_size=page,
-                          spare_blocks=3, seed=n)
+            shape = Shape(
+                lens_q=(1, 1),
+                lens_kv=(n + 1, n),
+                layout_kv=PA_BSND,
+                block_size=page,
+                spare_blocks=3,
+                seed=n,
+            )
             case = make_case(k, shape)
             table = case.args.block_table
             keep = table.shape[1] + -(-n // page)
@@ -98,8 +130,18 @@ def test_slots_need_neither_lengths_nor_table(isa):
     k = kernel("bf16_small")
     for layout in (BSND, TND, PA_BSND):
         query = TND if layout == TND else BSND
-        case = make_case(k, Shape(lens_q=(2,), lens_kv=(40,), lists="slots", list_length=20, seed=3,
-                                  layout_q=query, layout_kv=layout))
+        case = make_case(
+            k,
+            Shape(
+                lens_q=(2,),
+                lens_kv=(40,),
+                lists="slots",
+                list_length=20,
+                seed=3,
+                layout_q=query,
+                layout_kv=layout,
+            ),
+        )
         without = case.inputs()
         without.pop("actual_seq_lengths_kv", None)
         outputs = case.outputs()
@@ -116,16 +158,33 @@ def test_offsets_beyond_two_to_the_33_bytes(isa):
     width, size = k.dk + k.rope, 128
     row = size * width * 2
     blocks = (1 << 34) // row
-    case = make_case(k, Shape(lens_q=(1,), lens_kv=(200,), layout_kv=PA_BSND, block_size=size,
-                              joined_k=True, group=2, spare_blocks=0, seed=5))
+    case = make_case(
+        k,
+        Shape(
+            lens_q=(1,),
+            lens_kv=(200,),
+            layout_kv=PA_BSND,
+            block_size=size,
+            joined_k=True,
+            group=2,
+            spare_blocks=0,
+            seed=5,
+        ),
+    )
     want = run(k, case, isa)
     address = map_pages(blocks * row, mmap.PROT_READ | mmap.PROT_WRITE, MAP_NORESERVE)
     try:
         pages = case.args.key[case.args.block_table[0]]
         for at, page in ((blocks - 1, pages[0]), (0, pages[1])):
             view(address + at * row, page.shape, page.dtype)[...] = page
-        fields = {**case.inputs(), **case.sizes(), "key": address, "num_blocks": blocks,
-                  "isa": k.isas()[isa], "block_table": np.array([[blocks - 1, 0]], np.int32)}
+        fields = {
+            **case.inputs(),
+            **case.sizes(),
+            "key": address,
+            "num_blocks": blocks,
+            "isa": k.isas()[isa],
+            "block_table": np.array([[blocks - 1, 0]], np.int32),
+        }
         outputs = case.outputs()
         result = k.run(**fields, **outputs)
         assert result.ok, result.error_text
@@ -134,13 +193,33 @@ def test_offsets_beyond_two_to_the_33_bytes(isa):
         for at, page in ((1, pages[0]), (0, pages[1])):
             view(address + at * far * 2, page.shape, page.dtype)[...] = page
         outputs = case.outputs()
-        fields |= {"num_blocks": 2, "block_table": np.array([[1, 0]], np.int32),
-                   "key_stride": (far, width, width)}
+        fields |= {
+            "num_blocks": 2,
+            "block_table": np.array([[1, 0]], np.int32),
+            "key_stride": (far, width, width),
+        }
         result = k.run(**fields, **outputs)
         assert result.ok, result.error_text
         assert all(same_bits(outputs[n], want[n]) for n in want)
     finally:
         LIBC.munmap(address, blocks * row)
+
+
+@pytest.mark.parametrize("name", ["f32_small", "bf16_small"])
+def test_sanitizers_on_x86(name):
+    """Address and undefined-behaviour sanitizers over all kinds of calls and instruction sets."""
+    k = kernel(name)
+    flags = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+    built = program(text(name), k.name, compiler="gcc", flags=flags)
+    calls, cases = [], []
+    for isa in ISAS_X86:
+        for shape, way in various(9, 60, slots=True, rope=True):
+            case = make_case(k, shape)
+            cases.append(case)
+            calls.append(record(k, case, dataclasses.replace(way, isa=isa), k.isas()[isa]))
+    _, results = play((str(built),), calls)
+    for case, got in zip(cases, results, strict=True):
+        check(case.args, got, case.dtype)
 
 
 FLOAT_ENVIRONMENT = r"""
@@ -166,17 +245,34 @@ def test_floating_point_state_is_left_alone(name, isa, control):
     """Control bits as before; for finite inputs no invalid operation and no division by zero, which
     some callers trap; and the error rule holds with subnormal numbers flushed too."""
     k = kernel(name)
-    shapes = [Shape(lens_q=(3,), lens_kv=(n,), group=3, sparse_mode=3, lists=lists, list_length=20,
-                    seed=n, sinks=sinks)
-              for n in (0, 1, 2, 77, 200) for lists in ("none", "blocks") for sinks in ("none", "plain")]
+    shapes = [
+        Shape(
+            lens_q=(3,),
+            lens_kv=(n,),
+            group=3,
+            sparse_mode=3,
+            lists=lists,
+            list_length=20,
+            seed=n,
+            sinks=sinks,
+        )
+        for n in (0, 1, 2, 77, 200)
+        for lists in ("none", "blocks")
+        for sinks in ("none", "plain")
+    ]
     for shape in shapes:
         case = make_case(k, shape)
         fill = dict.fromkeys(("query", "query_rope", "key", "key_rope"))
         case = case.changed(**{n: np.nan_to_num(getattr(case.args, n), nan=1.0) for n in fill})
         for mode in (DEFAULT, DEFAULT | FLUSH):
             outputs = case.outputs()
-            fields = {**case.inputs(), **case.sizes(), **outputs, "isa": k.isas()[isa],
-                      "chunk_keys": 128}
+            fields = {
+                **case.inputs(),
+                **case.sizes(),
+                **outputs,
+                "isa": k.isas()[isa],
+                "chunk_keys": 128,
+            }
             plan, _ = k.plan(**fields)
             room = np.zeros(plan.split_bytes + 1, np.uint8)
 

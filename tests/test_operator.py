@@ -82,11 +82,22 @@ def test_any_call_of_shipped_headers(name, data):
 def test_key_counts_round_every_tile_and_chunk(name, isa, lists):
     """0, 1, and one less and one more than everything that can be a tile or a chunk."""
     k = kernel(name)
-    counts = sorted({*range(0, 20), *(n + d for n in (24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
-                                      for d in (-1, 0, 1))})
+    counts = sorted(
+        {
+            *range(0, 20),
+            *(n + d for n in (24, 32, 48, 64, 96, 128, 192, 256, 384, 512) for d in (-1, 0, 1)),
+        }
+    )
     for n in counts:
-        shape = Shape(lens_q=(1,), lens_kv=(max(n, 1),), group=2, spread="growing", seed=n,
-                      lists=lists, list_length=n)
+        shape = Shape(
+            lens_q=(1,),
+            lens_kv=(max(n, 1),),
+            group=2,
+            spread="growing",
+            seed=n,
+            lists=lists,
+            list_length=n,
+        )
         case = make_case(k, shape)
         if lists == "none":
             case = make_case(k, some(shape, lens_kv=(n,)))
@@ -111,8 +122,15 @@ def refill(case) -> None:
 @pytest.mark.parametrize("name", ["f32_small", "f16_small", "bf16_259"])
 def test_any_number_of_heads(name, isa):
     for group in (*range(1, 36), 47, 48, 49, 63, 64, 65, 127, 128):
-        shape = Shape(lens_q=(2,), lens_kv=(21,), group=group, seed=group, sparse_mode=3,
-                      value=group % 2 == 1, joined_q=group % 3 == 0 and kernel(name).rope > 0)
+        shape = Shape(
+            lens_q=(2,),
+            lens_kv=(21,),
+            group=group,
+            seed=group,
+            sparse_mode=3,
+            value=group % 2 == 1,
+            joined_q=group % 3 == 0 and kernel(name).rope > 0,
+        )
         check_call(name, shape, Way(isa, ("left", "right")[group % 2]))
 
 
@@ -120,9 +138,18 @@ def test_any_number_of_heads(name, isa):
 @pytest.mark.parametrize("block", [1, 2, 4, 8, 16, 32, 64, 128])
 def test_every_sparse_block_size(isa, block):
     for page, mode in ((1, 0), (3, 3), (16, 3), (130, 0)):
-        shape = Shape(lens_q=(3, 1), lens_kv=(300, 129), layout_kv=PA_BSND, block_size=page,
-                      lists="blocks", list_length=max(300 // block, 2), sparse_block_size=block,
-                      sparse_mode=mode, seed=block * 7 + page, spread="growing")
+        shape = Shape(
+            lens_q=(3, 1),
+            lens_kv=(300, 129),
+            layout_kv=PA_BSND,
+            block_size=page,
+            lists="blocks",
+            list_length=max(300 // block, 2),
+            sparse_block_size=block,
+            sparse_mode=mode,
+            seed=block * 7 + page,
+            spread="growing",
+        )
         check_call("bf16_small", shape, Way(isa, chunk_keys=128))
 
 
@@ -130,18 +157,35 @@ def test_every_sparse_block_size(isa, block):
 def test_every_page_size(isa):
     for page in (*range(1, 20), 31, 32, 33, 63, 64, 65, 127, 128, 129, 480, 1024):
         for lists in ("none", "blocks", "slots"):
-            shape = Shape(lens_q=(2, 1), lens_kv=(67, 140), layout_q=TND, layout_kv=PA_BSND,
-                          block_size=page, lists=lists, list_length=30, seed=page)
+            shape = Shape(
+                lens_q=(2, 1),
+                lens_kv=(67, 140),
+                layout_q=TND,
+                layout_kv=PA_BSND,
+                block_size=page,
+                lists=lists,
+                list_length=30,
+                seed=page,
+            )
             check_call("f16_small", shape, Way(isa, strides=page % 2 == 0))
 
 
 @pytest.mark.parametrize("isa", ISAS_X86)
-@pytest.mark.parametrize("spread", ["normal", "flat", "huge", "dominant", "equal", "growing",
-                                    "falling", "cancel", "tiny"])
+@pytest.mark.parametrize(
+    "spread",
+    ["normal", "flat", "huge", "dominant", "equal", "growing", "falling", "cancel", "tiny"],
+)
 def test_hostile_spreads_over_several_chunks(isa, spread):
     for name in (*SMALL, "f32_sleef", "f32_libm", "bf16_sleef", "bf16_libm"):
-        shape = Shape(lens_q=(2,), lens_kv=(700,), group=3, sparse_mode=3, spread=spread, seed=3,
-                      value=spread == "cancel")
+        shape = Shape(
+            lens_q=(2,),
+            lens_kv=(700,),
+            group=3,
+            sparse_mode=3,
+            spread=spread,
+            seed=3,
+            value=spread == "cancel",
+        )
         check_call(name, shape, Way(isa, chunk_keys=128, partials=True, by_task=True))
 
 
@@ -150,13 +194,22 @@ def test_the_shapes_in_use(name):
     """Decode of one row over 600 selected keys of 4096, 16 heads, paged; the last row of two."""
     k = kernel(name)
     for isa in k.isas():
-        shape = Shape(lens_q=(2,), lens_kv=(4096,), group=16, layout_kv=PA_BSND, block_size=128,
-                      lists="blocks", list_length=600, sparse_mode=3, seed=11)
+        shape = Shape(
+            lens_q=(2,),
+            lens_kv=(4096,),
+            group=16,
+            layout_kv=PA_BSND,
+            block_size=128,
+            lists="blocks",
+            list_length=600,
+            sparse_mode=3,
+            seed=11,
+        )
         case = make_case(k, shape)
         ids = np.random.default_rng(5).permutation(4096)[: 2 * 600].astype(np.int32)
         case = case.changed(sparse_indices=ids.reshape(1, 2, 1, 600))
         refill(case)
-        check(case.args, run(k, case, isa), case.dtype)
+        check(case.args, run(k, case, isa), case.dtype, strict=True)
 
 
 @pytest.mark.parametrize("isa", ["avx2", "avx512"])
@@ -167,7 +220,19 @@ def test_deepseek_decode(isa):
     case = make_case(k, shape)
     ids = np.random.default_rng(6).permutation(8192)[:2048].astype(np.int32)
     case = case.changed(sparse_indices=ids.reshape(1, 1, 1, 2048))
-    check(case.args, run(k, case, isa), case.dtype)
+    check(case.args, run(k, case, isa), case.dtype, strict=True)
+
+
+@pytest.mark.parametrize("isa", ISAS_X86)
+@pytest.mark.parametrize("name", sorted(SPECS))
+def test_error_rule_on_realistic_scores(name, isa):
+    """Enough rows that the plain implementation's largest error is not luck: no slack is needed."""
+    k = kernel(name)
+    for sharpness in (1.0, 4.0):  # the largest P of a row: some hundredths, and most of it
+        shape = Shape(lens_q=(12,), lens_kv=(400,), group=8, sparse_mode=3, value=True, seed=7)
+        case = make_case(k, shape)
+        case = case.changed(scale_value=abs(case.args.scale_value) * sharpness)
+        check(case.args, run(k, case, isa, chunk_keys=128), case.dtype, strict=True)
 
 
 # ---- rules that are exact -----------------------------------------------------------------------
@@ -177,20 +242,34 @@ def test_deepseek_decode(isa):
 @pytest.mark.parametrize("name", SMALL)
 def test_rows_that_see_nothing_are_zero_in_every_bit(name, isa):
     k = kernel(name)
-    for layout, lists, sinks in ((BSND, "blocks", "none"), (TND, "blocks", "plain"),
-                                 (PA_BSND, "slots", "plain"), (PA_BSND, "slots", "none")):
+    for layout, lists, sinks in (
+        (BSND, "blocks", "none"),
+        (TND, "blocks", "plain"),
+        (PA_BSND, "slots", "plain"),
+        (PA_BSND, "slots", "none"),
+    ):
         query = BSND if layout == PA_BSND else layout
-        shape = Shape(lens_q=(2, 1), lens_kv=(9, 0), layout_q=query, layout_kv=layout, pad_q=2,
-                      group=3, lists=lists, list_length=4, sinks=sinks, seed=1)
+        shape = Shape(
+            lens_q=(2, 1),
+            lens_kv=(9, 0),
+            layout_q=query,
+            layout_kv=layout,
+            pad_q=2,
+            group=3,
+            lists=lists,
+            list_length=4,
+            sinks=sinks,
+            seed=1,
+        )
         case = make_case(k, shape)
         case = case.changed(sparse_indices=np.full_like(case.args.sparse_indices, -1))
         got = run(k, case, isa)
         want = sparse_flash_attention(case.args)
         assert not got["attention_out"].view(np.uint8).any()
         check_stats(case.args, got, want)
-        for stat in ("max", "sum"):
-            exact = getattr(want, stat).astype(np.float32)
-            assert same_bits(got[f"softmax_{stat}"], exact)
+        assert same_bits(got["softmax_sum"], want.sum.astype(np.float32))
+        if sinks == "none":
+            assert not got["softmax_max"].view(np.uint8).any()
 
 
 @pytest.mark.parametrize("isa", ISAS_X86)
@@ -222,34 +301,56 @@ def test_nan_reaches_its_own_row_and_no_other(name, isa, lists):
     """One NaN (or infinity) in each kind of element in turn; what other rows see does not change
     by a bit, even where they share the tile, the block or the page."""
     k = kernel(name)
-    shape = Shape(lens_q=(4, 3), lens_kv=(40, 50), heads_kv=2, group=3, layout_kv=PA_BSND,
-                  block_size=16, lists=lists, list_length=25, sparse_mode=3, value=True, seed=9,
-                  sinks="plain")
+    shape = Shape(
+        lens_q=(4, 3),
+        lens_kv=(40, 50),
+        heads_kv=2,
+        group=3,
+        layout_kv=PA_BSND,
+        block_size=16,
+        lists=lists,
+        list_length=25,
+        sparse_mode=3,
+        value=True,
+        seed=9,
+        sinks="plain",
+    )
     clean = make_case(k, shape)
     before = run(k, clean, isa)
     seen = {(r.row, r.n2): set(r.kv_rows.tolist()) for r in rows(clean.args)}
     heads = clean.args.heads_q
     group = heads // 2
-    for name_of, poison in (("query", np.nan), ("query_rope", np.nan), ("key", np.nan),
-                            ("key_rope", np.nan), ("value", np.nan), ("key", np.inf),
-                            ("value", -np.inf), ("sinks", np.nan)):
+    busy = max(range(7), key=lambda row: len(seen.get((row, 1), ())))
+    assert seen[busy, 1]
+    for name_of, poison in (
+        ("query", np.nan),
+        ("query_rope", np.nan),
+        ("key", np.nan),
+        ("key_rope", np.nan),
+        ("value", np.nan),
+        ("key", np.inf),
+        ("value", -np.inf),
+        ("sinks", np.nan),
+    ):
         tensor = getattr(clean.args, name_of)
         if tensor is None:
             continue
         bad = tensor.copy()
         if name_of == "sinks":
-            bad[1] = poison
-            hit = {(row, 1) for row, _ in seen}
+            bad[group] = poison
+            hit = {(row, group) for row, _ in seen}
         elif name_of.startswith("query"):
-            flat(bad)[2, 4, -1] = poison
-            hit = {(2, 4)}
+            flat(bad)[busy, 4, -1] = poison
+            hit = {(busy, 4)}
         else:
-            victim = next(iter(sorted(seen[2, 1])), None)
-            if victim is None:
-                continue
+            victim = min(seen[busy, 1])
             flat(bad)[victim, 1, 0] = poison
-            hit = {(row, group + g) for (row, n2), rows_seen in seen.items() for g in range(group)
-                   if n2 == 1 and victim in rows_seen}
+            hit = {
+                (row, group + g)
+                for (row, n2), rows_seen in seen.items()
+                for g in range(group)
+                if n2 == 1 and victim in rows_seen
+            }
         assert hit
         changed = clean.changed(**{name_of: bad})
         after = run(k, changed, isa)

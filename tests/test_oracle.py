@@ -36,8 +36,13 @@ def test_list_ends_at_any_negative():
 
 
 def test_blocks_are_cut_at_the_threshold():
-    a = one_channel([0.0] * 5, [1.0, 2.0, 3.0, 4.0, 5.0], sparse_indices=lists(1, 2),
-                    sparse_block_size=2, actual_seq_lengths_kv=np.array([3], np.int32))
+    a = one_channel(
+        [0.0] * 5,
+        [1.0, 2.0, 3.0, 4.0, 5.0],
+        sparse_indices=lists(1, 2),
+        sparse_block_size=2,
+        actual_seq_lengths_kv=np.array([3], np.int32),
+    )
     assert np.allclose(sparse_flash_attention(a).out, 3)
 
 
@@ -65,20 +70,32 @@ def test_empty_rows_and_sinks():
 
 
 def test_slots_have_holes_and_an_lse_without_sink():
-    a = one_channel([0.0, 0.0], [3.0, 9.0], sparse_indices=lists(-1, 1, 2, -5, 1, 0),
-                    sparse_lengths=np.array([[[5]]], np.int32), index_kind=SLOTS,
-                    sinks=np.zeros(1, np.float32))
+    a = one_channel(
+        [0.0, 0.0],
+        [3.0, 9.0],
+        sparse_indices=lists(-1, 1, 2, -5, 1, 0),
+        sparse_lengths=np.array([[[5]]], np.int32),
+        index_kind=SLOTS,
+        sinks=np.zeros(1, np.float32),
+    )
     got = sparse_flash_attention(a)
     assert np.allclose([got.out.item(), got.sum.item(), got.lse.item()], [6, 3, LN2])
 
 
 def test_pages_and_ends():
     key = np.arange(6.0).reshape(3, 2, 1, 1)
-    a = Args(query=np.zeros((2, 1, 1)), key=key, value=key, scale_value=1.0, dv=1,
-             layout_query=TND, layout_kv=PA_BSND,
-             block_table=np.array([[2, 0], [1, -1]], np.int32),
-             actual_seq_lengths_query=np.array([1, 1], np.int32),
-             actual_seq_lengths_kv=np.array([3, 2], np.int32))
+    a = Args(
+        query=np.zeros((2, 1, 1)),
+        key=key,
+        value=key,
+        scale_value=1.0,
+        dv=1,
+        layout_query=TND,
+        layout_kv=PA_BSND,
+        block_table=np.array([[2, 0], [1, -1]], np.int32),
+        actual_seq_lengths_query=np.array([1, 1], np.int32),
+        actual_seq_lengths_kv=np.array([3, 2], np.int32),
+    )
     got = sparse_flash_attention(a)
     assert np.allclose(got.out.ravel(), [(4 + 5 + 0) / 3, 0])  # batch 1 is empty, row 1 is padding
     a.actual_seq_lengths_query = np.array([0, 2], np.int32)
@@ -88,8 +105,14 @@ def test_pages_and_ends():
 def test_heads_share_keys_and_padding_is_zero():
     rng = np.random.default_rng(1)
     query, key = rng.standard_normal((2, 3, 4, 5)), rng.standard_normal((2, 6, 2, 5))
-    a = Args(query=query, key=key, scale_value=0.5, dv=3,
-             actual_seq_lengths_query=np.array([1, 3], np.int32), layout_query=BSND)
+    a = Args(
+        query=query,
+        key=key,
+        scale_value=0.5,
+        dv=3,
+        actual_seq_lengths_query=np.array([1, 3], np.int32),
+        layout_query=BSND,
+    )
     got = sparse_flash_attention(a)
     assert got.out.shape == (2, 3, 4, 3) and got.max.shape == (2, 2, 3, 2)
     assert not got.out[0, 1:].any() and np.isneginf(got.lse[0, :, 1:]).all()

@@ -32,24 +32,29 @@ static hl_status decode(const hl_sparse_flash_attention_args *args)
 
 enum { PER_TICK = 40 };
 
-static uint32_t ticks_since(uint32_t start)
+static void start_ticks(void)
 {
-    return (start - SYST_CVR) & 0xffffff; /* 24 bits: 671 million instructions until it wraps */
+    SYST_CVR = 0; /* any write clears it, and the next tick is a whole one */
+}
+
+static uint32_t ticks(void)
+{
+    return (0 - SYST_CVR) & 0xffffff; /* 24 bits: 671 million instructions until it wraps */
 }
 
 static uint32_t instructions_of(const hl_sparse_flash_attention_args *args)
 {
-    const uint32_t start = SYST_CVR;
+    start_ticks();
     for (int i = 0; i < PER_TICK; i++) decode(args);
-    return ticks_since(start);
+    return ticks();
 }
 
 static uint32_t instructions_per_tick(void)
 {
     uint32_t n = 500000; /* turns of two instructions */
-    const uint32_t start = SYST_CVR;
+    start_ticks();
     __asm__ volatile("1: subs %0, #1\n\tbne 1b" : "+r"(n) : : "cc");
-    return 1000000 / ticks_since(start);
+    return 1000000 / ticks();
 }
 
 /* ---- stack -----------------------------------------------------------------------------------
@@ -105,7 +110,6 @@ static int run(const char *name, const int32_t *list, int list_length, const flo
 int main(void)
 {
     SYST_RVR = 0xffffff;
-    SYST_CVR = 0;
     SYST_CSR = 5; /* on, the core's clock, no interrupt */
     printf("instructions_per_tick %lu workspace %d\n", (unsigned long)instructions_per_tick(),
            WORKSPACE);

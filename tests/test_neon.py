@@ -1,0 +1,143 @@
+"""The NEON code, run by qemu on any machine, against the same oracle and the same error rule."""
+
+import functools
+
+import pytest
+from helpers import LIBS, check, header, kernel, same_bits, table, text
+from helpers_cases import Case, Shape, Way, make_case
+from helpers_runner import QEMU, need_aarch64, play, program, record, various
+from oracle import PA_BSND
+
+from gen import bind
+
+NEON_ISAS = ["scalar", "neon"]
+DEEPSEEK = "hl_sparse_flash_attention_bf16_d512_rope64"
+
+
+@functools.cache
+def neon_text(name: str) -> str:
+    """A header with the NEON and scalar regions only."""
+    from gen import spec
+
+    return bind.header_text(spec.parse_header(table(name, isa=NEON_ISAS)))
+
+
+def run_under_qemu(
+    name: str, source: str, cases: list[tuple[Case, Way]], isa: str, libs: tuple[str, ...] = ()
+) -> list[dict]:
+    """Calls of a kernel, compiled for AArch64; asserts that the instruction set is there."""
+    need_aarch64()
+    k = kernel(name)
+    number = k.constants[f"HL_ISA_{isa.upper()}"]
+    calls = [record(k, case, way, number) for case, way in cases]
+    isas, results = play((*QEMU, str(program(source, k.name, libs=libs))), calls)
+    assert isas == sum(1 << k.constants[f"HL_ISA_{one.upper()}"] for one in NEON_ISAS)
+    return results
+
+
+@pytest.mark.parametrize("isa", NEON_ISAS)
+@pytest.mark.parametrize("name", ["f32_small", "f16_small", "bf16_small"])
+def test_any_call(name, isa):
+    k = kernel(name)
+    cases = [(make_case(k, shape), way) for shape, way in various(5, 300, slots=True, rope=True)]
+    for (case, way), got in zip(
+        cases, run_under_qemu(name, neon_text(name), cases, isa), strict=True
+    ):
+        assert way is not None
+        check(case.args, got, case.dtype)
+
+
+@pytest.mark.parametrize("name", ["bf16_259", "f32_80", "f32_libm"])
+def test_other_widths_and_maths(name):
+    k = kernel(name)
+    cases = [
+        (make_case(k, shape), way) for shape, way in various(6, 30, slots=False, rope=k.rope > 0)
+    ]
+    libs = LIBS[header(name).kernels[0].math]
+    results = run_under_qemu(name, neon_text(name), cases, "neon", libs)
+    for (case, _), got in zip(cases, results, strict=True):
+        check(case.args, got, case.dtype)
+
+
+def test_key_and_head_counts_round_every_tile():
+    k = kernel("bf16_small")
+    cases = []
+    for n in (*range(0, 20), *(m + d for m in (24, 32, 48, 64, 128, 256) for d in (-1, 0, 1))):
+        shape = Shape(
+            lens_q=(1 + n % 2,),
+            lens_kv=(n,),
+            group=1 + n % 19,
+            seed=n,
+            sparse_mode=3,
+            spread="growing",
+        )
+        cases.append((make_case(k, shape), Way(flush=("left", "right")[n % 2], chunk_keys=128)))
+    results = run_under_qemu("bf16_small", neon_text("bf16_small"), cases, "neon")
+    for (case, _), got in zip(cases, results, strict=True):
+        check(case.args, got, case.dtype)
+
+
+def test_error_rule_on_realistic_scores():
+    for name in ("f32_small", "bf16_small"):
+        k = kernel(name)
+        shape = Shape(lens_q=(12,), lens_kv=(400,), group=8, sparse_mode=3, value=True, seed=7)
+        case = make_case(k, shape)
+        case = case.changed(scale_value=abs(case.args.scale_value))
+        way = Way(chunk_keys=128)
+        (got,) = run_under_qemu(name, neon_text(name), [(case, way)], "neon")
+        check(case.args, got, case.dtype, strict=True)
+
+
+def test_the_shipped_header():
+    """The DeepSeek shape, the file as it is shipped: 8 heads, 100 of 300 keys, paged."""
+    k = kernel(DEEPSEEK)
+    shape = Shape(
+        lens_q=(2,),
+        lens_kv=(300,),
+        group=8,
+        layout_kv=PA_BSND,
+        block_size=16,
+        lists="blocks",
+        list_length=100,
+        sparse_mode=3,
+        seed=4,
+    )
+    case = make_case(k, shape)
+    (got,) = run_under_qemu(DEEPSEEK, text(DEEPSEEK), [(case, Way())], "neon")
+    check(case.args, got, case.dtype)
+
+
+def test_partials_order_and_guards_change_no_bit():
+    k = kernel("bf16_small")
+    shape = Shape(lens_q=(3, 1), lens_kv=(300, 129), group=3, sparse_mode=3, seed=2)
+    case = make_case(k, shape)
+    ways = [
+        Way(flush=f, chunk_keys=128, by_task=t, partials=p)
+        for f in ("left", "right")
+        for t in (False, True)
+        for p in (False, True)
+    ]
+    cases = [(case, way) for way in ways] + [(case, Way(chunk_keys=256))]
+    *same, other = run_under_qemu("bf16_small", neon_text("bf16_small"), cases, "neon")
+    for got in same[1:]:
+        assert all(same_bits(got[n], same[0][n]) for n in got)
+    assert not all(same_bits(other[n], same[0][n]) for n in other), "the control changed no bit"
+
+
+def test_a_kernel_that_reads_too_far_is_noticed():
+    """The control: one more key than there is, under qemu."""
+    case = make_case(kernel("bf16_small"), Shape(lens_kv=(9,), lengths_given=False))
+    case.extra["seq_kv"] = 10
+    with pytest.raises(AssertionError, match="exit"):
+        run_under_qemu("bf16_small", neon_text("bf16_small"), [(case, Way())], "neon")
+
+
+def test_missing_tools_are_an_error(monkeypatch):
+    """No cross compiler: a failure that says what to install, not a silent skip."""
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.delenv("HEADLIGHT_ALLOW_MISSING", raising=False)
+    with pytest.raises(AssertionError, match="apt-get install gcc-aarch64-linux-gnu"):
+        need_aarch64()
+    monkeypatch.setenv("HEADLIGHT_ALLOW_MISSING", "1")
+    with pytest.raises(pytest.skip.Exception):
+        need_aarch64()
