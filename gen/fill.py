@@ -39,7 +39,9 @@ def spots(s):
             continue
         depth += (char in "([{") - (char in ")]}")
         if char == " " and i > 0:
-            joins = any(s.startswith(op, i + 1) for op in ("+ ", "&& ", "|| ", "? ", ": ", "* "))
+            joins = any(
+                s.startswith(op, i + 1) for op in ("+ ", "&& ", "|| ", "? ", ": ", "* ", "| ")
+            )
             if s[i - 1] == "," or joins or s.endswith(" =", 0, i):
                 found.append(Spot(i + 1, depth))
     return found
@@ -94,9 +96,27 @@ def open_bodies(text):
             yield line
 
 
+TRAILING = re.compile(r"(?P<indent> *)(?P<code>\S.*?\S) +(?P<comment>/\* .*?) +\*/")
+
+
+def narrow_comments(lines):
+    """A comment behind code that has become too wide: first its padding goes, then it goes above."""
+    for line in lines:
+        match = TRAILING.fullmatch(line)
+        if len(line) <= WIDTH or not match:
+            yield line
+            continue
+        short = f"{match['indent']}{match['code']} {match['comment']} */"
+        if len(short) <= WIDTH:
+            yield short
+        else:
+            yield f"{match['indent']}{match['comment']} */"
+            yield f"{match['indent']}{match['code']}"
+
+
 def refill(text):
     """The text with every call that spans lines, or is too wide, filled again."""
-    lines, out, i = list(open_bodies(text)), [], 0
+    lines, out, i = list(narrow_comments(open_bodies(text))), [], 0
     while i < len(lines):
         group = [lines[i]]
         in_macro = lines[i].endswith("\\") or (i > 0 and lines[i - 1].endswith("\\"))

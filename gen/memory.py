@@ -93,7 +93,7 @@ class Memory:
     @property
     def partials_macro(self):
         return (
-            f"({self.align} + 4 * (size_t)(rows) * (size_t)(chunks) * (size_t)(heads)"
+            f"({self.align} + 4 * (size_t)(r) * (size_t)(chunks) * (size_t)(heads)"
             f" * (3 * {self.pad} + {LINE} + {self.o_stride}))"
         )
 
@@ -120,7 +120,9 @@ def plan(kernel, tiles):
         Slice("v", 0, 0, line(v), "the block's values, where they are apart"),
         Slice("s", block, 0, 0, "S^T, then P^T"),
         Slice("rows", 0, 0, line(2 * block) if few else 0, "addresses of the block's values"),
-        Slice("loc", 0, 0, line(4 * block), "where the rows of two blocks lie", "(hl_loc *)(void *)"),
+        Slice(
+            "loc", 0, 0, line(4 * block), "where the rows of two blocks lie", "(hl_loc *)(void *)"
+        ),
     ]
     for name in ("state", "other"):
         slices.extend(Slice(f"{name}.{f}", 1, 0, 0, why) for f, why in state)

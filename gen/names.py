@@ -1,7 +1,7 @@
 """The naming grammar, in both directions, and how the pages' short names are spelled in C.
 
-    kernel  = <prefix>_<op>_<dtype>_d<DK>[x<DV>][_rope<ROPE>][_<feature>...][_<math>]
-    private = <prefix>_<short op>_...        the same tail; its instruction set comes last
+kernel  = <prefix>_<op>_<dtype>_d<DK>[x<DV>][_rope<ROPE>][_<feature>...][_<math>]
+private = <prefix>_<short op>_...        the same tail; its instruction set comes last
 """
 
 import re

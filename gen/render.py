@@ -195,12 +195,10 @@ def kernel_page(kernel):
     mem = memory.plan(kernel, tiles)
     words = [
         SimpleNamespace(isa=isa, text=words_page(isa, kernel.dtype, kernel.math))
-        for isa in {**{ISAS["scalar"]: 0}, **{isa: 0 for isa in kernel.isas}}
+        for isa in {**{ISAS["scalar"]: 0}, **dict.fromkeys(kernel.isas, 0)}
     ]
     regions = [
-        SimpleNamespace(
-            isa=isa, tile=tile, text=region_page(Region(kernel, isa, tile), view)
-        )
+        SimpleNamespace(isa=isa, tile=tile, text=region_page(Region(kernel, isa, tile), view))
         for isa, tile in tiles.items()
     ]
     common = Speller(kernel.prefix, kernel.private)
@@ -274,13 +272,22 @@ def render_header(header):
         libm=any(kernel.math == "libm" for kernel in header.kernels),
         log_error=LOG_ERROR,
         ops=sorted({kernel.op for kernel in header.kernels}),
-        isas=[isa for isa in ISAS.values() if isa.name == "scalar" or any(
-            isa.name in kernel.isa for kernel in header.kernels)],
+        isas=[
+            isa
+            for isa in ISAS.values()
+            if isa.name == "scalar" or any(isa.name in kernel.isa for kernel in header.kernels)
+        ],
         manual_of=manual_of(header),
+        isa_titles=isa_titles(header),
     )
     text = refill(Speller(header.prefix).rename(text))
     lint(text, header.name)
     return text
+
+
+def isa_titles(header):
+    names = {name for kernel in header.kernels for name in kernel.isa}
+    return [isa.title for isa in ISAS.values() if isa.name in names]
 
 
 def manual_of(header):

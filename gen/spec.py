@@ -19,6 +19,7 @@ LAYOUTS_Q = ("BSND", "TND")
 LAYOUTS_KV = ("BSND", "TND", "PA_BSND")
 FEATURES = ("slots",)
 CHANNELS_MAX = 4096
+PREFIX_MAX = 8
 KERNEL_KEYS = (
     "op",
     "dtype",
@@ -222,8 +223,7 @@ def parse_kernel(table, prefix=None):
     for name in isa:
         if dtype not in ISAS[name].formats:
             raise Refusal(
-                f"isa {name} cannot load {dtype}: it has words for "
-                f"{', '.join(ISAS[name].formats)}",
+                f"isa {name} cannot load {dtype}: it has words for {', '.join(ISAS[name].formats)}",
                 f"leave {name} out of isa, or choose another dtype",
             )
         if math not in ISAS[name].maths:
@@ -236,6 +236,12 @@ def parse_kernel(table, prefix=None):
         raise Refusal(
             f"prefix = {prefix!r} holds an underscore: names could no longer be read backwards",
             "use letters and digits only",
+        )
+    if len(prefix) > PREFIX_MAX:
+        raise Refusal(
+            f"prefix = {prefix!r} is {len(prefix)} letters long: the header's lines have room for "
+            f"{PREFIX_MAX}",
+            f"choose one of at most {PREFIX_MAX} letters",
         )
     given = table.get("name", "")
     if given:

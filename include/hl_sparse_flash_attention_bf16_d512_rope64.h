@@ -4,7 +4,76 @@
  *         --layout-q BSND,TND --layout-kv BSND,TND,PA_BSND --isa scalar,neon,avx2,avx512 \
  *         -o hl_sparse_flash_attention_bf16_d512_rope64.h
  */
-/* TODO */
+/*
+ * WHAT
+ *   hl_sparse_flash_attention_bf16_d512_rope64
+ *       bfloat16; key 512 + 64 rotary, value 512 channels;
+ *       query BSND, TND; cache BSND, TND, PA_BSND.
+ *   Attention of each query row over the keys that a list names, or over all of them:
+ *       score_j = scale_value * (q . k_j)
+ *       out = sum_j exp(score_j - max) v_j / sum_j exp(score_j - max)
+ *   The value is the first channels of the key (absorbed MLA), or a tensor of its own. Everything
+ *   is in this file: checks, tiled loops, the choice of instruction set at run time, code for
+ *       plain C99,
+ *       AArch64 NEON,
+ *       AVX2, FMA and F16C,
+ *       AVX-512 F, BW, DQ and VL.
+ *   No library, no malloc, no threads, no globals.
+ *
+ * DOES NOT
+ *   backward, dropout, position bias, masks other than sparse modes 0 and 3, quantised caches.
+ *
+ * USE
+ *       hl_sparse_flash_attention_args args = {0};
+ *       args.query = q;
+ *       args.key = k;
+ *       args.attention_out = out;
+ *       args.batch = 1;
+ *       args.seq_q = 1;
+ *       args.seq_kv = keys;
+ *       args.heads_q = heads;
+ *       args.scale_value = scale;
+ *       hl_error error;
+ *       hl_status status = hl_sparse_flash_attention_bf16_d512_rope64(
+ *           &args, workspace, bytes, &error);
+ *       if (status != HL_OK) {
+ *           char text[160];
+ *           puts(hl_error_text(&error, text, sizeof text));
+ *       }
+ *   Every field that stays 0 has a valid default. `bytes` is what
+ *   hl_sparse_flash_attention_bf16_d512_rope64_workspace_bytes(&args) says.
+ *   Own threads: ..._plan once, ..._task(&plan, i, workspace of this thread) for each i below
+ *   plan.n_tasks in any order, then, behind a barrier, ..._merge(&plan, i) for each i below
+ *   plan.n_merges. Long rows are split over tasks if args.partials gives memory for it.
+ *
+ * SELECTION (sparse_indices, HL_INDEX_BLOCKS)
+ *   Entry id stands for the sparse_block_size tokens from id * sparse_block_size of the row's own
+ *   batch. The first negative id ends the list. Tokens at or above the threshold are skipped; it is
+ *   the batch's length in mode 0, length_kv - length_q + i + 1 for its row i in mode 3. An id that
+ *   comes twice counts twice. A row that sees no key: out 0, max 0, sum 0, LSE -inf; with a sink:
+ *   out 0, max = sink, sum 1. Padding rows and rows behind the last sequence: as without a sink.
+ *
+ * MEMORY
+ *   One task needs HL_SPARSE_FLASH_ATTENTION_BF16_D512_ROPE64_WORKSPACE_BYTES(G),
+ *   1291712 bytes for G = 128, whatever the lengths. Nothing is read outside the rows that a
+ *   list (or a length) names, and nothing before or behind a row; unused memory may hold NaN.
+ *
+ * NUMBERS
+ *   Scores, softmax and sums are float32; each key's score is a plain dot product. max, sum and LSE
+ *   are those of the exact exponentials within 1e-5 (relative) + 16 * 2^-24 * |score|. A NaN in an
+ *   attended element makes its own output row NaN and no other. The bits of a row depend on that
+ *   row's inputs, chunk_keys and the instruction set alone: not on threads, tasks, batch or pages.
+ *   2^x and ln x: math = "builtin".
+ *
+ * MACROS (before the first inclusion)
+ *   HL_API, HL_IMPLEMENTATION  one copy for several files
+ *   HL_NO_TEXT                 no error sentences, for small targets
+ *   HL_ISA_ONLY_<ISA>          one instruction set, no choice at run time
+ *
+ * SOURCES
+ *   Milakov and Gimelshein 2018 (online softmax); Dao 2023 (FlashAttention-2, algorithm 1 and
+ *   section 3.1); DeepSeek-AI 2024 (MLA) and 2025 (sparse attention); the operator's own documents.
+ */
 #ifndef HL_SPARSE_FLASH_ATTENTION_BF16_D512_ROPE64_H
 #define HL_SPARSE_FLASH_ATTENTION_BF16_D512_ROPE64_H
 
@@ -16,13 +85,13 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#if defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__ && !defined(HL_ALLOW_FINITE_MATH)
-#error "hl: -ffast-math removes the NaN and infinity rules promised here; drop it for this file"
+#if !defined(HL_ALLOW_FINITE_MATH) && defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__
+#error "hl: -ffast-math removes the rules for NaN and infinity; drop it for this file"
 #endif
 
 /* Linkage. By default every function is static: including the header is all there is to do.
- * To keep one copy for several files, define HL_API (say, as extern) before each inclusion, and in
- * exactly one file define HL_IMPLEMENTATION too. */
+ * To keep one copy for several files, define HL_API (say, as extern) before each inclusion;
+ * in exactly one file define HL_IMPLEMENTATION too. */
 #ifndef HL_API
 #define HL_API static inline
 #define HL_BODY 1
@@ -144,7 +213,7 @@ enum {
     HL_LAYOUT_PA_BSND = 2
 };
 
-/* Instruction sets. HL_ISA_BEST lets plan choose; a name that is absent is HL_ERR_UNSUPPORTED. */
+/* Instruction sets. HL_ISA_BEST lets plan choose; one that is absent is an error. */
 enum {
     HL_ISA_BEST = 0,
     HL_ISA_SCALAR = 1,
@@ -153,8 +222,8 @@ enum {
     HL_ISA_AVX512 = 4
 };
 
-/* Writes one sentence about the error into text (always ended by a 0 byte) and returns text. With
- * HL_NO_TEXT defined the names and words are left out: numbers only. 160 bytes are enough. */
+/* Writes one sentence about the error into text (always ended by a 0 byte) and returns text; 160
+ * bytes are enough. With HL_NO_TEXT defined the program holds no words: text is empty. */
 HL_API const char *hl_error_text(const hl_error *error, char *text, size_t size);
 
 #ifdef __cplusplus
@@ -176,7 +245,7 @@ extern "C" {
 /* What the entries of sparse_indices are. */
 enum {
     HL_INDEX_BLOCKS = 0, /* logical blocks of sparse_block_size tokens of the row's own batch    */
-    HL_INDEX_SLOTS = 1   /* rows of the kv tensor, wherever they lie; paged: block*block_size+off */
+    HL_INDEX_SLOTS = 1   /* rows of the kv tensor; paged: block * block_size + token */
 };
 
 /* One zero-initialised struct for every kernel of the operator; 0 is the default of every field
@@ -291,10 +360,10 @@ typedef struct hl_sparse_flash_attention_parts {
 #if HL_BODY && !defined(HL_CORE)
 #define HL_CORE 1
 
-/* Which instruction sets this compiler can be asked for. HL_ISA_ONLY_<ISA> fixes one of them for
- * the whole file, and nothing is looked up at run time. */
-#if defined(HL_ISA_ONLY_SCALAR) || defined(HL_ISA_ONLY_NEON) || defined(HL_ISA_ONLY_AVX2) \
-    || defined(HL_ISA_ONLY_AVX512)
+/* Which instruction sets this compiler can be asked for. HL_ISA_ONLY_<ISA> fixes one of them
+ * for the whole file, and nothing is looked up at run time. */
+#if defined(HL_ISA_ONLY_SCALAR) || defined(HL_ISA_ONLY_NEON) \
+    || defined(HL_ISA_ONLY_AVX2) || defined(HL_ISA_ONLY_AVX512)
 #define HL_ISA_ONLY 1
 #else
 #define HL_ISA_ONLY 0
@@ -646,7 +715,7 @@ static inline hl_status hl_default_stride(hl_stride *stride, int64_t rows, int64
     return HL_OK;
 }
 
-/* Bit 1 << HL_ISA_... for each instruction set that was compiled in and that runs here. The
+/* Bit 1 << HL_ISA_... for each instruction set that was compiled in and runs here. The
  * compiler's cached cpu model is asked: cpuid itself traps in virtual machines. Every processor
  * with AVX2 and FMA has F16C. */
 static inline uint32_t hl_isas_present(void)
@@ -860,9 +929,9 @@ enum {
 #define HL_SPARSE_FLASH_ATTENTION_BF16_D512_ROPE64_WORKSPACE_BYTES(group) \
     (64 + 4 * (678 * (((size_t)(group) + 15) / 16 * 16) + 1024 * (size_t)(group) + 105056))
 
-/* Bytes of args.partials to split `rows` query rows of `heads` query heads into `chunks` each. */
-#define HL_SPARSE_FLASH_ATTENTION_BF16_D512_ROPE64_PARTIALS_BYTES(rows, heads, chunks) \
-    (64 + 4 * (size_t)(rows) * (size_t)(chunks) * (size_t)(heads) * (3 * 16 + 16 + 512))
+/* Bytes of args.partials to split r query rows of `heads` query heads into `chunks` each. */
+#define HL_SPARSE_FLASH_ATTENTION_BF16_D512_ROPE64_PARTIALS_BYTES(r, heads, chunks) \
+    (64 + 4 * (size_t)(r) * (size_t)(chunks) * (size_t)(heads) * (3 * 16 + 16 + 512))
 
 /* Checks everything, fills in defaults, counts tasks. On an error *plan is untouched. */
 HL_API hl_status hl_sparse_flash_attention_bf16_d512_rope64_plan(
@@ -891,7 +960,7 @@ HL_API size_t hl_sparse_flash_attention_bf16_d512_rope64_workspace_bytes(
 HL_API hl_status hl_sparse_flash_attention_bf16_d512_rope64_merge_parts(
     const hl_sparse_flash_attention_parts *parts, hl_error *error);
 
-/* Bit 1 << HL_ISA_... is set for each instruction set that is in this header and runs here. */
+/* Bit 1 << HL_ISA_... is set for each instruction set in this header that runs here. */
 HL_API uint32_t hl_sparse_flash_attention_bf16_d512_rope64_isas(void);
 
 #ifdef __cplusplus
@@ -1888,8 +1957,9 @@ static inline hl_cursor hl_sfa_bf16_d512_rope64_chunk(const hl_sparse_flash_atte
     c.end = g->entries - c.at > size ? c.at + size : g->entries;
     return c;
 }
-/* ==== hl_sparse_flash_attention_bf16_d512_rope64: plain C99 ==== */
-/* Tiles: 4 x 2 numbers fit the 16 float registers of a small core with room for operands.
+/* ==== hl_sparse_flash_attention_bf16_d512_rope64 ====
+ * plain C99 (scalar).
+ * Tiles: 4 x 2 numbers fit the 16 float registers of a small core with room for operands.
  * 16 keys a block: P of a tile of heads stays in the first-level cache, O moves once.
  * 576 channels of 2 heads are 4 KiB: they stay in the first-level cache. */
 
@@ -2731,8 +2801,9 @@ static inline void hl_sfa_bf16_d512_rope64_merge_scalar(const hl_sparse_flash_at
     hl_sfa_bf16_d512_rope64_finish_scalar(plan, &g, &whole, padded);
 }
 
-/* ==== hl_sparse_flash_attention_bf16_d512_rope64: AArch64 NEON ==== */
-/* Tiles: 8 x 2 accumulators, 2 vectors and a broadcast of 32 registers.
+/* ==== hl_sparse_flash_attention_bf16_d512_rope64 ====
+ * AArch64 NEON (neon).
+ * Tiles: 8 x 2 accumulators, 2 vectors and a broadcast of 32 registers.
  * 64 keys a block: P of a tile of heads stays in the first-level cache, O moves once.
  * 288 channels of 8 heads are 9 KiB: they stay in the first-level cache. */
 
@@ -3897,8 +3968,9 @@ static inline void hl_sfa_bf16_d512_rope64_merge_neon(const hl_sparse_flash_atte
 
 #endif /* HL_HAS_NEON */
 
-/* ==== hl_sparse_flash_attention_bf16_d512_rope64: AVX2, FMA and F16C ==== */
-/* Tiles: 6 x 2 accumulators, 2 vectors and a broadcast fill 15 of 16 registers.
+/* ==== hl_sparse_flash_attention_bf16_d512_rope64 ====
+ * AVX2, FMA and F16C (avx2).
+ * Tiles: 6 x 2 accumulators, 2 vectors and a broadcast fill 15 of 16 registers.
  * 96 keys a block: P of a tile of heads stays in the first-level cache, O moves once.
  * 192 channels of 16 heads are 12 KiB: they stay in the first-level cache. */
 
@@ -5011,8 +5083,9 @@ static inline void hl_sfa_bf16_d512_rope64_merge_avx2(const hl_sparse_flash_atte
 
 #endif /* HL_HAS_AVX2 */
 
-/* ==== hl_sparse_flash_attention_bf16_d512_rope64: AVX-512 F, BW, DQ and VL ==== */
-/* Tiles: 12 x 2 accumulators take 24 of 32 registers: 14 loads for 24 FMA.
+/* ==== hl_sparse_flash_attention_bf16_d512_rope64 ====
+ * AVX-512 F, BW, DQ and VL (avx512).
+ * Tiles: 12 x 2 accumulators take 24 of 32 registers: 14 loads for 24 FMA.
  * 96 keys a block: P of a tile of heads stays in the first-level cache, O moves once.
  * 128 channels of 32 heads are 16 KiB: they stay in the first-level cache. */
 
@@ -6837,12 +6910,13 @@ static inline void hl_sfa_bf16_d512_rope64_merge_avx512(const hl_sparse_flash_at
 
 #endif /* HL_HAS_AVX512 */
 
-/* ==== hl_sparse_flash_attention_bf16_d512_rope64: plan, task, merge, call ==== */
+/* ==== hl_sparse_flash_attention_bf16_d512_rope64 ====
+ * Plan, task, merge, call. */
 
 HL_API uint32_t hl_sparse_flash_attention_bf16_d512_rope64_isas(void)
 {
-    return hl_isas_present(
-        ) & (1u << HL_ISA_SCALAR | 1u << HL_ISA_NEON | 1u << HL_ISA_AVX2 | 1u << HL_ISA_AVX512);
+    return hl_isas_present() & (1u << HL_ISA_SCALAR | 1u << HL_ISA_NEON | 1u << HL_ISA_AVX2
+                                | 1u << HL_ISA_AVX512);
 }
 
 /* ids out of range, or twice in a list: only looked for on request. */

@@ -221,21 +221,31 @@ def sections(path: Path, size: str = "size") -> dict[str, int]:
     return {row[0]: int(row[1]) for row in rows if len(row) == 3 and row[1].isdigit()}
 
 
-def compiler_made(symbol: str) -> bool:
-    """Labels, tables of a switch, outlined regions, Arm's mapping symbols: not names of ours."""
-    return symbol.startswith((".", "$", "CSWTCH.", "switch.table.", "_GLOBAL_OFFSET_TABLE_"))
+MADE_BY_COMPILER = re.compile(
+    r"[.$].*"  # labels, outlined regions, Arm's mapping symbols
+    r"|CSWTCH\..*|switch\.table\..*"  # tables of a switch
+    r"|_GLOBAL_OFFSET_TABLE_"
+    r"|__clang_call_terminate|__gxx_personality_v0|_ZSt9terminatev"  # C++: what leaves OpenMP ends
+)
+
+
+def is_ours(symbol: str, kind: str, prefix: str) -> bool:
+    """With the prefix, as C or C++ spells it; or a static inside a function (r, d: "words.0")."""
+    if kind in "rd" and re.fullmatch(r"\w+\.\d+", symbol):
+        return True
+    return re.match(rf"(_Z+L?\d+)?{prefix}_", symbol) is not None
 
 
 def object_faults(path: Path, allowed: str, prefix: str = "hl", tools: str = "") -> list[str]:
     """Names without our prefix, what the object wants from others, data that can change."""
     faults = []
     for symbol, kind in symbols(path, f"{tools}nm"):
-        if compiler_made(symbol):
+        if MADE_BY_COMPILER.fullmatch(symbol):
             continue
         if kind in "Uw":
             if not re.fullmatch(allowed, symbol):
                 faults.append(f"wants {symbol}")
-        elif not symbol.startswith(f"{prefix}_"):
+        elif not is_ours(symbol, kind, prefix):
             faults.append(f"defines {symbol} ({kind}) without {prefix}_")
     for section, size in sections(path, f"{tools}size").items():
         # .data.rel.ro: constants that hold addresses, fixed when the program is loaded.
@@ -673,7 +683,7 @@ def installed() -> Iterator[Check]:
         absent = [name for name in header_names() if name not in listed]
         if absent:
             raise Wrong(f"`headlight list` does not name {' '.join(absent)}")
-        execute([*headlight, "check"], target)
+        execute([*headlight, "check", "--folder", str(INCLUDE)], target)
         return ""
 
     yield Check("pip install, headlight", run, None)
