@@ -9,6 +9,7 @@ import re
 from dataclasses import dataclass
 
 WIDTH = 100
+OPERATORS = ("+ ", "* ", "&& ", "|| ", "| ", "? ", ": ")
 DEEP = 52  # continuation lines hang under an open parenthesis only up to this column
 
 
@@ -39,9 +40,7 @@ def spots(s):
             continue
         depth += (char in "([{") - (char in ")]}")
         if char == " " and i > 0:
-            joins = any(
-                s.startswith(op, i + 1) for op in ("+ ", "&& ", "|| ", "? ", ": ", "* ", "| ")
-            )
+            joins = s.startswith(OPERATORS, i + 1)
             if s[i - 1] == "," or joins or s.endswith(" =", 0, i):
                 found.append(Spot(i + 1, depth))
     return found
@@ -100,7 +99,7 @@ TRAILING = re.compile(r"(?P<indent> *)(?P<code>\S.*?\S) +(?P<comment>/\* .*?) +\
 
 
 def narrow_comments(lines):
-    """A comment behind code that has become too wide: first its padding goes, then it goes above."""
+    """A comment behind code that is now too wide: its padding goes, or it goes above."""
     for line in lines:
         match = TRAILING.fullmatch(line)
         if len(line) <= WIDTH or not match:

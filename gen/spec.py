@@ -193,7 +193,7 @@ def parse_kernel(table, prefix=None):
     dv = channels("dv", table.get("dv", dk), 1)
     if dv > dk:
         raise Refusal(
-            f"dv = {dv} is more than dk = {dk}: the value is at most as wide as the key's nope part",
+            f"dv = {dv} is more than dk = {dk}: the value cannot be wider than the key's nope part",
             f"set dv to {dk} or less, or widen dk",
         )
     if rope > dk:

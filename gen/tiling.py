@@ -45,10 +45,6 @@ class Tile:
         return sorted({t.heads for t in self.row_tiles}, reverse=True)
 
     @property
-    def few_indent(self):
-        return "" if self.few == "all" else "    "
-
-    @property
     def block_c(self):
         if self.few == "all":
             return str(self.few_block)
@@ -155,7 +151,7 @@ def tile(kernel, isa):
         row_tiles=row_tiles(registers["row_tiles"], kernel.dv, lanes),
         why={
             "registers": registers["why"],
-            "block": f"{block} keys a block: P of a tile of heads stays in the first-level cache, O moves once",
+            "block": f"{block} keys a block: P of a tile of heads stays in the first-level cache",
             "channels": f"{channels} channels of {panel} heads are "
             f"{channels * panel * 4 // 1024} KiB: they stay in the first-level cache",
         },

@@ -2003,7 +2003,7 @@ static inline hl_cursor hl_sfa_bf16_d512_rope64_slots_chunk(const hl_sparse_flas
 /* ==== hl_sparse_flash_attention_bf16_d512_rope64_slots ====
  * plain C99 (scalar).
  * Tiles: 4 x 2 numbers fit the 16 float registers of a small core with room for operands.
- * 16 keys a block: P of a tile of heads stays in the first-level cache, O moves once.
+ * 16 keys a block: P of a tile of heads stays in the first-level cache.
  * 576 channels of 2 heads are 4 KiB: they stay in the first-level cache. */
 
 /* ---- load: rows -> numbers, once for the whole group ---- */
@@ -2862,7 +2862,7 @@ static inline void hl_sfa_bf16_d512_rope64_slots_merge_scalar(
 /* ==== hl_sparse_flash_attention_bf16_d512_rope64_slots ====
  * AArch64 NEON (neon).
  * Tiles: 8 x 2 accumulators, 2 vectors and a broadcast of 32 registers.
- * 64 keys a block: P of a tile of heads stays in the first-level cache, O moves once.
+ * 64 keys a block: P of a tile of heads stays in the first-level cache.
  * 288 channels of 8 heads are 9 KiB: they stay in the first-level cache. */
 
 #if HL_HAS_NEON
@@ -4048,7 +4048,7 @@ static inline void hl_sfa_bf16_d512_rope64_slots_merge_neon(
 /* ==== hl_sparse_flash_attention_bf16_d512_rope64_slots ====
  * AVX2, FMA and F16C (avx2).
  * Tiles: 6 x 2 accumulators, 2 vectors and a broadcast fill 15 of 16 registers.
- * 96 keys a block: P of a tile of heads stays in the first-level cache, O moves once.
+ * 96 keys a block: P of a tile of heads stays in the first-level cache.
  * 192 channels of 16 heads are 12 KiB: they stay in the first-level cache. */
 
 #if HL_HAS_AVX2
@@ -5182,7 +5182,7 @@ static inline void hl_sfa_bf16_d512_rope64_slots_merge_avx2(
 /* ==== hl_sparse_flash_attention_bf16_d512_rope64_slots ====
  * AVX-512 F, BW, DQ and VL (avx512).
  * Tiles: 12 x 2 accumulators take 24 of 32 registers: 14 loads for 24 FMA.
- * 96 keys a block: P of a tile of heads stays in the first-level cache, O moves once.
+ * 96 keys a block: P of a tile of heads stays in the first-level cache.
  * 128 channels of 32 heads are 16 KiB: they stay in the first-level cache. */
 
 #if HL_HAS_AVX512

@@ -1929,7 +1929,7 @@ static inline hl_cursor hl_sfa_f16_d512_rope64_chunk(const hl_sparse_flash_atten
 /* ==== hl_sparse_flash_attention_f16_d512_rope64 ====
  * plain C99 (scalar).
  * Tiles: 4 x 2 numbers fit the 16 float registers of a small core with room for operands.
- * 16 keys a block: P of a tile of heads stays in the first-level cache, O moves once.
+ * 16 keys a block: P of a tile of heads stays in the first-level cache.
  * 576 channels of 2 heads are 4 KiB: they stay in the first-level cache. */
 
 /* ---- load: rows -> numbers, once for the whole group ---- */
@@ -2772,7 +2772,7 @@ static inline void hl_sfa_f16_d512_rope64_merge_scalar(const hl_sparse_flash_att
 /* ==== hl_sparse_flash_attention_f16_d512_rope64 ====
  * AArch64 NEON (neon).
  * Tiles: 8 x 2 accumulators, 2 vectors and a broadcast of 32 registers.
- * 64 keys a block: P of a tile of heads stays in the first-level cache, O moves once.
+ * 64 keys a block: P of a tile of heads stays in the first-level cache.
  * 288 channels of 8 heads are 9 KiB: they stay in the first-level cache. */
 
 #if HL_HAS_NEON
@@ -3935,7 +3935,7 @@ static inline void hl_sfa_f16_d512_rope64_merge_neon(const hl_sparse_flash_atten
 /* ==== hl_sparse_flash_attention_f16_d512_rope64 ====
  * AVX2, FMA and F16C (avx2).
  * Tiles: 6 x 2 accumulators, 2 vectors and a broadcast fill 15 of 16 registers.
- * 96 keys a block: P of a tile of heads stays in the first-level cache, O moves once.
+ * 96 keys a block: P of a tile of heads stays in the first-level cache.
  * 192 channels of 16 heads are 12 KiB: they stay in the first-level cache. */
 
 #if HL_HAS_AVX2
@@ -5045,7 +5045,7 @@ static inline void hl_sfa_f16_d512_rope64_merge_avx2(const hl_sparse_flash_atten
 /* ==== hl_sparse_flash_attention_f16_d512_rope64 ====
  * AVX-512 F, BW, DQ and VL (avx512).
  * Tiles: 12 x 2 accumulators take 24 of 32 registers: 14 loads for 24 FMA.
- * 96 keys a block: P of a tile of heads stays in the first-level cache, O moves once.
+ * 96 keys a block: P of a tile of heads stays in the first-level cache.
  * 128 channels of 32 heads are 16 KiB: they stay in the first-level cache. */
 
 #if HL_HAS_AVX512

@@ -1540,7 +1540,7 @@ static inline hl_cursor hl_sfa_f32_d32_rope8_chunk(const hl_sparse_flash_attenti
 /* ==== hl_sparse_flash_attention_f32_d32_rope8 ====
  * plain C99 (scalar).
  * Tiles: 4 x 2 numbers fit the 16 float registers of a small core with room for operands.
- * 16 keys a block: P of a tile of heads stays in the first-level cache, O moves once.
+ * 16 keys a block: P of a tile of heads stays in the first-level cache.
  * 40 channels of 2 heads are 0 KiB: they stay in the first-level cache. */
 
 /* ---- load: rows -> numbers, once for the whole group ---- */
