@@ -673,6 +673,9 @@ static inline hl_status hl_check_apart(const hl_stride *stride, int64_t batches,
     const int64_t step[3] = {stride->batch, stride->row, stride->head};
     int32_t done[3] = {0, 0, 0};
     uint64_t span = (uint64_t)channels;
+    if (batches <= 0 || rows <= 0 || heads <= 0) {
+        return HL_OK; /* nothing will be written */
+    }
     for (int32_t turn = 0; turn < 3; ++turn) {
         int32_t least = -1;
         for (int32_t i = 0; i < 3; ++i) {
@@ -6919,13 +6922,13 @@ HL_API uint32_t hl_sparse_flash_attention_bf16_d512_rope64_isas(void)
                                 | 1u << HL_ISA_AVX512);
 }
 
-/* ids out of range, or twice in a list: only looked for on request. */
+/* ids out of range, or twice in a list: only looked for on request, and no further than a list's
+ * end. */
 static inline hl_status hl_sfa_bf16_d512_rope64_check_lists(
     const hl_sparse_flash_attention_plan *plan, hl_error *error)
 {
     const hl_sparse_flash_attention_args *const a = &plan->args;
-    const int64_t groups = plan->n_tasks;
-    for (int64_t index = 0; index < groups; ++index) {
+    for (int64_t index = 0; index < plan->n_tasks; ++index) {
         hl_group g;
         int64_t limit;
         if (!hl_sfa_bf16_d512_rope64_group(plan, index, &g)) {
@@ -6934,6 +6937,9 @@ static inline hl_status hl_sfa_bf16_d512_rope64_check_lists(
         limit = g.length > 0 ? (g.length - 1) / a->sparse_block_size : -1;
         for (int32_t t = 0; t < a->list_length; ++t) {
             const int32_t id = g.list[t];
+            if (id == -1) {
+                break;
+            }
             if (id < -1) {
                 return hl_refuse_at(error, HL_ERR_INDEX, HL_ARG_SPARSE_INDICES, HL_RULE_AT_LEAST, 2,
                                     index, t, id, -1);
@@ -6942,8 +6948,8 @@ static inline hl_status hl_sfa_bf16_d512_rope64_check_lists(
                 return hl_refuse_at(error, HL_ERR_INDEX, HL_ARG_SPARSE_INDICES, HL_RULE_AT_MOST, 2,
                                     index, t, id, limit);
             }
-            for (int32_t u = 0; u < t && t < g.entries; ++u) {
-                if (g.list[u] == id && id >= 0) {
+            for (int32_t u = 0; u < t; ++u) {
+                if (g.list[u] == id) {
                     return hl_refuse_at(error, HL_ERR_INDEX, HL_ARG_SPARSE_INDICES, HL_RULE_UNIQUE,
                                         2, index, t, id, u);
                 }
@@ -7280,6 +7286,9 @@ HL_API hl_status hl_sparse_flash_attention_bf16_d512_rope64_merge_parts(
                                  counts[i].value, counts[i].least);
             }
         }
+    }
+    if (p->out_f32 != 0 && p->out_f32 != 1) {
+        return hl_refuse(error, HL_ERR_SHAPE, HL_ARG_OUT_F32, HL_RULE_AT_MOST, p->out_f32, 1);
     }
     n2 = p->heads_kv != 0 ? p->heads_kv : 1;
     if (p->heads_q % n2 != 0) {

@@ -676,6 +676,9 @@ static inline hl_status hl_check_apart(const hl_stride *stride, int64_t batches,
     const int64_t step[3] = {stride->batch, stride->row, stride->head};
     int32_t done[3] = {0, 0, 0};
     uint64_t span = (uint64_t)channels;
+    if (batches <= 0 || rows <= 0 || heads <= 0) {
+        return HL_OK; /* nothing will be written */
+    }
     for (int32_t turn = 0; turn < 3; ++turn) {
         int32_t least = -1;
         for (int32_t i = 0; i < 3; ++i) {
@@ -7034,26 +7037,53 @@ HL_API uint32_t hl_sparse_flash_attention_bf16_d512_rope64_slots_isas(void)
                                 | 1u << HL_ISA_AVX512);
 }
 
-/* ids out of range, or twice in a list: only looked for on request. */
+/* How many entries of each list count. */
+static inline hl_status hl_sfa_bf16_d512_rope64_slots_check_list_lengths(
+    const hl_sparse_flash_attention_plan *plan, hl_error *error)
+{
+    const hl_sparse_flash_attention_args *const a = &plan->args;
+    for (int64_t index = 0; a->sparse_lengths != NULL && index < plan->n_tasks; ++index) {
+        const int32_t n = a->sparse_lengths[(ptrdiff_t)index];
+        hl_group g;
+        /* a row, not padding */
+        if ((n < 0 || n > a->list_length) && hl_sfa_bf16_d512_rope64_slots_group(plan, index, &g)) {
+            return hl_refuse_at(error, HL_ERR_LENGTH, HL_ARG_SPARSE_LENGTHS, n < 0
+                                ? HL_RULE_AT_LEAST : HL_RULE_AT_MOST, 1, index, 0, n, n < 0 ? 0
+                                : a->list_length);
+        }
+    }
+    return HL_OK;
+}
+
+/* ids out of range, or twice in a list: only looked for on request, and no further than a list's
+ * end. */
 static inline hl_status hl_sfa_bf16_d512_rope64_slots_check_lists(
     const hl_sparse_flash_attention_plan *plan, hl_error *error)
 {
     const hl_sparse_flash_attention_args *const a = &plan->args;
-    const int64_t groups = plan->n_tasks;
+    const int32_t slots_kind = a->index_kind == HL_INDEX_SLOTS;
     const int32_t paged = a->layout_kv == HL_LAYOUT_PA_BSND;
-    const int64_t slots =
-        (int64_t)(paged ? a->num_blocks : a->layout_kv == HL_LAYOUT_TND ? 1 : a->batch)
-                          * (paged ? a->block_size : a->seq_kv);
-    for (int64_t index = 0; index < groups; ++index) {
+    const int64_t outer = paged ? a->num_blocks : a->layout_kv == HL_LAYOUT_TND ? 1 : a->batch;
+    const int64_t slots = outer * (paged ? a->block_size : a->seq_kv);
+    for (int64_t index = 0; index < plan->n_tasks; ++index) {
         hl_group g;
         int64_t limit;
         if (!hl_sfa_bf16_d512_rope64_slots_group(plan, index, &g)) {
             continue;
         }
-        limit = a->index_kind == HL_INDEX_SLOTS ? slots - 1
-                : g.length > 0 ? (g.length - 1) / a->sparse_block_size : -1;
+        limit = g.length > 0 ? (g.length - 1) / a->sparse_block_size : -1;
+        limit = slots_kind ? slots - 1 : limit;
         for (int32_t t = 0; t < a->list_length; ++t) {
             const int32_t id = g.list[t];
+            if (slots_kind && t >= g.entries) {
+                break;
+            }
+            if (slots_kind && id == -1) {
+                continue;
+            }
+            if (id == -1) {
+                break;
+            }
             if (id < -1) {
                 return hl_refuse_at(error, HL_ERR_INDEX, HL_ARG_SPARSE_INDICES, HL_RULE_AT_LEAST, 2,
                                     index, t, id, -1);
@@ -7062,8 +7092,8 @@ static inline hl_status hl_sfa_bf16_d512_rope64_slots_check_lists(
                 return hl_refuse_at(error, HL_ERR_INDEX, HL_ARG_SPARSE_INDICES, HL_RULE_AT_MOST, 2,
                                     index, t, id, limit);
             }
-            for (int32_t u = 0; u < t && t < g.entries; ++u) {
-                if (g.list[u] == id && id >= 0) {
+            for (int32_t u = 0; u < t; ++u) {
+                if (g.list[u] == id) {
                     return hl_refuse_at(error, HL_ERR_INDEX, HL_ARG_SPARSE_INDICES, HL_RULE_UNIQUE,
                                         2, index, t, id, u);
                 }
@@ -7138,6 +7168,10 @@ static inline hl_status hl_sfa_bf16_d512_rope64_slots_plan(hl_sparse_flash_atten
     partials = hl_mul_cap((uint64_t)rows, (uint64_t)longest);
     partials = hl_mul_cap(partials, (uint64_t)a->heads_q * 1088u);
     p.work = partials > (uint64_t)INT64_MAX ? INT64_MAX : (int64_t)partials;
+    status = hl_sfa_bf16_d512_rope64_slots_check_list_lengths(&p, error);
+    if (status != HL_OK) {
+        return status;
+    }
     if (a->strict_lists && a->sparse_indices != NULL) {
         status = hl_sfa_bf16_d512_rope64_slots_check_lists(&p, error);
         if (status != HL_OK) {
@@ -7400,6 +7434,9 @@ HL_API hl_status hl_sparse_flash_attention_bf16_d512_rope64_slots_merge_parts(
                                  counts[i].value, counts[i].least);
             }
         }
+    }
+    if (p->out_f32 != 0 && p->out_f32 != 1) {
+        return hl_refuse(error, HL_ERR_SHAPE, HL_ARG_OUT_F32, HL_RULE_AT_MOST, p->out_f32, 1);
     }
     n2 = p->heads_kv != 0 ? p->heads_kv : 1;
     if (p->heads_q % n2 != 0) {

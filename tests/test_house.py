@@ -247,11 +247,12 @@ def object_of(tmp_path, code):
 CLEAN = """\
 #include <string.h>
 static const int hl_table[] = {1, 2, 3};
-int hl_good(char *to, const char *from, int i);
-int hl_good(char *to, const char *from, int i)
+const char *hl_good(char *to, const char *from, int i);
+const char *hl_good(char *to, const char *from, int i)
 {
+    static const char *const words[] = {"a", "b", "c"};
     memcpy(to, from, 1000);
-    return hl_table[i];
+    return words[hl_table[i]];
 }
 """
 
@@ -271,6 +272,7 @@ def test_a_clean_object_has_no_faults(tmp_path):
         ),
         ("int hl_count = 3;", "4 bytes of .data"),
         ("static int hl_n; int hl_f(void) { return hl_n++; }", "4 bytes of .bss"),
+        ("int hl_f(void) { static int n; return n++; }", "4 bytes of .bss"),
         ("_Thread_local int hl_n;", "4 bytes of .tbss"),
         ("int puts(const char *); int hl_f(void) { return puts(\"\"); }", "wants puts"),
         (
@@ -345,7 +347,7 @@ def test_a_readme_without_its_example_is_wrong(text):
 
 def test_the_deepest_frame_is_named():
     usage = "a.h:1:2:hl_a\t64\tstatic\na.h:2:2:hl_b\t8192\tdynamic,bounded\n"
-    assert check.deepest_frame(usage) == "8192 bytes in hl_b"
+    assert check.deepest_frame(usage, 8192) == "8192 bytes in hl_b"
 
 
 @pytest.mark.parametrize(
@@ -353,7 +355,7 @@ def test_the_deepest_frame_is_named():
 )
 def test_deep_and_dynamic_frames_are_wrong(usage):
     with pytest.raises(check.Wrong):
-        check.deepest_frame(usage)
+        check.deepest_frame(usage, 8192)
 
 
 def test_public_functions_are_those_declared_with_the_api_macro():
