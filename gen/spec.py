@@ -134,7 +134,7 @@ class Kernel:
     def private(self):
         """What the private names start with (still spelled with our own prefix)."""
         if self.given_name:
-            return self.given_name
+            return re.sub(rf"^{self.prefix}_", "hl_", self.given_name) + "_in"
         return names.private_name("hl", self.op, **self._what())
 
     @property

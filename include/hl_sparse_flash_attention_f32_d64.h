@@ -339,7 +339,7 @@ typedef struct hl_sparse_flash_attention_parts {
     const float *const *max; /* [parts] -> [B][N2][S1][G] or [N2][T1][G]                         */
     const float *const *sum; /* [parts] -> same; 0 marks a part without keys                     */
     void *attention_out;     /* packed, in the kernel's type, or float if out_f32                */
-    float *softmax_max;      /* NULL: not wanted, as below                                      */
+    float *softmax_max; /* NULL: not wanted. May be max[i] of one part, as softmax_sum sum[i] */
     float *softmax_sum;
     float *softmax_lse;
     int32_t parts;
@@ -7026,8 +7026,10 @@ HL_API hl_status hl_sparse_flash_attention_f32_d64_merge_parts(
             {p->max[i], stats * 4u, HL_ARG_PARTS, 0, 4u},
             {p->sum[i], stats * 4u, HL_ARG_PARTS, 0, 4u},
             {p->attention_out, stats * bytes * 64u, HL_ARG_ATTENTION_OUT, 1, (uint32_t)bytes},
-            {p->softmax_max, p->softmax_max ? stats * 4u : 0, HL_ARG_SOFTMAX_MAX, 1, 4u},
-            {p->softmax_sum, p->softmax_sum ? stats * 4u : 0, HL_ARG_SOFTMAX_SUM, 1, 4u},
+            {p->softmax_max, p->softmax_max && p->softmax_max != p->max[i] ? stats * 4u : 0,
+             HL_ARG_SOFTMAX_MAX, 1, 4u},
+            {p->softmax_sum, p->softmax_sum && p->softmax_sum != p->sum[i] ? stats * 4u : 0,
+             HL_ARG_SOFTMAX_SUM, 1, 4u},
             {p->softmax_lse, p->softmax_lse ? stats * 4u : 0, HL_ARG_SOFTMAX_LSE, 1, 4u}
         };
         const hl_status status =

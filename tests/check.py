@@ -562,22 +562,33 @@ def print_processor_time(command: list[str]) -> int:
 
 
 def cppcheck() -> Iterator[Check]:
+    """Each machine's regions are named, for cppcheck alone would try a dozen guesses at macros."""
+    machines = {
+        "x86-64": ["-D__GNUC__=12", "-D__x86_64__=1"],
+        "AArch64": ["-D__GNUC__=12", "-D__aarch64__=1", "-D__ARM_NEON=1"],
+        "OpenMP": ["-D__GNUC__=12", "-D__x86_64__=1", "-D_OPENMP=201511"],
+        "plain C": ["-D__STDC_VERSION__=199901L"],
+    }
     command = ["cppcheck", "--std=c99", "--enable=warning,performance,portability"]
     command += ["--inline-suppr", "--error-exitcode=1", "--quiet", "--platform=unix64"]
     # The system's headers are not read: not knowing their names is no finding.
     command += ["--suppress=missingIncludeSystem", f"-I{INCLUDE}"]
-    for name in header_names():
+    for name, (machine, macros_) in itertools.product(header_names(), machines.items()):
         source = static_user(name)
-        yield parse(f"{name} cppcheck", (name,), [*command, str(source)], source)
+        line = [*command, *macros_, str(source)]
+        yield parse(f"{name} cppcheck {machine}", (name,), line, source)
 
 
 def clang_tidy() -> Iterator[Check]:
     rules = ROOT / ".clang-tidy"
     command = ["clang-tidy", "--quiet", f"--config-file={rules}"]
-    for name in header_names():
+    arm = ["--target=aarch64-linux-gnu", "-isystem", "/usr/aarch64-linux-gnu/include"]
+    for name, (machine, flags) in itertools.product(
+        header_names(), [("x86-64", []), ("AArch64", arm)]
+    ):
         source = static_user(name)
-        line = [*command, str(source), "--", "-std=c99", f"-I{INCLUDE}"]
-        check = parse(f"{name} clang-tidy", (name,), line, source)
+        line = [*command, str(source), "--", "-std=c99", *flags, f"-I{INCLUDE}"]
+        check = parse(f"{name} clang-tidy {machine}", (name,), line, source)
         yield Check(check.name, check.run, (*check.depends, text_of(rules)))
 
 

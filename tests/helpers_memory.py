@@ -10,6 +10,7 @@ import faulthandler
 import mmap
 import os
 import pickle
+import select
 import signal
 import traceback
 import warnings
@@ -34,6 +35,7 @@ LIBC.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 PROT_NONE = 0
 MAP_NORESERVE = 0x4000
 CANARY = 0xC3
+LONGEST = 120.0  # seconds that a call may take: it takes milliseconds
 
 
 def map_pages(size: int, protection: int, flags: int = 0) -> int:
@@ -125,7 +127,8 @@ class Died(AssertionError):
 
 
 def in_child(call: Callable[[], Any], what: str = "") -> Any:
-    """Runs call() in a forked child and returns its result; Died if a signal ended it."""
+    """Runs call() in a forked child and returns its result; Died if a signal ended it, or if it
+    had to be ended after LONGEST seconds."""
     reader, writer = os.pipe()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
@@ -141,6 +144,8 @@ def in_child(call: Callable[[], Any], what: str = "") -> Any:
         os._exit(0)
     os.close(writer)
     with os.fdopen(reader, "rb") as pipe:
+        if not select.select([pipe], [], [], LONGEST)[0]:
+            os.kill(child, signal.SIGKILL)
         message = pipe.read()
     _, status = os.waitpid(child, 0)
     if os.WIFSIGNALED(status):

@@ -70,7 +70,9 @@ def play(
     with tempfile.TemporaryDirectory() as folder:
         to, back = Path(folder) / "calls", Path(folder) / "results"
         to.write_bytes(struct.pack("<q", len(calls)) + b"".join(data for data, _ in calls))
-        run = subprocess.run([*command, str(to), str(back)], capture_output=True, text=True)
+        run = subprocess.run(
+            [*command, str(to), str(back)], capture_output=True, text=True, timeout=300
+        )
         assert run.returncode == 0, f"exit {run.returncode}: {run.stderr[-4000:]}"
         data = back.read_bytes()
     (isas,), at = struct.unpack_from("<I", data), 4
