@@ -1329,6 +1329,9 @@ HL_WORD_AVX2 void hl_vrow_bf16_avx2(float *to, const uint16_t *from, int32_t n)
 
 typedef __m512 hl_vf_avx512;
 
+/* GCC 12's headers fill lanes that no mask leaves with an uninitialised vector, and warn about it:
+ * hence the zeroing forms under a full mask, which cost nothing. */
+HL_WORD_AVX512 __mmask16 hl_all_avx512(void) { return (__mmask16)0xffff; }
 HL_WORD_AVX512 __mmask16 hl_first_avx512(int32_t n) { return (__mmask16)((1u << n) - 1u); }
 HL_WORD_AVX512 hl_vf_avx512 hl_vzero_avx512(void) { return _mm512_setzero_ps(); }
 HL_WORD_AVX512 hl_vf_avx512 hl_vset_avx512(float x) { return _mm512_set1_ps(x); }
@@ -1364,13 +1367,17 @@ HL_WORD_AVX512 hl_vf_avx512 hl_vfma_avx512(hl_vf_avx512 x, hl_vf_avx512 y, hl_vf
 }
 HL_WORD_AVX512 hl_vf_avx512 hl_vmax_avx512(hl_vf_avx512 x, hl_vf_avx512 y)
 {
-    return _mm512_max_ps(x, y);
+    return _mm512_maskz_max_ps(hl_all_avx512(), x, y);
 }
-/* 8: to nearest even, without an exception. */
-HL_WORD_AVX512 hl_vf_avx512 hl_vround_avx512(hl_vf_avx512 x) { return _mm512_roundscale_ps(x, 8); }
+/* By way of an integer: GCC's vrndscaleps is a macro that warns without optimisation. */
+HL_WORD_AVX512 hl_vf_avx512 hl_vround_avx512(hl_vf_avx512 x)
+{
+    const __m512i whole = _mm512_maskz_cvtps_epi32(hl_all_avx512(), x);
+    return _mm512_maskz_cvtepi32_ps(hl_all_avx512(), whole);
+}
 HL_WORD_AVX512 hl_vf_avx512 hl_vscale_avx512(hl_vf_avx512 x, hl_vf_avx512 n)
 {
-    return _mm512_scalef_ps(x, n);
+    return _mm512_maskz_scalef_ps(hl_all_avx512(), x, n);
 }
 HL_WORD_AVX512 hl_vf_avx512 hl_vflush_avx512(hl_vf_avx512 x, float limit, hl_vf_avx512 y)
 {
@@ -1384,18 +1391,22 @@ HL_WORD_AVX512 float hl_vsum_avx512(hl_vf_avx512 x) { return _mm512_reduce_add_p
 
 HL_WORD_AVX512 hl_vf_avx512 hl_widen_bf16_avx512(__m256i x)
 {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16));
+    const __m512i wide = _mm512_maskz_cvtepu16_epi32(hl_all_avx512(), x);
+    return _mm512_castsi512_ps(_mm512_maskz_slli_epi32(hl_all_avx512(), wide, 16));
 }
 /* To nearest even by adding just under half of the last place kept; a NaN is made quiet. */
 HL_WORD_AVX512 __m256i hl_narrow_bf16_avx512(hl_vf_avx512 x)
 {
     const __m512i bits = _mm512_castps_si512(x);
-    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i high = _mm512_maskz_srli_epi32(hl_all_avx512(), bits, 16);
+    const __m512i odd = _mm512_and_si512(high, _mm512_set1_epi32(1));
     const __m512i half = _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff));
     const __m512i sum = _mm512_add_epi32(bits, half);
     const __m512i quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x400000));
     const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
-    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_mask_mov_epi32(sum, nan, quiet), 16));
+    const __m512i best = _mm512_mask_mov_epi32(sum, nan, quiet);
+    const __m512i kept = _mm512_maskz_srli_epi32(hl_all_avx512(), best, 16);
+    return _mm512_maskz_cvtepi32_epi16(hl_all_avx512(), kept);
 }
 HL_WORD_AVX512 hl_vf_avx512 hl_vload_bf16_avx512(const uint16_t *p)
 {
@@ -2793,9 +2804,7 @@ HL_KERNEL_SCALAR void hl_sfa_bf16_d512_rope64_slots_forward_scalar(
             : hl_sfa_bf16_d512_rope64_slots_next(a, g, &c, b.loc + block, block);
         hl_sfa_bf16_d512_rope64_slots_block_scalar(plan, g, w, t, &b, padded);
         *t->seen = 1.0f;
-        for (int32_t j = 0; j < b.n_later; ++j) {
-            b.loc[j] = b.loc[block + j];
-        }
+        HL_COPY(b.loc, b.loc + block, (size_t)b.n_later * sizeof *b.loc);
         b.n = b.n_later;
     }
 }
@@ -3975,9 +3984,7 @@ HL_KERNEL_NEON void hl_sfa_bf16_d512_rope64_slots_forward_neon(
             : hl_sfa_bf16_d512_rope64_slots_next(a, g, &c, b.loc + block, block);
         hl_sfa_bf16_d512_rope64_slots_block_neon(plan, g, w, t, &b, padded);
         *t->seen = 1.0f;
-        for (int32_t j = 0; j < b.n_later; ++j) {
-            b.loc[j] = b.loc[block + j];
-        }
+        HL_COPY(b.loc, b.loc + block, (size_t)b.n_later * sizeof *b.loc);
         b.n = b.n_later;
     }
 }
@@ -5107,9 +5114,7 @@ HL_KERNEL_AVX2 void hl_sfa_bf16_d512_rope64_slots_forward_avx2(
             : hl_sfa_bf16_d512_rope64_slots_next(a, g, &c, b.loc + block, block);
         hl_sfa_bf16_d512_rope64_slots_block_avx2(plan, g, w, t, &b, padded);
         *t->seen = 1.0f;
-        for (int32_t j = 0; j < b.n_later; ++j) {
-            b.loc[j] = b.loc[block + j];
-        }
+        HL_COPY(b.loc, b.loc + block, (size_t)b.n_later * sizeof *b.loc);
         b.n = b.n_later;
     }
 }
@@ -6955,9 +6960,7 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d512_rope64_slots_forward_avx512(
             : hl_sfa_bf16_d512_rope64_slots_next(a, g, &c, b.loc + block, block);
         hl_sfa_bf16_d512_rope64_slots_block_avx512(plan, g, w, t, &b, padded);
         *t->seen = 1.0f;
-        for (int32_t j = 0; j < b.n_later; ++j) {
-            b.loc[j] = b.loc[block + j];
-        }
+        HL_COPY(b.loc, b.loc + block, (size_t)b.n_later * sizeof *b.loc);
         b.n = b.n_later;
     }
 }

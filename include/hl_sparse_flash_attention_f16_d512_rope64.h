@@ -1310,6 +1310,9 @@ HL_WORD_AVX2 void hl_vrow_f16_avx2(float *to, const uint16_t *from, int32_t n)
 
 typedef __m512 hl_vf_avx512;
 
+/* GCC 12's headers fill lanes that no mask leaves with an uninitialised vector, and warn about it:
+ * hence the zeroing forms under a full mask, which cost nothing. */
+HL_WORD_AVX512 __mmask16 hl_all_avx512(void) { return (__mmask16)0xffff; }
 HL_WORD_AVX512 __mmask16 hl_first_avx512(int32_t n) { return (__mmask16)((1u << n) - 1u); }
 HL_WORD_AVX512 hl_vf_avx512 hl_vzero_avx512(void) { return _mm512_setzero_ps(); }
 HL_WORD_AVX512 hl_vf_avx512 hl_vset_avx512(float x) { return _mm512_set1_ps(x); }
@@ -1345,13 +1348,17 @@ HL_WORD_AVX512 hl_vf_avx512 hl_vfma_avx512(hl_vf_avx512 x, hl_vf_avx512 y, hl_vf
 }
 HL_WORD_AVX512 hl_vf_avx512 hl_vmax_avx512(hl_vf_avx512 x, hl_vf_avx512 y)
 {
-    return _mm512_max_ps(x, y);
+    return _mm512_maskz_max_ps(hl_all_avx512(), x, y);
 }
-/* 8: to nearest even, without an exception. */
-HL_WORD_AVX512 hl_vf_avx512 hl_vround_avx512(hl_vf_avx512 x) { return _mm512_roundscale_ps(x, 8); }
+/* By way of an integer: GCC's vrndscaleps is a macro that warns without optimisation. */
+HL_WORD_AVX512 hl_vf_avx512 hl_vround_avx512(hl_vf_avx512 x)
+{
+    const __m512i whole = _mm512_maskz_cvtps_epi32(hl_all_avx512(), x);
+    return _mm512_maskz_cvtepi32_ps(hl_all_avx512(), whole);
+}
 HL_WORD_AVX512 hl_vf_avx512 hl_vscale_avx512(hl_vf_avx512 x, hl_vf_avx512 n)
 {
-    return _mm512_scalef_ps(x, n);
+    return _mm512_maskz_scalef_ps(hl_all_avx512(), x, n);
 }
 HL_WORD_AVX512 hl_vf_avx512 hl_vflush_avx512(hl_vf_avx512 x, float limit, hl_vf_avx512 y)
 {
@@ -1365,19 +1372,20 @@ HL_WORD_AVX512 float hl_vsum_avx512(hl_vf_avx512 x) { return _mm512_reduce_add_p
 
 HL_WORD_AVX512 hl_vf_avx512 hl_vload_f16_avx512(const uint16_t *p)
 {
-    return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(const void *)p));
+    const __m256i x = _mm256_loadu_si256((const __m256i *)(const void *)p);
+    return _mm512_maskz_cvtph_ps(hl_all_avx512(), x);
 }
 HL_WORD_AVX512 hl_vf_avx512 hl_vload_f16_n_avx512(const uint16_t *p, int32_t n)
 {
-    return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(hl_first_avx512(n), p));
+    return _mm512_maskz_cvtph_ps(hl_all_avx512(), _mm256_maskz_loadu_epi16(hl_first_avx512(n), p));
 }
 HL_WORD_AVX512 void hl_vstore_f16_avx512(uint16_t *p, hl_vf_avx512 x)
 {
-    _mm256_storeu_si256((__m256i *)(void *)p, _mm512_cvtps_ph(x, 8));
+    _mm256_storeu_si256((__m256i *)(void *)p, _mm512_maskz_cvtps_ph(hl_all_avx512(), x, 8));
 }
 HL_WORD_AVX512 void hl_vstore_f16_n_avx512(uint16_t *p, int32_t n, hl_vf_avx512 x)
 {
-    _mm256_mask_storeu_epi16(p, hl_first_avx512(n), _mm512_cvtps_ph(x, 8));
+    _mm256_mask_storeu_epi16(p, hl_first_avx512(n), _mm512_maskz_cvtps_ph(hl_all_avx512(), x, 8));
 }
 
 #endif
@@ -2704,9 +2712,7 @@ HL_KERNEL_SCALAR void hl_sfa_f16_d512_rope64_forward_scalar(
         b.n_later = b.n < block ? 0 : hl_sfa_f16_d512_rope64_next(a, g, &c, b.loc + block, block);
         hl_sfa_f16_d512_rope64_block_scalar(plan, g, w, t, &b, padded);
         *t->seen = 1.0f;
-        for (int32_t j = 0; j < b.n_later; ++j) {
-            b.loc[j] = b.loc[block + j];
-        }
+        HL_COPY(b.loc, b.loc + block, (size_t)b.n_later * sizeof *b.loc);
         b.n = b.n_later;
     }
 }
@@ -3865,9 +3871,7 @@ HL_KERNEL_NEON void hl_sfa_f16_d512_rope64_forward_neon(const hl_sparse_flash_at
         b.n_later = b.n < block ? 0 : hl_sfa_f16_d512_rope64_next(a, g, &c, b.loc + block, block);
         hl_sfa_f16_d512_rope64_block_neon(plan, g, w, t, &b, padded);
         *t->seen = 1.0f;
-        for (int32_t j = 0; j < b.n_later; ++j) {
-            b.loc[j] = b.loc[block + j];
-        }
+        HL_COPY(b.loc, b.loc + block, (size_t)b.n_later * sizeof *b.loc);
         b.n = b.n_later;
     }
 }
@@ -4973,9 +4977,7 @@ HL_KERNEL_AVX2 void hl_sfa_f16_d512_rope64_forward_avx2(const hl_sparse_flash_at
         b.n_later = b.n < block ? 0 : hl_sfa_f16_d512_rope64_next(a, g, &c, b.loc + block, block);
         hl_sfa_f16_d512_rope64_block_avx2(plan, g, w, t, &b, padded);
         *t->seen = 1.0f;
-        for (int32_t j = 0; j < b.n_later; ++j) {
-            b.loc[j] = b.loc[block + j];
-        }
+        HL_COPY(b.loc, b.loc + block, (size_t)b.n_later * sizeof *b.loc);
         b.n = b.n_later;
     }
 }
@@ -6799,9 +6801,7 @@ HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_forward_avx512(
         b.n_later = b.n < block ? 0 : hl_sfa_f16_d512_rope64_next(a, g, &c, b.loc + block, block);
         hl_sfa_f16_d512_rope64_block_avx512(plan, g, w, t, &b, padded);
         *t->seen = 1.0f;
-        for (int32_t j = 0; j < b.n_later; ++j) {
-            b.loc[j] = b.loc[block + j];
-        }
+        HL_COPY(b.loc, b.loc + block, (size_t)b.n_later * sizeof *b.loc);
         b.n = b.n_later;
     }
 }

@@ -2299,9 +2299,7 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_forward_scalar(
         b.n_later = b.n < block ? 0 : hl_sfa_f32_d32_rope8_next(a, g, &c, b.loc + block, block);
         hl_sfa_f32_d32_rope8_block_scalar(plan, g, w, t, &b, padded);
         *t->seen = 1.0f;
-        for (int32_t j = 0; j < b.n_later; ++j) {
-            b.loc[j] = b.loc[block + j];
-        }
+        HL_COPY(b.loc, b.loc + block, (size_t)b.n_later * sizeof *b.loc);
         b.n = b.n_later;
     }
 }

@@ -1243,6 +1243,9 @@ HL_WORD_AVX2 void hl_vrow_f32_avx2(float *to, const float *from, int32_t n)
 
 typedef __m512 hl_vf_avx512;
 
+/* GCC 12's headers fill lanes that no mask leaves with an uninitialised vector, and warn about it:
+ * hence the zeroing forms under a full mask, which cost nothing. */
+HL_WORD_AVX512 __mmask16 hl_all_avx512(void) { return (__mmask16)0xffff; }
 HL_WORD_AVX512 __mmask16 hl_first_avx512(int32_t n) { return (__mmask16)((1u << n) - 1u); }
 HL_WORD_AVX512 hl_vf_avx512 hl_vzero_avx512(void) { return _mm512_setzero_ps(); }
 HL_WORD_AVX512 hl_vf_avx512 hl_vset_avx512(float x) { return _mm512_set1_ps(x); }
@@ -1278,13 +1281,17 @@ HL_WORD_AVX512 hl_vf_avx512 hl_vfma_avx512(hl_vf_avx512 x, hl_vf_avx512 y, hl_vf
 }
 HL_WORD_AVX512 hl_vf_avx512 hl_vmax_avx512(hl_vf_avx512 x, hl_vf_avx512 y)
 {
-    return _mm512_max_ps(x, y);
+    return _mm512_maskz_max_ps(hl_all_avx512(), x, y);
 }
-/* 8: to nearest even, without an exception. */
-HL_WORD_AVX512 hl_vf_avx512 hl_vround_avx512(hl_vf_avx512 x) { return _mm512_roundscale_ps(x, 8); }
+/* By way of an integer: GCC's vrndscaleps is a macro that warns without optimisation. */
+HL_WORD_AVX512 hl_vf_avx512 hl_vround_avx512(hl_vf_avx512 x)
+{
+    const __m512i whole = _mm512_maskz_cvtps_epi32(hl_all_avx512(), x);
+    return _mm512_maskz_cvtepi32_ps(hl_all_avx512(), whole);
+}
 HL_WORD_AVX512 hl_vf_avx512 hl_vscale_avx512(hl_vf_avx512 x, hl_vf_avx512 n)
 {
-    return _mm512_scalef_ps(x, n);
+    return _mm512_maskz_scalef_ps(hl_all_avx512(), x, n);
 }
 HL_WORD_AVX512 hl_vf_avx512 hl_vflush_avx512(hl_vf_avx512 x, float limit, hl_vf_avx512 y)
 {
@@ -2585,9 +2592,7 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d64_forward_scalar(const hl_sparse_flash_attent
         b.n_later = b.n < block ? 0 : hl_sfa_f32_d64_next(a, g, &c, b.loc + block, block);
         hl_sfa_f32_d64_block_scalar(plan, g, w, t, &b, padded);
         *t->seen = 1.0f;
-        for (int32_t j = 0; j < b.n_later; ++j) {
-            b.loc[j] = b.loc[block + j];
-        }
+        HL_COPY(b.loc, b.loc + block, (size_t)b.n_later * sizeof *b.loc);
         b.n = b.n_later;
     }
 }
@@ -3725,9 +3730,7 @@ HL_KERNEL_NEON void hl_sfa_f32_d64_forward_neon(const hl_sparse_flash_attention_
         b.n_later = b.n < block ? 0 : hl_sfa_f32_d64_next(a, g, &c, b.loc + block, block);
         hl_sfa_f32_d64_block_neon(plan, g, w, t, &b, padded);
         *t->seen = 1.0f;
-        for (int32_t j = 0; j < b.n_later; ++j) {
-            b.loc[j] = b.loc[block + j];
-        }
+        HL_COPY(b.loc, b.loc + block, (size_t)b.n_later * sizeof *b.loc);
         b.n = b.n_later;
     }
 }
@@ -4813,9 +4816,7 @@ HL_KERNEL_AVX2 void hl_sfa_f32_d64_forward_avx2(const hl_sparse_flash_attention_
         b.n_later = b.n < block ? 0 : hl_sfa_f32_d64_next(a, g, &c, b.loc + block, block);
         hl_sfa_f32_d64_block_avx2(plan, g, w, t, &b, padded);
         *t->seen = 1.0f;
-        for (int32_t j = 0; j < b.n_later; ++j) {
-            b.loc[j] = b.loc[block + j];
-        }
+        HL_COPY(b.loc, b.loc + block, (size_t)b.n_later * sizeof *b.loc);
         b.n = b.n_later;
     }
 }
@@ -6556,9 +6557,7 @@ HL_KERNEL_AVX512 void hl_sfa_f32_d64_forward_avx512(const hl_sparse_flash_attent
         b.n_later = b.n < block ? 0 : hl_sfa_f32_d64_next(a, g, &c, b.loc + block, block);
         hl_sfa_f32_d64_block_avx512(plan, g, w, t, &b, padded);
         *t->seen = 1.0f;
-        for (int32_t j = 0; j < b.n_later; ++j) {
-            b.loc[j] = b.loc[block + j];
-        }
+        HL_COPY(b.loc, b.loc + block, (size_t)b.n_later * sizeof *b.loc);
         b.n = b.n_later;
     }
 }

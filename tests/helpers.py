@@ -1,6 +1,8 @@
 """The kernels that the tests run, and how results are held against the oracle."""
 
 import functools
+import platform
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,25 @@ from gen import bind
 
 ROOT = Path(__file__).resolve().parent.parent
 BF16 = np.dtype(ml_dtypes.bfloat16)
-ISAS_X86 = ("scalar", "avx2", "avx512")
+AVX2 = {"avx2", "fma", "f16c"}
+AVX512 = AVX2 | {"avx512f", "avx512bw", "avx512dq", "avx512vl"}
+
+
+def isas_here() -> tuple[str, ...]:
+    """What this processor says it runs, from the plainest to the best: not what a header found."""
+    if platform.machine() == "aarch64":
+        return ("scalar", "neon")
+    found = re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    flags = set(found[1].split()) if found else set()
+    return (
+        "scalar",
+        *(["avx2"] if flags >= AVX2 else []),
+        *(["avx512"] if flags >= AVX512 else []),
+    )
+
+
+ISAS_HERE = isas_here()
+BEST = ISAS_HERE[-1]
 OP = "sparse_flash_attention"
 BOTH, ALL = ["BSND", "TND"], ["BSND", "TND", "PA_BSND"]
 
@@ -35,16 +55,8 @@ LIBS = {"builtin": (), "sleef": ("-lsleef", "-lm"), "libm": ("-lm",)}
 
 def table(name: str, **changes: Any) -> dict[str, Any]:
     """The generator's table of one of SPECS."""
-    return {
-        "op": OP,
-        "isa": list(ISAS_X86),
-        "layout_q": BOTH,
-        "layout_kv": ALL,
-        "features": [],
-        "math": "builtin",
-        **SPECS[name],
-        **changes,
-    }
+    base = {"op": OP, "layout_q": BOTH, "layout_kv": ALL}
+    return {**base, **SPECS[name], **changes}
 
 
 @functools.cache

@@ -8,14 +8,14 @@ import dataclasses
 
 import numpy as np
 import pytest
-from helpers import ISAS_X86, kernel, same_bits, text
+from helpers import BEST, ISAS_HERE, kernel, same_bits, text
 from helpers_cases import POINTERS, Case, Shape, make_case, run
 from helpers_memory import in_child
 from oracle import PA_BSND, TND
 
 from gen import bind
 
-BY_ISA = pytest.mark.parametrize("isa", ISAS_X86)
+BY_ISA = pytest.mark.parametrize("isa", ISAS_HERE)
 SMALL = ("f32_small", "bf16_small")
 LONG = Shape(
     lens_q=(3, 0, 2, 1),
@@ -250,9 +250,9 @@ def test_a_plan_is_plain_data():
     """A copy of the bytes works as well as the plan."""
     k = kernel("f32_small")
     case = make_case(k, LONG)
-    want, outputs = run(k, case, "avx2", chunk_keys=128), case.outputs()
+    want, outputs = run(k, case, BEST, chunk_keys=128), case.outputs()
     plan, result = k.plan(
-        **case.inputs(), **case.sizes(), **outputs, chunk_keys=128, isa=k.isas()["avx2"]
+        **case.inputs(), **case.sizes(), **outputs, chunk_keys=128, isa=k.isas()[BEST]
     )
     assert result.ok
     copy = type(plan)()
@@ -267,7 +267,7 @@ def test_openmp_changes_no_bit(threads):
     """The same header compiled with -fopenmp, long rows split over its threads."""
     serial = kernel("bf16_small")
     case = make_case(serial, LONG)
-    want = {isa: run(serial, case, isa, chunk_keys=128) for isa in ISAS_X86}
+    want = {isa: run(serial, case, isa, chunk_keys=128) for isa in ISAS_HERE}
     parallel = bind.load(
         text("bf16_small"),
         flags=("-O2", "-fopenmp"),
@@ -278,10 +278,10 @@ def test_openmp_changes_no_bit(threads):
 
     def calls() -> dict[str, dict[str, np.ndarray]]:
         parallel.library.set_threads(threads)
-        return {isa: run(parallel, case, isa, chunk_keys=128) for isa in ISAS_X86}
+        return {isa: run(parallel, case, isa, chunk_keys=128) for isa in ISAS_HERE}
 
     got = in_child(calls)
-    for isa in ISAS_X86:
+    for isa in ISAS_HERE:
         assert_same(got[isa], want[isa])
 
 
@@ -292,5 +292,5 @@ def test_compiler_flags_stay_inside_the_bound(flags):
 
     k = bind.load(text("f32_small"), flags=flags)
     case = make_case(kernel("f32_small"), LONG)
-    for isa in ISAS_X86:
+    for isa in ISAS_HERE:
         check(case.args, run(k, case, isa, chunk_keys=128), case.dtype)

@@ -7,7 +7,7 @@ from functools import partial
 
 import numpy as np
 import pytest
-from helpers import ISAS_X86, SPECS, check, kernel, same_bits, shipped, text
+from helpers import BEST, ISAS_HERE, SPECS, check, kernel, same_bits, shipped, text
 from helpers_cases import INT_MIN, Shape, Way, make_case, run, run_guarded
 from helpers_memory import LIBC, MAP_NORESERVE, Arena, Died, in_child, map_pages, view
 from helpers_runner import play, program, record, various
@@ -15,7 +15,7 @@ from oracle import BSND, PA_BSND, TND
 
 from gen import bind
 
-BY_ISA = pytest.mark.parametrize("isa", ISAS_X86)
+BY_ISA = pytest.mark.parametrize("isa", ISAS_HERE)
 
 
 def peek(address: int) -> float:
@@ -48,7 +48,7 @@ def test_a_kernel_that_reads_too_far_is_noticed():
     case = make_case(k, Shape(lens_kv=(9,), lengths_given=False))
     case.extra["seq_kv"] = 10
     with pytest.raises(Died):
-        run_guarded(k, case, Way("avx512"))
+        run_guarded(k, case, Way(BEST))
 
 
 @BY_ISA
@@ -212,7 +212,7 @@ def test_sanitizers_on_x86(name):
     flags = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
     built = program(text(name), k.name, compiler="gcc", flags=flags)
     calls, cases = [], []
-    for isa in ISAS_X86:
+    for isa in ISAS_HERE:
         for shape, way in various(9, 60, slots=True, rope=True):
             case = make_case(k, shape)
             cases.append(case)

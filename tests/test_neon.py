@@ -1,36 +1,23 @@
 """The NEON code, run by qemu on any machine, against the same oracle and the same error rule."""
 
-import functools
-
 import pytest
-from helpers import LIBS, check, header, kernel, same_bits, table, text
+from helpers import LIBS, check, header, kernel, same_bits, text
 from helpers_cases import Case, Shape, Way, make_case
 from helpers_runner import QEMU, need_aarch64, play, program, record, various
 from oracle import PA_BSND
-
-from gen import bind
 
 NEON_ISAS = ["scalar", "neon"]
 DEEPSEEK = "hl_sparse_flash_attention_bf16_d512_rope64"
 
 
-@functools.cache
-def neon_text(name: str) -> str:
-    """A header with the NEON and scalar regions only."""
-    from gen import spec
-
-    return bind.header_text(spec.parse_header(table(name, isa=NEON_ISAS)))
-
-
-def run_under_qemu(
-    name: str, source: str, cases: list[tuple[Case, Way]], isa: str, libs: tuple[str, ...] = ()
-) -> list[dict]:
+def run_under_qemu(name: str, cases: list[tuple[Case, Way]], isa: str) -> list[dict]:
     """Calls of a kernel, compiled for AArch64; asserts that the instruction set is there."""
     need_aarch64()
     k = kernel(name)
+    libs = LIBS[header(name).kernels[0].math]
     number = k.constants[f"HL_ISA_{isa.upper()}"]
     calls = [record(k, case, way, number) for case, way in cases]
-    isas, results = play((*QEMU, str(program(source, k.name, libs=libs))), calls)
+    isas, results = play((*QEMU, str(program(text(name), k.name, libs=libs))), calls)
     assert isas == sum(1 << k.constants[f"HL_ISA_{one.upper()}"] for one in NEON_ISAS)
     return results
 
@@ -40,10 +27,7 @@ def run_under_qemu(
 def test_any_call(name, isa):
     k = kernel(name)
     cases = [(make_case(k, shape), way) for shape, way in various(5, 300, slots=True, rope=True)]
-    for (case, way), got in zip(
-        cases, run_under_qemu(name, neon_text(name), cases, isa), strict=True
-    ):
-        assert way is not None
+    for (case, _), got in zip(cases, run_under_qemu(name, cases, isa), strict=True):
         check(case.args, got, case.dtype)
 
 
@@ -53,8 +37,7 @@ def test_other_widths_and_maths(name):
     cases = [
         (make_case(k, shape), way) for shape, way in various(6, 30, slots=False, rope=k.rope > 0)
     ]
-    libs = LIBS[header(name).kernels[0].math]
-    results = run_under_qemu(name, neon_text(name), cases, "neon", libs)
+    results = run_under_qemu(name, cases, "neon")
     for (case, _), got in zip(cases, results, strict=True):
         check(case.args, got, case.dtype)
 
@@ -72,7 +55,7 @@ def test_key_and_head_counts_round_every_tile():
             spread="growing",
         )
         cases.append((make_case(k, shape), Way(flush=("left", "right")[n % 2], chunk_keys=128)))
-    results = run_under_qemu("bf16_small", neon_text("bf16_small"), cases, "neon")
+    results = run_under_qemu("bf16_small", cases, "neon")
     for (case, _), got in zip(cases, results, strict=True):
         check(case.args, got, case.dtype)
 
@@ -84,7 +67,7 @@ def test_error_rule_on_realistic_scores():
         case = make_case(k, shape)
         case = case.changed(scale_value=abs(case.args.scale_value))
         way = Way(chunk_keys=128)
-        (got,) = run_under_qemu(name, neon_text(name), [(case, way)], "neon")
+        (got,) = run_under_qemu(name, [(case, way)], "neon")
         check(case.args, got, case.dtype, strict=True)
 
 
@@ -103,7 +86,7 @@ def test_the_shipped_header():
         seed=4,
     )
     case = make_case(k, shape)
-    (got,) = run_under_qemu(DEEPSEEK, text(DEEPSEEK), [(case, Way())], "neon")
+    (got,) = run_under_qemu(DEEPSEEK, [(case, Way())], "neon")
     check(case.args, got, case.dtype)
 
 
@@ -118,7 +101,7 @@ def test_partials_order_and_guards_change_no_bit():
         for p in (False, True)
     ]
     cases = [(case, way) for way in ways] + [(case, Way(chunk_keys=256))]
-    *same, other = run_under_qemu("bf16_small", neon_text("bf16_small"), cases, "neon")
+    *same, other = run_under_qemu("bf16_small", cases, "neon")
     for got in same[1:]:
         assert all(same_bits(got[n], same[0][n]) for n in got)
     assert not all(same_bits(other[n], same[0][n]) for n in other), "the control changed no bit"
@@ -129,7 +112,7 @@ def test_a_kernel_that_reads_too_far_is_noticed():
     case = make_case(kernel("bf16_small"), Shape(lens_kv=(9,), lengths_given=False))
     case.extra["seq_kv"] = 10
     with pytest.raises(AssertionError, match="exit"):
-        run_under_qemu("bf16_small", neon_text("bf16_small"), [(case, Way())], "neon")
+        run_under_qemu("bf16_small", [(case, Way())], "neon")
 
 
 def test_missing_tools_are_an_error(monkeypatch):

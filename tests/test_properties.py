@@ -4,14 +4,14 @@ import dataclasses
 
 import numpy as np
 import pytest
-from helpers import ISAS_X86, kernel, same_bits
+from helpers import ISAS_HERE, kernel, same_bits
 from helpers_cases import TENSORS, Case, Shape, make_case, random_list, run, shapes, strided
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import BSND, PA_BSND, TND, flat, sparse_flash_attention
 
 SMALL = ("f32_small", "f16_small", "bf16_small")
-BY_ISA = pytest.mark.parametrize("isa", ISAS_X86)
+BY_ISA = pytest.mark.parametrize("isa", ISAS_HERE)
 BY_NAME = pytest.mark.parametrize("name", SMALL)
 PLAIN = Shape(lens_q=(3, 2), lens_kv=(70, 45), heads_kv=2, group=3, sparse_mode=3, seed=12)
 NORMAL = ("normal", "equal", "growing", "dominant")
