@@ -82,7 +82,7 @@ WORDS = {
     "vdiv": "x / y",
     "vfma": "x * y + z, rounded once where the instruction set can",
     "vmax": "the larger; a NaN in y stays",
-    "vround": "x to the nearest whole number, -1e6 < x <= 0",
+    "vround": "x to the nearest whole number, -1e6 < x <= 0; of a NaN anything",
     "vscale": "x * 2^n for a whole n, -126 .. 0, and x in [0.5, 2)",
     "vflush": "y, but 0 where x < limit",
     "vsum": "the sum of all lanes, in a fixed order",

@@ -107,7 +107,6 @@ def plan(kernel, tiles):
     o_stride = line(max(t.o_stride for t in tiles.values()))
     block = max(t.block for t in tiles.values())
     k = max((t.few_keys if t.few == "all" else t.block) * t.k_stride for t in tiles.values())
-    few = any(t.few != "none" for t in tiles.values())
     v = max(0 if t.few == "all" else t.block * t.v_stride for t in tiles.values())
     state = (
         ("m", "running maxima, in log2 units"),
@@ -119,10 +118,7 @@ def plan(kernel, tiles):
         Slice("k", 0, 0, line(k), "the block's keys as float32"),
         Slice("v", 0, 0, line(v), "the block's values, where they are apart"),
         Slice("s", block, 0, 0, "S^T, then P^T"),
-        Slice("rows", 0, 0, line(2 * block) if few else 0, "addresses of the block's values"),
-        Slice(
-            "loc", 0, 0, line(4 * block), "where the rows of two blocks lie", "(hl_loc *)(void *)"
-        ),
+        Slice("row", 0, 0, line(12 * block), "where two blocks' keys lie", "(hl_row *)(void *)"),
     ]
     for name in ("state", "other"):
         slices.extend(Slice(f"{name}.{f}", 1, 0, 0, why) for f, why in state)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 AHEAD = 8  # rows of 1 KiB: enough to cover a miss, too few to crowd the fill buffers
+FEW_CHANNELS = 192  # of 24 keys and 16 heads: 18 + 12 KiB, the first-level cache less the rows
 L1_BYTES = 16 * 1024  # what a slice of a Q panel may take of the first-level cache
 
 
@@ -124,6 +125,11 @@ def row_tiles(shapes, dv, lanes):
     return tuple(tiles)
 
 
+def even_slices(channels, most, lanes):
+    """Channels of a slice when they are cut into as few even slices of at most `most` as can be."""
+    return round_up(-(-channels // -(-channels // most)), lanes)
+
+
 def tile(kernel, isa):
     """The tile sizes of one kernel on one instruction set."""
     registers = REGISTERS[isa.name]
@@ -147,7 +153,7 @@ def tile(kernel, isa):
         few=registers["few"],
         few_keys=registers["few_keys"],
         few_block=registers["few_block"],
-        few_channels=min(channels, round_up(registers.get("few_channels", channels), lanes)),
+        few_channels=even_slices(kernel.d, FEW_CHANNELS, lanes),
         row_tiles=row_tiles(registers["row_tiles"], kernel.dv, lanes),
         why={
             "registers": registers["why"],

@@ -55,7 +55,7 @@
  *
  * MEMORY
  *   One task needs HL_SPARSE_FLASH_ATTENTION_F16_D512_ROPE64_WORKSPACE_BYTES(G),
- *   1291712 bytes for G = 128, whatever the lengths. Nothing is read outside the rows that a
+ *   1294016 bytes for G = 128, whatever the lengths. Nothing is read outside the rows that a
  *   list (or a length) names, and nothing before or behind a row; unused memory may hold NaN.
  *
  * NUMBERS
@@ -460,19 +460,19 @@ typedef struct hl_state {
     float *seen;  /* 1 once a key was taken, else 0                                            */
 } hl_state;
 
-/* One block of keys; behind it in loc the block after it, whose rows are asked for meanwhile. */
+/* Where one token's channels are stored: key, rotary channels, value. */
+typedef struct hl_row {
+    const void *key;
+    const void *rope;
+    const void *value;
+} hl_row;
+
+/* One block of keys; behind its rows those of the next block, which are asked for meanwhile. */
 typedef struct hl_block {
-    hl_loc *loc;
+    hl_row *row;
     int32_t n;
     int32_t n_later;
 } hl_block;
-
-/* Rows of later keys, to be asked for while others are computed with. */
-typedef struct hl_ahead {
-    int32_t nope; /* channels before the rotary ones */
-    const void *row[16];
-    const void *rope[16];
-} hl_ahead;
 
 /* The workspace of one task, cut into its named slices. */
 typedef struct hl_space {
@@ -480,8 +480,7 @@ typedef struct hl_space {
     float *k;        /* the block's keys                                                       */
     float *v;        /* the block's values; == k where V is part of K                          */
     float *s;        /* S^T, then P^T: [key][head]                                             */
-    void *rows;      /* few heads: where the block's values are stored                         */
-    hl_loc *loc;     /* where the rows of this block and of the next lie                       */
+    hl_row *row;     /* where the keys of this block and of the next are stored                */
     hl_state state;  /* of the row, or of its first chunk                                      */
     hl_state other;  /* of the chunk to be merged into it                                      */
 } hl_space;
@@ -930,7 +929,7 @@ enum {
 /* Bytes of workspace for one task, any alignment, as a constant expression: the exact figure for
  * `group` query heads on a kv head (heads_q / heads_kv). Sequence lengths do not matter. */
 #define HL_SPARSE_FLASH_ATTENTION_F16_D512_ROPE64_WORKSPACE_BYTES(group) \
-    (64 + 4 * (678 * (((size_t)(group) + 15) / 16 * 16) + 1024 * (size_t)(group) + 105056))
+    (64 + 4 * (678 * (((size_t)(group) + 15) / 16 * 16) + 1024 * (size_t)(group) + 105632))
 
 /* Bytes of args.partials to split r query rows of `heads` query heads into `chunks` each. */
 #define HL_SPARSE_FLASH_ATTENTION_F16_D512_ROPE64_PARTIALS_BYTES(r, heads, chunks) \
@@ -1457,10 +1456,8 @@ static inline void hl_sfa_f16_d512_rope64_space(hl_space *w, void *workspace, in
     at += 49152;
     w->s = at; /* S^T, then P^T */
     at += 96 * heads;
-    w->rows = at; /* addresses of the block's values */
-    at += 192;
-    w->loc = (hl_loc *)(void *)at; /* where the rows of two blocks lie */
-    at += 384;
+    w->row = (hl_row *)(void *)at; /* where two blocks' keys lie */
+    at += 1152;
     w->state.m = at; /* running maxima, in log2 units */
     at += heads;
     w->state.l = at; /* running sums */
@@ -1880,16 +1877,50 @@ static inline int32_t hl_sfa_f16_d512_rope64_locate(const hl_sparse_flash_attent
     return 0;
 }
 
+/* Where the channels of the token at `at` are stored. */
+static inline void hl_sfa_f16_d512_rope64_row(const hl_sparse_flash_attention_args *a,
+                                              const hl_group *g, hl_loc at, hl_row *row)
+{
+    const uint16_t *const key = (const uint16_t *)a->key
+        + at.outer * a->key_stride.batch + at.inner * a->key_stride.row
+        + g->kv_head * a->key_stride.head;
+    row->key = key;
+    row->rope = key + 512; /* joined */
+    row->value = key;
+    if (a->key_rope != NULL) {
+        row->rope = (const uint16_t *)a->key_rope
+            + at.outer * a->key_rope_stride.batch + at.inner * a->key_rope_stride.row
+            + g->kv_head * a->key_rope_stride.head;
+    }
+    if (a->value != NULL) {
+        row->value = (const uint16_t *)a->value
+            + at.outer * a->value_stride.batch + at.inner * a->value_stride.row
+            + g->kv_head * a->value_stride.head;
+    }
+}
+
+/* Key j of the group's batch as a row. 0: there is none. */
+static inline int32_t hl_sfa_f16_d512_rope64_find(const hl_sparse_flash_attention_args *a,
+                                                  const hl_group *g, int32_t j, hl_row *row)
+{
+    hl_loc at;
+    if (!hl_sfa_f16_d512_rope64_locate(a, g, j, &at)) {
+        return 0;
+    }
+    hl_sfa_f16_d512_rope64_row(a, g, at, row);
+    return 1;
+}
+
 /* The next keys of a group, at most `cap` of them, in the order of the list: semantics of
  * sparse_flash_attention, selection. Returns how many; 0: the cursor is at its end. */
 static inline int32_t hl_sfa_f16_d512_rope64_next(const hl_sparse_flash_attention_args *a,
-                                                  const hl_group *g, hl_cursor *c, hl_loc *loc,
+                                                  const hl_group *g, hl_cursor *c, hl_row *row,
                                                   int32_t cap)
 {
     int32_t n = 0;
     if (g->list == NULL) { /* dense: keys at .. end-1 */
         for (; n < cap && c->at < c->end; ++c->at) {
-            n += hl_sfa_f16_d512_rope64_locate(a, g, c->at, &loc[n]);
+            n += hl_sfa_f16_d512_rope64_find(a, g, c->at, &row[n]);
         }
         return n;
     }
@@ -1901,7 +1932,7 @@ static inline int32_t hl_sfa_f16_d512_rope64_next(const hl_sparse_flash_attentio
             const int32_t stop = begin + size < g->keys ? begin + size : g->keys;
             int32_t j = begin + c->within;
             for (; n < cap && j < stop; ++j) {
-                n += hl_sfa_f16_d512_rope64_locate(a, g, j, &loc[n]);
+                n += hl_sfa_f16_d512_rope64_find(a, g, j, &row[n]);
             }
             if (j < stop) { /* full: go on within this block */
                 c->within = j - begin;
@@ -1979,117 +2010,46 @@ HL_KERNEL_SCALAR void hl_sfa_f16_d512_rope64_load_q_scalar(const hl_sparse_flash
     }
 }
 
-/* Where one key's row lies; its rotary channels, if they are apart; and its value, which is either
- * in a tensor of its own or the first channels of the key. */
-HL_KERNEL_SCALAR const uint16_t *hl_sfa_f16_d512_rope64_key_row_scalar(
-    const hl_sparse_flash_attention_args *a, const hl_group *g, hl_loc at)
-{
-    return (const uint16_t *)a->key + at.outer * a->key_stride.batch
-        + at.inner * a->key_stride.row + g->kv_head * a->key_stride.head;
-}
-HL_KERNEL_SCALAR const uint16_t *hl_sfa_f16_d512_rope64_rope_row_scalar(
-    const hl_sparse_flash_attention_args *a, const hl_group *g, hl_loc at)
-{
-    return (const uint16_t *)a->key_rope + at.outer * a->key_rope_stride.batch
-        + at.inner * a->key_rope_stride.row + g->kv_head * a->key_rope_stride.head;
-}
-HL_KERNEL_SCALAR const uint16_t *hl_sfa_f16_d512_rope64_value_row_scalar(
-    const hl_sparse_flash_attention_args *a, const hl_group *g, hl_loc at)
-{
-    if (a->value == NULL) {
-        return hl_sfa_f16_d512_rope64_key_row_scalar(a, g, at);
-    }
-    return (const uint16_t *)a->value + at.outer * a->value_stride.batch
-        + at.inner * a->value_stride.row + g->kv_head * a->value_stride.head;
-}
-
 /* One key's row as float32. */
-HL_KERNEL_SCALAR void hl_sfa_f16_d512_rope64_load_key_scalar(
-    const hl_sparse_flash_attention_args *a, const hl_group *g, hl_loc at, float *to)
+HL_KERNEL_SCALAR void hl_sfa_f16_d512_rope64_load_key_scalar(const hl_row *row, float *to)
 {
-    enum { DK = 512, D = 576 };
-    if (a->key_rope != NULL) {
-        hl_vrow_f16_scalar(to, hl_sfa_f16_d512_rope64_key_row_scalar(a, g, at), DK);
-        hl_vrow_f16_scalar(to + DK, hl_sfa_f16_d512_rope64_rope_row_scalar(a, g, at), D - DK);
-        return;
-    }
-    hl_vrow_f16_scalar(to, hl_sfa_f16_d512_rope64_key_row_scalar(a, g, at), D);
-}
-
-/* Asks for the lines of a row before they are needed: rows that a list names lie anywhere, which no
- * hardware can guess. A word, not a function: GCC takes a function that does nothing but prefetch
- * for one without effect, and drops its calls. */
-HL_WORD_SCALAR void hl_sfa_f16_d512_rope64_fetch_scalar(const uint16_t *row, int32_t channels)
-{
-    for (int32_t c = 0; c < channels; c += 32) {
-        HL_FETCH(row + c);
-    }
-}
-
-HL_WORD_SCALAR void hl_sfa_f16_d512_rope64_fetch_key_scalar(hl_loc at,
-    const hl_sparse_flash_attention_args *a, const hl_group *g)
-{
-    enum { DK = 512, D = 576, DV = 512 };
-    if (a->key_rope != NULL) {
-        hl_sfa_f16_d512_rope64_fetch_scalar(hl_sfa_f16_d512_rope64_rope_row_scalar(a, g, at),
-                                            D - DK);
-    }
-    hl_sfa_f16_d512_rope64_fetch_scalar(hl_sfa_f16_d512_rope64_key_row_scalar(a, g, at),
-                                        a->key_rope != NULL ? DK : D);
-    if (a->value != NULL) {
-        hl_sfa_f16_d512_rope64_fetch_scalar(hl_sfa_f16_d512_rope64_value_row_scalar(a, g, at), DV);
-    }
+    enum { DK = 512, ROPE = 64 };
+    hl_vrow_f16_scalar(to, (const uint16_t *)row->key, DK);
+    hl_vrow_f16_scalar(to + DK, (const uint16_t *)row->rope, ROPE);
 }
 /* Channels c0 .. c0+n-1 of some keys, channel by channel over all of them: so many pages are under
  * way at once, and each of them is read in order. */
-HL_KERNEL_SCALAR void hl_sfa_f16_d512_rope64_load_keys_scalar(
-    const hl_sparse_flash_attention_args *a, const hl_group *g, const hl_loc *loc, int32_t keys,
+HL_KERNEL_SCALAR void hl_sfa_f16_d512_rope64_load_keys_scalar(const hl_row *row, int32_t keys,
     int32_t c0, int32_t n, float *to)
 {
     enum { L = 1, KS = 576, DK = 512 };
-    const uint16_t *row[4];
     const int32_t end = c0 + n < DK ? c0 + n : DK;
     int32_t c = c0;
-    for (int32_t r = 0; r < keys; ++r) {
-        row[r] = hl_sfa_f16_d512_rope64_key_row_scalar(a, g, loc[r]);
-    }
     for (; c + L <= end; c += L) {
         for (int32_t r = 0; r < keys; ++r) {
-            hl_vstore_scalar(to + (ptrdiff_t)r * KS + (c - c0), hl_vload_f16_scalar(row[r] + c));
+            hl_vstore_scalar(to + (ptrdiff_t)r * KS + (c - c0),
+                             hl_vload_f16_scalar((const uint16_t *)row[r].key + c));
         }
     }
     if (c0 + n > DK) {
         c = c0 > DK ? c0 : DK;
         for (int32_t r = 0; r < keys; ++r) {
-            const uint16_t *const rope = a->key_rope != NULL
-                ? hl_sfa_f16_d512_rope64_rope_row_scalar(a, g, loc[r]) : row[r] + DK;
-            hl_vrow_f16_scalar(to + (ptrdiff_t)r * KS + (c - c0), rope + (c - DK), c0 + n - c);
+            hl_vrow_f16_scalar(to + (ptrdiff_t)r * KS + (c - c0), (const uint16_t *)row[r].rope
+                               + (c - DK), c0 + n - c);
         }
     }
 }
 
-/* Where the same channels of later keys lie; where there is none, of a key that is at hand. */
-HL_KERNEL_SCALAR void hl_sfa_f16_d512_rope64_look_ahead_scalar(
-    const hl_sparse_flash_attention_args *a, const hl_group *g, const hl_block *b, int32_t j,
-    int32_t c0, hl_ahead *next)
+/* Asks for one line of each of some rows before it is needed: rows that a list names lie anywhere,
+ * which no hardware can guess. A word, not a function: GCC takes a function that does nothing but
+ * prefetch for one without effect, and drops its calls. */
+HL_WORD_SCALAR void hl_sfa_f16_d512_rope64_fetch_channels_scalar(const hl_row *row, int32_t rows,
+    int32_t c)
 {
     enum { DK = 512 };
-    next->nope = DK - c0;
-    for (int32_t r = 0; r < 4; ++r) {
-        const hl_loc at = b->loc[j + r < b->n + b->n_later ? j + r : 0];
-        const uint16_t *const row = hl_sfa_f16_d512_rope64_key_row_scalar(a, g, at);
-        next->row[r] = row + c0;
-        next->rope[r] = a->key_rope != NULL ? hl_sfa_f16_d512_rope64_rope_row_scalar(a, g, at) : row
-            + DK;
-    }
-}
-
-HL_WORD_SCALAR void hl_sfa_f16_d512_rope64_fetch_channels_scalar(const hl_ahead *next, int32_t c,
-    int32_t rows)
-{
     for (int32_t r = 0; r < rows; ++r) {
-        HL_FETCH(c < next->nope ? (const uint16_t *)next->row[r] + c
-                 : (const uint16_t *)next->rope[r] + (c - next->nope));
+        HL_FETCH(c < DK ? (const uint16_t *)row[r].key + c : (const uint16_t *)row[r].rope
+                 + (c - DK));
     }
 }
 
@@ -2097,9 +2057,9 @@ HL_WORD_SCALAR void hl_sfa_f16_d512_rope64_fetch_channels_scalar(const hl_ahead 
 
 /* 4 keys by 2 vectors of heads, over n channels: heads in the lanes, so that no number ever
  * has to be summed across them. With add, adds to what earlier channels left in s. Meanwhile the
- * same channels of later keys are asked for. */
+ * same channels of later keys (next, from channel c0) are asked for, if there are any. */
 HL_KERNEL_SCALAR void hl_sfa_f16_d512_rope64_qk_4x2_scalar(const float *q, const float *k, float *s,
-    ptrdiff_t ss, int32_t n, int32_t add, float scale, const hl_ahead *next)
+    ptrdiff_t ss, int32_t n, int32_t add, float scale, const hl_row *next, int32_t c0)
 {
     enum { L = 1, W = 2 * L, KS = 576, LINE = 32 };
     hl_vf_scalar s0_0 = hl_vzero_scalar(), s0_1 = hl_vzero_scalar();
@@ -2109,7 +2069,7 @@ HL_KERNEL_SCALAR void hl_sfa_f16_d512_rope64_qk_4x2_scalar(const float *q, const
     for (int32_t start = 0; start < n; start += LINE) {
         const int32_t stop = n - start > LINE ? start + LINE : n;
         if (next != NULL) {
-            hl_sfa_f16_d512_rope64_fetch_channels_scalar(next, start, 4);
+            hl_sfa_f16_d512_rope64_fetch_channels_scalar(next, 4, c0 + start);
         }
         for (int32_t c = start; c < stop; ++c) {
             const hl_vf_scalar q0 = hl_vload_scalar(q + (ptrdiff_t)c * W + 0 * L);
@@ -2151,16 +2111,16 @@ HL_KERNEL_SCALAR void hl_sfa_f16_d512_rope64_qk_4x2_scalar(const float *q, const
 
 /* 1 key by 2 vectors of heads, over n channels: heads in the lanes, so that no number ever
  * has to be summed across them. With add, adds to what earlier channels left in s. Meanwhile the
- * same channels of later keys are asked for. */
+ * same channels of later keys (next, from channel c0) are asked for, if there are any. */
 HL_KERNEL_SCALAR void hl_sfa_f16_d512_rope64_qk_1x2_scalar(const float *q, const float *k, float *s,
-    ptrdiff_t ss, int32_t n, int32_t add, float scale, const hl_ahead *next)
+    ptrdiff_t ss, int32_t n, int32_t add, float scale, const hl_row *next, int32_t c0)
 {
     enum { L = 1, W = 2 * L, KS = 576, LINE = 32 };
     hl_vf_scalar s0_0 = hl_vzero_scalar(), s0_1 = hl_vzero_scalar();
     for (int32_t start = 0; start < n; start += LINE) {
         const int32_t stop = n - start > LINE ? start + LINE : n;
         if (next != NULL) {
-            hl_sfa_f16_d512_rope64_fetch_channels_scalar(next, start, 1);
+            hl_sfa_f16_d512_rope64_fetch_channels_scalar(next, 1, c0 + start);
         }
         for (int32_t c = start; c < stop; ++c) {
             const hl_vf_scalar q0 = hl_vload_scalar(q + (ptrdiff_t)c * W + 0 * L);
@@ -2181,9 +2141,9 @@ HL_KERNEL_SCALAR void hl_sfa_f16_d512_rope64_qk_1x2_scalar(const float *q, const
 
 /* 4 keys by 1 vector of heads, over n channels: heads in the lanes, so that no number ever
  * has to be summed across them. With add, adds to what earlier channels left in s. Meanwhile the
- * same channels of later keys are asked for. */
+ * same channels of later keys (next, from channel c0) are asked for, if there are any. */
 HL_KERNEL_SCALAR void hl_sfa_f16_d512_rope64_qk_4x1_scalar(const float *q, const float *k, float *s,
-    ptrdiff_t ss, int32_t n, int32_t add, float scale, const hl_ahead *next)
+    ptrdiff_t ss, int32_t n, int32_t add, float scale, const hl_row *next, int32_t c0)
 {
     enum { L = 1, W = 1 * L, KS = 576, LINE = 32 };
     hl_vf_scalar s0_0 = hl_vzero_scalar();
@@ -2193,7 +2153,7 @@ HL_KERNEL_SCALAR void hl_sfa_f16_d512_rope64_qk_4x1_scalar(const float *q, const
     for (int32_t start = 0; start < n; start += LINE) {
         const int32_t stop = n - start > LINE ? start + LINE : n;
         if (next != NULL) {
-            hl_sfa_f16_d512_rope64_fetch_channels_scalar(next, start, 4);
+            hl_sfa_f16_d512_rope64_fetch_channels_scalar(next, 4, c0 + start);
         }
         for (int32_t c = start; c < stop; ++c) {
             const hl_vf_scalar q0 = hl_vload_scalar(q + (ptrdiff_t)c * W + 0 * L);
@@ -2222,16 +2182,16 @@ HL_KERNEL_SCALAR void hl_sfa_f16_d512_rope64_qk_4x1_scalar(const float *q, const
 
 /* 1 key by 1 vector of heads, over n channels: heads in the lanes, so that no number ever
  * has to be summed across them. With add, adds to what earlier channels left in s. Meanwhile the
- * same channels of later keys are asked for. */
+ * same channels of later keys (next, from channel c0) are asked for, if there are any. */
 HL_KERNEL_SCALAR void hl_sfa_f16_d512_rope64_qk_1x1_scalar(const float *q, const float *k, float *s,
-    ptrdiff_t ss, int32_t n, int32_t add, float scale, const hl_ahead *next)
+    ptrdiff_t ss, int32_t n, int32_t add, float scale, const hl_row *next, int32_t c0)
 {
     enum { L = 1, W = 1 * L, KS = 576, LINE = 32 };
     hl_vf_scalar s0_0 = hl_vzero_scalar();
     for (int32_t start = 0; start < n; start += LINE) {
         const int32_t stop = n - start > LINE ? start + LINE : n;
         if (next != NULL) {
-            hl_sfa_f16_d512_rope64_fetch_channels_scalar(next, start, 1);
+            hl_sfa_f16_d512_rope64_fetch_channels_scalar(next, 1, c0 + start);
         }
         for (int32_t c = start; c < stop; ++c) {
             const hl_vf_scalar q0 = hl_vload_scalar(q + (ptrdiff_t)c * W + 0 * L);
@@ -2249,7 +2209,7 @@ HL_KERNEL_SCALAR void hl_sfa_f16_d512_rope64_qk_1x1_scalar(const float *q, const
 /* Some heads of the group against the `rows` keys that lie in k, over n channels from c0. */
 HL_KERNEL_SCALAR void hl_sfa_f16_d512_rope64_score_keys_scalar(const hl_space *w, const float *k,
     float *s, int32_t heads, int32_t rows, int32_t h0, int32_t h1, int32_t c0, int32_t n,
-    float scale, const hl_ahead *next)
+    float scale, const hl_row *next)
 {
     enum { L = 1, W = 2 * L, D = 576 };
     const int32_t add = c0 > 0;
@@ -2258,15 +2218,15 @@ HL_KERNEL_SCALAR void hl_sfa_f16_d512_rope64_score_keys_scalar(const hl_space *w
         const float *const q = w->q + (ptrdiff_t)h * D + (ptrdiff_t)c0 * width;
         if (rows == 4) {
             if (width == W) {
-                hl_sfa_f16_d512_rope64_qk_4x2_scalar(q, k, s + h, heads, n, add, scale, next);
+                hl_sfa_f16_d512_rope64_qk_4x2_scalar(q, k, s + h, heads, n, add, scale, next, c0);
             } else {
-                hl_sfa_f16_d512_rope64_qk_4x1_scalar(q, k, s + h, heads, n, add, scale, next);
+                hl_sfa_f16_d512_rope64_qk_4x1_scalar(q, k, s + h, heads, n, add, scale, next, c0);
             }
         } else {
             if (width == W) {
-                hl_sfa_f16_d512_rope64_qk_1x2_scalar(q, k, s + h, heads, n, add, scale, next);
+                hl_sfa_f16_d512_rope64_qk_1x2_scalar(q, k, s + h, heads, n, add, scale, next, c0);
             } else {
-                hl_sfa_f16_d512_rope64_qk_1x1_scalar(q, k, s + h, heads, n, add, scale, next);
+                hl_sfa_f16_d512_rope64_qk_1x1_scalar(q, k, s + h, heads, n, add, scale, next, c0);
             }
         }
         next = NULL;
@@ -2280,25 +2240,24 @@ HL_KERNEL_SCALAR int32_t hl_sfa_f16_d512_rope64_tile_rows_scalar(int32_t left)
 }
 /* Few heads: 4 keys at a time are loaded, a slice of channels at a time, and used at once, so that
  * they never leave the first-level cache as float32: writing a block of them would cost more. */
-HL_KERNEL_SCALAR void hl_sfa_f16_d512_rope64_score_few_scalar(
-    const hl_sparse_flash_attention_args *a, const hl_group *g, const hl_space *w,
-    const hl_block *b, int32_t heads, float scale)
+HL_KERNEL_SCALAR void hl_sfa_f16_d512_rope64_score_few_scalar(const hl_space *w, const hl_block *b,
+    int32_t heads, float scale)
 {
-    enum { KS = 576, D = 576, SLICE = 576, KEYS = 4 };
-    hl_ahead next;
+    enum { KS = 576, D = 576, SLICE = 192, KEYS = 4 };
+    const int32_t known = b->n + b->n_later;
     for (int32_t j = 0; j < b->n; j += KEYS) {
         const int32_t keys = b->n - j < KEYS ? b->n - j : KEYS;
         for (int32_t c0 = 0; c0 < D; c0 += SLICE) {
             const int32_t left = D - c0;
             const int32_t n = left < SLICE ? left : SLICE;
             int32_t rows = 0;
-            hl_sfa_f16_d512_rope64_load_keys_scalar(a, g, b->loc + j, keys, c0, n, w->k);
+            hl_sfa_f16_d512_rope64_load_keys_scalar(b->row + j, keys, c0, n, w->k);
             for (int32_t r = 0; r < keys; r += rows) {
+                const int32_t later = j + KEYS + r;
                 rows = hl_sfa_f16_d512_rope64_tile_rows_scalar(keys - r);
-                hl_sfa_f16_d512_rope64_look_ahead_scalar(a, g, b, j + KEYS + r, c0, &next);
                 hl_sfa_f16_d512_rope64_score_keys_scalar(w, w->k + (ptrdiff_t)r * KS, w->s
                     + (ptrdiff_t)(j + r) * heads, heads, rows, 0, heads, c0, n, left > SLICE ? 1.0f
-                    : scale, &next);
+                    : scale, later + rows <= known ? b->row + later : NULL);
             }
         }
     }
@@ -2339,7 +2298,7 @@ HL_KERNEL_SCALAR void hl_sfa_f16_d512_rope64_softmax_scalar(float *s, const hl_s
 
 /* 4 heads by 2 vectors of channels; values are read where they are stored. */
 HL_KERNEL_SCALAR void hl_sfa_f16_d512_rope64_pr_4x2_scalar(const float *p, ptrdiff_t ps,
-    const uint16_t *const *row, int32_t c, float *o, const float *alpha, int32_t n)
+    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n)
 {
     enum { L = 1, OS = 512 };
     hl_vf_scalar o0_0 = hl_vzero_scalar(), o0_1 = hl_vzero_scalar();
@@ -2347,8 +2306,8 @@ HL_KERNEL_SCALAR void hl_sfa_f16_d512_rope64_pr_4x2_scalar(const float *p, ptrdi
     hl_vf_scalar o2_0 = hl_vzero_scalar(), o2_1 = hl_vzero_scalar();
     hl_vf_scalar o3_0 = hl_vzero_scalar(), o3_1 = hl_vzero_scalar();
     for (int32_t j = 0; j < n; ++j) {
-        const hl_vf_scalar v0 = hl_vload_f16_scalar(row[j] + c + 0 * L);
-        const hl_vf_scalar v1 = hl_vload_f16_scalar(row[j] + c + 1 * L);
+        const hl_vf_scalar v0 = hl_vload_f16_scalar((const uint16_t *)row[j].value + c + 0 * L);
+        const hl_vf_scalar v1 = hl_vload_f16_scalar((const uint16_t *)row[j].value + c + 1 * L);
         hl_vf_scalar x;
         x = hl_vset_scalar(p[j * ps + 0]);
         o0_0 = hl_vfma_scalar(x, v0, o0_0);
@@ -2391,7 +2350,7 @@ HL_KERNEL_SCALAR void hl_sfa_f16_d512_rope64_pr_4x2_scalar(const float *p, ptrdi
 
 /* 4 heads by 1 vector of channels; values are read where they are stored. */
 HL_KERNEL_SCALAR void hl_sfa_f16_d512_rope64_pr_4x1_scalar(const float *p, ptrdiff_t ps,
-    const uint16_t *const *row, int32_t c, float *o, const float *alpha, int32_t n)
+    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n)
 {
     enum { L = 1, OS = 512 };
     hl_vf_scalar o0_0 = hl_vzero_scalar();
@@ -2399,7 +2358,7 @@ HL_KERNEL_SCALAR void hl_sfa_f16_d512_rope64_pr_4x1_scalar(const float *p, ptrdi
     hl_vf_scalar o2_0 = hl_vzero_scalar();
     hl_vf_scalar o3_0 = hl_vzero_scalar();
     for (int32_t j = 0; j < n; ++j) {
-        const hl_vf_scalar v0 = hl_vload_f16_scalar(row[j] + c + 0 * L);
+        const hl_vf_scalar v0 = hl_vload_f16_scalar((const uint16_t *)row[j].value + c + 0 * L);
         hl_vf_scalar x;
         x = hl_vset_scalar(p[j * ps + 0]);
         o0_0 = hl_vfma_scalar(x, v0, o0_0);
@@ -2426,16 +2385,16 @@ HL_KERNEL_SCALAR void hl_sfa_f16_d512_rope64_pr_4x1_scalar(const float *p, ptrdi
 
 /* 1 head by 4 vectors of channels; values are read where they are stored. */
 HL_KERNEL_SCALAR void hl_sfa_f16_d512_rope64_pr_1x4_scalar(const float *p, ptrdiff_t ps,
-    const uint16_t *const *row, int32_t c, float *o, const float *alpha, int32_t n)
+    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n)
 {
     enum { L = 1, OS = 512 };
     hl_vf_scalar o0_0 = hl_vzero_scalar(), o0_1 = hl_vzero_scalar(), o0_2 = hl_vzero_scalar(),
         o0_3 = hl_vzero_scalar();
     for (int32_t j = 0; j < n; ++j) {
-        const hl_vf_scalar v0 = hl_vload_f16_scalar(row[j] + c + 0 * L);
-        const hl_vf_scalar v1 = hl_vload_f16_scalar(row[j] + c + 1 * L);
-        const hl_vf_scalar v2 = hl_vload_f16_scalar(row[j] + c + 2 * L);
-        const hl_vf_scalar v3 = hl_vload_f16_scalar(row[j] + c + 3 * L);
+        const hl_vf_scalar v0 = hl_vload_f16_scalar((const uint16_t *)row[j].value + c + 0 * L);
+        const hl_vf_scalar v1 = hl_vload_f16_scalar((const uint16_t *)row[j].value + c + 1 * L);
+        const hl_vf_scalar v2 = hl_vload_f16_scalar((const uint16_t *)row[j].value + c + 2 * L);
+        const hl_vf_scalar v3 = hl_vload_f16_scalar((const uint16_t *)row[j].value + c + 3 * L);
         hl_vf_scalar x;
         x = hl_vset_scalar(p[j * ps + 0]);
         o0_0 = hl_vfma_scalar(x, v0, o0_0);
@@ -2459,12 +2418,12 @@ HL_KERNEL_SCALAR void hl_sfa_f16_d512_rope64_pr_1x4_scalar(const float *p, ptrdi
 
 /* 1 head by 1 vector of channels; values are read where they are stored. */
 HL_KERNEL_SCALAR void hl_sfa_f16_d512_rope64_pr_1x1_scalar(const float *p, ptrdiff_t ps,
-    const uint16_t *const *row, int32_t c, float *o, const float *alpha, int32_t n)
+    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n)
 {
     enum { L = 1, OS = 512 };
     hl_vf_scalar o0_0 = hl_vzero_scalar();
     for (int32_t j = 0; j < n; ++j) {
-        const hl_vf_scalar v0 = hl_vload_f16_scalar(row[j] + c + 0 * L);
+        const hl_vf_scalar v0 = hl_vload_f16_scalar((const uint16_t *)row[j].value + c + 0 * L);
         hl_vf_scalar x;
         x = hl_vset_scalar(p[j * ps + 0]);
         o0_0 = hl_vfma_scalar(x, v0, o0_0);
@@ -2475,25 +2434,20 @@ HL_KERNEL_SCALAR void hl_sfa_f16_d512_rope64_pr_1x1_scalar(const float *p, ptrdi
 }
 
 /* Few heads: the values are not worth a copy. */
-HL_KERNEL_SCALAR void hl_sfa_f16_d512_rope64_value_few_scalar(
-    const hl_sparse_flash_attention_args *a, const hl_group *g, const hl_space *w,
-    const hl_state *t, const hl_block *b, int32_t padded, int32_t group)
+HL_KERNEL_SCALAR void hl_sfa_f16_d512_rope64_value_few_scalar(const hl_space *w, const hl_state *t,
+    const hl_block *b, int32_t padded, int32_t group)
 {
     enum { L = 1, OS = 512, DV = 512 };
-    const uint16_t **const row = (const uint16_t **)w->rows;
     int32_t h = 0;
-    for (int32_t j = 0; j < b->n; ++j) {
-        row[j] = hl_sfa_f16_d512_rope64_value_row_scalar(a, g, b->loc[j]);
-    }
     for (; h + 4 <= group; h += 4) {
         float *const o = t->o + (ptrdiff_t)h * OS;
         int32_t c = 0;
         for (; c + 2 * L <= DV; c += 2 * L) {
-            hl_sfa_f16_d512_rope64_pr_4x2_scalar(w->s + h, padded, row, c, o + c, t->alpha + h,
+            hl_sfa_f16_d512_rope64_pr_4x2_scalar(w->s + h, padded, b->row, c, o + c, t->alpha + h,
                                                  b->n);
         }
         for (; c + 1 * L <= DV; c += 1 * L) {
-            hl_sfa_f16_d512_rope64_pr_4x1_scalar(w->s + h, padded, row, c, o + c, t->alpha + h,
+            hl_sfa_f16_d512_rope64_pr_4x1_scalar(w->s + h, padded, b->row, c, o + c, t->alpha + h,
                                                  b->n);
         }
     }
@@ -2501,11 +2455,11 @@ HL_KERNEL_SCALAR void hl_sfa_f16_d512_rope64_value_few_scalar(
         float *const o = t->o + (ptrdiff_t)h * OS;
         int32_t c = 0;
         for (; c + 4 * L <= DV; c += 4 * L) {
-            hl_sfa_f16_d512_rope64_pr_1x4_scalar(w->s + h, padded, row, c, o + c, t->alpha + h,
+            hl_sfa_f16_d512_rope64_pr_1x4_scalar(w->s + h, padded, b->row, c, o + c, t->alpha + h,
                                                  b->n);
         }
         for (; c + 1 * L <= DV; c += 1 * L) {
-            hl_sfa_f16_d512_rope64_pr_1x1_scalar(w->s + h, padded, row, c, o + c, t->alpha + h,
+            hl_sfa_f16_d512_rope64_pr_1x1_scalar(w->s + h, padded, b->row, c, o + c, t->alpha + h,
                                                  b->n);
         }
     }
@@ -2685,16 +2639,15 @@ HL_KERNEL_SCALAR void hl_sfa_f16_d512_rope64_merge_state_scalar(const hl_state *
 
 /* One block of keys: load, score, softmax, value. */
 HL_KERNEL_SCALAR void hl_sfa_f16_d512_rope64_block_scalar(
-    const hl_sparse_flash_attention_plan *plan, const hl_group *g, const hl_space *w,
-    const hl_state *t, const hl_block *b, int32_t padded)
+    const hl_sparse_flash_attention_plan *plan, const hl_space *w, const hl_state *t,
+    const hl_block *b, int32_t padded)
 {
-    const hl_sparse_flash_attention_args *const a = &plan->args;
     /* rows -> numbers, a tile at a time; S = scale Q K^T, in units of log2 */
-    hl_sfa_f16_d512_rope64_score_few_scalar(a, g, w, b, padded, plan->scale_log2);
+    hl_sfa_f16_d512_rope64_score_few_scalar(w, b, padded, plan->scale_log2);
     /* m' = max(m, rowmax S);  P = 2^(S - m');  l, alpha */
     hl_sfa_f16_d512_rope64_softmax_scalar(w->s, t, padded, b->n);
     /* O = alpha O + P V */
-    hl_sfa_f16_d512_rope64_value_few_scalar(a, g, w, t, b, padded, plan->group);
+    hl_sfa_f16_d512_rope64_value_few_scalar(w, t, b, padded, plan->group);
 }
 
 /* One chunk of a group's keys (FlashAttention-2, algorithm 1, with K and V in blocks). */
@@ -2705,14 +2658,14 @@ HL_KERNEL_SCALAR void hl_sfa_f16_d512_rope64_forward_scalar(
     const int32_t block = 16;
     const hl_sparse_flash_attention_args *const a = &plan->args;
     hl_block b;
-    b.loc = w->loc;
-    b.n = hl_sfa_f16_d512_rope64_next(a, g, &c, b.loc, block);
+    b.row = w->row;
+    b.n = hl_sfa_f16_d512_rope64_next(a, g, &c, b.row, block);
     hl_sfa_f16_d512_rope64_start_scalar(t, padded, plan->group);
     while (b.n > 0) {
-        b.n_later = b.n < block ? 0 : hl_sfa_f16_d512_rope64_next(a, g, &c, b.loc + block, block);
-        hl_sfa_f16_d512_rope64_block_scalar(plan, g, w, t, &b, padded);
+        b.n_later = b.n < block ? 0 : hl_sfa_f16_d512_rope64_next(a, g, &c, b.row + block, block);
+        hl_sfa_f16_d512_rope64_block_scalar(plan, w, t, &b, padded);
         *t->seen = 1.0f;
-        HL_COPY(b.loc, b.loc + block, (size_t)b.n_later * sizeof *b.loc);
+        HL_COPY(b.row, b.row + block, (size_t)b.n_later * sizeof *b.row);
         b.n = b.n_later;
     }
 }
@@ -2822,130 +2775,75 @@ HL_KERNEL_NEON void hl_sfa_f16_d512_rope64_load_q_neon(const hl_sparse_flash_att
     }
 }
 
-/* Where one key's row lies; its rotary channels, if they are apart; and its value, which is either
- * in a tensor of its own or the first channels of the key. */
-HL_KERNEL_NEON const uint16_t *hl_sfa_f16_d512_rope64_key_row_neon(
-    const hl_sparse_flash_attention_args *a, const hl_group *g, hl_loc at)
-{
-    return (const uint16_t *)a->key + at.outer * a->key_stride.batch
-        + at.inner * a->key_stride.row + g->kv_head * a->key_stride.head;
-}
-HL_KERNEL_NEON const uint16_t *hl_sfa_f16_d512_rope64_rope_row_neon(
-    const hl_sparse_flash_attention_args *a, const hl_group *g, hl_loc at)
-{
-    return (const uint16_t *)a->key_rope + at.outer * a->key_rope_stride.batch
-        + at.inner * a->key_rope_stride.row + g->kv_head * a->key_rope_stride.head;
-}
-HL_KERNEL_NEON const uint16_t *hl_sfa_f16_d512_rope64_value_row_neon(
-    const hl_sparse_flash_attention_args *a, const hl_group *g, hl_loc at)
-{
-    if (a->value == NULL) {
-        return hl_sfa_f16_d512_rope64_key_row_neon(a, g, at);
-    }
-    return (const uint16_t *)a->value + at.outer * a->value_stride.batch
-        + at.inner * a->value_stride.row + g->kv_head * a->value_stride.head;
-}
-
 /* One key's row as float32. */
-HL_KERNEL_NEON void hl_sfa_f16_d512_rope64_load_key_neon(const hl_sparse_flash_attention_args *a,
-    const hl_group *g, hl_loc at, float *to)
+HL_KERNEL_NEON void hl_sfa_f16_d512_rope64_load_key_neon(const hl_row *row, float *to)
 {
-    enum { DK = 512, D = 576 };
-    if (a->key_rope != NULL) {
-        hl_vrow_f16_neon(to, hl_sfa_f16_d512_rope64_key_row_neon(a, g, at), DK);
-        hl_vrow_f16_neon(to + DK, hl_sfa_f16_d512_rope64_rope_row_neon(a, g, at), D - DK);
-        return;
-    }
-    hl_vrow_f16_neon(to, hl_sfa_f16_d512_rope64_key_row_neon(a, g, at), D);
-}
-
-/* Asks for the lines of a row before they are needed: rows that a list names lie anywhere, which no
- * hardware can guess. A word, not a function: GCC takes a function that does nothing but prefetch
- * for one without effect, and drops its calls. */
-HL_WORD_NEON void hl_sfa_f16_d512_rope64_fetch_neon(const uint16_t *row, int32_t channels)
-{
-    for (int32_t c = 0; c < channels; c += 32) {
-        HL_FETCH(row + c);
-    }
-}
-
-HL_WORD_NEON void hl_sfa_f16_d512_rope64_fetch_key_neon(hl_loc at,
-    const hl_sparse_flash_attention_args *a, const hl_group *g)
-{
-    enum { DK = 512, D = 576, DV = 512 };
-    if (a->key_rope != NULL) {
-        hl_sfa_f16_d512_rope64_fetch_neon(hl_sfa_f16_d512_rope64_rope_row_neon(a, g, at), D - DK);
-    }
-    hl_sfa_f16_d512_rope64_fetch_neon(hl_sfa_f16_d512_rope64_key_row_neon(a, g, at),
-                                      a->key_rope != NULL ? DK : D);
-    if (a->value != NULL) {
-        hl_sfa_f16_d512_rope64_fetch_neon(hl_sfa_f16_d512_rope64_value_row_neon(a, g, at), DV);
-    }
+    enum { DK = 512, ROPE = 64 };
+    hl_vrow_f16_neon(to, (const uint16_t *)row->key, DK);
+    hl_vrow_f16_neon(to + DK, (const uint16_t *)row->rope, ROPE);
 }
 /* Channels c0 .. c0+n-1 of some keys, channel by channel over all of them: so many pages are under
  * way at once, and each of them is read in order. */
-HL_KERNEL_NEON void hl_sfa_f16_d512_rope64_load_keys_neon(const hl_sparse_flash_attention_args *a,
-    const hl_group *g, const hl_loc *loc, int32_t keys, int32_t c0, int32_t n, float *to)
+HL_KERNEL_NEON void hl_sfa_f16_d512_rope64_load_keys_neon(const hl_row *row, int32_t keys,
+    int32_t c0, int32_t n, float *to)
 {
     enum { L = 4, KS = 576, DK = 512 };
-    const uint16_t *row[16];
     const int32_t end = c0 + n < DK ? c0 + n : DK;
     int32_t c = c0;
-    for (int32_t r = 0; r < keys; ++r) {
-        row[r] = hl_sfa_f16_d512_rope64_key_row_neon(a, g, loc[r]);
-    }
     for (; c + L <= end; c += L) {
         for (int32_t r = 0; r < keys; ++r) {
-            hl_vstore_neon(to + (ptrdiff_t)r * KS + (c - c0), hl_vload_f16_neon(row[r] + c));
+            hl_vstore_neon(to + (ptrdiff_t)r * KS + (c - c0),
+                           hl_vload_f16_neon((const uint16_t *)row[r].key + c));
         }
     }
     if (c0 + n > DK) {
         c = c0 > DK ? c0 : DK;
         for (int32_t r = 0; r < keys; ++r) {
-            const uint16_t *const rope = a->key_rope != NULL
-                ? hl_sfa_f16_d512_rope64_rope_row_neon(a, g, loc[r]) : row[r] + DK;
-            hl_vrow_f16_neon(to + (ptrdiff_t)r * KS + (c - c0), rope + (c - DK), c0 + n - c);
+            hl_vrow_f16_neon(to + (ptrdiff_t)r * KS + (c - c0), (const uint16_t *)row[r].rope
+                             + (c - DK), c0 + n - c);
         }
     }
 }
 
-/* Where the same channels of later keys lie; where there is none, of a key that is at hand. */
-HL_KERNEL_NEON void hl_sfa_f16_d512_rope64_look_ahead_neon(const hl_sparse_flash_attention_args *a,
-    const hl_group *g, const hl_block *b, int32_t j, int32_t c0, hl_ahead *next)
+/* Asks for one line of each of some rows before it is needed: rows that a list names lie anywhere,
+ * which no hardware can guess. A word, not a function: GCC takes a function that does nothing but
+ * prefetch for one without effect, and drops its calls. */
+HL_WORD_NEON void hl_sfa_f16_d512_rope64_fetch_channels_neon(const hl_row *row, int32_t rows,
+    int32_t c)
 {
     enum { DK = 512 };
-    next->nope = DK - c0;
-    for (int32_t r = 0; r < 8; ++r) {
-        const hl_loc at = b->loc[j + r < b->n + b->n_later ? j + r : 0];
-        const uint16_t *const row = hl_sfa_f16_d512_rope64_key_row_neon(a, g, at);
-        next->row[r] = row + c0;
-        next->rope[r] = a->key_rope != NULL ? hl_sfa_f16_d512_rope64_rope_row_neon(a, g, at) : row
-            + DK;
+    for (int32_t r = 0; r < rows; ++r) {
+        HL_FETCH(c < DK ? (const uint16_t *)row[r].key + c : (const uint16_t *)row[r].rope
+                 + (c - DK));
+    }
+}
+/* The same for all lines of one row. */
+HL_WORD_NEON void hl_sfa_f16_d512_rope64_fetch_row_neon(const hl_row *row, int32_t value_apart)
+{
+    for (int32_t c = 0; c < 512; c += 32) {
+        HL_FETCH((const uint16_t *)row->key + c);
+    }
+    for (int32_t c = 0; c < 64; c += 32) {
+        HL_FETCH((const uint16_t *)row->rope + c);
+    }
+    for (int32_t c = 0; value_apart && c < 512; c += 32) {
+        HL_FETCH((const uint16_t *)row->value + c);
     }
 }
 
-HL_WORD_NEON void hl_sfa_f16_d512_rope64_fetch_channels_neon(const hl_ahead *next, int32_t c,
-    int32_t rows)
-{
-    for (int32_t r = 0; r < rows; ++r) {
-        HL_FETCH(c < next->nope ? (const uint16_t *)next->row[r] + c
-                 : (const uint16_t *)next->rope[r] + (c - next->nope));
-    }
-}
 /* The whole block's keys, and its values where they are apart; meanwhile rows are asked for that
  * lie 8 further on, in this block or in the next. */
-HL_KERNEL_NEON void hl_sfa_f16_d512_rope64_load_neon(const hl_sparse_flash_attention_args *a,
-    const hl_group *g, const hl_space *w, const hl_block *b)
+HL_KERNEL_NEON void hl_sfa_f16_d512_rope64_load_neon(const hl_space *w, const hl_block *b,
+    int32_t value_apart)
 {
     enum { DV = 512, KS = 576, VS = 512 };
     for (int32_t j = 0; j < b->n; ++j) {
         if (j + 8 < b->n + b->n_later) {
-            hl_sfa_f16_d512_rope64_fetch_key_neon(b->loc[j + 8], a, g);
+            hl_sfa_f16_d512_rope64_fetch_row_neon(&b->row[j + 8], value_apart);
         }
-        hl_sfa_f16_d512_rope64_load_key_neon(a, g, b->loc[j], w->k + (ptrdiff_t)j * KS);
-        if (a->value != NULL) {
-            hl_vrow_f16_neon(w->v + (ptrdiff_t)j * VS,
-                             hl_sfa_f16_d512_rope64_value_row_neon(a, g, b->loc[j]), DV);
+        hl_sfa_f16_d512_rope64_load_key_neon(&b->row[j], w->k + (ptrdiff_t)j * KS);
+        if (value_apart) {
+            hl_vrow_f16_neon(w->v + (ptrdiff_t)j * VS, (const uint16_t *)b->row[j].value, DV);
         }
     }
 }
@@ -2954,9 +2852,9 @@ HL_KERNEL_NEON void hl_sfa_f16_d512_rope64_load_neon(const hl_sparse_flash_atten
 
 /* 8 keys by 2 vectors of heads, over n channels: heads in the lanes, so that no number ever
  * has to be summed across them. With add, adds to what earlier channels left in s. Meanwhile the
- * same channels of later keys are asked for. */
+ * same channels of later keys (next, from channel c0) are asked for, if there are any. */
 HL_KERNEL_NEON void hl_sfa_f16_d512_rope64_qk_8x2_neon(const float *q, const float *k, float *s,
-    ptrdiff_t ss, int32_t n, int32_t add, float scale, const hl_ahead *next)
+    ptrdiff_t ss, int32_t n, int32_t add, float scale, const hl_row *next, int32_t c0)
 {
     enum { L = 4, W = 2 * L, KS = 576, LINE = 32 };
     hl_vf_neon s0_0 = hl_vzero_neon(), s0_1 = hl_vzero_neon();
@@ -2970,7 +2868,7 @@ HL_KERNEL_NEON void hl_sfa_f16_d512_rope64_qk_8x2_neon(const float *q, const flo
     for (int32_t start = 0; start < n; start += LINE) {
         const int32_t stop = n - start > LINE ? start + LINE : n;
         if (next != NULL) {
-            hl_sfa_f16_d512_rope64_fetch_channels_neon(next, start, 8);
+            hl_sfa_f16_d512_rope64_fetch_channels_neon(next, 8, c0 + start);
         }
         for (int32_t c = start; c < stop; ++c) {
             const hl_vf_neon q0 = hl_vload_neon(q + (ptrdiff_t)c * W + 0 * L);
@@ -3040,16 +2938,16 @@ HL_KERNEL_NEON void hl_sfa_f16_d512_rope64_qk_8x2_neon(const float *q, const flo
 
 /* 1 key by 2 vectors of heads, over n channels: heads in the lanes, so that no number ever
  * has to be summed across them. With add, adds to what earlier channels left in s. Meanwhile the
- * same channels of later keys are asked for. */
+ * same channels of later keys (next, from channel c0) are asked for, if there are any. */
 HL_KERNEL_NEON void hl_sfa_f16_d512_rope64_qk_1x2_neon(const float *q, const float *k, float *s,
-    ptrdiff_t ss, int32_t n, int32_t add, float scale, const hl_ahead *next)
+    ptrdiff_t ss, int32_t n, int32_t add, float scale, const hl_row *next, int32_t c0)
 {
     enum { L = 4, W = 2 * L, KS = 576, LINE = 32 };
     hl_vf_neon s0_0 = hl_vzero_neon(), s0_1 = hl_vzero_neon();
     for (int32_t start = 0; start < n; start += LINE) {
         const int32_t stop = n - start > LINE ? start + LINE : n;
         if (next != NULL) {
-            hl_sfa_f16_d512_rope64_fetch_channels_neon(next, start, 1);
+            hl_sfa_f16_d512_rope64_fetch_channels_neon(next, 1, c0 + start);
         }
         for (int32_t c = start; c < stop; ++c) {
             const hl_vf_neon q0 = hl_vload_neon(q + (ptrdiff_t)c * W + 0 * L);
@@ -3070,9 +2968,9 @@ HL_KERNEL_NEON void hl_sfa_f16_d512_rope64_qk_1x2_neon(const float *q, const flo
 
 /* 8 keys by 1 vector of heads, over n channels: heads in the lanes, so that no number ever
  * has to be summed across them. With add, adds to what earlier channels left in s. Meanwhile the
- * same channels of later keys are asked for. */
+ * same channels of later keys (next, from channel c0) are asked for, if there are any. */
 HL_KERNEL_NEON void hl_sfa_f16_d512_rope64_qk_8x1_neon(const float *q, const float *k, float *s,
-    ptrdiff_t ss, int32_t n, int32_t add, float scale, const hl_ahead *next)
+    ptrdiff_t ss, int32_t n, int32_t add, float scale, const hl_row *next, int32_t c0)
 {
     enum { L = 4, W = 1 * L, KS = 576, LINE = 32 };
     hl_vf_neon s0_0 = hl_vzero_neon();
@@ -3086,7 +2984,7 @@ HL_KERNEL_NEON void hl_sfa_f16_d512_rope64_qk_8x1_neon(const float *q, const flo
     for (int32_t start = 0; start < n; start += LINE) {
         const int32_t stop = n - start > LINE ? start + LINE : n;
         if (next != NULL) {
-            hl_sfa_f16_d512_rope64_fetch_channels_neon(next, start, 8);
+            hl_sfa_f16_d512_rope64_fetch_channels_neon(next, 8, c0 + start);
         }
         for (int32_t c = start; c < stop; ++c) {
             const hl_vf_neon q0 = hl_vload_neon(q + (ptrdiff_t)c * W + 0 * L);
@@ -3131,16 +3029,16 @@ HL_KERNEL_NEON void hl_sfa_f16_d512_rope64_qk_8x1_neon(const float *q, const flo
 
 /* 1 key by 1 vector of heads, over n channels: heads in the lanes, so that no number ever
  * has to be summed across them. With add, adds to what earlier channels left in s. Meanwhile the
- * same channels of later keys are asked for. */
+ * same channels of later keys (next, from channel c0) are asked for, if there are any. */
 HL_KERNEL_NEON void hl_sfa_f16_d512_rope64_qk_1x1_neon(const float *q, const float *k, float *s,
-    ptrdiff_t ss, int32_t n, int32_t add, float scale, const hl_ahead *next)
+    ptrdiff_t ss, int32_t n, int32_t add, float scale, const hl_row *next, int32_t c0)
 {
     enum { L = 4, W = 1 * L, KS = 576, LINE = 32 };
     hl_vf_neon s0_0 = hl_vzero_neon();
     for (int32_t start = 0; start < n; start += LINE) {
         const int32_t stop = n - start > LINE ? start + LINE : n;
         if (next != NULL) {
-            hl_sfa_f16_d512_rope64_fetch_channels_neon(next, start, 1);
+            hl_sfa_f16_d512_rope64_fetch_channels_neon(next, 1, c0 + start);
         }
         for (int32_t c = start; c < stop; ++c) {
             const hl_vf_neon q0 = hl_vload_neon(q + (ptrdiff_t)c * W + 0 * L);
@@ -3158,7 +3056,7 @@ HL_KERNEL_NEON void hl_sfa_f16_d512_rope64_qk_1x1_neon(const float *q, const flo
 /* Some heads of the group against the `rows` keys that lie in k, over n channels from c0. */
 HL_KERNEL_NEON void hl_sfa_f16_d512_rope64_score_keys_neon(const hl_space *w, const float *k,
     float *s, int32_t heads, int32_t rows, int32_t h0, int32_t h1, int32_t c0, int32_t n,
-    float scale, const hl_ahead *next)
+    float scale, const hl_row *next)
 {
     enum { L = 4, W = 2 * L, D = 576 };
     const int32_t add = c0 > 0;
@@ -3167,15 +3065,15 @@ HL_KERNEL_NEON void hl_sfa_f16_d512_rope64_score_keys_neon(const hl_space *w, co
         const float *const q = w->q + (ptrdiff_t)h * D + (ptrdiff_t)c0 * width;
         if (rows == 8) {
             if (width == W) {
-                hl_sfa_f16_d512_rope64_qk_8x2_neon(q, k, s + h, heads, n, add, scale, next);
+                hl_sfa_f16_d512_rope64_qk_8x2_neon(q, k, s + h, heads, n, add, scale, next, c0);
             } else {
-                hl_sfa_f16_d512_rope64_qk_8x1_neon(q, k, s + h, heads, n, add, scale, next);
+                hl_sfa_f16_d512_rope64_qk_8x1_neon(q, k, s + h, heads, n, add, scale, next, c0);
             }
         } else {
             if (width == W) {
-                hl_sfa_f16_d512_rope64_qk_1x2_neon(q, k, s + h, heads, n, add, scale, next);
+                hl_sfa_f16_d512_rope64_qk_1x2_neon(q, k, s + h, heads, n, add, scale, next, c0);
             } else {
-                hl_sfa_f16_d512_rope64_qk_1x1_neon(q, k, s + h, heads, n, add, scale, next);
+                hl_sfa_f16_d512_rope64_qk_1x1_neon(q, k, s + h, heads, n, add, scale, next, c0);
             }
         }
         next = NULL;
@@ -3208,24 +3106,24 @@ HL_KERNEL_NEON void hl_sfa_f16_d512_rope64_score_neon(const hl_space *w, int32_t
 }
 /* Few heads: 16 keys at a time are loaded, a slice of channels at a time, and used at once, so that
  * they never leave the first-level cache as float32: writing a block of them would cost more. */
-HL_KERNEL_NEON void hl_sfa_f16_d512_rope64_score_few_neon(const hl_sparse_flash_attention_args *a,
-    const hl_group *g, const hl_space *w, const hl_block *b, int32_t heads, float scale)
+HL_KERNEL_NEON void hl_sfa_f16_d512_rope64_score_few_neon(const hl_space *w, const hl_block *b,
+    int32_t heads, float scale)
 {
-    enum { KS = 576, D = 576, SLICE = 288, KEYS = 16 };
-    hl_ahead next;
+    enum { KS = 576, D = 576, SLICE = 192, KEYS = 16 };
+    const int32_t known = b->n + b->n_later;
     for (int32_t j = 0; j < b->n; j += KEYS) {
         const int32_t keys = b->n - j < KEYS ? b->n - j : KEYS;
         for (int32_t c0 = 0; c0 < D; c0 += SLICE) {
             const int32_t left = D - c0;
             const int32_t n = left < SLICE ? left : SLICE;
             int32_t rows = 0;
-            hl_sfa_f16_d512_rope64_load_keys_neon(a, g, b->loc + j, keys, c0, n, w->k);
+            hl_sfa_f16_d512_rope64_load_keys_neon(b->row + j, keys, c0, n, w->k);
             for (int32_t r = 0; r < keys; r += rows) {
+                const int32_t later = j + KEYS + r;
                 rows = hl_sfa_f16_d512_rope64_tile_rows_neon(keys - r);
-                hl_sfa_f16_d512_rope64_look_ahead_neon(a, g, b, j + KEYS + r, c0, &next);
                 hl_sfa_f16_d512_rope64_score_keys_neon(w, w->k + (ptrdiff_t)r * KS, w->s
                     + (ptrdiff_t)(j + r) * heads, heads, rows, 0, heads, c0, n, left > SLICE ? 1.0f
-                    : scale, &next);
+                    : scale, later + rows <= known ? b->row + later : NULL);
             }
         }
     }
@@ -3458,7 +3356,7 @@ HL_KERNEL_NEON void hl_sfa_f16_d512_rope64_value_neon(const hl_space *w, const h
 }
 /* 8 heads by 2 vectors of channels; values are read where they are stored. */
 HL_KERNEL_NEON void hl_sfa_f16_d512_rope64_pr_8x2_neon(const float *p, ptrdiff_t ps,
-    const uint16_t *const *row, int32_t c, float *o, const float *alpha, int32_t n)
+    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n)
 {
     enum { L = 4, OS = 512 };
     hl_vf_neon o0_0 = hl_vzero_neon(), o0_1 = hl_vzero_neon();
@@ -3470,8 +3368,8 @@ HL_KERNEL_NEON void hl_sfa_f16_d512_rope64_pr_8x2_neon(const float *p, ptrdiff_t
     hl_vf_neon o6_0 = hl_vzero_neon(), o6_1 = hl_vzero_neon();
     hl_vf_neon o7_0 = hl_vzero_neon(), o7_1 = hl_vzero_neon();
     for (int32_t j = 0; j < n; ++j) {
-        const hl_vf_neon v0 = hl_vload_f16_neon(row[j] + c + 0 * L);
-        const hl_vf_neon v1 = hl_vload_f16_neon(row[j] + c + 1 * L);
+        const hl_vf_neon v0 = hl_vload_f16_neon((const uint16_t *)row[j].value + c + 0 * L);
+        const hl_vf_neon v1 = hl_vload_f16_neon((const uint16_t *)row[j].value + c + 1 * L);
         hl_vf_neon x;
         x = hl_vset_neon(p[j * ps + 0]);
         o0_0 = hl_vfma_neon(x, v0, o0_0);
@@ -3534,7 +3432,7 @@ HL_KERNEL_NEON void hl_sfa_f16_d512_rope64_pr_8x2_neon(const float *p, ptrdiff_t
 
 /* 8 heads by 1 vector of channels; values are read where they are stored. */
 HL_KERNEL_NEON void hl_sfa_f16_d512_rope64_pr_8x1_neon(const float *p, ptrdiff_t ps,
-    const uint16_t *const *row, int32_t c, float *o, const float *alpha, int32_t n)
+    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n)
 {
     enum { L = 4, OS = 512 };
     hl_vf_neon o0_0 = hl_vzero_neon();
@@ -3546,7 +3444,7 @@ HL_KERNEL_NEON void hl_sfa_f16_d512_rope64_pr_8x1_neon(const float *p, ptrdiff_t
     hl_vf_neon o6_0 = hl_vzero_neon();
     hl_vf_neon o7_0 = hl_vzero_neon();
     for (int32_t j = 0; j < n; ++j) {
-        const hl_vf_neon v0 = hl_vload_f16_neon(row[j] + c + 0 * L);
+        const hl_vf_neon v0 = hl_vload_f16_neon((const uint16_t *)row[j].value + c + 0 * L);
         hl_vf_neon x;
         x = hl_vset_neon(p[j * ps + 0]);
         o0_0 = hl_vfma_neon(x, v0, o0_0);
@@ -3585,16 +3483,16 @@ HL_KERNEL_NEON void hl_sfa_f16_d512_rope64_pr_8x1_neon(const float *p, ptrdiff_t
 
 /* 1 head by 4 vectors of channels; values are read where they are stored. */
 HL_KERNEL_NEON void hl_sfa_f16_d512_rope64_pr_1x4_neon(const float *p, ptrdiff_t ps,
-    const uint16_t *const *row, int32_t c, float *o, const float *alpha, int32_t n)
+    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n)
 {
     enum { L = 4, OS = 512 };
     hl_vf_neon o0_0 = hl_vzero_neon(), o0_1 = hl_vzero_neon(), o0_2 = hl_vzero_neon(), o0_3 =
         hl_vzero_neon();
     for (int32_t j = 0; j < n; ++j) {
-        const hl_vf_neon v0 = hl_vload_f16_neon(row[j] + c + 0 * L);
-        const hl_vf_neon v1 = hl_vload_f16_neon(row[j] + c + 1 * L);
-        const hl_vf_neon v2 = hl_vload_f16_neon(row[j] + c + 2 * L);
-        const hl_vf_neon v3 = hl_vload_f16_neon(row[j] + c + 3 * L);
+        const hl_vf_neon v0 = hl_vload_f16_neon((const uint16_t *)row[j].value + c + 0 * L);
+        const hl_vf_neon v1 = hl_vload_f16_neon((const uint16_t *)row[j].value + c + 1 * L);
+        const hl_vf_neon v2 = hl_vload_f16_neon((const uint16_t *)row[j].value + c + 2 * L);
+        const hl_vf_neon v3 = hl_vload_f16_neon((const uint16_t *)row[j].value + c + 3 * L);
         hl_vf_neon x;
         x = hl_vset_neon(p[j * ps + 0]);
         o0_0 = hl_vfma_neon(x, v0, o0_0);
@@ -3614,12 +3512,12 @@ HL_KERNEL_NEON void hl_sfa_f16_d512_rope64_pr_1x4_neon(const float *p, ptrdiff_t
 
 /* 1 head by 1 vector of channels; values are read where they are stored. */
 HL_KERNEL_NEON void hl_sfa_f16_d512_rope64_pr_1x1_neon(const float *p, ptrdiff_t ps,
-    const uint16_t *const *row, int32_t c, float *o, const float *alpha, int32_t n)
+    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n)
 {
     enum { L = 4, OS = 512 };
     hl_vf_neon o0_0 = hl_vzero_neon();
     for (int32_t j = 0; j < n; ++j) {
-        const hl_vf_neon v0 = hl_vload_f16_neon(row[j] + c + 0 * L);
+        const hl_vf_neon v0 = hl_vload_f16_neon((const uint16_t *)row[j].value + c + 0 * L);
         hl_vf_neon x;
         x = hl_vset_neon(p[j * ps + 0]);
         o0_0 = hl_vfma_neon(x, v0, o0_0);
@@ -3629,34 +3527,33 @@ HL_KERNEL_NEON void hl_sfa_f16_d512_rope64_pr_1x1_neon(const float *p, ptrdiff_t
 }
 
 /* Few heads: the values are not worth a copy. */
-HL_KERNEL_NEON void hl_sfa_f16_d512_rope64_value_few_neon(const hl_sparse_flash_attention_args *a,
-    const hl_group *g, const hl_space *w, const hl_state *t, const hl_block *b, int32_t padded,
-    int32_t group)
+HL_KERNEL_NEON void hl_sfa_f16_d512_rope64_value_few_neon(const hl_space *w, const hl_state *t,
+    const hl_block *b, int32_t padded, int32_t group)
 {
     enum { L = 4, OS = 512, DV = 512 };
-    const uint16_t **const row = (const uint16_t **)w->rows;
     int32_t h = 0;
-    for (int32_t j = 0; j < b->n; ++j) {
-        row[j] = hl_sfa_f16_d512_rope64_value_row_neon(a, g, b->loc[j]);
-    }
     for (; h + 8 <= group; h += 8) {
         float *const o = t->o + (ptrdiff_t)h * OS;
         int32_t c = 0;
         for (; c + 2 * L <= DV; c += 2 * L) {
-            hl_sfa_f16_d512_rope64_pr_8x2_neon(w->s + h, padded, row, c, o + c, t->alpha + h, b->n);
+            hl_sfa_f16_d512_rope64_pr_8x2_neon(w->s + h, padded, b->row, c, o + c, t->alpha + h,
+                                               b->n);
         }
         for (; c + 1 * L <= DV; c += 1 * L) {
-            hl_sfa_f16_d512_rope64_pr_8x1_neon(w->s + h, padded, row, c, o + c, t->alpha + h, b->n);
+            hl_sfa_f16_d512_rope64_pr_8x1_neon(w->s + h, padded, b->row, c, o + c, t->alpha + h,
+                                               b->n);
         }
     }
     for (; h + 1 <= group; h += 1) {
         float *const o = t->o + (ptrdiff_t)h * OS;
         int32_t c = 0;
         for (; c + 4 * L <= DV; c += 4 * L) {
-            hl_sfa_f16_d512_rope64_pr_1x4_neon(w->s + h, padded, row, c, o + c, t->alpha + h, b->n);
+            hl_sfa_f16_d512_rope64_pr_1x4_neon(w->s + h, padded, b->row, c, o + c, t->alpha + h,
+                                               b->n);
         }
         for (; c + 1 * L <= DV; c += 1 * L) {
-            hl_sfa_f16_d512_rope64_pr_1x1_neon(w->s + h, padded, row, c, o + c, t->alpha + h, b->n);
+            hl_sfa_f16_d512_rope64_pr_1x1_neon(w->s + h, padded, b->row, c, o + c, t->alpha + h,
+                                               b->n);
         }
     }
 }
@@ -3834,27 +3731,26 @@ HL_KERNEL_NEON void hl_sfa_f16_d512_rope64_merge_state_neon(const hl_state *t, c
 
 /* One block of keys: load, score, softmax, value. */
 HL_KERNEL_NEON void hl_sfa_f16_d512_rope64_block_neon(const hl_sparse_flash_attention_plan *plan,
-    const hl_group *g, const hl_space *w, const hl_state *t, const hl_block *b, int32_t padded)
+    const hl_space *w, const hl_state *t, const hl_block *b, int32_t padded)
 {
-    const hl_sparse_flash_attention_args *const a = &plan->args;
+    const int32_t value_apart = plan->args.value != NULL;
     if (plan->group <= 16) {
         /* rows -> numbers, a tile at a time; S = scale Q K^T, in units of log2 */
-        hl_sfa_f16_d512_rope64_score_few_neon(a, g, w, b, padded, plan->scale_log2);
+        hl_sfa_f16_d512_rope64_score_few_neon(w, b, padded, plan->scale_log2);
         /* m' = max(m, rowmax S);  P = 2^(S - m');  l, alpha */
         hl_sfa_f16_d512_rope64_softmax_neon(w->s, t, padded, b->n);
         /* O = alpha O + P V */
-        hl_sfa_f16_d512_rope64_value_few_neon(a, g, w, t, b, padded, plan->group);
+        hl_sfa_f16_d512_rope64_value_few_neon(w, t, b, padded, plan->group);
         return;
     }
     /* rows -> numbers, once for the whole group */
-    hl_sfa_f16_d512_rope64_load_neon(a, g, w, b);
+    hl_sfa_f16_d512_rope64_load_neon(w, b, value_apart);
     /* S = scale Q K^T, in units of log2 */
     hl_sfa_f16_d512_rope64_score_neon(w, padded, b->n, plan->scale_log2);
     /* m' = max(m, rowmax S);  P = 2^(S - m');  l, alpha */
     hl_sfa_f16_d512_rope64_softmax_neon(w->s, t, padded, b->n);
     /* O = alpha O + P V */
-    hl_sfa_f16_d512_rope64_value_neon(w, t, padded, plan->group, a->value != NULL ? 512 : 576,
-                                      b->n);
+    hl_sfa_f16_d512_rope64_value_neon(w, t, padded, plan->group, value_apart ? 512 : 576, b->n);
 }
 
 /* One chunk of a group's keys (FlashAttention-2, algorithm 1, with K and V in blocks). */
@@ -3864,14 +3760,14 @@ HL_KERNEL_NEON void hl_sfa_f16_d512_rope64_forward_neon(const hl_sparse_flash_at
     const int32_t block = plan->group <= 16 ? 64 : 64;
     const hl_sparse_flash_attention_args *const a = &plan->args;
     hl_block b;
-    b.loc = w->loc;
-    b.n = hl_sfa_f16_d512_rope64_next(a, g, &c, b.loc, block);
+    b.row = w->row;
+    b.n = hl_sfa_f16_d512_rope64_next(a, g, &c, b.row, block);
     hl_sfa_f16_d512_rope64_start_neon(t, padded, plan->group);
     while (b.n > 0) {
-        b.n_later = b.n < block ? 0 : hl_sfa_f16_d512_rope64_next(a, g, &c, b.loc + block, block);
-        hl_sfa_f16_d512_rope64_block_neon(plan, g, w, t, &b, padded);
+        b.n_later = b.n < block ? 0 : hl_sfa_f16_d512_rope64_next(a, g, &c, b.row + block, block);
+        hl_sfa_f16_d512_rope64_block_neon(plan, w, t, &b, padded);
         *t->seen = 1.0f;
-        HL_COPY(b.loc, b.loc + block, (size_t)b.n_later * sizeof *b.loc);
+        HL_COPY(b.row, b.row + block, (size_t)b.n_later * sizeof *b.row);
         b.n = b.n_later;
     }
 }
@@ -3983,130 +3879,75 @@ HL_KERNEL_AVX2 void hl_sfa_f16_d512_rope64_load_q_avx2(const hl_sparse_flash_att
     }
 }
 
-/* Where one key's row lies; its rotary channels, if they are apart; and its value, which is either
- * in a tensor of its own or the first channels of the key. */
-HL_KERNEL_AVX2 const uint16_t *hl_sfa_f16_d512_rope64_key_row_avx2(
-    const hl_sparse_flash_attention_args *a, const hl_group *g, hl_loc at)
-{
-    return (const uint16_t *)a->key + at.outer * a->key_stride.batch
-        + at.inner * a->key_stride.row + g->kv_head * a->key_stride.head;
-}
-HL_KERNEL_AVX2 const uint16_t *hl_sfa_f16_d512_rope64_rope_row_avx2(
-    const hl_sparse_flash_attention_args *a, const hl_group *g, hl_loc at)
-{
-    return (const uint16_t *)a->key_rope + at.outer * a->key_rope_stride.batch
-        + at.inner * a->key_rope_stride.row + g->kv_head * a->key_rope_stride.head;
-}
-HL_KERNEL_AVX2 const uint16_t *hl_sfa_f16_d512_rope64_value_row_avx2(
-    const hl_sparse_flash_attention_args *a, const hl_group *g, hl_loc at)
-{
-    if (a->value == NULL) {
-        return hl_sfa_f16_d512_rope64_key_row_avx2(a, g, at);
-    }
-    return (const uint16_t *)a->value + at.outer * a->value_stride.batch
-        + at.inner * a->value_stride.row + g->kv_head * a->value_stride.head;
-}
-
 /* One key's row as float32. */
-HL_KERNEL_AVX2 void hl_sfa_f16_d512_rope64_load_key_avx2(const hl_sparse_flash_attention_args *a,
-    const hl_group *g, hl_loc at, float *to)
+HL_KERNEL_AVX2 void hl_sfa_f16_d512_rope64_load_key_avx2(const hl_row *row, float *to)
 {
-    enum { DK = 512, D = 576 };
-    if (a->key_rope != NULL) {
-        hl_vrow_f16_avx2(to, hl_sfa_f16_d512_rope64_key_row_avx2(a, g, at), DK);
-        hl_vrow_f16_avx2(to + DK, hl_sfa_f16_d512_rope64_rope_row_avx2(a, g, at), D - DK);
-        return;
-    }
-    hl_vrow_f16_avx2(to, hl_sfa_f16_d512_rope64_key_row_avx2(a, g, at), D);
-}
-
-/* Asks for the lines of a row before they are needed: rows that a list names lie anywhere, which no
- * hardware can guess. A word, not a function: GCC takes a function that does nothing but prefetch
- * for one without effect, and drops its calls. */
-HL_WORD_AVX2 void hl_sfa_f16_d512_rope64_fetch_avx2(const uint16_t *row, int32_t channels)
-{
-    for (int32_t c = 0; c < channels; c += 32) {
-        HL_FETCH(row + c);
-    }
-}
-
-HL_WORD_AVX2 void hl_sfa_f16_d512_rope64_fetch_key_avx2(hl_loc at,
-    const hl_sparse_flash_attention_args *a, const hl_group *g)
-{
-    enum { DK = 512, D = 576, DV = 512 };
-    if (a->key_rope != NULL) {
-        hl_sfa_f16_d512_rope64_fetch_avx2(hl_sfa_f16_d512_rope64_rope_row_avx2(a, g, at), D - DK);
-    }
-    hl_sfa_f16_d512_rope64_fetch_avx2(hl_sfa_f16_d512_rope64_key_row_avx2(a, g, at),
-                                      a->key_rope != NULL ? DK : D);
-    if (a->value != NULL) {
-        hl_sfa_f16_d512_rope64_fetch_avx2(hl_sfa_f16_d512_rope64_value_row_avx2(a, g, at), DV);
-    }
+    enum { DK = 512, ROPE = 64 };
+    hl_vrow_f16_avx2(to, (const uint16_t *)row->key, DK);
+    hl_vrow_f16_avx2(to + DK, (const uint16_t *)row->rope, ROPE);
 }
 /* Channels c0 .. c0+n-1 of some keys, channel by channel over all of them: so many pages are under
  * way at once, and each of them is read in order. */
-HL_KERNEL_AVX2 void hl_sfa_f16_d512_rope64_load_keys_avx2(const hl_sparse_flash_attention_args *a,
-    const hl_group *g, const hl_loc *loc, int32_t keys, int32_t c0, int32_t n, float *to)
+HL_KERNEL_AVX2 void hl_sfa_f16_d512_rope64_load_keys_avx2(const hl_row *row, int32_t keys,
+    int32_t c0, int32_t n, float *to)
 {
     enum { L = 8, KS = 576, DK = 512 };
-    const uint16_t *row[24];
     const int32_t end = c0 + n < DK ? c0 + n : DK;
     int32_t c = c0;
-    for (int32_t r = 0; r < keys; ++r) {
-        row[r] = hl_sfa_f16_d512_rope64_key_row_avx2(a, g, loc[r]);
-    }
     for (; c + L <= end; c += L) {
         for (int32_t r = 0; r < keys; ++r) {
-            hl_vstore_avx2(to + (ptrdiff_t)r * KS + (c - c0), hl_vload_f16_avx2(row[r] + c));
+            hl_vstore_avx2(to + (ptrdiff_t)r * KS + (c - c0),
+                           hl_vload_f16_avx2((const uint16_t *)row[r].key + c));
         }
     }
     if (c0 + n > DK) {
         c = c0 > DK ? c0 : DK;
         for (int32_t r = 0; r < keys; ++r) {
-            const uint16_t *const rope = a->key_rope != NULL
-                ? hl_sfa_f16_d512_rope64_rope_row_avx2(a, g, loc[r]) : row[r] + DK;
-            hl_vrow_f16_avx2(to + (ptrdiff_t)r * KS + (c - c0), rope + (c - DK), c0 + n - c);
+            hl_vrow_f16_avx2(to + (ptrdiff_t)r * KS + (c - c0), (const uint16_t *)row[r].rope
+                             + (c - DK), c0 + n - c);
         }
     }
 }
 
-/* Where the same channels of later keys lie; where there is none, of a key that is at hand. */
-HL_KERNEL_AVX2 void hl_sfa_f16_d512_rope64_look_ahead_avx2(const hl_sparse_flash_attention_args *a,
-    const hl_group *g, const hl_block *b, int32_t j, int32_t c0, hl_ahead *next)
+/* Asks for one line of each of some rows before it is needed: rows that a list names lie anywhere,
+ * which no hardware can guess. A word, not a function: GCC takes a function that does nothing but
+ * prefetch for one without effect, and drops its calls. */
+HL_WORD_AVX2 void hl_sfa_f16_d512_rope64_fetch_channels_avx2(const hl_row *row, int32_t rows,
+    int32_t c)
 {
     enum { DK = 512 };
-    next->nope = DK - c0;
-    for (int32_t r = 0; r < 6; ++r) {
-        const hl_loc at = b->loc[j + r < b->n + b->n_later ? j + r : 0];
-        const uint16_t *const row = hl_sfa_f16_d512_rope64_key_row_avx2(a, g, at);
-        next->row[r] = row + c0;
-        next->rope[r] = a->key_rope != NULL ? hl_sfa_f16_d512_rope64_rope_row_avx2(a, g, at) : row
-            + DK;
+    for (int32_t r = 0; r < rows; ++r) {
+        HL_FETCH(c < DK ? (const uint16_t *)row[r].key + c : (const uint16_t *)row[r].rope
+                 + (c - DK));
+    }
+}
+/* The same for all lines of one row. */
+HL_WORD_AVX2 void hl_sfa_f16_d512_rope64_fetch_row_avx2(const hl_row *row, int32_t value_apart)
+{
+    for (int32_t c = 0; c < 512; c += 32) {
+        HL_FETCH((const uint16_t *)row->key + c);
+    }
+    for (int32_t c = 0; c < 64; c += 32) {
+        HL_FETCH((const uint16_t *)row->rope + c);
+    }
+    for (int32_t c = 0; value_apart && c < 512; c += 32) {
+        HL_FETCH((const uint16_t *)row->value + c);
     }
 }
 
-HL_WORD_AVX2 void hl_sfa_f16_d512_rope64_fetch_channels_avx2(const hl_ahead *next, int32_t c,
-    int32_t rows)
-{
-    for (int32_t r = 0; r < rows; ++r) {
-        HL_FETCH(c < next->nope ? (const uint16_t *)next->row[r] + c
-                 : (const uint16_t *)next->rope[r] + (c - next->nope));
-    }
-}
 /* The whole block's keys, and its values where they are apart; meanwhile rows are asked for that
  * lie 8 further on, in this block or in the next. */
-HL_KERNEL_AVX2 void hl_sfa_f16_d512_rope64_load_avx2(const hl_sparse_flash_attention_args *a,
-    const hl_group *g, const hl_space *w, const hl_block *b)
+HL_KERNEL_AVX2 void hl_sfa_f16_d512_rope64_load_avx2(const hl_space *w, const hl_block *b,
+    int32_t value_apart)
 {
     enum { DV = 512, KS = 576, VS = 512 };
     for (int32_t j = 0; j < b->n; ++j) {
         if (j + 8 < b->n + b->n_later) {
-            hl_sfa_f16_d512_rope64_fetch_key_avx2(b->loc[j + 8], a, g);
+            hl_sfa_f16_d512_rope64_fetch_row_avx2(&b->row[j + 8], value_apart);
         }
-        hl_sfa_f16_d512_rope64_load_key_avx2(a, g, b->loc[j], w->k + (ptrdiff_t)j * KS);
-        if (a->value != NULL) {
-            hl_vrow_f16_avx2(w->v + (ptrdiff_t)j * VS,
-                             hl_sfa_f16_d512_rope64_value_row_avx2(a, g, b->loc[j]), DV);
+        hl_sfa_f16_d512_rope64_load_key_avx2(&b->row[j], w->k + (ptrdiff_t)j * KS);
+        if (value_apart) {
+            hl_vrow_f16_avx2(w->v + (ptrdiff_t)j * VS, (const uint16_t *)b->row[j].value, DV);
         }
     }
 }
@@ -4115,9 +3956,9 @@ HL_KERNEL_AVX2 void hl_sfa_f16_d512_rope64_load_avx2(const hl_sparse_flash_atten
 
 /* 6 keys by 2 vectors of heads, over n channels: heads in the lanes, so that no number ever
  * has to be summed across them. With add, adds to what earlier channels left in s. Meanwhile the
- * same channels of later keys are asked for. */
+ * same channels of later keys (next, from channel c0) are asked for, if there are any. */
 HL_KERNEL_AVX2 void hl_sfa_f16_d512_rope64_qk_6x2_avx2(const float *q, const float *k, float *s,
-    ptrdiff_t ss, int32_t n, int32_t add, float scale, const hl_ahead *next)
+    ptrdiff_t ss, int32_t n, int32_t add, float scale, const hl_row *next, int32_t c0)
 {
     enum { L = 8, W = 2 * L, KS = 576, LINE = 32 };
     hl_vf_avx2 s0_0 = hl_vzero_avx2(), s0_1 = hl_vzero_avx2();
@@ -4129,7 +3970,7 @@ HL_KERNEL_AVX2 void hl_sfa_f16_d512_rope64_qk_6x2_avx2(const float *q, const flo
     for (int32_t start = 0; start < n; start += LINE) {
         const int32_t stop = n - start > LINE ? start + LINE : n;
         if (next != NULL) {
-            hl_sfa_f16_d512_rope64_fetch_channels_avx2(next, start, 6);
+            hl_sfa_f16_d512_rope64_fetch_channels_avx2(next, 6, c0 + start);
         }
         for (int32_t c = start; c < stop; ++c) {
             const hl_vf_avx2 q0 = hl_vload_avx2(q + (ptrdiff_t)c * W + 0 * L);
@@ -4185,16 +4026,16 @@ HL_KERNEL_AVX2 void hl_sfa_f16_d512_rope64_qk_6x2_avx2(const float *q, const flo
 
 /* 1 key by 2 vectors of heads, over n channels: heads in the lanes, so that no number ever
  * has to be summed across them. With add, adds to what earlier channels left in s. Meanwhile the
- * same channels of later keys are asked for. */
+ * same channels of later keys (next, from channel c0) are asked for, if there are any. */
 HL_KERNEL_AVX2 void hl_sfa_f16_d512_rope64_qk_1x2_avx2(const float *q, const float *k, float *s,
-    ptrdiff_t ss, int32_t n, int32_t add, float scale, const hl_ahead *next)
+    ptrdiff_t ss, int32_t n, int32_t add, float scale, const hl_row *next, int32_t c0)
 {
     enum { L = 8, W = 2 * L, KS = 576, LINE = 32 };
     hl_vf_avx2 s0_0 = hl_vzero_avx2(), s0_1 = hl_vzero_avx2();
     for (int32_t start = 0; start < n; start += LINE) {
         const int32_t stop = n - start > LINE ? start + LINE : n;
         if (next != NULL) {
-            hl_sfa_f16_d512_rope64_fetch_channels_avx2(next, start, 1);
+            hl_sfa_f16_d512_rope64_fetch_channels_avx2(next, 1, c0 + start);
         }
         for (int32_t c = start; c < stop; ++c) {
             const hl_vf_avx2 q0 = hl_vload_avx2(q + (ptrdiff_t)c * W + 0 * L);
@@ -4215,9 +4056,9 @@ HL_KERNEL_AVX2 void hl_sfa_f16_d512_rope64_qk_1x2_avx2(const float *q, const flo
 
 /* 6 keys by 1 vector of heads, over n channels: heads in the lanes, so that no number ever
  * has to be summed across them. With add, adds to what earlier channels left in s. Meanwhile the
- * same channels of later keys are asked for. */
+ * same channels of later keys (next, from channel c0) are asked for, if there are any. */
 HL_KERNEL_AVX2 void hl_sfa_f16_d512_rope64_qk_6x1_avx2(const float *q, const float *k, float *s,
-    ptrdiff_t ss, int32_t n, int32_t add, float scale, const hl_ahead *next)
+    ptrdiff_t ss, int32_t n, int32_t add, float scale, const hl_row *next, int32_t c0)
 {
     enum { L = 8, W = 1 * L, KS = 576, LINE = 32 };
     hl_vf_avx2 s0_0 = hl_vzero_avx2();
@@ -4229,7 +4070,7 @@ HL_KERNEL_AVX2 void hl_sfa_f16_d512_rope64_qk_6x1_avx2(const float *q, const flo
     for (int32_t start = 0; start < n; start += LINE) {
         const int32_t stop = n - start > LINE ? start + LINE : n;
         if (next != NULL) {
-            hl_sfa_f16_d512_rope64_fetch_channels_avx2(next, start, 6);
+            hl_sfa_f16_d512_rope64_fetch_channels_avx2(next, 6, c0 + start);
         }
         for (int32_t c = start; c < stop; ++c) {
             const hl_vf_avx2 q0 = hl_vload_avx2(q + (ptrdiff_t)c * W + 0 * L);
@@ -4266,16 +4107,16 @@ HL_KERNEL_AVX2 void hl_sfa_f16_d512_rope64_qk_6x1_avx2(const float *q, const flo
 
 /* 1 key by 1 vector of heads, over n channels: heads in the lanes, so that no number ever
  * has to be summed across them. With add, adds to what earlier channels left in s. Meanwhile the
- * same channels of later keys are asked for. */
+ * same channels of later keys (next, from channel c0) are asked for, if there are any. */
 HL_KERNEL_AVX2 void hl_sfa_f16_d512_rope64_qk_1x1_avx2(const float *q, const float *k, float *s,
-    ptrdiff_t ss, int32_t n, int32_t add, float scale, const hl_ahead *next)
+    ptrdiff_t ss, int32_t n, int32_t add, float scale, const hl_row *next, int32_t c0)
 {
     enum { L = 8, W = 1 * L, KS = 576, LINE = 32 };
     hl_vf_avx2 s0_0 = hl_vzero_avx2();
     for (int32_t start = 0; start < n; start += LINE) {
         const int32_t stop = n - start > LINE ? start + LINE : n;
         if (next != NULL) {
-            hl_sfa_f16_d512_rope64_fetch_channels_avx2(next, start, 1);
+            hl_sfa_f16_d512_rope64_fetch_channels_avx2(next, 1, c0 + start);
         }
         for (int32_t c = start; c < stop; ++c) {
             const hl_vf_avx2 q0 = hl_vload_avx2(q + (ptrdiff_t)c * W + 0 * L);
@@ -4293,7 +4134,7 @@ HL_KERNEL_AVX2 void hl_sfa_f16_d512_rope64_qk_1x1_avx2(const float *q, const flo
 /* Some heads of the group against the `rows` keys that lie in k, over n channels from c0. */
 HL_KERNEL_AVX2 void hl_sfa_f16_d512_rope64_score_keys_avx2(const hl_space *w, const float *k,
     float *s, int32_t heads, int32_t rows, int32_t h0, int32_t h1, int32_t c0, int32_t n,
-    float scale, const hl_ahead *next)
+    float scale, const hl_row *next)
 {
     enum { L = 8, W = 2 * L, D = 576 };
     const int32_t add = c0 > 0;
@@ -4302,15 +4143,15 @@ HL_KERNEL_AVX2 void hl_sfa_f16_d512_rope64_score_keys_avx2(const hl_space *w, co
         const float *const q = w->q + (ptrdiff_t)h * D + (ptrdiff_t)c0 * width;
         if (rows == 6) {
             if (width == W) {
-                hl_sfa_f16_d512_rope64_qk_6x2_avx2(q, k, s + h, heads, n, add, scale, next);
+                hl_sfa_f16_d512_rope64_qk_6x2_avx2(q, k, s + h, heads, n, add, scale, next, c0);
             } else {
-                hl_sfa_f16_d512_rope64_qk_6x1_avx2(q, k, s + h, heads, n, add, scale, next);
+                hl_sfa_f16_d512_rope64_qk_6x1_avx2(q, k, s + h, heads, n, add, scale, next, c0);
             }
         } else {
             if (width == W) {
-                hl_sfa_f16_d512_rope64_qk_1x2_avx2(q, k, s + h, heads, n, add, scale, next);
+                hl_sfa_f16_d512_rope64_qk_1x2_avx2(q, k, s + h, heads, n, add, scale, next, c0);
             } else {
-                hl_sfa_f16_d512_rope64_qk_1x1_avx2(q, k, s + h, heads, n, add, scale, next);
+                hl_sfa_f16_d512_rope64_qk_1x1_avx2(q, k, s + h, heads, n, add, scale, next, c0);
             }
         }
         next = NULL;
@@ -4343,24 +4184,24 @@ HL_KERNEL_AVX2 void hl_sfa_f16_d512_rope64_score_avx2(const hl_space *w, int32_t
 }
 /* Few heads: 24 keys at a time are loaded, a slice of channels at a time, and used at once, so that
  * they never leave the first-level cache as float32: writing a block of them would cost more. */
-HL_KERNEL_AVX2 void hl_sfa_f16_d512_rope64_score_few_avx2(const hl_sparse_flash_attention_args *a,
-    const hl_group *g, const hl_space *w, const hl_block *b, int32_t heads, float scale)
+HL_KERNEL_AVX2 void hl_sfa_f16_d512_rope64_score_few_avx2(const hl_space *w, const hl_block *b,
+    int32_t heads, float scale)
 {
     enum { KS = 576, D = 576, SLICE = 192, KEYS = 24 };
-    hl_ahead next;
+    const int32_t known = b->n + b->n_later;
     for (int32_t j = 0; j < b->n; j += KEYS) {
         const int32_t keys = b->n - j < KEYS ? b->n - j : KEYS;
         for (int32_t c0 = 0; c0 < D; c0 += SLICE) {
             const int32_t left = D - c0;
             const int32_t n = left < SLICE ? left : SLICE;
             int32_t rows = 0;
-            hl_sfa_f16_d512_rope64_load_keys_avx2(a, g, b->loc + j, keys, c0, n, w->k);
+            hl_sfa_f16_d512_rope64_load_keys_avx2(b->row + j, keys, c0, n, w->k);
             for (int32_t r = 0; r < keys; r += rows) {
+                const int32_t later = j + KEYS + r;
                 rows = hl_sfa_f16_d512_rope64_tile_rows_avx2(keys - r);
-                hl_sfa_f16_d512_rope64_look_ahead_avx2(a, g, b, j + KEYS + r, c0, &next);
                 hl_sfa_f16_d512_rope64_score_keys_avx2(w, w->k + (ptrdiff_t)r * KS, w->s
                     + (ptrdiff_t)(j + r) * heads, heads, rows, 0, heads, c0, n, left > SLICE ? 1.0f
-                    : scale, &next);
+                    : scale, later + rows <= known ? b->row + later : NULL);
             }
         }
     }
@@ -4558,7 +4399,7 @@ HL_KERNEL_AVX2 void hl_sfa_f16_d512_rope64_value_avx2(const hl_space *w, const h
 }
 /* 8 heads by 1 vector of channels; values are read where they are stored. */
 HL_KERNEL_AVX2 void hl_sfa_f16_d512_rope64_pr_8x1_avx2(const float *p, ptrdiff_t ps,
-    const uint16_t *const *row, int32_t c, float *o, const float *alpha, int32_t n)
+    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n)
 {
     enum { L = 8, OS = 512 };
     hl_vf_avx2 o0_0 = hl_vzero_avx2();
@@ -4570,7 +4411,7 @@ HL_KERNEL_AVX2 void hl_sfa_f16_d512_rope64_pr_8x1_avx2(const float *p, ptrdiff_t
     hl_vf_avx2 o6_0 = hl_vzero_avx2();
     hl_vf_avx2 o7_0 = hl_vzero_avx2();
     for (int32_t j = 0; j < n; ++j) {
-        const hl_vf_avx2 v0 = hl_vload_f16_avx2(row[j] + c + 0 * L);
+        const hl_vf_avx2 v0 = hl_vload_f16_avx2((const uint16_t *)row[j].value + c + 0 * L);
         hl_vf_avx2 x;
         x = hl_vset_avx2(p[j * ps + 0]);
         o0_0 = hl_vfma_avx2(x, v0, o0_0);
@@ -4609,7 +4450,7 @@ HL_KERNEL_AVX2 void hl_sfa_f16_d512_rope64_pr_8x1_avx2(const float *p, ptrdiff_t
 
 /* 4 heads by 2 vectors of channels; values are read where they are stored. */
 HL_KERNEL_AVX2 void hl_sfa_f16_d512_rope64_pr_4x2_avx2(const float *p, ptrdiff_t ps,
-    const uint16_t *const *row, int32_t c, float *o, const float *alpha, int32_t n)
+    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n)
 {
     enum { L = 8, OS = 512 };
     hl_vf_avx2 o0_0 = hl_vzero_avx2(), o0_1 = hl_vzero_avx2();
@@ -4617,8 +4458,8 @@ HL_KERNEL_AVX2 void hl_sfa_f16_d512_rope64_pr_4x2_avx2(const float *p, ptrdiff_t
     hl_vf_avx2 o2_0 = hl_vzero_avx2(), o2_1 = hl_vzero_avx2();
     hl_vf_avx2 o3_0 = hl_vzero_avx2(), o3_1 = hl_vzero_avx2();
     for (int32_t j = 0; j < n; ++j) {
-        const hl_vf_avx2 v0 = hl_vload_f16_avx2(row[j] + c + 0 * L);
-        const hl_vf_avx2 v1 = hl_vload_f16_avx2(row[j] + c + 1 * L);
+        const hl_vf_avx2 v0 = hl_vload_f16_avx2((const uint16_t *)row[j].value + c + 0 * L);
+        const hl_vf_avx2 v1 = hl_vload_f16_avx2((const uint16_t *)row[j].value + c + 1 * L);
         hl_vf_avx2 x;
         x = hl_vset_avx2(p[j * ps + 0]);
         o0_0 = hl_vfma_avx2(x, v0, o0_0);
@@ -4653,7 +4494,7 @@ HL_KERNEL_AVX2 void hl_sfa_f16_d512_rope64_pr_4x2_avx2(const float *p, ptrdiff_t
 
 /* 4 heads by 1 vector of channels; values are read where they are stored. */
 HL_KERNEL_AVX2 void hl_sfa_f16_d512_rope64_pr_4x1_avx2(const float *p, ptrdiff_t ps,
-    const uint16_t *const *row, int32_t c, float *o, const float *alpha, int32_t n)
+    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n)
 {
     enum { L = 8, OS = 512 };
     hl_vf_avx2 o0_0 = hl_vzero_avx2();
@@ -4661,7 +4502,7 @@ HL_KERNEL_AVX2 void hl_sfa_f16_d512_rope64_pr_4x1_avx2(const float *p, ptrdiff_t
     hl_vf_avx2 o2_0 = hl_vzero_avx2();
     hl_vf_avx2 o3_0 = hl_vzero_avx2();
     for (int32_t j = 0; j < n; ++j) {
-        const hl_vf_avx2 v0 = hl_vload_f16_avx2(row[j] + c + 0 * L);
+        const hl_vf_avx2 v0 = hl_vload_f16_avx2((const uint16_t *)row[j].value + c + 0 * L);
         hl_vf_avx2 x;
         x = hl_vset_avx2(p[j * ps + 0]);
         o0_0 = hl_vfma_avx2(x, v0, o0_0);
@@ -4684,16 +4525,16 @@ HL_KERNEL_AVX2 void hl_sfa_f16_d512_rope64_pr_4x1_avx2(const float *p, ptrdiff_t
 
 /* 1 head by 4 vectors of channels; values are read where they are stored. */
 HL_KERNEL_AVX2 void hl_sfa_f16_d512_rope64_pr_1x4_avx2(const float *p, ptrdiff_t ps,
-    const uint16_t *const *row, int32_t c, float *o, const float *alpha, int32_t n)
+    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n)
 {
     enum { L = 8, OS = 512 };
     hl_vf_avx2 o0_0 = hl_vzero_avx2(), o0_1 = hl_vzero_avx2(), o0_2 = hl_vzero_avx2(), o0_3 =
         hl_vzero_avx2();
     for (int32_t j = 0; j < n; ++j) {
-        const hl_vf_avx2 v0 = hl_vload_f16_avx2(row[j] + c + 0 * L);
-        const hl_vf_avx2 v1 = hl_vload_f16_avx2(row[j] + c + 1 * L);
-        const hl_vf_avx2 v2 = hl_vload_f16_avx2(row[j] + c + 2 * L);
-        const hl_vf_avx2 v3 = hl_vload_f16_avx2(row[j] + c + 3 * L);
+        const hl_vf_avx2 v0 = hl_vload_f16_avx2((const uint16_t *)row[j].value + c + 0 * L);
+        const hl_vf_avx2 v1 = hl_vload_f16_avx2((const uint16_t *)row[j].value + c + 1 * L);
+        const hl_vf_avx2 v2 = hl_vload_f16_avx2((const uint16_t *)row[j].value + c + 2 * L);
+        const hl_vf_avx2 v3 = hl_vload_f16_avx2((const uint16_t *)row[j].value + c + 3 * L);
         hl_vf_avx2 x;
         x = hl_vset_avx2(p[j * ps + 0]);
         o0_0 = hl_vfma_avx2(x, v0, o0_0);
@@ -4713,12 +4554,12 @@ HL_KERNEL_AVX2 void hl_sfa_f16_d512_rope64_pr_1x4_avx2(const float *p, ptrdiff_t
 
 /* 1 head by 1 vector of channels; values are read where they are stored. */
 HL_KERNEL_AVX2 void hl_sfa_f16_d512_rope64_pr_1x1_avx2(const float *p, ptrdiff_t ps,
-    const uint16_t *const *row, int32_t c, float *o, const float *alpha, int32_t n)
+    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n)
 {
     enum { L = 8, OS = 512 };
     hl_vf_avx2 o0_0 = hl_vzero_avx2();
     for (int32_t j = 0; j < n; ++j) {
-        const hl_vf_avx2 v0 = hl_vload_f16_avx2(row[j] + c + 0 * L);
+        const hl_vf_avx2 v0 = hl_vload_f16_avx2((const uint16_t *)row[j].value + c + 0 * L);
         hl_vf_avx2 x;
         x = hl_vset_avx2(p[j * ps + 0]);
         o0_0 = hl_vfma_avx2(x, v0, o0_0);
@@ -4728,41 +4569,41 @@ HL_KERNEL_AVX2 void hl_sfa_f16_d512_rope64_pr_1x1_avx2(const float *p, ptrdiff_t
 }
 
 /* Few heads: the values are not worth a copy. */
-HL_KERNEL_AVX2 void hl_sfa_f16_d512_rope64_value_few_avx2(const hl_sparse_flash_attention_args *a,
-    const hl_group *g, const hl_space *w, const hl_state *t, const hl_block *b, int32_t padded,
-    int32_t group)
+HL_KERNEL_AVX2 void hl_sfa_f16_d512_rope64_value_few_avx2(const hl_space *w, const hl_state *t,
+    const hl_block *b, int32_t padded, int32_t group)
 {
     enum { L = 8, OS = 512, DV = 512 };
-    const uint16_t **const row = (const uint16_t **)w->rows;
     int32_t h = 0;
-    for (int32_t j = 0; j < b->n; ++j) {
-        row[j] = hl_sfa_f16_d512_rope64_value_row_avx2(a, g, b->loc[j]);
-    }
     for (; h + 8 <= group; h += 8) {
         float *const o = t->o + (ptrdiff_t)h * OS;
         int32_t c = 0;
         for (; c + 1 * L <= DV; c += 1 * L) {
-            hl_sfa_f16_d512_rope64_pr_8x1_avx2(w->s + h, padded, row, c, o + c, t->alpha + h, b->n);
+            hl_sfa_f16_d512_rope64_pr_8x1_avx2(w->s + h, padded, b->row, c, o + c, t->alpha + h,
+                                               b->n);
         }
     }
     for (; h + 4 <= group; h += 4) {
         float *const o = t->o + (ptrdiff_t)h * OS;
         int32_t c = 0;
         for (; c + 2 * L <= DV; c += 2 * L) {
-            hl_sfa_f16_d512_rope64_pr_4x2_avx2(w->s + h, padded, row, c, o + c, t->alpha + h, b->n);
+            hl_sfa_f16_d512_rope64_pr_4x2_avx2(w->s + h, padded, b->row, c, o + c, t->alpha + h,
+                                               b->n);
         }
         for (; c + 1 * L <= DV; c += 1 * L) {
-            hl_sfa_f16_d512_rope64_pr_4x1_avx2(w->s + h, padded, row, c, o + c, t->alpha + h, b->n);
+            hl_sfa_f16_d512_rope64_pr_4x1_avx2(w->s + h, padded, b->row, c, o + c, t->alpha + h,
+                                               b->n);
         }
     }
     for (; h + 1 <= group; h += 1) {
         float *const o = t->o + (ptrdiff_t)h * OS;
         int32_t c = 0;
         for (; c + 4 * L <= DV; c += 4 * L) {
-            hl_sfa_f16_d512_rope64_pr_1x4_avx2(w->s + h, padded, row, c, o + c, t->alpha + h, b->n);
+            hl_sfa_f16_d512_rope64_pr_1x4_avx2(w->s + h, padded, b->row, c, o + c, t->alpha + h,
+                                               b->n);
         }
         for (; c + 1 * L <= DV; c += 1 * L) {
-            hl_sfa_f16_d512_rope64_pr_1x1_avx2(w->s + h, padded, row, c, o + c, t->alpha + h, b->n);
+            hl_sfa_f16_d512_rope64_pr_1x1_avx2(w->s + h, padded, b->row, c, o + c, t->alpha + h,
+                                               b->n);
         }
     }
 }
@@ -4940,27 +4781,26 @@ HL_KERNEL_AVX2 void hl_sfa_f16_d512_rope64_merge_state_avx2(const hl_state *t, c
 
 /* One block of keys: load, score, softmax, value. */
 HL_KERNEL_AVX2 void hl_sfa_f16_d512_rope64_block_avx2(const hl_sparse_flash_attention_plan *plan,
-    const hl_group *g, const hl_space *w, const hl_state *t, const hl_block *b, int32_t padded)
+    const hl_space *w, const hl_state *t, const hl_block *b, int32_t padded)
 {
-    const hl_sparse_flash_attention_args *const a = &plan->args;
+    const int32_t value_apart = plan->args.value != NULL;
     if (plan->group <= 16) {
         /* rows -> numbers, a tile at a time; S = scale Q K^T, in units of log2 */
-        hl_sfa_f16_d512_rope64_score_few_avx2(a, g, w, b, padded, plan->scale_log2);
+        hl_sfa_f16_d512_rope64_score_few_avx2(w, b, padded, plan->scale_log2);
         /* m' = max(m, rowmax S);  P = 2^(S - m');  l, alpha */
         hl_sfa_f16_d512_rope64_softmax_avx2(w->s, t, padded, b->n);
         /* O = alpha O + P V */
-        hl_sfa_f16_d512_rope64_value_few_avx2(a, g, w, t, b, padded, plan->group);
+        hl_sfa_f16_d512_rope64_value_few_avx2(w, t, b, padded, plan->group);
         return;
     }
     /* rows -> numbers, once for the whole group */
-    hl_sfa_f16_d512_rope64_load_avx2(a, g, w, b);
+    hl_sfa_f16_d512_rope64_load_avx2(w, b, value_apart);
     /* S = scale Q K^T, in units of log2 */
     hl_sfa_f16_d512_rope64_score_avx2(w, padded, b->n, plan->scale_log2);
     /* m' = max(m, rowmax S);  P = 2^(S - m');  l, alpha */
     hl_sfa_f16_d512_rope64_softmax_avx2(w->s, t, padded, b->n);
     /* O = alpha O + P V */
-    hl_sfa_f16_d512_rope64_value_avx2(w, t, padded, plan->group, a->value != NULL ? 512 : 576,
-                                      b->n);
+    hl_sfa_f16_d512_rope64_value_avx2(w, t, padded, plan->group, value_apart ? 512 : 576, b->n);
 }
 
 /* One chunk of a group's keys (FlashAttention-2, algorithm 1, with K and V in blocks). */
@@ -4970,14 +4810,14 @@ HL_KERNEL_AVX2 void hl_sfa_f16_d512_rope64_forward_avx2(const hl_sparse_flash_at
     const int32_t block = plan->group <= 16 ? 48 : 96;
     const hl_sparse_flash_attention_args *const a = &plan->args;
     hl_block b;
-    b.loc = w->loc;
-    b.n = hl_sfa_f16_d512_rope64_next(a, g, &c, b.loc, block);
+    b.row = w->row;
+    b.n = hl_sfa_f16_d512_rope64_next(a, g, &c, b.row, block);
     hl_sfa_f16_d512_rope64_start_avx2(t, padded, plan->group);
     while (b.n > 0) {
-        b.n_later = b.n < block ? 0 : hl_sfa_f16_d512_rope64_next(a, g, &c, b.loc + block, block);
-        hl_sfa_f16_d512_rope64_block_avx2(plan, g, w, t, &b, padded);
+        b.n_later = b.n < block ? 0 : hl_sfa_f16_d512_rope64_next(a, g, &c, b.row + block, block);
+        hl_sfa_f16_d512_rope64_block_avx2(plan, w, t, &b, padded);
         *t->seen = 1.0f;
-        HL_COPY(b.loc, b.loc + block, (size_t)b.n_later * sizeof *b.loc);
+        HL_COPY(b.row, b.row + block, (size_t)b.n_later * sizeof *b.row);
         b.n = b.n_later;
     }
 }
@@ -5091,133 +4931,75 @@ HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_load_q_avx512(const hl_sparse_flash
     }
 }
 
-/* Where one key's row lies; its rotary channels, if they are apart; and its value, which is either
- * in a tensor of its own or the first channels of the key. */
-HL_KERNEL_AVX512 const uint16_t *hl_sfa_f16_d512_rope64_key_row_avx512(
-    const hl_sparse_flash_attention_args *a, const hl_group *g, hl_loc at)
-{
-    return (const uint16_t *)a->key + at.outer * a->key_stride.batch
-        + at.inner * a->key_stride.row + g->kv_head * a->key_stride.head;
-}
-HL_KERNEL_AVX512 const uint16_t *hl_sfa_f16_d512_rope64_rope_row_avx512(
-    const hl_sparse_flash_attention_args *a, const hl_group *g, hl_loc at)
-{
-    return (const uint16_t *)a->key_rope + at.outer * a->key_rope_stride.batch
-        + at.inner * a->key_rope_stride.row + g->kv_head * a->key_rope_stride.head;
-}
-HL_KERNEL_AVX512 const uint16_t *hl_sfa_f16_d512_rope64_value_row_avx512(
-    const hl_sparse_flash_attention_args *a, const hl_group *g, hl_loc at)
-{
-    if (a->value == NULL) {
-        return hl_sfa_f16_d512_rope64_key_row_avx512(a, g, at);
-    }
-    return (const uint16_t *)a->value + at.outer * a->value_stride.batch
-        + at.inner * a->value_stride.row + g->kv_head * a->value_stride.head;
-}
-
 /* One key's row as float32. */
-HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_load_key_avx512(
-    const hl_sparse_flash_attention_args *a, const hl_group *g, hl_loc at, float *to)
+HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_load_key_avx512(const hl_row *row, float *to)
 {
-    enum { DK = 512, D = 576 };
-    if (a->key_rope != NULL) {
-        hl_vrow_f16_avx512(to, hl_sfa_f16_d512_rope64_key_row_avx512(a, g, at), DK);
-        hl_vrow_f16_avx512(to + DK, hl_sfa_f16_d512_rope64_rope_row_avx512(a, g, at), D - DK);
-        return;
-    }
-    hl_vrow_f16_avx512(to, hl_sfa_f16_d512_rope64_key_row_avx512(a, g, at), D);
-}
-
-/* Asks for the lines of a row before they are needed: rows that a list names lie anywhere, which no
- * hardware can guess. A word, not a function: GCC takes a function that does nothing but prefetch
- * for one without effect, and drops its calls. */
-HL_WORD_AVX512 void hl_sfa_f16_d512_rope64_fetch_avx512(const uint16_t *row, int32_t channels)
-{
-    for (int32_t c = 0; c < channels; c += 32) {
-        HL_FETCH(row + c);
-    }
-}
-
-HL_WORD_AVX512 void hl_sfa_f16_d512_rope64_fetch_key_avx512(hl_loc at,
-    const hl_sparse_flash_attention_args *a, const hl_group *g)
-{
-    enum { DK = 512, D = 576, DV = 512 };
-    if (a->key_rope != NULL) {
-        hl_sfa_f16_d512_rope64_fetch_avx512(hl_sfa_f16_d512_rope64_rope_row_avx512(a, g, at),
-                                            D - DK);
-    }
-    hl_sfa_f16_d512_rope64_fetch_avx512(hl_sfa_f16_d512_rope64_key_row_avx512(a, g, at),
-                                        a->key_rope != NULL ? DK : D);
-    if (a->value != NULL) {
-        hl_sfa_f16_d512_rope64_fetch_avx512(hl_sfa_f16_d512_rope64_value_row_avx512(a, g, at), DV);
-    }
+    enum { DK = 512, ROPE = 64 };
+    hl_vrow_f16_avx512(to, (const uint16_t *)row->key, DK);
+    hl_vrow_f16_avx512(to + DK, (const uint16_t *)row->rope, ROPE);
 }
 /* Channels c0 .. c0+n-1 of some keys, channel by channel over all of them: so many pages are under
  * way at once, and each of them is read in order. */
-HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_load_keys_avx512(
-    const hl_sparse_flash_attention_args *a, const hl_group *g, const hl_loc *loc, int32_t keys,
+HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_load_keys_avx512(const hl_row *row, int32_t keys,
     int32_t c0, int32_t n, float *to)
 {
     enum { L = 16, KS = 576, DK = 512 };
-    const uint16_t *row[24];
     const int32_t end = c0 + n < DK ? c0 + n : DK;
     int32_t c = c0;
-    for (int32_t r = 0; r < keys; ++r) {
-        row[r] = hl_sfa_f16_d512_rope64_key_row_avx512(a, g, loc[r]);
-    }
     for (; c + L <= end; c += L) {
         for (int32_t r = 0; r < keys; ++r) {
-            hl_vstore_avx512(to + (ptrdiff_t)r * KS + (c - c0), hl_vload_f16_avx512(row[r] + c));
+            hl_vstore_avx512(to + (ptrdiff_t)r * KS + (c - c0),
+                             hl_vload_f16_avx512((const uint16_t *)row[r].key + c));
         }
     }
     if (c0 + n > DK) {
         c = c0 > DK ? c0 : DK;
         for (int32_t r = 0; r < keys; ++r) {
-            const uint16_t *const rope = a->key_rope != NULL
-                ? hl_sfa_f16_d512_rope64_rope_row_avx512(a, g, loc[r]) : row[r] + DK;
-            hl_vrow_f16_avx512(to + (ptrdiff_t)r * KS + (c - c0), rope + (c - DK), c0 + n - c);
+            hl_vrow_f16_avx512(to + (ptrdiff_t)r * KS + (c - c0), (const uint16_t *)row[r].rope
+                               + (c - DK), c0 + n - c);
         }
     }
 }
 
-/* Where the same channels of later keys lie; where there is none, of a key that is at hand. */
-HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_look_ahead_avx512(
-    const hl_sparse_flash_attention_args *a, const hl_group *g, const hl_block *b, int32_t j,
-    int32_t c0, hl_ahead *next)
+/* Asks for one line of each of some rows before it is needed: rows that a list names lie anywhere,
+ * which no hardware can guess. A word, not a function: GCC takes a function that does nothing but
+ * prefetch for one without effect, and drops its calls. */
+HL_WORD_AVX512 void hl_sfa_f16_d512_rope64_fetch_channels_avx512(const hl_row *row, int32_t rows,
+    int32_t c)
 {
     enum { DK = 512 };
-    next->nope = DK - c0;
-    for (int32_t r = 0; r < 12; ++r) {
-        const hl_loc at = b->loc[j + r < b->n + b->n_later ? j + r : 0];
-        const uint16_t *const row = hl_sfa_f16_d512_rope64_key_row_avx512(a, g, at);
-        next->row[r] = row + c0;
-        next->rope[r] = a->key_rope != NULL ? hl_sfa_f16_d512_rope64_rope_row_avx512(a, g, at) : row
-            + DK;
+    for (int32_t r = 0; r < rows; ++r) {
+        HL_FETCH(c < DK ? (const uint16_t *)row[r].key + c : (const uint16_t *)row[r].rope
+                 + (c - DK));
+    }
+}
+/* The same for all lines of one row. */
+HL_WORD_AVX512 void hl_sfa_f16_d512_rope64_fetch_row_avx512(const hl_row *row, int32_t value_apart)
+{
+    for (int32_t c = 0; c < 512; c += 32) {
+        HL_FETCH((const uint16_t *)row->key + c);
+    }
+    for (int32_t c = 0; c < 64; c += 32) {
+        HL_FETCH((const uint16_t *)row->rope + c);
+    }
+    for (int32_t c = 0; value_apart && c < 512; c += 32) {
+        HL_FETCH((const uint16_t *)row->value + c);
     }
 }
 
-HL_WORD_AVX512 void hl_sfa_f16_d512_rope64_fetch_channels_avx512(const hl_ahead *next, int32_t c,
-    int32_t rows)
-{
-    for (int32_t r = 0; r < rows; ++r) {
-        HL_FETCH(c < next->nope ? (const uint16_t *)next->row[r] + c
-                 : (const uint16_t *)next->rope[r] + (c - next->nope));
-    }
-}
 /* The whole block's keys, and its values where they are apart; meanwhile rows are asked for that
  * lie 8 further on, in this block or in the next. */
-HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_load_avx512(const hl_sparse_flash_attention_args *a,
-    const hl_group *g, const hl_space *w, const hl_block *b)
+HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_load_avx512(const hl_space *w, const hl_block *b,
+    int32_t value_apart)
 {
     enum { DV = 512, KS = 576, VS = 512 };
     for (int32_t j = 0; j < b->n; ++j) {
         if (j + 8 < b->n + b->n_later) {
-            hl_sfa_f16_d512_rope64_fetch_key_avx512(b->loc[j + 8], a, g);
+            hl_sfa_f16_d512_rope64_fetch_row_avx512(&b->row[j + 8], value_apart);
         }
-        hl_sfa_f16_d512_rope64_load_key_avx512(a, g, b->loc[j], w->k + (ptrdiff_t)j * KS);
-        if (a->value != NULL) {
-            hl_vrow_f16_avx512(w->v + (ptrdiff_t)j * VS,
-                               hl_sfa_f16_d512_rope64_value_row_avx512(a, g, b->loc[j]), DV);
+        hl_sfa_f16_d512_rope64_load_key_avx512(&b->row[j], w->k + (ptrdiff_t)j * KS);
+        if (value_apart) {
+            hl_vrow_f16_avx512(w->v + (ptrdiff_t)j * VS, (const uint16_t *)b->row[j].value, DV);
         }
     }
 }
@@ -5226,9 +5008,9 @@ HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_load_avx512(const hl_sparse_flash_a
 
 /* 12 keys by 2 vectors of heads, over n channels: heads in the lanes, so that no number ever
  * has to be summed across them. With add, adds to what earlier channels left in s. Meanwhile the
- * same channels of later keys are asked for. */
+ * same channels of later keys (next, from channel c0) are asked for, if there are any. */
 HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_qk_12x2_avx512(const float *q, const float *k,
-    float *s, ptrdiff_t ss, int32_t n, int32_t add, float scale, const hl_ahead *next)
+    float *s, ptrdiff_t ss, int32_t n, int32_t add, float scale, const hl_row *next, int32_t c0)
 {
     enum { L = 16, W = 2 * L, KS = 576, LINE = 32 };
     hl_vf_avx512 s0_0 = hl_vzero_avx512(), s0_1 = hl_vzero_avx512();
@@ -5246,7 +5028,7 @@ HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_qk_12x2_avx512(const float *q, cons
     for (int32_t start = 0; start < n; start += LINE) {
         const int32_t stop = n - start > LINE ? start + LINE : n;
         if (next != NULL) {
-            hl_sfa_f16_d512_rope64_fetch_channels_avx512(next, start, 12);
+            hl_sfa_f16_d512_rope64_fetch_channels_avx512(next, 12, c0 + start);
         }
         for (int32_t c = start; c < stop; ++c) {
             const hl_vf_avx512 q0 = hl_vload_avx512(q + (ptrdiff_t)c * W + 0 * L);
@@ -5344,9 +5126,9 @@ HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_qk_12x2_avx512(const float *q, cons
 
 /* 4 keys by 2 vectors of heads, over n channels: heads in the lanes, so that no number ever
  * has to be summed across them. With add, adds to what earlier channels left in s. Meanwhile the
- * same channels of later keys are asked for. */
+ * same channels of later keys (next, from channel c0) are asked for, if there are any. */
 HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_qk_4x2_avx512(const float *q, const float *k, float *s,
-    ptrdiff_t ss, int32_t n, int32_t add, float scale, const hl_ahead *next)
+    ptrdiff_t ss, int32_t n, int32_t add, float scale, const hl_row *next, int32_t c0)
 {
     enum { L = 16, W = 2 * L, KS = 576, LINE = 32 };
     hl_vf_avx512 s0_0 = hl_vzero_avx512(), s0_1 = hl_vzero_avx512();
@@ -5356,7 +5138,7 @@ HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_qk_4x2_avx512(const float *q, const
     for (int32_t start = 0; start < n; start += LINE) {
         const int32_t stop = n - start > LINE ? start + LINE : n;
         if (next != NULL) {
-            hl_sfa_f16_d512_rope64_fetch_channels_avx512(next, start, 4);
+            hl_sfa_f16_d512_rope64_fetch_channels_avx512(next, 4, c0 + start);
         }
         for (int32_t c = start; c < stop; ++c) {
             const hl_vf_avx512 q0 = hl_vload_avx512(q + (ptrdiff_t)c * W + 0 * L);
@@ -5398,16 +5180,16 @@ HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_qk_4x2_avx512(const float *q, const
 
 /* 1 key by 2 vectors of heads, over n channels: heads in the lanes, so that no number ever
  * has to be summed across them. With add, adds to what earlier channels left in s. Meanwhile the
- * same channels of later keys are asked for. */
+ * same channels of later keys (next, from channel c0) are asked for, if there are any. */
 HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_qk_1x2_avx512(const float *q, const float *k, float *s,
-    ptrdiff_t ss, int32_t n, int32_t add, float scale, const hl_ahead *next)
+    ptrdiff_t ss, int32_t n, int32_t add, float scale, const hl_row *next, int32_t c0)
 {
     enum { L = 16, W = 2 * L, KS = 576, LINE = 32 };
     hl_vf_avx512 s0_0 = hl_vzero_avx512(), s0_1 = hl_vzero_avx512();
     for (int32_t start = 0; start < n; start += LINE) {
         const int32_t stop = n - start > LINE ? start + LINE : n;
         if (next != NULL) {
-            hl_sfa_f16_d512_rope64_fetch_channels_avx512(next, start, 1);
+            hl_sfa_f16_d512_rope64_fetch_channels_avx512(next, 1, c0 + start);
         }
         for (int32_t c = start; c < stop; ++c) {
             const hl_vf_avx512 q0 = hl_vload_avx512(q + (ptrdiff_t)c * W + 0 * L);
@@ -5428,9 +5210,9 @@ HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_qk_1x2_avx512(const float *q, const
 
 /* 12 keys by 1 vector of heads, over n channels: heads in the lanes, so that no number ever
  * has to be summed across them. With add, adds to what earlier channels left in s. Meanwhile the
- * same channels of later keys are asked for. */
+ * same channels of later keys (next, from channel c0) are asked for, if there are any. */
 HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_qk_12x1_avx512(const float *q, const float *k,
-    float *s, ptrdiff_t ss, int32_t n, int32_t add, float scale, const hl_ahead *next)
+    float *s, ptrdiff_t ss, int32_t n, int32_t add, float scale, const hl_row *next, int32_t c0)
 {
     enum { L = 16, W = 1 * L, KS = 576, LINE = 32 };
     hl_vf_avx512 s0_0 = hl_vzero_avx512();
@@ -5448,7 +5230,7 @@ HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_qk_12x1_avx512(const float *q, cons
     for (int32_t start = 0; start < n; start += LINE) {
         const int32_t stop = n - start > LINE ? start + LINE : n;
         if (next != NULL) {
-            hl_sfa_f16_d512_rope64_fetch_channels_avx512(next, start, 12);
+            hl_sfa_f16_d512_rope64_fetch_channels_avx512(next, 12, c0 + start);
         }
         for (int32_t c = start; c < stop; ++c) {
             const hl_vf_avx512 q0 = hl_vload_avx512(q + (ptrdiff_t)c * W + 0 * L);
@@ -5509,9 +5291,9 @@ HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_qk_12x1_avx512(const float *q, cons
 
 /* 4 keys by 1 vector of heads, over n channels: heads in the lanes, so that no number ever
  * has to be summed across them. With add, adds to what earlier channels left in s. Meanwhile the
- * same channels of later keys are asked for. */
+ * same channels of later keys (next, from channel c0) are asked for, if there are any. */
 HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_qk_4x1_avx512(const float *q, const float *k, float *s,
-    ptrdiff_t ss, int32_t n, int32_t add, float scale, const hl_ahead *next)
+    ptrdiff_t ss, int32_t n, int32_t add, float scale, const hl_row *next, int32_t c0)
 {
     enum { L = 16, W = 1 * L, KS = 576, LINE = 32 };
     hl_vf_avx512 s0_0 = hl_vzero_avx512();
@@ -5521,7 +5303,7 @@ HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_qk_4x1_avx512(const float *q, const
     for (int32_t start = 0; start < n; start += LINE) {
         const int32_t stop = n - start > LINE ? start + LINE : n;
         if (next != NULL) {
-            hl_sfa_f16_d512_rope64_fetch_channels_avx512(next, start, 4);
+            hl_sfa_f16_d512_rope64_fetch_channels_avx512(next, 4, c0 + start);
         }
         for (int32_t c = start; c < stop; ++c) {
             const hl_vf_avx512 q0 = hl_vload_avx512(q + (ptrdiff_t)c * W + 0 * L);
@@ -5550,16 +5332,16 @@ HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_qk_4x1_avx512(const float *q, const
 
 /* 1 key by 1 vector of heads, over n channels: heads in the lanes, so that no number ever
  * has to be summed across them. With add, adds to what earlier channels left in s. Meanwhile the
- * same channels of later keys are asked for. */
+ * same channels of later keys (next, from channel c0) are asked for, if there are any. */
 HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_qk_1x1_avx512(const float *q, const float *k, float *s,
-    ptrdiff_t ss, int32_t n, int32_t add, float scale, const hl_ahead *next)
+    ptrdiff_t ss, int32_t n, int32_t add, float scale, const hl_row *next, int32_t c0)
 {
     enum { L = 16, W = 1 * L, KS = 576, LINE = 32 };
     hl_vf_avx512 s0_0 = hl_vzero_avx512();
     for (int32_t start = 0; start < n; start += LINE) {
         const int32_t stop = n - start > LINE ? start + LINE : n;
         if (next != NULL) {
-            hl_sfa_f16_d512_rope64_fetch_channels_avx512(next, start, 1);
+            hl_sfa_f16_d512_rope64_fetch_channels_avx512(next, 1, c0 + start);
         }
         for (int32_t c = start; c < stop; ++c) {
             const hl_vf_avx512 q0 = hl_vload_avx512(q + (ptrdiff_t)c * W + 0 * L);
@@ -5577,7 +5359,7 @@ HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_qk_1x1_avx512(const float *q, const
 /* Some heads of the group against the `rows` keys that lie in k, over n channels from c0. */
 HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_score_keys_avx512(const hl_space *w, const float *k,
     float *s, int32_t heads, int32_t rows, int32_t h0, int32_t h1, int32_t c0, int32_t n,
-    float scale, const hl_ahead *next)
+    float scale, const hl_row *next)
 {
     enum { L = 16, W = 2 * L, D = 576 };
     const int32_t add = c0 > 0;
@@ -5586,21 +5368,21 @@ HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_score_keys_avx512(const hl_space *w
         const float *const q = w->q + (ptrdiff_t)h * D + (ptrdiff_t)c0 * width;
         if (rows == 12) {
             if (width == W) {
-                hl_sfa_f16_d512_rope64_qk_12x2_avx512(q, k, s + h, heads, n, add, scale, next);
+                hl_sfa_f16_d512_rope64_qk_12x2_avx512(q, k, s + h, heads, n, add, scale, next, c0);
             } else {
-                hl_sfa_f16_d512_rope64_qk_12x1_avx512(q, k, s + h, heads, n, add, scale, next);
+                hl_sfa_f16_d512_rope64_qk_12x1_avx512(q, k, s + h, heads, n, add, scale, next, c0);
             }
         } else if (rows == 4) {
             if (width == W) {
-                hl_sfa_f16_d512_rope64_qk_4x2_avx512(q, k, s + h, heads, n, add, scale, next);
+                hl_sfa_f16_d512_rope64_qk_4x2_avx512(q, k, s + h, heads, n, add, scale, next, c0);
             } else {
-                hl_sfa_f16_d512_rope64_qk_4x1_avx512(q, k, s + h, heads, n, add, scale, next);
+                hl_sfa_f16_d512_rope64_qk_4x1_avx512(q, k, s + h, heads, n, add, scale, next, c0);
             }
         } else {
             if (width == W) {
-                hl_sfa_f16_d512_rope64_qk_1x2_avx512(q, k, s + h, heads, n, add, scale, next);
+                hl_sfa_f16_d512_rope64_qk_1x2_avx512(q, k, s + h, heads, n, add, scale, next, c0);
             } else {
-                hl_sfa_f16_d512_rope64_qk_1x1_avx512(q, k, s + h, heads, n, add, scale, next);
+                hl_sfa_f16_d512_rope64_qk_1x1_avx512(q, k, s + h, heads, n, add, scale, next, c0);
             }
         }
         next = NULL;
@@ -5633,25 +5415,24 @@ HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_score_avx512(const hl_space *w, int
 }
 /* Few heads: 24 keys at a time are loaded, a slice of channels at a time, and used at once, so that
  * they never leave the first-level cache as float32: writing a block of them would cost more. */
-HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_score_few_avx512(
-    const hl_sparse_flash_attention_args *a, const hl_group *g, const hl_space *w,
-    const hl_block *b, int32_t heads, float scale)
+HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_score_few_avx512(const hl_space *w, const hl_block *b,
+    int32_t heads, float scale)
 {
-    enum { KS = 576, D = 576, SLICE = 128, KEYS = 24 };
-    hl_ahead next;
+    enum { KS = 576, D = 576, SLICE = 192, KEYS = 24 };
+    const int32_t known = b->n + b->n_later;
     for (int32_t j = 0; j < b->n; j += KEYS) {
         const int32_t keys = b->n - j < KEYS ? b->n - j : KEYS;
         for (int32_t c0 = 0; c0 < D; c0 += SLICE) {
             const int32_t left = D - c0;
             const int32_t n = left < SLICE ? left : SLICE;
             int32_t rows = 0;
-            hl_sfa_f16_d512_rope64_load_keys_avx512(a, g, b->loc + j, keys, c0, n, w->k);
+            hl_sfa_f16_d512_rope64_load_keys_avx512(b->row + j, keys, c0, n, w->k);
             for (int32_t r = 0; r < keys; r += rows) {
+                const int32_t later = j + KEYS + r;
                 rows = hl_sfa_f16_d512_rope64_tile_rows_avx512(keys - r);
-                hl_sfa_f16_d512_rope64_look_ahead_avx512(a, g, b, j + KEYS + r, c0, &next);
                 hl_sfa_f16_d512_rope64_score_keys_avx512(w, w->k + (ptrdiff_t)r * KS, w->s
                     + (ptrdiff_t)(j + r) * heads, heads, rows, 0, heads, c0, n, left > SLICE ? 1.0f
-                    : scale, &next);
+                    : scale, later + rows <= known ? b->row + later : NULL);
             }
         }
     }
@@ -6242,7 +6023,7 @@ HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_value_avx512(const hl_space *w, con
 }
 /* 16 heads by 1 vector of channels; values are read where they are stored. */
 HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_pr_16x1_avx512(const float *p, ptrdiff_t ps,
-    const uint16_t *const *row, int32_t c, float *o, const float *alpha, int32_t n)
+    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n)
 {
     enum { L = 16, OS = 512 };
     hl_vf_avx512 o0_0 = hl_vzero_avx512();
@@ -6262,7 +6043,7 @@ HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_pr_16x1_avx512(const float *p, ptrd
     hl_vf_avx512 o14_0 = hl_vzero_avx512();
     hl_vf_avx512 o15_0 = hl_vzero_avx512();
     for (int32_t j = 0; j < n; ++j) {
-        const hl_vf_avx512 v0 = hl_vload_f16_avx512(row[j] + c + 0 * L);
+        const hl_vf_avx512 v0 = hl_vload_f16_avx512((const uint16_t *)row[j].value + c + 0 * L);
         hl_vf_avx512 x;
         x = hl_vset_avx512(p[j * ps + 0]);
         o0_0 = hl_vfma_avx512(x, v0, o0_0);
@@ -6349,7 +6130,7 @@ HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_pr_16x1_avx512(const float *p, ptrd
 
 /* 4 heads by 4 vectors of channels; values are read where they are stored. */
 HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_pr_4x4_avx512(const float *p, ptrdiff_t ps,
-    const uint16_t *const *row, int32_t c, float *o, const float *alpha, int32_t n)
+    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n)
 {
     enum { L = 16, OS = 512 };
     hl_vf_avx512 o0_0 = hl_vzero_avx512(), o0_1 = hl_vzero_avx512(), o0_2 = hl_vzero_avx512(),
@@ -6361,10 +6142,10 @@ HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_pr_4x4_avx512(const float *p, ptrdi
     hl_vf_avx512 o3_0 = hl_vzero_avx512(), o3_1 = hl_vzero_avx512(), o3_2 = hl_vzero_avx512(),
         o3_3 = hl_vzero_avx512();
     for (int32_t j = 0; j < n; ++j) {
-        const hl_vf_avx512 v0 = hl_vload_f16_avx512(row[j] + c + 0 * L);
-        const hl_vf_avx512 v1 = hl_vload_f16_avx512(row[j] + c + 1 * L);
-        const hl_vf_avx512 v2 = hl_vload_f16_avx512(row[j] + c + 2 * L);
-        const hl_vf_avx512 v3 = hl_vload_f16_avx512(row[j] + c + 3 * L);
+        const hl_vf_avx512 v0 = hl_vload_f16_avx512((const uint16_t *)row[j].value + c + 0 * L);
+        const hl_vf_avx512 v1 = hl_vload_f16_avx512((const uint16_t *)row[j].value + c + 1 * L);
+        const hl_vf_avx512 v2 = hl_vload_f16_avx512((const uint16_t *)row[j].value + c + 2 * L);
+        const hl_vf_avx512 v3 = hl_vload_f16_avx512((const uint16_t *)row[j].value + c + 3 * L);
         hl_vf_avx512 x;
         x = hl_vset_avx512(p[j * ps + 0]);
         o0_0 = hl_vfma_avx512(x, v0, o0_0);
@@ -6439,7 +6220,7 @@ HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_pr_4x4_avx512(const float *p, ptrdi
 
 /* 4 heads by 1 vector of channels; values are read where they are stored. */
 HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_pr_4x1_avx512(const float *p, ptrdiff_t ps,
-    const uint16_t *const *row, int32_t c, float *o, const float *alpha, int32_t n)
+    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n)
 {
     enum { L = 16, OS = 512 };
     hl_vf_avx512 o0_0 = hl_vzero_avx512();
@@ -6447,7 +6228,7 @@ HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_pr_4x1_avx512(const float *p, ptrdi
     hl_vf_avx512 o2_0 = hl_vzero_avx512();
     hl_vf_avx512 o3_0 = hl_vzero_avx512();
     for (int32_t j = 0; j < n; ++j) {
-        const hl_vf_avx512 v0 = hl_vload_f16_avx512(row[j] + c + 0 * L);
+        const hl_vf_avx512 v0 = hl_vload_f16_avx512((const uint16_t *)row[j].value + c + 0 * L);
         hl_vf_avx512 x;
         x = hl_vset_avx512(p[j * ps + 0]);
         o0_0 = hl_vfma_avx512(x, v0, o0_0);
@@ -6474,21 +6255,21 @@ HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_pr_4x1_avx512(const float *p, ptrdi
 
 /* 1 head by 8 vectors of channels; values are read where they are stored. */
 HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_pr_1x8_avx512(const float *p, ptrdiff_t ps,
-    const uint16_t *const *row, int32_t c, float *o, const float *alpha, int32_t n)
+    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n)
 {
     enum { L = 16, OS = 512 };
     hl_vf_avx512 o0_0 = hl_vzero_avx512(), o0_1 = hl_vzero_avx512(), o0_2 = hl_vzero_avx512(),
         o0_3 = hl_vzero_avx512(), o0_4 = hl_vzero_avx512(), o0_5 = hl_vzero_avx512(), o0_6 =
         hl_vzero_avx512(), o0_7 = hl_vzero_avx512();
     for (int32_t j = 0; j < n; ++j) {
-        const hl_vf_avx512 v0 = hl_vload_f16_avx512(row[j] + c + 0 * L);
-        const hl_vf_avx512 v1 = hl_vload_f16_avx512(row[j] + c + 1 * L);
-        const hl_vf_avx512 v2 = hl_vload_f16_avx512(row[j] + c + 2 * L);
-        const hl_vf_avx512 v3 = hl_vload_f16_avx512(row[j] + c + 3 * L);
-        const hl_vf_avx512 v4 = hl_vload_f16_avx512(row[j] + c + 4 * L);
-        const hl_vf_avx512 v5 = hl_vload_f16_avx512(row[j] + c + 5 * L);
-        const hl_vf_avx512 v6 = hl_vload_f16_avx512(row[j] + c + 6 * L);
-        const hl_vf_avx512 v7 = hl_vload_f16_avx512(row[j] + c + 7 * L);
+        const hl_vf_avx512 v0 = hl_vload_f16_avx512((const uint16_t *)row[j].value + c + 0 * L);
+        const hl_vf_avx512 v1 = hl_vload_f16_avx512((const uint16_t *)row[j].value + c + 1 * L);
+        const hl_vf_avx512 v2 = hl_vload_f16_avx512((const uint16_t *)row[j].value + c + 2 * L);
+        const hl_vf_avx512 v3 = hl_vload_f16_avx512((const uint16_t *)row[j].value + c + 3 * L);
+        const hl_vf_avx512 v4 = hl_vload_f16_avx512((const uint16_t *)row[j].value + c + 4 * L);
+        const hl_vf_avx512 v5 = hl_vload_f16_avx512((const uint16_t *)row[j].value + c + 5 * L);
+        const hl_vf_avx512 v6 = hl_vload_f16_avx512((const uint16_t *)row[j].value + c + 6 * L);
+        const hl_vf_avx512 v7 = hl_vload_f16_avx512((const uint16_t *)row[j].value + c + 7 * L);
         hl_vf_avx512 x;
         x = hl_vset_avx512(p[j * ps + 0]);
         o0_0 = hl_vfma_avx512(x, v0, o0_0);
@@ -6528,12 +6309,12 @@ HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_pr_1x8_avx512(const float *p, ptrdi
 
 /* 1 head by 1 vector of channels; values are read where they are stored. */
 HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_pr_1x1_avx512(const float *p, ptrdiff_t ps,
-    const uint16_t *const *row, int32_t c, float *o, const float *alpha, int32_t n)
+    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n)
 {
     enum { L = 16, OS = 512 };
     hl_vf_avx512 o0_0 = hl_vzero_avx512();
     for (int32_t j = 0; j < n; ++j) {
-        const hl_vf_avx512 v0 = hl_vload_f16_avx512(row[j] + c + 0 * L);
+        const hl_vf_avx512 v0 = hl_vload_f16_avx512((const uint16_t *)row[j].value + c + 0 * L);
         hl_vf_avx512 x;
         x = hl_vset_avx512(p[j * ps + 0]);
         o0_0 = hl_vfma_avx512(x, v0, o0_0);
@@ -6544,21 +6325,16 @@ HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_pr_1x1_avx512(const float *p, ptrdi
 }
 
 /* Few heads: the values are not worth a copy. */
-HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_value_few_avx512(
-    const hl_sparse_flash_attention_args *a, const hl_group *g, const hl_space *w,
-    const hl_state *t, const hl_block *b, int32_t padded, int32_t group)
+HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_value_few_avx512(const hl_space *w, const hl_state *t,
+    const hl_block *b, int32_t padded, int32_t group)
 {
     enum { L = 16, OS = 512, DV = 512 };
-    const uint16_t **const row = (const uint16_t **)w->rows;
     int32_t h = 0;
-    for (int32_t j = 0; j < b->n; ++j) {
-        row[j] = hl_sfa_f16_d512_rope64_value_row_avx512(a, g, b->loc[j]);
-    }
     for (; h + 16 <= group; h += 16) {
         float *const o = t->o + (ptrdiff_t)h * OS;
         int32_t c = 0;
         for (; c + 1 * L <= DV; c += 1 * L) {
-            hl_sfa_f16_d512_rope64_pr_16x1_avx512(w->s + h, padded, row, c, o + c, t->alpha + h,
+            hl_sfa_f16_d512_rope64_pr_16x1_avx512(w->s + h, padded, b->row, c, o + c, t->alpha + h,
                                                   b->n);
         }
     }
@@ -6566,11 +6342,11 @@ HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_value_few_avx512(
         float *const o = t->o + (ptrdiff_t)h * OS;
         int32_t c = 0;
         for (; c + 4 * L <= DV; c += 4 * L) {
-            hl_sfa_f16_d512_rope64_pr_4x4_avx512(w->s + h, padded, row, c, o + c, t->alpha + h,
+            hl_sfa_f16_d512_rope64_pr_4x4_avx512(w->s + h, padded, b->row, c, o + c, t->alpha + h,
                                                  b->n);
         }
         for (; c + 1 * L <= DV; c += 1 * L) {
-            hl_sfa_f16_d512_rope64_pr_4x1_avx512(w->s + h, padded, row, c, o + c, t->alpha + h,
+            hl_sfa_f16_d512_rope64_pr_4x1_avx512(w->s + h, padded, b->row, c, o + c, t->alpha + h,
                                                  b->n);
         }
     }
@@ -6578,11 +6354,11 @@ HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_value_few_avx512(
         float *const o = t->o + (ptrdiff_t)h * OS;
         int32_t c = 0;
         for (; c + 8 * L <= DV; c += 8 * L) {
-            hl_sfa_f16_d512_rope64_pr_1x8_avx512(w->s + h, padded, row, c, o + c, t->alpha + h,
+            hl_sfa_f16_d512_rope64_pr_1x8_avx512(w->s + h, padded, b->row, c, o + c, t->alpha + h,
                                                  b->n);
         }
         for (; c + 1 * L <= DV; c += 1 * L) {
-            hl_sfa_f16_d512_rope64_pr_1x1_avx512(w->s + h, padded, row, c, o + c, t->alpha + h,
+            hl_sfa_f16_d512_rope64_pr_1x1_avx512(w->s + h, padded, b->row, c, o + c, t->alpha + h,
                                                  b->n);
         }
     }
@@ -6762,28 +6538,27 @@ HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_merge_state_avx512(const hl_state *
 
 /* One block of keys: load, score, softmax, value. */
 HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_block_avx512(
-    const hl_sparse_flash_attention_plan *plan, const hl_group *g, const hl_space *w,
-    const hl_state *t, const hl_block *b, int32_t padded)
+    const hl_sparse_flash_attention_plan *plan, const hl_space *w, const hl_state *t,
+    const hl_block *b, int32_t padded)
 {
-    const hl_sparse_flash_attention_args *const a = &plan->args;
+    const int32_t value_apart = plan->args.value != NULL;
     if (plan->group <= 32) {
         /* rows -> numbers, a tile at a time; S = scale Q K^T, in units of log2 */
-        hl_sfa_f16_d512_rope64_score_few_avx512(a, g, w, b, padded, plan->scale_log2);
+        hl_sfa_f16_d512_rope64_score_few_avx512(w, b, padded, plan->scale_log2);
         /* m' = max(m, rowmax S);  P = 2^(S - m');  l, alpha */
         hl_sfa_f16_d512_rope64_softmax_avx512(w->s, t, padded, b->n);
         /* O = alpha O + P V */
-        hl_sfa_f16_d512_rope64_value_few_avx512(a, g, w, t, b, padded, plan->group);
+        hl_sfa_f16_d512_rope64_value_few_avx512(w, t, b, padded, plan->group);
         return;
     }
     /* rows -> numbers, once for the whole group */
-    hl_sfa_f16_d512_rope64_load_avx512(a, g, w, b);
+    hl_sfa_f16_d512_rope64_load_avx512(w, b, value_apart);
     /* S = scale Q K^T, in units of log2 */
     hl_sfa_f16_d512_rope64_score_avx512(w, padded, b->n, plan->scale_log2);
     /* m' = max(m, rowmax S);  P = 2^(S - m');  l, alpha */
     hl_sfa_f16_d512_rope64_softmax_avx512(w->s, t, padded, b->n);
     /* O = alpha O + P V */
-    hl_sfa_f16_d512_rope64_value_avx512(w, t, padded, plan->group, a->value != NULL ? 512 : 576,
-                                        b->n);
+    hl_sfa_f16_d512_rope64_value_avx512(w, t, padded, plan->group, value_apart ? 512 : 576, b->n);
 }
 
 /* One chunk of a group's keys (FlashAttention-2, algorithm 1, with K and V in blocks). */
@@ -6794,14 +6569,14 @@ HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_forward_avx512(
     const int32_t block = plan->group <= 32 ? 48 : 96;
     const hl_sparse_flash_attention_args *const a = &plan->args;
     hl_block b;
-    b.loc = w->loc;
-    b.n = hl_sfa_f16_d512_rope64_next(a, g, &c, b.loc, block);
+    b.row = w->row;
+    b.n = hl_sfa_f16_d512_rope64_next(a, g, &c, b.row, block);
     hl_sfa_f16_d512_rope64_start_avx512(t, padded, plan->group);
     while (b.n > 0) {
-        b.n_later = b.n < block ? 0 : hl_sfa_f16_d512_rope64_next(a, g, &c, b.loc + block, block);
-        hl_sfa_f16_d512_rope64_block_avx512(plan, g, w, t, &b, padded);
+        b.n_later = b.n < block ? 0 : hl_sfa_f16_d512_rope64_next(a, g, &c, b.row + block, block);
+        hl_sfa_f16_d512_rope64_block_avx512(plan, w, t, &b, padded);
         *t->seen = 1.0f;
-        HL_COPY(b.loc, b.loc + block, (size_t)b.n_later * sizeof *b.loc);
+        HL_COPY(b.row, b.row + block, (size_t)b.n_later * sizeof *b.row);
         b.n = b.n_later;
     }
 }

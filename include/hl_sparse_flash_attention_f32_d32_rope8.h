@@ -52,7 +52,7 @@
  *
  * MEMORY
  *   One task needs HL_SPARSE_FLASH_ATTENTION_F32_D32_ROPE8_WORKSPACE_BYTES(G),
- *   5248 bytes for G = 8, whatever the lengths. Nothing is read outside the rows that a
+ *   5632 bytes for G = 8, whatever the lengths. Nothing is read outside the rows that a
  *   list (or a length) names, and nothing before or behind a row; unused memory may hold NaN.
  *
  * NUMBERS
@@ -457,19 +457,19 @@ typedef struct hl_state {
     float *seen;  /* 1 once a key was taken, else 0                                            */
 } hl_state;
 
-/* One block of keys; behind it in loc the block after it, whose rows are asked for meanwhile. */
+/* Where one token's channels are stored: key, rotary channels, value. */
+typedef struct hl_row {
+    const void *key;
+    const void *rope;
+    const void *value;
+} hl_row;
+
+/* One block of keys; behind its rows those of the next block, which are asked for meanwhile. */
 typedef struct hl_block {
-    hl_loc *loc;
+    hl_row *row;
     int32_t n;
     int32_t n_later;
 } hl_block;
-
-/* Rows of later keys, to be asked for while others are computed with. */
-typedef struct hl_ahead {
-    int32_t nope; /* channels before the rotary ones */
-    const void *row[16];
-    const void *rope[16];
-} hl_ahead;
 
 /* The workspace of one task, cut into its named slices. */
 typedef struct hl_space {
@@ -477,8 +477,7 @@ typedef struct hl_space {
     float *k;        /* the block's keys                                                       */
     float *v;        /* the block's values; == k where V is part of K                          */
     float *s;        /* S^T, then P^T: [key][head]                                             */
-    void *rows;      /* few heads: where the block's values are stored                         */
-    hl_loc *loc;     /* where the rows of this block and of the next lie                       */
+    hl_row *row;     /* where the keys of this block and of the next are stored                */
     hl_state state;  /* of the row, or of its first chunk                                      */
     hl_state other;  /* of the chunk to be merged into it                                      */
 } hl_space;
@@ -911,7 +910,7 @@ enum {
 /* Bytes of workspace for one task, any alignment, as a constant expression: the exact figure for
  * `group` query heads on a kv head (heads_q / heads_kv). Sequence lengths do not matter. */
 #define HL_SPARSE_FLASH_ATTENTION_F32_D32_ROPE8_WORKSPACE_BYTES(group) \
-    (64 + 4 * (62 * (((size_t)(group) + 0) / 1 * 1) + 64 * (size_t)(group) + 288))
+    (64 + 4 * (62 * (((size_t)(group) + 0) / 1 * 1) + 64 * (size_t)(group) + 384))
 
 /* Bytes of args.partials to split r query rows of `heads` query heads into `chunks` each. */
 #define HL_SPARSE_FLASH_ATTENTION_F32_D32_ROPE8_PARTIALS_BYTES(r, heads, chunks) \
@@ -1060,10 +1059,8 @@ static inline void hl_sfa_f32_d32_rope8_space(hl_space *w, void *workspace, int3
     at += 0;
     w->s = at; /* S^T, then P^T */
     at += 16 * heads;
-    w->rows = at; /* addresses of the block's values */
-    at += 32;
-    w->loc = (hl_loc *)(void *)at; /* where the rows of two blocks lie */
-    at += 64;
+    w->row = (hl_row *)(void *)at; /* where two blocks' keys lie */
+    at += 192;
     w->state.m = at; /* running maxima, in log2 units */
     at += heads;
     w->state.l = at; /* running sums */
@@ -1483,16 +1480,50 @@ static inline int32_t hl_sfa_f32_d32_rope8_locate(const hl_sparse_flash_attentio
     return 0;
 }
 
+/* Where the channels of the token at `at` are stored. */
+static inline void hl_sfa_f32_d32_rope8_row(const hl_sparse_flash_attention_args *a,
+                                            const hl_group *g, hl_loc at, hl_row *row)
+{
+    const float *const key = (const float *)a->key
+        + at.outer * a->key_stride.batch + at.inner * a->key_stride.row
+        + g->kv_head * a->key_stride.head;
+    row->key = key;
+    row->rope = key + 32; /* joined */
+    row->value = key;
+    if (a->key_rope != NULL) {
+        row->rope = (const float *)a->key_rope
+            + at.outer * a->key_rope_stride.batch + at.inner * a->key_rope_stride.row
+            + g->kv_head * a->key_rope_stride.head;
+    }
+    if (a->value != NULL) {
+        row->value = (const float *)a->value
+            + at.outer * a->value_stride.batch + at.inner * a->value_stride.row
+            + g->kv_head * a->value_stride.head;
+    }
+}
+
+/* Key j of the group's batch as a row. 0: there is none. */
+static inline int32_t hl_sfa_f32_d32_rope8_find(const hl_sparse_flash_attention_args *a,
+                                                const hl_group *g, int32_t j, hl_row *row)
+{
+    hl_loc at;
+    if (!hl_sfa_f32_d32_rope8_locate(a, g, j, &at)) {
+        return 0;
+    }
+    hl_sfa_f32_d32_rope8_row(a, g, at, row);
+    return 1;
+}
+
 /* The next keys of a group, at most `cap` of them, in the order of the list: semantics of
  * sparse_flash_attention, selection. Returns how many; 0: the cursor is at its end. */
 static inline int32_t hl_sfa_f32_d32_rope8_next(const hl_sparse_flash_attention_args *a,
-                                                const hl_group *g, hl_cursor *c, hl_loc *loc,
+                                                const hl_group *g, hl_cursor *c, hl_row *row,
                                                 int32_t cap)
 {
     int32_t n = 0;
     if (g->list == NULL) { /* dense: keys at .. end-1 */
         for (; n < cap && c->at < c->end; ++c->at) {
-            n += hl_sfa_f32_d32_rope8_locate(a, g, c->at, &loc[n]);
+            n += hl_sfa_f32_d32_rope8_find(a, g, c->at, &row[n]);
         }
         return n;
     }
@@ -1504,7 +1535,7 @@ static inline int32_t hl_sfa_f32_d32_rope8_next(const hl_sparse_flash_attention_
             const int32_t stop = begin + size < g->keys ? begin + size : g->keys;
             int32_t j = begin + c->within;
             for (; n < cap && j < stop; ++j) {
-                n += hl_sfa_f32_d32_rope8_locate(a, g, j, &loc[n]);
+                n += hl_sfa_f32_d32_rope8_find(a, g, j, &row[n]);
             }
             if (j < stop) { /* full: go on within this block */
                 c->within = j - begin;
@@ -1582,115 +1613,45 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_load_q_scalar(const hl_sparse_flash_a
     }
 }
 
-/* Where one key's row lies; its rotary channels, if they are apart; and its value, which is either
- * in a tensor of its own or the first channels of the key. */
-HL_KERNEL_SCALAR const float *hl_sfa_f32_d32_rope8_key_row_scalar(
-    const hl_sparse_flash_attention_args *a, const hl_group *g, hl_loc at)
-{
-    return (const float *)a->key + at.outer * a->key_stride.batch
-        + at.inner * a->key_stride.row + g->kv_head * a->key_stride.head;
-}
-HL_KERNEL_SCALAR const float *hl_sfa_f32_d32_rope8_rope_row_scalar(
-    const hl_sparse_flash_attention_args *a, const hl_group *g, hl_loc at)
-{
-    return (const float *)a->key_rope + at.outer * a->key_rope_stride.batch
-        + at.inner * a->key_rope_stride.row + g->kv_head * a->key_rope_stride.head;
-}
-HL_KERNEL_SCALAR const float *hl_sfa_f32_d32_rope8_value_row_scalar(
-    const hl_sparse_flash_attention_args *a, const hl_group *g, hl_loc at)
-{
-    if (a->value == NULL) {
-        return hl_sfa_f32_d32_rope8_key_row_scalar(a, g, at);
-    }
-    return (const float *)a->value + at.outer * a->value_stride.batch
-        + at.inner * a->value_stride.row + g->kv_head * a->value_stride.head;
-}
-
 /* One key's row as float32. */
-HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_load_key_scalar(const hl_sparse_flash_attention_args *a,
-    const hl_group *g, hl_loc at, float *to)
+HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_load_key_scalar(const hl_row *row, float *to)
 {
-    enum { DK = 32, D = 40 };
-    if (a->key_rope != NULL) {
-        hl_vrow_f32_scalar(to, hl_sfa_f32_d32_rope8_key_row_scalar(a, g, at), DK);
-        hl_vrow_f32_scalar(to + DK, hl_sfa_f32_d32_rope8_rope_row_scalar(a, g, at), D - DK);
-        return;
-    }
-    hl_vrow_f32_scalar(to, hl_sfa_f32_d32_rope8_key_row_scalar(a, g, at), D);
-}
-
-/* Asks for the lines of a row before they are needed: rows that a list names lie anywhere, which no
- * hardware can guess. A word, not a function: GCC takes a function that does nothing but prefetch
- * for one without effect, and drops its calls. */
-HL_WORD_SCALAR void hl_sfa_f32_d32_rope8_fetch_scalar(const float *row, int32_t channels)
-{
-    for (int32_t c = 0; c < channels; c += 16) {
-        HL_FETCH(row + c);
-    }
-}
-
-HL_WORD_SCALAR void hl_sfa_f32_d32_rope8_fetch_key_scalar(hl_loc at,
-    const hl_sparse_flash_attention_args *a, const hl_group *g)
-{
-    enum { DK = 32, D = 40, DV = 32 };
-    if (a->key_rope != NULL) {
-        hl_sfa_f32_d32_rope8_fetch_scalar(hl_sfa_f32_d32_rope8_rope_row_scalar(a, g, at), D - DK);
-    }
-    hl_sfa_f32_d32_rope8_fetch_scalar(hl_sfa_f32_d32_rope8_key_row_scalar(a, g, at),
-                                      a->key_rope != NULL ? DK : D);
-    if (a->value != NULL) {
-        hl_sfa_f32_d32_rope8_fetch_scalar(hl_sfa_f32_d32_rope8_value_row_scalar(a, g, at), DV);
-    }
+    enum { DK = 32, ROPE = 8 };
+    hl_vrow_f32_scalar(to, (const float *)row->key, DK);
+    hl_vrow_f32_scalar(to + DK, (const float *)row->rope, ROPE);
 }
 /* Channels c0 .. c0+n-1 of some keys, channel by channel over all of them: so many pages are under
  * way at once, and each of them is read in order. */
-HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_load_keys_scalar(const hl_sparse_flash_attention_args *a,
-    const hl_group *g, const hl_loc *loc, int32_t keys, int32_t c0, int32_t n, float *to)
+HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_load_keys_scalar(const hl_row *row, int32_t keys,
+    int32_t c0, int32_t n, float *to)
 {
     enum { L = 1, KS = 40, DK = 32 };
-    const float *row[4];
     const int32_t end = c0 + n < DK ? c0 + n : DK;
     int32_t c = c0;
-    for (int32_t r = 0; r < keys; ++r) {
-        row[r] = hl_sfa_f32_d32_rope8_key_row_scalar(a, g, loc[r]);
-    }
     for (; c + L <= end; c += L) {
         for (int32_t r = 0; r < keys; ++r) {
-            hl_vstore_scalar(to + (ptrdiff_t)r * KS + (c - c0), hl_vload_scalar(row[r] + c));
+            hl_vstore_scalar(to + (ptrdiff_t)r * KS + (c - c0),
+                             hl_vload_scalar((const float *)row[r].key + c));
         }
     }
     if (c0 + n > DK) {
         c = c0 > DK ? c0 : DK;
         for (int32_t r = 0; r < keys; ++r) {
-            const float *const rope = a->key_rope != NULL
-                ? hl_sfa_f32_d32_rope8_rope_row_scalar(a, g, loc[r]) : row[r] + DK;
-            hl_vrow_f32_scalar(to + (ptrdiff_t)r * KS + (c - c0), rope + (c - DK), c0 + n - c);
+            hl_vrow_f32_scalar(to + (ptrdiff_t)r * KS + (c - c0), (const float *)row[r].rope
+                               + (c - DK), c0 + n - c);
         }
     }
 }
 
-/* Where the same channels of later keys lie; where there is none, of a key that is at hand. */
-HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_look_ahead_scalar(
-    const hl_sparse_flash_attention_args *a, const hl_group *g, const hl_block *b, int32_t j,
-    int32_t c0, hl_ahead *next)
+/* Asks for one line of each of some rows before it is needed: rows that a list names lie anywhere,
+ * which no hardware can guess. A word, not a function: GCC takes a function that does nothing but
+ * prefetch for one without effect, and drops its calls. */
+HL_WORD_SCALAR void hl_sfa_f32_d32_rope8_fetch_channels_scalar(const hl_row *row, int32_t rows,
+    int32_t c)
 {
     enum { DK = 32 };
-    next->nope = DK - c0;
-    for (int32_t r = 0; r < 4; ++r) {
-        const hl_loc at = b->loc[j + r < b->n + b->n_later ? j + r : 0];
-        const float *const row = hl_sfa_f32_d32_rope8_key_row_scalar(a, g, at);
-        next->row[r] = row + c0;
-        next->rope[r] = a->key_rope != NULL ? hl_sfa_f32_d32_rope8_rope_row_scalar(a, g, at) : row
-            + DK;
-    }
-}
-
-HL_WORD_SCALAR void hl_sfa_f32_d32_rope8_fetch_channels_scalar(const hl_ahead *next, int32_t c,
-    int32_t rows)
-{
     for (int32_t r = 0; r < rows; ++r) {
-        HL_FETCH(c < next->nope ? (const float *)next->row[r] + c : (const float *)next->rope[r]
-                 + (c - next->nope));
+        HL_FETCH(c < DK ? (const float *)row[r].key + c : (const float *)row[r].rope + (c - DK));
     }
 }
 
@@ -1698,9 +1659,9 @@ HL_WORD_SCALAR void hl_sfa_f32_d32_rope8_fetch_channels_scalar(const hl_ahead *n
 
 /* 4 keys by 2 vectors of heads, over n channels: heads in the lanes, so that no number ever
  * has to be summed across them. With add, adds to what earlier channels left in s. Meanwhile the
- * same channels of later keys are asked for. */
+ * same channels of later keys (next, from channel c0) are asked for, if there are any. */
 HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_qk_4x2_scalar(const float *q, const float *k, float *s,
-    ptrdiff_t ss, int32_t n, int32_t add, float scale, const hl_ahead *next)
+    ptrdiff_t ss, int32_t n, int32_t add, float scale, const hl_row *next, int32_t c0)
 {
     enum { L = 1, W = 2 * L, KS = 40, LINE = 16 };
     hl_vf_scalar s0_0 = hl_vzero_scalar(), s0_1 = hl_vzero_scalar();
@@ -1710,7 +1671,7 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_qk_4x2_scalar(const float *q, const f
     for (int32_t start = 0; start < n; start += LINE) {
         const int32_t stop = n - start > LINE ? start + LINE : n;
         if (next != NULL) {
-            hl_sfa_f32_d32_rope8_fetch_channels_scalar(next, start, 4);
+            hl_sfa_f32_d32_rope8_fetch_channels_scalar(next, 4, c0 + start);
         }
         for (int32_t c = start; c < stop; ++c) {
             const hl_vf_scalar q0 = hl_vload_scalar(q + (ptrdiff_t)c * W + 0 * L);
@@ -1752,16 +1713,16 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_qk_4x2_scalar(const float *q, const f
 
 /* 1 key by 2 vectors of heads, over n channels: heads in the lanes, so that no number ever
  * has to be summed across them. With add, adds to what earlier channels left in s. Meanwhile the
- * same channels of later keys are asked for. */
+ * same channels of later keys (next, from channel c0) are asked for, if there are any. */
 HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_qk_1x2_scalar(const float *q, const float *k, float *s,
-    ptrdiff_t ss, int32_t n, int32_t add, float scale, const hl_ahead *next)
+    ptrdiff_t ss, int32_t n, int32_t add, float scale, const hl_row *next, int32_t c0)
 {
     enum { L = 1, W = 2 * L, KS = 40, LINE = 16 };
     hl_vf_scalar s0_0 = hl_vzero_scalar(), s0_1 = hl_vzero_scalar();
     for (int32_t start = 0; start < n; start += LINE) {
         const int32_t stop = n - start > LINE ? start + LINE : n;
         if (next != NULL) {
-            hl_sfa_f32_d32_rope8_fetch_channels_scalar(next, start, 1);
+            hl_sfa_f32_d32_rope8_fetch_channels_scalar(next, 1, c0 + start);
         }
         for (int32_t c = start; c < stop; ++c) {
             const hl_vf_scalar q0 = hl_vload_scalar(q + (ptrdiff_t)c * W + 0 * L);
@@ -1782,9 +1743,9 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_qk_1x2_scalar(const float *q, const f
 
 /* 4 keys by 1 vector of heads, over n channels: heads in the lanes, so that no number ever
  * has to be summed across them. With add, adds to what earlier channels left in s. Meanwhile the
- * same channels of later keys are asked for. */
+ * same channels of later keys (next, from channel c0) are asked for, if there are any. */
 HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_qk_4x1_scalar(const float *q, const float *k, float *s,
-    ptrdiff_t ss, int32_t n, int32_t add, float scale, const hl_ahead *next)
+    ptrdiff_t ss, int32_t n, int32_t add, float scale, const hl_row *next, int32_t c0)
 {
     enum { L = 1, W = 1 * L, KS = 40, LINE = 16 };
     hl_vf_scalar s0_0 = hl_vzero_scalar();
@@ -1794,7 +1755,7 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_qk_4x1_scalar(const float *q, const f
     for (int32_t start = 0; start < n; start += LINE) {
         const int32_t stop = n - start > LINE ? start + LINE : n;
         if (next != NULL) {
-            hl_sfa_f32_d32_rope8_fetch_channels_scalar(next, start, 4);
+            hl_sfa_f32_d32_rope8_fetch_channels_scalar(next, 4, c0 + start);
         }
         for (int32_t c = start; c < stop; ++c) {
             const hl_vf_scalar q0 = hl_vload_scalar(q + (ptrdiff_t)c * W + 0 * L);
@@ -1823,16 +1784,16 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_qk_4x1_scalar(const float *q, const f
 
 /* 1 key by 1 vector of heads, over n channels: heads in the lanes, so that no number ever
  * has to be summed across them. With add, adds to what earlier channels left in s. Meanwhile the
- * same channels of later keys are asked for. */
+ * same channels of later keys (next, from channel c0) are asked for, if there are any. */
 HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_qk_1x1_scalar(const float *q, const float *k, float *s,
-    ptrdiff_t ss, int32_t n, int32_t add, float scale, const hl_ahead *next)
+    ptrdiff_t ss, int32_t n, int32_t add, float scale, const hl_row *next, int32_t c0)
 {
     enum { L = 1, W = 1 * L, KS = 40, LINE = 16 };
     hl_vf_scalar s0_0 = hl_vzero_scalar();
     for (int32_t start = 0; start < n; start += LINE) {
         const int32_t stop = n - start > LINE ? start + LINE : n;
         if (next != NULL) {
-            hl_sfa_f32_d32_rope8_fetch_channels_scalar(next, start, 1);
+            hl_sfa_f32_d32_rope8_fetch_channels_scalar(next, 1, c0 + start);
         }
         for (int32_t c = start; c < stop; ++c) {
             const hl_vf_scalar q0 = hl_vload_scalar(q + (ptrdiff_t)c * W + 0 * L);
@@ -1850,7 +1811,7 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_qk_1x1_scalar(const float *q, const f
 /* Some heads of the group against the `rows` keys that lie in k, over n channels from c0. */
 HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_score_keys_scalar(const hl_space *w, const float *k,
     float *s, int32_t heads, int32_t rows, int32_t h0, int32_t h1, int32_t c0, int32_t n,
-    float scale, const hl_ahead *next)
+    float scale, const hl_row *next)
 {
     enum { L = 1, W = 2 * L, D = 40 };
     const int32_t add = c0 > 0;
@@ -1859,15 +1820,15 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_score_keys_scalar(const hl_space *w, 
         const float *const q = w->q + (ptrdiff_t)h * D + (ptrdiff_t)c0 * width;
         if (rows == 4) {
             if (width == W) {
-                hl_sfa_f32_d32_rope8_qk_4x2_scalar(q, k, s + h, heads, n, add, scale, next);
+                hl_sfa_f32_d32_rope8_qk_4x2_scalar(q, k, s + h, heads, n, add, scale, next, c0);
             } else {
-                hl_sfa_f32_d32_rope8_qk_4x1_scalar(q, k, s + h, heads, n, add, scale, next);
+                hl_sfa_f32_d32_rope8_qk_4x1_scalar(q, k, s + h, heads, n, add, scale, next, c0);
             }
         } else {
             if (width == W) {
-                hl_sfa_f32_d32_rope8_qk_1x2_scalar(q, k, s + h, heads, n, add, scale, next);
+                hl_sfa_f32_d32_rope8_qk_1x2_scalar(q, k, s + h, heads, n, add, scale, next, c0);
             } else {
-                hl_sfa_f32_d32_rope8_qk_1x1_scalar(q, k, s + h, heads, n, add, scale, next);
+                hl_sfa_f32_d32_rope8_qk_1x1_scalar(q, k, s + h, heads, n, add, scale, next, c0);
             }
         }
         next = NULL;
@@ -1881,24 +1842,24 @@ HL_KERNEL_SCALAR int32_t hl_sfa_f32_d32_rope8_tile_rows_scalar(int32_t left)
 }
 /* Few heads: 4 keys at a time are loaded, a slice of channels at a time, and used at once, so that
  * they never leave the first-level cache as float32: writing a block of them would cost more. */
-HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_score_few_scalar(const hl_sparse_flash_attention_args *a,
-    const hl_group *g, const hl_space *w, const hl_block *b, int32_t heads, float scale)
+HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_score_few_scalar(const hl_space *w, const hl_block *b,
+    int32_t heads, float scale)
 {
     enum { KS = 40, D = 40, SLICE = 40, KEYS = 4 };
-    hl_ahead next;
+    const int32_t known = b->n + b->n_later;
     for (int32_t j = 0; j < b->n; j += KEYS) {
         const int32_t keys = b->n - j < KEYS ? b->n - j : KEYS;
         for (int32_t c0 = 0; c0 < D; c0 += SLICE) {
             const int32_t left = D - c0;
             const int32_t n = left < SLICE ? left : SLICE;
             int32_t rows = 0;
-            hl_sfa_f32_d32_rope8_load_keys_scalar(a, g, b->loc + j, keys, c0, n, w->k);
+            hl_sfa_f32_d32_rope8_load_keys_scalar(b->row + j, keys, c0, n, w->k);
             for (int32_t r = 0; r < keys; r += rows) {
+                const int32_t later = j + KEYS + r;
                 rows = hl_sfa_f32_d32_rope8_tile_rows_scalar(keys - r);
-                hl_sfa_f32_d32_rope8_look_ahead_scalar(a, g, b, j + KEYS + r, c0, &next);
                 hl_sfa_f32_d32_rope8_score_keys_scalar(w, w->k + (ptrdiff_t)r * KS, w->s
                     + (ptrdiff_t)(j + r) * heads, heads, rows, 0, heads, c0, n, left > SLICE ? 1.0f
-                    : scale, &next);
+                    : scale, later + rows <= known ? b->row + later : NULL);
             }
         }
     }
@@ -1939,7 +1900,7 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_softmax_scalar(float *s, const hl_sta
 
 /* 4 heads by 2 vectors of channels; values are read where they are stored. */
 HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_pr_4x2_scalar(const float *p, ptrdiff_t ps,
-    const float *const *row, int32_t c, float *o, const float *alpha, int32_t n)
+    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n)
 {
     enum { L = 1, OS = 32 };
     hl_vf_scalar o0_0 = hl_vzero_scalar(), o0_1 = hl_vzero_scalar();
@@ -1947,8 +1908,8 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_pr_4x2_scalar(const float *p, ptrdiff
     hl_vf_scalar o2_0 = hl_vzero_scalar(), o2_1 = hl_vzero_scalar();
     hl_vf_scalar o3_0 = hl_vzero_scalar(), o3_1 = hl_vzero_scalar();
     for (int32_t j = 0; j < n; ++j) {
-        const hl_vf_scalar v0 = hl_vload_scalar(row[j] + c + 0 * L);
-        const hl_vf_scalar v1 = hl_vload_scalar(row[j] + c + 1 * L);
+        const hl_vf_scalar v0 = hl_vload_scalar((const float *)row[j].value + c + 0 * L);
+        const hl_vf_scalar v1 = hl_vload_scalar((const float *)row[j].value + c + 1 * L);
         hl_vf_scalar x;
         x = hl_vset_scalar(p[j * ps + 0]);
         o0_0 = hl_vfma_scalar(x, v0, o0_0);
@@ -1991,7 +1952,7 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_pr_4x2_scalar(const float *p, ptrdiff
 
 /* 4 heads by 1 vector of channels; values are read where they are stored. */
 HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_pr_4x1_scalar(const float *p, ptrdiff_t ps,
-    const float *const *row, int32_t c, float *o, const float *alpha, int32_t n)
+    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n)
 {
     enum { L = 1, OS = 32 };
     hl_vf_scalar o0_0 = hl_vzero_scalar();
@@ -1999,7 +1960,7 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_pr_4x1_scalar(const float *p, ptrdiff
     hl_vf_scalar o2_0 = hl_vzero_scalar();
     hl_vf_scalar o3_0 = hl_vzero_scalar();
     for (int32_t j = 0; j < n; ++j) {
-        const hl_vf_scalar v0 = hl_vload_scalar(row[j] + c + 0 * L);
+        const hl_vf_scalar v0 = hl_vload_scalar((const float *)row[j].value + c + 0 * L);
         hl_vf_scalar x;
         x = hl_vset_scalar(p[j * ps + 0]);
         o0_0 = hl_vfma_scalar(x, v0, o0_0);
@@ -2026,16 +1987,16 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_pr_4x1_scalar(const float *p, ptrdiff
 
 /* 1 head by 4 vectors of channels; values are read where they are stored. */
 HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_pr_1x4_scalar(const float *p, ptrdiff_t ps,
-    const float *const *row, int32_t c, float *o, const float *alpha, int32_t n)
+    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n)
 {
     enum { L = 1, OS = 32 };
     hl_vf_scalar o0_0 = hl_vzero_scalar(), o0_1 = hl_vzero_scalar(), o0_2 = hl_vzero_scalar(),
         o0_3 = hl_vzero_scalar();
     for (int32_t j = 0; j < n; ++j) {
-        const hl_vf_scalar v0 = hl_vload_scalar(row[j] + c + 0 * L);
-        const hl_vf_scalar v1 = hl_vload_scalar(row[j] + c + 1 * L);
-        const hl_vf_scalar v2 = hl_vload_scalar(row[j] + c + 2 * L);
-        const hl_vf_scalar v3 = hl_vload_scalar(row[j] + c + 3 * L);
+        const hl_vf_scalar v0 = hl_vload_scalar((const float *)row[j].value + c + 0 * L);
+        const hl_vf_scalar v1 = hl_vload_scalar((const float *)row[j].value + c + 1 * L);
+        const hl_vf_scalar v2 = hl_vload_scalar((const float *)row[j].value + c + 2 * L);
+        const hl_vf_scalar v3 = hl_vload_scalar((const float *)row[j].value + c + 3 * L);
         hl_vf_scalar x;
         x = hl_vset_scalar(p[j * ps + 0]);
         o0_0 = hl_vfma_scalar(x, v0, o0_0);
@@ -2059,12 +2020,12 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_pr_1x4_scalar(const float *p, ptrdiff
 
 /* 1 head by 1 vector of channels; values are read where they are stored. */
 HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_pr_1x1_scalar(const float *p, ptrdiff_t ps,
-    const float *const *row, int32_t c, float *o, const float *alpha, int32_t n)
+    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n)
 {
     enum { L = 1, OS = 32 };
     hl_vf_scalar o0_0 = hl_vzero_scalar();
     for (int32_t j = 0; j < n; ++j) {
-        const hl_vf_scalar v0 = hl_vload_scalar(row[j] + c + 0 * L);
+        const hl_vf_scalar v0 = hl_vload_scalar((const float *)row[j].value + c + 0 * L);
         hl_vf_scalar x;
         x = hl_vset_scalar(p[j * ps + 0]);
         o0_0 = hl_vfma_scalar(x, v0, o0_0);
@@ -2075,34 +2036,33 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_pr_1x1_scalar(const float *p, ptrdiff
 }
 
 /* Few heads: the values are not worth a copy. */
-HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_value_few_scalar(const hl_sparse_flash_attention_args *a,
-    const hl_group *g, const hl_space *w, const hl_state *t, const hl_block *b, int32_t padded,
-    int32_t group)
+HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_value_few_scalar(const hl_space *w, const hl_state *t,
+    const hl_block *b, int32_t padded, int32_t group)
 {
     enum { L = 1, OS = 32, DV = 32 };
-    const float **const row = (const float **)w->rows;
     int32_t h = 0;
-    for (int32_t j = 0; j < b->n; ++j) {
-        row[j] = hl_sfa_f32_d32_rope8_value_row_scalar(a, g, b->loc[j]);
-    }
     for (; h + 4 <= group; h += 4) {
         float *const o = t->o + (ptrdiff_t)h * OS;
         int32_t c = 0;
         for (; c + 2 * L <= DV; c += 2 * L) {
-            hl_sfa_f32_d32_rope8_pr_4x2_scalar(w->s + h, padded, row, c, o + c, t->alpha + h, b->n);
+            hl_sfa_f32_d32_rope8_pr_4x2_scalar(w->s + h, padded, b->row, c, o + c, t->alpha + h,
+                                               b->n);
         }
         for (; c + 1 * L <= DV; c += 1 * L) {
-            hl_sfa_f32_d32_rope8_pr_4x1_scalar(w->s + h, padded, row, c, o + c, t->alpha + h, b->n);
+            hl_sfa_f32_d32_rope8_pr_4x1_scalar(w->s + h, padded, b->row, c, o + c, t->alpha + h,
+                                               b->n);
         }
     }
     for (; h + 1 <= group; h += 1) {
         float *const o = t->o + (ptrdiff_t)h * OS;
         int32_t c = 0;
         for (; c + 4 * L <= DV; c += 4 * L) {
-            hl_sfa_f32_d32_rope8_pr_1x4_scalar(w->s + h, padded, row, c, o + c, t->alpha + h, b->n);
+            hl_sfa_f32_d32_rope8_pr_1x4_scalar(w->s + h, padded, b->row, c, o + c, t->alpha + h,
+                                               b->n);
         }
         for (; c + 1 * L <= DV; c += 1 * L) {
-            hl_sfa_f32_d32_rope8_pr_1x1_scalar(w->s + h, padded, row, c, o + c, t->alpha + h, b->n);
+            hl_sfa_f32_d32_rope8_pr_1x1_scalar(w->s + h, padded, b->row, c, o + c, t->alpha + h,
+                                               b->n);
         }
     }
 }
@@ -2273,15 +2233,14 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_merge_state_scalar(const hl_state *t,
 
 /* One block of keys: load, score, softmax, value. */
 HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_block_scalar(const hl_sparse_flash_attention_plan *plan,
-    const hl_group *g, const hl_space *w, const hl_state *t, const hl_block *b, int32_t padded)
+    const hl_space *w, const hl_state *t, const hl_block *b, int32_t padded)
 {
-    const hl_sparse_flash_attention_args *const a = &plan->args;
     /* rows -> numbers, a tile at a time; S = scale Q K^T, in units of log2 */
-    hl_sfa_f32_d32_rope8_score_few_scalar(a, g, w, b, padded, plan->scale_log2);
+    hl_sfa_f32_d32_rope8_score_few_scalar(w, b, padded, plan->scale_log2);
     /* m' = max(m, rowmax S);  P = 2^(S - m');  l, alpha */
     hl_sfa_f32_d32_rope8_softmax_scalar(w->s, t, padded, b->n);
     /* O = alpha O + P V */
-    hl_sfa_f32_d32_rope8_value_few_scalar(a, g, w, t, b, padded, plan->group);
+    hl_sfa_f32_d32_rope8_value_few_scalar(w, t, b, padded, plan->group);
 }
 
 /* One chunk of a group's keys (FlashAttention-2, algorithm 1, with K and V in blocks). */
@@ -2292,14 +2251,14 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_forward_scalar(
     const int32_t block = 16;
     const hl_sparse_flash_attention_args *const a = &plan->args;
     hl_block b;
-    b.loc = w->loc;
-    b.n = hl_sfa_f32_d32_rope8_next(a, g, &c, b.loc, block);
+    b.row = w->row;
+    b.n = hl_sfa_f32_d32_rope8_next(a, g, &c, b.row, block);
     hl_sfa_f32_d32_rope8_start_scalar(t, padded, plan->group);
     while (b.n > 0) {
-        b.n_later = b.n < block ? 0 : hl_sfa_f32_d32_rope8_next(a, g, &c, b.loc + block, block);
-        hl_sfa_f32_d32_rope8_block_scalar(plan, g, w, t, &b, padded);
+        b.n_later = b.n < block ? 0 : hl_sfa_f32_d32_rope8_next(a, g, &c, b.row + block, block);
+        hl_sfa_f32_d32_rope8_block_scalar(plan, w, t, &b, padded);
         *t->seen = 1.0f;
-        HL_COPY(b.loc, b.loc + block, (size_t)b.n_later * sizeof *b.loc);
+        HL_COPY(b.row, b.row + block, (size_t)b.n_later * sizeof *b.row);
         b.n = b.n_later;
     }
 }

@@ -55,7 +55,7 @@
  *
  * MEMORY
  *   One task needs HL_SPARSE_FLASH_ATTENTION_F32_D64_WORKSPACE_BYTES(G),
- *   66368 bytes for G = 8, whatever the lengths. Nothing is read outside the rows that a
+ *   68672 bytes for G = 8, whatever the lengths. Nothing is read outside the rows that a
  *   list (or a length) names, and nothing before or behind a row; unused memory may hold NaN.
  *
  * NUMBERS
@@ -460,19 +460,19 @@ typedef struct hl_state {
     float *seen;  /* 1 once a key was taken, else 0                                            */
 } hl_state;
 
-/* One block of keys; behind it in loc the block after it, whose rows are asked for meanwhile. */
+/* Where one token's channels are stored: key, rotary channels, value. */
+typedef struct hl_row {
+    const void *key;
+    const void *rope;
+    const void *value;
+} hl_row;
+
+/* One block of keys; behind its rows those of the next block, which are asked for meanwhile. */
 typedef struct hl_block {
-    hl_loc *loc;
+    hl_row *row;
     int32_t n;
     int32_t n_later;
 } hl_block;
-
-/* Rows of later keys, to be asked for while others are computed with. */
-typedef struct hl_ahead {
-    int32_t nope; /* channels before the rotary ones */
-    const void *row[16];
-    const void *rope[16];
-} hl_ahead;
 
 /* The workspace of one task, cut into its named slices. */
 typedef struct hl_space {
@@ -480,8 +480,7 @@ typedef struct hl_space {
     float *k;        /* the block's keys                                                       */
     float *v;        /* the block's values; == k where V is part of K                          */
     float *s;        /* S^T, then P^T: [key][head]                                             */
-    void *rows;      /* few heads: where the block's values are stored                         */
-    hl_loc *loc;     /* where the rows of this block and of the next lie                       */
+    hl_row *row;     /* where the keys of this block and of the next are stored                */
     hl_state state;  /* of the row, or of its first chunk                                      */
     hl_state other;  /* of the chunk to be merged into it                                      */
 } hl_space;
@@ -930,7 +929,7 @@ enum {
 /* Bytes of workspace for one task, any alignment, as a constant expression: the exact figure for
  * `group` query heads on a kv head (heads_q / heads_kv). Sequence lengths do not matter. */
 #define HL_SPARSE_FLASH_ATTENTION_F32_D64_WORKSPACE_BYTES(group) \
-    (64 + 4 * (166 * (((size_t)(group) + 15) / 16 * 16) + 128 * (size_t)(group) + 12896))
+    (64 + 4 * (166 * (((size_t)(group) + 15) / 16 * 16) + 128 * (size_t)(group) + 13472))
 
 /* Bytes of args.partials to split r query rows of `heads` query heads into `chunks` each. */
 #define HL_SPARSE_FLASH_ATTENTION_F32_D64_PARTIALS_BYTES(r, heads, chunks) \
@@ -1368,10 +1367,8 @@ static inline void hl_sfa_f32_d64_space(hl_space *w, void *workspace, int32_t gr
     at += 6144;
     w->s = at; /* S^T, then P^T */
     at += 96 * heads;
-    w->rows = at; /* addresses of the block's values */
-    at += 192;
-    w->loc = (hl_loc *)(void *)at; /* where the rows of two blocks lie */
-    at += 384;
+    w->row = (hl_row *)(void *)at; /* where two blocks' keys lie */
+    at += 1152;
     w->state.m = at; /* running maxima, in log2 units */
     at += heads;
     w->state.l = at; /* running sums */
@@ -1798,15 +1795,44 @@ static inline int32_t hl_sfa_f32_d64_locate(const hl_sparse_flash_attention_args
     return 0;
 }
 
+/* Where the channels of the token at `at` are stored. */
+static inline void hl_sfa_f32_d64_row(const hl_sparse_flash_attention_args *a, const hl_group *g,
+                                      hl_loc at, hl_row *row)
+{
+    const float *const key = (const float *)a->key
+        + at.outer * a->key_stride.batch + at.inner * a->key_stride.row
+        + g->kv_head * a->key_stride.head;
+    row->key = key;
+    row->rope = key + 64; /* joined */
+    row->value = key;
+    if (a->value != NULL) {
+        row->value = (const float *)a->value
+            + at.outer * a->value_stride.batch + at.inner * a->value_stride.row
+            + g->kv_head * a->value_stride.head;
+    }
+}
+
+/* Key j of the group's batch as a row. 0: there is none. */
+static inline int32_t hl_sfa_f32_d64_find(const hl_sparse_flash_attention_args *a,
+                                          const hl_group *g, int32_t j, hl_row *row)
+{
+    hl_loc at;
+    if (!hl_sfa_f32_d64_locate(a, g, j, &at)) {
+        return 0;
+    }
+    hl_sfa_f32_d64_row(a, g, at, row);
+    return 1;
+}
+
 /* The next keys of a group, at most `cap` of them, in the order of the list: semantics of
  * sparse_flash_attention, selection. Returns how many; 0: the cursor is at its end. */
 static inline int32_t hl_sfa_f32_d64_next(const hl_sparse_flash_attention_args *a,
-                                          const hl_group *g, hl_cursor *c, hl_loc *loc, int32_t cap)
+                                          const hl_group *g, hl_cursor *c, hl_row *row, int32_t cap)
 {
     int32_t n = 0;
     if (g->list == NULL) { /* dense: keys at .. end-1 */
         for (; n < cap && c->at < c->end; ++c->at) {
-            n += hl_sfa_f32_d64_locate(a, g, c->at, &loc[n]);
+            n += hl_sfa_f32_d64_find(a, g, c->at, &row[n]);
         }
         return n;
     }
@@ -1818,7 +1844,7 @@ static inline int32_t hl_sfa_f32_d64_next(const hl_sparse_flash_attention_args *
             const int32_t stop = begin + size < g->keys ? begin + size : g->keys;
             int32_t j = begin + c->within;
             for (; n < cap && j < stop; ++j) {
-                n += hl_sfa_f32_d64_locate(a, g, j, &loc[n]);
+                n += hl_sfa_f32_d64_find(a, g, j, &row[n]);
             }
             if (j < stop) { /* full: go on within this block */
                 c->within = j - begin;
@@ -1891,89 +1917,36 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d64_load_q_scalar(const hl_sparse_flash_attenti
     }
 }
 
-/* Where one key's row lies; its rotary channels, if they are apart; and its value, which is either
- * in a tensor of its own or the first channels of the key. */
-HL_KERNEL_SCALAR const float *hl_sfa_f32_d64_key_row_scalar(const hl_sparse_flash_attention_args *a,
-    const hl_group *g, hl_loc at)
-{
-    return (const float *)a->key + at.outer * a->key_stride.batch
-        + at.inner * a->key_stride.row + g->kv_head * a->key_stride.head;
-}
-HL_KERNEL_SCALAR const float *hl_sfa_f32_d64_value_row_scalar(
-    const hl_sparse_flash_attention_args *a, const hl_group *g, hl_loc at)
-{
-    if (a->value == NULL) {
-        return hl_sfa_f32_d64_key_row_scalar(a, g, at);
-    }
-    return (const float *)a->value + at.outer * a->value_stride.batch
-        + at.inner * a->value_stride.row + g->kv_head * a->value_stride.head;
-}
-
 /* One key's row as float32. */
-HL_KERNEL_SCALAR void hl_sfa_f32_d64_load_key_scalar(const hl_sparse_flash_attention_args *a,
-    const hl_group *g, hl_loc at, float *to)
+HL_KERNEL_SCALAR void hl_sfa_f32_d64_load_key_scalar(const hl_row *row, float *to)
 {
-    enum { DK = 64, D = 64 };
-    hl_vrow_f32_scalar(to, hl_sfa_f32_d64_key_row_scalar(a, g, at), D);
-}
-
-/* Asks for the lines of a row before they are needed: rows that a list names lie anywhere, which no
- * hardware can guess. A word, not a function: GCC takes a function that does nothing but prefetch
- * for one without effect, and drops its calls. */
-HL_WORD_SCALAR void hl_sfa_f32_d64_fetch_scalar(const float *row, int32_t channels)
-{
-    for (int32_t c = 0; c < channels; c += 16) {
-        HL_FETCH(row + c);
-    }
-}
-
-HL_WORD_SCALAR void hl_sfa_f32_d64_fetch_key_scalar(hl_loc at,
-                                                    const hl_sparse_flash_attention_args *a,
-                                                    const hl_group *g)
-{
-    enum { DK = 64, D = 64, DV = 64 };
-    hl_sfa_f32_d64_fetch_scalar(hl_sfa_f32_d64_key_row_scalar(a, g, at), D);
-    if (a->value != NULL) {
-        hl_sfa_f32_d64_fetch_scalar(hl_sfa_f32_d64_value_row_scalar(a, g, at), DV);
-    }
+    enum { DK = 64, ROPE = 0 };
+    hl_vrow_f32_scalar(to, (const float *)row->key, DK);
 }
 /* Channels c0 .. c0+n-1 of some keys, channel by channel over all of them: so many pages are under
  * way at once, and each of them is read in order. */
-HL_KERNEL_SCALAR void hl_sfa_f32_d64_load_keys_scalar(const hl_sparse_flash_attention_args *a,
-    const hl_group *g, const hl_loc *loc, int32_t keys, int32_t c0, int32_t n, float *to)
+HL_KERNEL_SCALAR void hl_sfa_f32_d64_load_keys_scalar(const hl_row *row, int32_t keys, int32_t c0,
+    int32_t n, float *to)
 {
     enum { L = 1, KS = 64, DK = 64 };
-    const float *row[4];
     const int32_t end = c0 + n < DK ? c0 + n : DK;
     int32_t c = c0;
-    for (int32_t r = 0; r < keys; ++r) {
-        row[r] = hl_sfa_f32_d64_key_row_scalar(a, g, loc[r]);
-    }
     for (; c + L <= end; c += L) {
         for (int32_t r = 0; r < keys; ++r) {
-            hl_vstore_scalar(to + (ptrdiff_t)r * KS + (c - c0), hl_vload_scalar(row[r] + c));
+            hl_vstore_scalar(to + (ptrdiff_t)r * KS + (c - c0),
+                             hl_vload_scalar((const float *)row[r].key + c));
         }
     }
 }
 
-/* Where the same channels of later keys lie; where there is none, of a key that is at hand. */
-HL_KERNEL_SCALAR void hl_sfa_f32_d64_look_ahead_scalar(const hl_sparse_flash_attention_args *a,
-    const hl_group *g, const hl_block *b, int32_t j, int32_t c0, hl_ahead *next)
+/* Asks for one line of each of some rows before it is needed: rows that a list names lie anywhere,
+ * which no hardware can guess. A word, not a function: GCC takes a function that does nothing but
+ * prefetch for one without effect, and drops its calls. */
+HL_WORD_SCALAR void hl_sfa_f32_d64_fetch_channels_scalar(const hl_row *row, int32_t rows, int32_t c)
 {
     enum { DK = 64 };
-    next->nope = DK - c0;
-    for (int32_t r = 0; r < 4; ++r) {
-        const hl_loc at = b->loc[j + r < b->n + b->n_later ? j + r : 0];
-        const float *const row = hl_sfa_f32_d64_key_row_scalar(a, g, at);
-        next->row[r] = row + c0;
-    }
-}
-
-HL_WORD_SCALAR void hl_sfa_f32_d64_fetch_channels_scalar(const hl_ahead *next, int32_t c,
-    int32_t rows)
-{
     for (int32_t r = 0; r < rows; ++r) {
-        HL_FETCH((const float *)next->row[r] + c);
+        HL_FETCH((const float *)row[r].key + c);
     }
 }
 
@@ -1981,10 +1954,10 @@ HL_WORD_SCALAR void hl_sfa_f32_d64_fetch_channels_scalar(const hl_ahead *next, i
 
 /* 4 keys by 2 vectors of heads, over n channels: heads in the lanes, so that no number ever
  * has to be summed across them. With add, adds to what earlier channels left in s. Meanwhile the
- * same channels of later keys are asked for. */
+ * same channels of later keys (next, from channel c0) are asked for, if there are any. */
 HL_KERNEL_SCALAR void hl_sfa_f32_d64_qk_4x2_scalar(const float *q, const float *k, float *s,
                                                    ptrdiff_t ss, int32_t n, int32_t add,
-                                                   float scale, const hl_ahead *next)
+                                                   float scale, const hl_row *next, int32_t c0)
 {
     enum { L = 1, W = 2 * L, KS = 64, LINE = 16 };
     hl_vf_scalar s0_0 = hl_vzero_scalar(), s0_1 = hl_vzero_scalar();
@@ -1994,7 +1967,7 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d64_qk_4x2_scalar(const float *q, const float *
     for (int32_t start = 0; start < n; start += LINE) {
         const int32_t stop = n - start > LINE ? start + LINE : n;
         if (next != NULL) {
-            hl_sfa_f32_d64_fetch_channels_scalar(next, start, 4);
+            hl_sfa_f32_d64_fetch_channels_scalar(next, 4, c0 + start);
         }
         for (int32_t c = start; c < stop; ++c) {
             const hl_vf_scalar q0 = hl_vload_scalar(q + (ptrdiff_t)c * W + 0 * L);
@@ -2036,17 +2009,17 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d64_qk_4x2_scalar(const float *q, const float *
 
 /* 1 key by 2 vectors of heads, over n channels: heads in the lanes, so that no number ever
  * has to be summed across them. With add, adds to what earlier channels left in s. Meanwhile the
- * same channels of later keys are asked for. */
+ * same channels of later keys (next, from channel c0) are asked for, if there are any. */
 HL_KERNEL_SCALAR void hl_sfa_f32_d64_qk_1x2_scalar(const float *q, const float *k, float *s,
                                                    ptrdiff_t ss, int32_t n, int32_t add,
-                                                   float scale, const hl_ahead *next)
+                                                   float scale, const hl_row *next, int32_t c0)
 {
     enum { L = 1, W = 2 * L, KS = 64, LINE = 16 };
     hl_vf_scalar s0_0 = hl_vzero_scalar(), s0_1 = hl_vzero_scalar();
     for (int32_t start = 0; start < n; start += LINE) {
         const int32_t stop = n - start > LINE ? start + LINE : n;
         if (next != NULL) {
-            hl_sfa_f32_d64_fetch_channels_scalar(next, start, 1);
+            hl_sfa_f32_d64_fetch_channels_scalar(next, 1, c0 + start);
         }
         for (int32_t c = start; c < stop; ++c) {
             const hl_vf_scalar q0 = hl_vload_scalar(q + (ptrdiff_t)c * W + 0 * L);
@@ -2067,10 +2040,10 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d64_qk_1x2_scalar(const float *q, const float *
 
 /* 4 keys by 1 vector of heads, over n channels: heads in the lanes, so that no number ever
  * has to be summed across them. With add, adds to what earlier channels left in s. Meanwhile the
- * same channels of later keys are asked for. */
+ * same channels of later keys (next, from channel c0) are asked for, if there are any. */
 HL_KERNEL_SCALAR void hl_sfa_f32_d64_qk_4x1_scalar(const float *q, const float *k, float *s,
                                                    ptrdiff_t ss, int32_t n, int32_t add,
-                                                   float scale, const hl_ahead *next)
+                                                   float scale, const hl_row *next, int32_t c0)
 {
     enum { L = 1, W = 1 * L, KS = 64, LINE = 16 };
     hl_vf_scalar s0_0 = hl_vzero_scalar();
@@ -2080,7 +2053,7 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d64_qk_4x1_scalar(const float *q, const float *
     for (int32_t start = 0; start < n; start += LINE) {
         const int32_t stop = n - start > LINE ? start + LINE : n;
         if (next != NULL) {
-            hl_sfa_f32_d64_fetch_channels_scalar(next, start, 4);
+            hl_sfa_f32_d64_fetch_channels_scalar(next, 4, c0 + start);
         }
         for (int32_t c = start; c < stop; ++c) {
             const hl_vf_scalar q0 = hl_vload_scalar(q + (ptrdiff_t)c * W + 0 * L);
@@ -2109,17 +2082,17 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d64_qk_4x1_scalar(const float *q, const float *
 
 /* 1 key by 1 vector of heads, over n channels: heads in the lanes, so that no number ever
  * has to be summed across them. With add, adds to what earlier channels left in s. Meanwhile the
- * same channels of later keys are asked for. */
+ * same channels of later keys (next, from channel c0) are asked for, if there are any. */
 HL_KERNEL_SCALAR void hl_sfa_f32_d64_qk_1x1_scalar(const float *q, const float *k, float *s,
                                                    ptrdiff_t ss, int32_t n, int32_t add,
-                                                   float scale, const hl_ahead *next)
+                                                   float scale, const hl_row *next, int32_t c0)
 {
     enum { L = 1, W = 1 * L, KS = 64, LINE = 16 };
     hl_vf_scalar s0_0 = hl_vzero_scalar();
     for (int32_t start = 0; start < n; start += LINE) {
         const int32_t stop = n - start > LINE ? start + LINE : n;
         if (next != NULL) {
-            hl_sfa_f32_d64_fetch_channels_scalar(next, start, 1);
+            hl_sfa_f32_d64_fetch_channels_scalar(next, 1, c0 + start);
         }
         for (int32_t c = start; c < stop; ++c) {
             const hl_vf_scalar q0 = hl_vload_scalar(q + (ptrdiff_t)c * W + 0 * L);
@@ -2137,7 +2110,7 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d64_qk_1x1_scalar(const float *q, const float *
 /* Some heads of the group against the `rows` keys that lie in k, over n channels from c0. */
 HL_KERNEL_SCALAR void hl_sfa_f32_d64_score_keys_scalar(const hl_space *w, const float *k, float *s,
     int32_t heads, int32_t rows, int32_t h0, int32_t h1, int32_t c0, int32_t n, float scale,
-    const hl_ahead *next)
+    const hl_row *next)
 {
     enum { L = 1, W = 2 * L, D = 64 };
     const int32_t add = c0 > 0;
@@ -2146,15 +2119,15 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d64_score_keys_scalar(const hl_space *w, const 
         const float *const q = w->q + (ptrdiff_t)h * D + (ptrdiff_t)c0 * width;
         if (rows == 4) {
             if (width == W) {
-                hl_sfa_f32_d64_qk_4x2_scalar(q, k, s + h, heads, n, add, scale, next);
+                hl_sfa_f32_d64_qk_4x2_scalar(q, k, s + h, heads, n, add, scale, next, c0);
             } else {
-                hl_sfa_f32_d64_qk_4x1_scalar(q, k, s + h, heads, n, add, scale, next);
+                hl_sfa_f32_d64_qk_4x1_scalar(q, k, s + h, heads, n, add, scale, next, c0);
             }
         } else {
             if (width == W) {
-                hl_sfa_f32_d64_qk_1x2_scalar(q, k, s + h, heads, n, add, scale, next);
+                hl_sfa_f32_d64_qk_1x2_scalar(q, k, s + h, heads, n, add, scale, next, c0);
             } else {
-                hl_sfa_f32_d64_qk_1x1_scalar(q, k, s + h, heads, n, add, scale, next);
+                hl_sfa_f32_d64_qk_1x1_scalar(q, k, s + h, heads, n, add, scale, next, c0);
             }
         }
         next = NULL;
@@ -2168,24 +2141,25 @@ HL_KERNEL_SCALAR int32_t hl_sfa_f32_d64_tile_rows_scalar(int32_t left)
 }
 /* Few heads: 4 keys at a time are loaded, a slice of channels at a time, and used at once, so that
  * they never leave the first-level cache as float32: writing a block of them would cost more. */
-HL_KERNEL_SCALAR void hl_sfa_f32_d64_score_few_scalar(const hl_sparse_flash_attention_args *a,
-    const hl_group *g, const hl_space *w, const hl_block *b, int32_t heads, float scale)
+HL_KERNEL_SCALAR void hl_sfa_f32_d64_score_few_scalar(const hl_space *w, const hl_block *b,
+    int32_t heads, float scale)
 {
     enum { KS = 64, D = 64, SLICE = 64, KEYS = 4 };
-    hl_ahead next;
+    const int32_t known = b->n + b->n_later;
     for (int32_t j = 0; j < b->n; j += KEYS) {
         const int32_t keys = b->n - j < KEYS ? b->n - j : KEYS;
         for (int32_t c0 = 0; c0 < D; c0 += SLICE) {
             const int32_t left = D - c0;
             const int32_t n = left < SLICE ? left : SLICE;
             int32_t rows = 0;
-            hl_sfa_f32_d64_load_keys_scalar(a, g, b->loc + j, keys, c0, n, w->k);
+            hl_sfa_f32_d64_load_keys_scalar(b->row + j, keys, c0, n, w->k);
             for (int32_t r = 0; r < keys; r += rows) {
+                const int32_t later = j + KEYS + r;
                 rows = hl_sfa_f32_d64_tile_rows_scalar(keys - r);
-                hl_sfa_f32_d64_look_ahead_scalar(a, g, b, j + KEYS + r, c0, &next);
                 hl_sfa_f32_d64_score_keys_scalar(w, w->k + (ptrdiff_t)r * KS, w->s
                                                  + (ptrdiff_t)(j + r) * heads, heads, rows, 0,
-                                                 heads, c0, n, left > SLICE ? 1.0f : scale, &next);
+                                                 heads, c0, n, left > SLICE ? 1.0f : scale, later
+                                                 + rows <= known ? b->row + later : NULL);
             }
         }
     }
@@ -2225,9 +2199,9 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d64_softmax_scalar(float *s, const hl_state *t,
 /* ---- value: O = alpha O + P V ---- */
 
 /* 4 heads by 2 vectors of channels; values are read where they are stored. */
-HL_KERNEL_SCALAR void hl_sfa_f32_d64_pr_4x2_scalar(const float *p, ptrdiff_t ps,
-                                                   const float *const *row, int32_t c, float *o,
-                                                   const float *alpha, int32_t n)
+HL_KERNEL_SCALAR void hl_sfa_f32_d64_pr_4x2_scalar(const float *p, ptrdiff_t ps, const hl_row *row,
+                                                   int32_t c, float *o, const float *alpha,
+                                                   int32_t n)
 {
     enum { L = 1, OS = 64 };
     hl_vf_scalar o0_0 = hl_vzero_scalar(), o0_1 = hl_vzero_scalar();
@@ -2235,8 +2209,8 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d64_pr_4x2_scalar(const float *p, ptrdiff_t ps,
     hl_vf_scalar o2_0 = hl_vzero_scalar(), o2_1 = hl_vzero_scalar();
     hl_vf_scalar o3_0 = hl_vzero_scalar(), o3_1 = hl_vzero_scalar();
     for (int32_t j = 0; j < n; ++j) {
-        const hl_vf_scalar v0 = hl_vload_scalar(row[j] + c + 0 * L);
-        const hl_vf_scalar v1 = hl_vload_scalar(row[j] + c + 1 * L);
+        const hl_vf_scalar v0 = hl_vload_scalar((const float *)row[j].value + c + 0 * L);
+        const hl_vf_scalar v1 = hl_vload_scalar((const float *)row[j].value + c + 1 * L);
         hl_vf_scalar x;
         x = hl_vset_scalar(p[j * ps + 0]);
         o0_0 = hl_vfma_scalar(x, v0, o0_0);
@@ -2278,9 +2252,9 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d64_pr_4x2_scalar(const float *p, ptrdiff_t ps,
 }
 
 /* 4 heads by 1 vector of channels; values are read where they are stored. */
-HL_KERNEL_SCALAR void hl_sfa_f32_d64_pr_4x1_scalar(const float *p, ptrdiff_t ps,
-                                                   const float *const *row, int32_t c, float *o,
-                                                   const float *alpha, int32_t n)
+HL_KERNEL_SCALAR void hl_sfa_f32_d64_pr_4x1_scalar(const float *p, ptrdiff_t ps, const hl_row *row,
+                                                   int32_t c, float *o, const float *alpha,
+                                                   int32_t n)
 {
     enum { L = 1, OS = 64 };
     hl_vf_scalar o0_0 = hl_vzero_scalar();
@@ -2288,7 +2262,7 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d64_pr_4x1_scalar(const float *p, ptrdiff_t ps,
     hl_vf_scalar o2_0 = hl_vzero_scalar();
     hl_vf_scalar o3_0 = hl_vzero_scalar();
     for (int32_t j = 0; j < n; ++j) {
-        const hl_vf_scalar v0 = hl_vload_scalar(row[j] + c + 0 * L);
+        const hl_vf_scalar v0 = hl_vload_scalar((const float *)row[j].value + c + 0 * L);
         hl_vf_scalar x;
         x = hl_vset_scalar(p[j * ps + 0]);
         o0_0 = hl_vfma_scalar(x, v0, o0_0);
@@ -2314,18 +2288,18 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d64_pr_4x1_scalar(const float *p, ptrdiff_t ps,
 }
 
 /* 1 head by 4 vectors of channels; values are read where they are stored. */
-HL_KERNEL_SCALAR void hl_sfa_f32_d64_pr_1x4_scalar(const float *p, ptrdiff_t ps,
-                                                   const float *const *row, int32_t c, float *o,
-                                                   const float *alpha, int32_t n)
+HL_KERNEL_SCALAR void hl_sfa_f32_d64_pr_1x4_scalar(const float *p, ptrdiff_t ps, const hl_row *row,
+                                                   int32_t c, float *o, const float *alpha,
+                                                   int32_t n)
 {
     enum { L = 1, OS = 64 };
     hl_vf_scalar o0_0 = hl_vzero_scalar(), o0_1 = hl_vzero_scalar(), o0_2 = hl_vzero_scalar(),
         o0_3 = hl_vzero_scalar();
     for (int32_t j = 0; j < n; ++j) {
-        const hl_vf_scalar v0 = hl_vload_scalar(row[j] + c + 0 * L);
-        const hl_vf_scalar v1 = hl_vload_scalar(row[j] + c + 1 * L);
-        const hl_vf_scalar v2 = hl_vload_scalar(row[j] + c + 2 * L);
-        const hl_vf_scalar v3 = hl_vload_scalar(row[j] + c + 3 * L);
+        const hl_vf_scalar v0 = hl_vload_scalar((const float *)row[j].value + c + 0 * L);
+        const hl_vf_scalar v1 = hl_vload_scalar((const float *)row[j].value + c + 1 * L);
+        const hl_vf_scalar v2 = hl_vload_scalar((const float *)row[j].value + c + 2 * L);
+        const hl_vf_scalar v3 = hl_vload_scalar((const float *)row[j].value + c + 3 * L);
         hl_vf_scalar x;
         x = hl_vset_scalar(p[j * ps + 0]);
         o0_0 = hl_vfma_scalar(x, v0, o0_0);
@@ -2348,14 +2322,14 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d64_pr_1x4_scalar(const float *p, ptrdiff_t ps,
 }
 
 /* 1 head by 1 vector of channels; values are read where they are stored. */
-HL_KERNEL_SCALAR void hl_sfa_f32_d64_pr_1x1_scalar(const float *p, ptrdiff_t ps,
-                                                   const float *const *row, int32_t c, float *o,
-                                                   const float *alpha, int32_t n)
+HL_KERNEL_SCALAR void hl_sfa_f32_d64_pr_1x1_scalar(const float *p, ptrdiff_t ps, const hl_row *row,
+                                                   int32_t c, float *o, const float *alpha,
+                                                   int32_t n)
 {
     enum { L = 1, OS = 64 };
     hl_vf_scalar o0_0 = hl_vzero_scalar();
     for (int32_t j = 0; j < n; ++j) {
-        const hl_vf_scalar v0 = hl_vload_scalar(row[j] + c + 0 * L);
+        const hl_vf_scalar v0 = hl_vload_scalar((const float *)row[j].value + c + 0 * L);
         hl_vf_scalar x;
         x = hl_vset_scalar(p[j * ps + 0]);
         o0_0 = hl_vfma_scalar(x, v0, o0_0);
@@ -2366,34 +2340,29 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d64_pr_1x1_scalar(const float *p, ptrdiff_t ps,
 }
 
 /* Few heads: the values are not worth a copy. */
-HL_KERNEL_SCALAR void hl_sfa_f32_d64_value_few_scalar(const hl_sparse_flash_attention_args *a,
-    const hl_group *g, const hl_space *w, const hl_state *t, const hl_block *b, int32_t padded,
-    int32_t group)
+HL_KERNEL_SCALAR void hl_sfa_f32_d64_value_few_scalar(const hl_space *w, const hl_state *t,
+    const hl_block *b, int32_t padded, int32_t group)
 {
     enum { L = 1, OS = 64, DV = 64 };
-    const float **const row = (const float **)w->rows;
     int32_t h = 0;
-    for (int32_t j = 0; j < b->n; ++j) {
-        row[j] = hl_sfa_f32_d64_value_row_scalar(a, g, b->loc[j]);
-    }
     for (; h + 4 <= group; h += 4) {
         float *const o = t->o + (ptrdiff_t)h * OS;
         int32_t c = 0;
         for (; c + 2 * L <= DV; c += 2 * L) {
-            hl_sfa_f32_d64_pr_4x2_scalar(w->s + h, padded, row, c, o + c, t->alpha + h, b->n);
+            hl_sfa_f32_d64_pr_4x2_scalar(w->s + h, padded, b->row, c, o + c, t->alpha + h, b->n);
         }
         for (; c + 1 * L <= DV; c += 1 * L) {
-            hl_sfa_f32_d64_pr_4x1_scalar(w->s + h, padded, row, c, o + c, t->alpha + h, b->n);
+            hl_sfa_f32_d64_pr_4x1_scalar(w->s + h, padded, b->row, c, o + c, t->alpha + h, b->n);
         }
     }
     for (; h + 1 <= group; h += 1) {
         float *const o = t->o + (ptrdiff_t)h * OS;
         int32_t c = 0;
         for (; c + 4 * L <= DV; c += 4 * L) {
-            hl_sfa_f32_d64_pr_1x4_scalar(w->s + h, padded, row, c, o + c, t->alpha + h, b->n);
+            hl_sfa_f32_d64_pr_1x4_scalar(w->s + h, padded, b->row, c, o + c, t->alpha + h, b->n);
         }
         for (; c + 1 * L <= DV; c += 1 * L) {
-            hl_sfa_f32_d64_pr_1x1_scalar(w->s + h, padded, row, c, o + c, t->alpha + h, b->n);
+            hl_sfa_f32_d64_pr_1x1_scalar(w->s + h, padded, b->row, c, o + c, t->alpha + h, b->n);
         }
     }
 }
@@ -2564,17 +2533,15 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d64_merge_state_scalar(const hl_state *t, const
 
 /* One block of keys: load, score, softmax, value. */
 HL_KERNEL_SCALAR void hl_sfa_f32_d64_block_scalar(const hl_sparse_flash_attention_plan *plan,
-                                                  const hl_group *g, const hl_space *w,
-                                                  const hl_state *t, const hl_block *b,
-                                                  int32_t padded)
+                                                  const hl_space *w, const hl_state *t,
+                                                  const hl_block *b, int32_t padded)
 {
-    const hl_sparse_flash_attention_args *const a = &plan->args;
     /* rows -> numbers, a tile at a time; S = scale Q K^T, in units of log2 */
-    hl_sfa_f32_d64_score_few_scalar(a, g, w, b, padded, plan->scale_log2);
+    hl_sfa_f32_d64_score_few_scalar(w, b, padded, plan->scale_log2);
     /* m' = max(m, rowmax S);  P = 2^(S - m');  l, alpha */
     hl_sfa_f32_d64_softmax_scalar(w->s, t, padded, b->n);
     /* O = alpha O + P V */
-    hl_sfa_f32_d64_value_few_scalar(a, g, w, t, b, padded, plan->group);
+    hl_sfa_f32_d64_value_few_scalar(w, t, b, padded, plan->group);
 }
 
 /* One chunk of a group's keys (FlashAttention-2, algorithm 1, with K and V in blocks). */
@@ -2585,14 +2552,14 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d64_forward_scalar(const hl_sparse_flash_attent
     const int32_t block = 16;
     const hl_sparse_flash_attention_args *const a = &plan->args;
     hl_block b;
-    b.loc = w->loc;
-    b.n = hl_sfa_f32_d64_next(a, g, &c, b.loc, block);
+    b.row = w->row;
+    b.n = hl_sfa_f32_d64_next(a, g, &c, b.row, block);
     hl_sfa_f32_d64_start_scalar(t, padded, plan->group);
     while (b.n > 0) {
-        b.n_later = b.n < block ? 0 : hl_sfa_f32_d64_next(a, g, &c, b.loc + block, block);
-        hl_sfa_f32_d64_block_scalar(plan, g, w, t, &b, padded);
+        b.n_later = b.n < block ? 0 : hl_sfa_f32_d64_next(a, g, &c, b.row + block, block);
+        hl_sfa_f32_d64_block_scalar(plan, w, t, &b, padded);
         *t->seen = 1.0f;
-        HL_COPY(b.loc, b.loc + block, (size_t)b.n_later * sizeof *b.loc);
+        HL_COPY(b.row, b.row + block, (size_t)b.n_later * sizeof *b.row);
         b.n = b.n_later;
     }
 }
@@ -2696,106 +2663,62 @@ HL_KERNEL_NEON void hl_sfa_f32_d64_load_q_neon(const hl_sparse_flash_attention_a
     }
 }
 
-/* Where one key's row lies; its rotary channels, if they are apart; and its value, which is either
- * in a tensor of its own or the first channels of the key. */
-HL_KERNEL_NEON const float *hl_sfa_f32_d64_key_row_neon(const hl_sparse_flash_attention_args *a,
-    const hl_group *g, hl_loc at)
-{
-    return (const float *)a->key + at.outer * a->key_stride.batch
-        + at.inner * a->key_stride.row + g->kv_head * a->key_stride.head;
-}
-HL_KERNEL_NEON const float *hl_sfa_f32_d64_value_row_neon(const hl_sparse_flash_attention_args *a,
-    const hl_group *g, hl_loc at)
-{
-    if (a->value == NULL) {
-        return hl_sfa_f32_d64_key_row_neon(a, g, at);
-    }
-    return (const float *)a->value + at.outer * a->value_stride.batch
-        + at.inner * a->value_stride.row + g->kv_head * a->value_stride.head;
-}
-
 /* One key's row as float32. */
-HL_KERNEL_NEON void hl_sfa_f32_d64_load_key_neon(const hl_sparse_flash_attention_args *a,
-                                                 const hl_group *g, hl_loc at, float *to)
+HL_KERNEL_NEON void hl_sfa_f32_d64_load_key_neon(const hl_row *row, float *to)
 {
-    enum { DK = 64, D = 64 };
-    hl_vrow_f32_neon(to, hl_sfa_f32_d64_key_row_neon(a, g, at), D);
-}
-
-/* Asks for the lines of a row before they are needed: rows that a list names lie anywhere, which no
- * hardware can guess. A word, not a function: GCC takes a function that does nothing but prefetch
- * for one without effect, and drops its calls. */
-HL_WORD_NEON void hl_sfa_f32_d64_fetch_neon(const float *row, int32_t channels)
-{
-    for (int32_t c = 0; c < channels; c += 16) {
-        HL_FETCH(row + c);
-    }
-}
-
-HL_WORD_NEON void hl_sfa_f32_d64_fetch_key_neon(hl_loc at, const hl_sparse_flash_attention_args *a,
-                                                const hl_group *g)
-{
-    enum { DK = 64, D = 64, DV = 64 };
-    hl_sfa_f32_d64_fetch_neon(hl_sfa_f32_d64_key_row_neon(a, g, at), D);
-    if (a->value != NULL) {
-        hl_sfa_f32_d64_fetch_neon(hl_sfa_f32_d64_value_row_neon(a, g, at), DV);
-    }
+    enum { DK = 64, ROPE = 0 };
+    hl_vrow_f32_neon(to, (const float *)row->key, DK);
 }
 /* Channels c0 .. c0+n-1 of some keys, channel by channel over all of them: so many pages are under
  * way at once, and each of them is read in order. */
-HL_KERNEL_NEON void hl_sfa_f32_d64_load_keys_neon(const hl_sparse_flash_attention_args *a,
-                                                  const hl_group *g, const hl_loc *loc,
-                                                  int32_t keys, int32_t c0, int32_t n, float *to)
+HL_KERNEL_NEON void hl_sfa_f32_d64_load_keys_neon(const hl_row *row, int32_t keys, int32_t c0,
+                                                  int32_t n, float *to)
 {
     enum { L = 4, KS = 64, DK = 64 };
-    const float *row[16];
     const int32_t end = c0 + n < DK ? c0 + n : DK;
     int32_t c = c0;
-    for (int32_t r = 0; r < keys; ++r) {
-        row[r] = hl_sfa_f32_d64_key_row_neon(a, g, loc[r]);
-    }
     for (; c + L <= end; c += L) {
         for (int32_t r = 0; r < keys; ++r) {
-            hl_vstore_neon(to + (ptrdiff_t)r * KS + (c - c0), hl_vload_neon(row[r] + c));
+            hl_vstore_neon(to + (ptrdiff_t)r * KS + (c - c0),
+                           hl_vload_neon((const float *)row[r].key + c));
         }
     }
 }
 
-/* Where the same channels of later keys lie; where there is none, of a key that is at hand. */
-HL_KERNEL_NEON void hl_sfa_f32_d64_look_ahead_neon(const hl_sparse_flash_attention_args *a,
-                                                   const hl_group *g, const hl_block *b, int32_t j,
-                                                   int32_t c0, hl_ahead *next)
+/* Asks for one line of each of some rows before it is needed: rows that a list names lie anywhere,
+ * which no hardware can guess. A word, not a function: GCC takes a function that does nothing but
+ * prefetch for one without effect, and drops its calls. */
+HL_WORD_NEON void hl_sfa_f32_d64_fetch_channels_neon(const hl_row *row, int32_t rows, int32_t c)
 {
     enum { DK = 64 };
-    next->nope = DK - c0;
-    for (int32_t r = 0; r < 8; ++r) {
-        const hl_loc at = b->loc[j + r < b->n + b->n_later ? j + r : 0];
-        const float *const row = hl_sfa_f32_d64_key_row_neon(a, g, at);
-        next->row[r] = row + c0;
+    for (int32_t r = 0; r < rows; ++r) {
+        HL_FETCH((const float *)row[r].key + c);
+    }
+}
+/* The same for all lines of one row. */
+HL_WORD_NEON void hl_sfa_f32_d64_fetch_row_neon(const hl_row *row, int32_t value_apart)
+{
+    for (int32_t c = 0; c < 64; c += 16) {
+        HL_FETCH((const float *)row->key + c);
+    }
+    for (int32_t c = 0; value_apart && c < 64; c += 16) {
+        HL_FETCH((const float *)row->value + c);
     }
 }
 
-HL_WORD_NEON void hl_sfa_f32_d64_fetch_channels_neon(const hl_ahead *next, int32_t c, int32_t rows)
-{
-    for (int32_t r = 0; r < rows; ++r) {
-        HL_FETCH((const float *)next->row[r] + c);
-    }
-}
 /* The whole block's keys, and its values where they are apart; meanwhile rows are asked for that
  * lie 8 further on, in this block or in the next. */
-HL_KERNEL_NEON void hl_sfa_f32_d64_load_neon(const hl_sparse_flash_attention_args *a,
-                                             const hl_group *g, const hl_space *w,
-                                             const hl_block *b)
+HL_KERNEL_NEON void hl_sfa_f32_d64_load_neon(const hl_space *w, const hl_block *b,
+                                             int32_t value_apart)
 {
     enum { DV = 64, KS = 64, VS = 64 };
     for (int32_t j = 0; j < b->n; ++j) {
         if (j + 8 < b->n + b->n_later) {
-            hl_sfa_f32_d64_fetch_key_neon(b->loc[j + 8], a, g);
+            hl_sfa_f32_d64_fetch_row_neon(&b->row[j + 8], value_apart);
         }
-        hl_sfa_f32_d64_load_key_neon(a, g, b->loc[j], w->k + (ptrdiff_t)j * KS);
-        if (a->value != NULL) {
-            hl_vrow_f32_neon(w->v + (ptrdiff_t)j * VS,
-                             hl_sfa_f32_d64_value_row_neon(a, g, b->loc[j]), DV);
+        hl_sfa_f32_d64_load_key_neon(&b->row[j], w->k + (ptrdiff_t)j * KS);
+        if (value_apart) {
+            hl_vrow_f32_neon(w->v + (ptrdiff_t)j * VS, (const float *)b->row[j].value, DV);
         }
     }
 }
@@ -2804,10 +2727,10 @@ HL_KERNEL_NEON void hl_sfa_f32_d64_load_neon(const hl_sparse_flash_attention_arg
 
 /* 8 keys by 2 vectors of heads, over n channels: heads in the lanes, so that no number ever
  * has to be summed across them. With add, adds to what earlier channels left in s. Meanwhile the
- * same channels of later keys are asked for. */
+ * same channels of later keys (next, from channel c0) are asked for, if there are any. */
 HL_KERNEL_NEON void hl_sfa_f32_d64_qk_8x2_neon(const float *q, const float *k, float *s,
                                                ptrdiff_t ss, int32_t n, int32_t add, float scale,
-                                               const hl_ahead *next)
+                                               const hl_row *next, int32_t c0)
 {
     enum { L = 4, W = 2 * L, KS = 64, LINE = 16 };
     hl_vf_neon s0_0 = hl_vzero_neon(), s0_1 = hl_vzero_neon();
@@ -2821,7 +2744,7 @@ HL_KERNEL_NEON void hl_sfa_f32_d64_qk_8x2_neon(const float *q, const float *k, f
     for (int32_t start = 0; start < n; start += LINE) {
         const int32_t stop = n - start > LINE ? start + LINE : n;
         if (next != NULL) {
-            hl_sfa_f32_d64_fetch_channels_neon(next, start, 8);
+            hl_sfa_f32_d64_fetch_channels_neon(next, 8, c0 + start);
         }
         for (int32_t c = start; c < stop; ++c) {
             const hl_vf_neon q0 = hl_vload_neon(q + (ptrdiff_t)c * W + 0 * L);
@@ -2891,17 +2814,17 @@ HL_KERNEL_NEON void hl_sfa_f32_d64_qk_8x2_neon(const float *q, const float *k, f
 
 /* 1 key by 2 vectors of heads, over n channels: heads in the lanes, so that no number ever
  * has to be summed across them. With add, adds to what earlier channels left in s. Meanwhile the
- * same channels of later keys are asked for. */
+ * same channels of later keys (next, from channel c0) are asked for, if there are any. */
 HL_KERNEL_NEON void hl_sfa_f32_d64_qk_1x2_neon(const float *q, const float *k, float *s,
                                                ptrdiff_t ss, int32_t n, int32_t add, float scale,
-                                               const hl_ahead *next)
+                                               const hl_row *next, int32_t c0)
 {
     enum { L = 4, W = 2 * L, KS = 64, LINE = 16 };
     hl_vf_neon s0_0 = hl_vzero_neon(), s0_1 = hl_vzero_neon();
     for (int32_t start = 0; start < n; start += LINE) {
         const int32_t stop = n - start > LINE ? start + LINE : n;
         if (next != NULL) {
-            hl_sfa_f32_d64_fetch_channels_neon(next, start, 1);
+            hl_sfa_f32_d64_fetch_channels_neon(next, 1, c0 + start);
         }
         for (int32_t c = start; c < stop; ++c) {
             const hl_vf_neon q0 = hl_vload_neon(q + (ptrdiff_t)c * W + 0 * L);
@@ -2922,10 +2845,10 @@ HL_KERNEL_NEON void hl_sfa_f32_d64_qk_1x2_neon(const float *q, const float *k, f
 
 /* 8 keys by 1 vector of heads, over n channels: heads in the lanes, so that no number ever
  * has to be summed across them. With add, adds to what earlier channels left in s. Meanwhile the
- * same channels of later keys are asked for. */
+ * same channels of later keys (next, from channel c0) are asked for, if there are any. */
 HL_KERNEL_NEON void hl_sfa_f32_d64_qk_8x1_neon(const float *q, const float *k, float *s,
                                                ptrdiff_t ss, int32_t n, int32_t add, float scale,
-                                               const hl_ahead *next)
+                                               const hl_row *next, int32_t c0)
 {
     enum { L = 4, W = 1 * L, KS = 64, LINE = 16 };
     hl_vf_neon s0_0 = hl_vzero_neon();
@@ -2939,7 +2862,7 @@ HL_KERNEL_NEON void hl_sfa_f32_d64_qk_8x1_neon(const float *q, const float *k, f
     for (int32_t start = 0; start < n; start += LINE) {
         const int32_t stop = n - start > LINE ? start + LINE : n;
         if (next != NULL) {
-            hl_sfa_f32_d64_fetch_channels_neon(next, start, 8);
+            hl_sfa_f32_d64_fetch_channels_neon(next, 8, c0 + start);
         }
         for (int32_t c = start; c < stop; ++c) {
             const hl_vf_neon q0 = hl_vload_neon(q + (ptrdiff_t)c * W + 0 * L);
@@ -2984,17 +2907,17 @@ HL_KERNEL_NEON void hl_sfa_f32_d64_qk_8x1_neon(const float *q, const float *k, f
 
 /* 1 key by 1 vector of heads, over n channels: heads in the lanes, so that no number ever
  * has to be summed across them. With add, adds to what earlier channels left in s. Meanwhile the
- * same channels of later keys are asked for. */
+ * same channels of later keys (next, from channel c0) are asked for, if there are any. */
 HL_KERNEL_NEON void hl_sfa_f32_d64_qk_1x1_neon(const float *q, const float *k, float *s,
                                                ptrdiff_t ss, int32_t n, int32_t add, float scale,
-                                               const hl_ahead *next)
+                                               const hl_row *next, int32_t c0)
 {
     enum { L = 4, W = 1 * L, KS = 64, LINE = 16 };
     hl_vf_neon s0_0 = hl_vzero_neon();
     for (int32_t start = 0; start < n; start += LINE) {
         const int32_t stop = n - start > LINE ? start + LINE : n;
         if (next != NULL) {
-            hl_sfa_f32_d64_fetch_channels_neon(next, start, 1);
+            hl_sfa_f32_d64_fetch_channels_neon(next, 1, c0 + start);
         }
         for (int32_t c = start; c < stop; ++c) {
             const hl_vf_neon q0 = hl_vload_neon(q + (ptrdiff_t)c * W + 0 * L);
@@ -3013,7 +2936,7 @@ HL_KERNEL_NEON void hl_sfa_f32_d64_qk_1x1_neon(const float *q, const float *k, f
 HL_KERNEL_NEON void hl_sfa_f32_d64_score_keys_neon(const hl_space *w, const float *k, float *s,
                                                    int32_t heads, int32_t rows, int32_t h0,
                                                    int32_t h1, int32_t c0, int32_t n, float scale,
-                                                   const hl_ahead *next)
+                                                   const hl_row *next)
 {
     enum { L = 4, W = 2 * L, D = 64 };
     const int32_t add = c0 > 0;
@@ -3022,15 +2945,15 @@ HL_KERNEL_NEON void hl_sfa_f32_d64_score_keys_neon(const hl_space *w, const floa
         const float *const q = w->q + (ptrdiff_t)h * D + (ptrdiff_t)c0 * width;
         if (rows == 8) {
             if (width == W) {
-                hl_sfa_f32_d64_qk_8x2_neon(q, k, s + h, heads, n, add, scale, next);
+                hl_sfa_f32_d64_qk_8x2_neon(q, k, s + h, heads, n, add, scale, next, c0);
             } else {
-                hl_sfa_f32_d64_qk_8x1_neon(q, k, s + h, heads, n, add, scale, next);
+                hl_sfa_f32_d64_qk_8x1_neon(q, k, s + h, heads, n, add, scale, next, c0);
             }
         } else {
             if (width == W) {
-                hl_sfa_f32_d64_qk_1x2_neon(q, k, s + h, heads, n, add, scale, next);
+                hl_sfa_f32_d64_qk_1x2_neon(q, k, s + h, heads, n, add, scale, next, c0);
             } else {
-                hl_sfa_f32_d64_qk_1x1_neon(q, k, s + h, heads, n, add, scale, next);
+                hl_sfa_f32_d64_qk_1x1_neon(q, k, s + h, heads, n, add, scale, next, c0);
             }
         }
         next = NULL;
@@ -3063,25 +2986,25 @@ HL_KERNEL_NEON void hl_sfa_f32_d64_score_neon(const hl_space *w, int32_t heads, 
 }
 /* Few heads: 16 keys at a time are loaded, a slice of channels at a time, and used at once, so that
  * they never leave the first-level cache as float32: writing a block of them would cost more. */
-HL_KERNEL_NEON void hl_sfa_f32_d64_score_few_neon(const hl_sparse_flash_attention_args *a,
-                                                  const hl_group *g, const hl_space *w,
-                                                  const hl_block *b, int32_t heads, float scale)
+HL_KERNEL_NEON void hl_sfa_f32_d64_score_few_neon(const hl_space *w, const hl_block *b,
+                                                  int32_t heads, float scale)
 {
     enum { KS = 64, D = 64, SLICE = 64, KEYS = 16 };
-    hl_ahead next;
+    const int32_t known = b->n + b->n_later;
     for (int32_t j = 0; j < b->n; j += KEYS) {
         const int32_t keys = b->n - j < KEYS ? b->n - j : KEYS;
         for (int32_t c0 = 0; c0 < D; c0 += SLICE) {
             const int32_t left = D - c0;
             const int32_t n = left < SLICE ? left : SLICE;
             int32_t rows = 0;
-            hl_sfa_f32_d64_load_keys_neon(a, g, b->loc + j, keys, c0, n, w->k);
+            hl_sfa_f32_d64_load_keys_neon(b->row + j, keys, c0, n, w->k);
             for (int32_t r = 0; r < keys; r += rows) {
+                const int32_t later = j + KEYS + r;
                 rows = hl_sfa_f32_d64_tile_rows_neon(keys - r);
-                hl_sfa_f32_d64_look_ahead_neon(a, g, b, j + KEYS + r, c0, &next);
                 hl_sfa_f32_d64_score_keys_neon(w, w->k + (ptrdiff_t)r * KS, w->s
                                                + (ptrdiff_t)(j + r) * heads, heads, rows, 0, heads,
-                                               c0, n, left > SLICE ? 1.0f : scale, &next);
+                                               c0, n, left > SLICE ? 1.0f : scale, later
+                                               + rows <= known ? b->row + later : NULL);
             }
         }
     }
@@ -3317,9 +3240,8 @@ HL_KERNEL_NEON void hl_sfa_f32_d64_value_neon(const hl_space *w, const hl_state 
     }
 }
 /* 8 heads by 2 vectors of channels; values are read where they are stored. */
-HL_KERNEL_NEON void hl_sfa_f32_d64_pr_8x2_neon(const float *p, ptrdiff_t ps,
-                                               const float *const *row, int32_t c, float *o,
-                                               const float *alpha, int32_t n)
+HL_KERNEL_NEON void hl_sfa_f32_d64_pr_8x2_neon(const float *p, ptrdiff_t ps, const hl_row *row,
+                                               int32_t c, float *o, const float *alpha, int32_t n)
 {
     enum { L = 4, OS = 64 };
     hl_vf_neon o0_0 = hl_vzero_neon(), o0_1 = hl_vzero_neon();
@@ -3331,8 +3253,8 @@ HL_KERNEL_NEON void hl_sfa_f32_d64_pr_8x2_neon(const float *p, ptrdiff_t ps,
     hl_vf_neon o6_0 = hl_vzero_neon(), o6_1 = hl_vzero_neon();
     hl_vf_neon o7_0 = hl_vzero_neon(), o7_1 = hl_vzero_neon();
     for (int32_t j = 0; j < n; ++j) {
-        const hl_vf_neon v0 = hl_vload_neon(row[j] + c + 0 * L);
-        const hl_vf_neon v1 = hl_vload_neon(row[j] + c + 1 * L);
+        const hl_vf_neon v0 = hl_vload_neon((const float *)row[j].value + c + 0 * L);
+        const hl_vf_neon v1 = hl_vload_neon((const float *)row[j].value + c + 1 * L);
         hl_vf_neon x;
         x = hl_vset_neon(p[j * ps + 0]);
         o0_0 = hl_vfma_neon(x, v0, o0_0);
@@ -3394,9 +3316,8 @@ HL_KERNEL_NEON void hl_sfa_f32_d64_pr_8x2_neon(const float *p, ptrdiff_t ps,
 }
 
 /* 8 heads by 1 vector of channels; values are read where they are stored. */
-HL_KERNEL_NEON void hl_sfa_f32_d64_pr_8x1_neon(const float *p, ptrdiff_t ps,
-                                               const float *const *row, int32_t c, float *o,
-                                               const float *alpha, int32_t n)
+HL_KERNEL_NEON void hl_sfa_f32_d64_pr_8x1_neon(const float *p, ptrdiff_t ps, const hl_row *row,
+                                               int32_t c, float *o, const float *alpha, int32_t n)
 {
     enum { L = 4, OS = 64 };
     hl_vf_neon o0_0 = hl_vzero_neon();
@@ -3408,7 +3329,7 @@ HL_KERNEL_NEON void hl_sfa_f32_d64_pr_8x1_neon(const float *p, ptrdiff_t ps,
     hl_vf_neon o6_0 = hl_vzero_neon();
     hl_vf_neon o7_0 = hl_vzero_neon();
     for (int32_t j = 0; j < n; ++j) {
-        const hl_vf_neon v0 = hl_vload_neon(row[j] + c + 0 * L);
+        const hl_vf_neon v0 = hl_vload_neon((const float *)row[j].value + c + 0 * L);
         hl_vf_neon x;
         x = hl_vset_neon(p[j * ps + 0]);
         o0_0 = hl_vfma_neon(x, v0, o0_0);
@@ -3446,18 +3367,17 @@ HL_KERNEL_NEON void hl_sfa_f32_d64_pr_8x1_neon(const float *p, ptrdiff_t ps,
 }
 
 /* 1 head by 4 vectors of channels; values are read where they are stored. */
-HL_KERNEL_NEON void hl_sfa_f32_d64_pr_1x4_neon(const float *p, ptrdiff_t ps,
-                                               const float *const *row, int32_t c, float *o,
-                                               const float *alpha, int32_t n)
+HL_KERNEL_NEON void hl_sfa_f32_d64_pr_1x4_neon(const float *p, ptrdiff_t ps, const hl_row *row,
+                                               int32_t c, float *o, const float *alpha, int32_t n)
 {
     enum { L = 4, OS = 64 };
     hl_vf_neon o0_0 = hl_vzero_neon(), o0_1 = hl_vzero_neon(), o0_2 = hl_vzero_neon(), o0_3 =
         hl_vzero_neon();
     for (int32_t j = 0; j < n; ++j) {
-        const hl_vf_neon v0 = hl_vload_neon(row[j] + c + 0 * L);
-        const hl_vf_neon v1 = hl_vload_neon(row[j] + c + 1 * L);
-        const hl_vf_neon v2 = hl_vload_neon(row[j] + c + 2 * L);
-        const hl_vf_neon v3 = hl_vload_neon(row[j] + c + 3 * L);
+        const hl_vf_neon v0 = hl_vload_neon((const float *)row[j].value + c + 0 * L);
+        const hl_vf_neon v1 = hl_vload_neon((const float *)row[j].value + c + 1 * L);
+        const hl_vf_neon v2 = hl_vload_neon((const float *)row[j].value + c + 2 * L);
+        const hl_vf_neon v3 = hl_vload_neon((const float *)row[j].value + c + 3 * L);
         hl_vf_neon x;
         x = hl_vset_neon(p[j * ps + 0]);
         o0_0 = hl_vfma_neon(x, v0, o0_0);
@@ -3476,14 +3396,13 @@ HL_KERNEL_NEON void hl_sfa_f32_d64_pr_1x4_neon(const float *p, ptrdiff_t ps,
 }
 
 /* 1 head by 1 vector of channels; values are read where they are stored. */
-HL_KERNEL_NEON void hl_sfa_f32_d64_pr_1x1_neon(const float *p, ptrdiff_t ps,
-                                               const float *const *row, int32_t c, float *o,
-                                               const float *alpha, int32_t n)
+HL_KERNEL_NEON void hl_sfa_f32_d64_pr_1x1_neon(const float *p, ptrdiff_t ps, const hl_row *row,
+                                               int32_t c, float *o, const float *alpha, int32_t n)
 {
     enum { L = 4, OS = 64 };
     hl_vf_neon o0_0 = hl_vzero_neon();
     for (int32_t j = 0; j < n; ++j) {
-        const hl_vf_neon v0 = hl_vload_neon(row[j] + c + 0 * L);
+        const hl_vf_neon v0 = hl_vload_neon((const float *)row[j].value + c + 0 * L);
         hl_vf_neon x;
         x = hl_vset_neon(p[j * ps + 0]);
         o0_0 = hl_vfma_neon(x, v0, o0_0);
@@ -3493,35 +3412,29 @@ HL_KERNEL_NEON void hl_sfa_f32_d64_pr_1x1_neon(const float *p, ptrdiff_t ps,
 }
 
 /* Few heads: the values are not worth a copy. */
-HL_KERNEL_NEON void hl_sfa_f32_d64_value_few_neon(const hl_sparse_flash_attention_args *a,
-                                                  const hl_group *g, const hl_space *w,
-                                                  const hl_state *t, const hl_block *b,
-                                                  int32_t padded, int32_t group)
+HL_KERNEL_NEON void hl_sfa_f32_d64_value_few_neon(const hl_space *w, const hl_state *t,
+                                                  const hl_block *b, int32_t padded, int32_t group)
 {
     enum { L = 4, OS = 64, DV = 64 };
-    const float **const row = (const float **)w->rows;
     int32_t h = 0;
-    for (int32_t j = 0; j < b->n; ++j) {
-        row[j] = hl_sfa_f32_d64_value_row_neon(a, g, b->loc[j]);
-    }
     for (; h + 8 <= group; h += 8) {
         float *const o = t->o + (ptrdiff_t)h * OS;
         int32_t c = 0;
         for (; c + 2 * L <= DV; c += 2 * L) {
-            hl_sfa_f32_d64_pr_8x2_neon(w->s + h, padded, row, c, o + c, t->alpha + h, b->n);
+            hl_sfa_f32_d64_pr_8x2_neon(w->s + h, padded, b->row, c, o + c, t->alpha + h, b->n);
         }
         for (; c + 1 * L <= DV; c += 1 * L) {
-            hl_sfa_f32_d64_pr_8x1_neon(w->s + h, padded, row, c, o + c, t->alpha + h, b->n);
+            hl_sfa_f32_d64_pr_8x1_neon(w->s + h, padded, b->row, c, o + c, t->alpha + h, b->n);
         }
     }
     for (; h + 1 <= group; h += 1) {
         float *const o = t->o + (ptrdiff_t)h * OS;
         int32_t c = 0;
         for (; c + 4 * L <= DV; c += 4 * L) {
-            hl_sfa_f32_d64_pr_1x4_neon(w->s + h, padded, row, c, o + c, t->alpha + h, b->n);
+            hl_sfa_f32_d64_pr_1x4_neon(w->s + h, padded, b->row, c, o + c, t->alpha + h, b->n);
         }
         for (; c + 1 * L <= DV; c += 1 * L) {
-            hl_sfa_f32_d64_pr_1x1_neon(w->s + h, padded, row, c, o + c, t->alpha + h, b->n);
+            hl_sfa_f32_d64_pr_1x1_neon(w->s + h, padded, b->row, c, o + c, t->alpha + h, b->n);
         }
     }
 }
@@ -3692,27 +3605,27 @@ HL_KERNEL_NEON void hl_sfa_f32_d64_merge_state_neon(const hl_state *t, const hl_
 
 /* One block of keys: load, score, softmax, value. */
 HL_KERNEL_NEON void hl_sfa_f32_d64_block_neon(const hl_sparse_flash_attention_plan *plan,
-                                              const hl_group *g, const hl_space *w,
-                                              const hl_state *t, const hl_block *b, int32_t padded)
+                                              const hl_space *w, const hl_state *t,
+                                              const hl_block *b, int32_t padded)
 {
-    const hl_sparse_flash_attention_args *const a = &plan->args;
+    const int32_t value_apart = plan->args.value != NULL;
     if (plan->group <= 16) {
         /* rows -> numbers, a tile at a time; S = scale Q K^T, in units of log2 */
-        hl_sfa_f32_d64_score_few_neon(a, g, w, b, padded, plan->scale_log2);
+        hl_sfa_f32_d64_score_few_neon(w, b, padded, plan->scale_log2);
         /* m' = max(m, rowmax S);  P = 2^(S - m');  l, alpha */
         hl_sfa_f32_d64_softmax_neon(w->s, t, padded, b->n);
         /* O = alpha O + P V */
-        hl_sfa_f32_d64_value_few_neon(a, g, w, t, b, padded, plan->group);
+        hl_sfa_f32_d64_value_few_neon(w, t, b, padded, plan->group);
         return;
     }
     /* rows -> numbers, once for the whole group */
-    hl_sfa_f32_d64_load_neon(a, g, w, b);
+    hl_sfa_f32_d64_load_neon(w, b, value_apart);
     /* S = scale Q K^T, in units of log2 */
     hl_sfa_f32_d64_score_neon(w, padded, b->n, plan->scale_log2);
     /* m' = max(m, rowmax S);  P = 2^(S - m');  l, alpha */
     hl_sfa_f32_d64_softmax_neon(w->s, t, padded, b->n);
     /* O = alpha O + P V */
-    hl_sfa_f32_d64_value_neon(w, t, padded, plan->group, a->value != NULL ? 64 : 64, b->n);
+    hl_sfa_f32_d64_value_neon(w, t, padded, plan->group, value_apart ? 64 : 64, b->n);
 }
 
 /* One chunk of a group's keys (FlashAttention-2, algorithm 1, with K and V in blocks). */
@@ -3723,14 +3636,14 @@ HL_KERNEL_NEON void hl_sfa_f32_d64_forward_neon(const hl_sparse_flash_attention_
     const int32_t block = plan->group <= 16 ? 64 : 64;
     const hl_sparse_flash_attention_args *const a = &plan->args;
     hl_block b;
-    b.loc = w->loc;
-    b.n = hl_sfa_f32_d64_next(a, g, &c, b.loc, block);
+    b.row = w->row;
+    b.n = hl_sfa_f32_d64_next(a, g, &c, b.row, block);
     hl_sfa_f32_d64_start_neon(t, padded, plan->group);
     while (b.n > 0) {
-        b.n_later = b.n < block ? 0 : hl_sfa_f32_d64_next(a, g, &c, b.loc + block, block);
-        hl_sfa_f32_d64_block_neon(plan, g, w, t, &b, padded);
+        b.n_later = b.n < block ? 0 : hl_sfa_f32_d64_next(a, g, &c, b.row + block, block);
+        hl_sfa_f32_d64_block_neon(plan, w, t, &b, padded);
         *t->seen = 1.0f;
-        HL_COPY(b.loc, b.loc + block, (size_t)b.n_later * sizeof *b.loc);
+        HL_COPY(b.row, b.row + block, (size_t)b.n_later * sizeof *b.row);
         b.n = b.n_later;
     }
 }
@@ -3836,106 +3749,62 @@ HL_KERNEL_AVX2 void hl_sfa_f32_d64_load_q_avx2(const hl_sparse_flash_attention_a
     }
 }
 
-/* Where one key's row lies; its rotary channels, if they are apart; and its value, which is either
- * in a tensor of its own or the first channels of the key. */
-HL_KERNEL_AVX2 const float *hl_sfa_f32_d64_key_row_avx2(const hl_sparse_flash_attention_args *a,
-    const hl_group *g, hl_loc at)
-{
-    return (const float *)a->key + at.outer * a->key_stride.batch
-        + at.inner * a->key_stride.row + g->kv_head * a->key_stride.head;
-}
-HL_KERNEL_AVX2 const float *hl_sfa_f32_d64_value_row_avx2(const hl_sparse_flash_attention_args *a,
-    const hl_group *g, hl_loc at)
-{
-    if (a->value == NULL) {
-        return hl_sfa_f32_d64_key_row_avx2(a, g, at);
-    }
-    return (const float *)a->value + at.outer * a->value_stride.batch
-        + at.inner * a->value_stride.row + g->kv_head * a->value_stride.head;
-}
-
 /* One key's row as float32. */
-HL_KERNEL_AVX2 void hl_sfa_f32_d64_load_key_avx2(const hl_sparse_flash_attention_args *a,
-                                                 const hl_group *g, hl_loc at, float *to)
+HL_KERNEL_AVX2 void hl_sfa_f32_d64_load_key_avx2(const hl_row *row, float *to)
 {
-    enum { DK = 64, D = 64 };
-    hl_vrow_f32_avx2(to, hl_sfa_f32_d64_key_row_avx2(a, g, at), D);
-}
-
-/* Asks for the lines of a row before they are needed: rows that a list names lie anywhere, which no
- * hardware can guess. A word, not a function: GCC takes a function that does nothing but prefetch
- * for one without effect, and drops its calls. */
-HL_WORD_AVX2 void hl_sfa_f32_d64_fetch_avx2(const float *row, int32_t channels)
-{
-    for (int32_t c = 0; c < channels; c += 16) {
-        HL_FETCH(row + c);
-    }
-}
-
-HL_WORD_AVX2 void hl_sfa_f32_d64_fetch_key_avx2(hl_loc at, const hl_sparse_flash_attention_args *a,
-                                                const hl_group *g)
-{
-    enum { DK = 64, D = 64, DV = 64 };
-    hl_sfa_f32_d64_fetch_avx2(hl_sfa_f32_d64_key_row_avx2(a, g, at), D);
-    if (a->value != NULL) {
-        hl_sfa_f32_d64_fetch_avx2(hl_sfa_f32_d64_value_row_avx2(a, g, at), DV);
-    }
+    enum { DK = 64, ROPE = 0 };
+    hl_vrow_f32_avx2(to, (const float *)row->key, DK);
 }
 /* Channels c0 .. c0+n-1 of some keys, channel by channel over all of them: so many pages are under
  * way at once, and each of them is read in order. */
-HL_KERNEL_AVX2 void hl_sfa_f32_d64_load_keys_avx2(const hl_sparse_flash_attention_args *a,
-                                                  const hl_group *g, const hl_loc *loc,
-                                                  int32_t keys, int32_t c0, int32_t n, float *to)
+HL_KERNEL_AVX2 void hl_sfa_f32_d64_load_keys_avx2(const hl_row *row, int32_t keys, int32_t c0,
+                                                  int32_t n, float *to)
 {
     enum { L = 8, KS = 64, DK = 64 };
-    const float *row[24];
     const int32_t end = c0 + n < DK ? c0 + n : DK;
     int32_t c = c0;
-    for (int32_t r = 0; r < keys; ++r) {
-        row[r] = hl_sfa_f32_d64_key_row_avx2(a, g, loc[r]);
-    }
     for (; c + L <= end; c += L) {
         for (int32_t r = 0; r < keys; ++r) {
-            hl_vstore_avx2(to + (ptrdiff_t)r * KS + (c - c0), hl_vload_avx2(row[r] + c));
+            hl_vstore_avx2(to + (ptrdiff_t)r * KS + (c - c0),
+                           hl_vload_avx2((const float *)row[r].key + c));
         }
     }
 }
 
-/* Where the same channels of later keys lie; where there is none, of a key that is at hand. */
-HL_KERNEL_AVX2 void hl_sfa_f32_d64_look_ahead_avx2(const hl_sparse_flash_attention_args *a,
-                                                   const hl_group *g, const hl_block *b, int32_t j,
-                                                   int32_t c0, hl_ahead *next)
+/* Asks for one line of each of some rows before it is needed: rows that a list names lie anywhere,
+ * which no hardware can guess. A word, not a function: GCC takes a function that does nothing but
+ * prefetch for one without effect, and drops its calls. */
+HL_WORD_AVX2 void hl_sfa_f32_d64_fetch_channels_avx2(const hl_row *row, int32_t rows, int32_t c)
 {
     enum { DK = 64 };
-    next->nope = DK - c0;
-    for (int32_t r = 0; r < 6; ++r) {
-        const hl_loc at = b->loc[j + r < b->n + b->n_later ? j + r : 0];
-        const float *const row = hl_sfa_f32_d64_key_row_avx2(a, g, at);
-        next->row[r] = row + c0;
+    for (int32_t r = 0; r < rows; ++r) {
+        HL_FETCH((const float *)row[r].key + c);
+    }
+}
+/* The same for all lines of one row. */
+HL_WORD_AVX2 void hl_sfa_f32_d64_fetch_row_avx2(const hl_row *row, int32_t value_apart)
+{
+    for (int32_t c = 0; c < 64; c += 16) {
+        HL_FETCH((const float *)row->key + c);
+    }
+    for (int32_t c = 0; value_apart && c < 64; c += 16) {
+        HL_FETCH((const float *)row->value + c);
     }
 }
 
-HL_WORD_AVX2 void hl_sfa_f32_d64_fetch_channels_avx2(const hl_ahead *next, int32_t c, int32_t rows)
-{
-    for (int32_t r = 0; r < rows; ++r) {
-        HL_FETCH((const float *)next->row[r] + c);
-    }
-}
 /* The whole block's keys, and its values where they are apart; meanwhile rows are asked for that
  * lie 8 further on, in this block or in the next. */
-HL_KERNEL_AVX2 void hl_sfa_f32_d64_load_avx2(const hl_sparse_flash_attention_args *a,
-                                             const hl_group *g, const hl_space *w,
-                                             const hl_block *b)
+HL_KERNEL_AVX2 void hl_sfa_f32_d64_load_avx2(const hl_space *w, const hl_block *b,
+                                             int32_t value_apart)
 {
     enum { DV = 64, KS = 64, VS = 64 };
     for (int32_t j = 0; j < b->n; ++j) {
         if (j + 8 < b->n + b->n_later) {
-            hl_sfa_f32_d64_fetch_key_avx2(b->loc[j + 8], a, g);
+            hl_sfa_f32_d64_fetch_row_avx2(&b->row[j + 8], value_apart);
         }
-        hl_sfa_f32_d64_load_key_avx2(a, g, b->loc[j], w->k + (ptrdiff_t)j * KS);
-        if (a->value != NULL) {
-            hl_vrow_f32_avx2(w->v + (ptrdiff_t)j * VS,
-                             hl_sfa_f32_d64_value_row_avx2(a, g, b->loc[j]), DV);
+        hl_sfa_f32_d64_load_key_avx2(&b->row[j], w->k + (ptrdiff_t)j * KS);
+        if (value_apart) {
+            hl_vrow_f32_avx2(w->v + (ptrdiff_t)j * VS, (const float *)b->row[j].value, DV);
         }
     }
 }
@@ -3944,10 +3813,10 @@ HL_KERNEL_AVX2 void hl_sfa_f32_d64_load_avx2(const hl_sparse_flash_attention_arg
 
 /* 6 keys by 2 vectors of heads, over n channels: heads in the lanes, so that no number ever
  * has to be summed across them. With add, adds to what earlier channels left in s. Meanwhile the
- * same channels of later keys are asked for. */
+ * same channels of later keys (next, from channel c0) are asked for, if there are any. */
 HL_KERNEL_AVX2 void hl_sfa_f32_d64_qk_6x2_avx2(const float *q, const float *k, float *s,
                                                ptrdiff_t ss, int32_t n, int32_t add, float scale,
-                                               const hl_ahead *next)
+                                               const hl_row *next, int32_t c0)
 {
     enum { L = 8, W = 2 * L, KS = 64, LINE = 16 };
     hl_vf_avx2 s0_0 = hl_vzero_avx2(), s0_1 = hl_vzero_avx2();
@@ -3959,7 +3828,7 @@ HL_KERNEL_AVX2 void hl_sfa_f32_d64_qk_6x2_avx2(const float *q, const float *k, f
     for (int32_t start = 0; start < n; start += LINE) {
         const int32_t stop = n - start > LINE ? start + LINE : n;
         if (next != NULL) {
-            hl_sfa_f32_d64_fetch_channels_avx2(next, start, 6);
+            hl_sfa_f32_d64_fetch_channels_avx2(next, 6, c0 + start);
         }
         for (int32_t c = start; c < stop; ++c) {
             const hl_vf_avx2 q0 = hl_vload_avx2(q + (ptrdiff_t)c * W + 0 * L);
@@ -4015,17 +3884,17 @@ HL_KERNEL_AVX2 void hl_sfa_f32_d64_qk_6x2_avx2(const float *q, const float *k, f
 
 /* 1 key by 2 vectors of heads, over n channels: heads in the lanes, so that no number ever
  * has to be summed across them. With add, adds to what earlier channels left in s. Meanwhile the
- * same channels of later keys are asked for. */
+ * same channels of later keys (next, from channel c0) are asked for, if there are any. */
 HL_KERNEL_AVX2 void hl_sfa_f32_d64_qk_1x2_avx2(const float *q, const float *k, float *s,
                                                ptrdiff_t ss, int32_t n, int32_t add, float scale,
-                                               const hl_ahead *next)
+                                               const hl_row *next, int32_t c0)
 {
     enum { L = 8, W = 2 * L, KS = 64, LINE = 16 };
     hl_vf_avx2 s0_0 = hl_vzero_avx2(), s0_1 = hl_vzero_avx2();
     for (int32_t start = 0; start < n; start += LINE) {
         const int32_t stop = n - start > LINE ? start + LINE : n;
         if (next != NULL) {
-            hl_sfa_f32_d64_fetch_channels_avx2(next, start, 1);
+            hl_sfa_f32_d64_fetch_channels_avx2(next, 1, c0 + start);
         }
         for (int32_t c = start; c < stop; ++c) {
             const hl_vf_avx2 q0 = hl_vload_avx2(q + (ptrdiff_t)c * W + 0 * L);
@@ -4046,10 +3915,10 @@ HL_KERNEL_AVX2 void hl_sfa_f32_d64_qk_1x2_avx2(const float *q, const float *k, f
 
 /* 6 keys by 1 vector of heads, over n channels: heads in the lanes, so that no number ever
  * has to be summed across them. With add, adds to what earlier channels left in s. Meanwhile the
- * same channels of later keys are asked for. */
+ * same channels of later keys (next, from channel c0) are asked for, if there are any. */
 HL_KERNEL_AVX2 void hl_sfa_f32_d64_qk_6x1_avx2(const float *q, const float *k, float *s,
                                                ptrdiff_t ss, int32_t n, int32_t add, float scale,
-                                               const hl_ahead *next)
+                                               const hl_row *next, int32_t c0)
 {
     enum { L = 8, W = 1 * L, KS = 64, LINE = 16 };
     hl_vf_avx2 s0_0 = hl_vzero_avx2();
@@ -4061,7 +3930,7 @@ HL_KERNEL_AVX2 void hl_sfa_f32_d64_qk_6x1_avx2(const float *q, const float *k, f
     for (int32_t start = 0; start < n; start += LINE) {
         const int32_t stop = n - start > LINE ? start + LINE : n;
         if (next != NULL) {
-            hl_sfa_f32_d64_fetch_channels_avx2(next, start, 6);
+            hl_sfa_f32_d64_fetch_channels_avx2(next, 6, c0 + start);
         }
         for (int32_t c = start; c < stop; ++c) {
             const hl_vf_avx2 q0 = hl_vload_avx2(q + (ptrdiff_t)c * W + 0 * L);
@@ -4098,17 +3967,17 @@ HL_KERNEL_AVX2 void hl_sfa_f32_d64_qk_6x1_avx2(const float *q, const float *k, f
 
 /* 1 key by 1 vector of heads, over n channels: heads in the lanes, so that no number ever
  * has to be summed across them. With add, adds to what earlier channels left in s. Meanwhile the
- * same channels of later keys are asked for. */
+ * same channels of later keys (next, from channel c0) are asked for, if there are any. */
 HL_KERNEL_AVX2 void hl_sfa_f32_d64_qk_1x1_avx2(const float *q, const float *k, float *s,
                                                ptrdiff_t ss, int32_t n, int32_t add, float scale,
-                                               const hl_ahead *next)
+                                               const hl_row *next, int32_t c0)
 {
     enum { L = 8, W = 1 * L, KS = 64, LINE = 16 };
     hl_vf_avx2 s0_0 = hl_vzero_avx2();
     for (int32_t start = 0; start < n; start += LINE) {
         const int32_t stop = n - start > LINE ? start + LINE : n;
         if (next != NULL) {
-            hl_sfa_f32_d64_fetch_channels_avx2(next, start, 1);
+            hl_sfa_f32_d64_fetch_channels_avx2(next, 1, c0 + start);
         }
         for (int32_t c = start; c < stop; ++c) {
             const hl_vf_avx2 q0 = hl_vload_avx2(q + (ptrdiff_t)c * W + 0 * L);
@@ -4127,7 +3996,7 @@ HL_KERNEL_AVX2 void hl_sfa_f32_d64_qk_1x1_avx2(const float *q, const float *k, f
 HL_KERNEL_AVX2 void hl_sfa_f32_d64_score_keys_avx2(const hl_space *w, const float *k, float *s,
                                                    int32_t heads, int32_t rows, int32_t h0,
                                                    int32_t h1, int32_t c0, int32_t n, float scale,
-                                                   const hl_ahead *next)
+                                                   const hl_row *next)
 {
     enum { L = 8, W = 2 * L, D = 64 };
     const int32_t add = c0 > 0;
@@ -4136,15 +4005,15 @@ HL_KERNEL_AVX2 void hl_sfa_f32_d64_score_keys_avx2(const hl_space *w, const floa
         const float *const q = w->q + (ptrdiff_t)h * D + (ptrdiff_t)c0 * width;
         if (rows == 6) {
             if (width == W) {
-                hl_sfa_f32_d64_qk_6x2_avx2(q, k, s + h, heads, n, add, scale, next);
+                hl_sfa_f32_d64_qk_6x2_avx2(q, k, s + h, heads, n, add, scale, next, c0);
             } else {
-                hl_sfa_f32_d64_qk_6x1_avx2(q, k, s + h, heads, n, add, scale, next);
+                hl_sfa_f32_d64_qk_6x1_avx2(q, k, s + h, heads, n, add, scale, next, c0);
             }
         } else {
             if (width == W) {
-                hl_sfa_f32_d64_qk_1x2_avx2(q, k, s + h, heads, n, add, scale, next);
+                hl_sfa_f32_d64_qk_1x2_avx2(q, k, s + h, heads, n, add, scale, next, c0);
             } else {
-                hl_sfa_f32_d64_qk_1x1_avx2(q, k, s + h, heads, n, add, scale, next);
+                hl_sfa_f32_d64_qk_1x1_avx2(q, k, s + h, heads, n, add, scale, next, c0);
             }
         }
         next = NULL;
@@ -4177,25 +4046,25 @@ HL_KERNEL_AVX2 void hl_sfa_f32_d64_score_avx2(const hl_space *w, int32_t heads, 
 }
 /* Few heads: 24 keys at a time are loaded, a slice of channels at a time, and used at once, so that
  * they never leave the first-level cache as float32: writing a block of them would cost more. */
-HL_KERNEL_AVX2 void hl_sfa_f32_d64_score_few_avx2(const hl_sparse_flash_attention_args *a,
-                                                  const hl_group *g, const hl_space *w,
-                                                  const hl_block *b, int32_t heads, float scale)
+HL_KERNEL_AVX2 void hl_sfa_f32_d64_score_few_avx2(const hl_space *w, const hl_block *b,
+                                                  int32_t heads, float scale)
 {
     enum { KS = 64, D = 64, SLICE = 64, KEYS = 24 };
-    hl_ahead next;
+    const int32_t known = b->n + b->n_later;
     for (int32_t j = 0; j < b->n; j += KEYS) {
         const int32_t keys = b->n - j < KEYS ? b->n - j : KEYS;
         for (int32_t c0 = 0; c0 < D; c0 += SLICE) {
             const int32_t left = D - c0;
             const int32_t n = left < SLICE ? left : SLICE;
             int32_t rows = 0;
-            hl_sfa_f32_d64_load_keys_avx2(a, g, b->loc + j, keys, c0, n, w->k);
+            hl_sfa_f32_d64_load_keys_avx2(b->row + j, keys, c0, n, w->k);
             for (int32_t r = 0; r < keys; r += rows) {
+                const int32_t later = j + KEYS + r;
                 rows = hl_sfa_f32_d64_tile_rows_avx2(keys - r);
-                hl_sfa_f32_d64_look_ahead_avx2(a, g, b, j + KEYS + r, c0, &next);
                 hl_sfa_f32_d64_score_keys_avx2(w, w->k + (ptrdiff_t)r * KS, w->s
                                                + (ptrdiff_t)(j + r) * heads, heads, rows, 0, heads,
-                                               c0, n, left > SLICE ? 1.0f : scale, &next);
+                                               c0, n, left > SLICE ? 1.0f : scale, later
+                                               + rows <= known ? b->row + later : NULL);
             }
         }
     }
@@ -4396,9 +4265,8 @@ HL_KERNEL_AVX2 void hl_sfa_f32_d64_value_avx2(const hl_space *w, const hl_state 
     }
 }
 /* 8 heads by 1 vector of channels; values are read where they are stored. */
-HL_KERNEL_AVX2 void hl_sfa_f32_d64_pr_8x1_avx2(const float *p, ptrdiff_t ps,
-                                               const float *const *row, int32_t c, float *o,
-                                               const float *alpha, int32_t n)
+HL_KERNEL_AVX2 void hl_sfa_f32_d64_pr_8x1_avx2(const float *p, ptrdiff_t ps, const hl_row *row,
+                                               int32_t c, float *o, const float *alpha, int32_t n)
 {
     enum { L = 8, OS = 64 };
     hl_vf_avx2 o0_0 = hl_vzero_avx2();
@@ -4410,7 +4278,7 @@ HL_KERNEL_AVX2 void hl_sfa_f32_d64_pr_8x1_avx2(const float *p, ptrdiff_t ps,
     hl_vf_avx2 o6_0 = hl_vzero_avx2();
     hl_vf_avx2 o7_0 = hl_vzero_avx2();
     for (int32_t j = 0; j < n; ++j) {
-        const hl_vf_avx2 v0 = hl_vload_avx2(row[j] + c + 0 * L);
+        const hl_vf_avx2 v0 = hl_vload_avx2((const float *)row[j].value + c + 0 * L);
         hl_vf_avx2 x;
         x = hl_vset_avx2(p[j * ps + 0]);
         o0_0 = hl_vfma_avx2(x, v0, o0_0);
@@ -4448,9 +4316,8 @@ HL_KERNEL_AVX2 void hl_sfa_f32_d64_pr_8x1_avx2(const float *p, ptrdiff_t ps,
 }
 
 /* 4 heads by 2 vectors of channels; values are read where they are stored. */
-HL_KERNEL_AVX2 void hl_sfa_f32_d64_pr_4x2_avx2(const float *p, ptrdiff_t ps,
-                                               const float *const *row, int32_t c, float *o,
-                                               const float *alpha, int32_t n)
+HL_KERNEL_AVX2 void hl_sfa_f32_d64_pr_4x2_avx2(const float *p, ptrdiff_t ps, const hl_row *row,
+                                               int32_t c, float *o, const float *alpha, int32_t n)
 {
     enum { L = 8, OS = 64 };
     hl_vf_avx2 o0_0 = hl_vzero_avx2(), o0_1 = hl_vzero_avx2();
@@ -4458,8 +4325,8 @@ HL_KERNEL_AVX2 void hl_sfa_f32_d64_pr_4x2_avx2(const float *p, ptrdiff_t ps,
     hl_vf_avx2 o2_0 = hl_vzero_avx2(), o2_1 = hl_vzero_avx2();
     hl_vf_avx2 o3_0 = hl_vzero_avx2(), o3_1 = hl_vzero_avx2();
     for (int32_t j = 0; j < n; ++j) {
-        const hl_vf_avx2 v0 = hl_vload_avx2(row[j] + c + 0 * L);
-        const hl_vf_avx2 v1 = hl_vload_avx2(row[j] + c + 1 * L);
+        const hl_vf_avx2 v0 = hl_vload_avx2((const float *)row[j].value + c + 0 * L);
+        const hl_vf_avx2 v1 = hl_vload_avx2((const float *)row[j].value + c + 1 * L);
         hl_vf_avx2 x;
         x = hl_vset_avx2(p[j * ps + 0]);
         o0_0 = hl_vfma_avx2(x, v0, o0_0);
@@ -4493,9 +4360,8 @@ HL_KERNEL_AVX2 void hl_sfa_f32_d64_pr_4x2_avx2(const float *p, ptrdiff_t ps,
 }
 
 /* 4 heads by 1 vector of channels; values are read where they are stored. */
-HL_KERNEL_AVX2 void hl_sfa_f32_d64_pr_4x1_avx2(const float *p, ptrdiff_t ps,
-                                               const float *const *row, int32_t c, float *o,
-                                               const float *alpha, int32_t n)
+HL_KERNEL_AVX2 void hl_sfa_f32_d64_pr_4x1_avx2(const float *p, ptrdiff_t ps, const hl_row *row,
+                                               int32_t c, float *o, const float *alpha, int32_t n)
 {
     enum { L = 8, OS = 64 };
     hl_vf_avx2 o0_0 = hl_vzero_avx2();
@@ -4503,7 +4369,7 @@ HL_KERNEL_AVX2 void hl_sfa_f32_d64_pr_4x1_avx2(const float *p, ptrdiff_t ps,
     hl_vf_avx2 o2_0 = hl_vzero_avx2();
     hl_vf_avx2 o3_0 = hl_vzero_avx2();
     for (int32_t j = 0; j < n; ++j) {
-        const hl_vf_avx2 v0 = hl_vload_avx2(row[j] + c + 0 * L);
+        const hl_vf_avx2 v0 = hl_vload_avx2((const float *)row[j].value + c + 0 * L);
         hl_vf_avx2 x;
         x = hl_vset_avx2(p[j * ps + 0]);
         o0_0 = hl_vfma_avx2(x, v0, o0_0);
@@ -4525,18 +4391,17 @@ HL_KERNEL_AVX2 void hl_sfa_f32_d64_pr_4x1_avx2(const float *p, ptrdiff_t ps,
 }
 
 /* 1 head by 4 vectors of channels; values are read where they are stored. */
-HL_KERNEL_AVX2 void hl_sfa_f32_d64_pr_1x4_avx2(const float *p, ptrdiff_t ps,
-                                               const float *const *row, int32_t c, float *o,
-                                               const float *alpha, int32_t n)
+HL_KERNEL_AVX2 void hl_sfa_f32_d64_pr_1x4_avx2(const float *p, ptrdiff_t ps, const hl_row *row,
+                                               int32_t c, float *o, const float *alpha, int32_t n)
 {
     enum { L = 8, OS = 64 };
     hl_vf_avx2 o0_0 = hl_vzero_avx2(), o0_1 = hl_vzero_avx2(), o0_2 = hl_vzero_avx2(), o0_3 =
         hl_vzero_avx2();
     for (int32_t j = 0; j < n; ++j) {
-        const hl_vf_avx2 v0 = hl_vload_avx2(row[j] + c + 0 * L);
-        const hl_vf_avx2 v1 = hl_vload_avx2(row[j] + c + 1 * L);
-        const hl_vf_avx2 v2 = hl_vload_avx2(row[j] + c + 2 * L);
-        const hl_vf_avx2 v3 = hl_vload_avx2(row[j] + c + 3 * L);
+        const hl_vf_avx2 v0 = hl_vload_avx2((const float *)row[j].value + c + 0 * L);
+        const hl_vf_avx2 v1 = hl_vload_avx2((const float *)row[j].value + c + 1 * L);
+        const hl_vf_avx2 v2 = hl_vload_avx2((const float *)row[j].value + c + 2 * L);
+        const hl_vf_avx2 v3 = hl_vload_avx2((const float *)row[j].value + c + 3 * L);
         hl_vf_avx2 x;
         x = hl_vset_avx2(p[j * ps + 0]);
         o0_0 = hl_vfma_avx2(x, v0, o0_0);
@@ -4555,14 +4420,13 @@ HL_KERNEL_AVX2 void hl_sfa_f32_d64_pr_1x4_avx2(const float *p, ptrdiff_t ps,
 }
 
 /* 1 head by 1 vector of channels; values are read where they are stored. */
-HL_KERNEL_AVX2 void hl_sfa_f32_d64_pr_1x1_avx2(const float *p, ptrdiff_t ps,
-                                               const float *const *row, int32_t c, float *o,
-                                               const float *alpha, int32_t n)
+HL_KERNEL_AVX2 void hl_sfa_f32_d64_pr_1x1_avx2(const float *p, ptrdiff_t ps, const hl_row *row,
+                                               int32_t c, float *o, const float *alpha, int32_t n)
 {
     enum { L = 8, OS = 64 };
     hl_vf_avx2 o0_0 = hl_vzero_avx2();
     for (int32_t j = 0; j < n; ++j) {
-        const hl_vf_avx2 v0 = hl_vload_avx2(row[j] + c + 0 * L);
+        const hl_vf_avx2 v0 = hl_vload_avx2((const float *)row[j].value + c + 0 * L);
         hl_vf_avx2 x;
         x = hl_vset_avx2(p[j * ps + 0]);
         o0_0 = hl_vfma_avx2(x, v0, o0_0);
@@ -4572,42 +4436,36 @@ HL_KERNEL_AVX2 void hl_sfa_f32_d64_pr_1x1_avx2(const float *p, ptrdiff_t ps,
 }
 
 /* Few heads: the values are not worth a copy. */
-HL_KERNEL_AVX2 void hl_sfa_f32_d64_value_few_avx2(const hl_sparse_flash_attention_args *a,
-                                                  const hl_group *g, const hl_space *w,
-                                                  const hl_state *t, const hl_block *b,
-                                                  int32_t padded, int32_t group)
+HL_KERNEL_AVX2 void hl_sfa_f32_d64_value_few_avx2(const hl_space *w, const hl_state *t,
+                                                  const hl_block *b, int32_t padded, int32_t group)
 {
     enum { L = 8, OS = 64, DV = 64 };
-    const float **const row = (const float **)w->rows;
     int32_t h = 0;
-    for (int32_t j = 0; j < b->n; ++j) {
-        row[j] = hl_sfa_f32_d64_value_row_avx2(a, g, b->loc[j]);
-    }
     for (; h + 8 <= group; h += 8) {
         float *const o = t->o + (ptrdiff_t)h * OS;
         int32_t c = 0;
         for (; c + 1 * L <= DV; c += 1 * L) {
-            hl_sfa_f32_d64_pr_8x1_avx2(w->s + h, padded, row, c, o + c, t->alpha + h, b->n);
+            hl_sfa_f32_d64_pr_8x1_avx2(w->s + h, padded, b->row, c, o + c, t->alpha + h, b->n);
         }
     }
     for (; h + 4 <= group; h += 4) {
         float *const o = t->o + (ptrdiff_t)h * OS;
         int32_t c = 0;
         for (; c + 2 * L <= DV; c += 2 * L) {
-            hl_sfa_f32_d64_pr_4x2_avx2(w->s + h, padded, row, c, o + c, t->alpha + h, b->n);
+            hl_sfa_f32_d64_pr_4x2_avx2(w->s + h, padded, b->row, c, o + c, t->alpha + h, b->n);
         }
         for (; c + 1 * L <= DV; c += 1 * L) {
-            hl_sfa_f32_d64_pr_4x1_avx2(w->s + h, padded, row, c, o + c, t->alpha + h, b->n);
+            hl_sfa_f32_d64_pr_4x1_avx2(w->s + h, padded, b->row, c, o + c, t->alpha + h, b->n);
         }
     }
     for (; h + 1 <= group; h += 1) {
         float *const o = t->o + (ptrdiff_t)h * OS;
         int32_t c = 0;
         for (; c + 4 * L <= DV; c += 4 * L) {
-            hl_sfa_f32_d64_pr_1x4_avx2(w->s + h, padded, row, c, o + c, t->alpha + h, b->n);
+            hl_sfa_f32_d64_pr_1x4_avx2(w->s + h, padded, b->row, c, o + c, t->alpha + h, b->n);
         }
         for (; c + 1 * L <= DV; c += 1 * L) {
-            hl_sfa_f32_d64_pr_1x1_avx2(w->s + h, padded, row, c, o + c, t->alpha + h, b->n);
+            hl_sfa_f32_d64_pr_1x1_avx2(w->s + h, padded, b->row, c, o + c, t->alpha + h, b->n);
         }
     }
 }
@@ -4778,27 +4636,27 @@ HL_KERNEL_AVX2 void hl_sfa_f32_d64_merge_state_avx2(const hl_state *t, const hl_
 
 /* One block of keys: load, score, softmax, value. */
 HL_KERNEL_AVX2 void hl_sfa_f32_d64_block_avx2(const hl_sparse_flash_attention_plan *plan,
-                                              const hl_group *g, const hl_space *w,
-                                              const hl_state *t, const hl_block *b, int32_t padded)
+                                              const hl_space *w, const hl_state *t,
+                                              const hl_block *b, int32_t padded)
 {
-    const hl_sparse_flash_attention_args *const a = &plan->args;
+    const int32_t value_apart = plan->args.value != NULL;
     if (plan->group <= 16) {
         /* rows -> numbers, a tile at a time; S = scale Q K^T, in units of log2 */
-        hl_sfa_f32_d64_score_few_avx2(a, g, w, b, padded, plan->scale_log2);
+        hl_sfa_f32_d64_score_few_avx2(w, b, padded, plan->scale_log2);
         /* m' = max(m, rowmax S);  P = 2^(S - m');  l, alpha */
         hl_sfa_f32_d64_softmax_avx2(w->s, t, padded, b->n);
         /* O = alpha O + P V */
-        hl_sfa_f32_d64_value_few_avx2(a, g, w, t, b, padded, plan->group);
+        hl_sfa_f32_d64_value_few_avx2(w, t, b, padded, plan->group);
         return;
     }
     /* rows -> numbers, once for the whole group */
-    hl_sfa_f32_d64_load_avx2(a, g, w, b);
+    hl_sfa_f32_d64_load_avx2(w, b, value_apart);
     /* S = scale Q K^T, in units of log2 */
     hl_sfa_f32_d64_score_avx2(w, padded, b->n, plan->scale_log2);
     /* m' = max(m, rowmax S);  P = 2^(S - m');  l, alpha */
     hl_sfa_f32_d64_softmax_avx2(w->s, t, padded, b->n);
     /* O = alpha O + P V */
-    hl_sfa_f32_d64_value_avx2(w, t, padded, plan->group, a->value != NULL ? 64 : 64, b->n);
+    hl_sfa_f32_d64_value_avx2(w, t, padded, plan->group, value_apart ? 64 : 64, b->n);
 }
 
 /* One chunk of a group's keys (FlashAttention-2, algorithm 1, with K and V in blocks). */
@@ -4809,14 +4667,14 @@ HL_KERNEL_AVX2 void hl_sfa_f32_d64_forward_avx2(const hl_sparse_flash_attention_
     const int32_t block = plan->group <= 16 ? 48 : 96;
     const hl_sparse_flash_attention_args *const a = &plan->args;
     hl_block b;
-    b.loc = w->loc;
-    b.n = hl_sfa_f32_d64_next(a, g, &c, b.loc, block);
+    b.row = w->row;
+    b.n = hl_sfa_f32_d64_next(a, g, &c, b.row, block);
     hl_sfa_f32_d64_start_avx2(t, padded, plan->group);
     while (b.n > 0) {
-        b.n_later = b.n < block ? 0 : hl_sfa_f32_d64_next(a, g, &c, b.loc + block, block);
-        hl_sfa_f32_d64_block_avx2(plan, g, w, t, &b, padded);
+        b.n_later = b.n < block ? 0 : hl_sfa_f32_d64_next(a, g, &c, b.row + block, block);
+        hl_sfa_f32_d64_block_avx2(plan, w, t, &b, padded);
         *t->seen = 1.0f;
-        HL_COPY(b.loc, b.loc + block, (size_t)b.n_later * sizeof *b.loc);
+        HL_COPY(b.row, b.row + block, (size_t)b.n_later * sizeof *b.row);
         b.n = b.n_later;
     }
 }
@@ -4924,106 +4782,62 @@ HL_KERNEL_AVX512 void hl_sfa_f32_d64_load_q_avx512(const hl_sparse_flash_attenti
     }
 }
 
-/* Where one key's row lies; its rotary channels, if they are apart; and its value, which is either
- * in a tensor of its own or the first channels of the key. */
-HL_KERNEL_AVX512 const float *hl_sfa_f32_d64_key_row_avx512(const hl_sparse_flash_attention_args *a,
-    const hl_group *g, hl_loc at)
-{
-    return (const float *)a->key + at.outer * a->key_stride.batch
-        + at.inner * a->key_stride.row + g->kv_head * a->key_stride.head;
-}
-HL_KERNEL_AVX512 const float *hl_sfa_f32_d64_value_row_avx512(
-    const hl_sparse_flash_attention_args *a, const hl_group *g, hl_loc at)
-{
-    if (a->value == NULL) {
-        return hl_sfa_f32_d64_key_row_avx512(a, g, at);
-    }
-    return (const float *)a->value + at.outer * a->value_stride.batch
-        + at.inner * a->value_stride.row + g->kv_head * a->value_stride.head;
-}
-
 /* One key's row as float32. */
-HL_KERNEL_AVX512 void hl_sfa_f32_d64_load_key_avx512(const hl_sparse_flash_attention_args *a,
-    const hl_group *g, hl_loc at, float *to)
+HL_KERNEL_AVX512 void hl_sfa_f32_d64_load_key_avx512(const hl_row *row, float *to)
 {
-    enum { DK = 64, D = 64 };
-    hl_vrow_f32_avx512(to, hl_sfa_f32_d64_key_row_avx512(a, g, at), D);
-}
-
-/* Asks for the lines of a row before they are needed: rows that a list names lie anywhere, which no
- * hardware can guess. A word, not a function: GCC takes a function that does nothing but prefetch
- * for one without effect, and drops its calls. */
-HL_WORD_AVX512 void hl_sfa_f32_d64_fetch_avx512(const float *row, int32_t channels)
-{
-    for (int32_t c = 0; c < channels; c += 16) {
-        HL_FETCH(row + c);
-    }
-}
-
-HL_WORD_AVX512 void hl_sfa_f32_d64_fetch_key_avx512(hl_loc at,
-                                                    const hl_sparse_flash_attention_args *a,
-                                                    const hl_group *g)
-{
-    enum { DK = 64, D = 64, DV = 64 };
-    hl_sfa_f32_d64_fetch_avx512(hl_sfa_f32_d64_key_row_avx512(a, g, at), D);
-    if (a->value != NULL) {
-        hl_sfa_f32_d64_fetch_avx512(hl_sfa_f32_d64_value_row_avx512(a, g, at), DV);
-    }
+    enum { DK = 64, ROPE = 0 };
+    hl_vrow_f32_avx512(to, (const float *)row->key, DK);
 }
 /* Channels c0 .. c0+n-1 of some keys, channel by channel over all of them: so many pages are under
  * way at once, and each of them is read in order. */
-HL_KERNEL_AVX512 void hl_sfa_f32_d64_load_keys_avx512(const hl_sparse_flash_attention_args *a,
-    const hl_group *g, const hl_loc *loc, int32_t keys, int32_t c0, int32_t n, float *to)
+HL_KERNEL_AVX512 void hl_sfa_f32_d64_load_keys_avx512(const hl_row *row, int32_t keys, int32_t c0,
+    int32_t n, float *to)
 {
     enum { L = 16, KS = 64, DK = 64 };
-    const float *row[24];
     const int32_t end = c0 + n < DK ? c0 + n : DK;
     int32_t c = c0;
-    for (int32_t r = 0; r < keys; ++r) {
-        row[r] = hl_sfa_f32_d64_key_row_avx512(a, g, loc[r]);
-    }
     for (; c + L <= end; c += L) {
         for (int32_t r = 0; r < keys; ++r) {
-            hl_vstore_avx512(to + (ptrdiff_t)r * KS + (c - c0), hl_vload_avx512(row[r] + c));
+            hl_vstore_avx512(to + (ptrdiff_t)r * KS + (c - c0),
+                             hl_vload_avx512((const float *)row[r].key + c));
         }
     }
 }
 
-/* Where the same channels of later keys lie; where there is none, of a key that is at hand. */
-HL_KERNEL_AVX512 void hl_sfa_f32_d64_look_ahead_avx512(const hl_sparse_flash_attention_args *a,
-    const hl_group *g, const hl_block *b, int32_t j, int32_t c0, hl_ahead *next)
+/* Asks for one line of each of some rows before it is needed: rows that a list names lie anywhere,
+ * which no hardware can guess. A word, not a function: GCC takes a function that does nothing but
+ * prefetch for one without effect, and drops its calls. */
+HL_WORD_AVX512 void hl_sfa_f32_d64_fetch_channels_avx512(const hl_row *row, int32_t rows, int32_t c)
 {
     enum { DK = 64 };
-    next->nope = DK - c0;
-    for (int32_t r = 0; r < 12; ++r) {
-        const hl_loc at = b->loc[j + r < b->n + b->n_later ? j + r : 0];
-        const float *const row = hl_sfa_f32_d64_key_row_avx512(a, g, at);
-        next->row[r] = row + c0;
+    for (int32_t r = 0; r < rows; ++r) {
+        HL_FETCH((const float *)row[r].key + c);
+    }
+}
+/* The same for all lines of one row. */
+HL_WORD_AVX512 void hl_sfa_f32_d64_fetch_row_avx512(const hl_row *row, int32_t value_apart)
+{
+    for (int32_t c = 0; c < 64; c += 16) {
+        HL_FETCH((const float *)row->key + c);
+    }
+    for (int32_t c = 0; value_apart && c < 64; c += 16) {
+        HL_FETCH((const float *)row->value + c);
     }
 }
 
-HL_WORD_AVX512 void hl_sfa_f32_d64_fetch_channels_avx512(const hl_ahead *next, int32_t c,
-    int32_t rows)
-{
-    for (int32_t r = 0; r < rows; ++r) {
-        HL_FETCH((const float *)next->row[r] + c);
-    }
-}
 /* The whole block's keys, and its values where they are apart; meanwhile rows are asked for that
  * lie 8 further on, in this block or in the next. */
-HL_KERNEL_AVX512 void hl_sfa_f32_d64_load_avx512(const hl_sparse_flash_attention_args *a,
-                                                 const hl_group *g, const hl_space *w,
-                                                 const hl_block *b)
+HL_KERNEL_AVX512 void hl_sfa_f32_d64_load_avx512(const hl_space *w, const hl_block *b,
+                                                 int32_t value_apart)
 {
     enum { DV = 64, KS = 64, VS = 64 };
     for (int32_t j = 0; j < b->n; ++j) {
         if (j + 8 < b->n + b->n_later) {
-            hl_sfa_f32_d64_fetch_key_avx512(b->loc[j + 8], a, g);
+            hl_sfa_f32_d64_fetch_row_avx512(&b->row[j + 8], value_apart);
         }
-        hl_sfa_f32_d64_load_key_avx512(a, g, b->loc[j], w->k + (ptrdiff_t)j * KS);
-        if (a->value != NULL) {
-            hl_vrow_f32_avx512(w->v + (ptrdiff_t)j * VS,
-                               hl_sfa_f32_d64_value_row_avx512(a, g, b->loc[j]), DV);
+        hl_sfa_f32_d64_load_key_avx512(&b->row[j], w->k + (ptrdiff_t)j * KS);
+        if (value_apart) {
+            hl_vrow_f32_avx512(w->v + (ptrdiff_t)j * VS, (const float *)b->row[j].value, DV);
         }
     }
 }
@@ -5032,10 +4846,10 @@ HL_KERNEL_AVX512 void hl_sfa_f32_d64_load_avx512(const hl_sparse_flash_attention
 
 /* 12 keys by 2 vectors of heads, over n channels: heads in the lanes, so that no number ever
  * has to be summed across them. With add, adds to what earlier channels left in s. Meanwhile the
- * same channels of later keys are asked for. */
+ * same channels of later keys (next, from channel c0) are asked for, if there are any. */
 HL_KERNEL_AVX512 void hl_sfa_f32_d64_qk_12x2_avx512(const float *q, const float *k, float *s,
                                                     ptrdiff_t ss, int32_t n, int32_t add,
-                                                    float scale, const hl_ahead *next)
+                                                    float scale, const hl_row *next, int32_t c0)
 {
     enum { L = 16, W = 2 * L, KS = 64, LINE = 16 };
     hl_vf_avx512 s0_0 = hl_vzero_avx512(), s0_1 = hl_vzero_avx512();
@@ -5053,7 +4867,7 @@ HL_KERNEL_AVX512 void hl_sfa_f32_d64_qk_12x2_avx512(const float *q, const float 
     for (int32_t start = 0; start < n; start += LINE) {
         const int32_t stop = n - start > LINE ? start + LINE : n;
         if (next != NULL) {
-            hl_sfa_f32_d64_fetch_channels_avx512(next, start, 12);
+            hl_sfa_f32_d64_fetch_channels_avx512(next, 12, c0 + start);
         }
         for (int32_t c = start; c < stop; ++c) {
             const hl_vf_avx512 q0 = hl_vload_avx512(q + (ptrdiff_t)c * W + 0 * L);
@@ -5151,10 +4965,10 @@ HL_KERNEL_AVX512 void hl_sfa_f32_d64_qk_12x2_avx512(const float *q, const float 
 
 /* 4 keys by 2 vectors of heads, over n channels: heads in the lanes, so that no number ever
  * has to be summed across them. With add, adds to what earlier channels left in s. Meanwhile the
- * same channels of later keys are asked for. */
+ * same channels of later keys (next, from channel c0) are asked for, if there are any. */
 HL_KERNEL_AVX512 void hl_sfa_f32_d64_qk_4x2_avx512(const float *q, const float *k, float *s,
                                                    ptrdiff_t ss, int32_t n, int32_t add,
-                                                   float scale, const hl_ahead *next)
+                                                   float scale, const hl_row *next, int32_t c0)
 {
     enum { L = 16, W = 2 * L, KS = 64, LINE = 16 };
     hl_vf_avx512 s0_0 = hl_vzero_avx512(), s0_1 = hl_vzero_avx512();
@@ -5164,7 +4978,7 @@ HL_KERNEL_AVX512 void hl_sfa_f32_d64_qk_4x2_avx512(const float *q, const float *
     for (int32_t start = 0; start < n; start += LINE) {
         const int32_t stop = n - start > LINE ? start + LINE : n;
         if (next != NULL) {
-            hl_sfa_f32_d64_fetch_channels_avx512(next, start, 4);
+            hl_sfa_f32_d64_fetch_channels_avx512(next, 4, c0 + start);
         }
         for (int32_t c = start; c < stop; ++c) {
             const hl_vf_avx512 q0 = hl_vload_avx512(q + (ptrdiff_t)c * W + 0 * L);
@@ -5206,17 +5020,17 @@ HL_KERNEL_AVX512 void hl_sfa_f32_d64_qk_4x2_avx512(const float *q, const float *
 
 /* 1 key by 2 vectors of heads, over n channels: heads in the lanes, so that no number ever
  * has to be summed across them. With add, adds to what earlier channels left in s. Meanwhile the
- * same channels of later keys are asked for. */
+ * same channels of later keys (next, from channel c0) are asked for, if there are any. */
 HL_KERNEL_AVX512 void hl_sfa_f32_d64_qk_1x2_avx512(const float *q, const float *k, float *s,
                                                    ptrdiff_t ss, int32_t n, int32_t add,
-                                                   float scale, const hl_ahead *next)
+                                                   float scale, const hl_row *next, int32_t c0)
 {
     enum { L = 16, W = 2 * L, KS = 64, LINE = 16 };
     hl_vf_avx512 s0_0 = hl_vzero_avx512(), s0_1 = hl_vzero_avx512();
     for (int32_t start = 0; start < n; start += LINE) {
         const int32_t stop = n - start > LINE ? start + LINE : n;
         if (next != NULL) {
-            hl_sfa_f32_d64_fetch_channels_avx512(next, start, 1);
+            hl_sfa_f32_d64_fetch_channels_avx512(next, 1, c0 + start);
         }
         for (int32_t c = start; c < stop; ++c) {
             const hl_vf_avx512 q0 = hl_vload_avx512(q + (ptrdiff_t)c * W + 0 * L);
@@ -5237,10 +5051,10 @@ HL_KERNEL_AVX512 void hl_sfa_f32_d64_qk_1x2_avx512(const float *q, const float *
 
 /* 12 keys by 1 vector of heads, over n channels: heads in the lanes, so that no number ever
  * has to be summed across them. With add, adds to what earlier channels left in s. Meanwhile the
- * same channels of later keys are asked for. */
+ * same channels of later keys (next, from channel c0) are asked for, if there are any. */
 HL_KERNEL_AVX512 void hl_sfa_f32_d64_qk_12x1_avx512(const float *q, const float *k, float *s,
                                                     ptrdiff_t ss, int32_t n, int32_t add,
-                                                    float scale, const hl_ahead *next)
+                                                    float scale, const hl_row *next, int32_t c0)
 {
     enum { L = 16, W = 1 * L, KS = 64, LINE = 16 };
     hl_vf_avx512 s0_0 = hl_vzero_avx512();
@@ -5258,7 +5072,7 @@ HL_KERNEL_AVX512 void hl_sfa_f32_d64_qk_12x1_avx512(const float *q, const float 
     for (int32_t start = 0; start < n; start += LINE) {
         const int32_t stop = n - start > LINE ? start + LINE : n;
         if (next != NULL) {
-            hl_sfa_f32_d64_fetch_channels_avx512(next, start, 12);
+            hl_sfa_f32_d64_fetch_channels_avx512(next, 12, c0 + start);
         }
         for (int32_t c = start; c < stop; ++c) {
             const hl_vf_avx512 q0 = hl_vload_avx512(q + (ptrdiff_t)c * W + 0 * L);
@@ -5319,10 +5133,10 @@ HL_KERNEL_AVX512 void hl_sfa_f32_d64_qk_12x1_avx512(const float *q, const float 
 
 /* 4 keys by 1 vector of heads, over n channels: heads in the lanes, so that no number ever
  * has to be summed across them. With add, adds to what earlier channels left in s. Meanwhile the
- * same channels of later keys are asked for. */
+ * same channels of later keys (next, from channel c0) are asked for, if there are any. */
 HL_KERNEL_AVX512 void hl_sfa_f32_d64_qk_4x1_avx512(const float *q, const float *k, float *s,
                                                    ptrdiff_t ss, int32_t n, int32_t add,
-                                                   float scale, const hl_ahead *next)
+                                                   float scale, const hl_row *next, int32_t c0)
 {
     enum { L = 16, W = 1 * L, KS = 64, LINE = 16 };
     hl_vf_avx512 s0_0 = hl_vzero_avx512();
@@ -5332,7 +5146,7 @@ HL_KERNEL_AVX512 void hl_sfa_f32_d64_qk_4x1_avx512(const float *q, const float *
     for (int32_t start = 0; start < n; start += LINE) {
         const int32_t stop = n - start > LINE ? start + LINE : n;
         if (next != NULL) {
-            hl_sfa_f32_d64_fetch_channels_avx512(next, start, 4);
+            hl_sfa_f32_d64_fetch_channels_avx512(next, 4, c0 + start);
         }
         for (int32_t c = start; c < stop; ++c) {
             const hl_vf_avx512 q0 = hl_vload_avx512(q + (ptrdiff_t)c * W + 0 * L);
@@ -5361,17 +5175,17 @@ HL_KERNEL_AVX512 void hl_sfa_f32_d64_qk_4x1_avx512(const float *q, const float *
 
 /* 1 key by 1 vector of heads, over n channels: heads in the lanes, so that no number ever
  * has to be summed across them. With add, adds to what earlier channels left in s. Meanwhile the
- * same channels of later keys are asked for. */
+ * same channels of later keys (next, from channel c0) are asked for, if there are any. */
 HL_KERNEL_AVX512 void hl_sfa_f32_d64_qk_1x1_avx512(const float *q, const float *k, float *s,
                                                    ptrdiff_t ss, int32_t n, int32_t add,
-                                                   float scale, const hl_ahead *next)
+                                                   float scale, const hl_row *next, int32_t c0)
 {
     enum { L = 16, W = 1 * L, KS = 64, LINE = 16 };
     hl_vf_avx512 s0_0 = hl_vzero_avx512();
     for (int32_t start = 0; start < n; start += LINE) {
         const int32_t stop = n - start > LINE ? start + LINE : n;
         if (next != NULL) {
-            hl_sfa_f32_d64_fetch_channels_avx512(next, start, 1);
+            hl_sfa_f32_d64_fetch_channels_avx512(next, 1, c0 + start);
         }
         for (int32_t c = start; c < stop; ++c) {
             const hl_vf_avx512 q0 = hl_vload_avx512(q + (ptrdiff_t)c * W + 0 * L);
@@ -5389,7 +5203,7 @@ HL_KERNEL_AVX512 void hl_sfa_f32_d64_qk_1x1_avx512(const float *q, const float *
 /* Some heads of the group against the `rows` keys that lie in k, over n channels from c0. */
 HL_KERNEL_AVX512 void hl_sfa_f32_d64_score_keys_avx512(const hl_space *w, const float *k, float *s,
     int32_t heads, int32_t rows, int32_t h0, int32_t h1, int32_t c0, int32_t n, float scale,
-    const hl_ahead *next)
+    const hl_row *next)
 {
     enum { L = 16, W = 2 * L, D = 64 };
     const int32_t add = c0 > 0;
@@ -5398,21 +5212,21 @@ HL_KERNEL_AVX512 void hl_sfa_f32_d64_score_keys_avx512(const hl_space *w, const 
         const float *const q = w->q + (ptrdiff_t)h * D + (ptrdiff_t)c0 * width;
         if (rows == 12) {
             if (width == W) {
-                hl_sfa_f32_d64_qk_12x2_avx512(q, k, s + h, heads, n, add, scale, next);
+                hl_sfa_f32_d64_qk_12x2_avx512(q, k, s + h, heads, n, add, scale, next, c0);
             } else {
-                hl_sfa_f32_d64_qk_12x1_avx512(q, k, s + h, heads, n, add, scale, next);
+                hl_sfa_f32_d64_qk_12x1_avx512(q, k, s + h, heads, n, add, scale, next, c0);
             }
         } else if (rows == 4) {
             if (width == W) {
-                hl_sfa_f32_d64_qk_4x2_avx512(q, k, s + h, heads, n, add, scale, next);
+                hl_sfa_f32_d64_qk_4x2_avx512(q, k, s + h, heads, n, add, scale, next, c0);
             } else {
-                hl_sfa_f32_d64_qk_4x1_avx512(q, k, s + h, heads, n, add, scale, next);
+                hl_sfa_f32_d64_qk_4x1_avx512(q, k, s + h, heads, n, add, scale, next, c0);
             }
         } else {
             if (width == W) {
-                hl_sfa_f32_d64_qk_1x2_avx512(q, k, s + h, heads, n, add, scale, next);
+                hl_sfa_f32_d64_qk_1x2_avx512(q, k, s + h, heads, n, add, scale, next, c0);
             } else {
-                hl_sfa_f32_d64_qk_1x1_avx512(q, k, s + h, heads, n, add, scale, next);
+                hl_sfa_f32_d64_qk_1x1_avx512(q, k, s + h, heads, n, add, scale, next, c0);
             }
         }
         next = NULL;
@@ -5446,24 +5260,25 @@ HL_KERNEL_AVX512 void hl_sfa_f32_d64_score_avx512(const hl_space *w, int32_t hea
 }
 /* Few heads: 24 keys at a time are loaded, a slice of channels at a time, and used at once, so that
  * they never leave the first-level cache as float32: writing a block of them would cost more. */
-HL_KERNEL_AVX512 void hl_sfa_f32_d64_score_few_avx512(const hl_sparse_flash_attention_args *a,
-    const hl_group *g, const hl_space *w, const hl_block *b, int32_t heads, float scale)
+HL_KERNEL_AVX512 void hl_sfa_f32_d64_score_few_avx512(const hl_space *w, const hl_block *b,
+    int32_t heads, float scale)
 {
     enum { KS = 64, D = 64, SLICE = 64, KEYS = 24 };
-    hl_ahead next;
+    const int32_t known = b->n + b->n_later;
     for (int32_t j = 0; j < b->n; j += KEYS) {
         const int32_t keys = b->n - j < KEYS ? b->n - j : KEYS;
         for (int32_t c0 = 0; c0 < D; c0 += SLICE) {
             const int32_t left = D - c0;
             const int32_t n = left < SLICE ? left : SLICE;
             int32_t rows = 0;
-            hl_sfa_f32_d64_load_keys_avx512(a, g, b->loc + j, keys, c0, n, w->k);
+            hl_sfa_f32_d64_load_keys_avx512(b->row + j, keys, c0, n, w->k);
             for (int32_t r = 0; r < keys; r += rows) {
+                const int32_t later = j + KEYS + r;
                 rows = hl_sfa_f32_d64_tile_rows_avx512(keys - r);
-                hl_sfa_f32_d64_look_ahead_avx512(a, g, b, j + KEYS + r, c0, &next);
                 hl_sfa_f32_d64_score_keys_avx512(w, w->k + (ptrdiff_t)r * KS, w->s
                                                  + (ptrdiff_t)(j + r) * heads, heads, rows, 0,
-                                                 heads, c0, n, left > SLICE ? 1.0f : scale, &next);
+                                                 heads, c0, n, left > SLICE ? 1.0f : scale, later
+                                                 + rows <= known ? b->row + later : NULL);
             }
         }
     }
@@ -6063,9 +5878,9 @@ HL_KERNEL_AVX512 void hl_sfa_f32_d64_value_avx512(const hl_space *w, const hl_st
     }
 }
 /* 16 heads by 1 vector of channels; values are read where they are stored. */
-HL_KERNEL_AVX512 void hl_sfa_f32_d64_pr_16x1_avx512(const float *p, ptrdiff_t ps,
-                                                    const float *const *row, int32_t c, float *o,
-                                                    const float *alpha, int32_t n)
+HL_KERNEL_AVX512 void hl_sfa_f32_d64_pr_16x1_avx512(const float *p, ptrdiff_t ps, const hl_row *row,
+                                                    int32_t c, float *o, const float *alpha,
+                                                    int32_t n)
 {
     enum { L = 16, OS = 64 };
     hl_vf_avx512 o0_0 = hl_vzero_avx512();
@@ -6085,7 +5900,7 @@ HL_KERNEL_AVX512 void hl_sfa_f32_d64_pr_16x1_avx512(const float *p, ptrdiff_t ps
     hl_vf_avx512 o14_0 = hl_vzero_avx512();
     hl_vf_avx512 o15_0 = hl_vzero_avx512();
     for (int32_t j = 0; j < n; ++j) {
-        const hl_vf_avx512 v0 = hl_vload_avx512(row[j] + c + 0 * L);
+        const hl_vf_avx512 v0 = hl_vload_avx512((const float *)row[j].value + c + 0 * L);
         hl_vf_avx512 x;
         x = hl_vset_avx512(p[j * ps + 0]);
         o0_0 = hl_vfma_avx512(x, v0, o0_0);
@@ -6171,9 +5986,9 @@ HL_KERNEL_AVX512 void hl_sfa_f32_d64_pr_16x1_avx512(const float *p, ptrdiff_t ps
 }
 
 /* 4 heads by 4 vectors of channels; values are read where they are stored. */
-HL_KERNEL_AVX512 void hl_sfa_f32_d64_pr_4x4_avx512(const float *p, ptrdiff_t ps,
-                                                   const float *const *row, int32_t c, float *o,
-                                                   const float *alpha, int32_t n)
+HL_KERNEL_AVX512 void hl_sfa_f32_d64_pr_4x4_avx512(const float *p, ptrdiff_t ps, const hl_row *row,
+                                                   int32_t c, float *o, const float *alpha,
+                                                   int32_t n)
 {
     enum { L = 16, OS = 64 };
     hl_vf_avx512 o0_0 = hl_vzero_avx512(), o0_1 = hl_vzero_avx512(), o0_2 = hl_vzero_avx512(),
@@ -6185,10 +6000,10 @@ HL_KERNEL_AVX512 void hl_sfa_f32_d64_pr_4x4_avx512(const float *p, ptrdiff_t ps,
     hl_vf_avx512 o3_0 = hl_vzero_avx512(), o3_1 = hl_vzero_avx512(), o3_2 = hl_vzero_avx512(),
         o3_3 = hl_vzero_avx512();
     for (int32_t j = 0; j < n; ++j) {
-        const hl_vf_avx512 v0 = hl_vload_avx512(row[j] + c + 0 * L);
-        const hl_vf_avx512 v1 = hl_vload_avx512(row[j] + c + 1 * L);
-        const hl_vf_avx512 v2 = hl_vload_avx512(row[j] + c + 2 * L);
-        const hl_vf_avx512 v3 = hl_vload_avx512(row[j] + c + 3 * L);
+        const hl_vf_avx512 v0 = hl_vload_avx512((const float *)row[j].value + c + 0 * L);
+        const hl_vf_avx512 v1 = hl_vload_avx512((const float *)row[j].value + c + 1 * L);
+        const hl_vf_avx512 v2 = hl_vload_avx512((const float *)row[j].value + c + 2 * L);
+        const hl_vf_avx512 v3 = hl_vload_avx512((const float *)row[j].value + c + 3 * L);
         hl_vf_avx512 x;
         x = hl_vset_avx512(p[j * ps + 0]);
         o0_0 = hl_vfma_avx512(x, v0, o0_0);
@@ -6262,9 +6077,9 @@ HL_KERNEL_AVX512 void hl_sfa_f32_d64_pr_4x4_avx512(const float *p, ptrdiff_t ps,
 }
 
 /* 4 heads by 1 vector of channels; values are read where they are stored. */
-HL_KERNEL_AVX512 void hl_sfa_f32_d64_pr_4x1_avx512(const float *p, ptrdiff_t ps,
-                                                   const float *const *row, int32_t c, float *o,
-                                                   const float *alpha, int32_t n)
+HL_KERNEL_AVX512 void hl_sfa_f32_d64_pr_4x1_avx512(const float *p, ptrdiff_t ps, const hl_row *row,
+                                                   int32_t c, float *o, const float *alpha,
+                                                   int32_t n)
 {
     enum { L = 16, OS = 64 };
     hl_vf_avx512 o0_0 = hl_vzero_avx512();
@@ -6272,7 +6087,7 @@ HL_KERNEL_AVX512 void hl_sfa_f32_d64_pr_4x1_avx512(const float *p, ptrdiff_t ps,
     hl_vf_avx512 o2_0 = hl_vzero_avx512();
     hl_vf_avx512 o3_0 = hl_vzero_avx512();
     for (int32_t j = 0; j < n; ++j) {
-        const hl_vf_avx512 v0 = hl_vload_avx512(row[j] + c + 0 * L);
+        const hl_vf_avx512 v0 = hl_vload_avx512((const float *)row[j].value + c + 0 * L);
         hl_vf_avx512 x;
         x = hl_vset_avx512(p[j * ps + 0]);
         o0_0 = hl_vfma_avx512(x, v0, o0_0);
@@ -6298,14 +6113,14 @@ HL_KERNEL_AVX512 void hl_sfa_f32_d64_pr_4x1_avx512(const float *p, ptrdiff_t ps,
 }
 
 /* 1 head by 1 vector of channels; values are read where they are stored. */
-HL_KERNEL_AVX512 void hl_sfa_f32_d64_pr_1x1_avx512(const float *p, ptrdiff_t ps,
-                                                   const float *const *row, int32_t c, float *o,
-                                                   const float *alpha, int32_t n)
+HL_KERNEL_AVX512 void hl_sfa_f32_d64_pr_1x1_avx512(const float *p, ptrdiff_t ps, const hl_row *row,
+                                                   int32_t c, float *o, const float *alpha,
+                                                   int32_t n)
 {
     enum { L = 16, OS = 64 };
     hl_vf_avx512 o0_0 = hl_vzero_avx512();
     for (int32_t j = 0; j < n; ++j) {
-        const hl_vf_avx512 v0 = hl_vload_avx512(row[j] + c + 0 * L);
+        const hl_vf_avx512 v0 = hl_vload_avx512((const float *)row[j].value + c + 0 * L);
         hl_vf_avx512 x;
         x = hl_vset_avx512(p[j * ps + 0]);
         o0_0 = hl_vfma_avx512(x, v0, o0_0);
@@ -6316,38 +6131,33 @@ HL_KERNEL_AVX512 void hl_sfa_f32_d64_pr_1x1_avx512(const float *p, ptrdiff_t ps,
 }
 
 /* Few heads: the values are not worth a copy. */
-HL_KERNEL_AVX512 void hl_sfa_f32_d64_value_few_avx512(const hl_sparse_flash_attention_args *a,
-    const hl_group *g, const hl_space *w, const hl_state *t, const hl_block *b, int32_t padded,
-    int32_t group)
+HL_KERNEL_AVX512 void hl_sfa_f32_d64_value_few_avx512(const hl_space *w, const hl_state *t,
+    const hl_block *b, int32_t padded, int32_t group)
 {
     enum { L = 16, OS = 64, DV = 64 };
-    const float **const row = (const float **)w->rows;
     int32_t h = 0;
-    for (int32_t j = 0; j < b->n; ++j) {
-        row[j] = hl_sfa_f32_d64_value_row_avx512(a, g, b->loc[j]);
-    }
     for (; h + 16 <= group; h += 16) {
         float *const o = t->o + (ptrdiff_t)h * OS;
         int32_t c = 0;
         for (; c + 1 * L <= DV; c += 1 * L) {
-            hl_sfa_f32_d64_pr_16x1_avx512(w->s + h, padded, row, c, o + c, t->alpha + h, b->n);
+            hl_sfa_f32_d64_pr_16x1_avx512(w->s + h, padded, b->row, c, o + c, t->alpha + h, b->n);
         }
     }
     for (; h + 4 <= group; h += 4) {
         float *const o = t->o + (ptrdiff_t)h * OS;
         int32_t c = 0;
         for (; c + 4 * L <= DV; c += 4 * L) {
-            hl_sfa_f32_d64_pr_4x4_avx512(w->s + h, padded, row, c, o + c, t->alpha + h, b->n);
+            hl_sfa_f32_d64_pr_4x4_avx512(w->s + h, padded, b->row, c, o + c, t->alpha + h, b->n);
         }
         for (; c + 1 * L <= DV; c += 1 * L) {
-            hl_sfa_f32_d64_pr_4x1_avx512(w->s + h, padded, row, c, o + c, t->alpha + h, b->n);
+            hl_sfa_f32_d64_pr_4x1_avx512(w->s + h, padded, b->row, c, o + c, t->alpha + h, b->n);
         }
     }
     for (; h + 1 <= group; h += 1) {
         float *const o = t->o + (ptrdiff_t)h * OS;
         int32_t c = 0;
         for (; c + 1 * L <= DV; c += 1 * L) {
-            hl_sfa_f32_d64_pr_1x1_avx512(w->s + h, padded, row, c, o + c, t->alpha + h, b->n);
+            hl_sfa_f32_d64_pr_1x1_avx512(w->s + h, padded, b->row, c, o + c, t->alpha + h, b->n);
         }
     }
 }
@@ -6518,28 +6328,27 @@ HL_KERNEL_AVX512 void hl_sfa_f32_d64_merge_state_avx512(const hl_state *t, const
 
 /* One block of keys: load, score, softmax, value. */
 HL_KERNEL_AVX512 void hl_sfa_f32_d64_block_avx512(const hl_sparse_flash_attention_plan *plan,
-                                                  const hl_group *g, const hl_space *w,
-                                                  const hl_state *t, const hl_block *b,
-                                                  int32_t padded)
+                                                  const hl_space *w, const hl_state *t,
+                                                  const hl_block *b, int32_t padded)
 {
-    const hl_sparse_flash_attention_args *const a = &plan->args;
+    const int32_t value_apart = plan->args.value != NULL;
     if (plan->group <= 32) {
         /* rows -> numbers, a tile at a time; S = scale Q K^T, in units of log2 */
-        hl_sfa_f32_d64_score_few_avx512(a, g, w, b, padded, plan->scale_log2);
+        hl_sfa_f32_d64_score_few_avx512(w, b, padded, plan->scale_log2);
         /* m' = max(m, rowmax S);  P = 2^(S - m');  l, alpha */
         hl_sfa_f32_d64_softmax_avx512(w->s, t, padded, b->n);
         /* O = alpha O + P V */
-        hl_sfa_f32_d64_value_few_avx512(a, g, w, t, b, padded, plan->group);
+        hl_sfa_f32_d64_value_few_avx512(w, t, b, padded, plan->group);
         return;
     }
     /* rows -> numbers, once for the whole group */
-    hl_sfa_f32_d64_load_avx512(a, g, w, b);
+    hl_sfa_f32_d64_load_avx512(w, b, value_apart);
     /* S = scale Q K^T, in units of log2 */
     hl_sfa_f32_d64_score_avx512(w, padded, b->n, plan->scale_log2);
     /* m' = max(m, rowmax S);  P = 2^(S - m');  l, alpha */
     hl_sfa_f32_d64_softmax_avx512(w->s, t, padded, b->n);
     /* O = alpha O + P V */
-    hl_sfa_f32_d64_value_avx512(w, t, padded, plan->group, a->value != NULL ? 64 : 64, b->n);
+    hl_sfa_f32_d64_value_avx512(w, t, padded, plan->group, value_apart ? 64 : 64, b->n);
 }
 
 /* One chunk of a group's keys (FlashAttention-2, algorithm 1, with K and V in blocks). */
@@ -6550,14 +6359,14 @@ HL_KERNEL_AVX512 void hl_sfa_f32_d64_forward_avx512(const hl_sparse_flash_attent
     const int32_t block = plan->group <= 32 ? 48 : 96;
     const hl_sparse_flash_attention_args *const a = &plan->args;
     hl_block b;
-    b.loc = w->loc;
-    b.n = hl_sfa_f32_d64_next(a, g, &c, b.loc, block);
+    b.row = w->row;
+    b.n = hl_sfa_f32_d64_next(a, g, &c, b.row, block);
     hl_sfa_f32_d64_start_avx512(t, padded, plan->group);
     while (b.n > 0) {
-        b.n_later = b.n < block ? 0 : hl_sfa_f32_d64_next(a, g, &c, b.loc + block, block);
-        hl_sfa_f32_d64_block_avx512(plan, g, w, t, &b, padded);
+        b.n_later = b.n < block ? 0 : hl_sfa_f32_d64_next(a, g, &c, b.row + block, block);
+        hl_sfa_f32_d64_block_avx512(plan, w, t, &b, padded);
         *t->seen = 1.0f;
-        HL_COPY(b.loc, b.loc + block, (size_t)b.n_later * sizeof *b.loc);
+        HL_COPY(b.row, b.row + block, (size_t)b.n_later * sizeof *b.row);
         b.n = b.n_later;
     }
 }

@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 from oracle import Args, Output, by_kv_head, plain, rows, sparse_flash_attention
 
-from gen import bind
+from gen import bind, spec
 
 ROOT = Path(__file__).resolve().parent.parent
 BF16 = np.dtype(ml_dtypes.bfloat16)
@@ -62,8 +62,6 @@ def table(name: str, **changes: Any) -> dict[str, Any]:
 @functools.cache
 def header(name: str) -> Any:
     """The generator's Header of one of SPECS, or of a shipped header."""
-    from gen import spec
-
     if name in SPECS:
         return spec.parse_header(table(name))
     return next(h for h in spec.load_catalogue() if h.name == name)
@@ -88,8 +86,6 @@ def kernel(name: str) -> bind.Kernel:
 @functools.cache
 def shipped() -> tuple[str, ...]:
     """Names of the shipped headers of the operator."""
-    from gen import spec
-
     return tuple(h.name for h in spec.load_catalogue() if all(k.op == OP for k in h.kernels))
 
 

@@ -10,14 +10,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import BEST, ISAS_HERE, kernel, text
+from helpers import BEST, ISAS_HERE, check, kernel, table, text
 from helpers_cases import INT_MAX, INT_MIN, Case, Shape, Way, make_case, run, run_guarded
 from helpers_memory import Arena, in_child
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import BSND, PA_BSND, TND
 
-from gen import bind
+from gen import bind, spec
 
 NAME = "f32_small"
 OTHER_MACHINES_ISA = 3 if "neon" in ISAS_HERE else 2  # HL_ISA_AVX2, HL_ISA_NEON
@@ -639,8 +639,6 @@ def acceptable(a: Any, fields: dict[str, Any]) -> bool:
 def test_any_metadata_is_refused_or_right(data):
     """Nonsense in lengths, tables and lists, between guard pages: refused exactly when the rules
     say so, otherwise the oracle's numbers."""
-    from helpers import BEST, ISAS_HERE, check
-
     k = kernel(NAME)
     layout = data.draw(st.sampled_from((BSND, TND, PA_BSND)))
     shape = dataclasses.replace(
@@ -777,10 +775,6 @@ def test_without_text_the_numbers_stay():
 
 def test_what_a_header_was_not_generated_with():
     """No rope, no slots, one layout, one instruction set: the options must be zero."""
-    from helpers import BEST, ISAS_HERE, table
-
-    from gen import spec
-
     small = spec.parse_header(
         table("f32_80", layout_q=["BSND"], layout_kv=["BSND"], isa=["scalar"], dk=4, dv=4)
     )

@@ -8,7 +8,7 @@ import dataclasses
 
 import numpy as np
 import pytest
-from helpers import BEST, ISAS_HERE, kernel, same_bits, text
+from helpers import BEST, ISAS_HERE, check, kernel, same_bits, text
 from helpers_cases import POINTERS, Case, Shape, make_case, run
 from helpers_memory import in_child
 from oracle import PA_BSND, TND
@@ -288,8 +288,6 @@ def test_openmp_changes_no_bit(threads):
 @pytest.mark.parametrize("flags", [("-O0",), ("-O3",), ("-O2", "-std=c99"), ("-O2", "-std=c11")])
 def test_compiler_flags_stay_inside_the_bound(flags):
     """Other flags may change bits, not correctness."""
-    from helpers import check
-
     k = bind.load(text("f32_small"), flags=flags)
     case = make_case(kernel("f32_small"), LONG)
     for isa in ISAS_HERE:
