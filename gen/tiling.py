@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 AHEAD = 8  # rows of 1 KiB: enough to cover a miss, too few to crowd the fill buffers
-FEW_CHANNELS = 192  # of 24 keys and 16 heads: 18 + 12 KiB, the first-level cache less the rows
+FEW_CHANNELS = 192  # of 12 .. 24 keys and 16 heads: 9 .. 18 + 12 KiB, with room for the rows
 L1_BYTES = 16 * 1024  # what a slice of a Q panel may take of the first-level cache
 
 
@@ -107,7 +107,7 @@ REGISTERS = {
         "value_heads": (8, 4, 1),
         "value_vecs": (3, 2, 1),
         "few": 32,
-        "few_keys": 24,
+        "few_keys": 12,
         "row_tiles": ((16, 1), (4, 4), (4, 1), (1, 8), (1, 1)),
         "few_block": 48,
         "block": 96,

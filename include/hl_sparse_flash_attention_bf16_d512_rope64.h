@@ -5447,12 +5447,12 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d512_rope64_score_avx512(const hl_space *w, in
         }
     }
 }
-/* Few heads: 24 keys at a time are loaded, a slice of channels at a time, and used at once, so that
+/* Few heads: 12 keys at a time are loaded, a slice of channels at a time, and used at once, so that
  * they never leave the first-level cache as float32: writing a block of them would cost more. */
 HL_KERNEL_AVX512 void hl_sfa_bf16_d512_rope64_score_few_avx512(const hl_space *w, const hl_block *b,
     int32_t heads, float scale)
 {
-    enum { KS = 576, D = 576, SLICE = 192, KEYS = 24 };
+    enum { KS = 576, D = 576, SLICE = 192, KEYS = 12 };
     const int32_t known = b->n + b->n_later;
     for (int32_t j = 0; j < b->n; j += KEYS) {
         const int32_t keys = b->n - j < KEYS ? b->n - j : KEYS;
