@@ -500,6 +500,31 @@ def test_neighbours_do_not_overlap():
     assert all(moved[n].tobytes() == want[n].tobytes() for n in want)
 
 
+@pytest.mark.parametrize("output", ["attention_out", "softmax_max", "softmax_sum", "softmax_lse"])
+@pytest.mark.parametrize("other", ["query", "key", "value", "sparse_indices"])
+def test_one_shared_element_is_an_overlap(output, other):
+    """The last of one with the first of the other, both ways round; one further is fine."""
+    k = kernel(NAME)
+    _, fields = base("joined")
+    a, b = fields[other], fields[output]
+    for first, second in ((a, b), (b, a)):
+        for shared in (4, 0):
+            pool = np.zeros(first.nbytes + second.nbytes, np.uint8)
+            start = first.nbytes - shared
+            places = {}
+            for array, at in ((first, 0), (second, start)):
+                place = pool[at : at + array.nbytes].view(array.dtype).reshape(array.shape)
+                places[output if array is b else other] = place
+            places[other][...] = a
+            held = pool.tobytes()
+            result = k.run(**{**fields, **places})
+            if shared:
+                assert (result.status_name, result.argument) == ("HL_ERR_ALIAS", output.upper())
+                assert pool.tobytes() == held
+            else:
+                assert result.ok, result
+
+
 @pytest.mark.parametrize("name", ["bsnd", "tnd", "paged", "slots", "dense"])
 @pytest.mark.parametrize("size", ["batch", "seq_q", "heads_q"])
 def test_nothing_to_do_needs_nothing(name, size):

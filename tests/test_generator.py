@@ -270,9 +270,9 @@ def test_what_was_not_asked_for_is_not_there():
         assert word in whole and word not in less
     code = re.sub(r"/\*.*?\*/", "", less, flags=re.DOTALL)
     assert "g->pages[j / a->block_size]" in whole and "g->pages[j" not in code
-    assert "locate_slot" not in whole
+    assert "find_slot" not in whole
     slots = render.render_header(spec.parse_header({**PLAIN, "features": ["slots"]}))
-    assert "locate_slot" in slots
+    assert "find_slot" in slots
 
 
 def test_prefix_and_name_reach_every_name():
