@@ -16,6 +16,12 @@ class Isa:
     formats: tuple[str, ...]  # element types that its words can load and store
     maths: tuple[str, ...]  # exp2 it can be generated with
     sleef_exp2: str = ""
+    header: str = ""  # that declares its intrinsics
+    detect: tuple[str, ...] = ()  # what the cpu model has to say; () where it is always there
+
+    @property
+    def detect_c(self):
+        return " && ".join(f'__builtin_cpu_supports("{name}")' for name in self.detect)
 
 
 ISAS = {
@@ -41,6 +47,7 @@ ISAS = {
             target="",
             formats=("f32", "f16", "bf16"),
             maths=("builtin", "libm"),
+            header="arm_neon.h",
         ),
         Isa(
             name="avx2",
@@ -52,6 +59,8 @@ ISAS = {
             formats=("f32", "f16", "bf16"),
             maths=("builtin", "sleef", "libm"),
             sleef_exp2="Sleef_exp2f8_u10avx2",
+            header="immintrin.h",
+            detect=("avx2", "fma"),
         ),
         Isa(
             name="avx512",
@@ -63,6 +72,8 @@ ISAS = {
             formats=("f32", "f16", "bf16"),
             maths=("builtin", "sleef", "libm"),
             sleef_exp2="Sleef_exp2f16_u10avx512f",
+            header="immintrin.h",
+            detect=("avx512f", "avx512bw", "avx512dq", "avx512vl", "fma"),
         ),
     )
 }

@@ -32,6 +32,11 @@ EXP2_COEFFICIENTS = (
     "6.93147182e-1f",
     "1.0f",
 )
+LINK_NOTES = {
+    "builtin": "",
+    "sleef": ", to be linked with -lsleef",
+    "libm": ", to be linked with -lm",
+}
 EXP2_ULP = "1.25"
 LOG_ERROR = "8e-8"
 
@@ -45,7 +50,7 @@ def template_folder():
 
 @cache
 def environment():
-    return jinja2.Environment(
+    made = jinja2.Environment(
         loader=jinja2.FileSystemLoader(template_folder()),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
@@ -54,6 +59,13 @@ def environment():
         line_statement_prefix="//%",
         autoescape=False,
     )
+    made.filters["count"] = count
+    return made
+
+
+def count(number, noun):
+    """12 keys, 1 key."""
+    return f"{number} {noun}{'s' if number > 1 else ''}"
 
 
 def page(name, **context):
@@ -99,6 +111,7 @@ def kernel_view(kernel):
             name=isa.name,
             macro=isa.macro,
             title=isa.title,
+            detect=isa.detect,
             task=f"{kernel.private}_task_{isa.name}",
             merge=f"{kernel.private}_merge_{isa.name}",
         )
@@ -116,6 +129,7 @@ def kernel_view(kernel):
         line=64 // fmt.bytes,
         dk=kernel.dk,
         rope=kernel.rope,
+        rope_words=f" + {kernel.rope} rotary" if kernel.rope else "",
         dv=kernel.dv,
         d=kernel.d,
         has_rope=kernel.rope > 0,
@@ -128,7 +142,6 @@ def kernel_view(kernel):
         layouts_kv=[SimpleNamespace(file=f"{n.lower()}.h.j2") for n in kernel.layout_kv],
         isas=views,
         scalar=next((view for view in views if view.name == "scalar"), None),
-        isa_mask=" | ".join(f"1u << HL_ISA_{view.macro}" for view in views),
         isa_last="HL_ISA_AVX512",
         load=words["load"],
         load_n=words["load_n"],
@@ -278,6 +291,7 @@ def render_header(header):
             if isa.name == "scalar" or any(isa.name in kernel.isa for kernel in header.kernels)
         ],
         manual_of=manual_of(header),
+        link_note=LINK_NOTES[header.kernels[0].math],
         isa_titles=isa_titles(header),
     )
     text = refill(Speller(header.prefix).rename(text))

@@ -55,8 +55,9 @@
  *
  * MEMORY
  *   One task needs HL_SPARSE_FLASH_ATTENTION_F16_D512_ROPE64_WORKSPACE_BYTES(G),
- *   1294016 bytes for G = 128, whatever the lengths. Nothing is read outside the rows that a
- *   list (or a length) names, and nothing before or behind a row; unused memory may hold NaN.
+ *   1294016 bytes for G = 128, whatever the lengths.
+ *   Nothing is read outside the rows that a list (or a length) names, and nothing before or behind
+ *   a row; unused memory may hold NaN.
  *
  * NUMBERS
  *   Scores, softmax and sums are float32; each key's score is a plain dot product. max, sum and LSE
@@ -304,7 +305,7 @@ typedef struct hl_sparse_flash_attention_args {
 
     /* How to compute it. Neither changes what is computed by more than rounding. */
     int32_t chunk_keys;     /* keys that are summed before they are merged, a multiple of 128;
-                             * 0: 2048. The result's bits depend on it                            */
+                             * 0: 2048. The result's bits depend on it */
     int32_t isa;            /* HL_ISA_...; 0: the best that is present                           */
     void *partials;         /* memory to split long rows over tasks; NULL: a row is one task.
                              * The bits are the same either way                                  */
@@ -339,7 +340,7 @@ typedef struct hl_sparse_flash_attention_parts {
     const float *const *max; /* [parts] -> [B][N2][S1][G] or [N2][T1][G]                         */
     const float *const *sum; /* [parts] -> same; 0 marks a part without keys                     */
     void *attention_out;     /* packed, in the kernel's type, or float if out_f32                */
-    float *softmax_max; /* NULL: not wanted. May be max[i] of one part, as softmax_sum sum[i] */
+    float *softmax_max;      /* NULL: not wanted. May be one part's own, as softmax_sum           */
     float *softmax_sum;
     float *softmax_lse;
     int32_t parts;
@@ -400,12 +401,6 @@ typedef struct hl_sparse_flash_attention_parts {
 #error "hl: HL_ISA_ONLY_NEON needs little-endian AArch64"
 #endif
 
-#if HL_HAS_AVX2 || HL_HAS_AVX512
-#include <immintrin.h>
-#endif
-#if HL_HAS_NEON
-#include <arm_neon.h>
-#endif
 #if defined(_OPENMP)
 #include <omp.h>
 #endif
@@ -717,35 +712,6 @@ static inline hl_status hl_default_stride(hl_stride *stride, int64_t rows, int64
     return HL_OK;
 }
 
-/* Bit 1 << HL_ISA_... for each instruction set that was compiled in and runs here. The
- * compiler's cached cpu model is asked: cpuid itself traps in virtual machines. Every processor
- * with AVX2 and FMA has F16C. */
-static inline uint32_t hl_isas_present(void)
-{
-    uint32_t present = 0;
-#if HL_ISA_ONLY
-#if defined(HL_ISA_ONLY_SCALAR)
-    present |= 1u << HL_ISA_SCALAR;
-#endif
-    present |= HL_HAS_NEON ? 1u << HL_ISA_NEON : 0u;
-    present |= HL_HAS_AVX2 ? 1u << HL_ISA_AVX2 : 0u;
-    present |= HL_HAS_AVX512 ? 1u << HL_ISA_AVX512 : 0u;
-#else
-    present |= 1u << HL_ISA_SCALAR;
-    present |= HL_HAS_NEON ? 1u << HL_ISA_NEON : 0u;
-#if HL_X86
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-        present |= 1u << HL_ISA_AVX2;
-        if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw")
-            && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-            present |= 1u << HL_ISA_AVX512;
-        }
-    }
-#endif
-#endif
-    return present;
-}
-
 #if !defined(HL_NO_TEXT)
 static inline char *hl_put_text(char *at, const char *end, const char *text)
 {
@@ -899,20 +865,45 @@ HL_API const char *hl_error_text(const hl_error *error, char *text, size_t size)
 #define HL_KERNEL_SCALAR static inline
 #endif
 #if HL_BODY && HL_HAS_NEON && !defined(HL_WORD_NEON)
+#include <arm_neon.h>
 #define HL_WORD_NEON static inline
 #define HL_KERNEL_NEON static inline
 #endif
 #if HL_BODY && HL_HAS_AVX2 && !defined(HL_WORD_AVX2)
+#include <immintrin.h>
 #define HL_WORD_AVX2 \
     __attribute__((always_inline, target("avx2,fma,f16c"))) static inline
 #define HL_KERNEL_AVX2 \
     __attribute__((target("avx2,fma,f16c"))) static inline
+/* Does this machine run it? The compiler's cached cpu model is asked: cpuid itself traps in virtual
+ * machines. Every processor with AVX2 and FMA has F16C. */
+static inline int hl_runs_avx2(void)
+{
+#if HL_ISA_ONLY
+    return 1;
+#else
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#endif
+}
 #endif
 #if HL_BODY && HL_HAS_AVX512 && !defined(HL_WORD_AVX512)
+#include <immintrin.h>
 #define HL_WORD_AVX512 \
     __attribute__((always_inline, target("avx512f,avx512bw,avx512dq,avx512vl,fma"))) static inline
 #define HL_KERNEL_AVX512 \
     __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma"))) static inline
+/* Does this machine run it? The compiler's cached cpu model is asked: cpuid itself traps in virtual
+ * machines. Every processor with AVX2 and FMA has F16C. */
+static inline int hl_runs_avx512(void)
+{
+#if HL_ISA_ONLY
+    return 1;
+#else
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw")
+        && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")
+        && __builtin_cpu_supports("fma");
+#endif
+}
 #endif
 /* ==== hl_sparse_flash_attention_f16_d512_rope64 ==== */
 
@@ -1976,7 +1967,7 @@ static inline hl_cursor hl_sfa_f16_d512_rope64_chunk(const hl_sparse_flash_atten
 
 /* ---- load: rows -> numbers, once for the whole group ---- */
 
-/* Q^T as panels of 2 vectors of heads, [panel][channel][head]; the last panel may be
+/* Q^T as panels of 2 vectors of heads, [panel][channel][head]; the last may be
  * narrower. Heads past the group are 0. `row` is scratch for one row. */
 HL_KERNEL_SCALAR void hl_sfa_f16_d512_rope64_load_q_scalar(const hl_sparse_flash_attention_args *a,
     const hl_group *g, int32_t group, float *row, float *to)
@@ -2027,15 +2018,15 @@ HL_KERNEL_SCALAR void hl_sfa_f16_d512_rope64_load_keys_scalar(const hl_row *row,
     int32_t c = c0;
     for (; c + L <= end; c += L) {
         for (int32_t r = 0; r < keys; ++r) {
-            hl_vstore_scalar(to + (ptrdiff_t)r * KS + (c - c0),
-                             hl_vload_f16_scalar((const uint16_t *)row[r].key + c));
+            const uint16_t *const key = (const uint16_t *)row[r].key;
+            hl_vstore_scalar(to + (ptrdiff_t)r * KS + (c - c0), hl_vload_f16_scalar(key + c));
         }
     }
     if (c0 + n > DK) {
         c = c0 > DK ? c0 : DK;
         for (int32_t r = 0; r < keys; ++r) {
-            hl_vrow_f16_scalar(to + (ptrdiff_t)r * KS + (c - c0), (const uint16_t *)row[r].rope
-                               + (c - DK), c0 + n - c);
+            const uint16_t *const rope = (const uint16_t *)row[r].rope;
+            hl_vrow_f16_scalar(to + (ptrdiff_t)r * KS + (c - c0), rope + (c - DK), c0 + n - c);
         }
     }
 }
@@ -2055,17 +2046,22 @@ HL_WORD_SCALAR void hl_sfa_f16_d512_rope64_fetch_channels_scalar(const hl_row *r
 
 /* ---- score: S = scale Q K^T, in units of log2 ---- */
 
-/* 4 keys by 2 vectors of heads, over n channels: heads in the lanes, so that no number ever
- * has to be summed across them. With add, adds to what earlier channels left in s. Meanwhile the
- * same channels of later keys (next, from channel c0) are asked for, if there are any. */
+/* 4 keys by 2 vectors of heads, over n channels.
+ * Heads are in the lanes, so that no number ever has to be summed across them. With add, the result
+ * is added to what earlier channels left in s. Meanwhile the same channels of later keys (next,
+ * from channel c0) are asked for, if there are any. */
 HL_KERNEL_SCALAR void hl_sfa_f16_d512_rope64_qk_4x2_scalar(const float *q, const float *k, float *s,
     ptrdiff_t ss, int32_t n, int32_t add, float scale, const hl_row *next, int32_t c0)
 {
     enum { L = 1, W = 2 * L, KS = 576, LINE = 32 };
-    hl_vf_scalar s0_0 = hl_vzero_scalar(), s0_1 = hl_vzero_scalar();
-    hl_vf_scalar s1_0 = hl_vzero_scalar(), s1_1 = hl_vzero_scalar();
-    hl_vf_scalar s2_0 = hl_vzero_scalar(), s2_1 = hl_vzero_scalar();
-    hl_vf_scalar s3_0 = hl_vzero_scalar(), s3_1 = hl_vzero_scalar();
+    hl_vf_scalar s0_0 = hl_vzero_scalar();
+    hl_vf_scalar s0_1 = hl_vzero_scalar();
+    hl_vf_scalar s1_0 = hl_vzero_scalar();
+    hl_vf_scalar s1_1 = hl_vzero_scalar();
+    hl_vf_scalar s2_0 = hl_vzero_scalar();
+    hl_vf_scalar s2_1 = hl_vzero_scalar();
+    hl_vf_scalar s3_0 = hl_vzero_scalar();
+    hl_vf_scalar s3_1 = hl_vzero_scalar();
     for (int32_t start = 0; start < n; start += LINE) {
         const int32_t stop = n - start > LINE ? start + LINE : n;
         if (next != NULL) {
@@ -2109,14 +2105,16 @@ HL_KERNEL_SCALAR void hl_sfa_f16_d512_rope64_qk_4x2_scalar(const float *q, const
     hl_vstore_scalar(s + 3 * ss + 1 * L, hl_vmul_scalar(s3_1, hl_vset_scalar(scale)));
 }
 
-/* 1 key by 2 vectors of heads, over n channels: heads in the lanes, so that no number ever
- * has to be summed across them. With add, adds to what earlier channels left in s. Meanwhile the
- * same channels of later keys (next, from channel c0) are asked for, if there are any. */
+/* 1 key by 2 vectors of heads, over n channels.
+ * Heads are in the lanes, so that no number ever has to be summed across them. With add, the result
+ * is added to what earlier channels left in s. Meanwhile the same channels of later keys (next,
+ * from channel c0) are asked for, if there are any. */
 HL_KERNEL_SCALAR void hl_sfa_f16_d512_rope64_qk_1x2_scalar(const float *q, const float *k, float *s,
     ptrdiff_t ss, int32_t n, int32_t add, float scale, const hl_row *next, int32_t c0)
 {
     enum { L = 1, W = 2 * L, KS = 576, LINE = 32 };
-    hl_vf_scalar s0_0 = hl_vzero_scalar(), s0_1 = hl_vzero_scalar();
+    hl_vf_scalar s0_0 = hl_vzero_scalar();
+    hl_vf_scalar s0_1 = hl_vzero_scalar();
     for (int32_t start = 0; start < n; start += LINE) {
         const int32_t stop = n - start > LINE ? start + LINE : n;
         if (next != NULL) {
@@ -2139,9 +2137,10 @@ HL_KERNEL_SCALAR void hl_sfa_f16_d512_rope64_qk_1x2_scalar(const float *q, const
     hl_vstore_scalar(s + 0 * ss + 1 * L, hl_vmul_scalar(s0_1, hl_vset_scalar(scale)));
 }
 
-/* 4 keys by 1 vector of heads, over n channels: heads in the lanes, so that no number ever
- * has to be summed across them. With add, adds to what earlier channels left in s. Meanwhile the
- * same channels of later keys (next, from channel c0) are asked for, if there are any. */
+/* 4 keys by 1 vector of heads, over n channels.
+ * Heads are in the lanes, so that no number ever has to be summed across them. With add, the result
+ * is added to what earlier channels left in s. Meanwhile the same channels of later keys (next,
+ * from channel c0) are asked for, if there are any. */
 HL_KERNEL_SCALAR void hl_sfa_f16_d512_rope64_qk_4x1_scalar(const float *q, const float *k, float *s,
     ptrdiff_t ss, int32_t n, int32_t add, float scale, const hl_row *next, int32_t c0)
 {
@@ -2180,9 +2179,10 @@ HL_KERNEL_SCALAR void hl_sfa_f16_d512_rope64_qk_4x1_scalar(const float *q, const
     hl_vstore_scalar(s + 3 * ss + 0 * L, hl_vmul_scalar(s3_0, hl_vset_scalar(scale)));
 }
 
-/* 1 key by 1 vector of heads, over n channels: heads in the lanes, so that no number ever
- * has to be summed across them. With add, adds to what earlier channels left in s. Meanwhile the
- * same channels of later keys (next, from channel c0) are asked for, if there are any. */
+/* 1 key by 1 vector of heads, over n channels.
+ * Heads are in the lanes, so that no number ever has to be summed across them. With add, the result
+ * is added to what earlier channels left in s. Meanwhile the same channels of later keys (next,
+ * from channel c0) are asked for, if there are any. */
 HL_KERNEL_SCALAR void hl_sfa_f16_d512_rope64_qk_1x1_scalar(const float *q, const float *k, float *s,
     ptrdiff_t ss, int32_t n, int32_t add, float scale, const hl_row *next, int32_t c0)
 {
@@ -2236,14 +2236,19 @@ HL_KERNEL_SCALAR void hl_sfa_f16_d512_rope64_score_keys_scalar(const hl_space *w
 /* Keys of the next tile: the largest that still fits. */
 HL_KERNEL_SCALAR int32_t hl_sfa_f16_d512_rope64_tile_rows_scalar(int32_t left)
 {
-    return left >= 4 ? 4 : 1;
+    if (left >= 4) {
+        return 4;
+    }
+    return 1;
 }
-/* Few heads: 4 keys at a time are loaded, a slice of channels at a time, and used at once, so that
- * they never leave the first-level cache as float32: writing a block of them would cost more. */
+/* Few heads: 4 keys at a time are loaded, a slice of channels at a time, and used
+ * at once, so that they never leave the first-level cache as float32: writing a block of them would
+ * cost more. */
 HL_KERNEL_SCALAR void hl_sfa_f16_d512_rope64_score_few_scalar(const hl_space *w, const hl_block *b,
     int32_t heads, float scale)
 {
-    enum { KS = 576, D = 576, SLICE = 192, KEYS = 4 };
+    enum { KS = 576, D = 576 };
+    enum { SLICE = 192, KEYS = 4 };
     const int32_t known = b->n + b->n_later;
     for (int32_t j = 0; j < b->n; j += KEYS) {
         const int32_t keys = b->n - j < KEYS ? b->n - j : KEYS;
@@ -2296,18 +2301,24 @@ HL_KERNEL_SCALAR void hl_sfa_f16_d512_rope64_softmax_scalar(float *s, const hl_s
 
 /* ---- value: O = alpha O + P V ---- */
 
-/* 4 heads by 2 vectors of channels; values are read where they are stored. */
+/* 4 heads by 2 vectors of channels, read where they are
+ * stored. */
 HL_KERNEL_SCALAR void hl_sfa_f16_d512_rope64_pr_4x2_scalar(const float *p, ptrdiff_t ps,
     const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n)
 {
     enum { L = 1, OS = 512 };
-    hl_vf_scalar o0_0 = hl_vzero_scalar(), o0_1 = hl_vzero_scalar();
-    hl_vf_scalar o1_0 = hl_vzero_scalar(), o1_1 = hl_vzero_scalar();
-    hl_vf_scalar o2_0 = hl_vzero_scalar(), o2_1 = hl_vzero_scalar();
-    hl_vf_scalar o3_0 = hl_vzero_scalar(), o3_1 = hl_vzero_scalar();
+    hl_vf_scalar o0_0 = hl_vzero_scalar();
+    hl_vf_scalar o0_1 = hl_vzero_scalar();
+    hl_vf_scalar o1_0 = hl_vzero_scalar();
+    hl_vf_scalar o1_1 = hl_vzero_scalar();
+    hl_vf_scalar o2_0 = hl_vzero_scalar();
+    hl_vf_scalar o2_1 = hl_vzero_scalar();
+    hl_vf_scalar o3_0 = hl_vzero_scalar();
+    hl_vf_scalar o3_1 = hl_vzero_scalar();
     for (int32_t j = 0; j < n; ++j) {
-        const hl_vf_scalar v0 = hl_vload_f16_scalar((const uint16_t *)row[j].value + c + 0 * L);
-        const hl_vf_scalar v1 = hl_vload_f16_scalar((const uint16_t *)row[j].value + c + 1 * L);
+        const uint16_t *const value = (const uint16_t *)row[j].value;
+        const hl_vf_scalar v0 = hl_vload_f16_scalar(value + c + 0 * L);
+        const hl_vf_scalar v1 = hl_vload_f16_scalar(value + c + 1 * L);
         hl_vf_scalar x;
         x = hl_vset_scalar(p[j * ps + 0]);
         o0_0 = hl_vfma_scalar(x, v0, o0_0);
@@ -2348,7 +2359,8 @@ HL_KERNEL_SCALAR void hl_sfa_f16_d512_rope64_pr_4x2_scalar(const float *p, ptrdi
                                     o3_1));
 }
 
-/* 4 heads by 1 vector of channels; values are read where they are stored. */
+/* 4 heads by 1 vector of channels, read where they are
+ * stored. */
 HL_KERNEL_SCALAR void hl_sfa_f16_d512_rope64_pr_4x1_scalar(const float *p, ptrdiff_t ps,
     const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n)
 {
@@ -2358,7 +2370,8 @@ HL_KERNEL_SCALAR void hl_sfa_f16_d512_rope64_pr_4x1_scalar(const float *p, ptrdi
     hl_vf_scalar o2_0 = hl_vzero_scalar();
     hl_vf_scalar o3_0 = hl_vzero_scalar();
     for (int32_t j = 0; j < n; ++j) {
-        const hl_vf_scalar v0 = hl_vload_f16_scalar((const uint16_t *)row[j].value + c + 0 * L);
+        const uint16_t *const value = (const uint16_t *)row[j].value;
+        const hl_vf_scalar v0 = hl_vload_f16_scalar(value + c + 0 * L);
         hl_vf_scalar x;
         x = hl_vset_scalar(p[j * ps + 0]);
         o0_0 = hl_vfma_scalar(x, v0, o0_0);
@@ -2383,18 +2396,22 @@ HL_KERNEL_SCALAR void hl_sfa_f16_d512_rope64_pr_4x1_scalar(const float *p, ptrdi
                                     o3_0));
 }
 
-/* 1 head by 4 vectors of channels; values are read where they are stored. */
+/* 1 head by 4 vectors of channels, read where they are
+ * stored. */
 HL_KERNEL_SCALAR void hl_sfa_f16_d512_rope64_pr_1x4_scalar(const float *p, ptrdiff_t ps,
     const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n)
 {
     enum { L = 1, OS = 512 };
-    hl_vf_scalar o0_0 = hl_vzero_scalar(), o0_1 = hl_vzero_scalar(), o0_2 = hl_vzero_scalar(),
-        o0_3 = hl_vzero_scalar();
+    hl_vf_scalar o0_0 = hl_vzero_scalar();
+    hl_vf_scalar o0_1 = hl_vzero_scalar();
+    hl_vf_scalar o0_2 = hl_vzero_scalar();
+    hl_vf_scalar o0_3 = hl_vzero_scalar();
     for (int32_t j = 0; j < n; ++j) {
-        const hl_vf_scalar v0 = hl_vload_f16_scalar((const uint16_t *)row[j].value + c + 0 * L);
-        const hl_vf_scalar v1 = hl_vload_f16_scalar((const uint16_t *)row[j].value + c + 1 * L);
-        const hl_vf_scalar v2 = hl_vload_f16_scalar((const uint16_t *)row[j].value + c + 2 * L);
-        const hl_vf_scalar v3 = hl_vload_f16_scalar((const uint16_t *)row[j].value + c + 3 * L);
+        const uint16_t *const value = (const uint16_t *)row[j].value;
+        const hl_vf_scalar v0 = hl_vload_f16_scalar(value + c + 0 * L);
+        const hl_vf_scalar v1 = hl_vload_f16_scalar(value + c + 1 * L);
+        const hl_vf_scalar v2 = hl_vload_f16_scalar(value + c + 2 * L);
+        const hl_vf_scalar v3 = hl_vload_f16_scalar(value + c + 3 * L);
         hl_vf_scalar x;
         x = hl_vset_scalar(p[j * ps + 0]);
         o0_0 = hl_vfma_scalar(x, v0, o0_0);
@@ -2416,14 +2433,16 @@ HL_KERNEL_SCALAR void hl_sfa_f16_d512_rope64_pr_1x4_scalar(const float *p, ptrdi
                                     o0_3));
 }
 
-/* 1 head by 1 vector of channels; values are read where they are stored. */
+/* 1 head by 1 vector of channels, read where they are
+ * stored. */
 HL_KERNEL_SCALAR void hl_sfa_f16_d512_rope64_pr_1x1_scalar(const float *p, ptrdiff_t ps,
     const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n)
 {
     enum { L = 1, OS = 512 };
     hl_vf_scalar o0_0 = hl_vzero_scalar();
     for (int32_t j = 0; j < n; ++j) {
-        const hl_vf_scalar v0 = hl_vload_f16_scalar((const uint16_t *)row[j].value + c + 0 * L);
+        const uint16_t *const value = (const uint16_t *)row[j].value;
+        const hl_vf_scalar v0 = hl_vload_f16_scalar(value + c + 0 * L);
         hl_vf_scalar x;
         x = hl_vset_scalar(p[j * ps + 0]);
         o0_0 = hl_vfma_scalar(x, v0, o0_0);
@@ -2741,7 +2760,7 @@ static inline void hl_sfa_f16_d512_rope64_merge_scalar(const hl_sparse_flash_att
 
 /* ---- load: rows -> numbers, once for the whole group ---- */
 
-/* Q^T as panels of 2 vectors of heads, [panel][channel][head]; the last panel may be
+/* Q^T as panels of 2 vectors of heads, [panel][channel][head]; the last may be
  * narrower. Heads past the group are 0. `row` is scratch for one row. */
 HL_KERNEL_NEON void hl_sfa_f16_d512_rope64_load_q_neon(const hl_sparse_flash_attention_args *a,
     const hl_group *g, int32_t group, float *row, float *to)
@@ -2792,15 +2811,15 @@ HL_KERNEL_NEON void hl_sfa_f16_d512_rope64_load_keys_neon(const hl_row *row, int
     int32_t c = c0;
     for (; c + L <= end; c += L) {
         for (int32_t r = 0; r < keys; ++r) {
-            hl_vstore_neon(to + (ptrdiff_t)r * KS + (c - c0),
-                           hl_vload_f16_neon((const uint16_t *)row[r].key + c));
+            const uint16_t *const key = (const uint16_t *)row[r].key;
+            hl_vstore_neon(to + (ptrdiff_t)r * KS + (c - c0), hl_vload_f16_neon(key + c));
         }
     }
     if (c0 + n > DK) {
         c = c0 > DK ? c0 : DK;
         for (int32_t r = 0; r < keys; ++r) {
-            hl_vrow_f16_neon(to + (ptrdiff_t)r * KS + (c - c0), (const uint16_t *)row[r].rope
-                             + (c - DK), c0 + n - c);
+            const uint16_t *const rope = (const uint16_t *)row[r].rope;
+            hl_vrow_f16_neon(to + (ptrdiff_t)r * KS + (c - c0), rope + (c - DK), c0 + n - c);
         }
     }
 }
@@ -2850,21 +2869,30 @@ HL_KERNEL_NEON void hl_sfa_f16_d512_rope64_load_neon(const hl_space *w, const hl
 
 /* ---- score: S = scale Q K^T, in units of log2 ---- */
 
-/* 8 keys by 2 vectors of heads, over n channels: heads in the lanes, so that no number ever
- * has to be summed across them. With add, adds to what earlier channels left in s. Meanwhile the
- * same channels of later keys (next, from channel c0) are asked for, if there are any. */
+/* 8 keys by 2 vectors of heads, over n channels.
+ * Heads are in the lanes, so that no number ever has to be summed across them. With add, the result
+ * is added to what earlier channels left in s. Meanwhile the same channels of later keys (next,
+ * from channel c0) are asked for, if there are any. */
 HL_KERNEL_NEON void hl_sfa_f16_d512_rope64_qk_8x2_neon(const float *q, const float *k, float *s,
     ptrdiff_t ss, int32_t n, int32_t add, float scale, const hl_row *next, int32_t c0)
 {
     enum { L = 4, W = 2 * L, KS = 576, LINE = 32 };
-    hl_vf_neon s0_0 = hl_vzero_neon(), s0_1 = hl_vzero_neon();
-    hl_vf_neon s1_0 = hl_vzero_neon(), s1_1 = hl_vzero_neon();
-    hl_vf_neon s2_0 = hl_vzero_neon(), s2_1 = hl_vzero_neon();
-    hl_vf_neon s3_0 = hl_vzero_neon(), s3_1 = hl_vzero_neon();
-    hl_vf_neon s4_0 = hl_vzero_neon(), s4_1 = hl_vzero_neon();
-    hl_vf_neon s5_0 = hl_vzero_neon(), s5_1 = hl_vzero_neon();
-    hl_vf_neon s6_0 = hl_vzero_neon(), s6_1 = hl_vzero_neon();
-    hl_vf_neon s7_0 = hl_vzero_neon(), s7_1 = hl_vzero_neon();
+    hl_vf_neon s0_0 = hl_vzero_neon();
+    hl_vf_neon s0_1 = hl_vzero_neon();
+    hl_vf_neon s1_0 = hl_vzero_neon();
+    hl_vf_neon s1_1 = hl_vzero_neon();
+    hl_vf_neon s2_0 = hl_vzero_neon();
+    hl_vf_neon s2_1 = hl_vzero_neon();
+    hl_vf_neon s3_0 = hl_vzero_neon();
+    hl_vf_neon s3_1 = hl_vzero_neon();
+    hl_vf_neon s4_0 = hl_vzero_neon();
+    hl_vf_neon s4_1 = hl_vzero_neon();
+    hl_vf_neon s5_0 = hl_vzero_neon();
+    hl_vf_neon s5_1 = hl_vzero_neon();
+    hl_vf_neon s6_0 = hl_vzero_neon();
+    hl_vf_neon s6_1 = hl_vzero_neon();
+    hl_vf_neon s7_0 = hl_vzero_neon();
+    hl_vf_neon s7_1 = hl_vzero_neon();
     for (int32_t start = 0; start < n; start += LINE) {
         const int32_t stop = n - start > LINE ? start + LINE : n;
         if (next != NULL) {
@@ -2936,14 +2964,16 @@ HL_KERNEL_NEON void hl_sfa_f16_d512_rope64_qk_8x2_neon(const float *q, const flo
     hl_vstore_neon(s + 7 * ss + 1 * L, hl_vmul_neon(s7_1, hl_vset_neon(scale)));
 }
 
-/* 1 key by 2 vectors of heads, over n channels: heads in the lanes, so that no number ever
- * has to be summed across them. With add, adds to what earlier channels left in s. Meanwhile the
- * same channels of later keys (next, from channel c0) are asked for, if there are any. */
+/* 1 key by 2 vectors of heads, over n channels.
+ * Heads are in the lanes, so that no number ever has to be summed across them. With add, the result
+ * is added to what earlier channels left in s. Meanwhile the same channels of later keys (next,
+ * from channel c0) are asked for, if there are any. */
 HL_KERNEL_NEON void hl_sfa_f16_d512_rope64_qk_1x2_neon(const float *q, const float *k, float *s,
     ptrdiff_t ss, int32_t n, int32_t add, float scale, const hl_row *next, int32_t c0)
 {
     enum { L = 4, W = 2 * L, KS = 576, LINE = 32 };
-    hl_vf_neon s0_0 = hl_vzero_neon(), s0_1 = hl_vzero_neon();
+    hl_vf_neon s0_0 = hl_vzero_neon();
+    hl_vf_neon s0_1 = hl_vzero_neon();
     for (int32_t start = 0; start < n; start += LINE) {
         const int32_t stop = n - start > LINE ? start + LINE : n;
         if (next != NULL) {
@@ -2966,9 +2996,10 @@ HL_KERNEL_NEON void hl_sfa_f16_d512_rope64_qk_1x2_neon(const float *q, const flo
     hl_vstore_neon(s + 0 * ss + 1 * L, hl_vmul_neon(s0_1, hl_vset_neon(scale)));
 }
 
-/* 8 keys by 1 vector of heads, over n channels: heads in the lanes, so that no number ever
- * has to be summed across them. With add, adds to what earlier channels left in s. Meanwhile the
- * same channels of later keys (next, from channel c0) are asked for, if there are any. */
+/* 8 keys by 1 vector of heads, over n channels.
+ * Heads are in the lanes, so that no number ever has to be summed across them. With add, the result
+ * is added to what earlier channels left in s. Meanwhile the same channels of later keys (next,
+ * from channel c0) are asked for, if there are any. */
 HL_KERNEL_NEON void hl_sfa_f16_d512_rope64_qk_8x1_neon(const float *q, const float *k, float *s,
     ptrdiff_t ss, int32_t n, int32_t add, float scale, const hl_row *next, int32_t c0)
 {
@@ -3027,9 +3058,10 @@ HL_KERNEL_NEON void hl_sfa_f16_d512_rope64_qk_8x1_neon(const float *q, const flo
     hl_vstore_neon(s + 7 * ss + 0 * L, hl_vmul_neon(s7_0, hl_vset_neon(scale)));
 }
 
-/* 1 key by 1 vector of heads, over n channels: heads in the lanes, so that no number ever
- * has to be summed across them. With add, adds to what earlier channels left in s. Meanwhile the
- * same channels of later keys (next, from channel c0) are asked for, if there are any. */
+/* 1 key by 1 vector of heads, over n channels.
+ * Heads are in the lanes, so that no number ever has to be summed across them. With add, the result
+ * is added to what earlier channels left in s. Meanwhile the same channels of later keys (next,
+ * from channel c0) are asked for, if there are any. */
 HL_KERNEL_NEON void hl_sfa_f16_d512_rope64_qk_1x1_neon(const float *q, const float *k, float *s,
     ptrdiff_t ss, int32_t n, int32_t add, float scale, const hl_row *next, int32_t c0)
 {
@@ -3083,14 +3115,18 @@ HL_KERNEL_NEON void hl_sfa_f16_d512_rope64_score_keys_neon(const hl_space *w, co
 /* Keys of the next tile: the largest that still fits. */
 HL_KERNEL_NEON int32_t hl_sfa_f16_d512_rope64_tile_rows_neon(int32_t left)
 {
-    return left >= 8 ? 8 : 1;
+    if (left >= 8) {
+        return 8;
+    }
+    return 1;
 }
-/* Many heads: the whole block is loaded. Channels in slices of 288, so that a slice of a Q panel
- * stays in the first-level cache while the keys pass by. */
+/* Many heads: the whole block is loaded. Channels in slices of 288, so that a
+ * slice of a Q panel stays in the first-level cache while the keys pass by. */
 HL_KERNEL_NEON void hl_sfa_f16_d512_rope64_score_neon(const hl_space *w, int32_t heads, int32_t n,
     float scale)
 {
-    enum { W = 2 * 4, D = 576, KS = 576, SLICE = 288 };
+    enum { W = 2 * 4, D = 576, KS = 576 };
+    enum { SLICE = 288 };
     for (int32_t h = 0; h < heads; h += W) {
         for (int32_t c0 = 0; c0 < D; c0 += SLICE) {
             const int32_t left = D - c0;
@@ -3104,12 +3140,14 @@ HL_KERNEL_NEON void hl_sfa_f16_d512_rope64_score_neon(const hl_space *w, int32_t
         }
     }
 }
-/* Few heads: 16 keys at a time are loaded, a slice of channels at a time, and used at once, so that
- * they never leave the first-level cache as float32: writing a block of them would cost more. */
+/* Few heads: 16 keys at a time are loaded, a slice of channels at a time, and used
+ * at once, so that they never leave the first-level cache as float32: writing a block of them would
+ * cost more. */
 HL_KERNEL_NEON void hl_sfa_f16_d512_rope64_score_few_neon(const hl_space *w, const hl_block *b,
     int32_t heads, float scale)
 {
-    enum { KS = 576, D = 576, SLICE = 192, KEYS = 16 };
+    enum { KS = 576, D = 576 };
+    enum { SLICE = 192, KEYS = 16 };
     const int32_t known = b->n + b->n_later;
     for (int32_t j = 0; j < b->n; j += KEYS) {
         const int32_t keys = b->n - j < KEYS ? b->n - j : KEYS;
@@ -3167,14 +3205,22 @@ HL_KERNEL_NEON void hl_sfa_f16_d512_rope64_pv_8x2_neon(const float *p, ptrdiff_t
     ptrdiff_t vs, float *o, const float *alpha, int32_t n)
 {
     enum { L = 4, OS = 512 };
-    hl_vf_neon o0_0 = hl_vzero_neon(), o0_1 = hl_vzero_neon();
-    hl_vf_neon o1_0 = hl_vzero_neon(), o1_1 = hl_vzero_neon();
-    hl_vf_neon o2_0 = hl_vzero_neon(), o2_1 = hl_vzero_neon();
-    hl_vf_neon o3_0 = hl_vzero_neon(), o3_1 = hl_vzero_neon();
-    hl_vf_neon o4_0 = hl_vzero_neon(), o4_1 = hl_vzero_neon();
-    hl_vf_neon o5_0 = hl_vzero_neon(), o5_1 = hl_vzero_neon();
-    hl_vf_neon o6_0 = hl_vzero_neon(), o6_1 = hl_vzero_neon();
-    hl_vf_neon o7_0 = hl_vzero_neon(), o7_1 = hl_vzero_neon();
+    hl_vf_neon o0_0 = hl_vzero_neon();
+    hl_vf_neon o0_1 = hl_vzero_neon();
+    hl_vf_neon o1_0 = hl_vzero_neon();
+    hl_vf_neon o1_1 = hl_vzero_neon();
+    hl_vf_neon o2_0 = hl_vzero_neon();
+    hl_vf_neon o2_1 = hl_vzero_neon();
+    hl_vf_neon o3_0 = hl_vzero_neon();
+    hl_vf_neon o3_1 = hl_vzero_neon();
+    hl_vf_neon o4_0 = hl_vzero_neon();
+    hl_vf_neon o4_1 = hl_vzero_neon();
+    hl_vf_neon o5_0 = hl_vzero_neon();
+    hl_vf_neon o5_1 = hl_vzero_neon();
+    hl_vf_neon o6_0 = hl_vzero_neon();
+    hl_vf_neon o6_1 = hl_vzero_neon();
+    hl_vf_neon o7_0 = hl_vzero_neon();
+    hl_vf_neon o7_1 = hl_vzero_neon();
     for (int32_t j = 0; j < n; ++j) {
         const hl_vf_neon v0 = hl_vload_neon(v + j * vs + 0 * L);
         const hl_vf_neon v1 = hl_vload_neon(v + j * vs + 1 * L);
@@ -3243,7 +3289,8 @@ HL_KERNEL_NEON void hl_sfa_f16_d512_rope64_pv_1x2_neon(const float *p, ptrdiff_t
     ptrdiff_t vs, float *o, const float *alpha, int32_t n)
 {
     enum { L = 4, OS = 512 };
-    hl_vf_neon o0_0 = hl_vzero_neon(), o0_1 = hl_vzero_neon();
+    hl_vf_neon o0_0 = hl_vzero_neon();
+    hl_vf_neon o0_1 = hl_vzero_neon();
     for (int32_t j = 0; j < n; ++j) {
         const hl_vf_neon v0 = hl_vload_neon(v + j * vs + 0 * L);
         const hl_vf_neon v1 = hl_vload_neon(v + j * vs + 1 * L);
@@ -3354,22 +3401,32 @@ HL_KERNEL_NEON void hl_sfa_f16_d512_rope64_value_neon(const hl_space *w, const h
         }
     }
 }
-/* 8 heads by 2 vectors of channels; values are read where they are stored. */
+/* 8 heads by 2 vectors of channels, read where they are
+ * stored. */
 HL_KERNEL_NEON void hl_sfa_f16_d512_rope64_pr_8x2_neon(const float *p, ptrdiff_t ps,
     const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n)
 {
     enum { L = 4, OS = 512 };
-    hl_vf_neon o0_0 = hl_vzero_neon(), o0_1 = hl_vzero_neon();
-    hl_vf_neon o1_0 = hl_vzero_neon(), o1_1 = hl_vzero_neon();
-    hl_vf_neon o2_0 = hl_vzero_neon(), o2_1 = hl_vzero_neon();
-    hl_vf_neon o3_0 = hl_vzero_neon(), o3_1 = hl_vzero_neon();
-    hl_vf_neon o4_0 = hl_vzero_neon(), o4_1 = hl_vzero_neon();
-    hl_vf_neon o5_0 = hl_vzero_neon(), o5_1 = hl_vzero_neon();
-    hl_vf_neon o6_0 = hl_vzero_neon(), o6_1 = hl_vzero_neon();
-    hl_vf_neon o7_0 = hl_vzero_neon(), o7_1 = hl_vzero_neon();
+    hl_vf_neon o0_0 = hl_vzero_neon();
+    hl_vf_neon o0_1 = hl_vzero_neon();
+    hl_vf_neon o1_0 = hl_vzero_neon();
+    hl_vf_neon o1_1 = hl_vzero_neon();
+    hl_vf_neon o2_0 = hl_vzero_neon();
+    hl_vf_neon o2_1 = hl_vzero_neon();
+    hl_vf_neon o3_0 = hl_vzero_neon();
+    hl_vf_neon o3_1 = hl_vzero_neon();
+    hl_vf_neon o4_0 = hl_vzero_neon();
+    hl_vf_neon o4_1 = hl_vzero_neon();
+    hl_vf_neon o5_0 = hl_vzero_neon();
+    hl_vf_neon o5_1 = hl_vzero_neon();
+    hl_vf_neon o6_0 = hl_vzero_neon();
+    hl_vf_neon o6_1 = hl_vzero_neon();
+    hl_vf_neon o7_0 = hl_vzero_neon();
+    hl_vf_neon o7_1 = hl_vzero_neon();
     for (int32_t j = 0; j < n; ++j) {
-        const hl_vf_neon v0 = hl_vload_f16_neon((const uint16_t *)row[j].value + c + 0 * L);
-        const hl_vf_neon v1 = hl_vload_f16_neon((const uint16_t *)row[j].value + c + 1 * L);
+        const uint16_t *const value = (const uint16_t *)row[j].value;
+        const hl_vf_neon v0 = hl_vload_f16_neon(value + c + 0 * L);
+        const hl_vf_neon v1 = hl_vload_f16_neon(value + c + 1 * L);
         hl_vf_neon x;
         x = hl_vset_neon(p[j * ps + 0]);
         o0_0 = hl_vfma_neon(x, v0, o0_0);
@@ -3430,7 +3487,8 @@ HL_KERNEL_NEON void hl_sfa_f16_d512_rope64_pr_8x2_neon(const float *p, ptrdiff_t
                    hl_vfma_neon(hl_vset_neon(alpha[7]), hl_vload_neon(o + 7 * OS + 1 * L), o7_1));
 }
 
-/* 8 heads by 1 vector of channels; values are read where they are stored. */
+/* 8 heads by 1 vector of channels, read where they are
+ * stored. */
 HL_KERNEL_NEON void hl_sfa_f16_d512_rope64_pr_8x1_neon(const float *p, ptrdiff_t ps,
     const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n)
 {
@@ -3444,7 +3502,8 @@ HL_KERNEL_NEON void hl_sfa_f16_d512_rope64_pr_8x1_neon(const float *p, ptrdiff_t
     hl_vf_neon o6_0 = hl_vzero_neon();
     hl_vf_neon o7_0 = hl_vzero_neon();
     for (int32_t j = 0; j < n; ++j) {
-        const hl_vf_neon v0 = hl_vload_f16_neon((const uint16_t *)row[j].value + c + 0 * L);
+        const uint16_t *const value = (const uint16_t *)row[j].value;
+        const hl_vf_neon v0 = hl_vload_f16_neon(value + c + 0 * L);
         hl_vf_neon x;
         x = hl_vset_neon(p[j * ps + 0]);
         o0_0 = hl_vfma_neon(x, v0, o0_0);
@@ -3481,18 +3540,22 @@ HL_KERNEL_NEON void hl_sfa_f16_d512_rope64_pr_8x1_neon(const float *p, ptrdiff_t
                    hl_vfma_neon(hl_vset_neon(alpha[7]), hl_vload_neon(o + 7 * OS + 0 * L), o7_0));
 }
 
-/* 1 head by 4 vectors of channels; values are read where they are stored. */
+/* 1 head by 4 vectors of channels, read where they are
+ * stored. */
 HL_KERNEL_NEON void hl_sfa_f16_d512_rope64_pr_1x4_neon(const float *p, ptrdiff_t ps,
     const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n)
 {
     enum { L = 4, OS = 512 };
-    hl_vf_neon o0_0 = hl_vzero_neon(), o0_1 = hl_vzero_neon(), o0_2 = hl_vzero_neon(), o0_3 =
-        hl_vzero_neon();
+    hl_vf_neon o0_0 = hl_vzero_neon();
+    hl_vf_neon o0_1 = hl_vzero_neon();
+    hl_vf_neon o0_2 = hl_vzero_neon();
+    hl_vf_neon o0_3 = hl_vzero_neon();
     for (int32_t j = 0; j < n; ++j) {
-        const hl_vf_neon v0 = hl_vload_f16_neon((const uint16_t *)row[j].value + c + 0 * L);
-        const hl_vf_neon v1 = hl_vload_f16_neon((const uint16_t *)row[j].value + c + 1 * L);
-        const hl_vf_neon v2 = hl_vload_f16_neon((const uint16_t *)row[j].value + c + 2 * L);
-        const hl_vf_neon v3 = hl_vload_f16_neon((const uint16_t *)row[j].value + c + 3 * L);
+        const uint16_t *const value = (const uint16_t *)row[j].value;
+        const hl_vf_neon v0 = hl_vload_f16_neon(value + c + 0 * L);
+        const hl_vf_neon v1 = hl_vload_f16_neon(value + c + 1 * L);
+        const hl_vf_neon v2 = hl_vload_f16_neon(value + c + 2 * L);
+        const hl_vf_neon v3 = hl_vload_f16_neon(value + c + 3 * L);
         hl_vf_neon x;
         x = hl_vset_neon(p[j * ps + 0]);
         o0_0 = hl_vfma_neon(x, v0, o0_0);
@@ -3510,14 +3573,16 @@ HL_KERNEL_NEON void hl_sfa_f16_d512_rope64_pr_1x4_neon(const float *p, ptrdiff_t
                    hl_vfma_neon(hl_vset_neon(alpha[0]), hl_vload_neon(o + 0 * OS + 3 * L), o0_3));
 }
 
-/* 1 head by 1 vector of channels; values are read where they are stored. */
+/* 1 head by 1 vector of channels, read where they are
+ * stored. */
 HL_KERNEL_NEON void hl_sfa_f16_d512_rope64_pr_1x1_neon(const float *p, ptrdiff_t ps,
     const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n)
 {
     enum { L = 4, OS = 512 };
     hl_vf_neon o0_0 = hl_vzero_neon();
     for (int32_t j = 0; j < n; ++j) {
-        const hl_vf_neon v0 = hl_vload_f16_neon((const uint16_t *)row[j].value + c + 0 * L);
+        const uint16_t *const value = (const uint16_t *)row[j].value;
+        const hl_vf_neon v0 = hl_vload_f16_neon(value + c + 0 * L);
         hl_vf_neon x;
         x = hl_vset_neon(p[j * ps + 0]);
         o0_0 = hl_vfma_neon(x, v0, o0_0);
@@ -3845,7 +3910,7 @@ static inline void hl_sfa_f16_d512_rope64_merge_neon(const hl_sparse_flash_atten
 
 /* ---- load: rows -> numbers, once for the whole group ---- */
 
-/* Q^T as panels of 2 vectors of heads, [panel][channel][head]; the last panel may be
+/* Q^T as panels of 2 vectors of heads, [panel][channel][head]; the last may be
  * narrower. Heads past the group are 0. `row` is scratch for one row. */
 HL_KERNEL_AVX2 void hl_sfa_f16_d512_rope64_load_q_avx2(const hl_sparse_flash_attention_args *a,
     const hl_group *g, int32_t group, float *row, float *to)
@@ -3896,15 +3961,15 @@ HL_KERNEL_AVX2 void hl_sfa_f16_d512_rope64_load_keys_avx2(const hl_row *row, int
     int32_t c = c0;
     for (; c + L <= end; c += L) {
         for (int32_t r = 0; r < keys; ++r) {
-            hl_vstore_avx2(to + (ptrdiff_t)r * KS + (c - c0),
-                           hl_vload_f16_avx2((const uint16_t *)row[r].key + c));
+            const uint16_t *const key = (const uint16_t *)row[r].key;
+            hl_vstore_avx2(to + (ptrdiff_t)r * KS + (c - c0), hl_vload_f16_avx2(key + c));
         }
     }
     if (c0 + n > DK) {
         c = c0 > DK ? c0 : DK;
         for (int32_t r = 0; r < keys; ++r) {
-            hl_vrow_f16_avx2(to + (ptrdiff_t)r * KS + (c - c0), (const uint16_t *)row[r].rope
-                             + (c - DK), c0 + n - c);
+            const uint16_t *const rope = (const uint16_t *)row[r].rope;
+            hl_vrow_f16_avx2(to + (ptrdiff_t)r * KS + (c - c0), rope + (c - DK), c0 + n - c);
         }
     }
 }
@@ -3954,19 +4019,26 @@ HL_KERNEL_AVX2 void hl_sfa_f16_d512_rope64_load_avx2(const hl_space *w, const hl
 
 /* ---- score: S = scale Q K^T, in units of log2 ---- */
 
-/* 6 keys by 2 vectors of heads, over n channels: heads in the lanes, so that no number ever
- * has to be summed across them. With add, adds to what earlier channels left in s. Meanwhile the
- * same channels of later keys (next, from channel c0) are asked for, if there are any. */
+/* 6 keys by 2 vectors of heads, over n channels.
+ * Heads are in the lanes, so that no number ever has to be summed across them. With add, the result
+ * is added to what earlier channels left in s. Meanwhile the same channels of later keys (next,
+ * from channel c0) are asked for, if there are any. */
 HL_KERNEL_AVX2 void hl_sfa_f16_d512_rope64_qk_6x2_avx2(const float *q, const float *k, float *s,
     ptrdiff_t ss, int32_t n, int32_t add, float scale, const hl_row *next, int32_t c0)
 {
     enum { L = 8, W = 2 * L, KS = 576, LINE = 32 };
-    hl_vf_avx2 s0_0 = hl_vzero_avx2(), s0_1 = hl_vzero_avx2();
-    hl_vf_avx2 s1_0 = hl_vzero_avx2(), s1_1 = hl_vzero_avx2();
-    hl_vf_avx2 s2_0 = hl_vzero_avx2(), s2_1 = hl_vzero_avx2();
-    hl_vf_avx2 s3_0 = hl_vzero_avx2(), s3_1 = hl_vzero_avx2();
-    hl_vf_avx2 s4_0 = hl_vzero_avx2(), s4_1 = hl_vzero_avx2();
-    hl_vf_avx2 s5_0 = hl_vzero_avx2(), s5_1 = hl_vzero_avx2();
+    hl_vf_avx2 s0_0 = hl_vzero_avx2();
+    hl_vf_avx2 s0_1 = hl_vzero_avx2();
+    hl_vf_avx2 s1_0 = hl_vzero_avx2();
+    hl_vf_avx2 s1_1 = hl_vzero_avx2();
+    hl_vf_avx2 s2_0 = hl_vzero_avx2();
+    hl_vf_avx2 s2_1 = hl_vzero_avx2();
+    hl_vf_avx2 s3_0 = hl_vzero_avx2();
+    hl_vf_avx2 s3_1 = hl_vzero_avx2();
+    hl_vf_avx2 s4_0 = hl_vzero_avx2();
+    hl_vf_avx2 s4_1 = hl_vzero_avx2();
+    hl_vf_avx2 s5_0 = hl_vzero_avx2();
+    hl_vf_avx2 s5_1 = hl_vzero_avx2();
     for (int32_t start = 0; start < n; start += LINE) {
         const int32_t stop = n - start > LINE ? start + LINE : n;
         if (next != NULL) {
@@ -4024,14 +4096,16 @@ HL_KERNEL_AVX2 void hl_sfa_f16_d512_rope64_qk_6x2_avx2(const float *q, const flo
     hl_vstore_avx2(s + 5 * ss + 1 * L, hl_vmul_avx2(s5_1, hl_vset_avx2(scale)));
 }
 
-/* 1 key by 2 vectors of heads, over n channels: heads in the lanes, so that no number ever
- * has to be summed across them. With add, adds to what earlier channels left in s. Meanwhile the
- * same channels of later keys (next, from channel c0) are asked for, if there are any. */
+/* 1 key by 2 vectors of heads, over n channels.
+ * Heads are in the lanes, so that no number ever has to be summed across them. With add, the result
+ * is added to what earlier channels left in s. Meanwhile the same channels of later keys (next,
+ * from channel c0) are asked for, if there are any. */
 HL_KERNEL_AVX2 void hl_sfa_f16_d512_rope64_qk_1x2_avx2(const float *q, const float *k, float *s,
     ptrdiff_t ss, int32_t n, int32_t add, float scale, const hl_row *next, int32_t c0)
 {
     enum { L = 8, W = 2 * L, KS = 576, LINE = 32 };
-    hl_vf_avx2 s0_0 = hl_vzero_avx2(), s0_1 = hl_vzero_avx2();
+    hl_vf_avx2 s0_0 = hl_vzero_avx2();
+    hl_vf_avx2 s0_1 = hl_vzero_avx2();
     for (int32_t start = 0; start < n; start += LINE) {
         const int32_t stop = n - start > LINE ? start + LINE : n;
         if (next != NULL) {
@@ -4054,9 +4128,10 @@ HL_KERNEL_AVX2 void hl_sfa_f16_d512_rope64_qk_1x2_avx2(const float *q, const flo
     hl_vstore_avx2(s + 0 * ss + 1 * L, hl_vmul_avx2(s0_1, hl_vset_avx2(scale)));
 }
 
-/* 6 keys by 1 vector of heads, over n channels: heads in the lanes, so that no number ever
- * has to be summed across them. With add, adds to what earlier channels left in s. Meanwhile the
- * same channels of later keys (next, from channel c0) are asked for, if there are any. */
+/* 6 keys by 1 vector of heads, over n channels.
+ * Heads are in the lanes, so that no number ever has to be summed across them. With add, the result
+ * is added to what earlier channels left in s. Meanwhile the same channels of later keys (next,
+ * from channel c0) are asked for, if there are any. */
 HL_KERNEL_AVX2 void hl_sfa_f16_d512_rope64_qk_6x1_avx2(const float *q, const float *k, float *s,
     ptrdiff_t ss, int32_t n, int32_t add, float scale, const hl_row *next, int32_t c0)
 {
@@ -4105,9 +4180,10 @@ HL_KERNEL_AVX2 void hl_sfa_f16_d512_rope64_qk_6x1_avx2(const float *q, const flo
     hl_vstore_avx2(s + 5 * ss + 0 * L, hl_vmul_avx2(s5_0, hl_vset_avx2(scale)));
 }
 
-/* 1 key by 1 vector of heads, over n channels: heads in the lanes, so that no number ever
- * has to be summed across them. With add, adds to what earlier channels left in s. Meanwhile the
- * same channels of later keys (next, from channel c0) are asked for, if there are any. */
+/* 1 key by 1 vector of heads, over n channels.
+ * Heads are in the lanes, so that no number ever has to be summed across them. With add, the result
+ * is added to what earlier channels left in s. Meanwhile the same channels of later keys (next,
+ * from channel c0) are asked for, if there are any. */
 HL_KERNEL_AVX2 void hl_sfa_f16_d512_rope64_qk_1x1_avx2(const float *q, const float *k, float *s,
     ptrdiff_t ss, int32_t n, int32_t add, float scale, const hl_row *next, int32_t c0)
 {
@@ -4161,14 +4237,18 @@ HL_KERNEL_AVX2 void hl_sfa_f16_d512_rope64_score_keys_avx2(const hl_space *w, co
 /* Keys of the next tile: the largest that still fits. */
 HL_KERNEL_AVX2 int32_t hl_sfa_f16_d512_rope64_tile_rows_avx2(int32_t left)
 {
-    return left >= 6 ? 6 : 1;
+    if (left >= 6) {
+        return 6;
+    }
+    return 1;
 }
-/* Many heads: the whole block is loaded. Channels in slices of 192, so that a slice of a Q panel
- * stays in the first-level cache while the keys pass by. */
+/* Many heads: the whole block is loaded. Channels in slices of 192, so that a
+ * slice of a Q panel stays in the first-level cache while the keys pass by. */
 HL_KERNEL_AVX2 void hl_sfa_f16_d512_rope64_score_avx2(const hl_space *w, int32_t heads, int32_t n,
     float scale)
 {
-    enum { W = 2 * 8, D = 576, KS = 576, SLICE = 192 };
+    enum { W = 2 * 8, D = 576, KS = 576 };
+    enum { SLICE = 192 };
     for (int32_t h = 0; h < heads; h += W) {
         for (int32_t c0 = 0; c0 < D; c0 += SLICE) {
             const int32_t left = D - c0;
@@ -4182,12 +4262,14 @@ HL_KERNEL_AVX2 void hl_sfa_f16_d512_rope64_score_avx2(const hl_space *w, int32_t
         }
     }
 }
-/* Few heads: 24 keys at a time are loaded, a slice of channels at a time, and used at once, so that
- * they never leave the first-level cache as float32: writing a block of them would cost more. */
+/* Few heads: 24 keys at a time are loaded, a slice of channels at a time, and used
+ * at once, so that they never leave the first-level cache as float32: writing a block of them would
+ * cost more. */
 HL_KERNEL_AVX2 void hl_sfa_f16_d512_rope64_score_few_avx2(const hl_space *w, const hl_block *b,
     int32_t heads, float scale)
 {
-    enum { KS = 576, D = 576, SLICE = 192, KEYS = 24 };
+    enum { KS = 576, D = 576 };
+    enum { SLICE = 192, KEYS = 24 };
     const int32_t known = b->n + b->n_later;
     for (int32_t j = 0; j < b->n; j += KEYS) {
         const int32_t keys = b->n - j < KEYS ? b->n - j : KEYS;
@@ -4245,10 +4327,18 @@ HL_KERNEL_AVX2 void hl_sfa_f16_d512_rope64_pv_4x3_avx2(const float *p, ptrdiff_t
     ptrdiff_t vs, float *o, const float *alpha, int32_t n)
 {
     enum { L = 8, OS = 512 };
-    hl_vf_avx2 o0_0 = hl_vzero_avx2(), o0_1 = hl_vzero_avx2(), o0_2 = hl_vzero_avx2();
-    hl_vf_avx2 o1_0 = hl_vzero_avx2(), o1_1 = hl_vzero_avx2(), o1_2 = hl_vzero_avx2();
-    hl_vf_avx2 o2_0 = hl_vzero_avx2(), o2_1 = hl_vzero_avx2(), o2_2 = hl_vzero_avx2();
-    hl_vf_avx2 o3_0 = hl_vzero_avx2(), o3_1 = hl_vzero_avx2(), o3_2 = hl_vzero_avx2();
+    hl_vf_avx2 o0_0 = hl_vzero_avx2();
+    hl_vf_avx2 o0_1 = hl_vzero_avx2();
+    hl_vf_avx2 o0_2 = hl_vzero_avx2();
+    hl_vf_avx2 o1_0 = hl_vzero_avx2();
+    hl_vf_avx2 o1_1 = hl_vzero_avx2();
+    hl_vf_avx2 o1_2 = hl_vzero_avx2();
+    hl_vf_avx2 o2_0 = hl_vzero_avx2();
+    hl_vf_avx2 o2_1 = hl_vzero_avx2();
+    hl_vf_avx2 o2_2 = hl_vzero_avx2();
+    hl_vf_avx2 o3_0 = hl_vzero_avx2();
+    hl_vf_avx2 o3_1 = hl_vzero_avx2();
+    hl_vf_avx2 o3_2 = hl_vzero_avx2();
     for (int32_t j = 0; j < n; ++j) {
         const hl_vf_avx2 v0 = hl_vload_avx2(v + j * vs + 0 * L);
         const hl_vf_avx2 v1 = hl_vload_avx2(v + j * vs + 1 * L);
@@ -4302,7 +4392,9 @@ HL_KERNEL_AVX2 void hl_sfa_f16_d512_rope64_pv_1x3_avx2(const float *p, ptrdiff_t
     ptrdiff_t vs, float *o, const float *alpha, int32_t n)
 {
     enum { L = 8, OS = 512 };
-    hl_vf_avx2 o0_0 = hl_vzero_avx2(), o0_1 = hl_vzero_avx2(), o0_2 = hl_vzero_avx2();
+    hl_vf_avx2 o0_0 = hl_vzero_avx2();
+    hl_vf_avx2 o0_1 = hl_vzero_avx2();
+    hl_vf_avx2 o0_2 = hl_vzero_avx2();
     for (int32_t j = 0; j < n; ++j) {
         const hl_vf_avx2 v0 = hl_vload_avx2(v + j * vs + 0 * L);
         const hl_vf_avx2 v1 = hl_vload_avx2(v + j * vs + 1 * L);
@@ -4397,7 +4489,8 @@ HL_KERNEL_AVX2 void hl_sfa_f16_d512_rope64_value_avx2(const hl_space *w, const h
         }
     }
 }
-/* 8 heads by 1 vector of channels; values are read where they are stored. */
+/* 8 heads by 1 vector of channels, read where they are
+ * stored. */
 HL_KERNEL_AVX2 void hl_sfa_f16_d512_rope64_pr_8x1_avx2(const float *p, ptrdiff_t ps,
     const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n)
 {
@@ -4411,7 +4504,8 @@ HL_KERNEL_AVX2 void hl_sfa_f16_d512_rope64_pr_8x1_avx2(const float *p, ptrdiff_t
     hl_vf_avx2 o6_0 = hl_vzero_avx2();
     hl_vf_avx2 o7_0 = hl_vzero_avx2();
     for (int32_t j = 0; j < n; ++j) {
-        const hl_vf_avx2 v0 = hl_vload_f16_avx2((const uint16_t *)row[j].value + c + 0 * L);
+        const uint16_t *const value = (const uint16_t *)row[j].value;
+        const hl_vf_avx2 v0 = hl_vload_f16_avx2(value + c + 0 * L);
         hl_vf_avx2 x;
         x = hl_vset_avx2(p[j * ps + 0]);
         o0_0 = hl_vfma_avx2(x, v0, o0_0);
@@ -4448,18 +4542,24 @@ HL_KERNEL_AVX2 void hl_sfa_f16_d512_rope64_pr_8x1_avx2(const float *p, ptrdiff_t
                    hl_vfma_avx2(hl_vset_avx2(alpha[7]), hl_vload_avx2(o + 7 * OS + 0 * L), o7_0));
 }
 
-/* 4 heads by 2 vectors of channels; values are read where they are stored. */
+/* 4 heads by 2 vectors of channels, read where they are
+ * stored. */
 HL_KERNEL_AVX2 void hl_sfa_f16_d512_rope64_pr_4x2_avx2(const float *p, ptrdiff_t ps,
     const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n)
 {
     enum { L = 8, OS = 512 };
-    hl_vf_avx2 o0_0 = hl_vzero_avx2(), o0_1 = hl_vzero_avx2();
-    hl_vf_avx2 o1_0 = hl_vzero_avx2(), o1_1 = hl_vzero_avx2();
-    hl_vf_avx2 o2_0 = hl_vzero_avx2(), o2_1 = hl_vzero_avx2();
-    hl_vf_avx2 o3_0 = hl_vzero_avx2(), o3_1 = hl_vzero_avx2();
+    hl_vf_avx2 o0_0 = hl_vzero_avx2();
+    hl_vf_avx2 o0_1 = hl_vzero_avx2();
+    hl_vf_avx2 o1_0 = hl_vzero_avx2();
+    hl_vf_avx2 o1_1 = hl_vzero_avx2();
+    hl_vf_avx2 o2_0 = hl_vzero_avx2();
+    hl_vf_avx2 o2_1 = hl_vzero_avx2();
+    hl_vf_avx2 o3_0 = hl_vzero_avx2();
+    hl_vf_avx2 o3_1 = hl_vzero_avx2();
     for (int32_t j = 0; j < n; ++j) {
-        const hl_vf_avx2 v0 = hl_vload_f16_avx2((const uint16_t *)row[j].value + c + 0 * L);
-        const hl_vf_avx2 v1 = hl_vload_f16_avx2((const uint16_t *)row[j].value + c + 1 * L);
+        const uint16_t *const value = (const uint16_t *)row[j].value;
+        const hl_vf_avx2 v0 = hl_vload_f16_avx2(value + c + 0 * L);
+        const hl_vf_avx2 v1 = hl_vload_f16_avx2(value + c + 1 * L);
         hl_vf_avx2 x;
         x = hl_vset_avx2(p[j * ps + 0]);
         o0_0 = hl_vfma_avx2(x, v0, o0_0);
@@ -4492,7 +4592,8 @@ HL_KERNEL_AVX2 void hl_sfa_f16_d512_rope64_pr_4x2_avx2(const float *p, ptrdiff_t
                    hl_vfma_avx2(hl_vset_avx2(alpha[3]), hl_vload_avx2(o + 3 * OS + 1 * L), o3_1));
 }
 
-/* 4 heads by 1 vector of channels; values are read where they are stored. */
+/* 4 heads by 1 vector of channels, read where they are
+ * stored. */
 HL_KERNEL_AVX2 void hl_sfa_f16_d512_rope64_pr_4x1_avx2(const float *p, ptrdiff_t ps,
     const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n)
 {
@@ -4502,7 +4603,8 @@ HL_KERNEL_AVX2 void hl_sfa_f16_d512_rope64_pr_4x1_avx2(const float *p, ptrdiff_t
     hl_vf_avx2 o2_0 = hl_vzero_avx2();
     hl_vf_avx2 o3_0 = hl_vzero_avx2();
     for (int32_t j = 0; j < n; ++j) {
-        const hl_vf_avx2 v0 = hl_vload_f16_avx2((const uint16_t *)row[j].value + c + 0 * L);
+        const uint16_t *const value = (const uint16_t *)row[j].value;
+        const hl_vf_avx2 v0 = hl_vload_f16_avx2(value + c + 0 * L);
         hl_vf_avx2 x;
         x = hl_vset_avx2(p[j * ps + 0]);
         o0_0 = hl_vfma_avx2(x, v0, o0_0);
@@ -4523,18 +4625,22 @@ HL_KERNEL_AVX2 void hl_sfa_f16_d512_rope64_pr_4x1_avx2(const float *p, ptrdiff_t
                    hl_vfma_avx2(hl_vset_avx2(alpha[3]), hl_vload_avx2(o + 3 * OS + 0 * L), o3_0));
 }
 
-/* 1 head by 4 vectors of channels; values are read where they are stored. */
+/* 1 head by 4 vectors of channels, read where they are
+ * stored. */
 HL_KERNEL_AVX2 void hl_sfa_f16_d512_rope64_pr_1x4_avx2(const float *p, ptrdiff_t ps,
     const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n)
 {
     enum { L = 8, OS = 512 };
-    hl_vf_avx2 o0_0 = hl_vzero_avx2(), o0_1 = hl_vzero_avx2(), o0_2 = hl_vzero_avx2(), o0_3 =
-        hl_vzero_avx2();
+    hl_vf_avx2 o0_0 = hl_vzero_avx2();
+    hl_vf_avx2 o0_1 = hl_vzero_avx2();
+    hl_vf_avx2 o0_2 = hl_vzero_avx2();
+    hl_vf_avx2 o0_3 = hl_vzero_avx2();
     for (int32_t j = 0; j < n; ++j) {
-        const hl_vf_avx2 v0 = hl_vload_f16_avx2((const uint16_t *)row[j].value + c + 0 * L);
-        const hl_vf_avx2 v1 = hl_vload_f16_avx2((const uint16_t *)row[j].value + c + 1 * L);
-        const hl_vf_avx2 v2 = hl_vload_f16_avx2((const uint16_t *)row[j].value + c + 2 * L);
-        const hl_vf_avx2 v3 = hl_vload_f16_avx2((const uint16_t *)row[j].value + c + 3 * L);
+        const uint16_t *const value = (const uint16_t *)row[j].value;
+        const hl_vf_avx2 v0 = hl_vload_f16_avx2(value + c + 0 * L);
+        const hl_vf_avx2 v1 = hl_vload_f16_avx2(value + c + 1 * L);
+        const hl_vf_avx2 v2 = hl_vload_f16_avx2(value + c + 2 * L);
+        const hl_vf_avx2 v3 = hl_vload_f16_avx2(value + c + 3 * L);
         hl_vf_avx2 x;
         x = hl_vset_avx2(p[j * ps + 0]);
         o0_0 = hl_vfma_avx2(x, v0, o0_0);
@@ -4552,14 +4658,16 @@ HL_KERNEL_AVX2 void hl_sfa_f16_d512_rope64_pr_1x4_avx2(const float *p, ptrdiff_t
                    hl_vfma_avx2(hl_vset_avx2(alpha[0]), hl_vload_avx2(o + 0 * OS + 3 * L), o0_3));
 }
 
-/* 1 head by 1 vector of channels; values are read where they are stored. */
+/* 1 head by 1 vector of channels, read where they are
+ * stored. */
 HL_KERNEL_AVX2 void hl_sfa_f16_d512_rope64_pr_1x1_avx2(const float *p, ptrdiff_t ps,
     const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n)
 {
     enum { L = 8, OS = 512 };
     hl_vf_avx2 o0_0 = hl_vzero_avx2();
     for (int32_t j = 0; j < n; ++j) {
-        const hl_vf_avx2 v0 = hl_vload_f16_avx2((const uint16_t *)row[j].value + c + 0 * L);
+        const uint16_t *const value = (const uint16_t *)row[j].value;
+        const hl_vf_avx2 v0 = hl_vload_f16_avx2(value + c + 0 * L);
         hl_vf_avx2 x;
         x = hl_vset_avx2(p[j * ps + 0]);
         o0_0 = hl_vfma_avx2(x, v0, o0_0);
@@ -4897,7 +5005,7 @@ static inline void hl_sfa_f16_d512_rope64_merge_avx2(const hl_sparse_flash_atten
 
 /* ---- load: rows -> numbers, once for the whole group ---- */
 
-/* Q^T as panels of 2 vectors of heads, [panel][channel][head]; the last panel may be
+/* Q^T as panels of 2 vectors of heads, [panel][channel][head]; the last may be
  * narrower. Heads past the group are 0. `row` is scratch for one row. */
 HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_load_q_avx512(const hl_sparse_flash_attention_args *a,
     const hl_group *g, int32_t group, float *row, float *to)
@@ -4948,15 +5056,15 @@ HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_load_keys_avx512(const hl_row *row,
     int32_t c = c0;
     for (; c + L <= end; c += L) {
         for (int32_t r = 0; r < keys; ++r) {
-            hl_vstore_avx512(to + (ptrdiff_t)r * KS + (c - c0),
-                             hl_vload_f16_avx512((const uint16_t *)row[r].key + c));
+            const uint16_t *const key = (const uint16_t *)row[r].key;
+            hl_vstore_avx512(to + (ptrdiff_t)r * KS + (c - c0), hl_vload_f16_avx512(key + c));
         }
     }
     if (c0 + n > DK) {
         c = c0 > DK ? c0 : DK;
         for (int32_t r = 0; r < keys; ++r) {
-            hl_vrow_f16_avx512(to + (ptrdiff_t)r * KS + (c - c0), (const uint16_t *)row[r].rope
-                               + (c - DK), c0 + n - c);
+            const uint16_t *const rope = (const uint16_t *)row[r].rope;
+            hl_vrow_f16_avx512(to + (ptrdiff_t)r * KS + (c - c0), rope + (c - DK), c0 + n - c);
         }
     }
 }
@@ -5006,25 +5114,38 @@ HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_load_avx512(const hl_space *w, cons
 
 /* ---- score: S = scale Q K^T, in units of log2 ---- */
 
-/* 12 keys by 2 vectors of heads, over n channels: heads in the lanes, so that no number ever
- * has to be summed across them. With add, adds to what earlier channels left in s. Meanwhile the
- * same channels of later keys (next, from channel c0) are asked for, if there are any. */
+/* 12 keys by 2 vectors of heads, over n channels.
+ * Heads are in the lanes, so that no number ever has to be summed across them. With add, the result
+ * is added to what earlier channels left in s. Meanwhile the same channels of later keys (next,
+ * from channel c0) are asked for, if there are any. */
 HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_qk_12x2_avx512(const float *q, const float *k,
     float *s, ptrdiff_t ss, int32_t n, int32_t add, float scale, const hl_row *next, int32_t c0)
 {
     enum { L = 16, W = 2 * L, KS = 576, LINE = 32 };
-    hl_vf_avx512 s0_0 = hl_vzero_avx512(), s0_1 = hl_vzero_avx512();
-    hl_vf_avx512 s1_0 = hl_vzero_avx512(), s1_1 = hl_vzero_avx512();
-    hl_vf_avx512 s2_0 = hl_vzero_avx512(), s2_1 = hl_vzero_avx512();
-    hl_vf_avx512 s3_0 = hl_vzero_avx512(), s3_1 = hl_vzero_avx512();
-    hl_vf_avx512 s4_0 = hl_vzero_avx512(), s4_1 = hl_vzero_avx512();
-    hl_vf_avx512 s5_0 = hl_vzero_avx512(), s5_1 = hl_vzero_avx512();
-    hl_vf_avx512 s6_0 = hl_vzero_avx512(), s6_1 = hl_vzero_avx512();
-    hl_vf_avx512 s7_0 = hl_vzero_avx512(), s7_1 = hl_vzero_avx512();
-    hl_vf_avx512 s8_0 = hl_vzero_avx512(), s8_1 = hl_vzero_avx512();
-    hl_vf_avx512 s9_0 = hl_vzero_avx512(), s9_1 = hl_vzero_avx512();
-    hl_vf_avx512 s10_0 = hl_vzero_avx512(), s10_1 = hl_vzero_avx512();
-    hl_vf_avx512 s11_0 = hl_vzero_avx512(), s11_1 = hl_vzero_avx512();
+    hl_vf_avx512 s0_0 = hl_vzero_avx512();
+    hl_vf_avx512 s0_1 = hl_vzero_avx512();
+    hl_vf_avx512 s1_0 = hl_vzero_avx512();
+    hl_vf_avx512 s1_1 = hl_vzero_avx512();
+    hl_vf_avx512 s2_0 = hl_vzero_avx512();
+    hl_vf_avx512 s2_1 = hl_vzero_avx512();
+    hl_vf_avx512 s3_0 = hl_vzero_avx512();
+    hl_vf_avx512 s3_1 = hl_vzero_avx512();
+    hl_vf_avx512 s4_0 = hl_vzero_avx512();
+    hl_vf_avx512 s4_1 = hl_vzero_avx512();
+    hl_vf_avx512 s5_0 = hl_vzero_avx512();
+    hl_vf_avx512 s5_1 = hl_vzero_avx512();
+    hl_vf_avx512 s6_0 = hl_vzero_avx512();
+    hl_vf_avx512 s6_1 = hl_vzero_avx512();
+    hl_vf_avx512 s7_0 = hl_vzero_avx512();
+    hl_vf_avx512 s7_1 = hl_vzero_avx512();
+    hl_vf_avx512 s8_0 = hl_vzero_avx512();
+    hl_vf_avx512 s8_1 = hl_vzero_avx512();
+    hl_vf_avx512 s9_0 = hl_vzero_avx512();
+    hl_vf_avx512 s9_1 = hl_vzero_avx512();
+    hl_vf_avx512 s10_0 = hl_vzero_avx512();
+    hl_vf_avx512 s10_1 = hl_vzero_avx512();
+    hl_vf_avx512 s11_0 = hl_vzero_avx512();
+    hl_vf_avx512 s11_1 = hl_vzero_avx512();
     for (int32_t start = 0; start < n; start += LINE) {
         const int32_t stop = n - start > LINE ? start + LINE : n;
         if (next != NULL) {
@@ -5124,17 +5245,22 @@ HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_qk_12x2_avx512(const float *q, cons
     hl_vstore_avx512(s + 11 * ss + 1 * L, hl_vmul_avx512(s11_1, hl_vset_avx512(scale)));
 }
 
-/* 4 keys by 2 vectors of heads, over n channels: heads in the lanes, so that no number ever
- * has to be summed across them. With add, adds to what earlier channels left in s. Meanwhile the
- * same channels of later keys (next, from channel c0) are asked for, if there are any. */
+/* 4 keys by 2 vectors of heads, over n channels.
+ * Heads are in the lanes, so that no number ever has to be summed across them. With add, the result
+ * is added to what earlier channels left in s. Meanwhile the same channels of later keys (next,
+ * from channel c0) are asked for, if there are any. */
 HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_qk_4x2_avx512(const float *q, const float *k, float *s,
     ptrdiff_t ss, int32_t n, int32_t add, float scale, const hl_row *next, int32_t c0)
 {
     enum { L = 16, W = 2 * L, KS = 576, LINE = 32 };
-    hl_vf_avx512 s0_0 = hl_vzero_avx512(), s0_1 = hl_vzero_avx512();
-    hl_vf_avx512 s1_0 = hl_vzero_avx512(), s1_1 = hl_vzero_avx512();
-    hl_vf_avx512 s2_0 = hl_vzero_avx512(), s2_1 = hl_vzero_avx512();
-    hl_vf_avx512 s3_0 = hl_vzero_avx512(), s3_1 = hl_vzero_avx512();
+    hl_vf_avx512 s0_0 = hl_vzero_avx512();
+    hl_vf_avx512 s0_1 = hl_vzero_avx512();
+    hl_vf_avx512 s1_0 = hl_vzero_avx512();
+    hl_vf_avx512 s1_1 = hl_vzero_avx512();
+    hl_vf_avx512 s2_0 = hl_vzero_avx512();
+    hl_vf_avx512 s2_1 = hl_vzero_avx512();
+    hl_vf_avx512 s3_0 = hl_vzero_avx512();
+    hl_vf_avx512 s3_1 = hl_vzero_avx512();
     for (int32_t start = 0; start < n; start += LINE) {
         const int32_t stop = n - start > LINE ? start + LINE : n;
         if (next != NULL) {
@@ -5178,14 +5304,16 @@ HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_qk_4x2_avx512(const float *q, const
     hl_vstore_avx512(s + 3 * ss + 1 * L, hl_vmul_avx512(s3_1, hl_vset_avx512(scale)));
 }
 
-/* 1 key by 2 vectors of heads, over n channels: heads in the lanes, so that no number ever
- * has to be summed across them. With add, adds to what earlier channels left in s. Meanwhile the
- * same channels of later keys (next, from channel c0) are asked for, if there are any. */
+/* 1 key by 2 vectors of heads, over n channels.
+ * Heads are in the lanes, so that no number ever has to be summed across them. With add, the result
+ * is added to what earlier channels left in s. Meanwhile the same channels of later keys (next,
+ * from channel c0) are asked for, if there are any. */
 HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_qk_1x2_avx512(const float *q, const float *k, float *s,
     ptrdiff_t ss, int32_t n, int32_t add, float scale, const hl_row *next, int32_t c0)
 {
     enum { L = 16, W = 2 * L, KS = 576, LINE = 32 };
-    hl_vf_avx512 s0_0 = hl_vzero_avx512(), s0_1 = hl_vzero_avx512();
+    hl_vf_avx512 s0_0 = hl_vzero_avx512();
+    hl_vf_avx512 s0_1 = hl_vzero_avx512();
     for (int32_t start = 0; start < n; start += LINE) {
         const int32_t stop = n - start > LINE ? start + LINE : n;
         if (next != NULL) {
@@ -5208,9 +5336,10 @@ HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_qk_1x2_avx512(const float *q, const
     hl_vstore_avx512(s + 0 * ss + 1 * L, hl_vmul_avx512(s0_1, hl_vset_avx512(scale)));
 }
 
-/* 12 keys by 1 vector of heads, over n channels: heads in the lanes, so that no number ever
- * has to be summed across them. With add, adds to what earlier channels left in s. Meanwhile the
- * same channels of later keys (next, from channel c0) are asked for, if there are any. */
+/* 12 keys by 1 vector of heads, over n channels.
+ * Heads are in the lanes, so that no number ever has to be summed across them. With add, the result
+ * is added to what earlier channels left in s. Meanwhile the same channels of later keys (next,
+ * from channel c0) are asked for, if there are any. */
 HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_qk_12x1_avx512(const float *q, const float *k,
     float *s, ptrdiff_t ss, int32_t n, int32_t add, float scale, const hl_row *next, int32_t c0)
 {
@@ -5289,9 +5418,10 @@ HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_qk_12x1_avx512(const float *q, cons
     hl_vstore_avx512(s + 11 * ss + 0 * L, hl_vmul_avx512(s11_0, hl_vset_avx512(scale)));
 }
 
-/* 4 keys by 1 vector of heads, over n channels: heads in the lanes, so that no number ever
- * has to be summed across them. With add, adds to what earlier channels left in s. Meanwhile the
- * same channels of later keys (next, from channel c0) are asked for, if there are any. */
+/* 4 keys by 1 vector of heads, over n channels.
+ * Heads are in the lanes, so that no number ever has to be summed across them. With add, the result
+ * is added to what earlier channels left in s. Meanwhile the same channels of later keys (next,
+ * from channel c0) are asked for, if there are any. */
 HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_qk_4x1_avx512(const float *q, const float *k, float *s,
     ptrdiff_t ss, int32_t n, int32_t add, float scale, const hl_row *next, int32_t c0)
 {
@@ -5330,9 +5460,10 @@ HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_qk_4x1_avx512(const float *q, const
     hl_vstore_avx512(s + 3 * ss + 0 * L, hl_vmul_avx512(s3_0, hl_vset_avx512(scale)));
 }
 
-/* 1 key by 1 vector of heads, over n channels: heads in the lanes, so that no number ever
- * has to be summed across them. With add, adds to what earlier channels left in s. Meanwhile the
- * same channels of later keys (next, from channel c0) are asked for, if there are any. */
+/* 1 key by 1 vector of heads, over n channels.
+ * Heads are in the lanes, so that no number ever has to be summed across them. With add, the result
+ * is added to what earlier channels left in s. Meanwhile the same channels of later keys (next,
+ * from channel c0) are asked for, if there are any. */
 HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_qk_1x1_avx512(const float *q, const float *k, float *s,
     ptrdiff_t ss, int32_t n, int32_t add, float scale, const hl_row *next, int32_t c0)
 {
@@ -5392,14 +5523,21 @@ HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_score_keys_avx512(const hl_space *w
 /* Keys of the next tile: the largest that still fits. */
 HL_KERNEL_AVX512 int32_t hl_sfa_f16_d512_rope64_tile_rows_avx512(int32_t left)
 {
-    return left >= 12 ? 12 : left >= 4 ? 4 : 1;
+    if (left >= 12) {
+        return 12;
+    }
+    if (left >= 4) {
+        return 4;
+    }
+    return 1;
 }
-/* Many heads: the whole block is loaded. Channels in slices of 128, so that a slice of a Q panel
- * stays in the first-level cache while the keys pass by. */
+/* Many heads: the whole block is loaded. Channels in slices of 128, so that a
+ * slice of a Q panel stays in the first-level cache while the keys pass by. */
 HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_score_avx512(const hl_space *w, int32_t heads,
     int32_t n, float scale)
 {
-    enum { W = 2 * 16, D = 576, KS = 576, SLICE = 128 };
+    enum { W = 2 * 16, D = 576, KS = 576 };
+    enum { SLICE = 128 };
     for (int32_t h = 0; h < heads; h += W) {
         for (int32_t c0 = 0; c0 < D; c0 += SLICE) {
             const int32_t left = D - c0;
@@ -5413,12 +5551,14 @@ HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_score_avx512(const hl_space *w, int
         }
     }
 }
-/* Few heads: 12 keys at a time are loaded, a slice of channels at a time, and used at once, so that
- * they never leave the first-level cache as float32: writing a block of them would cost more. */
+/* Few heads: 12 keys at a time are loaded, a slice of channels at a time, and used
+ * at once, so that they never leave the first-level cache as float32: writing a block of them would
+ * cost more. */
 HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_score_few_avx512(const hl_space *w, const hl_block *b,
     int32_t heads, float scale)
 {
-    enum { KS = 576, D = 576, SLICE = 192, KEYS = 12 };
+    enum { KS = 576, D = 576 };
+    enum { SLICE = 192, KEYS = 12 };
     const int32_t known = b->n + b->n_later;
     for (int32_t j = 0; j < b->n; j += KEYS) {
         const int32_t keys = b->n - j < KEYS ? b->n - j : KEYS;
@@ -5476,14 +5616,30 @@ HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_pv_8x3_avx512(const float *p, ptrdi
     const float *v, ptrdiff_t vs, float *o, const float *alpha, int32_t n)
 {
     enum { L = 16, OS = 512 };
-    hl_vf_avx512 o0_0 = hl_vzero_avx512(), o0_1 = hl_vzero_avx512(), o0_2 = hl_vzero_avx512();
-    hl_vf_avx512 o1_0 = hl_vzero_avx512(), o1_1 = hl_vzero_avx512(), o1_2 = hl_vzero_avx512();
-    hl_vf_avx512 o2_0 = hl_vzero_avx512(), o2_1 = hl_vzero_avx512(), o2_2 = hl_vzero_avx512();
-    hl_vf_avx512 o3_0 = hl_vzero_avx512(), o3_1 = hl_vzero_avx512(), o3_2 = hl_vzero_avx512();
-    hl_vf_avx512 o4_0 = hl_vzero_avx512(), o4_1 = hl_vzero_avx512(), o4_2 = hl_vzero_avx512();
-    hl_vf_avx512 o5_0 = hl_vzero_avx512(), o5_1 = hl_vzero_avx512(), o5_2 = hl_vzero_avx512();
-    hl_vf_avx512 o6_0 = hl_vzero_avx512(), o6_1 = hl_vzero_avx512(), o6_2 = hl_vzero_avx512();
-    hl_vf_avx512 o7_0 = hl_vzero_avx512(), o7_1 = hl_vzero_avx512(), o7_2 = hl_vzero_avx512();
+    hl_vf_avx512 o0_0 = hl_vzero_avx512();
+    hl_vf_avx512 o0_1 = hl_vzero_avx512();
+    hl_vf_avx512 o0_2 = hl_vzero_avx512();
+    hl_vf_avx512 o1_0 = hl_vzero_avx512();
+    hl_vf_avx512 o1_1 = hl_vzero_avx512();
+    hl_vf_avx512 o1_2 = hl_vzero_avx512();
+    hl_vf_avx512 o2_0 = hl_vzero_avx512();
+    hl_vf_avx512 o2_1 = hl_vzero_avx512();
+    hl_vf_avx512 o2_2 = hl_vzero_avx512();
+    hl_vf_avx512 o3_0 = hl_vzero_avx512();
+    hl_vf_avx512 o3_1 = hl_vzero_avx512();
+    hl_vf_avx512 o3_2 = hl_vzero_avx512();
+    hl_vf_avx512 o4_0 = hl_vzero_avx512();
+    hl_vf_avx512 o4_1 = hl_vzero_avx512();
+    hl_vf_avx512 o4_2 = hl_vzero_avx512();
+    hl_vf_avx512 o5_0 = hl_vzero_avx512();
+    hl_vf_avx512 o5_1 = hl_vzero_avx512();
+    hl_vf_avx512 o5_2 = hl_vzero_avx512();
+    hl_vf_avx512 o6_0 = hl_vzero_avx512();
+    hl_vf_avx512 o6_1 = hl_vzero_avx512();
+    hl_vf_avx512 o6_2 = hl_vzero_avx512();
+    hl_vf_avx512 o7_0 = hl_vzero_avx512();
+    hl_vf_avx512 o7_1 = hl_vzero_avx512();
+    hl_vf_avx512 o7_2 = hl_vzero_avx512();
     for (int32_t j = 0; j < n; ++j) {
         const hl_vf_avx512 v0 = hl_vload_avx512(v + j * vs + 0 * L);
         const hl_vf_avx512 v1 = hl_vload_avx512(v + j * vs + 1 * L);
@@ -5601,10 +5757,18 @@ HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_pv_4x3_avx512(const float *p, ptrdi
     const float *v, ptrdiff_t vs, float *o, const float *alpha, int32_t n)
 {
     enum { L = 16, OS = 512 };
-    hl_vf_avx512 o0_0 = hl_vzero_avx512(), o0_1 = hl_vzero_avx512(), o0_2 = hl_vzero_avx512();
-    hl_vf_avx512 o1_0 = hl_vzero_avx512(), o1_1 = hl_vzero_avx512(), o1_2 = hl_vzero_avx512();
-    hl_vf_avx512 o2_0 = hl_vzero_avx512(), o2_1 = hl_vzero_avx512(), o2_2 = hl_vzero_avx512();
-    hl_vf_avx512 o3_0 = hl_vzero_avx512(), o3_1 = hl_vzero_avx512(), o3_2 = hl_vzero_avx512();
+    hl_vf_avx512 o0_0 = hl_vzero_avx512();
+    hl_vf_avx512 o0_1 = hl_vzero_avx512();
+    hl_vf_avx512 o0_2 = hl_vzero_avx512();
+    hl_vf_avx512 o1_0 = hl_vzero_avx512();
+    hl_vf_avx512 o1_1 = hl_vzero_avx512();
+    hl_vf_avx512 o1_2 = hl_vzero_avx512();
+    hl_vf_avx512 o2_0 = hl_vzero_avx512();
+    hl_vf_avx512 o2_1 = hl_vzero_avx512();
+    hl_vf_avx512 o2_2 = hl_vzero_avx512();
+    hl_vf_avx512 o3_0 = hl_vzero_avx512();
+    hl_vf_avx512 o3_1 = hl_vzero_avx512();
+    hl_vf_avx512 o3_2 = hl_vzero_avx512();
     for (int32_t j = 0; j < n; ++j) {
         const hl_vf_avx512 v0 = hl_vload_avx512(v + j * vs + 0 * L);
         const hl_vf_avx512 v1 = hl_vload_avx512(v + j * vs + 1 * L);
@@ -5670,7 +5834,9 @@ HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_pv_1x3_avx512(const float *p, ptrdi
     const float *v, ptrdiff_t vs, float *o, const float *alpha, int32_t n)
 {
     enum { L = 16, OS = 512 };
-    hl_vf_avx512 o0_0 = hl_vzero_avx512(), o0_1 = hl_vzero_avx512(), o0_2 = hl_vzero_avx512();
+    hl_vf_avx512 o0_0 = hl_vzero_avx512();
+    hl_vf_avx512 o0_1 = hl_vzero_avx512();
+    hl_vf_avx512 o0_2 = hl_vzero_avx512();
     for (int32_t j = 0; j < n; ++j) {
         const hl_vf_avx512 v0 = hl_vload_avx512(v + j * vs + 0 * L);
         const hl_vf_avx512 v1 = hl_vload_avx512(v + j * vs + 1 * L);
@@ -5697,14 +5863,22 @@ HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_pv_8x2_avx512(const float *p, ptrdi
     const float *v, ptrdiff_t vs, float *o, const float *alpha, int32_t n)
 {
     enum { L = 16, OS = 512 };
-    hl_vf_avx512 o0_0 = hl_vzero_avx512(), o0_1 = hl_vzero_avx512();
-    hl_vf_avx512 o1_0 = hl_vzero_avx512(), o1_1 = hl_vzero_avx512();
-    hl_vf_avx512 o2_0 = hl_vzero_avx512(), o2_1 = hl_vzero_avx512();
-    hl_vf_avx512 o3_0 = hl_vzero_avx512(), o3_1 = hl_vzero_avx512();
-    hl_vf_avx512 o4_0 = hl_vzero_avx512(), o4_1 = hl_vzero_avx512();
-    hl_vf_avx512 o5_0 = hl_vzero_avx512(), o5_1 = hl_vzero_avx512();
-    hl_vf_avx512 o6_0 = hl_vzero_avx512(), o6_1 = hl_vzero_avx512();
-    hl_vf_avx512 o7_0 = hl_vzero_avx512(), o7_1 = hl_vzero_avx512();
+    hl_vf_avx512 o0_0 = hl_vzero_avx512();
+    hl_vf_avx512 o0_1 = hl_vzero_avx512();
+    hl_vf_avx512 o1_0 = hl_vzero_avx512();
+    hl_vf_avx512 o1_1 = hl_vzero_avx512();
+    hl_vf_avx512 o2_0 = hl_vzero_avx512();
+    hl_vf_avx512 o2_1 = hl_vzero_avx512();
+    hl_vf_avx512 o3_0 = hl_vzero_avx512();
+    hl_vf_avx512 o3_1 = hl_vzero_avx512();
+    hl_vf_avx512 o4_0 = hl_vzero_avx512();
+    hl_vf_avx512 o4_1 = hl_vzero_avx512();
+    hl_vf_avx512 o5_0 = hl_vzero_avx512();
+    hl_vf_avx512 o5_1 = hl_vzero_avx512();
+    hl_vf_avx512 o6_0 = hl_vzero_avx512();
+    hl_vf_avx512 o6_1 = hl_vzero_avx512();
+    hl_vf_avx512 o7_0 = hl_vzero_avx512();
+    hl_vf_avx512 o7_1 = hl_vzero_avx512();
     for (int32_t j = 0; j < n; ++j) {
         const hl_vf_avx512 v0 = hl_vload_avx512(v + j * vs + 0 * L);
         const hl_vf_avx512 v1 = hl_vload_avx512(v + j * vs + 1 * L);
@@ -5789,10 +5963,14 @@ HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_pv_4x2_avx512(const float *p, ptrdi
     const float *v, ptrdiff_t vs, float *o, const float *alpha, int32_t n)
 {
     enum { L = 16, OS = 512 };
-    hl_vf_avx512 o0_0 = hl_vzero_avx512(), o0_1 = hl_vzero_avx512();
-    hl_vf_avx512 o1_0 = hl_vzero_avx512(), o1_1 = hl_vzero_avx512();
-    hl_vf_avx512 o2_0 = hl_vzero_avx512(), o2_1 = hl_vzero_avx512();
-    hl_vf_avx512 o3_0 = hl_vzero_avx512(), o3_1 = hl_vzero_avx512();
+    hl_vf_avx512 o0_0 = hl_vzero_avx512();
+    hl_vf_avx512 o0_1 = hl_vzero_avx512();
+    hl_vf_avx512 o1_0 = hl_vzero_avx512();
+    hl_vf_avx512 o1_1 = hl_vzero_avx512();
+    hl_vf_avx512 o2_0 = hl_vzero_avx512();
+    hl_vf_avx512 o2_1 = hl_vzero_avx512();
+    hl_vf_avx512 o3_0 = hl_vzero_avx512();
+    hl_vf_avx512 o3_1 = hl_vzero_avx512();
     for (int32_t j = 0; j < n; ++j) {
         const hl_vf_avx512 v0 = hl_vload_avx512(v + j * vs + 0 * L);
         const hl_vf_avx512 v1 = hl_vload_avx512(v + j * vs + 1 * L);
@@ -5841,7 +6019,8 @@ HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_pv_1x2_avx512(const float *p, ptrdi
     const float *v, ptrdiff_t vs, float *o, const float *alpha, int32_t n)
 {
     enum { L = 16, OS = 512 };
-    hl_vf_avx512 o0_0 = hl_vzero_avx512(), o0_1 = hl_vzero_avx512();
+    hl_vf_avx512 o0_0 = hl_vzero_avx512();
+    hl_vf_avx512 o0_1 = hl_vzero_avx512();
     for (int32_t j = 0; j < n; ++j) {
         const hl_vf_avx512 v0 = hl_vload_avx512(v + j * vs + 0 * L);
         const hl_vf_avx512 v1 = hl_vload_avx512(v + j * vs + 1 * L);
@@ -6021,7 +6200,8 @@ HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_value_avx512(const hl_space *w, con
         }
     }
 }
-/* 16 heads by 1 vector of channels; values are read where they are stored. */
+/* 16 heads by 1 vector of channels, read where they are
+ * stored. */
 HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_pr_16x1_avx512(const float *p, ptrdiff_t ps,
     const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n)
 {
@@ -6043,7 +6223,8 @@ HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_pr_16x1_avx512(const float *p, ptrd
     hl_vf_avx512 o14_0 = hl_vzero_avx512();
     hl_vf_avx512 o15_0 = hl_vzero_avx512();
     for (int32_t j = 0; j < n; ++j) {
-        const hl_vf_avx512 v0 = hl_vload_f16_avx512((const uint16_t *)row[j].value + c + 0 * L);
+        const uint16_t *const value = (const uint16_t *)row[j].value;
+        const hl_vf_avx512 v0 = hl_vload_f16_avx512(value + c + 0 * L);
         hl_vf_avx512 x;
         x = hl_vset_avx512(p[j * ps + 0]);
         o0_0 = hl_vfma_avx512(x, v0, o0_0);
@@ -6128,24 +6309,34 @@ HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_pr_16x1_avx512(const float *p, ptrd
                                     o15_0));
 }
 
-/* 4 heads by 4 vectors of channels; values are read where they are stored. */
+/* 4 heads by 4 vectors of channels, read where they are
+ * stored. */
 HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_pr_4x4_avx512(const float *p, ptrdiff_t ps,
     const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n)
 {
     enum { L = 16, OS = 512 };
-    hl_vf_avx512 o0_0 = hl_vzero_avx512(), o0_1 = hl_vzero_avx512(), o0_2 = hl_vzero_avx512(),
-        o0_3 = hl_vzero_avx512();
-    hl_vf_avx512 o1_0 = hl_vzero_avx512(), o1_1 = hl_vzero_avx512(), o1_2 = hl_vzero_avx512(),
-        o1_3 = hl_vzero_avx512();
-    hl_vf_avx512 o2_0 = hl_vzero_avx512(), o2_1 = hl_vzero_avx512(), o2_2 = hl_vzero_avx512(),
-        o2_3 = hl_vzero_avx512();
-    hl_vf_avx512 o3_0 = hl_vzero_avx512(), o3_1 = hl_vzero_avx512(), o3_2 = hl_vzero_avx512(),
-        o3_3 = hl_vzero_avx512();
+    hl_vf_avx512 o0_0 = hl_vzero_avx512();
+    hl_vf_avx512 o0_1 = hl_vzero_avx512();
+    hl_vf_avx512 o0_2 = hl_vzero_avx512();
+    hl_vf_avx512 o0_3 = hl_vzero_avx512();
+    hl_vf_avx512 o1_0 = hl_vzero_avx512();
+    hl_vf_avx512 o1_1 = hl_vzero_avx512();
+    hl_vf_avx512 o1_2 = hl_vzero_avx512();
+    hl_vf_avx512 o1_3 = hl_vzero_avx512();
+    hl_vf_avx512 o2_0 = hl_vzero_avx512();
+    hl_vf_avx512 o2_1 = hl_vzero_avx512();
+    hl_vf_avx512 o2_2 = hl_vzero_avx512();
+    hl_vf_avx512 o2_3 = hl_vzero_avx512();
+    hl_vf_avx512 o3_0 = hl_vzero_avx512();
+    hl_vf_avx512 o3_1 = hl_vzero_avx512();
+    hl_vf_avx512 o3_2 = hl_vzero_avx512();
+    hl_vf_avx512 o3_3 = hl_vzero_avx512();
     for (int32_t j = 0; j < n; ++j) {
-        const hl_vf_avx512 v0 = hl_vload_f16_avx512((const uint16_t *)row[j].value + c + 0 * L);
-        const hl_vf_avx512 v1 = hl_vload_f16_avx512((const uint16_t *)row[j].value + c + 1 * L);
-        const hl_vf_avx512 v2 = hl_vload_f16_avx512((const uint16_t *)row[j].value + c + 2 * L);
-        const hl_vf_avx512 v3 = hl_vload_f16_avx512((const uint16_t *)row[j].value + c + 3 * L);
+        const uint16_t *const value = (const uint16_t *)row[j].value;
+        const hl_vf_avx512 v0 = hl_vload_f16_avx512(value + c + 0 * L);
+        const hl_vf_avx512 v1 = hl_vload_f16_avx512(value + c + 1 * L);
+        const hl_vf_avx512 v2 = hl_vload_f16_avx512(value + c + 2 * L);
+        const hl_vf_avx512 v3 = hl_vload_f16_avx512(value + c + 3 * L);
         hl_vf_avx512 x;
         x = hl_vset_avx512(p[j * ps + 0]);
         o0_0 = hl_vfma_avx512(x, v0, o0_0);
@@ -6218,7 +6409,8 @@ HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_pr_4x4_avx512(const float *p, ptrdi
                                     o3_3));
 }
 
-/* 4 heads by 1 vector of channels; values are read where they are stored. */
+/* 4 heads by 1 vector of channels, read where they are
+ * stored. */
 HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_pr_4x1_avx512(const float *p, ptrdiff_t ps,
     const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n)
 {
@@ -6228,7 +6420,8 @@ HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_pr_4x1_avx512(const float *p, ptrdi
     hl_vf_avx512 o2_0 = hl_vzero_avx512();
     hl_vf_avx512 o3_0 = hl_vzero_avx512();
     for (int32_t j = 0; j < n; ++j) {
-        const hl_vf_avx512 v0 = hl_vload_f16_avx512((const uint16_t *)row[j].value + c + 0 * L);
+        const uint16_t *const value = (const uint16_t *)row[j].value;
+        const hl_vf_avx512 v0 = hl_vload_f16_avx512(value + c + 0 * L);
         hl_vf_avx512 x;
         x = hl_vset_avx512(p[j * ps + 0]);
         o0_0 = hl_vfma_avx512(x, v0, o0_0);
@@ -6253,23 +6446,30 @@ HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_pr_4x1_avx512(const float *p, ptrdi
                                     o3_0));
 }
 
-/* 1 head by 8 vectors of channels; values are read where they are stored. */
+/* 1 head by 8 vectors of channels, read where they are
+ * stored. */
 HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_pr_1x8_avx512(const float *p, ptrdiff_t ps,
     const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n)
 {
     enum { L = 16, OS = 512 };
-    hl_vf_avx512 o0_0 = hl_vzero_avx512(), o0_1 = hl_vzero_avx512(), o0_2 = hl_vzero_avx512(),
-        o0_3 = hl_vzero_avx512(), o0_4 = hl_vzero_avx512(), o0_5 = hl_vzero_avx512(), o0_6 =
-        hl_vzero_avx512(), o0_7 = hl_vzero_avx512();
+    hl_vf_avx512 o0_0 = hl_vzero_avx512();
+    hl_vf_avx512 o0_1 = hl_vzero_avx512();
+    hl_vf_avx512 o0_2 = hl_vzero_avx512();
+    hl_vf_avx512 o0_3 = hl_vzero_avx512();
+    hl_vf_avx512 o0_4 = hl_vzero_avx512();
+    hl_vf_avx512 o0_5 = hl_vzero_avx512();
+    hl_vf_avx512 o0_6 = hl_vzero_avx512();
+    hl_vf_avx512 o0_7 = hl_vzero_avx512();
     for (int32_t j = 0; j < n; ++j) {
-        const hl_vf_avx512 v0 = hl_vload_f16_avx512((const uint16_t *)row[j].value + c + 0 * L);
-        const hl_vf_avx512 v1 = hl_vload_f16_avx512((const uint16_t *)row[j].value + c + 1 * L);
-        const hl_vf_avx512 v2 = hl_vload_f16_avx512((const uint16_t *)row[j].value + c + 2 * L);
-        const hl_vf_avx512 v3 = hl_vload_f16_avx512((const uint16_t *)row[j].value + c + 3 * L);
-        const hl_vf_avx512 v4 = hl_vload_f16_avx512((const uint16_t *)row[j].value + c + 4 * L);
-        const hl_vf_avx512 v5 = hl_vload_f16_avx512((const uint16_t *)row[j].value + c + 5 * L);
-        const hl_vf_avx512 v6 = hl_vload_f16_avx512((const uint16_t *)row[j].value + c + 6 * L);
-        const hl_vf_avx512 v7 = hl_vload_f16_avx512((const uint16_t *)row[j].value + c + 7 * L);
+        const uint16_t *const value = (const uint16_t *)row[j].value;
+        const hl_vf_avx512 v0 = hl_vload_f16_avx512(value + c + 0 * L);
+        const hl_vf_avx512 v1 = hl_vload_f16_avx512(value + c + 1 * L);
+        const hl_vf_avx512 v2 = hl_vload_f16_avx512(value + c + 2 * L);
+        const hl_vf_avx512 v3 = hl_vload_f16_avx512(value + c + 3 * L);
+        const hl_vf_avx512 v4 = hl_vload_f16_avx512(value + c + 4 * L);
+        const hl_vf_avx512 v5 = hl_vload_f16_avx512(value + c + 5 * L);
+        const hl_vf_avx512 v6 = hl_vload_f16_avx512(value + c + 6 * L);
+        const hl_vf_avx512 v7 = hl_vload_f16_avx512(value + c + 7 * L);
         hl_vf_avx512 x;
         x = hl_vset_avx512(p[j * ps + 0]);
         o0_0 = hl_vfma_avx512(x, v0, o0_0);
@@ -6307,14 +6507,16 @@ HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_pr_1x8_avx512(const float *p, ptrdi
                                     o0_7));
 }
 
-/* 1 head by 1 vector of channels; values are read where they are stored. */
+/* 1 head by 1 vector of channels, read where they are
+ * stored. */
 HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_pr_1x1_avx512(const float *p, ptrdiff_t ps,
     const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n)
 {
     enum { L = 16, OS = 512 };
     hl_vf_avx512 o0_0 = hl_vzero_avx512();
     for (int32_t j = 0; j < n; ++j) {
-        const hl_vf_avx512 v0 = hl_vload_f16_avx512((const uint16_t *)row[j].value + c + 0 * L);
+        const uint16_t *const value = (const uint16_t *)row[j].value;
+        const hl_vf_avx512 v0 = hl_vload_f16_avx512(value + c + 0 * L);
         hl_vf_avx512 x;
         x = hl_vset_avx512(p[j * ps + 0]);
         o0_0 = hl_vfma_avx512(x, v0, o0_0);
@@ -6651,8 +6853,20 @@ static inline void hl_sfa_f16_d512_rope64_merge_avx512(const hl_sparse_flash_att
 
 HL_API uint32_t hl_sparse_flash_attention_f16_d512_rope64_isas(void)
 {
-    return hl_isas_present() & (1u << HL_ISA_SCALAR | 1u << HL_ISA_NEON | 1u << HL_ISA_AVX2
-                                | 1u << HL_ISA_AVX512);
+    uint32_t present = 0;
+#if !HL_ISA_ONLY || defined(HL_ISA_ONLY_SCALAR)
+    present |= 1u << HL_ISA_SCALAR;
+#endif
+#if HL_HAS_NEON
+    present |= 1u << HL_ISA_NEON;
+#endif
+#if HL_HAS_AVX2
+    present |= hl_runs_avx2() ? 1u << HL_ISA_AVX2 : 0u;
+#endif
+#if HL_HAS_AVX512
+    present |= hl_runs_avx512() ? 1u << HL_ISA_AVX512 : 0u;
+#endif
+    return present;
 }
 
 /* ids out of range, or twice in a list: only looked for on request, and no further than a list's
@@ -6768,9 +6982,10 @@ static inline hl_status hl_sfa_f16_d512_rope64_plan(hl_sparse_flash_attention_pl
     if (p.chunks > 1 && p.n_tasks > 0) {
         partials = hl_mul_cap((uint64_t)p.n_tasks, (uint64_t)p.chunks);
         partials =
-            hl_add_cap(hl_mul_cap(partials, 4
-                                  * (3 * (((uint64_t)p.group + 15) / 16 * 16) + 16 + 512u
-                                     * (uint64_t)p.group)), 64u);
+            hl_mul_cap(partials, 4
+                       * (3 * (((uint64_t)p.group + 15) / 16 * 16) + 16 + 512u
+                          * (uint64_t)p.group));
+        partials = hl_add_cap(partials, 64u);
         p.split_bytes = partials > (uint64_t)PTRDIFF_MAX ? 0 : (size_t)partials;
         if (a->partials != NULL) {
             if ((uint64_t)a->partials_bytes < partials) {
@@ -7046,7 +7261,8 @@ HL_API hl_status hl_sparse_flash_attention_f16_d512_rope64_merge_parts(
             {p->out[i], stats * 2048u, HL_ARG_PARTS, 0, 4u},
             {p->max[i], stats * 4u, HL_ARG_PARTS, 0, 4u},
             {p->sum[i], stats * 4u, HL_ARG_PARTS, 0, 4u},
-            {p->attention_out, stats * bytes * 512u, HL_ARG_ATTENTION_OUT, 1, (uint32_t)bytes},
+            {p->attention_out, stats * bytes * 512u,
+             HL_ARG_ATTENTION_OUT, 1, (uint32_t)bytes},
             {p->softmax_max, p->softmax_max && p->softmax_max != p->max[i] ? stats * 4u : 0,
              HL_ARG_SOFTMAX_MAX, 1, 4u},
             {p->softmax_sum, p->softmax_sum && p->softmax_sum != p->sum[i] ? stats * 4u : 0,

@@ -52,8 +52,9 @@
  *
  * MEMORY
  *   One task needs HL_SPARSE_FLASH_ATTENTION_F32_D32_ROPE8_WORKSPACE_BYTES(G),
- *   5632 bytes for G = 8, whatever the lengths. Nothing is read outside the rows that a
- *   list (or a length) names, and nothing before or behind a row; unused memory may hold NaN.
+ *   5632 bytes for G = 8, whatever the lengths.
+ *   Nothing is read outside the rows that a list (or a length) names, and nothing before or behind
+ *   a row; unused memory may hold NaN.
  *
  * NUMBERS
  *   Scores, softmax and sums are float32; each key's score is a plain dot product. max, sum and LSE
@@ -301,7 +302,7 @@ typedef struct hl_sparse_flash_attention_args {
 
     /* How to compute it. Neither changes what is computed by more than rounding. */
     int32_t chunk_keys;     /* keys that are summed before they are merged, a multiple of 128;
-                             * 0: 2048. The result's bits depend on it                            */
+                             * 0: 2048. The result's bits depend on it */
     int32_t isa;            /* HL_ISA_...; 0: the best that is present                           */
     void *partials;         /* memory to split long rows over tasks; NULL: a row is one task.
                              * The bits are the same either way                                  */
@@ -336,7 +337,7 @@ typedef struct hl_sparse_flash_attention_parts {
     const float *const *max; /* [parts] -> [B][N2][S1][G] or [N2][T1][G]                         */
     const float *const *sum; /* [parts] -> same; 0 marks a part without keys                     */
     void *attention_out;     /* packed, in the kernel's type, or float if out_f32                */
-    float *softmax_max; /* NULL: not wanted. May be max[i] of one part, as softmax_sum sum[i] */
+    float *softmax_max;      /* NULL: not wanted. May be one part's own, as softmax_sum           */
     float *softmax_sum;
     float *softmax_lse;
     int32_t parts;
@@ -397,12 +398,6 @@ typedef struct hl_sparse_flash_attention_parts {
 #error "hl: HL_ISA_ONLY_NEON needs little-endian AArch64"
 #endif
 
-#if HL_HAS_AVX2 || HL_HAS_AVX512
-#include <immintrin.h>
-#endif
-#if HL_HAS_NEON
-#include <arm_neon.h>
-#endif
 #if defined(_OPENMP)
 #include <omp.h>
 #endif
@@ -712,35 +707,6 @@ static inline hl_status hl_default_stride(hl_stride *stride, int64_t rows, int64
     stride->row = stride->row != 0 ? stride->row : (ptrdiff_t)row;
     stride->batch = stride->batch != 0 ? stride->batch : (ptrdiff_t)batch;
     return HL_OK;
-}
-
-/* Bit 1 << HL_ISA_... for each instruction set that was compiled in and runs here. The
- * compiler's cached cpu model is asked: cpuid itself traps in virtual machines. Every processor
- * with AVX2 and FMA has F16C. */
-static inline uint32_t hl_isas_present(void)
-{
-    uint32_t present = 0;
-#if HL_ISA_ONLY
-#if defined(HL_ISA_ONLY_SCALAR)
-    present |= 1u << HL_ISA_SCALAR;
-#endif
-    present |= HL_HAS_NEON ? 1u << HL_ISA_NEON : 0u;
-    present |= HL_HAS_AVX2 ? 1u << HL_ISA_AVX2 : 0u;
-    present |= HL_HAS_AVX512 ? 1u << HL_ISA_AVX512 : 0u;
-#else
-    present |= 1u << HL_ISA_SCALAR;
-    present |= HL_HAS_NEON ? 1u << HL_ISA_NEON : 0u;
-#if HL_X86
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-        present |= 1u << HL_ISA_AVX2;
-        if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw")
-            && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-            present |= 1u << HL_ISA_AVX512;
-        }
-    }
-#endif
-#endif
-    return present;
 }
 
 #if !defined(HL_NO_TEXT)
@@ -1579,7 +1545,7 @@ static inline hl_cursor hl_sfa_f32_d32_rope8_chunk(const hl_sparse_flash_attenti
 
 /* ---- load: rows -> numbers, once for the whole group ---- */
 
-/* Q^T as panels of 2 vectors of heads, [panel][channel][head]; the last panel may be
+/* Q^T as panels of 2 vectors of heads, [panel][channel][head]; the last may be
  * narrower. Heads past the group are 0. `row` is scratch for one row. */
 HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_load_q_scalar(const hl_sparse_flash_attention_args *a,
     const hl_group *g, int32_t group, float *row, float *to)
@@ -1630,15 +1596,15 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_load_keys_scalar(const hl_row *row, i
     int32_t c = c0;
     for (; c + L <= end; c += L) {
         for (int32_t r = 0; r < keys; ++r) {
-            hl_vstore_scalar(to + (ptrdiff_t)r * KS + (c - c0),
-                             hl_vload_scalar((const float *)row[r].key + c));
+            const float *const key = (const float *)row[r].key;
+            hl_vstore_scalar(to + (ptrdiff_t)r * KS + (c - c0), hl_vload_scalar(key + c));
         }
     }
     if (c0 + n > DK) {
         c = c0 > DK ? c0 : DK;
         for (int32_t r = 0; r < keys; ++r) {
-            hl_vrow_f32_scalar(to + (ptrdiff_t)r * KS + (c - c0), (const float *)row[r].rope
-                               + (c - DK), c0 + n - c);
+            const float *const rope = (const float *)row[r].rope;
+            hl_vrow_f32_scalar(to + (ptrdiff_t)r * KS + (c - c0), rope + (c - DK), c0 + n - c);
         }
     }
 }
@@ -1657,17 +1623,22 @@ HL_WORD_SCALAR void hl_sfa_f32_d32_rope8_fetch_channels_scalar(const hl_row *row
 
 /* ---- score: S = scale Q K^T, in units of log2 ---- */
 
-/* 4 keys by 2 vectors of heads, over n channels: heads in the lanes, so that no number ever
- * has to be summed across them. With add, adds to what earlier channels left in s. Meanwhile the
- * same channels of later keys (next, from channel c0) are asked for, if there are any. */
+/* 4 keys by 2 vectors of heads, over n channels.
+ * Heads are in the lanes, so that no number ever has to be summed across them. With add, the result
+ * is added to what earlier channels left in s. Meanwhile the same channels of later keys (next,
+ * from channel c0) are asked for, if there are any. */
 HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_qk_4x2_scalar(const float *q, const float *k, float *s,
     ptrdiff_t ss, int32_t n, int32_t add, float scale, const hl_row *next, int32_t c0)
 {
     enum { L = 1, W = 2 * L, KS = 40, LINE = 16 };
-    hl_vf_scalar s0_0 = hl_vzero_scalar(), s0_1 = hl_vzero_scalar();
-    hl_vf_scalar s1_0 = hl_vzero_scalar(), s1_1 = hl_vzero_scalar();
-    hl_vf_scalar s2_0 = hl_vzero_scalar(), s2_1 = hl_vzero_scalar();
-    hl_vf_scalar s3_0 = hl_vzero_scalar(), s3_1 = hl_vzero_scalar();
+    hl_vf_scalar s0_0 = hl_vzero_scalar();
+    hl_vf_scalar s0_1 = hl_vzero_scalar();
+    hl_vf_scalar s1_0 = hl_vzero_scalar();
+    hl_vf_scalar s1_1 = hl_vzero_scalar();
+    hl_vf_scalar s2_0 = hl_vzero_scalar();
+    hl_vf_scalar s2_1 = hl_vzero_scalar();
+    hl_vf_scalar s3_0 = hl_vzero_scalar();
+    hl_vf_scalar s3_1 = hl_vzero_scalar();
     for (int32_t start = 0; start < n; start += LINE) {
         const int32_t stop = n - start > LINE ? start + LINE : n;
         if (next != NULL) {
@@ -1711,14 +1682,16 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_qk_4x2_scalar(const float *q, const f
     hl_vstore_scalar(s + 3 * ss + 1 * L, hl_vmul_scalar(s3_1, hl_vset_scalar(scale)));
 }
 
-/* 1 key by 2 vectors of heads, over n channels: heads in the lanes, so that no number ever
- * has to be summed across them. With add, adds to what earlier channels left in s. Meanwhile the
- * same channels of later keys (next, from channel c0) are asked for, if there are any. */
+/* 1 key by 2 vectors of heads, over n channels.
+ * Heads are in the lanes, so that no number ever has to be summed across them. With add, the result
+ * is added to what earlier channels left in s. Meanwhile the same channels of later keys (next,
+ * from channel c0) are asked for, if there are any. */
 HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_qk_1x2_scalar(const float *q, const float *k, float *s,
     ptrdiff_t ss, int32_t n, int32_t add, float scale, const hl_row *next, int32_t c0)
 {
     enum { L = 1, W = 2 * L, KS = 40, LINE = 16 };
-    hl_vf_scalar s0_0 = hl_vzero_scalar(), s0_1 = hl_vzero_scalar();
+    hl_vf_scalar s0_0 = hl_vzero_scalar();
+    hl_vf_scalar s0_1 = hl_vzero_scalar();
     for (int32_t start = 0; start < n; start += LINE) {
         const int32_t stop = n - start > LINE ? start + LINE : n;
         if (next != NULL) {
@@ -1741,9 +1714,10 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_qk_1x2_scalar(const float *q, const f
     hl_vstore_scalar(s + 0 * ss + 1 * L, hl_vmul_scalar(s0_1, hl_vset_scalar(scale)));
 }
 
-/* 4 keys by 1 vector of heads, over n channels: heads in the lanes, so that no number ever
- * has to be summed across them. With add, adds to what earlier channels left in s. Meanwhile the
- * same channels of later keys (next, from channel c0) are asked for, if there are any. */
+/* 4 keys by 1 vector of heads, over n channels.
+ * Heads are in the lanes, so that no number ever has to be summed across them. With add, the result
+ * is added to what earlier channels left in s. Meanwhile the same channels of later keys (next,
+ * from channel c0) are asked for, if there are any. */
 HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_qk_4x1_scalar(const float *q, const float *k, float *s,
     ptrdiff_t ss, int32_t n, int32_t add, float scale, const hl_row *next, int32_t c0)
 {
@@ -1782,9 +1756,10 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_qk_4x1_scalar(const float *q, const f
     hl_vstore_scalar(s + 3 * ss + 0 * L, hl_vmul_scalar(s3_0, hl_vset_scalar(scale)));
 }
 
-/* 1 key by 1 vector of heads, over n channels: heads in the lanes, so that no number ever
- * has to be summed across them. With add, adds to what earlier channels left in s. Meanwhile the
- * same channels of later keys (next, from channel c0) are asked for, if there are any. */
+/* 1 key by 1 vector of heads, over n channels.
+ * Heads are in the lanes, so that no number ever has to be summed across them. With add, the result
+ * is added to what earlier channels left in s. Meanwhile the same channels of later keys (next,
+ * from channel c0) are asked for, if there are any. */
 HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_qk_1x1_scalar(const float *q, const float *k, float *s,
     ptrdiff_t ss, int32_t n, int32_t add, float scale, const hl_row *next, int32_t c0)
 {
@@ -1838,14 +1813,19 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_score_keys_scalar(const hl_space *w, 
 /* Keys of the next tile: the largest that still fits. */
 HL_KERNEL_SCALAR int32_t hl_sfa_f32_d32_rope8_tile_rows_scalar(int32_t left)
 {
-    return left >= 4 ? 4 : 1;
+    if (left >= 4) {
+        return 4;
+    }
+    return 1;
 }
-/* Few heads: 4 keys at a time are loaded, a slice of channels at a time, and used at once, so that
- * they never leave the first-level cache as float32: writing a block of them would cost more. */
+/* Few heads: 4 keys at a time are loaded, a slice of channels at a time, and used
+ * at once, so that they never leave the first-level cache as float32: writing a block of them would
+ * cost more. */
 HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_score_few_scalar(const hl_space *w, const hl_block *b,
     int32_t heads, float scale)
 {
-    enum { KS = 40, D = 40, SLICE = 40, KEYS = 4 };
+    enum { KS = 40, D = 40 };
+    enum { SLICE = 40, KEYS = 4 };
     const int32_t known = b->n + b->n_later;
     for (int32_t j = 0; j < b->n; j += KEYS) {
         const int32_t keys = b->n - j < KEYS ? b->n - j : KEYS;
@@ -1898,18 +1878,24 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_softmax_scalar(float *s, const hl_sta
 
 /* ---- value: O = alpha O + P V ---- */
 
-/* 4 heads by 2 vectors of channels; values are read where they are stored. */
+/* 4 heads by 2 vectors of channels, read where they are
+ * stored. */
 HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_pr_4x2_scalar(const float *p, ptrdiff_t ps,
     const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n)
 {
     enum { L = 1, OS = 32 };
-    hl_vf_scalar o0_0 = hl_vzero_scalar(), o0_1 = hl_vzero_scalar();
-    hl_vf_scalar o1_0 = hl_vzero_scalar(), o1_1 = hl_vzero_scalar();
-    hl_vf_scalar o2_0 = hl_vzero_scalar(), o2_1 = hl_vzero_scalar();
-    hl_vf_scalar o3_0 = hl_vzero_scalar(), o3_1 = hl_vzero_scalar();
+    hl_vf_scalar o0_0 = hl_vzero_scalar();
+    hl_vf_scalar o0_1 = hl_vzero_scalar();
+    hl_vf_scalar o1_0 = hl_vzero_scalar();
+    hl_vf_scalar o1_1 = hl_vzero_scalar();
+    hl_vf_scalar o2_0 = hl_vzero_scalar();
+    hl_vf_scalar o2_1 = hl_vzero_scalar();
+    hl_vf_scalar o3_0 = hl_vzero_scalar();
+    hl_vf_scalar o3_1 = hl_vzero_scalar();
     for (int32_t j = 0; j < n; ++j) {
-        const hl_vf_scalar v0 = hl_vload_scalar((const float *)row[j].value + c + 0 * L);
-        const hl_vf_scalar v1 = hl_vload_scalar((const float *)row[j].value + c + 1 * L);
+        const float *const value = (const float *)row[j].value;
+        const hl_vf_scalar v0 = hl_vload_scalar(value + c + 0 * L);
+        const hl_vf_scalar v1 = hl_vload_scalar(value + c + 1 * L);
         hl_vf_scalar x;
         x = hl_vset_scalar(p[j * ps + 0]);
         o0_0 = hl_vfma_scalar(x, v0, o0_0);
@@ -1950,7 +1936,8 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_pr_4x2_scalar(const float *p, ptrdiff
                                     o3_1));
 }
 
-/* 4 heads by 1 vector of channels; values are read where they are stored. */
+/* 4 heads by 1 vector of channels, read where they are
+ * stored. */
 HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_pr_4x1_scalar(const float *p, ptrdiff_t ps,
     const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n)
 {
@@ -1960,7 +1947,8 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_pr_4x1_scalar(const float *p, ptrdiff
     hl_vf_scalar o2_0 = hl_vzero_scalar();
     hl_vf_scalar o3_0 = hl_vzero_scalar();
     for (int32_t j = 0; j < n; ++j) {
-        const hl_vf_scalar v0 = hl_vload_scalar((const float *)row[j].value + c + 0 * L);
+        const float *const value = (const float *)row[j].value;
+        const hl_vf_scalar v0 = hl_vload_scalar(value + c + 0 * L);
         hl_vf_scalar x;
         x = hl_vset_scalar(p[j * ps + 0]);
         o0_0 = hl_vfma_scalar(x, v0, o0_0);
@@ -1985,18 +1973,22 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_pr_4x1_scalar(const float *p, ptrdiff
                                     o3_0));
 }
 
-/* 1 head by 4 vectors of channels; values are read where they are stored. */
+/* 1 head by 4 vectors of channels, read where they are
+ * stored. */
 HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_pr_1x4_scalar(const float *p, ptrdiff_t ps,
     const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n)
 {
     enum { L = 1, OS = 32 };
-    hl_vf_scalar o0_0 = hl_vzero_scalar(), o0_1 = hl_vzero_scalar(), o0_2 = hl_vzero_scalar(),
-        o0_3 = hl_vzero_scalar();
+    hl_vf_scalar o0_0 = hl_vzero_scalar();
+    hl_vf_scalar o0_1 = hl_vzero_scalar();
+    hl_vf_scalar o0_2 = hl_vzero_scalar();
+    hl_vf_scalar o0_3 = hl_vzero_scalar();
     for (int32_t j = 0; j < n; ++j) {
-        const hl_vf_scalar v0 = hl_vload_scalar((const float *)row[j].value + c + 0 * L);
-        const hl_vf_scalar v1 = hl_vload_scalar((const float *)row[j].value + c + 1 * L);
-        const hl_vf_scalar v2 = hl_vload_scalar((const float *)row[j].value + c + 2 * L);
-        const hl_vf_scalar v3 = hl_vload_scalar((const float *)row[j].value + c + 3 * L);
+        const float *const value = (const float *)row[j].value;
+        const hl_vf_scalar v0 = hl_vload_scalar(value + c + 0 * L);
+        const hl_vf_scalar v1 = hl_vload_scalar(value + c + 1 * L);
+        const hl_vf_scalar v2 = hl_vload_scalar(value + c + 2 * L);
+        const hl_vf_scalar v3 = hl_vload_scalar(value + c + 3 * L);
         hl_vf_scalar x;
         x = hl_vset_scalar(p[j * ps + 0]);
         o0_0 = hl_vfma_scalar(x, v0, o0_0);
@@ -2018,14 +2010,16 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_pr_1x4_scalar(const float *p, ptrdiff
                                     o0_3));
 }
 
-/* 1 head by 1 vector of channels; values are read where they are stored. */
+/* 1 head by 1 vector of channels, read where they are
+ * stored. */
 HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_pr_1x1_scalar(const float *p, ptrdiff_t ps,
     const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n)
 {
     enum { L = 1, OS = 32 };
     hl_vf_scalar o0_0 = hl_vzero_scalar();
     for (int32_t j = 0; j < n; ++j) {
-        const hl_vf_scalar v0 = hl_vload_scalar((const float *)row[j].value + c + 0 * L);
+        const float *const value = (const float *)row[j].value;
+        const hl_vf_scalar v0 = hl_vload_scalar(value + c + 0 * L);
         hl_vf_scalar x;
         x = hl_vset_scalar(p[j * ps + 0]);
         o0_0 = hl_vfma_scalar(x, v0, o0_0);
@@ -2329,7 +2323,11 @@ static inline void hl_sfa_f32_d32_rope8_merge_scalar(const hl_sparse_flash_atten
 
 HL_API uint32_t hl_sparse_flash_attention_f32_d32_rope8_isas(void)
 {
-    return hl_isas_present() & (1u << HL_ISA_SCALAR);
+    uint32_t present = 0;
+#if !HL_ISA_ONLY || defined(HL_ISA_ONLY_SCALAR)
+    present |= 1u << HL_ISA_SCALAR;
+#endif
+    return present;
 }
 
 /* ids out of range, or twice in a list: only looked for on request, and no further than a list's
@@ -2436,9 +2434,9 @@ static inline hl_status hl_sfa_f32_d32_rope8_plan(hl_sparse_flash_attention_plan
     if (p.chunks > 1 && p.n_tasks > 0) {
         partials = hl_mul_cap((uint64_t)p.n_tasks, (uint64_t)p.chunks);
         partials =
-            hl_add_cap(hl_mul_cap(partials, 4
-                                  * (3 * (((uint64_t)p.group + 0) / 1 * 1) + 16 + 32u
-                                     * (uint64_t)p.group)), 64u);
+            hl_mul_cap(partials, 4
+                       * (3 * (((uint64_t)p.group + 0) / 1 * 1) + 16 + 32u * (uint64_t)p.group));
+        partials = hl_add_cap(partials, 64u);
         p.split_bytes = partials > (uint64_t)PTRDIFF_MAX ? 0 : (size_t)partials;
         if (a->partials != NULL) {
             if ((uint64_t)a->partials_bytes < partials) {
@@ -2683,7 +2681,8 @@ HL_API hl_status hl_sparse_flash_attention_f32_d32_rope8_merge_parts(
             {p->out[i], stats * 128u, HL_ARG_PARTS, 0, 4u},
             {p->max[i], stats * 4u, HL_ARG_PARTS, 0, 4u},
             {p->sum[i], stats * 4u, HL_ARG_PARTS, 0, 4u},
-            {p->attention_out, stats * bytes * 32u, HL_ARG_ATTENTION_OUT, 1, (uint32_t)bytes},
+            {p->attention_out, stats * bytes * 32u,
+             HL_ARG_ATTENTION_OUT, 1, (uint32_t)bytes},
             {p->softmax_max, p->softmax_max && p->softmax_max != p->max[i] ? stats * 4u : 0,
              HL_ARG_SOFTMAX_MAX, 1, 4u},
             {p->softmax_sum, p->softmax_sum && p->softmax_sum != p->sum[i] ? stats * 4u : 0,

@@ -283,7 +283,8 @@ def same_bytes() -> Iterator[Check]:
 
 def build(label: str, name: str, command: list[str], sources: list[Path], after=None) -> Check:
     """Compiles the sources with a header in silence, then hands the result to after(path)."""
-    result = WORK / re.sub(r"[^\w+]", "-", label)
+    # With the process in its name, so that two runs of this file do not meet.
+    result = WORK / re.sub(r"[^\w+]", "-", f"{os.getpid()} {label}")
 
     def run() -> str:
         execute([*command, f"-I{INCLUDE}", *map(str, sources), "-o", str(result)])

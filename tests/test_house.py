@@ -43,7 +43,7 @@ def test_make_lists_every_target(arguments):
 
 def test_every_target_sets_up_before_it_runs():
     for target in set(TARGETS) - {"clean"}:
-        lines = run("make", "--no-print-directory", "--dry-run", target, cwd=ROOT).stdout.splitlines()
+        lines = run("make", "--no-print-directory", "-n", target, cwd=ROOT).stdout.splitlines()
         assert lines[0].startswith("sh tools/setup.sh "), target
 
 

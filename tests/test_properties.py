@@ -331,7 +331,7 @@ def parts_of(k, case: Case, cuts: list[int], isa: str) -> list[dict[str, np.ndar
         lens = np.clip(np.array(case.shape.lens_kv) - lo, 0, hi - lo).astype(np.int32)
         part = case.changed(
             key=case.args.key[:, lo:hi].copy(),
-            key_rope=case.args.key_rope[:, lo:hi].copy(),
+            key_rope=None if case.args.key_rope is None else case.args.key_rope[:, lo:hi].copy(),
             actual_seq_lengths_kv=lens,
             sinks=case.args.sinks if i == 0 else None,
         )
@@ -378,6 +378,17 @@ def test_merged_parts_are_the_whole(name, isa, cuts, sinks):
     assert same_bits(
         exact["attention_out"].astype(case.dtype), merged(k, case, parts)["attention_out"]
     )
+
+
+@pytest.mark.parametrize("name", ["f32_80", "bf16_259", "f16_128"])
+def test_merged_parts_of_wide_values(name):
+    """More channels than merge takes at a time."""
+    k = kernel(name)
+    case = make_case(k, with_shape(sparse_mode=0))
+    parts = parts_of(k, case, [20, 50], "scalar")
+    assert_close(merged(k, case, parts), run(k, case, "scalar"), case.dtype)
+    exact = merged(k, case, parts, out_f32=1)["attention_out"]
+    assert same_bits(exact.astype(case.dtype), merged(k, case, parts)["attention_out"])
 
 
 def test_merged_parts_of_tnd_and_of_growing_scores():
