@@ -130,6 +130,16 @@ def even_slices(channels, most, lanes):
     return round_up(-(-channels // -(-channels // most)), lanes)
 
 
+def few_reason(few):
+    """When values are read where they are stored, and why."""
+    if few == "all":
+        return "values are always read where they are stored: workspace is dear on small targets"
+    return (
+        f"up to {few} heads read values where they are stored: for so few the float32 copy costs "
+        "more to write than it saves"
+    )
+
+
 def tile(kernel, isa):
     """The tile sizes of one kernel on one instruction set."""
     registers = REGISTERS[isa.name]
@@ -160,5 +170,6 @@ def tile(kernel, isa):
             "block": f"{block} keys a block: P of a tile of heads stays in the first-level cache",
             "channels": f"{channels} channels of {panel} heads are "
             f"{channels * panel * 4 // 1024} KiB: they stay in the first-level cache",
+            "few": few_reason(registers["few"]),
         },
     )

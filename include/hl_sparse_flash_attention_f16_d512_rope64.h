@@ -922,7 +922,8 @@ enum {
 #define HL_SPARSE_FLASH_ATTENTION_F16_D512_ROPE64_WORKSPACE_BYTES(group) \
     (64 + 4 * (678 * (((size_t)(group) + 15) / 16 * 16) + 1024 * (size_t)(group) + 105632))
 
-/* Bytes of args.partials to split r query rows of `heads` query heads into `chunks` each. */
+/* Bytes of args.partials that are enough to split r query rows of `heads` query heads into `chunks`
+ * each; plan->split_bytes is the exact figure. */
 #define HL_SPARSE_FLASH_ATTENTION_F16_D512_ROPE64_PARTIALS_BYTES(r, heads, chunks) \
     (64 + 4 * (size_t)(r) * (size_t)(chunks) * (size_t)(heads) * (3 * 16 + 16 + 512))
 
@@ -980,7 +981,6 @@ HL_WORD_SCALAR void hl_vstore_n_scalar(float *p, int32_t n, hl_vf_scalar x) { if
 HL_WORD_SCALAR hl_vf_scalar hl_vadd_scalar(hl_vf_scalar x, hl_vf_scalar y) { return x + y; }
 HL_WORD_SCALAR hl_vf_scalar hl_vsub_scalar(hl_vf_scalar x, hl_vf_scalar y) { return x - y; }
 HL_WORD_SCALAR hl_vf_scalar hl_vmul_scalar(hl_vf_scalar x, hl_vf_scalar y) { return x * y; }
-HL_WORD_SCALAR hl_vf_scalar hl_vdiv_scalar(hl_vf_scalar x, hl_vf_scalar y) { return x / y; }
 HL_WORD_SCALAR hl_vf_scalar hl_vfma_scalar(hl_vf_scalar x, hl_vf_scalar y, hl_vf_scalar z)
 {
     return x * y + z;
@@ -990,7 +990,6 @@ HL_WORD_SCALAR hl_vf_scalar hl_vflush_scalar(hl_vf_scalar x, float limit, hl_vf_
 {
     return x < limit ? 0.0f : y;
 }
-HL_WORD_SCALAR float hl_vsum_scalar(hl_vf_scalar x) { return x; }
 
 /* A NaN has no whole number: it fails the comparison and is passed on as it is. */
 HL_WORD_SCALAR hl_vf_scalar hl_vround_scalar(hl_vf_scalar x)
@@ -1086,7 +1085,6 @@ HL_WORD_NEON void hl_vstore_n_neon(float *p, int32_t n, hl_vf_neon x)
 HL_WORD_NEON hl_vf_neon hl_vadd_neon(hl_vf_neon x, hl_vf_neon y) { return vaddq_f32(x, y); }
 HL_WORD_NEON hl_vf_neon hl_vsub_neon(hl_vf_neon x, hl_vf_neon y) { return vsubq_f32(x, y); }
 HL_WORD_NEON hl_vf_neon hl_vmul_neon(hl_vf_neon x, hl_vf_neon y) { return vmulq_f32(x, y); }
-HL_WORD_NEON hl_vf_neon hl_vdiv_neon(hl_vf_neon x, hl_vf_neon y) { return vdivq_f32(x, y); }
 HL_WORD_NEON hl_vf_neon hl_vfma_neon(hl_vf_neon x, hl_vf_neon y, hl_vf_neon z)
 {
     return vfmaq_f32(z, x, y);
@@ -1103,7 +1101,6 @@ HL_WORD_NEON hl_vf_neon hl_vflush_neon(hl_vf_neon x, float limit, hl_vf_neon y)
     const uint32x4_t below = vcltq_f32(x, vdupq_n_f32(limit));
     return vreinterpretq_f32_u32(vbicq_u32(vreinterpretq_u32_f32(y), below));
 }
-HL_WORD_NEON float hl_vsum_neon(hl_vf_neon x) { return vaddvq_f32(x); }
 
 #endif
 #ifndef HL_WORDS_NEON_F16
@@ -1200,7 +1197,6 @@ HL_WORD_AVX2 void hl_vstore_n_avx2(float *p, int32_t n, hl_vf_avx2 x)
 HL_WORD_AVX2 hl_vf_avx2 hl_vadd_avx2(hl_vf_avx2 x, hl_vf_avx2 y) { return _mm256_add_ps(x, y); }
 HL_WORD_AVX2 hl_vf_avx2 hl_vsub_avx2(hl_vf_avx2 x, hl_vf_avx2 y) { return _mm256_sub_ps(x, y); }
 HL_WORD_AVX2 hl_vf_avx2 hl_vmul_avx2(hl_vf_avx2 x, hl_vf_avx2 y) { return _mm256_mul_ps(x, y); }
-HL_WORD_AVX2 hl_vf_avx2 hl_vdiv_avx2(hl_vf_avx2 x, hl_vf_avx2 y) { return _mm256_div_ps(x, y); }
 HL_WORD_AVX2 hl_vf_avx2 hl_vfma_avx2(hl_vf_avx2 x, hl_vf_avx2 y, hl_vf_avx2 z)
 {
     return _mm256_fmadd_ps(x, y, z);
@@ -1216,12 +1212,6 @@ HL_WORD_AVX2 hl_vf_avx2 hl_vscale_avx2(hl_vf_avx2 x, hl_vf_avx2 n)
 HL_WORD_AVX2 hl_vf_avx2 hl_vflush_avx2(hl_vf_avx2 x, float limit, hl_vf_avx2 y)
 {
     return _mm256_and_ps(y, _mm256_cmp_ps(x, _mm256_set1_ps(limit), _CMP_NLT_UQ));
-}
-HL_WORD_AVX2 float hl_vsum_avx2(hl_vf_avx2 x)
-{
-    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
-    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
-    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
 }
 
 #endif
@@ -1328,10 +1318,6 @@ HL_WORD_AVX512 hl_vf_avx512 hl_vmul_avx512(hl_vf_avx512 x, hl_vf_avx512 y)
 {
     return _mm512_mul_ps(x, y);
 }
-HL_WORD_AVX512 hl_vf_avx512 hl_vdiv_avx512(hl_vf_avx512 x, hl_vf_avx512 y)
-{
-    return _mm512_div_ps(x, y);
-}
 HL_WORD_AVX512 hl_vf_avx512 hl_vfma_avx512(hl_vf_avx512 x, hl_vf_avx512 y, hl_vf_avx512 z)
 {
     return _mm512_fmadd_ps(x, y, z);
@@ -1354,7 +1340,6 @@ HL_WORD_AVX512 hl_vf_avx512 hl_vflush_avx512(hl_vf_avx512 x, float limit, hl_vf_
 {
     return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, _mm512_set1_ps(limit), _CMP_NLT_UQ), y);
 }
-HL_WORD_AVX512 float hl_vsum_avx512(hl_vf_avx512 x) { return _mm512_reduce_add_ps(x); }
 
 #endif
 #ifndef HL_WORDS_AVX512_F16

@@ -878,7 +878,8 @@ enum {
 #define HL_SPARSE_FLASH_ATTENTION_F32_D32_ROPE8_WORKSPACE_BYTES(group) \
     (64 + 4 * (62 * (((size_t)(group) + 0) / 1 * 1) + 64 * (size_t)(group) + 384))
 
-/* Bytes of args.partials to split r query rows of `heads` query heads into `chunks` each. */
+/* Bytes of args.partials that are enough to split r query rows of `heads` query heads into `chunks`
+ * each; plan->split_bytes is the exact figure. */
 #define HL_SPARSE_FLASH_ATTENTION_F32_D32_ROPE8_PARTIALS_BYTES(r, heads, chunks) \
     (64 + 4 * (size_t)(r) * (size_t)(chunks) * (size_t)(heads) * (3 * 1 + 16 + 32))
 
@@ -935,7 +936,6 @@ HL_WORD_SCALAR void hl_vstore_n_scalar(float *p, int32_t n, hl_vf_scalar x) { if
 HL_WORD_SCALAR hl_vf_scalar hl_vadd_scalar(hl_vf_scalar x, hl_vf_scalar y) { return x + y; }
 HL_WORD_SCALAR hl_vf_scalar hl_vsub_scalar(hl_vf_scalar x, hl_vf_scalar y) { return x - y; }
 HL_WORD_SCALAR hl_vf_scalar hl_vmul_scalar(hl_vf_scalar x, hl_vf_scalar y) { return x * y; }
-HL_WORD_SCALAR hl_vf_scalar hl_vdiv_scalar(hl_vf_scalar x, hl_vf_scalar y) { return x / y; }
 HL_WORD_SCALAR hl_vf_scalar hl_vfma_scalar(hl_vf_scalar x, hl_vf_scalar y, hl_vf_scalar z)
 {
     return x * y + z;
@@ -945,7 +945,6 @@ HL_WORD_SCALAR hl_vf_scalar hl_vflush_scalar(hl_vf_scalar x, float limit, hl_vf_
 {
     return x < limit ? 0.0f : y;
 }
-HL_WORD_SCALAR float hl_vsum_scalar(hl_vf_scalar x) { return x; }
 
 /* A NaN has no whole number: it fails the comparison and is passed on as it is. */
 HL_WORD_SCALAR hl_vf_scalar hl_vround_scalar(hl_vf_scalar x)

@@ -28,7 +28,6 @@ BINARY = tuple(
         ("vadd", "x", "y"),
         ("vsub", "x", "y"),
         ("vmul", "x", "y"),
-        ("vdiv", "x", "y"),
         ("vmax", "x", "y"),
         ("vscale", "fraction", "exponent"),
     )
@@ -218,7 +217,6 @@ class Pieces:
         made["vfma"], made["vflush"] = self.take(N), self.take(N)
         for word in UNARY:
             made[word.name] = self.take(N)
-        made["vsum"] = self.take(N // lanes)
         made["tails"] = [
             (self.take(lanes), self.take(n), self.take(lanes)) for n in range(1, lanes)
         ]
@@ -261,7 +259,6 @@ def test_arithmetic(machine, isa):
         assert same(got["vadd"], x + y).all()
         assert same(got["vsub"], x - y).all()
         assert same(got["vmul"], x * y).all()
-        assert same(got["vdiv"], x / y).all()
         larger = same(got["vmax"], np.where(x > y, x, y), zeros=True)  # a NaN in y stays,
         assert (larger | (np.isnan(x) & np.isnan(got["vmax"]))).all()  # one in x may
         assert same(got["vflush"], np.where(x < 0.5, np.float32(0), y)).all()
@@ -294,14 +291,6 @@ def test_exponents(machine, isa):
         abs(got["vexp2"][inside] - want[inside]) <= 1.25 * unit
     ).all()  # exact figures: test_exp2
     assert (got["vexp2"][x == 0] == 1).all()
-
-
-@BY_ISA
-def test_sums_keep_one_order(machine, isa):
-    got, a = of(machine, isa), inputs()
-    groups = a["tame"].reshape(-1, ISAS[isa].lanes).astype(np.float64)
-    room = ISAS[isa].lanes * 2.0**-24 * abs(groups).sum(axis=1)
-    assert (abs(got["vsum"] - groups.sum(axis=1)) <= room).all()
 
 
 @BY_ISA
@@ -361,7 +350,7 @@ def test_rows_are_padded_with_zeros(machine, isa):
 def test_wide_words_are_the_scalar_ones(isa):
     """Where a word rounds once, all instruction sets agree in every bit."""
     wide, scalar = results("here")[isa], results("here")["scalar"]
-    for word in ("vadd", "vsub", "vmul", "vdiv", "vflush", "vload_f16", "vload_bf16"):
+    for word in ("vadd", "vsub", "vmul", "vflush", "vload_f16", "vload_bf16"):
         assert same(wide[word], scalar[word]).all(), word
     normal = abs(wide["vscale"]) >= 2.0**-126
     assert same(wide["vscale"], scalar["vscale"])[normal].all()
