@@ -1265,8 +1265,8 @@ static inline hl_status hl_sfa_f32_d32_rope8_check_memory(hl_sparse_flash_attent
     const int64_t s_kv = paged ? a->block_size : a->seq_kv;
     const int64_t n1 = a->heads_q;
     const int64_t n2 = n1 > 0 ? a->heads_kv : 0;
-    const int32_t q_width = a->query_rope != NULL ? 32 : 40;
-    const int32_t hl_sfa_f32_d32_rope8_width = a->key_rope != NULL ? 32 : 40;
+    const int32_t query_width = a->query_rope != NULL ? 32 : 40;
+    const int32_t key_width = a->key_rope != NULL ? 32 : 40;
     const uint64_t rows = hl_mul_cap((uint64_t)b_q, (uint64_t)a->seq_q);
     const uint64_t lists = hl_mul_cap(rows, (uint64_t)n2);
     const uint64_t stats = hl_mul_cap(hl_mul_cap(rows, (uint64_t)n1), 4u);
@@ -1279,9 +1279,9 @@ static inline hl_status hl_sfa_f32_d32_rope8_check_memory(hl_sparse_flash_attent
         int64_t channels;
         hl_argument argument;
     } tensor[] = {
-        {&a->query_stride, a->seq_q, n1, q_width, HL_ARG_QUERY_STRIDE},
+        {&a->query_stride, a->seq_q, n1, query_width, HL_ARG_QUERY_STRIDE},
         {&a->query_rope_stride, a->seq_q, n1, 8, HL_ARG_QUERY_ROPE_STRIDE},
-        {&a->key_stride, s_kv, n2, hl_sfa_f32_d32_rope8_width, HL_ARG_KEY_STRIDE},
+        {&a->key_stride, s_kv, n2, key_width, HL_ARG_KEY_STRIDE},
         {&a->key_rope_stride, s_kv, n2, 8, HL_ARG_KEY_ROPE_STRIDE},
         {&a->value_stride, s_kv, n2, 32, HL_ARG_VALUE_STRIDE},
         {&a->out_stride, a->seq_q, n1, 32, HL_ARG_OUT_STRIDE}
@@ -1296,9 +1296,9 @@ static inline hl_status hl_sfa_f32_d32_rope8_check_memory(hl_sparse_flash_attent
             return status;
         }
     }
-    extent[0] = hl_extent(&a->query_stride, b_q, a->seq_q, n1, q_width, 4u);
+    extent[0] = hl_extent(&a->query_stride, b_q, a->seq_q, n1, query_width, 4u);
     extent[1] = hl_extent(&a->query_rope_stride, b_q, a->seq_q, n1, 8, 4u);
-    extent[2] = hl_extent(&a->key_stride, b_kv, s_kv, n2, hl_sfa_f32_d32_rope8_width, 4u);
+    extent[2] = hl_extent(&a->key_stride, b_kv, s_kv, n2, key_width, 4u);
     extent[3] = hl_extent(&a->key_rope_stride, b_kv, s_kv, n2, 8, 4u);
     extent[4] = hl_extent(&a->value_stride, b_kv, s_kv, n2, 32, 4u);
     extent[5] = hl_extent(&a->out_stride, b_q, a->seq_q, n1, 32, out_bytes);
