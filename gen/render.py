@@ -120,7 +120,6 @@ def kernel_view(kernel):
     return SimpleNamespace(
         name=kernel.name,
         macro=kernel.name.upper(),
-        op=kernel.op,
         op_name=f"hl_{kernel.op}",
         dtype=kernel.dtype,
         title=fmt.title,
@@ -132,6 +131,8 @@ def kernel_view(kernel):
         rope_words=f" + {kernel.rope} rotary" if kernel.rope else "",
         dv=kernel.dv,
         d=kernel.d,
+        products=kernel.d + kernel.dv,  # multiply-adds of one key and head
+        float_row_bytes=4 * kernel.dv,
         has_rope=kernel.rope > 0,
         has_slots="slots" in kernel.features,
         math=kernel.math,

@@ -39,6 +39,8 @@ class Tile:
     few_block: int  # and keys of a block then
     few: int | str  # up to so many heads values are read in place; "all", "none"
     row_tiles: tuple  # RowTile: heads and vectors of such a value tile
+    dk_tail: bool  # dk is not a whole number of vectors
+    dv_tail: bool
     why: dict[str, str]
 
     @property
@@ -165,6 +167,8 @@ def tile(kernel, isa):
         few_block=registers["few_block"],
         few_channels=even_slices(kernel.d, FEW_CHANNELS, lanes),
         row_tiles=row_tiles(registers["row_tiles"], kernel.dv, lanes),
+        dk_tail=kernel.dk % lanes != 0,
+        dv_tail=kernel.dv % lanes != 0,
         why={
             "registers": registers["why"],
             "block": f"{block} keys a block: P of a tile of heads stays in the first-level cache",
