@@ -18,6 +18,17 @@ class Isa:
     sleef_exp2: str = ""
     header: str = ""  # that declares its intrinsics
     detect: tuple[str, ...] = ()  # what the cpu model has to say; () where it is always there
+    rows_by: str = ""  # the instruction set whose words do everything but the two products
+
+    @property
+    def tiles(self):
+        """Has matrix tiles: the block of keys is its own (templates/tile), the rest in words."""
+        return bool(self.rows_by)
+
+    @property
+    def words(self):
+        """The name that its words end in."""
+        return self.rows_by or self.name
 
     @property
     def detect_c(self):
@@ -74,6 +85,18 @@ ISAS = {
             sleef_exp2="Sleef_exp2f16_u10avx512f",
             header="immintrin.h",
             detect=("avx512f", "avx512bw", "avx512dq", "avx512vl", "fma"),
+        ),
+        Isa(
+            name="amx",
+            macro="AMX",
+            title="AMX tiles of bfloat16, with AVX-512",
+            lanes=16,
+            registers=32,
+            target="avx512f,avx512bw,avx512dq,avx512vl,fma",
+            formats=("f16", "bf16"),
+            maths=("builtin", "sleef", "libm"),
+            header="immintrin.h",
+            rows_by="avx512",
         ),
     )
 }

@@ -1,6 +1,6 @@
 """Named slices of workspace and partials -> offsets, sizes, and the macros that add them up.
 
-Every size is `per_head * padded heads + per_group * group + fixed` floats, the largest over the
+Every size is `per_head * padded heads + per_row * rows of O + fixed` floats, the largest over the
 header's instruction sets, so that one figure holds whichever of them runs.
 """
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 ALIGN = 64  # a cache line: the start is moved up to it inside
 LINE = ALIGN // 4
+TILE_HEADS = 16  # up to so many heads tiles have just the rows that are needed; else pairs of tiles
 
 
 def line(floats):
@@ -19,8 +20,8 @@ class Slice:
     """One named piece of the workspace, in floats."""
 
     field: str
-    per_head: int  # of the heads padded to whole vectors
-    per_group: int  # of the exact heads
+    per_head: int  # of the padded heads
+    per_row: int  # of the rows of O
     fixed: int
     why: str
     cast: str = ""
@@ -30,98 +31,115 @@ class Slice:
         terms = []
         if self.per_head:
             terms.append(f"{self.per_head} * heads" if self.per_head != 1 else "heads")
-        if self.per_group:
-            terms.append(f"{self.per_group} * (ptrdiff_t)group")
+        if self.per_row:
+            terms.append(f"{self.per_row} * rows")
         if self.fixed:
             terms.append(str(self.fixed))
         return " + ".join(terms) or "0"
 
-    def floats(self, padded, group):
-        return self.per_head * padded + self.per_group * group + self.fixed
+    def floats(self, padded, rows):
+        return self.per_head * padded + self.per_row * rows + self.fixed
 
 
 @dataclass(frozen=True)
 class Memory:
     """The memory of one kernel."""
 
-    lanes: int
+    pad: int  # heads are padded to a multiple of this
+    tiles: bool  # more than TILE_HEADS heads have rows of O for the padding too
     slices: tuple[Slice, ...]
     o_stride: int
     align: int = ALIGN
     line: int = LINE
 
-    def _padded(self, group):
-        return f"(((ptrdiff_t){group} + {self.pad - 1}) / {self.pad} * {self.pad})"
+    def padded(self, group):
+        return -(-group // self.pad) * self.pad
 
-    @property
-    def pad(self):
-        return self.lanes
+    def rows(self, group):
+        return self.padded(group) if self.tiles and group > TILE_HEADS else group
+
+    def _padded_c(self, group, cast):
+        return f"((({cast}){group} + {self.pad - 1}) / {self.pad} * {self.pad})"
 
     @property
     def padded_c(self):
-        return self._padded("group")
+        return self._padded_c("group", "ptrdiff_t")
 
-    def _sum(self, group):
-        per_head = sum(s.per_head for s in self.slices)
-        per_group = sum(s.per_group for s in self.slices)
-        fixed = sum(s.fixed for s in self.slices)
-        padded = f"(((size_t)({group}) + {self.pad - 1}) / {self.pad} * {self.pad})"
-        return per_head, per_group, fixed, padded
+    @property
+    def rows_c(self):
+        return f"group > {TILE_HEADS} ? heads : group" if self.tiles else "group"
+
+    def _rows_macro(self, group, cast, padded):
+        exact = f"({cast}){group}"
+        return f"({group} > {TILE_HEADS} ? {padded} : {exact})" if self.tiles else exact
 
     @property
     def workspace_macro(self):
-        per_head, per_group, fixed, padded = self._sum("group")
-        return (
-            f"({self.align} + 4 * ({per_head} * {padded} + {per_group} * (size_t)(group)"
-            f" + {fixed}))"
-        )
+        per_head = sum(s.per_head for s in self.slices)
+        per_row = sum(s.per_row for s in self.slices)
+        fixed = sum(s.fixed for s in self.slices)
+        padded = self._padded_c("(group)", "size_t")
+        rows = self._rows_macro("(group)", "size_t", padded)
+        heads = f"({self.align} + 4 * ({per_head} * {padded} \\\n"
+        return f"{heads}     + {per_row} * {rows} + {fixed}))"
 
     def workspace_bytes(self, group):
-        padded = -(-group // self.pad) * self.pad
-        return self.align + 4 * sum(s.floats(padded, group) for s in self.slices)
+        padded, rows = self.padded(group), self.rows(group)
+        return self.align + 4 * sum(s.floats(padded, rows) for s in self.slices)
 
     @property
     def partial_c(self):
-        """Floats of one partial result: m, l, alpha, seen, O."""
-        return f"3 * heads + {LINE} + {self.o_stride} * (ptrdiff_t)group"
+        """Floats of one partial result: m, l, alpha, top, mass, seen, O."""
+        return f"5 * heads + {LINE} + {self.o_stride} * rows"
 
     @property
     def partial_bytes_c(self):
-        padded = f"(((uint64_t)p.group + {self.pad - 1}) / {self.pad} * {self.pad})"
-        return f"4 * (3 * {padded} + {LINE} + {self.o_stride}u * (uint64_t)p.group)"
+        padded = self._padded_c("p.group", "uint64_t")
+        rows = self._rows_macro("p.group", "uint64_t", padded)
+        return f"4 * (5 * {padded} + {LINE} + {self.o_stride}u * {rows})"
+
+    @property
+    def floats_a_head(self):
+        """Of one partial result, at most: statistics are padded most in a group of one head, rows
+        of O in one of TILE_HEADS + 1."""
+        group = TILE_HEADS + 1 if self.tiles else 1
+        return 5 * self.pad + LINE + -(-self.rows(group) * self.o_stride // group)
 
     @property
     def partials_macro(self):
         return (
             f"({self.align} + 4 * (size_t)(r) * (size_t)(chunks) * (size_t)(heads)"
-            f" * (3 * {self.pad} + {LINE} + {self.o_stride}))"
+            f" * {self.floats_a_head})"
         )
 
     def partials_bytes(self, rows, heads, chunks):
-        return self.align + 4 * rows * chunks * heads * (3 * self.pad + LINE + self.o_stride)
+        return self.align + 4 * rows * chunks * heads * self.floats_a_head
 
 
 def plan(kernel, tiles):
     """The slices of a kernel whose instruction sets have these tiles: {isa: Tile}."""
-    lanes = max(isa.lanes for isa in tiles)
-    o_stride = line(max(t.o_stride for t in tiles.values()))
-    block = max(t.block for t in tiles.values())
-    k = max((t.few_keys if t.few == "all" else t.block) * t.k_stride for t in tiles.values())
-    v = max(0 if t.few == "all" else t.block * t.v_stride for t in tiles.values())
+    tiles = tuple(tiles.values())
+    matrices = [t.matrix for t in tiles if t.matrix]
+    o_stride = line(max(t.o_stride for t in tiles))
+    block = max(t.block for t in tiles)
+    k, v, s = (max(t.memory[name] for t in tiles) for name in ("k", "v", "s"))
+    q = max([kernel.d, *(16 * m.columns * m.parts for m in matrices)])
     state = (
         ("m", "running maxima, in log2 units"),
         ("l", "running sums"),
         ("alpha", "factors of the last rescale"),
+        ("top", "largest scores, where m may lie below them"),
+        ("mass", "sums of the weights as V meets them, where they are rounded"),
     )
     slices = [
-        Slice("q", kernel.d, 0, 0, "Q^T in panels"),
+        Slice("q", q, 0, 0, "Q^T in panels"),
         Slice("k", 0, 0, line(k), "the block's keys as float32"),
         Slice("v", 0, 0, line(v), "the block's values, where they are apart"),
-        Slice("s", block, 0, 0, "S^T, then P^T"),
+        Slice("s", s, 0, 0, "S^T, then P^T"),
         Slice("row", 0, 0, line(12 * block), "where two blocks' keys lie", "(hl_row *)(void *)"),
     ]
     for name in ("state", "other"):
         slices.extend(Slice(f"{name}.{f}", 1, 0, 0, why) for f, why in state)
         slices.append(Slice(f"{name}.seen", 0, 0, LINE, "1 once a key was taken"))
         slices.append(Slice(f"{name}.o", 0, o_stride, 0, "O, not yet divided by l"))
-    return Memory(lanes=lanes, slices=tuple(slices), o_stride=o_stride)
+    return Memory(max(t.head_pad for t in tiles), bool(matrices), tuple(slices), o_stride)

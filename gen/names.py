@@ -72,12 +72,13 @@ class Speller:
     prefix: str
     private: str = ""
     isa: str = ""
+    words: str = ""  # whose words it uses, if not its own
     math: str = "builtin"
 
     def word(self, name):
         if name == "vexp2" and self.math != "builtin":
             name = f"vexp2_{self.math}"
-        return f"hl_{name}_{self.isa}"
+        return f"hl_{name}_{self.words or self.isa}"
 
     def spell(self, text):
         if self.isa:

@@ -99,7 +99,13 @@ class Region:
 
     @property
     def speller(self):
-        return Speller(self.kernel.prefix, self.kernel.private, self.isa.name, self.kernel.math)
+        return Speller(
+            self.kernel.prefix,
+            self.kernel.private,
+            self.isa.name,
+            self.isa.words,
+            self.kernel.math,
+        )
 
 
 def kernel_view(kernel):
@@ -111,7 +117,7 @@ def kernel_view(kernel):
             name=isa.name,
             macro=isa.macro,
             title=isa.title,
-            detect=isa.detect,
+            asked=bool(isa.detect) or isa.tiles,
             task=f"{kernel.private}_task_{isa.name}",
             merge=f"{kernel.private}_merge_{isa.name}",
         )
@@ -143,7 +149,8 @@ def kernel_view(kernel):
         layouts_kv=[SimpleNamespace(file=f"{n.lower()}.h.j2") for n in kernel.layout_kv],
         isas=views,
         scalar=next((view for view in views if view.name == "scalar"), None),
-        isa_last="HL_ISA_AVX512",
+        isa_last=f"HL_ISA_{list(ISAS.values())[-1].macro}",
+        tile_heads=tiling.least_heads(kernel),
         load=words["load"],
         load_n=words["load_n"],
         store=words["store"],
@@ -157,7 +164,9 @@ def kernel_view(kernel):
 
 def words_page(isa, dtype, math):
     """Words, exp2 and row loader of one instruction set, as one kernel needs them."""
-    speller = Speller("hl", "", isa.name, math)
+    speller = Speller("hl", isa=isa.name, words=isa.words, math=math)
+    if isa.tiles:
+        return speller.spell(page(f"isa/{isa.name}.h.j2", formats=(dtype,)))
     fmt = FORMATS[dtype]
     words = FORMAT_WORDS[dtype]
     math_tag = "" if math == "builtin" else f"_{math.upper()}"
@@ -178,23 +187,28 @@ def words_page(isa, dtype, math):
     return speller.spell(text)
 
 
-STEPS = ("load", "score", "softmax", "value", "finish")
+STEPS = ("step/load", "step/score", "step/softmax", "step/value", "step/finish")
+TILE_STEPS = ("tile/load", "tile/many", "tile/few", "tile/settle", "step/finish")
 
 
 def region_page(region, view):
     """One instruction set's region: the steps, the merge and the forward page."""
     isa = region.isa
     k = SimpleNamespace(**vars(view))
-    k.row_word = f"{view.row_word}_{isa.name}"
+    k.row_word = f"{view.row_word}_{isa.words}"
     context = {
         "k": k,
         "isa": isa,
         "tile": region.tile,
+        "t": region.tile.matrix,
         "task_attribute": f'__attribute__((target("{isa.target}")))\n' if isa.target else "",
     }
-    text = "\n".join(page(f"step/{step}.h.j2", **context) for step in STEPS)
-    text += "\n" + page("algo/merge.h.j2", **context)
-    text += "\n" + page("algo/forward.h.j2", **context)
+    pages = [*(TILE_STEPS if isa.tiles else STEPS), "algo/merge", "algo/forward"]
+    if isa.tiles:
+        pages.insert(-1, "tile/forward")
+        if not region.tile.matrix.few:
+            pages.remove("tile/few")
+    text = "\n".join(page(f"{name}.h.j2", **context) for name in pages)
     return region.speller.spell(text)
 
 
@@ -294,6 +308,7 @@ def render_header(header):
         manual_of=manual_of(header),
         link_note=LINK_NOTES[header.kernels[0].math],
         isa_titles=isa_titles(header),
+        tiles=any(isa.tiles for kernel in header.kernels for isa in kernel.isas),
     )
     text = refill(Speller(header.prefix).rename(text))
     lint(text, header.name)

@@ -218,7 +218,9 @@ def parse_kernel(table, prefix=None):
             )
     features = some_of("features", table.get("features", ()), FEATURES, need_one=False)
     math = one_of("math", table.get("math", "builtin"), names.MATHS)
-    able = tuple(name for name, isa in ISAS.items() if math in isa.maths)
+    able = tuple(
+        name for name, isa in ISAS.items() if math in isa.maths and dtype in isa.formats
+    )
     isa = some_of("isa", table.get("isa", able), tuple(ISAS))
     for name in isa:
         if dtype not in ISAS[name].formats:
@@ -230,6 +232,13 @@ def parse_kernel(table, prefix=None):
             raise Refusal(
                 f"math {math!r} is not there for isa {name}",
                 f"use isa = {list(able)}, or math = {ISAS[name].maths[0]!r}",
+            )
+    for name in isa:
+        if ISAS[name].words not in isa:
+            raise Refusal(
+                f"isa {name} without {ISAS[name].words}: it has that one's words, and leaves to it "
+                "what tiles are no help for",
+                f"add {ISAS[name].words} to isa",
             )
     prefix = identifier("prefix", table.get("prefix", prefix or "hl"))
     if "_" in prefix:

@@ -52,7 +52,7 @@
  *
  * MEMORY
  *   One task needs HL_SPARSE_FLASH_ATTENTION_F32_D32_ROPE8_WORKSPACE_BYTES(G),
- *   5632 bytes for G = 8, whatever the lengths.
+ *   5760 bytes for G = 8, whatever the lengths.
  *   Nothing is read outside the rows that a list (or a length) names, and nothing before or behind
  *   a row; unused memory may hold NaN.
  *
@@ -217,7 +217,8 @@ enum {
     HL_ISA_SCALAR = 1,
     HL_ISA_NEON = 2,
     HL_ISA_AVX2 = 3,
-    HL_ISA_AVX512 = 4
+    HL_ISA_AVX512 = 4,
+    HL_ISA_AMX = 5
 };
 
 /* Writes one sentence about the error into text (always ended by a 0 byte) and returns text; 160
@@ -361,7 +362,7 @@ typedef struct hl_sparse_flash_attention_parts {
 /* Which instruction sets this compiler can be asked for. HL_ISA_ONLY_<ISA> fixes one of them
  * for the whole file, and nothing is looked up at run time. */
 #if defined(HL_ISA_ONLY_SCALAR) || defined(HL_ISA_ONLY_NEON) \
-    || defined(HL_ISA_ONLY_AVX2) || defined(HL_ISA_ONLY_AVX512)
+    || defined(HL_ISA_ONLY_AVX2) || defined(HL_ISA_ONLY_AVX512) || defined(HL_ISA_ONLY_AMX)
 #define HL_ISA_ONLY 1
 #else
 #define HL_ISA_ONLY 0
@@ -377,10 +378,21 @@ typedef struct hl_sparse_flash_attention_parts {
 #else
 #define HL_HAS_AVX2 0
 #endif
-#if HL_X86 && (!HL_ISA_ONLY || defined(HL_ISA_ONLY_AVX512))
+#if HL_X86 && (!HL_ISA_ONLY || defined(HL_ISA_ONLY_AVX512) || defined(HL_ISA_ONLY_AMX))
 #define HL_HAS_AVX512 1
 #else
 #define HL_HAS_AVX512 0
+#endif
+#if defined(__has_feature)
+#if __has_feature(memory_sanitizer)
+#define HL_NO_TILES 1 /* it cannot see what tiles write */
+#endif
+#endif
+#if HL_X86 && defined(__linux__) && !defined(HL_NO_TILES) \
+    && (!HL_ISA_ONLY || defined(HL_ISA_ONLY_AMX))
+#define HL_HAS_AMX 1 /* with the words of AVX-512 */
+#else
+#define HL_HAS_AMX 0
 #endif
 #if defined(__aarch64__) && defined(__ARM_NEON) && !defined(__AARCH64EB__) \
     && (!HL_ISA_ONLY || defined(HL_ISA_ONLY_NEON))
@@ -393,6 +405,9 @@ typedef struct hl_sparse_flash_attention_parts {
 #endif
 #if defined(HL_ISA_ONLY_AVX512) && !HL_HAS_AVX512
 #error "hl: HL_ISA_ONLY_AVX512 needs GCC or Clang on x86-64"
+#endif
+#if defined(HL_ISA_ONLY_AMX) && !HL_HAS_AMX
+#error "hl: HL_ISA_ONLY_AMX needs GCC or Clang on x86-64 Linux"
 #endif
 #if defined(HL_ISA_ONLY_NEON) && !HL_HAS_NEON
 #error "hl: HL_ISA_ONLY_NEON needs little-endian AArch64"
@@ -449,6 +464,8 @@ typedef struct hl_state {
     float *m;
     float *l;
     float *alpha; /* factors of the last rescale; scratch                                      */
+    float *top;   /* tiles only: largest scores, where m may lie below them                    */
+    float *mass;  /* tiles only: sums of the weights as V meets them, rounded                  */
     float *seen;  /* 1 once a key was taken, else 0                                            */
 } hl_state;
 
@@ -876,12 +893,13 @@ enum {
 /* Bytes of workspace for one task, any alignment, as a constant expression: the exact figure for
  * `group` query heads on a kv head (heads_q / heads_kv). Sequence lengths do not matter. */
 #define HL_SPARSE_FLASH_ATTENTION_F32_D32_ROPE8_WORKSPACE_BYTES(group) \
-    (64 + 4 * (62 * (((size_t)(group) + 0) / 1 * 1) + 64 * (size_t)(group) + 384))
+    (64 + 4 * (66 * (((size_t)(group) + 0) / 1 * 1) \
+     + 64 * (size_t)(group) + 384))
 
 /* Bytes of args.partials that are enough to split r query rows of `heads` query heads into `chunks`
  * each; plan->split_bytes is the exact figure. */
 #define HL_SPARSE_FLASH_ATTENTION_F32_D32_ROPE8_PARTIALS_BYTES(r, heads, chunks) \
-    (64 + 4 * (size_t)(r) * (size_t)(chunks) * (size_t)(heads) * (3 * 1 + 16 + 32))
+    (64 + 4 * (size_t)(r) * (size_t)(chunks) * (size_t)(heads) * 53)
 
 /* Checks everything, fills in defaults, counts tasks. On an error *plan is untouched. */
 HL_API hl_status hl_sparse_flash_attention_f32_d32_rope8_plan(hl_sparse_flash_attention_plan *plan,
@@ -1015,6 +1033,7 @@ static inline void hl_sfa_f32_d32_rope8_space(hl_space *w, void *workspace, int3
                                               int32_t value_apart)
 {
     const ptrdiff_t heads = (((ptrdiff_t)group + 0) / 1 * 1);
+    const ptrdiff_t rows = group; /* of O */
     float *at = hl_sfa_f32_d32_rope8_align(workspace);
     w->q = at; /* Q^T in panels */
     at += 40 * heads;
@@ -1032,15 +1051,23 @@ static inline void hl_sfa_f32_d32_rope8_space(hl_space *w, void *workspace, int3
     at += heads;
     w->state.alpha = at; /* factors of the last rescale */
     at += heads;
+    w->state.top = at; /* largest scores, where m may lie below them */
+    at += heads;
+    w->state.mass = at; /* sums of the weights as V meets them, where they are rounded */
+    at += heads;
     w->state.seen = at; /* 1 once a key was taken */
     at += 16;
     w->state.o = at; /* O, not yet divided by l */
-    at += 32 * (ptrdiff_t)group;
+    at += 32 * rows;
     w->other.m = at; /* running maxima, in log2 units */
     at += heads;
     w->other.l = at; /* running sums */
     at += heads;
     w->other.alpha = at; /* factors of the last rescale */
+    at += heads;
+    w->other.top = at; /* largest scores, where m may lie below them */
+    at += heads;
+    w->other.mass = at; /* sums of the weights as V meets them, where they are rounded */
     at += heads;
     w->other.seen = at; /* 1 once a key was taken */
     at += 16;
@@ -1056,14 +1083,17 @@ static inline hl_state hl_sfa_f32_d32_rope8_partial(const hl_sparse_flash_attent
 {
     const int32_t group = plan->group;
     const ptrdiff_t heads = (((ptrdiff_t)group + 0) / 1 * 1);
-    const ptrdiff_t size = 3 * heads + 16 + 32 * (ptrdiff_t)group;
+    const ptrdiff_t rows = group;
+    const ptrdiff_t size = 5 * heads + 16 + 32 * rows;
     float *const at = hl_sfa_f32_d32_rope8_align(plan->args.partials) + (ptrdiff_t)task * size;
     hl_state t;
     t.m = at;
     t.l = at + heads;
     t.alpha = at + 2 * heads;
-    t.seen = at + 3 * heads;
-    t.o = at + 3 * heads + 16;
+    t.top = at + 3 * heads;
+    t.mass = at + 4 * heads;
+    t.seen = at + 5 * heads;
+    t.o = at + 5 * heads + 16;
     return t;
 }
 /* ---- check: every argument, before anything is written ---- */
@@ -2134,8 +2164,8 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_finish_scalar(const hl_sparse_flash_a
         const float l = t->l[h];
         const float max = t->m[h] * 0.693147181f;
         const int32_t none = *t->seen == 0.0f; /* no key: O = 0, and only the sink in the sum */
-        hl_sfa_f32_d32_rope8_store_out_scalar(a, at, t->o + (ptrdiff_t)h * OS, none && l == l ? 0.0f
-                                              : t->alpha[h] / l);
+        const float *const o = t->o + (ptrdiff_t)h * OS;
+        hl_sfa_f32_d32_rope8_store_out_scalar(a, at, o, none && l == l ? 0.0f : t->alpha[h] / l);
         if (a->softmax_max != NULL) {
             a->softmax_max[g->stats + h] = l != l ? l
                                            : sinks != NULL && !(max > sinks[h]) ? sinks[h]
@@ -2171,19 +2201,25 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_finish_padding_scalar(
 
 /* ---- merge: two partial results of the same rows ---- */
 
+/* O = 0. */
+HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_clear_scalar(const hl_state *t, int32_t group)
+{
+    enum { L = 1, OS = 32 };
+    for (ptrdiff_t c = 0; c < (ptrdiff_t)group * OS; c += L) {
+        hl_vstore_scalar(t->o + c, hl_vzero_scalar());
+    }
+}
+
 HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_start_scalar(const hl_state *t, int32_t padded,
     int32_t group)
 {
-    enum { L = 1, OS = 32 };
-    const ptrdiff_t o = (ptrdiff_t)group * OS;
+    enum { L = 1 };
     for (int32_t h = 0; h < padded; h += L) {
         /* Below all scores, and finite: no difference of two infinities can come up. */
         hl_vstore_scalar(t->m + h, hl_vset_scalar(-3.402823466e+38f));
         hl_vstore_scalar(t->l + h, hl_vzero_scalar());
     }
-    for (ptrdiff_t c = 0; c < o; c += L) {
-        hl_vstore_scalar(t->o + c, hl_vzero_scalar());
-    }
+    hl_sfa_f32_d32_rope8_clear_scalar(t, group);
     *t->seen = 0.0f;
 }
 
@@ -2235,7 +2271,6 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_block_scalar(const hl_sparse_flash_at
     /* O = alpha O + P V */
     hl_sfa_f32_d32_rope8_value_few_scalar(w, t, b, padded, plan->group);
 }
-
 /* One chunk of a group's keys (FlashAttention-2, algorithm 1, with K and V in blocks). */
 HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_forward_scalar(
     const hl_sparse_flash_attention_plan *plan, const hl_group *g, const hl_space *w,
@@ -2263,7 +2298,7 @@ static inline void hl_sfa_f32_d32_rope8_task_scalar(const hl_sparse_flash_attent
     const hl_sparse_flash_attention_args *const a = &plan->args;
     const int32_t split = plan->n_merges > 0;
     const int64_t index = split ? task / plan->chunks : task;
-    const int32_t padded = (plan->group + 1 - 1) / 1 * 1;
+    const int32_t padded = (plan->group + 0) / 1 * 1;
     int32_t chunk = split ? (int32_t)(task % plan->chunks) : 0;
     int32_t chunks;
     hl_space w;
@@ -2301,7 +2336,7 @@ static inline void hl_sfa_f32_d32_rope8_task_scalar(const hl_sparse_flash_attent
 static inline void hl_sfa_f32_d32_rope8_merge_scalar(const hl_sparse_flash_attention_plan *plan,
     int64_t merge)
 {
-    const int32_t padded = (plan->group + 1 - 1) / 1 * 1;
+    const int32_t padded = (plan->group + 0) / 1 * 1;
     const int64_t task = merge * plan->chunks;
     const hl_state whole = hl_sfa_f32_d32_rope8_partial(plan, task);
     hl_group g;
@@ -2403,7 +2438,7 @@ static inline hl_status hl_sfa_f32_d32_rope8_plan(hl_sparse_flash_attention_plan
             a->isa = HL_ISA_SCALAR;
         }
     }
-    if (a->isa <= HL_ISA_BEST || a->isa > HL_ISA_AVX512 || (present >> a->isa & 1u) == 0) {
+    if (a->isa <= HL_ISA_BEST || a->isa > HL_ISA_AMX || (present >> a->isa & 1u) == 0) {
         return hl_refuse(error, HL_ERR_UNSUPPORTED, HL_ARG_ISA, HL_RULE_GENERATED, a->isa, 0);
     }
     if (a->value == a->key && a->value_stride.batch == a->key_stride.batch
@@ -2434,7 +2469,7 @@ static inline hl_status hl_sfa_f32_d32_rope8_plan(hl_sparse_flash_attention_plan
         partials = hl_mul_cap((uint64_t)p.n_tasks, (uint64_t)p.chunks);
         partials =
             hl_mul_cap(partials, 4
-                       * (3 * (((uint64_t)p.group + 0) / 1 * 1) + 16 + 32u * (uint64_t)p.group));
+                       * (5 * (((uint64_t)p.group + 0) / 1 * 1) + 16 + 32u * (uint64_t)p.group));
         partials = hl_add_cap(partials, 64u);
         p.split_bytes = partials > (uint64_t)PTRDIFF_MAX ? 0 : (size_t)partials;
         if (a->partials != NULL) {

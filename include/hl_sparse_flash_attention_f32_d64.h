@@ -55,7 +55,7 @@
  *
  * MEMORY
  *   One task needs HL_SPARSE_FLASH_ATTENTION_F32_D64_WORKSPACE_BYTES(G),
- *   68672 bytes for G = 8, whatever the lengths.
+ *   68928 bytes for G = 8, whatever the lengths.
  *   Nothing is read outside the rows that a list (or a length) names, and nothing before or behind
  *   a row; unused memory may hold NaN.
  *
@@ -220,7 +220,8 @@ enum {
     HL_ISA_SCALAR = 1,
     HL_ISA_NEON = 2,
     HL_ISA_AVX2 = 3,
-    HL_ISA_AVX512 = 4
+    HL_ISA_AVX512 = 4,
+    HL_ISA_AMX = 5
 };
 
 /* Writes one sentence about the error into text (always ended by a 0 byte) and returns text; 160
@@ -364,7 +365,7 @@ typedef struct hl_sparse_flash_attention_parts {
 /* Which instruction sets this compiler can be asked for. HL_ISA_ONLY_<ISA> fixes one of them
  * for the whole file, and nothing is looked up at run time. */
 #if defined(HL_ISA_ONLY_SCALAR) || defined(HL_ISA_ONLY_NEON) \
-    || defined(HL_ISA_ONLY_AVX2) || defined(HL_ISA_ONLY_AVX512)
+    || defined(HL_ISA_ONLY_AVX2) || defined(HL_ISA_ONLY_AVX512) || defined(HL_ISA_ONLY_AMX)
 #define HL_ISA_ONLY 1
 #else
 #define HL_ISA_ONLY 0
@@ -380,10 +381,21 @@ typedef struct hl_sparse_flash_attention_parts {
 #else
 #define HL_HAS_AVX2 0
 #endif
-#if HL_X86 && (!HL_ISA_ONLY || defined(HL_ISA_ONLY_AVX512))
+#if HL_X86 && (!HL_ISA_ONLY || defined(HL_ISA_ONLY_AVX512) || defined(HL_ISA_ONLY_AMX))
 #define HL_HAS_AVX512 1
 #else
 #define HL_HAS_AVX512 0
+#endif
+#if defined(__has_feature)
+#if __has_feature(memory_sanitizer)
+#define HL_NO_TILES 1 /* it cannot see what tiles write */
+#endif
+#endif
+#if HL_X86 && defined(__linux__) && !defined(HL_NO_TILES) \
+    && (!HL_ISA_ONLY || defined(HL_ISA_ONLY_AMX))
+#define HL_HAS_AMX 1 /* with the words of AVX-512 */
+#else
+#define HL_HAS_AMX 0
 #endif
 #if defined(__aarch64__) && defined(__ARM_NEON) && !defined(__AARCH64EB__) \
     && (!HL_ISA_ONLY || defined(HL_ISA_ONLY_NEON))
@@ -396,6 +408,9 @@ typedef struct hl_sparse_flash_attention_parts {
 #endif
 #if defined(HL_ISA_ONLY_AVX512) && !HL_HAS_AVX512
 #error "hl: HL_ISA_ONLY_AVX512 needs GCC or Clang on x86-64"
+#endif
+#if defined(HL_ISA_ONLY_AMX) && !HL_HAS_AMX
+#error "hl: HL_ISA_ONLY_AMX needs GCC or Clang on x86-64 Linux"
 #endif
 #if defined(HL_ISA_ONLY_NEON) && !HL_HAS_NEON
 #error "hl: HL_ISA_ONLY_NEON needs little-endian AArch64"
@@ -452,6 +467,8 @@ typedef struct hl_state {
     float *m;
     float *l;
     float *alpha; /* factors of the last rescale; scratch                                      */
+    float *top;   /* tiles only: largest scores, where m may lie below them                    */
+    float *mass;  /* tiles only: sums of the weights as V meets them, rounded                  */
     float *seen;  /* 1 once a key was taken, else 0                                            */
 } hl_state;
 
@@ -920,12 +937,13 @@ enum {
 /* Bytes of workspace for one task, any alignment, as a constant expression: the exact figure for
  * `group` query heads on a kv head (heads_q / heads_kv). Sequence lengths do not matter. */
 #define HL_SPARSE_FLASH_ATTENTION_F32_D64_WORKSPACE_BYTES(group) \
-    (64 + 4 * (166 * (((size_t)(group) + 15) / 16 * 16) + 128 * (size_t)(group) + 13472))
+    (64 + 4 * (170 * (((size_t)(group) + 15) / 16 * 16) \
+     + 128 * (size_t)(group) + 13472))
 
 /* Bytes of args.partials that are enough to split r query rows of `heads` query heads into `chunks`
  * each; plan->split_bytes is the exact figure. */
 #define HL_SPARSE_FLASH_ATTENTION_F32_D64_PARTIALS_BYTES(r, heads, chunks) \
-    (64 + 4 * (size_t)(r) * (size_t)(chunks) * (size_t)(heads) * (3 * 16 + 16 + 64))
+    (64 + 4 * (size_t)(r) * (size_t)(chunks) * (size_t)(heads) * 160)
 
 /* Checks everything, fills in defaults, counts tasks. On an error *plan is untouched. */
 HL_API hl_status hl_sparse_flash_attention_f32_d64_plan(hl_sparse_flash_attention_plan *plan,
@@ -1334,6 +1352,7 @@ static inline void hl_sfa_f32_d64_space(hl_space *w, void *workspace, int32_t gr
                                         int32_t value_apart)
 {
     const ptrdiff_t heads = (((ptrdiff_t)group + 15) / 16 * 16);
+    const ptrdiff_t rows = group; /* of O */
     float *at = hl_sfa_f32_d64_align(workspace);
     w->q = at; /* Q^T in panels */
     at += 64 * heads;
@@ -1351,15 +1370,23 @@ static inline void hl_sfa_f32_d64_space(hl_space *w, void *workspace, int32_t gr
     at += heads;
     w->state.alpha = at; /* factors of the last rescale */
     at += heads;
+    w->state.top = at; /* largest scores, where m may lie below them */
+    at += heads;
+    w->state.mass = at; /* sums of the weights as V meets them, where they are rounded */
+    at += heads;
     w->state.seen = at; /* 1 once a key was taken */
     at += 16;
     w->state.o = at; /* O, not yet divided by l */
-    at += 64 * (ptrdiff_t)group;
+    at += 64 * rows;
     w->other.m = at; /* running maxima, in log2 units */
     at += heads;
     w->other.l = at; /* running sums */
     at += heads;
     w->other.alpha = at; /* factors of the last rescale */
+    at += heads;
+    w->other.top = at; /* largest scores, where m may lie below them */
+    at += heads;
+    w->other.mass = at; /* sums of the weights as V meets them, where they are rounded */
     at += heads;
     w->other.seen = at; /* 1 once a key was taken */
     at += 16;
@@ -1375,14 +1402,17 @@ static inline hl_state hl_sfa_f32_d64_partial(const hl_sparse_flash_attention_pl
 {
     const int32_t group = plan->group;
     const ptrdiff_t heads = (((ptrdiff_t)group + 15) / 16 * 16);
-    const ptrdiff_t size = 3 * heads + 16 + 64 * (ptrdiff_t)group;
+    const ptrdiff_t rows = group;
+    const ptrdiff_t size = 5 * heads + 16 + 64 * rows;
     float *const at = hl_sfa_f32_d64_align(plan->args.partials) + (ptrdiff_t)task * size;
     hl_state t;
     t.m = at;
     t.l = at + heads;
     t.alpha = at + 2 * heads;
-    t.seen = at + 3 * heads;
-    t.o = at + 3 * heads + 16;
+    t.top = at + 3 * heads;
+    t.mass = at + 4 * heads;
+    t.seen = at + 5 * heads;
+    t.o = at + 5 * heads + 16;
     return t;
 }
 /* ---- check: every argument, before anything is written ---- */
@@ -2446,8 +2476,8 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d64_finish_scalar(const hl_sparse_flash_attenti
         const float l = t->l[h];
         const float max = t->m[h] * 0.693147181f;
         const int32_t none = *t->seen == 0.0f; /* no key: O = 0, and only the sink in the sum */
-        hl_sfa_f32_d64_store_out_scalar(a, at, t->o + (ptrdiff_t)h * OS, none && l == l ? 0.0f
-                                        : t->alpha[h] / l);
+        const float *const o = t->o + (ptrdiff_t)h * OS;
+        hl_sfa_f32_d64_store_out_scalar(a, at, o, none && l == l ? 0.0f : t->alpha[h] / l);
         if (a->softmax_max != NULL) {
             a->softmax_max[g->stats + h] = l != l ? l
                                            : sinks != NULL && !(max > sinks[h]) ? sinks[h]
@@ -2483,18 +2513,24 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d64_finish_padding_scalar(
 
 /* ---- merge: two partial results of the same rows ---- */
 
-HL_KERNEL_SCALAR void hl_sfa_f32_d64_start_scalar(const hl_state *t, int32_t padded, int32_t group)
+/* O = 0. */
+HL_KERNEL_SCALAR void hl_sfa_f32_d64_clear_scalar(const hl_state *t, int32_t group)
 {
     enum { L = 1, OS = 64 };
-    const ptrdiff_t o = (ptrdiff_t)group * OS;
+    for (ptrdiff_t c = 0; c < (ptrdiff_t)group * OS; c += L) {
+        hl_vstore_scalar(t->o + c, hl_vzero_scalar());
+    }
+}
+
+HL_KERNEL_SCALAR void hl_sfa_f32_d64_start_scalar(const hl_state *t, int32_t padded, int32_t group)
+{
+    enum { L = 1 };
     for (int32_t h = 0; h < padded; h += L) {
         /* Below all scores, and finite: no difference of two infinities can come up. */
         hl_vstore_scalar(t->m + h, hl_vset_scalar(-3.402823466e+38f));
         hl_vstore_scalar(t->l + h, hl_vzero_scalar());
     }
-    for (ptrdiff_t c = 0; c < o; c += L) {
-        hl_vstore_scalar(t->o + c, hl_vzero_scalar());
-    }
+    hl_sfa_f32_d64_clear_scalar(t, group);
     *t->seen = 0.0f;
 }
 
@@ -2547,7 +2583,6 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d64_block_scalar(const hl_sparse_flash_attentio
     /* O = alpha O + P V */
     hl_sfa_f32_d64_value_few_scalar(w, t, b, padded, plan->group);
 }
-
 /* One chunk of a group's keys (FlashAttention-2, algorithm 1, with K and V in blocks). */
 HL_KERNEL_SCALAR void hl_sfa_f32_d64_forward_scalar(const hl_sparse_flash_attention_plan *plan,
                                                     const hl_group *g, const hl_space *w,
@@ -2575,7 +2610,7 @@ static inline void hl_sfa_f32_d64_task_scalar(const hl_sparse_flash_attention_pl
     const hl_sparse_flash_attention_args *const a = &plan->args;
     const int32_t split = plan->n_merges > 0;
     const int64_t index = split ? task / plan->chunks : task;
-    const int32_t padded = (plan->group + 1 - 1) / 1 * 1;
+    const int32_t padded = (plan->group + 0) / 1 * 1;
     int32_t chunk = split ? (int32_t)(task % plan->chunks) : 0;
     int32_t chunks;
     hl_space w;
@@ -2612,7 +2647,7 @@ static inline void hl_sfa_f32_d64_task_scalar(const hl_sparse_flash_attention_pl
 static inline void hl_sfa_f32_d64_merge_scalar(const hl_sparse_flash_attention_plan *plan,
                                                int64_t merge)
 {
-    const int32_t padded = (plan->group + 1 - 1) / 1 * 1;
+    const int32_t padded = (plan->group + 0) / 1 * 1;
     const int64_t task = merge * plan->chunks;
     const hl_state whole = hl_sfa_f32_d64_partial(plan, task);
     hl_group g;
@@ -3564,8 +3599,8 @@ HL_KERNEL_NEON void hl_sfa_f32_d64_finish_neon(const hl_sparse_flash_attention_p
         const float l = t->l[h];
         const float max = t->m[h] * 0.693147181f;
         const int32_t none = *t->seen == 0.0f; /* no key: O = 0, and only the sink in the sum */
-        hl_sfa_f32_d64_store_out_neon(a, at, t->o + (ptrdiff_t)h * OS, none && l == l ? 0.0f
-                                      : t->alpha[h] / l);
+        const float *const o = t->o + (ptrdiff_t)h * OS;
+        hl_sfa_f32_d64_store_out_neon(a, at, o, none && l == l ? 0.0f : t->alpha[h] / l);
         if (a->softmax_max != NULL) {
             a->softmax_max[g->stats + h] = l != l ? l
                                            : sinks != NULL && !(max > sinks[h]) ? sinks[h]
@@ -3601,18 +3636,24 @@ HL_KERNEL_NEON void hl_sfa_f32_d64_finish_padding_neon(const hl_sparse_flash_att
 
 /* ---- merge: two partial results of the same rows ---- */
 
-HL_KERNEL_NEON void hl_sfa_f32_d64_start_neon(const hl_state *t, int32_t padded, int32_t group)
+/* O = 0. */
+HL_KERNEL_NEON void hl_sfa_f32_d64_clear_neon(const hl_state *t, int32_t group)
 {
     enum { L = 4, OS = 64 };
-    const ptrdiff_t o = (ptrdiff_t)group * OS;
+    for (ptrdiff_t c = 0; c < (ptrdiff_t)group * OS; c += L) {
+        hl_vstore_neon(t->o + c, hl_vzero_neon());
+    }
+}
+
+HL_KERNEL_NEON void hl_sfa_f32_d64_start_neon(const hl_state *t, int32_t padded, int32_t group)
+{
+    enum { L = 4 };
     for (int32_t h = 0; h < padded; h += L) {
         /* Below all scores, and finite: no difference of two infinities can come up. */
         hl_vstore_neon(t->m + h, hl_vset_neon(-3.402823466e+38f));
         hl_vstore_neon(t->l + h, hl_vzero_neon());
     }
-    for (ptrdiff_t c = 0; c < o; c += L) {
-        hl_vstore_neon(t->o + c, hl_vzero_neon());
-    }
+    hl_sfa_f32_d64_clear_neon(t, group);
     *t->seen = 0.0f;
 }
 
@@ -3677,7 +3718,6 @@ HL_KERNEL_NEON void hl_sfa_f32_d64_block_neon(const hl_sparse_flash_attention_pl
     /* O = alpha O + P V */
     hl_sfa_f32_d64_value_neon(w, t, padded, plan->group, value_apart ? 64 : 64, b->n);
 }
-
 /* One chunk of a group's keys (FlashAttention-2, algorithm 1, with K and V in blocks). */
 HL_KERNEL_NEON void hl_sfa_f32_d64_forward_neon(const hl_sparse_flash_attention_plan *plan,
                                                 const hl_group *g, const hl_space *w,
@@ -3705,7 +3745,7 @@ static inline void hl_sfa_f32_d64_task_neon(const hl_sparse_flash_attention_plan
     const hl_sparse_flash_attention_args *const a = &plan->args;
     const int32_t split = plan->n_merges > 0;
     const int64_t index = split ? task / plan->chunks : task;
-    const int32_t padded = (plan->group + 4 - 1) / 4 * 4;
+    const int32_t padded = (plan->group + 3) / 4 * 4;
     int32_t chunk = split ? (int32_t)(task % plan->chunks) : 0;
     int32_t chunks;
     hl_space w;
@@ -3742,7 +3782,7 @@ static inline void hl_sfa_f32_d64_task_neon(const hl_sparse_flash_attention_plan
 static inline void hl_sfa_f32_d64_merge_neon(const hl_sparse_flash_attention_plan *plan,
                                              int64_t merge)
 {
-    const int32_t padded = (plan->group + 4 - 1) / 4 * 4;
+    const int32_t padded = (plan->group + 3) / 4 * 4;
     const int64_t task = merge * plan->chunks;
     const hl_state whole = hl_sfa_f32_d64_partial(plan, task);
     hl_group g;
@@ -4638,8 +4678,8 @@ HL_KERNEL_AVX2 void hl_sfa_f32_d64_finish_avx2(const hl_sparse_flash_attention_p
         const float l = t->l[h];
         const float max = t->m[h] * 0.693147181f;
         const int32_t none = *t->seen == 0.0f; /* no key: O = 0, and only the sink in the sum */
-        hl_sfa_f32_d64_store_out_avx2(a, at, t->o + (ptrdiff_t)h * OS, none && l == l ? 0.0f
-                                      : t->alpha[h] / l);
+        const float *const o = t->o + (ptrdiff_t)h * OS;
+        hl_sfa_f32_d64_store_out_avx2(a, at, o, none && l == l ? 0.0f : t->alpha[h] / l);
         if (a->softmax_max != NULL) {
             a->softmax_max[g->stats + h] = l != l ? l
                                            : sinks != NULL && !(max > sinks[h]) ? sinks[h]
@@ -4675,18 +4715,24 @@ HL_KERNEL_AVX2 void hl_sfa_f32_d64_finish_padding_avx2(const hl_sparse_flash_att
 
 /* ---- merge: two partial results of the same rows ---- */
 
-HL_KERNEL_AVX2 void hl_sfa_f32_d64_start_avx2(const hl_state *t, int32_t padded, int32_t group)
+/* O = 0. */
+HL_KERNEL_AVX2 void hl_sfa_f32_d64_clear_avx2(const hl_state *t, int32_t group)
 {
     enum { L = 8, OS = 64 };
-    const ptrdiff_t o = (ptrdiff_t)group * OS;
+    for (ptrdiff_t c = 0; c < (ptrdiff_t)group * OS; c += L) {
+        hl_vstore_avx2(t->o + c, hl_vzero_avx2());
+    }
+}
+
+HL_KERNEL_AVX2 void hl_sfa_f32_d64_start_avx2(const hl_state *t, int32_t padded, int32_t group)
+{
+    enum { L = 8 };
     for (int32_t h = 0; h < padded; h += L) {
         /* Below all scores, and finite: no difference of two infinities can come up. */
         hl_vstore_avx2(t->m + h, hl_vset_avx2(-3.402823466e+38f));
         hl_vstore_avx2(t->l + h, hl_vzero_avx2());
     }
-    for (ptrdiff_t c = 0; c < o; c += L) {
-        hl_vstore_avx2(t->o + c, hl_vzero_avx2());
-    }
+    hl_sfa_f32_d64_clear_avx2(t, group);
     *t->seen = 0.0f;
 }
 
@@ -4751,7 +4797,6 @@ HL_KERNEL_AVX2 void hl_sfa_f32_d64_block_avx2(const hl_sparse_flash_attention_pl
     /* O = alpha O + P V */
     hl_sfa_f32_d64_value_avx2(w, t, padded, plan->group, value_apart ? 64 : 64, b->n);
 }
-
 /* One chunk of a group's keys (FlashAttention-2, algorithm 1, with K and V in blocks). */
 HL_KERNEL_AVX2 void hl_sfa_f32_d64_forward_avx2(const hl_sparse_flash_attention_plan *plan,
                                                 const hl_group *g, const hl_space *w,
@@ -4780,7 +4825,7 @@ static inline void hl_sfa_f32_d64_task_avx2(const hl_sparse_flash_attention_plan
     const hl_sparse_flash_attention_args *const a = &plan->args;
     const int32_t split = plan->n_merges > 0;
     const int64_t index = split ? task / plan->chunks : task;
-    const int32_t padded = (plan->group + 8 - 1) / 8 * 8;
+    const int32_t padded = (plan->group + 7) / 8 * 8;
     int32_t chunk = split ? (int32_t)(task % plan->chunks) : 0;
     int32_t chunks;
     hl_space w;
@@ -4818,7 +4863,7 @@ __attribute__((target("avx2,fma,f16c")))
 static inline void hl_sfa_f32_d64_merge_avx2(const hl_sparse_flash_attention_plan *plan,
                                              int64_t merge)
 {
-    const int32_t padded = (plan->group + 8 - 1) / 8 * 8;
+    const int32_t padded = (plan->group + 7) / 8 * 8;
     const int64_t task = merge * plan->chunks;
     const hl_state whole = hl_sfa_f32_d64_partial(plan, task);
     hl_group g;
@@ -6417,8 +6462,8 @@ HL_KERNEL_AVX512 void hl_sfa_f32_d64_finish_avx512(const hl_sparse_flash_attenti
         const float l = t->l[h];
         const float max = t->m[h] * 0.693147181f;
         const int32_t none = *t->seen == 0.0f; /* no key: O = 0, and only the sink in the sum */
-        hl_sfa_f32_d64_store_out_avx512(a, at, t->o + (ptrdiff_t)h * OS, none && l == l ? 0.0f
-                                        : t->alpha[h] / l);
+        const float *const o = t->o + (ptrdiff_t)h * OS;
+        hl_sfa_f32_d64_store_out_avx512(a, at, o, none && l == l ? 0.0f : t->alpha[h] / l);
         if (a->softmax_max != NULL) {
             a->softmax_max[g->stats + h] = l != l ? l
                                            : sinks != NULL && !(max > sinks[h]) ? sinks[h]
@@ -6454,18 +6499,24 @@ HL_KERNEL_AVX512 void hl_sfa_f32_d64_finish_padding_avx512(
 
 /* ---- merge: two partial results of the same rows ---- */
 
-HL_KERNEL_AVX512 void hl_sfa_f32_d64_start_avx512(const hl_state *t, int32_t padded, int32_t group)
+/* O = 0. */
+HL_KERNEL_AVX512 void hl_sfa_f32_d64_clear_avx512(const hl_state *t, int32_t group)
 {
     enum { L = 16, OS = 64 };
-    const ptrdiff_t o = (ptrdiff_t)group * OS;
+    for (ptrdiff_t c = 0; c < (ptrdiff_t)group * OS; c += L) {
+        hl_vstore_avx512(t->o + c, hl_vzero_avx512());
+    }
+}
+
+HL_KERNEL_AVX512 void hl_sfa_f32_d64_start_avx512(const hl_state *t, int32_t padded, int32_t group)
+{
+    enum { L = 16 };
     for (int32_t h = 0; h < padded; h += L) {
         /* Below all scores, and finite: no difference of two infinities can come up. */
         hl_vstore_avx512(t->m + h, hl_vset_avx512(-3.402823466e+38f));
         hl_vstore_avx512(t->l + h, hl_vzero_avx512());
     }
-    for (ptrdiff_t c = 0; c < o; c += L) {
-        hl_vstore_avx512(t->o + c, hl_vzero_avx512());
-    }
+    hl_sfa_f32_d64_clear_avx512(t, group);
     *t->seen = 0.0f;
 }
 
@@ -6530,7 +6581,6 @@ HL_KERNEL_AVX512 void hl_sfa_f32_d64_block_avx512(const hl_sparse_flash_attentio
     /* O = alpha O + P V */
     hl_sfa_f32_d64_value_avx512(w, t, padded, plan->group, value_apart ? 64 : 64, b->n);
 }
-
 /* One chunk of a group's keys (FlashAttention-2, algorithm 1, with K and V in blocks). */
 HL_KERNEL_AVX512 void hl_sfa_f32_d64_forward_avx512(const hl_sparse_flash_attention_plan *plan,
                                                     const hl_group *g, const hl_space *w,
@@ -6559,7 +6609,7 @@ static inline void hl_sfa_f32_d64_task_avx512(const hl_sparse_flash_attention_pl
     const hl_sparse_flash_attention_args *const a = &plan->args;
     const int32_t split = plan->n_merges > 0;
     const int64_t index = split ? task / plan->chunks : task;
-    const int32_t padded = (plan->group + 16 - 1) / 16 * 16;
+    const int32_t padded = (plan->group + 15) / 16 * 16;
     int32_t chunk = split ? (int32_t)(task % plan->chunks) : 0;
     int32_t chunks;
     hl_space w;
@@ -6597,7 +6647,7 @@ __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma")))
 static inline void hl_sfa_f32_d64_merge_avx512(const hl_sparse_flash_attention_plan *plan,
                                                int64_t merge)
 {
-    const int32_t padded = (plan->group + 16 - 1) / 16 * 16;
+    const int32_t padded = (plan->group + 15) / 16 * 16;
     const int64_t task = merge * plan->chunks;
     const hl_state whole = hl_sfa_f32_d64_partial(plan, task);
     hl_group g;
@@ -6718,7 +6768,7 @@ static inline hl_status hl_sfa_f32_d64_plan(hl_sparse_flash_attention_plan *plan
             a->isa = HL_ISA_SCALAR;
         }
     }
-    if (a->isa <= HL_ISA_BEST || a->isa > HL_ISA_AVX512 || (present >> a->isa & 1u) == 0) {
+    if (a->isa <= HL_ISA_BEST || a->isa > HL_ISA_AMX || (present >> a->isa & 1u) == 0) {
         return hl_refuse(error, HL_ERR_UNSUPPORTED, HL_ARG_ISA, HL_RULE_GENERATED, a->isa, 0);
     }
     if (a->value == a->key && a->value_stride.batch == a->key_stride.batch
@@ -6749,7 +6799,7 @@ static inline hl_status hl_sfa_f32_d64_plan(hl_sparse_flash_attention_plan *plan
         partials = hl_mul_cap((uint64_t)p.n_tasks, (uint64_t)p.chunks);
         partials =
             hl_mul_cap(partials, 4
-                       * (3 * (((uint64_t)p.group + 15) / 16 * 16) + 16 + 64u * (uint64_t)p.group));
+                       * (5 * (((uint64_t)p.group + 15) / 16 * 16) + 16 + 64u * (uint64_t)p.group));
         partials = hl_add_cap(partials, 64u);
         p.split_bytes = partials > (uint64_t)PTRDIFF_MAX ? 0 : (size_t)partials;
         if (a->partials != NULL) {

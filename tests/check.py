@@ -347,6 +347,7 @@ def fixed_isa() -> Iterator[Check]:
         "scalar": ["gcc"],
         "avx2": ["gcc", "-mavx2", "-mfma", "-mf16c"],
         "avx512": ["gcc", "-march=skylake-avx512"],
+        "amx": ["gcc", "-march=sapphirerapids"],
         "neon": [f"{cross}gcc"],
     }
     for name in header_names():
