@@ -7292,32 +7292,28 @@ HL_WORD_AMX void hl_sfa_bf16_d128_rope64_find_source_amx(hl_sfa_bf16_d128_rope64
  * at a time. The running maximum m is only raised when a score is more than 2^8 above
  * it, which is rare: raising it repairs all that was computed with the lower one. */
 
+typedef struct hl_sfa_bf16_d128_rope64_unit_amx {
+    int32_t head;         /* its first */
+    int32_t sub;          /* its keys: number sub of the block's thirty-twos */
+    int32_t keys;         /* 32, or what is left for the last; 0: there is no such unit */
+    unsigned char *pairs; /* its weights as pairs of keys: [part][head tile][pair][16] */
+} hl_sfa_bf16_d128_rope64_unit_amx;
+
 typedef struct hl_sfa_bf16_d128_rope64_woven_amx {
     const hl_space *w;
     const hl_state *t;
     float scale;
-    int32_t keys;   /* of the block */
     float *s;       /* scores of one unit: [head tile][key][16] */
-    /* the unit that is being weighed */
-    int32_t weigh;  /* its number */
-    int32_t pair;   /* of its slices, done so far; -1: there is no such unit */
-    int32_t pairs;  /* of its slices, to be woven in */
+    hl_sfa_bf16_d128_rope64_unit_amx weigh;  /* scores -> weights */
+    int32_t pair;   /* slices done so far */
+    int32_t pairs;  /* slices to be woven in */
     float sum[32];
     float mass[32]; /* the same of the rounded weights */
     float top[32];  /* largest score above m */
-    /* the unit that is being turned */
-    int32_t turn;
-    int32_t quad;
+    hl_sfa_bf16_d128_rope64_unit_amx turn;   /* weights -> tiles */
+    int32_t quad;   /* slices done so far */
+    int32_t quads;
 } hl_sfa_bf16_d128_rope64_woven_amx;
-
-/* Weights of one unit, as pairs of keys: [part][head tile][pair][16]. */
-HL_WORD_AMX unsigned char *hl_sfa_bf16_d128_rope64_pairs_amx(
-    const hl_sfa_bf16_d128_rope64_woven_amx *x, int32_t unit)
-{
-    enum { AT_PAIRS = 16384, PARTS = 1 };
-    return hl_sfa_bf16_d128_rope64_piece_amx(x->w, AT_PAIRS + (ptrdiff_t)(unit & 1)
-                                             * (2048 * PARTS));
-}
 
 /* P as tiles of 16 heads by 32 keys: [head tile][32 keys][part]. */
 HL_WORD_AMX unsigned char *hl_sfa_bf16_d128_rope64_weights_amx(const hl_space *w, int32_t head_tile,
@@ -7330,19 +7326,18 @@ HL_WORD_AMX unsigned char *hl_sfa_bf16_d128_rope64_weights_amx(const hl_space *w
 
 /* P = 2^(S - m) of two keys and 16 heads. */
 HL_WORD_AMX void hl_sfa_bf16_d128_rope64_weigh_pair_amx(hl_sfa_bf16_d128_rope64_woven_amx *x,
-    int32_t head_pairs, int32_t i)
+    int32_t i)
 {
     const int32_t half = i / 16;
     const float *const s = x->s + (ptrdiff_t)i * 32;
     const hl_vf_avx512 m =
-        hl_vsub_avx512(hl_vzero_avx512(),
-                       hl_vload_avx512(x->t->m + 32 * (x->weigh % head_pairs) + 16 * half));
+        hl_vsub_avx512(hl_vzero_avx512(), hl_vload_avx512(x->t->m + x->weigh.head + 16 * half));
     const hl_vf_avx512 s0 = hl_vfma_avx512(hl_vload_avx512(s), hl_vset_avx512(x->scale), m);
     const hl_vf_avx512 s1 = hl_vfma_avx512(hl_vload_avx512(s + 16), hl_vset_avx512(x->scale), m);
     const hl_vf_avx512 p0 = hl_vexp2_avx512(s0);
     const hl_vf_avx512 p1 = hl_vexp2_avx512(s1);
     const __m512i pair = hl_pair_amx(p0, p1);
-    unsigned char *const to = hl_sfa_bf16_d128_rope64_pairs_amx(x, x->weigh) + 64 * i;
+    unsigned char *const to = x->weigh.pairs + 64 * i;
     hl_vstore_avx512(x->top + 16 * half,
                      hl_vmax_avx512(hl_vmax_avx512(s0, s1), hl_vload_avx512(x->top + 16 * half)));
     hl_vstore_avx512(x->sum + 16 * half,
@@ -7354,12 +7349,11 @@ HL_WORD_AMX void hl_sfa_bf16_d128_rope64_weigh_pair_amx(hl_sfa_bf16_d128_rope64_
 
 /* The same of the last keys of a list: those that are missing weigh nothing. */
 HL_KERNEL_AMX void hl_sfa_bf16_d128_rope64_weigh_last_amx(hl_sfa_bf16_d128_rope64_woven_amx *x,
-    int32_t head_pairs, int32_t half, int32_t keys)
+    int32_t half)
 {
     enum { SUB = 32 };
     const hl_vf_avx512 m =
-        hl_vsub_avx512(hl_vzero_avx512(),
-                       hl_vload_avx512(x->t->m + 32 * (x->weigh % head_pairs) + 16 * half));
+        hl_vsub_avx512(hl_vzero_avx512(), hl_vload_avx512(x->t->m + x->weigh.head + 16 * half));
     hl_vf_avx512 sum = hl_vzero_avx512();
     hl_vf_avx512 mass = hl_vzero_avx512();
     hl_vf_avx512 top = hl_vload_avx512(x->top + 16 * half);
@@ -7368,13 +7362,12 @@ HL_KERNEL_AMX void hl_sfa_bf16_d128_rope64_weigh_last_amx(hl_sfa_bf16_d128_rope6
         const hl_vf_avx512 s0 = hl_vfma_avx512(hl_vload_avx512(s), hl_vset_avx512(x->scale), m);
         const hl_vf_avx512 s1 =
             hl_vfma_avx512(hl_vload_avx512(s + 16), hl_vset_avx512(x->scale), m);
-        hl_vf_avx512 p0 = j < keys ? hl_vexp2_avx512(s0) : hl_vzero_avx512();
-        hl_vf_avx512 p1 = j + 1 < keys ? hl_vexp2_avx512(s1) : hl_vzero_avx512();
+        hl_vf_avx512 p0 = j < x->weigh.keys ? hl_vexp2_avx512(s0) : hl_vzero_avx512();
+        hl_vf_avx512 p1 = j + 1 < x->weigh.keys ? hl_vexp2_avx512(s1) : hl_vzero_avx512();
         const __m512i pair = hl_pair_amx(p0, p1);
-        unsigned char *const to = hl_sfa_bf16_d128_rope64_pairs_amx(x, x->weigh) + 64
-            * (16 * half + j / 2);
-        top = j < keys ? hl_vmax_avx512(s0, top) : top;
-        top = j + 1 < keys ? hl_vmax_avx512(s1, top) : top;
+        unsigned char *const to = x->weigh.pairs + 64 * (16 * half + j / 2);
+        top = j < x->weigh.keys ? hl_vmax_avx512(s0, top) : top;
+        top = j + 1 < x->weigh.keys ? hl_vmax_avx512(s1, top) : top;
         sum = hl_vadd_avx512(sum, hl_vadd_avx512(p0, p1));
         _mm512_storeu_si512(to, pair);
         mass = hl_add_pairs_amx(mass, pair);
@@ -7386,34 +7379,22 @@ HL_KERNEL_AMX void hl_sfa_bf16_d128_rope64_weigh_last_amx(hl_sfa_bf16_d128_rope6
 
 /* Four heads of the unit that is two behind: rows of pairs of keys -> rows of P. */
 HL_WORD_AMX void hl_sfa_bf16_d128_rope64_turn_quad_amx(const hl_sfa_bf16_d128_rope64_woven_amx *x,
-    int32_t head_pairs, int32_t i)
+    int32_t i)
 {
     const int32_t half = i / 4 % 2;
     const int32_t part = i / 8;
-    const int32_t head_tile = 2 * (x->turn % head_pairs) + half;
-    hl_turn_amx(hl_sfa_bf16_d128_rope64_pairs_amx(x, x->turn) + part * 2048 + half * 1024, 64,
-                i % 4, hl_sfa_bf16_d128_rope64_weights_amx(x->w, head_tile, x->turn / head_pairs)
+    hl_turn_amx(x->turn.pairs + part * 2048 + half * 1024, 64, i % 4,
+                hl_sfa_bf16_d128_rope64_weights_amx(x->w, x->turn.head / 16 + half, x->turn.sub)
                 + part * 1024, 64);
-}
-
-/* Keys of a unit: 32, or what is left for the last ones. */
-HL_WORD_AMX int32_t hl_sfa_bf16_d128_rope64_unit_keys_amx(
-    const hl_sfa_bf16_d128_rope64_woven_amx *x, int32_t unit, int32_t head_pairs)
-{
-    enum { SUB = 32 };
-    const int32_t left = x->keys - unit / head_pairs * SUB;
-    return left < SUB ? left : SUB;
 }
 
 /* Raises m of 16 heads, as far as they need it, to the nearest whole number of their maximum: every
  * factor is then a power of 2, and what is rescaled is not rounded once more. */
 HL_KERNEL_AMX void hl_sfa_bf16_d128_rope64_raise_amx(hl_sfa_bf16_d128_rope64_woven_amx *x,
-    int32_t head_pairs, int32_t half, int32_t keys)
+    int32_t half)
 {
     enum { PARTS = 1 };
-    const int32_t head_tile = 2 * (x->weigh % head_pairs) + half;
-    const int32_t sub = x->weigh / head_pairs;
-    const int32_t h = 16 * head_tile;
+    const int32_t h = x->weigh.head + 16 * half;
     const __mmask16 high =
         _mm512_cmp_ps_mask(hl_vload_avx512(x->top + 16 * half), hl_vset_avx512(8.0f), _CMP_GT_OQ);
     const hl_vf_avx512 before = hl_vload_avx512(x->t->m + h);
@@ -7421,7 +7402,7 @@ HL_KERNEL_AMX void hl_sfa_bf16_d128_rope64_raise_amx(hl_sfa_bf16_d128_rope64_wov
     hl_vf_avx512 m;
     hl_vf_avx512 alpha;
     float factor[16];
-    for (int32_t j = 0; j < keys; ++j) {
+    for (int32_t j = 0; j < x->weigh.keys; ++j) {
         most =
             hl_vmax_avx512(hl_vmul_avx512(hl_vload_avx512(x->s + 512 * half + 16 * j),
                                           hl_vset_avx512(x->scale)), most);
@@ -7435,78 +7416,70 @@ HL_KERNEL_AMX void hl_sfa_bf16_d128_rope64_raise_amx(hl_sfa_bf16_d128_rope64_wov
                      hl_vfma_avx512(hl_vload_avx512(x->t->mass + h), alpha, hl_vzero_avx512()));
     hl_vstore_avx512(x->t->alpha + h, hl_vmul_avx512(hl_vload_avx512(x->t->alpha + h), alpha));
     hl_vstore_avx512(factor, alpha);
-    for (int32_t j = 0; j < sub * PARTS; ++j) { /* the block's weights so far */
-        unsigned char *const p = hl_sfa_bf16_d128_rope64_weights_amx(x->w, head_tile, 0)
-            + (ptrdiff_t)j * 1024;
+    for (int32_t j = 0; j < x->weigh.sub * PARTS; ++j) { /* the block's weights so far */
+        unsigned char *const p = hl_sfa_bf16_d128_rope64_weights_amx(x->w, h / 16, 0) + (ptrdiff_t)j
+            * 1024;
         for (int32_t r = 0; r < 16; ++r) {
             const __m512i words = _mm512_loadu_si512(p + 64 * r);
             _mm512_storeu_si512(p + 64 * r, hl_scale_pairs_amx(words, hl_vset_avx512(factor[r])));
         }
     }
     hl_vstore_avx512(x->top + 16 * half, hl_vset_avx512(-3.402823466e+38f));
-    hl_sfa_bf16_d128_rope64_weigh_last_amx(x, head_pairs, half, keys);
+    hl_sfa_bf16_d128_rope64_weigh_last_amx(x, half);
 }
 
 /* What is left of the slices, and what they come to: l, the largest score. */
-HL_KERNEL_AMX void hl_sfa_bf16_d128_rope64_settle_unit_amx(hl_sfa_bf16_d128_rope64_woven_amx *x,
-    int32_t head_pairs)
+HL_KERNEL_AMX void hl_sfa_bf16_d128_rope64_settle_unit_amx(hl_sfa_bf16_d128_rope64_woven_amx *x)
 {
     enum { SUB = 32 };
-    const int32_t keys = hl_sfa_bf16_d128_rope64_unit_keys_amx(x, x->weigh, head_pairs);
-    if (x->pair < 0) { /* no unit is being weighed */
-        return;
+    for (; x->quad < x->quads; ++x->quad) {
+        hl_sfa_bf16_d128_rope64_turn_quad_amx(x, x->quad);
     }
-    for (; keys == SUB && x->pair < 32; ++x->pair) {
-        hl_sfa_bf16_d128_rope64_weigh_pair_amx(x, head_pairs, x->pair);
+    for (; x->pair < x->pairs; ++x->pair) {
+        hl_sfa_bf16_d128_rope64_weigh_pair_amx(x, x->pair);
     }
-    for (int32_t half = 0; half < 2; ++half) {
-        const int32_t h = 32 * (x->weigh % head_pairs) + 16 * half;
-        if (keys < SUB) {
-            hl_sfa_bf16_d128_rope64_weigh_last_amx(x, head_pairs, half, keys);
+    for (int32_t half = 0; x->weigh.keys > 0 && half < 2; ++half) {
+        const int32_t h = x->weigh.head + 16 * half;
+        if (x->weigh.keys < SUB) {
+            hl_sfa_bf16_d128_rope64_weigh_last_amx(x, half);
         }
         if (_mm512_cmp_ps_mask(hl_vload_avx512(x->top + 16 * half), hl_vset_avx512(8.0f),
                                _CMP_GT_OQ)) {
-            hl_sfa_bf16_d128_rope64_raise_amx(x, head_pairs, half, keys);
+            hl_sfa_bf16_d128_rope64_raise_amx(x, half);
         }
         hl_vstore_avx512(x->t->l + h,
                          hl_vadd_avx512(hl_vload_avx512(x->t->l + h),
                                         hl_vload_avx512(x->sum + 16 * half)));
-        hl_vstore_avx512(x->t->top + h,
-                         hl_vmax_avx512(hl_vadd_avx512(hl_vload_avx512(x->t->m + h),
-                hl_vload_avx512(x->top + 16 * half)), hl_vload_avx512(x->t->top + h)));
         hl_vstore_avx512(x->t->mass + h,
                          hl_vadd_avx512(hl_vload_avx512(x->t->mass + h),
                                         hl_vload_avx512(x->mass + 16 * half)));
+        hl_vstore_avx512(x->t->top + h,
+                         hl_vmax_avx512(hl_vadd_avx512(hl_vload_avx512(x->t->m + h),
+                hl_vload_avx512(x->top + 16 * half)), hl_vload_avx512(x->t->top + h)));
         hl_vstore_avx512(x->sum + 16 * half, hl_vzero_avx512());
         hl_vstore_avx512(x->mass + 16 * half, hl_vzero_avx512());
         hl_vstore_avx512(x->top + 16 * half, hl_vset_avx512(-3.402823466e+38f));
     }
 }
 
-/* A slice of vector work, after column c: some of the turning from the start on, some of the
- * weighing once the scores have been stored for a while. */
-HL_WORD_AMX void hl_sfa_bf16_d128_rope64_slice_amx(hl_sfa_bf16_d128_rope64_woven_amx *x,
-                                                   int32_t head_pairs, int32_t c)
+/* A slice of vector work, behind column c: some of the turning from the start on, some of the
+ * weighing once the scores have been in memory for a while. */
+HL_WORD_AMX void hl_sfa_bf16_d128_rope64_slice_amx(hl_sfa_bf16_d128_rope64_woven_amx *x, int32_t c)
 {
-    enum { PARTS = 1 };
-    for (int32_t i = 0; i < 2 && x->quad < 8 * PARTS; ++i, ++x->quad) {
-        hl_sfa_bf16_d128_rope64_turn_quad_amx(x, head_pairs, x->quad);
+    for (int32_t i = 0; i < 2 && x->quad < x->quads; ++i, ++x->quad) {
+        hl_sfa_bf16_d128_rope64_turn_quad_amx(x, x->quad);
     }
-    for (int32_t i = 0; c >= 2 && i < 8 && x->pair >= 0
-         && x->pair < x->pairs; ++i, ++x->pair) {
-        hl_sfa_bf16_d128_rope64_weigh_pair_amx(x, head_pairs, x->pair);
+    for (int32_t i = 0; c >= 2 && i < 8 && x->pair < x->pairs; ++i, ++x->pair) {
+        hl_sfa_bf16_d128_rope64_weigh_pair_amx(x, x->pair);
     }
 }
 
-/* Puts the four tiles of scores of the unit before into memory. */
 /* One unit: 2 x 2 tiles over all columns, with slices of vector work between them. In the last
  * pass of the heads over these keys, `later` are copied in their place. Tiles are stored one by
  * one, each just before it is needed again: four at a time would stall. */
-HL_KERNEL_AMX void hl_sfa_bf16_d128_rope64_unit_amx(hl_sfa_bf16_d128_rope64_woven_amx *x,
-                                                    int32_t head_pairs,
-                                                    const hl_sfa_bf16_d128_rope64_source_amx *k,
-                                                    const unsigned char *q, int32_t stored,
-                                                    const hl_row *later, int32_t later_keys)
+HL_KERNEL_AMX void hl_sfa_bf16_d128_rope64_score_unit_amx(hl_sfa_bf16_d128_rope64_woven_amx *x,
+    const hl_sfa_bf16_d128_rope64_source_amx *k, const unsigned char *q, int32_t stored,
+    const hl_row *later, int32_t later_keys)
 {
     enum { AT_KEYS = 0, COLUMNS = 6, PARTS = 1 };
     enum { NOPE = 4, SUB = 32 };
@@ -7549,66 +7522,71 @@ HL_KERNEL_AMX void hl_sfa_bf16_d128_rope64_unit_amx(hl_sfa_bf16_d128_rope64_wove
             HL_TILE_DOT(2, 5, 6);
             HL_TILE_DOT(3, 5, 7);
         }
-        hl_sfa_bf16_d128_rope64_slice_amx(x, head_pairs, c);
+        hl_sfa_bf16_d128_rope64_slice_amx(x, c);
         if (later != NULL) {
             hl_sfa_bf16_d128_rope64_fill_column_amx(later, later_keys, SUB, c, panel);
         }
     }
 }
 
+/* The unit that was weighed is turned next, and the one that was scored is weighed. */
+HL_WORD_AMX void hl_sfa_bf16_d128_rope64_move_on_amx(hl_sfa_bf16_d128_rope64_woven_amx *x,
+    int32_t head, int32_t sub, int32_t keys)
+{
+    enum { SUB = 32, AT_PAIRS = 16384, PARTS = 1 };
+    unsigned char *const pairs = hl_sfa_bf16_d128_rope64_piece_amx(x->w, AT_PAIRS);
+    x->turn = x->weigh;
+    x->quads = x->turn.keys > 0 ? 8 * PARTS : 0;
+    x->quad = 0;
+    x->weigh.head = head;
+    x->weigh.sub = sub;
+    x->weigh.keys = keys;
+    x->weigh.pairs = x->turn.pairs == pairs ? pairs + 2048 * PARTS : pairs;
+    x->pairs = keys == SUB ? 32 : 0;
+    x->pair = 0;
+}
+
 /* S = scale Q K^T and P = 2^(S - m) of the whole block. */
 HL_KERNEL_AMX void hl_sfa_bf16_d128_rope64_score_many_amx(hl_sfa_bf16_d128_rope64_woven_amx *x,
-    const hl_block *b, int32_t head_pairs)
+    const hl_block *b, int32_t heads)
 {
     enum { SUB = 32, AT_KEYS = 0 };
     enum { COLUMNS = 6, PARTS = 1 };
-    const int32_t units = (b->n + SUB - 1) / SUB * head_pairs;
     unsigned char *const panel = hl_sfa_bf16_d128_rope64_piece_amx(x->w, AT_KEYS);
-    const unsigned char *const q = (const unsigned char *)x->w->q;
-    int32_t in_place = hl_sfa_bf16_d128_rope64_in_place_amx(b->row, b->n < SUB ? b->n : SUB, SUB);
-    int32_t next_in_place = 0;
-    hl_sfa_bf16_d128_rope64_source_amx source;
+    unsigned char *const s = (unsigned char *)x->s;
+    int32_t keys = b->n < SUB ? b->n : SUB;
+    int32_t in_place = hl_sfa_bf16_d128_rope64_in_place_amx(b->row, keys, SUB);
     if (!in_place) {
         for (int32_t c = 0; c < COLUMNS; ++c) {
-            hl_sfa_bf16_d128_rope64_fill_column_amx(b->row, b->n < SUB ? b->n : SUB, SUB, c, panel);
+            hl_sfa_bf16_d128_rope64_fill_column_amx(b->row, keys, SUB, c, panel);
         }
     }
-    for (int32_t u = 0; u < units + 2; ++u) {
-        x->turn = u - 2;
-        x->quad = u >= 2 ? 0 : 8 * PARTS;
-        x->weigh = u - 1;
-        x->pair = u >= 1 && u <= units ? 0 : -1;
-        x->pairs = x->pair == 0
-            && hl_sfa_bf16_d128_rope64_unit_keys_amx(x, u - 1, head_pairs) == SUB ? 32 : 0;
-        if (u < units) {
-            const int32_t head = u % head_pairs;
-            const int32_t sub = u / head_pairs;
-            const int32_t next = (sub + 1) * SUB;
-            const int32_t last = head == head_pairs - 1 && next < b->n;
-            const int32_t later = b->n - next < SUB ? b->n - next : SUB;
-            if (head == 0) {
-                in_place = sub == 0 ? in_place : next_in_place;
-                hl_sfa_bf16_d128_rope64_find_source_amx(&source, b->row + sub * SUB, in_place, SUB,
-                    panel);
-            }
-            if (last) {
-                next_in_place = hl_sfa_bf16_d128_rope64_in_place_amx(b->row + next, later, SUB);
-            }
-            hl_sfa_bf16_d128_rope64_unit_amx(x, head_pairs, &source, q + (ptrdiff_t)head
-                                             * (COLUMNS * PARTS * 2048), u > 0, last
-                                             && !next_in_place ? b->row + next : NULL, later);
-        } else if (u == units) {
-            unsigned char *const s = (unsigned char *)x->s;
-            HL_TILE_STORE(0, s + 0, 64);
-            HL_TILE_STORE(1, s + 2048, 64);
-            HL_TILE_STORE(2, s + 1024, 64);
-            HL_TILE_STORE(3, s + 3072, 64);
+    for (int32_t sub = 0; keys > 0; ++sub) {
+        const unsigned char *q = (const unsigned char *)x->w->q;
+        const hl_row *const next = b->row + (sub + 1) * SUB;
+        const int32_t left = b->n - (sub + 1) * SUB;
+        const int32_t later = left < 0 ? 0 : left < SUB ? left : SUB;
+        const int32_t next_in_place = later > 0
+            && hl_sfa_bf16_d128_rope64_in_place_amx(next, later, SUB);
+        hl_sfa_bf16_d128_rope64_source_amx source;
+        hl_sfa_bf16_d128_rope64_find_source_amx(&source, b->row + sub * SUB, in_place, SUB, panel);
+        for (int32_t head = 0; head < heads; head += 32, q += COLUMNS * PARTS * 2048) {
+            const int32_t fill = head + 32 == heads && later > 0 && !next_in_place;
+            hl_sfa_bf16_d128_rope64_score_unit_amx(x, &source, q, x->weigh.keys > 0, fill ? next
+                                                   : NULL, later);
+            hl_sfa_bf16_d128_rope64_settle_unit_amx(x);
+            hl_sfa_bf16_d128_rope64_move_on_amx(x, head, sub, keys);
         }
-        for (; x->quad < 8 * PARTS; ++x->quad) {
-            hl_sfa_bf16_d128_rope64_turn_quad_amx(x, head_pairs, x->quad);
-        }
-        hl_sfa_bf16_d128_rope64_settle_unit_amx(x, head_pairs);
+        in_place = next_in_place;
+        keys = later;
     }
+    HL_TILE_STORE(0, s + 0, 64);
+    HL_TILE_STORE(1, s + 2048, 64);
+    HL_TILE_STORE(2, s + 1024, 64);
+    HL_TILE_STORE(3, s + 3072, 64);
+    hl_sfa_bf16_d128_rope64_settle_unit_amx(x);
+    hl_sfa_bf16_d128_rope64_move_on_amx(x, 0, 0, 0);
+    hl_sfa_bf16_d128_rope64_settle_unit_amx(x);
 }
 
 /* V of 32 keys, 32 channels from c: pairs of keys side by side, as two tiles. Their channels come
@@ -7743,7 +7721,11 @@ HL_KERNEL_AMX void hl_sfa_bf16_d128_rope64_block_many_amx(const hl_space *w, con
     x.w = w;
     x.t = t;
     x.scale = scale;
-    x.keys = b->n;
+    x.weigh.head = 0;
+    x.weigh.sub = 0;
+    x.weigh.keys = 0;
+    x.weigh.pairs = NULL;
+    hl_sfa_bf16_d128_rope64_move_on_amx(&x, 0, 0, 0);
     x.s = (float *)(void *)hl_sfa_bf16_d128_rope64_piece_amx(w, AT_SCORES);
     for (int32_t h = 0; h < 32; h += 16) {
         hl_vstore_avx512(x.sum + h, hl_vzero_avx512());
@@ -7754,7 +7736,7 @@ HL_KERNEL_AMX void hl_sfa_bf16_d128_rope64_block_many_amx(const hl_space *w, con
         hl_vstore_avx512(t->alpha + h, hl_vset_avx512(1.0f));
     }
     hl_tiles_on_amx(8, 16);
-    hl_sfa_bf16_d128_rope64_score_many_amx(&x, b, heads / 32);
+    hl_sfa_bf16_d128_rope64_score_many_amx(&x, b, heads);
     if (!first) {
         hl_sfa_bf16_d128_rope64_rescale_amx(t, heads);
     }
