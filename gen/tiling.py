@@ -174,6 +174,7 @@ class Matrix:
     pairs_a_column: int
     weigh_from: int
     fetch_lines: int
+    exp2: str  # of weights
     sub: int = SUB
     margin: int = MARGIN
     dots: tuple = DOTS
@@ -277,6 +278,7 @@ def matrix(kernel, o_stride):
         pairs_a_column=-(-32 // (columns - weigh_from)),
         weigh_from=weigh_from,
         fetch_lines=max(1, kernel.dk * 2 // FETCH_BYTES),
+        exp2="hl_exp2_amx" if kernel.math == "builtin" else "vexp2",
     )
 
 
