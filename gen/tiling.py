@@ -259,7 +259,7 @@ def matrix(kernel, o_stride):
             "chains": 1024 * len(CHAINS),
             "rows": 16 * MATRIX_BLOCK * 4,
             "weights": MATRIX_BLOCK // 16 * 2048,
-            "copies": 4 * 1024,
+            "copies": 2 * 4 * 1024,
         }
     )
     weigh_from = min(2, columns - 1)

@@ -7770,23 +7770,17 @@ HL_KERNEL_AMX void hl_sfa_bf16_d128_rope64_block_many_amx(const hl_space *w, con
  * words are pairs of channels, of which a P with 0 in its upper halves takes the even ones and one
  * with 0 in its lower halves the odd ones. */
 
-/* S of 16 keys: the chains are summed, scaled and turned, [head][key of the block]. */
-HL_KERNEL_AMX void hl_sfa_bf16_d128_rope64_score_few_amx(const hl_space *w, const hl_row *row,
-    int32_t n, int32_t group, float scale, float *s)
+/* S of 16 keys: the chains are summed, scaled and turned, [head][key of the block]. Meanwhile
+ * `later` keys, if there are any, are copied where these ones' tiles have been loaded from. */
+HL_KERNEL_AMX void hl_sfa_bf16_d128_rope64_score_few_amx(const hl_space *w,
+    const hl_sfa_bf16_d128_rope64_source_amx *k, int32_t group, float scale, float *s,
+    const hl_row *later, int32_t later_keys)
 {
     enum { AT_KEYS = 0, AT_CHAINS = 6144, COLUMNS = 6 };
     enum { NOPE = 4, BLOCK = 256 };
     unsigned char *const panel = hl_sfa_bf16_d128_rope64_piece_amx(w, AT_KEYS);
     unsigned char *const chain = hl_sfa_bf16_d128_rope64_piece_amx(w, AT_CHAINS);
     const unsigned char *q = (const unsigned char *)w->q;
-    const int32_t in_place = hl_sfa_bf16_d128_rope64_in_place_amx(row, n, 16);
-    hl_sfa_bf16_d128_rope64_source_amx source;
-    if (!in_place) {
-        for (int32_t c = 0; c < COLUMNS; ++c) {
-            hl_sfa_bf16_d128_rope64_fill_column_amx(row, n, 16, c, panel);
-        }
-    }
-    hl_sfa_bf16_d128_rope64_find_source_amx(&source, row, in_place, 16, panel);
     HL_TILE_ZERO(0);
     HL_TILE_ZERO(1);
     HL_TILE_ZERO(2);
@@ -7794,26 +7788,35 @@ HL_KERNEL_AMX void hl_sfa_bf16_d128_rope64_score_few_amx(const hl_space *w, cons
         {
             const int32_t at = c + 0;
             const int32_t rope = at >= NOPE;
-            HL_TILE_STREAM(3, rope ? source.rope + (at - NOPE) * source.column : source.nope + at
-                           * source.column, rope ? source.rope_stride : source.nope_stride);
+            HL_TILE_STREAM(3, rope ? k->rope + (at - NOPE) * k->column : k->nope + at * k->column,
+                           rope ? k->rope_stride : k->nope_stride);
             HL_TILE_LOAD(6, q + 0, 64);
             HL_TILE_DOT(0, 3, 6);
+            if (later != NULL) {
+                hl_sfa_bf16_d128_rope64_fill_column_amx(later, later_keys, 16, at, panel);
+            }
         }
         if (c + 1 < COLUMNS) {
             const int32_t at = c + 1;
             const int32_t rope = at >= NOPE;
-            HL_TILE_STREAM(4, rope ? source.rope + (at - NOPE) * source.column : source.nope + at
-                           * source.column, rope ? source.rope_stride : source.nope_stride);
+            HL_TILE_STREAM(4, rope ? k->rope + (at - NOPE) * k->column : k->nope + at * k->column,
+                           rope ? k->rope_stride : k->nope_stride);
             HL_TILE_LOAD(7, q + 1024, 64);
             HL_TILE_DOT(1, 4, 7);
+            if (later != NULL) {
+                hl_sfa_bf16_d128_rope64_fill_column_amx(later, later_keys, 16, at, panel);
+            }
         }
         if (c + 2 < COLUMNS) {
             const int32_t at = c + 2;
             const int32_t rope = at >= NOPE;
-            HL_TILE_STREAM(5, rope ? source.rope + (at - NOPE) * source.column : source.nope + at
-                           * source.column, rope ? source.rope_stride : source.nope_stride);
+            HL_TILE_STREAM(5, rope ? k->rope + (at - NOPE) * k->column : k->nope + at * k->column,
+                           rope ? k->rope_stride : k->nope_stride);
             HL_TILE_LOAD(6, q + 2048, 64);
             HL_TILE_DOT(2, 5, 6);
+            if (later != NULL) {
+                hl_sfa_bf16_d128_rope64_fill_column_amx(later, later_keys, 16, at, panel);
+            }
         }
     }
     HL_TILE_STORE(0, chain + 0, 64);
@@ -7878,41 +7881,46 @@ HL_KERNEL_AMX void hl_sfa_bf16_d128_rope64_softmax_few_amx(const hl_state *t, in
                                        mass));
 }
 
-/* The tile of 16 keys' values, 32 channels from c: in place or copied. */
-HL_WORD_AMX const unsigned char *hl_sfa_bf16_d128_rope64_value_tile_amx(const hl_row *row,
-    int32_t n, int32_t in_place, int32_t c, unsigned char *copy)
-{
-    if (in_place) {
-        return (const unsigned char *)row[0].value + 2 * c;
-    }
-    for (int32_t j = 0; j < 16; ++j) {
-        _mm512_storeu_si512(copy + 64 * j, j < n
-                            ? hl_sfa_bf16_d128_rope64_words_amx(row[j].value, c, 128, 0)
-                            : _mm512_setzero_si512());
-    }
-    return copy;
-}
-
 /* Are 16 values one distance apart, and the channels whole tiles? */
 HL_WORD_AMX int32_t hl_sfa_bf16_d128_rope64_value_in_place_amx(const hl_row *row, int32_t n)
 {
-    const ptrdiff_t step = (const char *)row[1].value - (const char *)row[0].value;
     int32_t same = n >= 16;
-    for (int32_t j = 1; same && j < 16; ++j) {
-        same = (const char *)row[j].value == (const char *)row[0].value + j * step;
+    for (int32_t j = 2; same && j < 16; ++j) {
+        same = (const char *)row[j].value - (const char *)row[j - 1].value
+            == (const char *)row[1].value - (const char *)row[0].value;
     }
     return same;
 }
+
+/* Some columns of 32 channels of up to 16 values, from channel c on, as tiles; 0 for those that are
+ * missing. */
+HL_WORD_AMX void hl_sfa_bf16_d128_rope64_copy_values_amx(const hl_row *row, int32_t n, int32_t c,
+    int32_t columns, unsigned char *to)
+{
+    for (int32_t j = 0; j < 16; ++j) {
+        for (int32_t i = 0; i < columns; ++i) {
+            _mm512_storeu_si512(to + 1024 * i + 64 * j, j < n
+                                ? hl_sfa_bf16_d128_rope64_words_amx(row[j].value, c + 32 * i, 128,
+                    0) : _mm512_setzero_si512());
+        }
+    }
+}
 /* O += P V, up to 8 heads: 4 columns of 32 channels from column g
- * on. */
+ * on. Values that cannot be loaded in place are copied one step ahead, so that no load has to wait
+ * for a store. */
 HL_KERNEL_AMX void hl_sfa_bf16_d128_rope64_value_8x4_amx(const hl_space *w, const hl_state *t,
     const hl_block *b, int32_t g, int32_t first)
 {
-    enum { AT_COPIES = 58368 };
-    enum { AT_WEIGHTS = 25600, ROW = 288, SIZE = 1024 };
+    enum { AT_COPIES = 58368, AT_WEIGHTS = 25600 };
+    enum { ROW = 288, SIZE = 1024, WIDTH = 4 };
     unsigned char *const o = (unsigned char *)t->o + g * 64;
-    unsigned char *const copy = hl_sfa_bf16_d128_rope64_piece_amx(w, AT_COPIES);
+    unsigned char *copy = hl_sfa_bf16_d128_rope64_piece_amx(w, AT_COPIES);
+    unsigned char *later = copy + 4096;
     const unsigned char *p = hl_sfa_bf16_d128_rope64_piece_amx(w, AT_WEIGHTS);
+    int32_t in_place = hl_sfa_bf16_d128_rope64_value_in_place_amx(b->row, b->n);
+    if (!in_place) {
+        hl_sfa_bf16_d128_rope64_copy_values_amx(b->row, b->n, 32 * g, WIDTH, copy);
+    }
     if (first) {
         HL_TILE_ZERO(0);
         HL_TILE_ZERO(1);
@@ -7926,24 +7934,30 @@ HL_KERNEL_AMX void hl_sfa_bf16_d128_rope64_value_8x4_amx(const hl_space *w, cons
     }
     for (int32_t j = 0; j < b->n; j += 16, p += SIZE) {
         const hl_row *const row = b->row + j;
-        const int32_t n = b->n - j;
-        const int32_t in_place = hl_sfa_bf16_d128_rope64_value_in_place_amx(row, n);
+        const unsigned char *const v = in_place
+            ? (const unsigned char *)row[0].value + 64 * g : copy;
+        const ptrdiff_t column = in_place ? 64 : 1024;
         const ptrdiff_t stride = in_place
             ? (const char *)row[1].value - (const char *)row[0].value : 64;
-        const unsigned char *v;
+        unsigned char *const swap = copy;
         HL_TILE_LOAD(4, p + 0, 64);
-        v = hl_sfa_bf16_d128_rope64_value_tile_amx(row, n, in_place, 32 * (g + 0), copy + 0);
-        HL_TILE_STREAM(5, v, stride);
+        HL_TILE_STREAM(5, v + 0 * column, stride);
         HL_TILE_DOT(0, 4, 5);
-        v = hl_sfa_bf16_d128_rope64_value_tile_amx(row, n, in_place, 32 * (g + 1), copy + 1024);
-        HL_TILE_STREAM(6, v, stride);
+        HL_TILE_STREAM(6, v + 1 * column, stride);
         HL_TILE_DOT(1, 4, 6);
-        v = hl_sfa_bf16_d128_rope64_value_tile_amx(row, n, in_place, 32 * (g + 2), copy + 2048);
-        HL_TILE_STREAM(7, v, stride);
+        HL_TILE_STREAM(7, v + 2 * column, stride);
         HL_TILE_DOT(2, 4, 7);
-        v = hl_sfa_bf16_d128_rope64_value_tile_amx(row, n, in_place, 32 * (g + 3), copy + 3072);
-        HL_TILE_STREAM(5, v, stride);
+        HL_TILE_STREAM(5, v + 3 * column, stride);
         HL_TILE_DOT(3, 4, 5);
+        if (j + 16 < b->n) {
+            in_place = hl_sfa_bf16_d128_rope64_value_in_place_amx(row + 16, b->n - j - 16);
+            if (!in_place) {
+                hl_sfa_bf16_d128_rope64_copy_values_amx(row + 16, b->n - j - 16, 32 * g, WIDTH,
+                    later);
+            }
+        }
+        copy = later;
+        later = swap;
     }
     HL_TILE_STORE(0, o + 0, ROW);
     HL_TILE_STORE(1, o + 64, ROW);
@@ -7951,15 +7965,21 @@ HL_KERNEL_AMX void hl_sfa_bf16_d128_rope64_value_8x4_amx(const hl_space *w, cons
     HL_TILE_STORE(3, o + 192, ROW);
 }
 /* O += P V, up to 8 heads: 2 columns of 32 channels from column g
- * on. */
+ * on. Values that cannot be loaded in place are copied one step ahead, so that no load has to wait
+ * for a store. */
 HL_KERNEL_AMX void hl_sfa_bf16_d128_rope64_value_8x2_amx(const hl_space *w, const hl_state *t,
     const hl_block *b, int32_t g, int32_t first)
 {
-    enum { AT_COPIES = 58368 };
-    enum { AT_WEIGHTS = 25600, ROW = 288, SIZE = 1024 };
+    enum { AT_COPIES = 58368, AT_WEIGHTS = 25600 };
+    enum { ROW = 288, SIZE = 1024, WIDTH = 2 };
     unsigned char *const o = (unsigned char *)t->o + g * 64;
-    unsigned char *const copy = hl_sfa_bf16_d128_rope64_piece_amx(w, AT_COPIES);
+    unsigned char *copy = hl_sfa_bf16_d128_rope64_piece_amx(w, AT_COPIES);
+    unsigned char *later = copy + 4096;
     const unsigned char *p = hl_sfa_bf16_d128_rope64_piece_amx(w, AT_WEIGHTS);
+    int32_t in_place = hl_sfa_bf16_d128_rope64_value_in_place_amx(b->row, b->n);
+    if (!in_place) {
+        hl_sfa_bf16_d128_rope64_copy_values_amx(b->row, b->n, 32 * g, WIDTH, copy);
+    }
     if (first) {
         HL_TILE_ZERO(0);
         HL_TILE_ZERO(1);
@@ -7969,32 +7989,46 @@ HL_KERNEL_AMX void hl_sfa_bf16_d128_rope64_value_8x2_amx(const hl_space *w, cons
     }
     for (int32_t j = 0; j < b->n; j += 16, p += SIZE) {
         const hl_row *const row = b->row + j;
-        const int32_t n = b->n - j;
-        const int32_t in_place = hl_sfa_bf16_d128_rope64_value_in_place_amx(row, n);
+        const unsigned char *const v = in_place
+            ? (const unsigned char *)row[0].value + 64 * g : copy;
+        const ptrdiff_t column = in_place ? 64 : 1024;
         const ptrdiff_t stride = in_place
             ? (const char *)row[1].value - (const char *)row[0].value : 64;
-        const unsigned char *v;
+        unsigned char *const swap = copy;
         HL_TILE_LOAD(4, p + 0, 64);
-        v = hl_sfa_bf16_d128_rope64_value_tile_amx(row, n, in_place, 32 * (g + 0), copy + 0);
-        HL_TILE_STREAM(5, v, stride);
+        HL_TILE_STREAM(5, v + 0 * column, stride);
         HL_TILE_DOT(0, 4, 5);
-        v = hl_sfa_bf16_d128_rope64_value_tile_amx(row, n, in_place, 32 * (g + 1), copy + 1024);
-        HL_TILE_STREAM(6, v, stride);
+        HL_TILE_STREAM(6, v + 1 * column, stride);
         HL_TILE_DOT(1, 4, 6);
+        if (j + 16 < b->n) {
+            in_place = hl_sfa_bf16_d128_rope64_value_in_place_amx(row + 16, b->n - j - 16);
+            if (!in_place) {
+                hl_sfa_bf16_d128_rope64_copy_values_amx(row + 16, b->n - j - 16, 32 * g, WIDTH,
+                    later);
+            }
+        }
+        copy = later;
+        later = swap;
     }
     HL_TILE_STORE(0, o + 0, ROW);
     HL_TILE_STORE(1, o + 64, ROW);
 }
 /* O += P V, up to 8 heads: 1 column of 32 channels from column g
- * on. */
+ * on. Values that cannot be loaded in place are copied one step ahead, so that no load has to wait
+ * for a store. */
 HL_KERNEL_AMX void hl_sfa_bf16_d128_rope64_value_8x1_amx(const hl_space *w, const hl_state *t,
     const hl_block *b, int32_t g, int32_t first)
 {
-    enum { AT_COPIES = 58368 };
-    enum { AT_WEIGHTS = 25600, ROW = 288, SIZE = 1024 };
+    enum { AT_COPIES = 58368, AT_WEIGHTS = 25600 };
+    enum { ROW = 288, SIZE = 1024, WIDTH = 1 };
     unsigned char *const o = (unsigned char *)t->o + g * 64;
-    unsigned char *const copy = hl_sfa_bf16_d128_rope64_piece_amx(w, AT_COPIES);
+    unsigned char *copy = hl_sfa_bf16_d128_rope64_piece_amx(w, AT_COPIES);
+    unsigned char *later = copy + 4096;
     const unsigned char *p = hl_sfa_bf16_d128_rope64_piece_amx(w, AT_WEIGHTS);
+    int32_t in_place = hl_sfa_bf16_d128_rope64_value_in_place_amx(b->row, b->n);
+    if (!in_place) {
+        hl_sfa_bf16_d128_rope64_copy_values_amx(b->row, b->n, 32 * g, WIDTH, copy);
+    }
     if (first) {
         HL_TILE_ZERO(0);
     } else {
@@ -8002,28 +8036,43 @@ HL_KERNEL_AMX void hl_sfa_bf16_d128_rope64_value_8x1_amx(const hl_space *w, cons
     }
     for (int32_t j = 0; j < b->n; j += 16, p += SIZE) {
         const hl_row *const row = b->row + j;
-        const int32_t n = b->n - j;
-        const int32_t in_place = hl_sfa_bf16_d128_rope64_value_in_place_amx(row, n);
+        const unsigned char *const v = in_place
+            ? (const unsigned char *)row[0].value + 64 * g : copy;
+        const ptrdiff_t column = in_place ? 64 : 1024;
         const ptrdiff_t stride = in_place
             ? (const char *)row[1].value - (const char *)row[0].value : 64;
-        const unsigned char *v;
+        unsigned char *const swap = copy;
         HL_TILE_LOAD(4, p + 0, 64);
-        v = hl_sfa_bf16_d128_rope64_value_tile_amx(row, n, in_place, 32 * (g + 0), copy + 0);
-        HL_TILE_STREAM(5, v, stride);
+        HL_TILE_STREAM(5, v + 0 * column, stride);
         HL_TILE_DOT(0, 4, 5);
+        if (j + 16 < b->n) {
+            in_place = hl_sfa_bf16_d128_rope64_value_in_place_amx(row + 16, b->n - j - 16);
+            if (!in_place) {
+                hl_sfa_bf16_d128_rope64_copy_values_amx(row + 16, b->n - j - 16, 32 * g, WIDTH,
+                    later);
+            }
+        }
+        copy = later;
+        later = swap;
     }
     HL_TILE_STORE(0, o + 0, ROW);
 }
 /* O += P V, 9 to 16 heads: 2 columns of 32 channels from column g
- * on. */
+ * on. Values that cannot be loaded in place are copied one step ahead, so that no load has to wait
+ * for a store. */
 HL_KERNEL_AMX void hl_sfa_bf16_d128_rope64_value_16x2_amx(const hl_space *w, const hl_state *t,
     const hl_block *b, int32_t g, int32_t first)
 {
-    enum { AT_COPIES = 58368 };
-    enum { AT_WEIGHTS = 25600, ROW = 576, SIZE = 2048 };
+    enum { AT_COPIES = 58368, AT_WEIGHTS = 25600 };
+    enum { ROW = 576, SIZE = 2048, WIDTH = 2 };
     unsigned char *const o = (unsigned char *)t->o + g * 128;
-    unsigned char *const copy = hl_sfa_bf16_d128_rope64_piece_amx(w, AT_COPIES);
+    unsigned char *copy = hl_sfa_bf16_d128_rope64_piece_amx(w, AT_COPIES);
+    unsigned char *later = copy + 4096;
     const unsigned char *p = hl_sfa_bf16_d128_rope64_piece_amx(w, AT_WEIGHTS);
+    int32_t in_place = hl_sfa_bf16_d128_rope64_value_in_place_amx(b->row, b->n);
+    if (!in_place) {
+        hl_sfa_bf16_d128_rope64_copy_values_amx(b->row, b->n, 32 * g, WIDTH, copy);
+    }
     if (first) {
         HL_TILE_ZERO(0);
         HL_TILE_ZERO(1);
@@ -8037,21 +8086,29 @@ HL_KERNEL_AMX void hl_sfa_bf16_d128_rope64_value_16x2_amx(const hl_space *w, con
     }
     for (int32_t j = 0; j < b->n; j += 16, p += SIZE) {
         const hl_row *const row = b->row + j;
-        const int32_t n = b->n - j;
-        const int32_t in_place = hl_sfa_bf16_d128_rope64_value_in_place_amx(row, n);
+        const unsigned char *const v = in_place
+            ? (const unsigned char *)row[0].value + 64 * g : copy;
+        const ptrdiff_t column = in_place ? 64 : 1024;
         const ptrdiff_t stride = in_place
             ? (const char *)row[1].value - (const char *)row[0].value : 64;
-        const unsigned char *v;
+        unsigned char *const swap = copy;
         HL_TILE_LOAD(4, p + 0, 64);
         HL_TILE_LOAD(5, p + 1024, 64);
-        v = hl_sfa_bf16_d128_rope64_value_tile_amx(row, n, in_place, 32 * (g + 0), copy + 0);
-        HL_TILE_STREAM(6, v, stride);
+        HL_TILE_STREAM(6, v + 0 * column, stride);
         HL_TILE_DOT(0, 4, 6);
         HL_TILE_DOT(1, 5, 6);
-        v = hl_sfa_bf16_d128_rope64_value_tile_amx(row, n, in_place, 32 * (g + 1), copy + 1024);
-        HL_TILE_STREAM(7, v, stride);
+        HL_TILE_STREAM(7, v + 1 * column, stride);
         HL_TILE_DOT(2, 4, 7);
         HL_TILE_DOT(3, 5, 7);
+        if (j + 16 < b->n) {
+            in_place = hl_sfa_bf16_d128_rope64_value_in_place_amx(row + 16, b->n - j - 16);
+            if (!in_place) {
+                hl_sfa_bf16_d128_rope64_copy_values_amx(row + 16, b->n - j - 16, 32 * g, WIDTH,
+                    later);
+            }
+        }
+        copy = later;
+        later = swap;
     }
     HL_TILE_STORE(0, o + 0, ROW);
     HL_TILE_STORE(1, o + 64, ROW);
@@ -8059,15 +8116,21 @@ HL_KERNEL_AMX void hl_sfa_bf16_d128_rope64_value_16x2_amx(const hl_space *w, con
     HL_TILE_STORE(3, o + 192, ROW);
 }
 /* O += P V, 9 to 16 heads: 1 column of 32 channels from column g
- * on. */
+ * on. Values that cannot be loaded in place are copied one step ahead, so that no load has to wait
+ * for a store. */
 HL_KERNEL_AMX void hl_sfa_bf16_d128_rope64_value_16x1_amx(const hl_space *w, const hl_state *t,
     const hl_block *b, int32_t g, int32_t first)
 {
-    enum { AT_COPIES = 58368 };
-    enum { AT_WEIGHTS = 25600, ROW = 576, SIZE = 2048 };
+    enum { AT_COPIES = 58368, AT_WEIGHTS = 25600 };
+    enum { ROW = 576, SIZE = 2048, WIDTH = 1 };
     unsigned char *const o = (unsigned char *)t->o + g * 128;
-    unsigned char *const copy = hl_sfa_bf16_d128_rope64_piece_amx(w, AT_COPIES);
+    unsigned char *copy = hl_sfa_bf16_d128_rope64_piece_amx(w, AT_COPIES);
+    unsigned char *later = copy + 4096;
     const unsigned char *p = hl_sfa_bf16_d128_rope64_piece_amx(w, AT_WEIGHTS);
+    int32_t in_place = hl_sfa_bf16_d128_rope64_value_in_place_amx(b->row, b->n);
+    if (!in_place) {
+        hl_sfa_bf16_d128_rope64_copy_values_amx(b->row, b->n, 32 * g, WIDTH, copy);
+    }
     if (first) {
         HL_TILE_ZERO(0);
         HL_TILE_ZERO(1);
@@ -8077,17 +8140,26 @@ HL_KERNEL_AMX void hl_sfa_bf16_d128_rope64_value_16x1_amx(const hl_space *w, con
     }
     for (int32_t j = 0; j < b->n; j += 16, p += SIZE) {
         const hl_row *const row = b->row + j;
-        const int32_t n = b->n - j;
-        const int32_t in_place = hl_sfa_bf16_d128_rope64_value_in_place_amx(row, n);
+        const unsigned char *const v = in_place
+            ? (const unsigned char *)row[0].value + 64 * g : copy;
+        const ptrdiff_t column = in_place ? 64 : 1024;
         const ptrdiff_t stride = in_place
             ? (const char *)row[1].value - (const char *)row[0].value : 64;
-        const unsigned char *v;
+        unsigned char *const swap = copy;
         HL_TILE_LOAD(4, p + 0, 64);
         HL_TILE_LOAD(5, p + 1024, 64);
-        v = hl_sfa_bf16_d128_rope64_value_tile_amx(row, n, in_place, 32 * (g + 0), copy + 0);
-        HL_TILE_STREAM(6, v, stride);
+        HL_TILE_STREAM(6, v + 0 * column, stride);
         HL_TILE_DOT(0, 4, 6);
         HL_TILE_DOT(1, 5, 6);
+        if (j + 16 < b->n) {
+            in_place = hl_sfa_bf16_d128_rope64_value_in_place_amx(row + 16, b->n - j - 16);
+            if (!in_place) {
+                hl_sfa_bf16_d128_rope64_copy_values_amx(row + 16, b->n - j - 16, 32 * g, WIDTH,
+                    later);
+            }
+        }
+        copy = later;
+        later = swap;
     }
     HL_TILE_STORE(0, o + 0, ROW);
     HL_TILE_STORE(1, o + 64, ROW);
@@ -8112,14 +8184,29 @@ HL_KERNEL_AMX void hl_sfa_bf16_d128_rope64_block_few_amx(const hl_space *w, cons
 {
     enum { AT_ROWS = 9216, BLOCK = 256 };
     enum { GROUPS = 4, AT_WEIGHTS = 25600 };
+    enum { COLUMNS = 6, AT_KEYS = 0 };
     const int32_t first = *t->seen == 0.0f;
     float *const s = (float *)(void *)hl_sfa_bf16_d128_rope64_piece_amx(w, AT_ROWS);
     unsigned char *const p = hl_sfa_bf16_d128_rope64_piece_amx(w, AT_WEIGHTS);
+    unsigned char *const panel = hl_sfa_bf16_d128_rope64_piece_amx(w, AT_KEYS);
+    int32_t in_place = hl_sfa_bf16_d128_rope64_in_place_amx(b->row, b->n < 16 ? b->n : 16, 16);
     int32_t g = 0;
     hl_tiles_on_amx(0, 16);
+    if (!in_place) {
+        for (int32_t c = 0; c < COLUMNS; ++c) {
+            hl_sfa_bf16_d128_rope64_fill_column_amx(b->row, b->n < 16 ? b->n : 16, 16, c, panel);
+        }
+    }
     for (int32_t j = 0; j < b->n; j += 16) {
-        hl_sfa_bf16_d128_rope64_score_few_amx(w, b->row + j, b->n - j < 16 ? b->n - j : 16, group,
-                                              scale, s + j);
+        const hl_row *const next = b->row + j + 16;
+        const int32_t later = b->n - j > 16 ? (b->n - j < 32 ? b->n - j - 16 : 16) : 0;
+        const int32_t next_in_place = later > 0
+            && hl_sfa_bf16_d128_rope64_in_place_amx(next, later, 16);
+        hl_sfa_bf16_d128_rope64_source_amx source;
+        hl_sfa_bf16_d128_rope64_find_source_amx(&source, b->row + j, in_place, 16, panel);
+        hl_sfa_bf16_d128_rope64_score_few_amx(w, &source, group, scale, s + j, later > 0
+                                              && !next_in_place ? next : NULL, later);
+        in_place = next_in_place;
     }
     for (int32_t h = 0; h < group; ++h) {
         if (group <= 8) { /* two rows of one tile */
