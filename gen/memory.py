@@ -52,6 +52,11 @@ class Memory:
     align: int = ALIGN
     line: int = LINE
 
+    @property
+    def stats(self):
+        """Numbers that a partial result keeps for each head."""
+        return 5 if self.tiles else 3
+
     def padded(self, group):
         return -(-group // self.pad) * self.pad
 
@@ -89,21 +94,21 @@ class Memory:
 
     @property
     def partial_c(self):
-        """Floats of one partial result: m, l, alpha, top, mass, seen, O."""
-        return f"5 * heads + {LINE} + {self.o_stride} * rows"
+        """Floats of one partial result: m, l, alpha, (top, mass,) seen, O."""
+        return f"{self.stats} * heads + {LINE} + {self.o_stride} * rows"
 
     @property
     def partial_bytes_c(self):
         padded = self._padded_c("p.group", "uint64_t")
         rows = self._rows_macro("p.group", "uint64_t", padded)
-        return f"4 * (5 * {padded} + {LINE} + {self.o_stride}u * {rows})"
+        return f"4 * ({self.stats} * {padded} + {LINE} + {self.o_stride}u * {rows})"
 
     @property
     def floats_a_head(self):
         """Of one partial result, at most: statistics are padded most in a group of one head, rows
         of O in one of TILE_HEADS + 1."""
         group = TILE_HEADS + 1 if self.tiles else 1
-        return 5 * self.pad + LINE + -(-self.rows(group) * self.o_stride // group)
+        return self.stats * self.pad + LINE + -(-self.rows(group) * self.o_stride // group)
 
     @property
     def partials_macro(self):
@@ -128,9 +133,12 @@ def plan(kernel, tiles):
         ("m", "running maxima, in log2 units"),
         ("l", "running sums"),
         ("alpha", "factors of the last rescale"),
-        ("top", "largest scores, where m may lie below them"),
-        ("mass", "sums of the weights as V meets them, where they are rounded"),
     )
+    if matrices:
+        state += (
+            ("top", "largest scores, where m may lie below them"),
+            ("mass", "sums of the weights as V meets them, where they are rounded"),
+        )
     slices = [
         Slice("q", q, 0, 0, "Q^T in panels"),
         Slice("k", 0, 0, line(k), "the block's keys as float32"),

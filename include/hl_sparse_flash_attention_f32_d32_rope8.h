@@ -52,7 +52,7 @@
  *
  * MEMORY
  *   One task needs HL_SPARSE_FLASH_ATTENTION_F32_D32_ROPE8_WORKSPACE_BYTES(G),
- *   5760 bytes for G = 8, whatever the lengths.
+ *   5632 bytes for G = 8, whatever the lengths.
  *   Nothing is read outside the rows that a list (or a length) names, and nothing before or behind
  *   a row; unused memory may hold NaN.
  *
@@ -893,13 +893,13 @@ enum {
 /* Bytes of workspace for one task, any alignment, as a constant expression: the exact figure for
  * `group` query heads on a kv head (heads_q / heads_kv). Sequence lengths do not matter. */
 #define HL_SPARSE_FLASH_ATTENTION_F32_D32_ROPE8_WORKSPACE_BYTES(group) \
-    (64 + 4 * (66 * (((size_t)(group) + 0) / 1 * 1) \
+    (64 + 4 * (62 * (((size_t)(group) + 0) / 1 * 1) \
      + 64 * (size_t)(group) + 384))
 
 /* Bytes of args.partials that are enough to split r query rows of `heads` query heads into `chunks`
  * each; plan->split_bytes is the exact figure. */
 #define HL_SPARSE_FLASH_ATTENTION_F32_D32_ROPE8_PARTIALS_BYTES(r, heads, chunks) \
-    (64 + 4 * (size_t)(r) * (size_t)(chunks) * (size_t)(heads) * 53)
+    (64 + 4 * (size_t)(r) * (size_t)(chunks) * (size_t)(heads) * 51)
 
 /* Checks everything, fills in defaults, counts tasks. On an error *plan is untouched. */
 HL_API hl_status hl_sparse_flash_attention_f32_d32_rope8_plan(hl_sparse_flash_attention_plan *plan,
@@ -1051,10 +1051,6 @@ static inline void hl_sfa_f32_d32_rope8_space(hl_space *w, void *workspace, int3
     at += heads;
     w->state.alpha = at; /* factors of the last rescale */
     at += heads;
-    w->state.top = at; /* largest scores, where m may lie below them */
-    at += heads;
-    w->state.mass = at; /* sums of the weights as V meets them, where they are rounded */
-    at += heads;
     w->state.seen = at; /* 1 once a key was taken */
     at += 16;
     w->state.o = at; /* O, not yet divided by l */
@@ -1065,13 +1061,13 @@ static inline void hl_sfa_f32_d32_rope8_space(hl_space *w, void *workspace, int3
     at += heads;
     w->other.alpha = at; /* factors of the last rescale */
     at += heads;
-    w->other.top = at; /* largest scores, where m may lie below them */
-    at += heads;
-    w->other.mass = at; /* sums of the weights as V meets them, where they are rounded */
-    at += heads;
     w->other.seen = at; /* 1 once a key was taken */
     at += 16;
     w->other.o = at; /* O, not yet divided by l */
+    w->state.top = NULL;
+    w->state.mass = NULL;
+    w->other.top = NULL;
+    w->other.mass = NULL;
     if (!value_apart) {
         w->v = w->k;
     }
@@ -1084,16 +1080,16 @@ static inline hl_state hl_sfa_f32_d32_rope8_partial(const hl_sparse_flash_attent
     const int32_t group = plan->group;
     const ptrdiff_t heads = (((ptrdiff_t)group + 0) / 1 * 1);
     const ptrdiff_t rows = group;
-    const ptrdiff_t size = 5 * heads + 16 + 32 * rows;
+    const ptrdiff_t size = 3 * heads + 16 + 32 * rows;
     float *const at = hl_sfa_f32_d32_rope8_align(plan->args.partials) + (ptrdiff_t)task * size;
     hl_state t;
     t.m = at;
     t.l = at + heads;
     t.alpha = at + 2 * heads;
-    t.top = at + 3 * heads;
-    t.mass = at + 4 * heads;
-    t.seen = at + 5 * heads;
-    t.o = at + 5 * heads + 16;
+    t.top = NULL;
+    t.mass = NULL;
+    t.seen = at + 3 * heads;
+    t.o = at + 3 * heads + 16;
     return t;
 }
 /* ---- check: every argument, before anything is written ---- */
@@ -2469,7 +2465,7 @@ static inline hl_status hl_sfa_f32_d32_rope8_plan(hl_sparse_flash_attention_plan
         partials = hl_mul_cap((uint64_t)p.n_tasks, (uint64_t)p.chunks);
         partials =
             hl_mul_cap(partials, 4
-                       * (5 * (((uint64_t)p.group + 0) / 1 * 1) + 16 + 32u * (uint64_t)p.group));
+                       * (3 * (((uint64_t)p.group + 0) / 1 * 1) + 16 + 32u * (uint64_t)p.group));
         partials = hl_add_cap(partials, 64u);
         p.split_bytes = partials > (uint64_t)PTRDIFF_MAX ? 0 : (size_t)partials;
         if (a->partials != NULL) {
