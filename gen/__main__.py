@@ -140,7 +140,7 @@ def run_show(options):
 
 def show_kernel(kernel, options):
     tiles = render.tiles_of(kernel)
-    mem = memory.plan(kernel, tiles)
+    mem = memory.plan(tiles)
     bytes_each = render.FORMATS[kernel.dtype].bytes
     row = kernel.d * bytes_each
     print(f"\n{kernel.name}\n  {describe(kernel)}")
@@ -149,10 +149,8 @@ def show_kernel(kernel, options):
     print("\n  instruction sets, tiles and why")
     for isa, tile in tiles.items():
         print(f"    {isa.name}: {isa.lanes} lanes, {isa.registers} registers")
-        print(f"      score tiles {tile.rows} keys x {tile.vecs} vectors of heads")
-        print(f"      value tiles {tile.value_heads} heads x {tile.value_vecs} vectors of channels")
-        for reason in tile.why.values():
-            print(f"      {reason}")
+        for line in (*tile.shape_lines, *tile.why.values()):
+            print(f"      {line}")
     group, rows, keys = options.group, options.rows, options.keys
     chunks = max(1, -(-keys // render.CHUNK_KEYS))
     print(f"\n  memory for {group} query heads on a kv head, {rows} rows, {keys} keys")

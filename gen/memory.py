@@ -6,6 +6,8 @@ header's instruction sets, so that one figure holds whichever of them runs.
 
 from dataclasses import dataclass
 
+from gen.matrix import MatrixTile
+
 ALIGN = 64  # a cache line: the start is moved up to it inside
 LINE = ALIGN // 4
 TILE_HEADS = 16  # up to so many heads tiles have just the rows that are needed; else pairs of tiles
@@ -121,14 +123,13 @@ class Memory:
         return self.align + 4 * rows * chunks * heads * self.floats_a_head
 
 
-def plan(kernel, tiles):
+def plan(tiles):
     """The slices of a kernel whose instruction sets have these tiles: {isa: Tile}."""
     tiles = tuple(tiles.values())
-    matrices = [t.matrix for t in tiles if t.matrix]
+    matrices = any(isinstance(t, MatrixTile) for t in tiles)
     o_stride = line(max(t.o_stride for t in tiles))
     block = max(t.block for t in tiles)
-    k, v, s = (max(t.memory[name] for t in tiles) for name in ("k", "v", "s"))
-    q = max([kernel.d, *(16 * m.columns * m.parts for m in matrices)])
+    q, k, v, s = (max(t.memory[name] for t in tiles) for name in ("q", "k", "v", "s"))
     state = (
         ("m", "running maxima, in log2 units"),
         ("l", "running sums"),
@@ -150,4 +151,4 @@ def plan(kernel, tiles):
         slices.extend(Slice(f"{name}.{f}", 1, 0, 0, why) for f, why in state)
         slices.append(Slice(f"{name}.seen", 0, 0, LINE, "1 once a key was taken"))
         slices.append(Slice(f"{name}.o", 0, o_stride, 0, "O, not yet divided by l"))
-    return Memory(max(t.head_pad for t in tiles), bool(matrices), tuple(slices), o_stride)
+    return Memory(max(t.head_pad for t in tiles), matrices, tuple(slices), o_stride)

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import jinja2
 
-from gen import ABI, __version__, memory, tiling
+from gen import ABI, __version__, matrix, memory, tiling
 from gen.fill import WIDTH, refill
 from gen.formats import FORMATS
 from gen.isa import FORMAT_WORDS, ISAS
@@ -159,7 +159,7 @@ def kernel_view(kernel):
         isas=views,
         scalar=next((view for view in views if view.name == "scalar"), None),
         isa_last=f"HL_ISA_{list(ISAS.values())[-1].macro}",
-        tile_heads=tiling.least_heads(kernel),
+        tile_heads=matrix.least_heads(kernel),
         load=words["load"],
         load_n=words["load_n"],
         store=words["store"],
@@ -211,13 +211,13 @@ def region_page(region, view):
         "k": k,
         "isa": isa,
         "tile": region.tile,
-        "t": region.tile.matrix,
+        "t": region.tile,
         "task_attribute": f'__attribute__((target("{isa.target}")))\n' if isa.target else "",
     }
     pages = [*(TILE_STEPS if isa.tiles else STEPS), "algo/merge", "algo/forward"]
     if isa.tiles:
         pages.insert(-1, "tile/forward")
-        if not region.tile.matrix.few:
+        if not region.tile.few:
             pages.remove("tile/few")
     text = "\n".join(page(f"{name}.h.j2", **context) for name in pages)
     return region.speller.spell(text)
@@ -231,7 +231,7 @@ def kernel_page(kernel):
     """Everything of one kernel behind the shared parts."""
     view = kernel_view(kernel)
     tiles = tiles_of(kernel)
-    mem = memory.plan(kernel, tiles)
+    mem = memory.plan(tiles)
     words = [
         SimpleNamespace(isa=isa, text=words_page(isa, kernel.dtype, kernel.math))
         for isa in {**{ISAS["scalar"]: 0}, **dict.fromkeys(kernel.isas, 0)}
@@ -334,7 +334,7 @@ def isa_titles(header):
 def manual_of(header):
     """Figures that the manual quotes, for the header's first kernel."""
     kernel = header.kernels[0]
-    mem = memory.plan(kernel, tiles_of(kernel))
+    mem = memory.plan(tiles_of(kernel))
     return SimpleNamespace(
         example_group=128 if kernel.d >= 512 else 8,
         bytes=mem.workspace_bytes(128 if kernel.d >= 512 else 8),

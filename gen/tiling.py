@@ -1,7 +1,8 @@
 """(kernel, instruction set) -> tile sizes, each with its reason beside it."""
 
 from dataclasses import dataclass
-from types import SimpleNamespace
+
+from gen import matrix
 
 AHEAD = 8  # rows of 1 KiB: enough to cover a miss, too few to crowd the fill buffers
 FEW_CHANNELS = 192  # of 12 .. 24 keys and 16 heads: 9 .. 18 + 12 KiB, with room for the rows
@@ -44,14 +45,19 @@ class Tile:
     dv_tail: bool
     why: dict[str, str]
     head_pad: int  # heads are padded to a multiple of this in the workspace
-    memory: dict[str, int]  # floats that k, v and (for each head) s need at least
-    matrix: object = None  # Matrix, where the block of keys is computed on tiles
+    memory: dict[str, int]  # floats that k, v and (for each head) q and s need
+
+    @property
+    def shape_lines(self):
+        """For people."""
+        return (
+            f"score tiles {self.rows} keys x {self.vecs} vectors of heads",
+            f"value tiles {self.value_heads} heads x {self.value_vecs} vectors of channels",
+        )
 
     @property
     def padded_c(self):
-        """Heads up to whole vectors, or whole pairs of tiles."""
-        if self.matrix:
-            return "plan->group <= 16 ? 16 : (plan->group + 31) / 32 * 32"
+        """Heads up to whole vectors."""
         return f"(plan->group + {self.head_pad - 1}) / {self.head_pad} * {self.head_pad}"
 
     @property
@@ -60,8 +66,6 @@ class Tile:
 
     @property
     def block_c(self):
-        if self.matrix:
-            return str(self.block)
         if self.few == "all":
             return str(self.few_block)
         if self.few == "none":
@@ -131,198 +135,6 @@ REGISTERS = {
 }
 
 
-SUB = 32  # keys and heads of a unit of the matrix unit: 2 x 2 tiles, 4 accumulators of 8 registers
-MATRIX_BLOCK = 256  # keys: their values, 32 channels at a time, are 16 KiB and stay in L1
-MARGIN = 8  # powers of 2 that a weight may grow to before the maximum is raised: raising is dear
-FETCH_BYTES = 192  # every third line: the hardware brings its neighbours
-
-# Parts of bfloat16 that a number is made of: float16 has 11 bits, two times 8 hold them exactly.
-PARTS = {"bf16": 1, "f16": 2}
-
-# The accumulators of a unit: C += A B with A two tiles of keys (heads), B two of heads (channels).
-DOTS = tuple(
-    SimpleNamespace(c=2 * i + j, a=4 + i, b=6 + j, score_at=1024 * i + 2048 * j, o_at=o_at)
-    for i, j, o_at in (
-        (0, 0, ""),
-        (0, 1, " + 64"),
-        (1, 0, " + 16 * ROW"),
-        (1, 1, " + 16 * ROW + 64"),
-    )
-)
-# Up to 16 heads: three chains hide the latency of a product, 52 cycles for every 16.
-CHAINS = tuple(
-    SimpleNamespace(c=i, a=3 + i, b=6 + i % 2, q_at=1024 * i, at=1024 * i, at_float=256 * i)
-    for i in range(3)
-)
-
-
-@dataclass(frozen=True)
-class Matrix:
-    """How one kernel's block of keys is computed on tiles of 16 rows of 64 bytes."""
-
-    parts: int
-    nope: int  # columns of 32 channels
-    columns: int  # and with the rotary ones
-    direct: bool  # tiles of K may be loaded where they are stored
-    value_direct: bool
-    few: bool  # up to 16 heads have a way of their own; else words are used for them
-    value_groups: int  # columns of 32 channels of the value
-    o_row: int  # bytes of a row of O
-    at: object  # pieces of the block's memory: bytes from w->k
-    bytes: int  # of all pieces
-    quads_a_column: int  # slices woven in behind each column of a unit
-    pairs_a_column: int
-    weigh_from: int
-    fetch_lines: int
-    exp2: str  # of weights
-    sub: int = SUB
-    margin: int = MARGIN
-    dots: tuple = DOTS
-    chains: tuple = CHAINS
-    chain_bytes: int = 1024 * len(CHAINS)
-    fetch_bytes: int = FETCH_BYTES
-    fetch_step: int = FETCH_BYTES // 64
-    few_tiles_8: int = 5  # accumulators and P: as many rows as heads need
-    few_tiles_16: int = 6
-
-    @property
-    def value_channels(self):
-        return 32 * self.value_groups
-
-    @property
-    def half_row(self):
-        """Floats from a head's even channels to its odd ones, where a tile holds both."""
-        return self.o_row // 8
-
-    @property
-    def few_shapes(self):
-        """Value tiles: up to 8 heads have even and odd channels in one tile, up to 16 in two."""
-        shapes = []
-        for most, widths in ((8, (4, 2, 1)), (16, (2, 1))):
-            step = 1 if most == 8 else 2
-            for width in widths:
-                if width > self.value_groups:
-                    continue
-                values = [
-                    SimpleNamespace(
-                        tile=(5 + i % 3) if most == 8 else 6 + i,
-                        at=1024 * i,
-                        column=i,
-                        dots=[SimpleNamespace(c=step * i + e, a=4 + e) for e in range(step)],
-                    )
-                    for i in range(width)
-                ]
-                shapes.append(
-                    SimpleNamespace(
-                        name=f"{most}x{width}",
-                        most=most,
-                        heads="up to 8 heads" if most == 8 else "9 to 16 heads",
-                        width=width,
-                        row=self.o_row // 2 if most == 8 else self.o_row,
-                        p_bytes=1024 * step,
-                        o_step=64 * step,
-                        tiles=[SimpleNamespace(tile=i, o_at=64 * i) for i in range(step * width)],
-                        weights=[SimpleNamespace(tile=4 + e, at=1024 * e) for e in range(step)],
-                        values=values,
-                    )
-                )
-        return shapes
-
-
-def pieces(sizes):
-    """name: bytes, one behind the other -> name: offset, and the sum."""
-    at, end = {}, 0
-    for name, size in sizes.items():
-        at[name] = end
-        end += size
-    return at, end
-
-
-def matrix(kernel, o_stride):
-    """The tiles of one kernel."""
-    parts = PARTS[kernel.dtype]
-    nope, rope = -(-kernel.dk // 32), -(-kernel.rope // 32)
-    columns = nope + rope
-    groups = -(-kernel.dv // 32)
-    few = parts == 1
-    many_at, many_bytes = pieces(
-        {
-            "keys": SUB * 64 * columns * parts,
-            "scores": 4096,
-            "pairs": 2 * 2048 * parts,
-            "values": MATRIX_BLOCK * 64 * parts,
-        }
-    )
-    few_at, few_bytes = pieces(
-        {
-            "keys": 16 * 64 * columns,
-            "chains": 1024 * len(CHAINS),
-            "rows": 16 * MATRIX_BLOCK * 4,
-            "weights": MATRIX_BLOCK // 16 * 2048,
-            "copies": 2 * 4 * 1024,
-        }
-    )
-    weigh_from = min(2, columns - 1)
-    return Matrix(
-        parts=parts,
-        nope=nope,
-        columns=columns,
-        direct=parts == 1 and kernel.dk % 32 == 0 and kernel.rope % 32 == 0,
-        value_direct=parts == 1 and kernel.dv % 32 == 0,
-        few=few,
-        value_groups=groups,
-        o_row=4 * o_stride,
-        at=SimpleNamespace(**(few_at | many_at)),
-        bytes=max(many_bytes, few_bytes),
-        quads_a_column=-(-8 * parts // columns),
-        pairs_a_column=-(-32 // (columns - weigh_from)),
-        weigh_from=weigh_from,
-        fetch_lines=max(1, kernel.dk * 2 // FETCH_BYTES),
-        exp2="hl_exp2_amx" if kernel.math == "builtin" else "vexp2",
-    )
-
-
-def matrix_tile(kernel, isa):
-    """A Tile of which only what all instruction sets share is filled in, and its Matrix."""
-    o_stride = round_up(kernel.dv, 32) + 16  # rows 2 KiB apart would share their cache sets
-    m = matrix(kernel, o_stride)
-    lanes = isa.lanes
-    return Tile(
-        block=MATRIX_BLOCK,
-        ahead=0,
-        rows=(),
-        vecs=(2,),
-        value_heads=(),
-        value_vecs=(),
-        channels=0,
-        k_stride=0,
-        v_stride=0,
-        o_stride=o_stride,
-        few="none",
-        few_keys=0,
-        few_block=0,
-        few_channels=0,
-        row_tiles=(),
-        dk_tail=kernel.dk % lanes != 0,
-        dv_tail=kernel.dv % lanes != 0,
-        why={
-            "registers": "2 x 2 tiles of 16 x 16 sums in 4 of 8 registers: 4 loads, 4 products",
-            "block": f"{MATRIX_BLOCK} keys a block: 32 channels of their values are "
-            f"{MATRIX_BLOCK * 64 * m.parts // 1024} KiB and stay in the first-level cache",
-            "channels": f"{SUB} keys a unit: their tiles are {m.at.scores // 1024} KiB, and heads "
-            "pass by from the second-level cache",
-        },
-        head_pad=32,
-        memory={"k": -(-m.bytes // 4), "v": 0, "s": MATRIX_BLOCK * 2 * m.parts // 4},
-        matrix=m,
-    )
-
-
-def least_heads(kernel):
-    """Query heads on a kv head from which on tiles are a help; fewer take the words."""
-    return 1 if PARTS.get(kernel.dtype, 1) == 1 else 17
-
-
 def row_tiles(shapes, dv, lanes):
     """Only the tiles that this many channels can use, and those for what is left over."""
     tiles = [RowTile(heads, vecs) for heads, vecs in shapes if vecs * lanes <= dv]
@@ -350,7 +162,7 @@ def few_reason(few):
 def tile(kernel, isa):
     """The tile sizes of one kernel on one instruction set."""
     if isa.tiles:
-        return matrix_tile(kernel, isa)
+        return matrix.tile(kernel, isa)
     registers = REGISTERS[isa.name]
     lanes = isa.lanes
     block = registers["block"]
@@ -388,6 +200,7 @@ def tile(kernel, isa):
         },
         head_pad=lanes,
         memory={
+            "q": kernel.d,
             "k": (registers["few_keys"] if few_only else block) * k_stride,
             "v": 0 if few_only else block * v_stride,
             "s": block,
