@@ -106,15 +106,16 @@ def plan(kernel, tiles):
     lanes = max(isa.lanes for isa in tiles)
     o_stride = line(max(t.o_stride for t in tiles.values()))
     block = max(t.block for t in tiles.values())
-    k = max((t.few_keys if t.few == "all" else t.block) * t.k_stride for t in tiles.values())
+    k = max(0 if t.few == "all" else t.block * t.k_stride for t in tiles.values())
     v = max(0 if t.few == "all" else t.block * t.v_stride for t in tiles.values())
+    q = max(kernel.d, *(t.q_stride for t in tiles.values()))
     state = (
         ("m", "running maxima, in log2 units"),
         ("l", "running sums"),
         ("alpha", "factors of the last rescale"),
     )
     slices = [
-        Slice("q", kernel.d, 0, 0, "Q^T in panels"),
+        Slice("q", q, 0, 0, "Q^T in panels, or Q in rows"),
         Slice("k", 0, 0, line(k), "the block's keys as float32"),
         Slice("v", 0, 0, line(v), "the block's values, where they are apart"),
         Slice("s", block, 0, 0, "S^T, then P^T"),

@@ -146,6 +146,7 @@ def kernel_view(kernel):
         isa_last="HL_ISA_AVX512",
         load=words["load"],
         load_n=words["load_n"],
+        pair=words["pair"],
         store=words["store"],
         store_n=words["store_n"],
         row_word=f"hl_vrow_{kernel.dtype}",

@@ -2,22 +2,77 @@
 
 from dataclasses import dataclass
 
+from gen.formats import FORMATS
+
 AHEAD = 8  # rows of 1 KiB: enough to cover a miss, too few to crowd the fill buffers
-FEW_CHANNELS = 192  # of 12 .. 24 keys and 16 heads: 9 .. 18 + 12 KiB, with room for the rows
+LINE_BYTES = 64
 L1_BYTES = 16 * 1024  # what a slice of a Q panel may take of the first-level cache
 
 
 @dataclass(frozen=True)
-class RowTile:
-    """A value tile that reads values where they are stored."""
+class DotTile:
+    """Dot products of some heads with some keys, a vector of channels at a time."""
 
     heads: int
-    vecs: int
-    tail: bool = False  # the last channels, fewer than a vector
+    keys: int
 
     @property
-    def name(self):
-        return "n" if self.tail else str(self.vecs)
+    def holds_keys(self):
+        """Whether the keys' numbers stay in registers while Q's pass by, or the other way about:
+        whichever are fewer."""
+        return self.keys <= self.heads
+
+
+@dataclass(frozen=True)
+class Rest:
+    """What a section has behind its pairs: n channels, a vector or fewer."""
+
+    start: int
+    n: int
+    whole: bool
+
+    def of(self, k, pointer):
+        """The word that loads it."""
+        if self.whole:
+            return f"{k.load}({pointer} + {self.start})"
+        return f"{k.load_n}({pointer} + {self.start}, {self.n})"
+
+
+@dataclass(frozen=True)
+class Section:
+    """The channels of a row that lie together: first those in pairs of vectors, then what is left
+    over."""
+
+    field: str  # of hl_row
+    start: int  # of the section in Q's rows
+    channels: int
+    paired: int  # channels in whole pairs of vectors
+    step: int  # channels that a turn of the loop takes: whole pairs and whole lines
+    lines: tuple[int, ...]  # where its cache lines start
+    rests: tuple  # Rest: one more whole vector, and a part of one
+
+
+@dataclass(frozen=True)
+class RowTile:
+    """A value tile that reads values where they are stored: channels start, start + channels, ..
+    in front of end."""
+
+    heads: int
+    keys: int  # of the score tiles with so many heads: how P lies
+    name: str  # its vectors; "n": the last channels, fewer than one
+    start: int
+    channels: int
+    end: int
+    vecs: tuple[int, ...] = (0,)
+    pairs: tuple = ()  # (channel, its vector, the other's) of each pair of vectors
+    tail: int = 0  # channels, where they are fewer than a vector
+
+    @property
+    def title(self):
+        """For the reader of the product."""
+        if self.tail:
+            return "the last channels of a row"
+        return f"{len(self.vecs)} vector{'s' if len(self.vecs) > 1 else ''} of channels"
 
 
 @dataclass(frozen=True)
@@ -34,25 +89,22 @@ class Tile:
     k_stride: int
     v_stride: int
     o_stride: int
-    few_keys: int  # keys loaded at a time when there are few heads
-    few_channels: int  # of a slice then
-    few_block: int  # and keys of a block then
-    few: int | str  # up to so many heads values are read in place; "all", "none"
-    row_tiles: tuple  # RowTile: heads and vectors of such a value tile
-    dk_tail: bool  # dk is not a whole number of vectors
+    few: int | str  # up to so many heads rows are read in place; "all"
+    few_block: int  # keys of a block then
+    few_ahead: int  # keys between one that is scored and the one that is asked for meanwhile
+    dots: int  # scores of a tile of dot products
+    dot_tiles: tuple  # DotTile, most heads first
+    row_tiles: tuple  # RowTile, in the order of channels
+    sections: tuple  # Section
+    q_stride: int  # of Q's rows then
+    paired: int  # value channels that vpair takes even and odd apart; 0 where it keeps the order
     dv_tail: bool
     why: dict[str, str]
-
-    @property
-    def row_heads(self):
-        return sorted({t.heads for t in self.row_tiles}, reverse=True)
 
     @property
     def block_c(self):
         if self.few == "all":
             return str(self.few_block)
-        if self.few == "none":
-            return str(self.block)
         return f"plan->group <= {self.few} ? {self.few_block} : {self.block}"
 
     @property
@@ -73,11 +125,10 @@ REGISTERS = {
         "value_heads": (4, 1),
         "value_vecs": (2, 1),
         "few": "all",
-        "few_keys": 4,
-        "row_tiles": ((4, 2), (4, 1), (1, 4), (1, 1)),
+        "dots": ((4, 2), (2, 4), (1, 8)),
         "few_block": 16,
         "block": 16,
-        "why": "4 x 2 numbers fit the 16 float registers of a small core with room for operands",
+        "why": "8 sums fit the 16 float registers of a small core with room for operands",
     },
     "neon": {
         "rows": (8, 1),
@@ -85,8 +136,7 @@ REGISTERS = {
         "value_heads": (8, 1),
         "value_vecs": (2, 1),
         "few": 16,
-        "few_keys": 16,
-        "row_tiles": ((8, 2), (8, 1), (1, 4), (1, 1)),
+        "dots": ((8, 2), (4, 4), (2, 8), (1, 16)),
         "few_block": 64,
         "block": 64,
         "why": "8 x 2 accumulators, 2 vectors and a broadcast of 32 registers",
@@ -97,8 +147,7 @@ REGISTERS = {
         "value_heads": (4, 1),
         "value_vecs": (3, 1),
         "few": 16,
-        "few_keys": 24,
-        "row_tiles": ((8, 1), (4, 2), (4, 1), (1, 4), (1, 1)),
+        "dots": ((4, 2), (2, 4), (1, 8)),
         "few_block": 48,
         "block": 96,
         "why": "6 x 2 accumulators, 2 vectors and a broadcast fill 15 of 16 registers",
@@ -109,8 +158,7 @@ REGISTERS = {
         "value_heads": (8, 4, 1),
         "value_vecs": (3, 2, 1),
         "few": 32,
-        "few_keys": 12,
-        "row_tiles": ((16, 1), (4, 4), (4, 1), (1, 8), (1, 1)),
+        "dots": ((8, 2), (4, 4), (2, 8), (1, 16)),
         "few_block": 48,
         "block": 96,
         "why": "12 x 2 accumulators take 24 of 32 registers: 14 loads for 24 FMA",
@@ -118,18 +166,69 @@ REGISTERS = {
 }
 
 
-def row_tiles(shapes, dv, lanes):
-    """Only the tiles that this many channels can use, and those for what is left over."""
-    tiles = [RowTile(heads, vecs) for heads, vecs in shapes if vecs * lanes <= dv]
-    if dv % lanes:
-        heads = sorted({heads for heads, _ in shapes}, reverse=True)
-        tiles.extend(RowTile(h, 1, tail=True) for h in heads)
-    return tuple(tiles)
+def sections_of(kernel, lanes, line):
+    """How a row's channels are cut into pairs of vectors, a vector, and the rest."""
+    made = []
+    start = 0
+    parts = [("key", kernel.dk), ("rope", kernel.rope)]
+    for field, channels in parts[: 2 if kernel.rope else 1]:
+        pair = 2 * lanes
+        paired = channels // pair * pair
+        step = max(pair, line)
+        step = step if paired % step == 0 else pair
+        rests = tuple(
+            Rest(c, min(lanes, channels - c), channels - c >= lanes)
+            for c in range(paired, channels, lanes)
+        )
+        made.append(
+            Section(
+                field=field,
+                start=start,
+                channels=channels,
+                paired=paired,
+                step=step,
+                lines=tuple(range(0, step, line)),
+                rests=rests,
+            )
+        )
+        start += round_up(channels, lanes)
+    return tuple(made)
 
 
-def even_slices(channels, most, lanes):
-    """Channels of a slice when they are cut into as few even slices of at most `most` as can be."""
-    return round_up(-(-channels // -(-channels // most)), lanes)
+def row_tiles(dots, dv, lanes):
+    """Value tiles for the heads of each score tile: as many sums as that has, in even shares of
+    the channels; then what is left over."""
+    made = []
+    pair = 2 * lanes
+    for heads, keys in dots:
+        pairs = dv // pair
+        most = max(1, keys // 2)
+        turns = -(-pairs // most)
+        each = -(-pairs // turns) if turns else 0
+        at = 0
+        while at < pairs:
+            n = min(each, pairs - at)
+            times = (pairs - at) // n
+            made.append(
+                RowTile(
+                    heads,
+                    keys,
+                    name=str(2 * n),
+                    start=at * pair,
+                    channels=n * pair,
+                    end=(at + times * n) * pair,
+                    vecs=tuple(range(2 * n)),
+                    pairs=tuple((i * pair, 2 * i, 2 * i + 1) for i in range(n)),
+                )
+            )
+            at += times * n
+        at *= pair
+        if at + lanes <= dv:
+            made.append(RowTile(heads, keys, "1", at, lanes, at + lanes))
+            at += lanes
+        if at < dv:
+            made.append(RowTile(heads, keys, "n", at, lanes, dv, tail=dv - at))
+    return tuple(made)
 
 
 def few_reason(few):
@@ -147,6 +246,7 @@ def tile(kernel, isa):
     registers = REGISTERS[isa.name]
     lanes = isa.lanes
     block = registers["block"]
+    dots = registers["dots"]
     panel = registers["vecs"][0] * lanes
     slices = max(1, -(-kernel.d * panel * 4 // L1_BYTES)) if isa.name != "scalar" else 1
     channels = round_up(-(-kernel.d // slices), lanes)
@@ -163,11 +263,14 @@ def tile(kernel, isa):
         v_stride=round_up(kernel.dv, lanes),
         o_stride=round_up(kernel.dv, lanes),
         few=registers["few"],
-        few_keys=registers["few_keys"],
         few_block=registers["few_block"],
-        few_channels=even_slices(kernel.d, FEW_CHANNELS, lanes),
-        row_tiles=row_tiles(registers["row_tiles"], kernel.dv, lanes),
-        dk_tail=kernel.dk % lanes != 0,
+        few_ahead=registers["few_block"],
+        dots=dots[0][0] * dots[0][1],
+        dot_tiles=tuple(DotTile(*shape) for shape in dots),
+        row_tiles=row_tiles(dots, kernel.dv, lanes),
+        sections=sections_of(kernel, lanes, LINE_BYTES // FORMATS[kernel.dtype].bytes),
+        q_stride=round_up(kernel.dk, lanes) + round_up(kernel.rope, lanes),
+        paired=kernel.dv // (2 * lanes) * 2 * lanes if kernel.dtype in isa.even_odd else 0,
         dv_tail=kernel.dv % lanes != 0,
         why={
             "registers": registers["why"],
