@@ -90,6 +90,7 @@ WORDS = {
     "vstore": "lanes numbers to p",
     "vload_n": "n numbers from p, 0 in the lanes behind; reads nothing else",
     "vstore_n": "the first n lanes to p; writes nothing else",
+    "vkeep": "x, in a register: GCC would load it again for each of its uses",
     "vadd": "x + y",
     "vsub": "x - y",
     "vmul": "x * y",

@@ -105,7 +105,8 @@ def plan(kernel, tiles):
     """The slices of a kernel whose instruction sets have these tiles: {isa: Tile}."""
     lanes = max(isa.lanes for isa in tiles)
     o_stride = line(max(t.o_stride for t in tiles.values()))
-    block = max(t.block for t in tiles.values())
+    block = max(max(t.block, t.few_block) for t in tiles.values())
+    window = max(t.window for t in tiles.values())
     k = max(0 if t.few == "all" else t.block * t.k_stride for t in tiles.values())
     v = max(0 if t.few == "all" else t.block * t.v_stride for t in tiles.values())
     q = max(kernel.d, *(t.q_stride for t in tiles.values()))
@@ -119,7 +120,7 @@ def plan(kernel, tiles):
         Slice("k", 0, 0, line(k), "the block's keys as float32"),
         Slice("v", 0, 0, line(v), "the block's values, where they are apart"),
         Slice("s", block, 0, 0, "S^T, then P^T"),
-        Slice("row", 0, 0, line(12 * block), "where two blocks' keys lie", "(hl_row *)(void *)"),
+        Slice("row", 0, 0, line(6 * window), "where these keys and later ones lie", "(hl_row *)(void *)"),
     ]
     for name in ("state", "other"):
         slices.extend(Slice(f"{name}.{f}", 1, 0, 0, why) for f, why in state)

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from gen.formats import FORMATS
 
 AHEAD = 8  # rows of 1 KiB: enough to cover a miss, too few to crowd the fill buffers
+FEW_AHEAD = 32  # rows, where they are read in place: they come into the second-level cache
+LEAN_BYTES = 20 * 1024  # of rows that are scored and then read again as values, in one's nearest
 LINE_BYTES = 64
 L1_BYTES = 16 * 1024  # what a slice of a Q panel may take of the first-level cache
 
@@ -15,12 +17,45 @@ class DotTile:
 
     heads: int
     keys: int
+    once: int  # keys whose rows are read side by side
+    parts: int  # sums of which a dot product is made: so many do not wait for each other
+    split: bool  # value tiles with so many heads ask for every second line of later rows
+    asks: str = ""  # when it does, in C
+    def sum(self, head, row, pair=0, second=0):
+        """The sum that a vector belongs to: the pair-th pair's first or second."""
+        part = (2 * pair + second) % self.parts
+        return f"s{head}_{row}" + "xyzwabcd"[part] * (self.parts > 1)
+
+    @property
+    def sums(self):
+        return [
+            self.sum(h, r, part // 2, part % 2)
+            for h in range(self.heads)
+            for r in range(self.once)
+            for part in range(self.parts)
+        ]
+
+    def total(self, head, row):
+        """All sums of a dot product, added."""
+        terms = [self.sum(head, row, part // 2, part % 2) for part in range(self.parts)]
+        while len(terms) > 1:
+            terms = [f"vadd({x}, {y})" for x, y in zip(terms[::2], terms[1::2], strict=True)]
+        return terms[0]
 
     @property
     def holds_keys(self):
         """Whether the keys' numbers stay in registers while Q's pass by, or the other way about:
         whichever are fewer."""
-        return self.keys <= self.heads
+        return self.once <= self.heads
+
+    @property
+    def but(self):
+        """For the reader of the product: which lines are left to value tiles."""
+        return "; but for those that value tiles ask for" if self.split else ""
+
+    def kept(self, load):
+        """A load whose number is used for several keys: GCC would load it again for each."""
+        return f"vkeep({load})" if self.once > 1 else load
 
 
 @dataclass(frozen=True)
@@ -47,9 +82,34 @@ class Section:
     start: int  # of the section in Q's rows
     channels: int
     paired: int  # channels in whole pairs of vectors
-    step: int  # channels that a turn of the loop takes: whole pairs and whole lines
-    lines: tuple[int, ...]  # where its cache lines start
     rests: tuple  # Rest: one more whole vector, and a part of one
+    pair: int  # channels in a pair of vectors
+    line: int  # and in a cache line
+    values: int  # channels of it that are values, too, where those are not apart
+
+    def turn(self, tile):
+        """Channels that one turn of a tile's inner loop takes: a pair for each two of its sums."""
+        most = max(1, tile.parts // 2)
+        pairs = self.paired // self.pair
+        return next(n for n in range(most, 0, -1) if pairs % n == 0) * self.pair
+
+    def pairs(self, tile):
+        """(first channel, number) of the pairs of that turn."""
+        return [(at, i) for i, at in enumerate(range(0, self.turn(tile), self.pair))]
+
+    def step(self, tile):
+        """Channels of the outer loop's turns: whole lines too, if that comes out even."""
+        step = max(self.turn(tile), self.line)
+        return step if self.paired % step == 0 else self.turn(tile)
+
+    def leaves(self, tile):
+        """Whether a tile asks for only every second of these lines: value tiles ask for others.
+        Two even streams of misses keep more of them under way than one in gusts."""
+        return tile.split and self.paired <= self.values
+
+    def lines(self, tile):
+        """Where the cache lines of such a turn start."""
+        return list(range(0, self.step(tile), self.line))
 
 
 @dataclass(frozen=True)
@@ -66,6 +126,8 @@ class RowTile:
     vecs: tuple[int, ...] = (0,)
     pairs: tuple = ()  # (channel, its vector, the other's) of each pair of vectors
     tail: int = 0  # channels, where they are fewer than a vector
+    odd_lines: tuple[int, ...] = ()  # where lines start that it asks for, of later rows
+    lines: tuple[int, ...] = (0,)  # and where those do that it asks for if values are apart
 
     @property
     def title(self):
@@ -89,8 +151,11 @@ class Tile:
     k_stride: int
     v_stride: int
     o_stride: int
+    window: int  # keys whose rows are known at a time: two blocks, or two times what is ahead
     few: int | str  # up to so many heads rows are read in place; "all"
     few_block: int  # keys of a block then
+    lean_block: int  # and with up to `lean` heads: rows stay near until they are read as values
+    lean: int
     few_ahead: int  # keys between one that is scored and the one that is asked for meanwhile
     dots: int  # scores of a tile of dot products
     dot_tiles: tuple  # DotTile, most heads first
@@ -103,9 +168,10 @@ class Tile:
 
     @property
     def block_c(self):
-        if self.few == "all":
-            return str(self.few_block)
-        return f"plan->group <= {self.few} ? {self.few_block} : {self.block}"
+        few = str(self.few_block)
+        if self.lean_block != self.few_block:
+            few = f"plan->group <= {self.lean} ? {self.lean_block} : {few}"
+        return few if self.few == "all" else f"plan->group > {self.few} ? {self.block} : {few}"
 
     @property
     def few_indent(self):
@@ -125,7 +191,8 @@ REGISTERS = {
         "value_heads": (4, 1),
         "value_vecs": (2, 1),
         "few": "all",
-        "dots": ((4, 2), (2, 4), (1, 8)),
+        "lean": 0,
+        "dots": ((4, 2, 2, 1), (2, 4, 4, 1), (1, 8, 8, 1)),
         "few_block": 16,
         "block": 16,
         "why": "8 sums fit the 16 float registers of a small core with room for operands",
@@ -136,7 +203,8 @@ REGISTERS = {
         "value_heads": (8, 1),
         "value_vecs": (2, 1),
         "few": 16,
-        "dots": ((8, 2), (4, 4), (2, 8), (1, 16)),
+        "lean": 3,
+        "dots": ((4, 4, 4, 1), (2, 8, 4, 2), (1, 16, 4, 2)),
         "few_block": 64,
         "block": 64,
         "why": "8 x 2 accumulators, 2 vectors and a broadcast of 32 registers",
@@ -147,7 +215,8 @@ REGISTERS = {
         "value_heads": (4, 1),
         "value_vecs": (3, 1),
         "few": 16,
-        "dots": ((4, 2), (2, 4), (1, 8)),
+        "lean": 3,
+        "dots": ((4, 2, 2, 1), (2, 4, 4, 1), (1, 8, 8, 1)),
         "few_block": 48,
         "block": 96,
         "why": "6 x 2 accumulators, 2 vectors and a broadcast fill 15 of 16 registers",
@@ -158,7 +227,8 @@ REGISTERS = {
         "value_heads": (8, 4, 1),
         "value_vecs": (3, 2, 1),
         "few": 32,
-        "dots": ((8, 2), (4, 4), (2, 8), (1, 16)),
+        "lean": 3,
+        "dots": ((4, 4, 4, 1), (2, 8, 4, 2), (1, 16, 4, 2)),
         "few_block": 48,
         "block": 96,
         "why": "12 x 2 accumulators take 24 of 32 registers: 14 loads for 24 FMA",
@@ -174,8 +244,6 @@ def sections_of(kernel, lanes, line):
     for field, channels in parts[: 2 if kernel.rope else 1]:
         pair = 2 * lanes
         paired = channels // pair * pair
-        step = max(pair, line)
-        step = step if paired % step == 0 else pair
         rests = tuple(
             Rest(c, min(lanes, channels - c), channels - c >= lanes)
             for c in range(paired, channels, lanes)
@@ -186,21 +254,22 @@ def sections_of(kernel, lanes, line):
                 start=start,
                 channels=channels,
                 paired=paired,
-                step=step,
-                lines=tuple(range(0, step, line)),
                 rests=rests,
+                pair=pair,
+                line=line,
+                values=kernel.dv if field == "key" else 0,
             )
         )
         start += round_up(channels, lanes)
     return tuple(made)
 
 
-def row_tiles(dots, dv, lanes):
+def row_tiles(dots, dv, lanes, line, lean):
     """Value tiles for the heads of each score tile: as many sums as that has, in even shares of
     the channels; then what is left over."""
     made = []
     pair = 2 * lanes
-    for heads, keys in dots:
+    for heads, keys, *_ in dots:
         pairs = dv // pair
         most = max(1, keys // 2)
         turns = -(-pairs // most)
@@ -209,6 +278,9 @@ def row_tiles(dots, dv, lanes):
         while at < pairs:
             n = min(each, pairs - at)
             times = (pairs - at) // n
+            lines = tuple(range(0, n * pair, line))
+            whole = at * pair % (2 * line) == 0 and n * pair % (2 * line) == 0
+            odd = lines[1::2] if heads <= lean and whole else ()
             made.append(
                 RowTile(
                     heads,
@@ -219,6 +291,8 @@ def row_tiles(dots, dv, lanes):
                     end=(at + times * n) * pair,
                     vecs=tuple(range(2 * n)),
                     pairs=tuple((i * pair, 2 * i, 2 * i + 1) for i in range(n)),
+                    odd_lines=odd,
+                    lines=tuple(c for c in lines if c not in odd),
                 )
             )
             at += times * n
@@ -229,6 +303,12 @@ def row_tiles(dots, dv, lanes):
         if at < dv:
             made.append(RowTile(heads, keys, "n", at, lanes, dv, tail=dv - at))
     return tuple(made)
+
+
+def lean_block(kernel):
+    """Keys of a block that stay in the first-level cache between their two uses."""
+    row = kernel.d * FORMATS[kernel.dtype].bytes
+    return max(16, LEAN_BYTES // row // 16 * 16)
 
 
 def few_reason(few):
@@ -247,6 +327,10 @@ def tile(kernel, isa):
     lanes = isa.lanes
     block = registers["block"]
     dots = registers["dots"]
+    line = LINE_BYTES // FORMATS[kernel.dtype].bytes
+    sections = sections_of(kernel, lanes, line)
+    window = 2 * max(block, registers["few_block"] + FEW_AHEAD)
+    values = row_tiles(dots, kernel.dv, lanes, line, registers["lean"])
     panel = registers["vecs"][0] * lanes
     slices = max(1, -(-kernel.d * panel * 4 // L1_BYTES)) if isa.name != "scalar" else 1
     channels = round_up(-(-kernel.d // slices), lanes)
@@ -254,6 +338,7 @@ def tile(kernel, isa):
     return Tile(
         block=block,
         ahead=AHEAD,
+        window=window,
         rows=registers["rows"],
         vecs=registers["vecs"],
         value_heads=registers["value_heads"],
@@ -264,11 +349,13 @@ def tile(kernel, isa):
         o_stride=round_up(kernel.dv, lanes),
         few=registers["few"],
         few_block=registers["few_block"],
-        few_ahead=registers["few_block"],
+        few_ahead=FEW_AHEAD,
+        lean_block=min(registers["few_block"], lean_block(kernel)),
+        lean=registers["lean"],
         dots=dots[0][0] * dots[0][1],
-        dot_tiles=tuple(DotTile(*shape) for shape in dots),
-        row_tiles=row_tiles(dots, kernel.dv, lanes),
-        sections=sections_of(kernel, lanes, LINE_BYTES // FORMATS[kernel.dtype].bytes),
+        dot_tiles=tuple(DotTile(*shape, split=shape[0] <= registers["lean"]) for shape in dots),
+        row_tiles=values,
+        sections=sections,
         q_stride=round_up(kernel.dk, lanes) + round_up(kernel.rope, lanes),
         paired=kernel.dv // (2 * lanes) * 2 * lanes if kernel.dtype in isa.even_odd else 0,
         dv_tail=kernel.dv % lanes != 0,

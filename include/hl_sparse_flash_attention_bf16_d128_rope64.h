@@ -462,11 +462,12 @@ typedef struct hl_row {
     const void *value;
 } hl_row;
 
-/* One block of keys; behind its rows those of the next block, which are asked for meanwhile. */
+/* One block of keys; behind its rows lie those of later keys, which are asked for meanwhile. */
 typedef struct hl_block {
     hl_row *row;
     int32_t n;
     int32_t n_later;
+    int32_t value_apart; /* values are not the keys' first channels                            */
 } hl_block;
 
 /* The workspace of one task, cut into its named slices. */
@@ -982,6 +983,7 @@ HL_WORD_SCALAR void hl_vpair_scalar(const float *p, hl_vf_scalar *x, hl_vf_scala
 {
     *x = p[0]; *y = p[1];
 }
+HL_WORD_SCALAR hl_vf_scalar hl_vkeep_scalar(hl_vf_scalar x) { return x; }
 HL_WORD_SCALAR hl_vf_scalar hl_vadd_scalar(hl_vf_scalar x, hl_vf_scalar y) { return x + y; }
 HL_WORD_SCALAR hl_vf_scalar hl_vsub_scalar(hl_vf_scalar x, hl_vf_scalar y) { return x - y; }
 HL_WORD_SCALAR hl_vf_scalar hl_vmul_scalar(hl_vf_scalar x, hl_vf_scalar y) { return x * y; }
@@ -1097,6 +1099,7 @@ HL_WORD_NEON void hl_vpair_neon(const float *p, hl_vf_neon *x, hl_vf_neon *y)
     *x = vld1q_f32(p);
     *y = vld1q_f32(p + 4);
 }
+HL_WORD_NEON hl_vf_neon hl_vkeep_neon(hl_vf_neon x) { return x; }
 HL_WORD_NEON hl_vf_neon hl_vadd_neon(hl_vf_neon x, hl_vf_neon y) { return vaddq_f32(x, y); }
 HL_WORD_NEON hl_vf_neon hl_vsub_neon(hl_vf_neon x, hl_vf_neon y) { return vsubq_f32(x, y); }
 HL_WORD_NEON hl_vf_neon hl_vmul_neon(hl_vf_neon x, hl_vf_neon y) { return vmulq_f32(x, y); }
@@ -1228,6 +1231,11 @@ HL_WORD_AVX2 void hl_vpair_avx2(const float *p, hl_vf_avx2 *x, hl_vf_avx2 *y)
     *x = hl_vload_avx2(p);
     *y = hl_vload_avx2(p + 8);
 }
+HL_WORD_AVX2 hl_vf_avx2 hl_vkeep_avx2(hl_vf_avx2 x)
+{
+    __asm__("" : "+x"(x));
+    return x;
+}
 HL_WORD_AVX2 hl_vf_avx2 hl_vadd_avx2(hl_vf_avx2 x, hl_vf_avx2 y) { return _mm256_add_ps(x, y); }
 HL_WORD_AVX2 hl_vf_avx2 hl_vsub_avx2(hl_vf_avx2 x, hl_vf_avx2 y) { return _mm256_sub_ps(x, y); }
 HL_WORD_AVX2 hl_vf_avx2 hl_vmul_avx2(hl_vf_avx2 x, hl_vf_avx2 y) { return _mm256_mul_ps(x, y); }
@@ -1274,7 +1282,9 @@ HL_WORD_AVX2 hl_vf_avx2 hl_vload_bf16_n_avx2(const uint16_t *p, int32_t n)
 /* One cheap operation each: even numbers are shifted up, odd ones lie there already. */
 HL_WORD_AVX2 void hl_vpair_bf16_avx2(const uint16_t *p, hl_vf_avx2 *x, hl_vf_avx2 *y)
 {
-    const __m256i both = _mm256_loadu_si256((const __m256i *)(const void *)p);
+    const __m256 kept =
+        hl_vkeep_avx2(_mm256_castsi256_ps(_mm256_loadu_si256((const __m256i *)(const void *)p)));
+    const __m256i both = _mm256_castps_si256(kept);
     const __m256i high = _mm256_set1_epi32(-65536);
     *x = _mm256_castsi256_ps(_mm256_slli_epi32(both, 16));
     *y = _mm256_castsi256_ps(_mm256_and_si256(both, high));
@@ -1370,6 +1380,11 @@ HL_WORD_AVX512 void hl_vpair_avx512(const float *p, hl_vf_avx512 *x, hl_vf_avx51
 {
     *x = hl_vload_avx512(p);
     *y = hl_vload_avx512(p + 16);
+}
+HL_WORD_AVX512 hl_vf_avx512 hl_vkeep_avx512(hl_vf_avx512 x)
+{
+    __asm__("" : "+v"(x));
+    return x;
 }
 HL_WORD_AVX512 hl_vf_avx512 hl_vadd_avx512(hl_vf_avx512 x, hl_vf_avx512 y)
 {
@@ -1469,7 +1484,8 @@ HL_WORD_AVX512 hl_vf_avx512 hl_vload_bf16_n_avx512(const uint16_t *p, int32_t n)
 /* One cheap operation each: even numbers are shifted up, odd ones lie there already. */
 HL_WORD_AVX512 void hl_vpair_bf16_avx512(const uint16_t *p, hl_vf_avx512 *x, hl_vf_avx512 *y)
 {
-    const __m512i both = _mm512_loadu_si512(p);
+    const __m512 kept = hl_vkeep_avx512(_mm512_castsi512_ps(_mm512_loadu_si512(p)));
+    const __m512i both = _mm512_castps_si512(kept);
     const __m512i high = _mm512_set1_epi32(-65536);
     *x = _mm512_castsi512_ps(_mm512_maskz_slli_epi32(hl_all_avx512(), both, 16));
     *y = _mm512_castsi512_ps(_mm512_and_si512(both, high));
@@ -1552,7 +1568,7 @@ static inline void hl_sfa_bf16_d128_rope64_space(hl_space *w, void *workspace, i
     at += 12288;
     w->s = at; /* S^T, then P^T */
     at += 96 * heads;
-    w->row = (hl_row *)(void *)at; /* where two blocks' keys lie */
+    w->row = (hl_row *)(void *)at; /* where these keys and later ones lie */
     at += 1152;
     w->state.m = at; /* running maxima, in log2 units */
     at += heads;
@@ -2103,413 +2119,411 @@ HL_KERNEL_SCALAR void hl_sfa_bf16_d128_rope64_load_q_few_scalar(
 
 /* ---- score: S = scale Q K^T, in units of log2 ---- */
 
-/* 4 heads by 2 keys, read where they are stored: channels
- * are in the lanes, and sums are formed across them once a tile, for many dot products together.
- * Behind the last key its row is taken again, so that every tile is whole. Meanwhile the same
- * channels of later keys (next) are asked for, if there are any. */
+/* 4 heads by 2 keys, read where they are stored, 2 rows at a time: channels are in
+ * the lanes, and sums are formed across them once a tile, for many dot products together. Behind
+ * the last key its row is taken again, so that every tile is whole. Meanwhile lines of later keys
+ * (next) are asked for, if there are any. */
 HL_KERNEL_SCALAR void hl_sfa_bf16_d128_rope64_dot_4x2_scalar(const float *q, const hl_row *row,
     int32_t last, float *s, float scale, const hl_row *next)
 {
     enum { L = 1, QS = 192 };
-    const hl_row *const row1 = row + (last < 1 ? last : 1);
-    hl_vf_scalar s0_0 = hl_vzero_scalar();
-    hl_vf_scalar s0_1 = hl_vzero_scalar();
-    hl_vf_scalar s1_0 = hl_vzero_scalar();
-    hl_vf_scalar s1_1 = hl_vzero_scalar();
-    hl_vf_scalar s2_0 = hl_vzero_scalar();
-    hl_vf_scalar s2_1 = hl_vzero_scalar();
-    hl_vf_scalar s3_0 = hl_vzero_scalar();
-    hl_vf_scalar s3_1 = hl_vzero_scalar();
-    {
-        const float *const from = q + 0;
-        const uint16_t *const k0 =
-            (const uint16_t *)row->key;
-        const uint16_t *const k1 =
-            (const uint16_t *)row1->key;
-        for (int32_t start = 0; start < 128; start += 32) {
-            if (next != NULL) {
-                HL_FETCH((const uint16_t *)next[0].key + start + 0);
-                HL_FETCH((const uint16_t *)next[1].key + start + 0);
-            }
-            for (int32_t c = start; c < start + 32; c += 2 * L) {
-                const float *const qc = from + c;
-                hl_vf_scalar q0;
-                hl_vf_scalar x0;
-                hl_vf_scalar y0;
-                hl_vpair_bf16_scalar(k0 + c, &x0, &y0);
-                hl_vf_scalar x1;
-                hl_vf_scalar y1;
-                hl_vpair_bf16_scalar(k1 + c, &x1, &y1);
-                q0 = hl_vload_scalar(qc + 0 * QS);
-                s0_0 = hl_vfma_scalar(x0, q0, s0_0);
-                s0_1 = hl_vfma_scalar(x1, q0, s0_1);
-                q0 = hl_vload_scalar(qc + 1 * QS);
-                s1_0 = hl_vfma_scalar(x0, q0, s1_0);
-                s1_1 = hl_vfma_scalar(x1, q0, s1_1);
-                q0 = hl_vload_scalar(qc + 2 * QS);
-                s2_0 = hl_vfma_scalar(x0, q0, s2_0);
-                s2_1 = hl_vfma_scalar(x1, q0, s2_1);
-                q0 = hl_vload_scalar(qc + 3 * QS);
-                s3_0 = hl_vfma_scalar(x0, q0, s3_0);
-                s3_1 = hl_vfma_scalar(x1, q0, s3_1);
-                q0 = hl_vload_scalar(qc + 0 * QS + L);
-                s0_0 = hl_vfma_scalar(y0, q0, s0_0);
-                s0_1 = hl_vfma_scalar(y1, q0, s0_1);
-                q0 = hl_vload_scalar(qc + 1 * QS + L);
-                s1_0 = hl_vfma_scalar(y0, q0, s1_0);
-                s1_1 = hl_vfma_scalar(y1, q0, s1_1);
-                q0 = hl_vload_scalar(qc + 2 * QS + L);
-                s2_0 = hl_vfma_scalar(y0, q0, s2_0);
-                s2_1 = hl_vfma_scalar(y1, q0, s2_1);
-                q0 = hl_vload_scalar(qc + 3 * QS + L);
-                s3_0 = hl_vfma_scalar(y0, q0, s3_0);
-                s3_1 = hl_vfma_scalar(y1, q0, s3_1);
+    hl_vf_scalar all[8];
+    for (int32_t j = 0; j < 2; j += 2) {
+        const hl_row *const row0 = row + (last < j + 0 ? last : j + 0);
+        const hl_row *const row1 = row + (last < j + 1 ? last : j + 1);
+        hl_vf_scalar s0_0 = hl_vzero_scalar();
+        hl_vf_scalar s0_1 = hl_vzero_scalar();
+        hl_vf_scalar s1_0 = hl_vzero_scalar();
+        hl_vf_scalar s1_1 = hl_vzero_scalar();
+        hl_vf_scalar s2_0 = hl_vzero_scalar();
+        hl_vf_scalar s2_1 = hl_vzero_scalar();
+        hl_vf_scalar s3_0 = hl_vzero_scalar();
+        hl_vf_scalar s3_1 = hl_vzero_scalar();
+        {
+            const float *const from = q + 0;
+            const uint16_t *const k0 = (const uint16_t *)row0->key;
+            const uint16_t *const k1 = (const uint16_t *)row1->key;
+            for (int32_t start = 0; start < 128; start += 32) {
+                if (next != NULL) {
+                    HL_FETCH((const uint16_t *)next[j + 0].key + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 1].key + start + 0);
+                }
+                for (int32_t c = start; c < start + 32; c += 2) {
+                    {
+                        const float *const qc = from + c + 0;
+                        hl_vf_scalar q0;
+                        hl_vf_scalar v0;
+                        hl_vf_scalar w0;
+                        hl_vpair_bf16_scalar(k0 + c + 0, &v0, &w0);
+                        hl_vf_scalar v1;
+                        hl_vf_scalar w1;
+                        hl_vpair_bf16_scalar(k1 + c + 0, &v1, &w1);
+                        q0 = hl_vkeep_scalar(hl_vload_scalar(qc + 0 * QS));
+                        s0_0 = hl_vfma_scalar(v0, q0, s0_0);
+                        s0_1 = hl_vfma_scalar(v1, q0, s0_1);
+                        q0 = hl_vkeep_scalar(hl_vload_scalar(qc + 1 * QS));
+                        s1_0 = hl_vfma_scalar(v0, q0, s1_0);
+                        s1_1 = hl_vfma_scalar(v1, q0, s1_1);
+                        q0 = hl_vkeep_scalar(hl_vload_scalar(qc + 2 * QS));
+                        s2_0 = hl_vfma_scalar(v0, q0, s2_0);
+                        s2_1 = hl_vfma_scalar(v1, q0, s2_1);
+                        q0 = hl_vkeep_scalar(hl_vload_scalar(qc + 3 * QS));
+                        s3_0 = hl_vfma_scalar(v0, q0, s3_0);
+                        s3_1 = hl_vfma_scalar(v1, q0, s3_1);
+                        q0 = hl_vkeep_scalar(hl_vload_scalar(qc + 0 * QS + L));
+                        s0_0 = hl_vfma_scalar(w0, q0, s0_0);
+                        s0_1 = hl_vfma_scalar(w1, q0, s0_1);
+                        q0 = hl_vkeep_scalar(hl_vload_scalar(qc + 1 * QS + L));
+                        s1_0 = hl_vfma_scalar(w0, q0, s1_0);
+                        s1_1 = hl_vfma_scalar(w1, q0, s1_1);
+                        q0 = hl_vkeep_scalar(hl_vload_scalar(qc + 2 * QS + L));
+                        s2_0 = hl_vfma_scalar(w0, q0, s2_0);
+                        s2_1 = hl_vfma_scalar(w1, q0, s2_1);
+                        q0 = hl_vkeep_scalar(hl_vload_scalar(qc + 3 * QS + L));
+                        s3_0 = hl_vfma_scalar(w0, q0, s3_0);
+                        s3_1 = hl_vfma_scalar(w1, q0, s3_1);
+                    }
+                }
             }
         }
+        {
+            const float *const from = q + 128;
+            const uint16_t *const k0 = (const uint16_t *)row0->rope;
+            const uint16_t *const k1 = (const uint16_t *)row1->rope;
+            for (int32_t start = 0; start < 64; start += 32) {
+                if (next != NULL) {
+                    HL_FETCH((const uint16_t *)next[j + 0].rope + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 1].rope + start + 0);
+                }
+                for (int32_t c = start; c < start + 32; c += 2) {
+                    {
+                        const float *const qc = from + c + 0;
+                        hl_vf_scalar q0;
+                        hl_vf_scalar v0;
+                        hl_vf_scalar w0;
+                        hl_vpair_bf16_scalar(k0 + c + 0, &v0, &w0);
+                        hl_vf_scalar v1;
+                        hl_vf_scalar w1;
+                        hl_vpair_bf16_scalar(k1 + c + 0, &v1, &w1);
+                        q0 = hl_vkeep_scalar(hl_vload_scalar(qc + 0 * QS));
+                        s0_0 = hl_vfma_scalar(v0, q0, s0_0);
+                        s0_1 = hl_vfma_scalar(v1, q0, s0_1);
+                        q0 = hl_vkeep_scalar(hl_vload_scalar(qc + 1 * QS));
+                        s1_0 = hl_vfma_scalar(v0, q0, s1_0);
+                        s1_1 = hl_vfma_scalar(v1, q0, s1_1);
+                        q0 = hl_vkeep_scalar(hl_vload_scalar(qc + 2 * QS));
+                        s2_0 = hl_vfma_scalar(v0, q0, s2_0);
+                        s2_1 = hl_vfma_scalar(v1, q0, s2_1);
+                        q0 = hl_vkeep_scalar(hl_vload_scalar(qc + 3 * QS));
+                        s3_0 = hl_vfma_scalar(v0, q0, s3_0);
+                        s3_1 = hl_vfma_scalar(v1, q0, s3_1);
+                        q0 = hl_vkeep_scalar(hl_vload_scalar(qc + 0 * QS + L));
+                        s0_0 = hl_vfma_scalar(w0, q0, s0_0);
+                        s0_1 = hl_vfma_scalar(w1, q0, s0_1);
+                        q0 = hl_vkeep_scalar(hl_vload_scalar(qc + 1 * QS + L));
+                        s1_0 = hl_vfma_scalar(w0, q0, s1_0);
+                        s1_1 = hl_vfma_scalar(w1, q0, s1_1);
+                        q0 = hl_vkeep_scalar(hl_vload_scalar(qc + 2 * QS + L));
+                        s2_0 = hl_vfma_scalar(w0, q0, s2_0);
+                        s2_1 = hl_vfma_scalar(w1, q0, s2_1);
+                        q0 = hl_vkeep_scalar(hl_vload_scalar(qc + 3 * QS + L));
+                        s3_0 = hl_vfma_scalar(w0, q0, s3_0);
+                        s3_1 = hl_vfma_scalar(w1, q0, s3_1);
+                    }
+                }
+            }
+        }
+        all[0 * 2 + j + 0] = s0_0;
+        all[0 * 2 + j + 1] = s0_1;
+        all[1 * 2 + j + 0] = s1_0;
+        all[1 * 2 + j + 1] = s1_1;
+        all[2 * 2 + j + 0] = s2_0;
+        all[2 * 2 + j + 1] = s2_1;
+        all[3 * 2 + j + 0] = s3_0;
+        all[3 * 2 + j + 1] = s3_1;
     }
-    {
-        const float *const from = q + 128;
-        const uint16_t *const k0 =
-            (const uint16_t *)row->rope;
-        const uint16_t *const k1 =
-            (const uint16_t *)row1->rope;
-        for (int32_t start = 0; start < 64; start += 32) {
-            if (next != NULL) {
-                HL_FETCH((const uint16_t *)next[0].rope + start + 0);
-                HL_FETCH((const uint16_t *)next[1].rope + start + 0);
-            }
-            for (int32_t c = start; c < start + 32; c += 2 * L) {
-                const float *const qc = from + c;
-                hl_vf_scalar q0;
-                hl_vf_scalar x0;
-                hl_vf_scalar y0;
-                hl_vpair_bf16_scalar(k0 + c, &x0, &y0);
-                hl_vf_scalar x1;
-                hl_vf_scalar y1;
-                hl_vpair_bf16_scalar(k1 + c, &x1, &y1);
-                q0 = hl_vload_scalar(qc + 0 * QS);
-                s0_0 = hl_vfma_scalar(x0, q0, s0_0);
-                s0_1 = hl_vfma_scalar(x1, q0, s0_1);
-                q0 = hl_vload_scalar(qc + 1 * QS);
-                s1_0 = hl_vfma_scalar(x0, q0, s1_0);
-                s1_1 = hl_vfma_scalar(x1, q0, s1_1);
-                q0 = hl_vload_scalar(qc + 2 * QS);
-                s2_0 = hl_vfma_scalar(x0, q0, s2_0);
-                s2_1 = hl_vfma_scalar(x1, q0, s2_1);
-                q0 = hl_vload_scalar(qc + 3 * QS);
-                s3_0 = hl_vfma_scalar(x0, q0, s3_0);
-                s3_1 = hl_vfma_scalar(x1, q0, s3_1);
-                q0 = hl_vload_scalar(qc + 0 * QS + L);
-                s0_0 = hl_vfma_scalar(y0, q0, s0_0);
-                s0_1 = hl_vfma_scalar(y1, q0, s0_1);
-                q0 = hl_vload_scalar(qc + 1 * QS + L);
-                s1_0 = hl_vfma_scalar(y0, q0, s1_0);
-                s1_1 = hl_vfma_scalar(y1, q0, s1_1);
-                q0 = hl_vload_scalar(qc + 2 * QS + L);
-                s2_0 = hl_vfma_scalar(y0, q0, s2_0);
-                s2_1 = hl_vfma_scalar(y1, q0, s2_1);
-                q0 = hl_vload_scalar(qc + 3 * QS + L);
-                s3_0 = hl_vfma_scalar(y0, q0, s3_0);
-                s3_1 = hl_vfma_scalar(y1, q0, s3_1);
-            }
-        }
-    }
-    {
-        const hl_vf_scalar all[8] = {
-s0_0, s0_1,
-s1_0, s1_1,
-s2_0, s2_1,
-s3_0, s3_1
-        };
-        for (int32_t i = 0; i < 8; i += L) {
-            hl_vstore_scalar(s + i,
-                             hl_vmul_scalar(hl_vsums_scalar(all + i), hl_vset_scalar(scale)));
-        }
+    for (int32_t i = 0; i < 8; i += L) {
+        hl_vstore_scalar(s + i, hl_vmul_scalar(hl_vsums_scalar(all + i), hl_vset_scalar(scale)));
     }
 }
 
-/* 2 heads by 4 keys, read where they are stored: channels
- * are in the lanes, and sums are formed across them once a tile, for many dot products together.
- * Behind the last key its row is taken again, so that every tile is whole. Meanwhile the same
- * channels of later keys (next) are asked for, if there are any. */
+/* 2 heads by 4 keys, read where they are stored, 4 rows at a time: channels are in
+ * the lanes, and sums are formed across them once a tile, for many dot products together. Behind
+ * the last key its row is taken again, so that every tile is whole. Meanwhile lines of later keys
+ * (next) are asked for, if there are any. */
 HL_KERNEL_SCALAR void hl_sfa_bf16_d128_rope64_dot_2x4_scalar(const float *q, const hl_row *row,
     int32_t last, float *s, float scale, const hl_row *next)
 {
     enum { L = 1, QS = 192 };
-    const hl_row *const row1 = row + (last < 1 ? last : 1);
-    const hl_row *const row2 = row + (last < 2 ? last : 2);
-    const hl_row *const row3 = row + (last < 3 ? last : 3);
-    hl_vf_scalar s0_0 = hl_vzero_scalar();
-    hl_vf_scalar s0_1 = hl_vzero_scalar();
-    hl_vf_scalar s0_2 = hl_vzero_scalar();
-    hl_vf_scalar s0_3 = hl_vzero_scalar();
-    hl_vf_scalar s1_0 = hl_vzero_scalar();
-    hl_vf_scalar s1_1 = hl_vzero_scalar();
-    hl_vf_scalar s1_2 = hl_vzero_scalar();
-    hl_vf_scalar s1_3 = hl_vzero_scalar();
-    {
-        const float *const from = q + 0;
-        const uint16_t *const k0 =
-            (const uint16_t *)row->key;
-        const uint16_t *const k1 =
-            (const uint16_t *)row1->key;
-        const uint16_t *const k2 =
-            (const uint16_t *)row2->key;
-        const uint16_t *const k3 =
-            (const uint16_t *)row3->key;
-        for (int32_t start = 0; start < 128; start += 32) {
-            if (next != NULL) {
-                HL_FETCH((const uint16_t *)next[0].key + start + 0);
-                HL_FETCH((const uint16_t *)next[1].key + start + 0);
-                HL_FETCH((const uint16_t *)next[2].key + start + 0);
-                HL_FETCH((const uint16_t *)next[3].key + start + 0);
-            }
-            for (int32_t c = start; c < start + 32; c += 2 * L) {
-                const float *const qc = from + c;
-                hl_vf_scalar x;
-                hl_vf_scalar y;
-                const hl_vf_scalar qx0 = hl_vload_scalar(qc + 0 * QS);
-                const hl_vf_scalar qy0 = hl_vload_scalar(qc + 0 * QS + L);
-                const hl_vf_scalar qx1 = hl_vload_scalar(qc + 1 * QS);
-                const hl_vf_scalar qy1 = hl_vload_scalar(qc + 1 * QS + L);
-                hl_vpair_bf16_scalar(k0 + c, &x, &y);
-                s0_0 = hl_vfma_scalar(x, qx0, s0_0);
-                s1_0 = hl_vfma_scalar(x, qx1, s1_0);
-                s0_0 = hl_vfma_scalar(y, qy0, s0_0);
-                s1_0 = hl_vfma_scalar(y, qy1, s1_0);
-                hl_vpair_bf16_scalar(k1 + c, &x, &y);
-                s0_1 = hl_vfma_scalar(x, qx0, s0_1);
-                s1_1 = hl_vfma_scalar(x, qx1, s1_1);
-                s0_1 = hl_vfma_scalar(y, qy0, s0_1);
-                s1_1 = hl_vfma_scalar(y, qy1, s1_1);
-                hl_vpair_bf16_scalar(k2 + c, &x, &y);
-                s0_2 = hl_vfma_scalar(x, qx0, s0_2);
-                s1_2 = hl_vfma_scalar(x, qx1, s1_2);
-                s0_2 = hl_vfma_scalar(y, qy0, s0_2);
-                s1_2 = hl_vfma_scalar(y, qy1, s1_2);
-                hl_vpair_bf16_scalar(k3 + c, &x, &y);
-                s0_3 = hl_vfma_scalar(x, qx0, s0_3);
-                s1_3 = hl_vfma_scalar(x, qx1, s1_3);
-                s0_3 = hl_vfma_scalar(y, qy0, s0_3);
-                s1_3 = hl_vfma_scalar(y, qy1, s1_3);
+    hl_vf_scalar all[8];
+    for (int32_t j = 0; j < 4; j += 4) {
+        const hl_row *const row0 = row + (last < j + 0 ? last : j + 0);
+        const hl_row *const row1 = row + (last < j + 1 ? last : j + 1);
+        const hl_row *const row2 = row + (last < j + 2 ? last : j + 2);
+        const hl_row *const row3 = row + (last < j + 3 ? last : j + 3);
+        hl_vf_scalar s0_0 = hl_vzero_scalar();
+        hl_vf_scalar s0_1 = hl_vzero_scalar();
+        hl_vf_scalar s0_2 = hl_vzero_scalar();
+        hl_vf_scalar s0_3 = hl_vzero_scalar();
+        hl_vf_scalar s1_0 = hl_vzero_scalar();
+        hl_vf_scalar s1_1 = hl_vzero_scalar();
+        hl_vf_scalar s1_2 = hl_vzero_scalar();
+        hl_vf_scalar s1_3 = hl_vzero_scalar();
+        {
+            const float *const from = q + 0;
+            const uint16_t *const k0 = (const uint16_t *)row0->key;
+            const uint16_t *const k1 = (const uint16_t *)row1->key;
+            const uint16_t *const k2 = (const uint16_t *)row2->key;
+            const uint16_t *const k3 = (const uint16_t *)row3->key;
+            for (int32_t start = 0; start < 128; start += 32) {
+                if (next != NULL) {
+                    HL_FETCH((const uint16_t *)next[j + 0].key + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 1].key + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 2].key + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 3].key + start + 0);
+                }
+                for (int32_t c = start; c < start + 32; c += 2) {
+                    {
+                        const float *const qc = from + c + 0;
+                        hl_vf_scalar v;
+                        hl_vf_scalar w;
+                        const hl_vf_scalar q0 = hl_vload_scalar(qc + 0 * QS);
+                        const hl_vf_scalar p0 = hl_vload_scalar(qc + 0 * QS + L);
+                        const hl_vf_scalar q1 = hl_vload_scalar(qc + 1 * QS);
+                        const hl_vf_scalar p1 = hl_vload_scalar(qc + 1 * QS + L);
+                        hl_vpair_bf16_scalar(k0 + c + 0, &v, &w);
+                        s0_0 = hl_vfma_scalar(v, q0, s0_0);
+                        s1_0 = hl_vfma_scalar(v, q1, s1_0);
+                        s0_0 = hl_vfma_scalar(w, p0, s0_0);
+                        s1_0 = hl_vfma_scalar(w, p1, s1_0);
+                        hl_vpair_bf16_scalar(k1 + c + 0, &v, &w);
+                        s0_1 = hl_vfma_scalar(v, q0, s0_1);
+                        s1_1 = hl_vfma_scalar(v, q1, s1_1);
+                        s0_1 = hl_vfma_scalar(w, p0, s0_1);
+                        s1_1 = hl_vfma_scalar(w, p1, s1_1);
+                        hl_vpair_bf16_scalar(k2 + c + 0, &v, &w);
+                        s0_2 = hl_vfma_scalar(v, q0, s0_2);
+                        s1_2 = hl_vfma_scalar(v, q1, s1_2);
+                        s0_2 = hl_vfma_scalar(w, p0, s0_2);
+                        s1_2 = hl_vfma_scalar(w, p1, s1_2);
+                        hl_vpair_bf16_scalar(k3 + c + 0, &v, &w);
+                        s0_3 = hl_vfma_scalar(v, q0, s0_3);
+                        s1_3 = hl_vfma_scalar(v, q1, s1_3);
+                        s0_3 = hl_vfma_scalar(w, p0, s0_3);
+                        s1_3 = hl_vfma_scalar(w, p1, s1_3);
+                    }
+                }
             }
         }
+        {
+            const float *const from = q + 128;
+            const uint16_t *const k0 = (const uint16_t *)row0->rope;
+            const uint16_t *const k1 = (const uint16_t *)row1->rope;
+            const uint16_t *const k2 = (const uint16_t *)row2->rope;
+            const uint16_t *const k3 = (const uint16_t *)row3->rope;
+            for (int32_t start = 0; start < 64; start += 32) {
+                if (next != NULL) {
+                    HL_FETCH((const uint16_t *)next[j + 0].rope + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 1].rope + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 2].rope + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 3].rope + start + 0);
+                }
+                for (int32_t c = start; c < start + 32; c += 2) {
+                    {
+                        const float *const qc = from + c + 0;
+                        hl_vf_scalar v;
+                        hl_vf_scalar w;
+                        const hl_vf_scalar q0 = hl_vload_scalar(qc + 0 * QS);
+                        const hl_vf_scalar p0 = hl_vload_scalar(qc + 0 * QS + L);
+                        const hl_vf_scalar q1 = hl_vload_scalar(qc + 1 * QS);
+                        const hl_vf_scalar p1 = hl_vload_scalar(qc + 1 * QS + L);
+                        hl_vpair_bf16_scalar(k0 + c + 0, &v, &w);
+                        s0_0 = hl_vfma_scalar(v, q0, s0_0);
+                        s1_0 = hl_vfma_scalar(v, q1, s1_0);
+                        s0_0 = hl_vfma_scalar(w, p0, s0_0);
+                        s1_0 = hl_vfma_scalar(w, p1, s1_0);
+                        hl_vpair_bf16_scalar(k1 + c + 0, &v, &w);
+                        s0_1 = hl_vfma_scalar(v, q0, s0_1);
+                        s1_1 = hl_vfma_scalar(v, q1, s1_1);
+                        s0_1 = hl_vfma_scalar(w, p0, s0_1);
+                        s1_1 = hl_vfma_scalar(w, p1, s1_1);
+                        hl_vpair_bf16_scalar(k2 + c + 0, &v, &w);
+                        s0_2 = hl_vfma_scalar(v, q0, s0_2);
+                        s1_2 = hl_vfma_scalar(v, q1, s1_2);
+                        s0_2 = hl_vfma_scalar(w, p0, s0_2);
+                        s1_2 = hl_vfma_scalar(w, p1, s1_2);
+                        hl_vpair_bf16_scalar(k3 + c + 0, &v, &w);
+                        s0_3 = hl_vfma_scalar(v, q0, s0_3);
+                        s1_3 = hl_vfma_scalar(v, q1, s1_3);
+                        s0_3 = hl_vfma_scalar(w, p0, s0_3);
+                        s1_3 = hl_vfma_scalar(w, p1, s1_3);
+                    }
+                }
+            }
+        }
+        all[0 * 4 + j + 0] = s0_0;
+        all[0 * 4 + j + 1] = s0_1;
+        all[0 * 4 + j + 2] = s0_2;
+        all[0 * 4 + j + 3] = s0_3;
+        all[1 * 4 + j + 0] = s1_0;
+        all[1 * 4 + j + 1] = s1_1;
+        all[1 * 4 + j + 2] = s1_2;
+        all[1 * 4 + j + 3] = s1_3;
     }
-    {
-        const float *const from = q + 128;
-        const uint16_t *const k0 =
-            (const uint16_t *)row->rope;
-        const uint16_t *const k1 =
-            (const uint16_t *)row1->rope;
-        const uint16_t *const k2 =
-            (const uint16_t *)row2->rope;
-        const uint16_t *const k3 =
-            (const uint16_t *)row3->rope;
-        for (int32_t start = 0; start < 64; start += 32) {
-            if (next != NULL) {
-                HL_FETCH((const uint16_t *)next[0].rope + start + 0);
-                HL_FETCH((const uint16_t *)next[1].rope + start + 0);
-                HL_FETCH((const uint16_t *)next[2].rope + start + 0);
-                HL_FETCH((const uint16_t *)next[3].rope + start + 0);
-            }
-            for (int32_t c = start; c < start + 32; c += 2 * L) {
-                const float *const qc = from + c;
-                hl_vf_scalar x;
-                hl_vf_scalar y;
-                const hl_vf_scalar qx0 = hl_vload_scalar(qc + 0 * QS);
-                const hl_vf_scalar qy0 = hl_vload_scalar(qc + 0 * QS + L);
-                const hl_vf_scalar qx1 = hl_vload_scalar(qc + 1 * QS);
-                const hl_vf_scalar qy1 = hl_vload_scalar(qc + 1 * QS + L);
-                hl_vpair_bf16_scalar(k0 + c, &x, &y);
-                s0_0 = hl_vfma_scalar(x, qx0, s0_0);
-                s1_0 = hl_vfma_scalar(x, qx1, s1_0);
-                s0_0 = hl_vfma_scalar(y, qy0, s0_0);
-                s1_0 = hl_vfma_scalar(y, qy1, s1_0);
-                hl_vpair_bf16_scalar(k1 + c, &x, &y);
-                s0_1 = hl_vfma_scalar(x, qx0, s0_1);
-                s1_1 = hl_vfma_scalar(x, qx1, s1_1);
-                s0_1 = hl_vfma_scalar(y, qy0, s0_1);
-                s1_1 = hl_vfma_scalar(y, qy1, s1_1);
-                hl_vpair_bf16_scalar(k2 + c, &x, &y);
-                s0_2 = hl_vfma_scalar(x, qx0, s0_2);
-                s1_2 = hl_vfma_scalar(x, qx1, s1_2);
-                s0_2 = hl_vfma_scalar(y, qy0, s0_2);
-                s1_2 = hl_vfma_scalar(y, qy1, s1_2);
-                hl_vpair_bf16_scalar(k3 + c, &x, &y);
-                s0_3 = hl_vfma_scalar(x, qx0, s0_3);
-                s1_3 = hl_vfma_scalar(x, qx1, s1_3);
-                s0_3 = hl_vfma_scalar(y, qy0, s0_3);
-                s1_3 = hl_vfma_scalar(y, qy1, s1_3);
-            }
-        }
-    }
-    {
-        const hl_vf_scalar all[8] = {
-s0_0, s0_1, s0_2, s0_3,
-s1_0, s1_1, s1_2, s1_3
-        };
-        for (int32_t i = 0; i < 8; i += L) {
-            hl_vstore_scalar(s + i,
-                             hl_vmul_scalar(hl_vsums_scalar(all + i), hl_vset_scalar(scale)));
-        }
+    for (int32_t i = 0; i < 8; i += L) {
+        hl_vstore_scalar(s + i, hl_vmul_scalar(hl_vsums_scalar(all + i), hl_vset_scalar(scale)));
     }
 }
 
-/* 1 head by 8 keys, read where they are stored: channels
- * are in the lanes, and sums are formed across them once a tile, for many dot products together.
- * Behind the last key its row is taken again, so that every tile is whole. Meanwhile the same
- * channels of later keys (next) are asked for, if there are any. */
+/* 1 head by 8 keys, read where they are stored, 8 rows at a time: channels are in
+ * the lanes, and sums are formed across them once a tile, for many dot products together. Behind
+ * the last key its row is taken again, so that every tile is whole. Meanwhile lines of later keys
+ * (next) are asked for, if there are any. */
 HL_KERNEL_SCALAR void hl_sfa_bf16_d128_rope64_dot_1x8_scalar(const float *q, const hl_row *row,
     int32_t last, float *s, float scale, const hl_row *next)
 {
     enum { L = 1, QS = 192 };
-    const hl_row *const row1 = row + (last < 1 ? last : 1);
-    const hl_row *const row2 = row + (last < 2 ? last : 2);
-    const hl_row *const row3 = row + (last < 3 ? last : 3);
-    const hl_row *const row4 = row + (last < 4 ? last : 4);
-    const hl_row *const row5 = row + (last < 5 ? last : 5);
-    const hl_row *const row6 = row + (last < 6 ? last : 6);
-    const hl_row *const row7 = row + (last < 7 ? last : 7);
-    hl_vf_scalar s0_0 = hl_vzero_scalar();
-    hl_vf_scalar s0_1 = hl_vzero_scalar();
-    hl_vf_scalar s0_2 = hl_vzero_scalar();
-    hl_vf_scalar s0_3 = hl_vzero_scalar();
-    hl_vf_scalar s0_4 = hl_vzero_scalar();
-    hl_vf_scalar s0_5 = hl_vzero_scalar();
-    hl_vf_scalar s0_6 = hl_vzero_scalar();
-    hl_vf_scalar s0_7 = hl_vzero_scalar();
-    {
-        const float *const from = q + 0;
-        const uint16_t *const k0 =
-            (const uint16_t *)row->key;
-        const uint16_t *const k1 =
-            (const uint16_t *)row1->key;
-        const uint16_t *const k2 =
-            (const uint16_t *)row2->key;
-        const uint16_t *const k3 =
-            (const uint16_t *)row3->key;
-        const uint16_t *const k4 =
-            (const uint16_t *)row4->key;
-        const uint16_t *const k5 =
-            (const uint16_t *)row5->key;
-        const uint16_t *const k6 =
-            (const uint16_t *)row6->key;
-        const uint16_t *const k7 =
-            (const uint16_t *)row7->key;
-        for (int32_t start = 0; start < 128; start += 32) {
-            if (next != NULL) {
-                HL_FETCH((const uint16_t *)next[0].key + start + 0);
-                HL_FETCH((const uint16_t *)next[1].key + start + 0);
-                HL_FETCH((const uint16_t *)next[2].key + start + 0);
-                HL_FETCH((const uint16_t *)next[3].key + start + 0);
-                HL_FETCH((const uint16_t *)next[4].key + start + 0);
-                HL_FETCH((const uint16_t *)next[5].key + start + 0);
-                HL_FETCH((const uint16_t *)next[6].key + start + 0);
-                HL_FETCH((const uint16_t *)next[7].key + start + 0);
-            }
-            for (int32_t c = start; c < start + 32; c += 2 * L) {
-                const float *const qc = from + c;
-                hl_vf_scalar x;
-                hl_vf_scalar y;
-                const hl_vf_scalar qx0 = hl_vload_scalar(qc + 0 * QS);
-                const hl_vf_scalar qy0 = hl_vload_scalar(qc + 0 * QS + L);
-                hl_vpair_bf16_scalar(k0 + c, &x, &y);
-                s0_0 = hl_vfma_scalar(x, qx0, s0_0);
-                s0_0 = hl_vfma_scalar(y, qy0, s0_0);
-                hl_vpair_bf16_scalar(k1 + c, &x, &y);
-                s0_1 = hl_vfma_scalar(x, qx0, s0_1);
-                s0_1 = hl_vfma_scalar(y, qy0, s0_1);
-                hl_vpair_bf16_scalar(k2 + c, &x, &y);
-                s0_2 = hl_vfma_scalar(x, qx0, s0_2);
-                s0_2 = hl_vfma_scalar(y, qy0, s0_2);
-                hl_vpair_bf16_scalar(k3 + c, &x, &y);
-                s0_3 = hl_vfma_scalar(x, qx0, s0_3);
-                s0_3 = hl_vfma_scalar(y, qy0, s0_3);
-                hl_vpair_bf16_scalar(k4 + c, &x, &y);
-                s0_4 = hl_vfma_scalar(x, qx0, s0_4);
-                s0_4 = hl_vfma_scalar(y, qy0, s0_4);
-                hl_vpair_bf16_scalar(k5 + c, &x, &y);
-                s0_5 = hl_vfma_scalar(x, qx0, s0_5);
-                s0_5 = hl_vfma_scalar(y, qy0, s0_5);
-                hl_vpair_bf16_scalar(k6 + c, &x, &y);
-                s0_6 = hl_vfma_scalar(x, qx0, s0_6);
-                s0_6 = hl_vfma_scalar(y, qy0, s0_6);
-                hl_vpair_bf16_scalar(k7 + c, &x, &y);
-                s0_7 = hl_vfma_scalar(x, qx0, s0_7);
-                s0_7 = hl_vfma_scalar(y, qy0, s0_7);
+    hl_vf_scalar all[8];
+    for (int32_t j = 0; j < 8; j += 8) {
+        const hl_row *const row0 = row + (last < j + 0 ? last : j + 0);
+        const hl_row *const row1 = row + (last < j + 1 ? last : j + 1);
+        const hl_row *const row2 = row + (last < j + 2 ? last : j + 2);
+        const hl_row *const row3 = row + (last < j + 3 ? last : j + 3);
+        const hl_row *const row4 = row + (last < j + 4 ? last : j + 4);
+        const hl_row *const row5 = row + (last < j + 5 ? last : j + 5);
+        const hl_row *const row6 = row + (last < j + 6 ? last : j + 6);
+        const hl_row *const row7 = row + (last < j + 7 ? last : j + 7);
+        hl_vf_scalar s0_0 = hl_vzero_scalar();
+        hl_vf_scalar s0_1 = hl_vzero_scalar();
+        hl_vf_scalar s0_2 = hl_vzero_scalar();
+        hl_vf_scalar s0_3 = hl_vzero_scalar();
+        hl_vf_scalar s0_4 = hl_vzero_scalar();
+        hl_vf_scalar s0_5 = hl_vzero_scalar();
+        hl_vf_scalar s0_6 = hl_vzero_scalar();
+        hl_vf_scalar s0_7 = hl_vzero_scalar();
+        {
+            const float *const from = q + 0;
+            const uint16_t *const k0 = (const uint16_t *)row0->key;
+            const uint16_t *const k1 = (const uint16_t *)row1->key;
+            const uint16_t *const k2 = (const uint16_t *)row2->key;
+            const uint16_t *const k3 = (const uint16_t *)row3->key;
+            const uint16_t *const k4 = (const uint16_t *)row4->key;
+            const uint16_t *const k5 = (const uint16_t *)row5->key;
+            const uint16_t *const k6 = (const uint16_t *)row6->key;
+            const uint16_t *const k7 = (const uint16_t *)row7->key;
+            for (int32_t start = 0; start < 128; start += 32) {
+                if (next != NULL) {
+                    HL_FETCH((const uint16_t *)next[j + 0].key + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 1].key + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 2].key + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 3].key + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 4].key + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 5].key + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 6].key + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 7].key + start + 0);
+                }
+                for (int32_t c = start; c < start + 32; c += 2) {
+                    {
+                        const float *const qc = from + c + 0;
+                        hl_vf_scalar v;
+                        hl_vf_scalar w;
+                        const hl_vf_scalar q0 = hl_vload_scalar(qc + 0 * QS);
+                        const hl_vf_scalar p0 = hl_vload_scalar(qc + 0 * QS + L);
+                        hl_vpair_bf16_scalar(k0 + c + 0, &v, &w);
+                        s0_0 = hl_vfma_scalar(v, q0, s0_0);
+                        s0_0 = hl_vfma_scalar(w, p0, s0_0);
+                        hl_vpair_bf16_scalar(k1 + c + 0, &v, &w);
+                        s0_1 = hl_vfma_scalar(v, q0, s0_1);
+                        s0_1 = hl_vfma_scalar(w, p0, s0_1);
+                        hl_vpair_bf16_scalar(k2 + c + 0, &v, &w);
+                        s0_2 = hl_vfma_scalar(v, q0, s0_2);
+                        s0_2 = hl_vfma_scalar(w, p0, s0_2);
+                        hl_vpair_bf16_scalar(k3 + c + 0, &v, &w);
+                        s0_3 = hl_vfma_scalar(v, q0, s0_3);
+                        s0_3 = hl_vfma_scalar(w, p0, s0_3);
+                        hl_vpair_bf16_scalar(k4 + c + 0, &v, &w);
+                        s0_4 = hl_vfma_scalar(v, q0, s0_4);
+                        s0_4 = hl_vfma_scalar(w, p0, s0_4);
+                        hl_vpair_bf16_scalar(k5 + c + 0, &v, &w);
+                        s0_5 = hl_vfma_scalar(v, q0, s0_5);
+                        s0_5 = hl_vfma_scalar(w, p0, s0_5);
+                        hl_vpair_bf16_scalar(k6 + c + 0, &v, &w);
+                        s0_6 = hl_vfma_scalar(v, q0, s0_6);
+                        s0_6 = hl_vfma_scalar(w, p0, s0_6);
+                        hl_vpair_bf16_scalar(k7 + c + 0, &v, &w);
+                        s0_7 = hl_vfma_scalar(v, q0, s0_7);
+                        s0_7 = hl_vfma_scalar(w, p0, s0_7);
+                    }
+                }
             }
         }
+        {
+            const float *const from = q + 128;
+            const uint16_t *const k0 = (const uint16_t *)row0->rope;
+            const uint16_t *const k1 = (const uint16_t *)row1->rope;
+            const uint16_t *const k2 = (const uint16_t *)row2->rope;
+            const uint16_t *const k3 = (const uint16_t *)row3->rope;
+            const uint16_t *const k4 = (const uint16_t *)row4->rope;
+            const uint16_t *const k5 = (const uint16_t *)row5->rope;
+            const uint16_t *const k6 = (const uint16_t *)row6->rope;
+            const uint16_t *const k7 = (const uint16_t *)row7->rope;
+            for (int32_t start = 0; start < 64; start += 32) {
+                if (next != NULL) {
+                    HL_FETCH((const uint16_t *)next[j + 0].rope + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 1].rope + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 2].rope + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 3].rope + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 4].rope + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 5].rope + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 6].rope + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 7].rope + start + 0);
+                }
+                for (int32_t c = start; c < start + 32; c += 2) {
+                    {
+                        const float *const qc = from + c + 0;
+                        hl_vf_scalar v;
+                        hl_vf_scalar w;
+                        const hl_vf_scalar q0 = hl_vload_scalar(qc + 0 * QS);
+                        const hl_vf_scalar p0 = hl_vload_scalar(qc + 0 * QS + L);
+                        hl_vpair_bf16_scalar(k0 + c + 0, &v, &w);
+                        s0_0 = hl_vfma_scalar(v, q0, s0_0);
+                        s0_0 = hl_vfma_scalar(w, p0, s0_0);
+                        hl_vpair_bf16_scalar(k1 + c + 0, &v, &w);
+                        s0_1 = hl_vfma_scalar(v, q0, s0_1);
+                        s0_1 = hl_vfma_scalar(w, p0, s0_1);
+                        hl_vpair_bf16_scalar(k2 + c + 0, &v, &w);
+                        s0_2 = hl_vfma_scalar(v, q0, s0_2);
+                        s0_2 = hl_vfma_scalar(w, p0, s0_2);
+                        hl_vpair_bf16_scalar(k3 + c + 0, &v, &w);
+                        s0_3 = hl_vfma_scalar(v, q0, s0_3);
+                        s0_3 = hl_vfma_scalar(w, p0, s0_3);
+                        hl_vpair_bf16_scalar(k4 + c + 0, &v, &w);
+                        s0_4 = hl_vfma_scalar(v, q0, s0_4);
+                        s0_4 = hl_vfma_scalar(w, p0, s0_4);
+                        hl_vpair_bf16_scalar(k5 + c + 0, &v, &w);
+                        s0_5 = hl_vfma_scalar(v, q0, s0_5);
+                        s0_5 = hl_vfma_scalar(w, p0, s0_5);
+                        hl_vpair_bf16_scalar(k6 + c + 0, &v, &w);
+                        s0_6 = hl_vfma_scalar(v, q0, s0_6);
+                        s0_6 = hl_vfma_scalar(w, p0, s0_6);
+                        hl_vpair_bf16_scalar(k7 + c + 0, &v, &w);
+                        s0_7 = hl_vfma_scalar(v, q0, s0_7);
+                        s0_7 = hl_vfma_scalar(w, p0, s0_7);
+                    }
+                }
+            }
+        }
+        all[0 * 8 + j + 0] = s0_0;
+        all[0 * 8 + j + 1] = s0_1;
+        all[0 * 8 + j + 2] = s0_2;
+        all[0 * 8 + j + 3] = s0_3;
+        all[0 * 8 + j + 4] = s0_4;
+        all[0 * 8 + j + 5] = s0_5;
+        all[0 * 8 + j + 6] = s0_6;
+        all[0 * 8 + j + 7] = s0_7;
     }
-    {
-        const float *const from = q + 128;
-        const uint16_t *const k0 =
-            (const uint16_t *)row->rope;
-        const uint16_t *const k1 =
-            (const uint16_t *)row1->rope;
-        const uint16_t *const k2 =
-            (const uint16_t *)row2->rope;
-        const uint16_t *const k3 =
-            (const uint16_t *)row3->rope;
-        const uint16_t *const k4 =
-            (const uint16_t *)row4->rope;
-        const uint16_t *const k5 =
-            (const uint16_t *)row5->rope;
-        const uint16_t *const k6 =
-            (const uint16_t *)row6->rope;
-        const uint16_t *const k7 =
-            (const uint16_t *)row7->rope;
-        for (int32_t start = 0; start < 64; start += 32) {
-            if (next != NULL) {
-                HL_FETCH((const uint16_t *)next[0].rope + start + 0);
-                HL_FETCH((const uint16_t *)next[1].rope + start + 0);
-                HL_FETCH((const uint16_t *)next[2].rope + start + 0);
-                HL_FETCH((const uint16_t *)next[3].rope + start + 0);
-                HL_FETCH((const uint16_t *)next[4].rope + start + 0);
-                HL_FETCH((const uint16_t *)next[5].rope + start + 0);
-                HL_FETCH((const uint16_t *)next[6].rope + start + 0);
-                HL_FETCH((const uint16_t *)next[7].rope + start + 0);
-            }
-            for (int32_t c = start; c < start + 32; c += 2 * L) {
-                const float *const qc = from + c;
-                hl_vf_scalar x;
-                hl_vf_scalar y;
-                const hl_vf_scalar qx0 = hl_vload_scalar(qc + 0 * QS);
-                const hl_vf_scalar qy0 = hl_vload_scalar(qc + 0 * QS + L);
-                hl_vpair_bf16_scalar(k0 + c, &x, &y);
-                s0_0 = hl_vfma_scalar(x, qx0, s0_0);
-                s0_0 = hl_vfma_scalar(y, qy0, s0_0);
-                hl_vpair_bf16_scalar(k1 + c, &x, &y);
-                s0_1 = hl_vfma_scalar(x, qx0, s0_1);
-                s0_1 = hl_vfma_scalar(y, qy0, s0_1);
-                hl_vpair_bf16_scalar(k2 + c, &x, &y);
-                s0_2 = hl_vfma_scalar(x, qx0, s0_2);
-                s0_2 = hl_vfma_scalar(y, qy0, s0_2);
-                hl_vpair_bf16_scalar(k3 + c, &x, &y);
-                s0_3 = hl_vfma_scalar(x, qx0, s0_3);
-                s0_3 = hl_vfma_scalar(y, qy0, s0_3);
-                hl_vpair_bf16_scalar(k4 + c, &x, &y);
-                s0_4 = hl_vfma_scalar(x, qx0, s0_4);
-                s0_4 = hl_vfma_scalar(y, qy0, s0_4);
-                hl_vpair_bf16_scalar(k5 + c, &x, &y);
-                s0_5 = hl_vfma_scalar(x, qx0, s0_5);
-                s0_5 = hl_vfma_scalar(y, qy0, s0_5);
-                hl_vpair_bf16_scalar(k6 + c, &x, &y);
-                s0_6 = hl_vfma_scalar(x, qx0, s0_6);
-                s0_6 = hl_vfma_scalar(y, qy0, s0_6);
-                hl_vpair_bf16_scalar(k7 + c, &x, &y);
-                s0_7 = hl_vfma_scalar(x, qx0, s0_7);
-                s0_7 = hl_vfma_scalar(y, qy0, s0_7);
-            }
-        }
-    }
-    {
-        const hl_vf_scalar all[8] = {
-s0_0, s0_1, s0_2, s0_3, s0_4, s0_5, s0_6, s0_7
-        };
-        for (int32_t i = 0; i < 8; i += L) {
-            hl_vstore_scalar(s + i,
-                             hl_vmul_scalar(hl_vsums_scalar(all + i), hl_vset_scalar(scale)));
-        }
+    for (int32_t i = 0; i < 8; i += L) {
+        hl_vstore_scalar(s + i, hl_vmul_scalar(hl_vsums_scalar(all + i), hl_vset_scalar(scale)));
     }
 }
 
@@ -2517,12 +2531,12 @@ s0_0, s0_1, s0_2, s0_3, s0_4, s0_5, s0_6, s0_7
 HL_KERNEL_SCALAR void hl_sfa_bf16_d128_rope64_score_few_scalar(const hl_space *w, const hl_block *b,
     int32_t group, float scale)
 {
-    enum { QS = 192, BLOCK = 16 };
+    enum { QS = 192, BLOCK = 16, AHEAD = 32 };
     const int32_t known = b->n + b->n_later;
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
         for (int32_t j = 0; j < b->n; j += 2) {
-            const int32_t later = j + 16;
+            const int32_t later = j + AHEAD;
             hl_sfa_bf16_d128_rope64_dot_4x2_scalar(w->q + (ptrdiff_t)h * QS, b->row + j,
                                                    b->n - 1 - j, w->s + h * BLOCK + j * 4, scale,
                                                    h == 0 && later + 2 <= known ? b->row + later
@@ -2531,7 +2545,7 @@ HL_KERNEL_SCALAR void hl_sfa_bf16_d128_rope64_score_few_scalar(const hl_space *w
     }
     for (; h + 2 <= group; h += 2) {
         for (int32_t j = 0; j < b->n; j += 4) {
-            const int32_t later = j + 16;
+            const int32_t later = j + AHEAD;
             hl_sfa_bf16_d128_rope64_dot_2x4_scalar(w->q + (ptrdiff_t)h * QS, b->row + j,
                                                    b->n - 1 - j, w->s + h * BLOCK + j * 2, scale,
                                                    h == 0 && later + 4 <= known ? b->row + later
@@ -2540,7 +2554,7 @@ HL_KERNEL_SCALAR void hl_sfa_bf16_d128_rope64_score_few_scalar(const hl_space *w
     }
     for (; h + 1 <= group; h += 1) {
         for (int32_t j = 0; j < b->n; j += 8) {
-            const int32_t later = j + 16;
+            const int32_t later = j + AHEAD;
             hl_sfa_bf16_d128_rope64_dot_1x8_scalar(w->q + (ptrdiff_t)h * QS, b->row + j,
                                                    b->n - 1 - j, w->s + h * BLOCK + j * 1, scale,
                                                    h == 0 && later + 8 <= known ? b->row + later
@@ -2624,9 +2638,10 @@ HL_KERNEL_SCALAR void hl_sfa_bf16_d128_rope64_softmaxes_few_scalar(const hl_spac
 
 /* ---- value: O = alpha O + P V ---- */
 
-/* 4 heads by 2 vectors of channels, read where they are stored. */
+/* 4 heads by 2 vectors of channels, read where they are stored. Of 32 keys
+ * further on lines are asked for meanwhile, as long as j < later. */
 HL_KERNEL_SCALAR void hl_sfa_bf16_d128_rope64_pr_4x2_scalar(const float *p, const hl_row *row,
-    int32_t c, float *o, const float *alpha, int32_t n)
+    int32_t c, float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
 {
     enum { L = 1, OS = 128, KEYS = 2 };
     hl_vf_scalar o0_0 = hl_vzero_scalar();
@@ -2640,22 +2655,28 @@ HL_KERNEL_SCALAR void hl_sfa_bf16_d128_rope64_pr_4x2_scalar(const float *p, cons
     for (int32_t j = 0; j < n; ++j) {
         const uint16_t *const value = (const uint16_t *)row[j].value + c;
         const float *const pj = p + j / KEYS * 8 + j % KEYS;
-        hl_vf_scalar x;
-        hl_vf_scalar v0;
-        hl_vf_scalar v1;
-        hl_vpair_bf16_scalar(value + 0, &v0, &v1);
-        x = hl_vset_scalar(pj[0 * KEYS]);
-        o0_0 = hl_vfma_scalar(x, v0, o0_0);
-        o0_1 = hl_vfma_scalar(x, v1, o0_1);
-        x = hl_vset_scalar(pj[1 * KEYS]);
-        o1_0 = hl_vfma_scalar(x, v0, o1_0);
-        o1_1 = hl_vfma_scalar(x, v1, o1_1);
-        x = hl_vset_scalar(pj[2 * KEYS]);
-        o2_0 = hl_vfma_scalar(x, v0, o2_0);
-        o2_1 = hl_vfma_scalar(x, v1, o2_1);
-        x = hl_vset_scalar(pj[3 * KEYS]);
-        o3_0 = hl_vfma_scalar(x, v0, o3_0);
-        o3_1 = hl_vfma_scalar(x, v1, o3_1);
+        const hl_vf_scalar x0 = hl_vset_scalar(pj[0 * KEYS]);
+        const hl_vf_scalar x1 = hl_vset_scalar(pj[1 * KEYS]);
+        const hl_vf_scalar x2 = hl_vset_scalar(pj[2 * KEYS]);
+        const hl_vf_scalar x3 = hl_vset_scalar(pj[3 * KEYS]);
+        if (j < later) {
+            const uint16_t *const next =
+                (const uint16_t *)row[j + 32].value + c;
+            if (apart) {
+                HL_FETCH(next + 0);
+            }
+        }
+        hl_vf_scalar v;
+        hl_vf_scalar w;
+        hl_vpair_bf16_scalar(value + 0, &v, &w);
+        o0_0 = hl_vfma_scalar(x0, v, o0_0);
+        o0_1 = hl_vfma_scalar(x0, w, o0_1);
+        o1_0 = hl_vfma_scalar(x1, v, o1_0);
+        o1_1 = hl_vfma_scalar(x1, w, o1_1);
+        o2_0 = hl_vfma_scalar(x2, v, o2_0);
+        o2_1 = hl_vfma_scalar(x2, w, o2_1);
+        o3_0 = hl_vfma_scalar(x3, v, o3_0);
+        o3_1 = hl_vfma_scalar(x3, w, o3_1);
     }
     hl_vstore_scalar(o + 0 * OS + 0 * L,
                      hl_vfma_scalar(hl_vset_scalar(alpha[0]), hl_vload_scalar(o + 0 * OS + 0 * L),
@@ -2683,9 +2704,10 @@ HL_KERNEL_SCALAR void hl_sfa_bf16_d128_rope64_pr_4x2_scalar(const float *p, cons
                                     o3_1));
 }
 
-/* 2 heads by 4 vectors of channels, read where they are stored. */
+/* 2 heads by 4 vectors of channels, read where they are stored. Of 32 keys
+ * further on lines are asked for meanwhile, as long as j < later. */
 HL_KERNEL_SCALAR void hl_sfa_bf16_d128_rope64_pr_2x4_scalar(const float *p, const hl_row *row,
-    int32_t c, float *o, const float *alpha, int32_t n)
+    int32_t c, float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
 {
     enum { L = 1, OS = 128, KEYS = 4 };
     hl_vf_scalar o0_0 = hl_vzero_scalar();
@@ -2699,23 +2721,27 @@ HL_KERNEL_SCALAR void hl_sfa_bf16_d128_rope64_pr_2x4_scalar(const float *p, cons
     for (int32_t j = 0; j < n; ++j) {
         const uint16_t *const value = (const uint16_t *)row[j].value + c;
         const float *const pj = p + j / KEYS * 8 + j % KEYS;
-        hl_vf_scalar x;
-        hl_vf_scalar v0;
-        hl_vf_scalar v1;
-        hl_vf_scalar v2;
-        hl_vf_scalar v3;
-        hl_vpair_bf16_scalar(value + 0, &v0, &v1);
-        hl_vpair_bf16_scalar(value + 2, &v2, &v3);
-        x = hl_vset_scalar(pj[0 * KEYS]);
-        o0_0 = hl_vfma_scalar(x, v0, o0_0);
-        o0_1 = hl_vfma_scalar(x, v1, o0_1);
-        o0_2 = hl_vfma_scalar(x, v2, o0_2);
-        o0_3 = hl_vfma_scalar(x, v3, o0_3);
-        x = hl_vset_scalar(pj[1 * KEYS]);
-        o1_0 = hl_vfma_scalar(x, v0, o1_0);
-        o1_1 = hl_vfma_scalar(x, v1, o1_1);
-        o1_2 = hl_vfma_scalar(x, v2, o1_2);
-        o1_3 = hl_vfma_scalar(x, v3, o1_3);
+        const hl_vf_scalar x0 = hl_vset_scalar(pj[0 * KEYS]);
+        const hl_vf_scalar x1 = hl_vset_scalar(pj[1 * KEYS]);
+        if (j < later) {
+            const uint16_t *const next =
+                (const uint16_t *)row[j + 32].value + c;
+            if (apart) {
+                HL_FETCH(next + 0);
+            }
+        }
+        hl_vf_scalar v;
+        hl_vf_scalar w;
+        hl_vpair_bf16_scalar(value + 0, &v, &w);
+        o0_0 = hl_vfma_scalar(x0, v, o0_0);
+        o0_1 = hl_vfma_scalar(x0, w, o0_1);
+        o1_0 = hl_vfma_scalar(x1, v, o1_0);
+        o1_1 = hl_vfma_scalar(x1, w, o1_1);
+        hl_vpair_bf16_scalar(value + 2, &v, &w);
+        o0_2 = hl_vfma_scalar(x0, v, o0_2);
+        o0_3 = hl_vfma_scalar(x0, w, o0_3);
+        o1_2 = hl_vfma_scalar(x1, v, o1_2);
+        o1_3 = hl_vfma_scalar(x1, w, o1_3);
     }
     hl_vstore_scalar(o + 0 * OS + 0 * L,
                      hl_vfma_scalar(hl_vset_scalar(alpha[0]), hl_vload_scalar(o + 0 * OS + 0 * L),
@@ -2743,9 +2769,10 @@ HL_KERNEL_SCALAR void hl_sfa_bf16_d128_rope64_pr_2x4_scalar(const float *p, cons
                                     o1_3));
 }
 
-/* 1 head by 8 vectors of channels, read where they are stored. */
+/* 1 head by 8 vectors of channels, read where they are stored. Of 32 keys
+ * further on lines are asked for meanwhile, as long as j < later. */
 HL_KERNEL_SCALAR void hl_sfa_bf16_d128_rope64_pr_1x8_scalar(const float *p, const hl_row *row,
-    int32_t c, float *o, const float *alpha, int32_t n)
+    int32_t c, float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
 {
     enum { L = 1, OS = 128, KEYS = 8 };
     hl_vf_scalar o0_0 = hl_vzero_scalar();
@@ -2759,28 +2786,28 @@ HL_KERNEL_SCALAR void hl_sfa_bf16_d128_rope64_pr_1x8_scalar(const float *p, cons
     for (int32_t j = 0; j < n; ++j) {
         const uint16_t *const value = (const uint16_t *)row[j].value + c;
         const float *const pj = p + j / KEYS * 8 + j % KEYS;
-        hl_vf_scalar x;
-        hl_vf_scalar v0;
-        hl_vf_scalar v1;
-        hl_vf_scalar v2;
-        hl_vf_scalar v3;
-        hl_vf_scalar v4;
-        hl_vf_scalar v5;
-        hl_vf_scalar v6;
-        hl_vf_scalar v7;
-        hl_vpair_bf16_scalar(value + 0, &v0, &v1);
-        hl_vpair_bf16_scalar(value + 2, &v2, &v3);
-        hl_vpair_bf16_scalar(value + 4, &v4, &v5);
-        hl_vpair_bf16_scalar(value + 6, &v6, &v7);
-        x = hl_vset_scalar(pj[0 * KEYS]);
-        o0_0 = hl_vfma_scalar(x, v0, o0_0);
-        o0_1 = hl_vfma_scalar(x, v1, o0_1);
-        o0_2 = hl_vfma_scalar(x, v2, o0_2);
-        o0_3 = hl_vfma_scalar(x, v3, o0_3);
-        o0_4 = hl_vfma_scalar(x, v4, o0_4);
-        o0_5 = hl_vfma_scalar(x, v5, o0_5);
-        o0_6 = hl_vfma_scalar(x, v6, o0_6);
-        o0_7 = hl_vfma_scalar(x, v7, o0_7);
+        const hl_vf_scalar x0 = hl_vset_scalar(pj[0 * KEYS]);
+        if (j < later) {
+            const uint16_t *const next =
+                (const uint16_t *)row[j + 32].value + c;
+            if (apart) {
+                HL_FETCH(next + 0);
+            }
+        }
+        hl_vf_scalar v;
+        hl_vf_scalar w;
+        hl_vpair_bf16_scalar(value + 0, &v, &w);
+        o0_0 = hl_vfma_scalar(x0, v, o0_0);
+        o0_1 = hl_vfma_scalar(x0, w, o0_1);
+        hl_vpair_bf16_scalar(value + 2, &v, &w);
+        o0_2 = hl_vfma_scalar(x0, v, o0_2);
+        o0_3 = hl_vfma_scalar(x0, w, o0_3);
+        hl_vpair_bf16_scalar(value + 4, &v, &w);
+        o0_4 = hl_vfma_scalar(x0, v, o0_4);
+        o0_5 = hl_vfma_scalar(x0, w, o0_5);
+        hl_vpair_bf16_scalar(value + 6, &v, &w);
+        o0_6 = hl_vfma_scalar(x0, v, o0_6);
+        o0_7 = hl_vfma_scalar(x0, w, o0_7);
     }
     hl_vstore_scalar(o + 0 * OS + 0 * L,
                      hl_vfma_scalar(hl_vset_scalar(alpha[0]), hl_vload_scalar(o + 0 * OS + 0 * L),
@@ -2813,26 +2840,33 @@ HL_KERNEL_SCALAR void hl_sfa_bf16_d128_rope64_value_few_scalar(const hl_space *w
     const hl_block *b, int32_t group)
 {
     enum { OS = 128, BLOCK = 16 };
+    const int32_t left = b->n + b->n_later - 32;
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
+        const int32_t later = h == 0 ? left : 0;
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 128; c += 2) {
-            hl_sfa_bf16_d128_rope64_pr_4x2_scalar(p, b->row, c, o + c, t->alpha + h, b->n);
+            hl_sfa_bf16_d128_rope64_pr_4x2_scalar(p, b->row, c, o + c, t->alpha + h, b->n, later,
+                                                  b->value_apart);
         }
     }
     for (; h + 2 <= group; h += 2) {
+        const int32_t later = h == 0 ? left : 0;
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 128; c += 4) {
-            hl_sfa_bf16_d128_rope64_pr_2x4_scalar(p, b->row, c, o + c, t->alpha + h, b->n);
+            hl_sfa_bf16_d128_rope64_pr_2x4_scalar(p, b->row, c, o + c, t->alpha + h, b->n, later,
+                                                  b->value_apart);
         }
     }
     for (; h + 1 <= group; h += 1) {
+        const int32_t later = h == 0 ? left : 0;
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 128; c += 8) {
-            hl_sfa_bf16_d128_rope64_pr_1x8_scalar(p, b->row, c, o + c, t->alpha + h, b->n);
+            hl_sfa_bf16_d128_rope64_pr_1x8_scalar(p, b->row, c, o + c, t->alpha + h, b->n, later,
+                                                  b->value_apart);
         }
     }
 }
@@ -3028,18 +3062,28 @@ HL_KERNEL_SCALAR void hl_sfa_bf16_d128_rope64_forward_scalar(
     const hl_sparse_flash_attention_plan *plan, const hl_group *g, const hl_space *w,
     const hl_state *t, hl_cursor c, int32_t padded)
 {
+    enum { CAP = 96 };
     const int32_t block = 16;
     const hl_sparse_flash_attention_args *const a = &plan->args;
+    int32_t known = hl_sfa_bf16_d128_rope64_next(a, g, &c, w->row, CAP);
+    int32_t more = known == CAP;
     hl_block b;
     b.row = w->row;
-    b.n = hl_sfa_bf16_d128_rope64_next(a, g, &c, b.row, block);
+    b.value_apart = a->value != NULL;
     hl_sfa_bf16_d128_rope64_start_scalar(t, padded, plan->group);
-    while (b.n > 0) {
-        b.n_later = b.n < block ? 0 : hl_sfa_bf16_d128_rope64_next(a, g, &c, b.row + block, block);
+    while (known > 0) {
+        b.n = known < block ? known : block;
+        b.n_later = known - b.n;
         hl_sfa_bf16_d128_rope64_block_scalar(plan, w, t, &b, padded);
         *t->seen = 1.0f;
-        HL_COPY(b.row, b.row + block, (size_t)b.n_later * sizeof *b.row);
-        b.n = b.n_later;
+        b.row += b.n;
+        known = b.n_later;
+        if (more && known <= CAP / 2) { /* the rows to come move to the front; others follow */
+            HL_COPY(w->row, b.row, (size_t)known * sizeof *b.row);
+            b.row = w->row;
+            known += hl_sfa_bf16_d128_rope64_next(a, g, &c, b.row + known, CAP - known);
+            more = known == CAP;
+        }
     }
 }
 
@@ -3202,16 +3246,15 @@ HL_WORD_NEON void hl_sfa_bf16_d128_rope64_fetch_row_neon(const hl_row *row, int3
 
 /* The whole block's keys, and its values where they are apart; meanwhile rows are asked for that
  * lie 8 further on, in this block or in the next. */
-HL_KERNEL_NEON void hl_sfa_bf16_d128_rope64_load_neon(const hl_space *w, const hl_block *b,
-    int32_t value_apart)
+HL_KERNEL_NEON void hl_sfa_bf16_d128_rope64_load_neon(const hl_space *w, const hl_block *b)
 {
     enum { DV = 128, KS = 192, VS = 128 };
     for (int32_t j = 0; j < b->n; ++j) {
         if (j + 8 < b->n + b->n_later) {
-            hl_sfa_bf16_d128_rope64_fetch_row_neon(&b->row[j + 8], value_apart);
+            hl_sfa_bf16_d128_rope64_fetch_row_neon(&b->row[j + 8], b->value_apart);
         }
         hl_sfa_bf16_d128_rope64_load_key_neon(&b->row[j], w->k + (ptrdiff_t)j * KS);
-        if (value_apart) {
+        if (b->value_apart) {
             hl_vrow_bf16_neon(w->v + (ptrdiff_t)j * VS, (const uint16_t *)b->row[j].value, DV);
         }
     }
@@ -3451,848 +3494,457 @@ HL_KERNEL_NEON void hl_sfa_bf16_d128_rope64_score_neon(const hl_space *w, int32_
     }
 }
 
-/* 8 heads by 2 keys, read where they are stored: channels
- * are in the lanes, and sums are formed across them once a tile, for many dot products together.
- * Behind the last key its row is taken again, so that every tile is whole. Meanwhile the same
- * channels of later keys (next) are asked for, if there are any. */
-HL_KERNEL_NEON void hl_sfa_bf16_d128_rope64_dot_8x2_neon(const float *q, const hl_row *row,
-    int32_t last, float *s, float scale, const hl_row *next)
-{
-    enum { L = 4, QS = 192 };
-    const hl_row *const row1 = row + (last < 1 ? last : 1);
-    hl_vf_neon s0_0 = hl_vzero_neon();
-    hl_vf_neon s0_1 = hl_vzero_neon();
-    hl_vf_neon s1_0 = hl_vzero_neon();
-    hl_vf_neon s1_1 = hl_vzero_neon();
-    hl_vf_neon s2_0 = hl_vzero_neon();
-    hl_vf_neon s2_1 = hl_vzero_neon();
-    hl_vf_neon s3_0 = hl_vzero_neon();
-    hl_vf_neon s3_1 = hl_vzero_neon();
-    hl_vf_neon s4_0 = hl_vzero_neon();
-    hl_vf_neon s4_1 = hl_vzero_neon();
-    hl_vf_neon s5_0 = hl_vzero_neon();
-    hl_vf_neon s5_1 = hl_vzero_neon();
-    hl_vf_neon s6_0 = hl_vzero_neon();
-    hl_vf_neon s6_1 = hl_vzero_neon();
-    hl_vf_neon s7_0 = hl_vzero_neon();
-    hl_vf_neon s7_1 = hl_vzero_neon();
-    {
-        const float *const from = q + 0;
-        const uint16_t *const k0 =
-            (const uint16_t *)row->key;
-        const uint16_t *const k1 =
-            (const uint16_t *)row1->key;
-        for (int32_t start = 0; start < 128; start += 32) {
-            if (next != NULL) {
-                HL_FETCH((const uint16_t *)next[0].key + start + 0);
-                HL_FETCH((const uint16_t *)next[1].key + start + 0);
-            }
-            for (int32_t c = start; c < start + 32; c += 2 * L) {
-                const float *const qc = from + c;
-                hl_vf_neon q0;
-                hl_vf_neon x0;
-                hl_vf_neon y0;
-                hl_vpair_bf16_neon(k0 + c, &x0, &y0);
-                hl_vf_neon x1;
-                hl_vf_neon y1;
-                hl_vpair_bf16_neon(k1 + c, &x1, &y1);
-                q0 = hl_vload_neon(qc + 0 * QS);
-                s0_0 = hl_vfma_neon(x0, q0, s0_0);
-                s0_1 = hl_vfma_neon(x1, q0, s0_1);
-                q0 = hl_vload_neon(qc + 1 * QS);
-                s1_0 = hl_vfma_neon(x0, q0, s1_0);
-                s1_1 = hl_vfma_neon(x1, q0, s1_1);
-                q0 = hl_vload_neon(qc + 2 * QS);
-                s2_0 = hl_vfma_neon(x0, q0, s2_0);
-                s2_1 = hl_vfma_neon(x1, q0, s2_1);
-                q0 = hl_vload_neon(qc + 3 * QS);
-                s3_0 = hl_vfma_neon(x0, q0, s3_0);
-                s3_1 = hl_vfma_neon(x1, q0, s3_1);
-                q0 = hl_vload_neon(qc + 4 * QS);
-                s4_0 = hl_vfma_neon(x0, q0, s4_0);
-                s4_1 = hl_vfma_neon(x1, q0, s4_1);
-                q0 = hl_vload_neon(qc + 5 * QS);
-                s5_0 = hl_vfma_neon(x0, q0, s5_0);
-                s5_1 = hl_vfma_neon(x1, q0, s5_1);
-                q0 = hl_vload_neon(qc + 6 * QS);
-                s6_0 = hl_vfma_neon(x0, q0, s6_0);
-                s6_1 = hl_vfma_neon(x1, q0, s6_1);
-                q0 = hl_vload_neon(qc + 7 * QS);
-                s7_0 = hl_vfma_neon(x0, q0, s7_0);
-                s7_1 = hl_vfma_neon(x1, q0, s7_1);
-                q0 = hl_vload_neon(qc + 0 * QS + L);
-                s0_0 = hl_vfma_neon(y0, q0, s0_0);
-                s0_1 = hl_vfma_neon(y1, q0, s0_1);
-                q0 = hl_vload_neon(qc + 1 * QS + L);
-                s1_0 = hl_vfma_neon(y0, q0, s1_0);
-                s1_1 = hl_vfma_neon(y1, q0, s1_1);
-                q0 = hl_vload_neon(qc + 2 * QS + L);
-                s2_0 = hl_vfma_neon(y0, q0, s2_0);
-                s2_1 = hl_vfma_neon(y1, q0, s2_1);
-                q0 = hl_vload_neon(qc + 3 * QS + L);
-                s3_0 = hl_vfma_neon(y0, q0, s3_0);
-                s3_1 = hl_vfma_neon(y1, q0, s3_1);
-                q0 = hl_vload_neon(qc + 4 * QS + L);
-                s4_0 = hl_vfma_neon(y0, q0, s4_0);
-                s4_1 = hl_vfma_neon(y1, q0, s4_1);
-                q0 = hl_vload_neon(qc + 5 * QS + L);
-                s5_0 = hl_vfma_neon(y0, q0, s5_0);
-                s5_1 = hl_vfma_neon(y1, q0, s5_1);
-                q0 = hl_vload_neon(qc + 6 * QS + L);
-                s6_0 = hl_vfma_neon(y0, q0, s6_0);
-                s6_1 = hl_vfma_neon(y1, q0, s6_1);
-                q0 = hl_vload_neon(qc + 7 * QS + L);
-                s7_0 = hl_vfma_neon(y0, q0, s7_0);
-                s7_1 = hl_vfma_neon(y1, q0, s7_1);
-            }
-        }
-    }
-    {
-        const float *const from = q + 128;
-        const uint16_t *const k0 =
-            (const uint16_t *)row->rope;
-        const uint16_t *const k1 =
-            (const uint16_t *)row1->rope;
-        for (int32_t start = 0; start < 64; start += 32) {
-            if (next != NULL) {
-                HL_FETCH((const uint16_t *)next[0].rope + start + 0);
-                HL_FETCH((const uint16_t *)next[1].rope + start + 0);
-            }
-            for (int32_t c = start; c < start + 32; c += 2 * L) {
-                const float *const qc = from + c;
-                hl_vf_neon q0;
-                hl_vf_neon x0;
-                hl_vf_neon y0;
-                hl_vpair_bf16_neon(k0 + c, &x0, &y0);
-                hl_vf_neon x1;
-                hl_vf_neon y1;
-                hl_vpair_bf16_neon(k1 + c, &x1, &y1);
-                q0 = hl_vload_neon(qc + 0 * QS);
-                s0_0 = hl_vfma_neon(x0, q0, s0_0);
-                s0_1 = hl_vfma_neon(x1, q0, s0_1);
-                q0 = hl_vload_neon(qc + 1 * QS);
-                s1_0 = hl_vfma_neon(x0, q0, s1_0);
-                s1_1 = hl_vfma_neon(x1, q0, s1_1);
-                q0 = hl_vload_neon(qc + 2 * QS);
-                s2_0 = hl_vfma_neon(x0, q0, s2_0);
-                s2_1 = hl_vfma_neon(x1, q0, s2_1);
-                q0 = hl_vload_neon(qc + 3 * QS);
-                s3_0 = hl_vfma_neon(x0, q0, s3_0);
-                s3_1 = hl_vfma_neon(x1, q0, s3_1);
-                q0 = hl_vload_neon(qc + 4 * QS);
-                s4_0 = hl_vfma_neon(x0, q0, s4_0);
-                s4_1 = hl_vfma_neon(x1, q0, s4_1);
-                q0 = hl_vload_neon(qc + 5 * QS);
-                s5_0 = hl_vfma_neon(x0, q0, s5_0);
-                s5_1 = hl_vfma_neon(x1, q0, s5_1);
-                q0 = hl_vload_neon(qc + 6 * QS);
-                s6_0 = hl_vfma_neon(x0, q0, s6_0);
-                s6_1 = hl_vfma_neon(x1, q0, s6_1);
-                q0 = hl_vload_neon(qc + 7 * QS);
-                s7_0 = hl_vfma_neon(x0, q0, s7_0);
-                s7_1 = hl_vfma_neon(x1, q0, s7_1);
-                q0 = hl_vload_neon(qc + 0 * QS + L);
-                s0_0 = hl_vfma_neon(y0, q0, s0_0);
-                s0_1 = hl_vfma_neon(y1, q0, s0_1);
-                q0 = hl_vload_neon(qc + 1 * QS + L);
-                s1_0 = hl_vfma_neon(y0, q0, s1_0);
-                s1_1 = hl_vfma_neon(y1, q0, s1_1);
-                q0 = hl_vload_neon(qc + 2 * QS + L);
-                s2_0 = hl_vfma_neon(y0, q0, s2_0);
-                s2_1 = hl_vfma_neon(y1, q0, s2_1);
-                q0 = hl_vload_neon(qc + 3 * QS + L);
-                s3_0 = hl_vfma_neon(y0, q0, s3_0);
-                s3_1 = hl_vfma_neon(y1, q0, s3_1);
-                q0 = hl_vload_neon(qc + 4 * QS + L);
-                s4_0 = hl_vfma_neon(y0, q0, s4_0);
-                s4_1 = hl_vfma_neon(y1, q0, s4_1);
-                q0 = hl_vload_neon(qc + 5 * QS + L);
-                s5_0 = hl_vfma_neon(y0, q0, s5_0);
-                s5_1 = hl_vfma_neon(y1, q0, s5_1);
-                q0 = hl_vload_neon(qc + 6 * QS + L);
-                s6_0 = hl_vfma_neon(y0, q0, s6_0);
-                s6_1 = hl_vfma_neon(y1, q0, s6_1);
-                q0 = hl_vload_neon(qc + 7 * QS + L);
-                s7_0 = hl_vfma_neon(y0, q0, s7_0);
-                s7_1 = hl_vfma_neon(y1, q0, s7_1);
-            }
-        }
-    }
-    {
-        const hl_vf_neon all[16] = {
-s0_0, s0_1,
-s1_0, s1_1,
-s2_0, s2_1,
-s3_0, s3_1,
-s4_0, s4_1,
-s5_0, s5_1,
-s6_0, s6_1,
-s7_0, s7_1
-        };
-        for (int32_t i = 0; i < 16; i += L) {
-            hl_vstore_neon(s + i, hl_vmul_neon(hl_vsums_neon(all + i), hl_vset_neon(scale)));
-        }
-    }
-}
-
-/* 4 heads by 4 keys, read where they are stored: channels
- * are in the lanes, and sums are formed across them once a tile, for many dot products together.
- * Behind the last key its row is taken again, so that every tile is whole. Meanwhile the same
- * channels of later keys (next) are asked for, if there are any. */
+/* 4 heads by 4 keys, read where they are stored, 4 rows at a time: channels are in
+ * the lanes, and sums are formed across them once a tile, for many dot products together. Behind
+ * the last key its row is taken again, so that every tile is whole. Meanwhile lines of later keys
+ * (next) are asked for, if there are any. */
 HL_KERNEL_NEON void hl_sfa_bf16_d128_rope64_dot_4x4_neon(const float *q, const hl_row *row,
     int32_t last, float *s, float scale, const hl_row *next)
 {
     enum { L = 4, QS = 192 };
-    const hl_row *const row1 = row + (last < 1 ? last : 1);
-    const hl_row *const row2 = row + (last < 2 ? last : 2);
-    const hl_row *const row3 = row + (last < 3 ? last : 3);
-    hl_vf_neon s0_0 = hl_vzero_neon();
-    hl_vf_neon s0_1 = hl_vzero_neon();
-    hl_vf_neon s0_2 = hl_vzero_neon();
-    hl_vf_neon s0_3 = hl_vzero_neon();
-    hl_vf_neon s1_0 = hl_vzero_neon();
-    hl_vf_neon s1_1 = hl_vzero_neon();
-    hl_vf_neon s1_2 = hl_vzero_neon();
-    hl_vf_neon s1_3 = hl_vzero_neon();
-    hl_vf_neon s2_0 = hl_vzero_neon();
-    hl_vf_neon s2_1 = hl_vzero_neon();
-    hl_vf_neon s2_2 = hl_vzero_neon();
-    hl_vf_neon s2_3 = hl_vzero_neon();
-    hl_vf_neon s3_0 = hl_vzero_neon();
-    hl_vf_neon s3_1 = hl_vzero_neon();
-    hl_vf_neon s3_2 = hl_vzero_neon();
-    hl_vf_neon s3_3 = hl_vzero_neon();
-    {
-        const float *const from = q + 0;
-        const uint16_t *const k0 =
-            (const uint16_t *)row->key;
-        const uint16_t *const k1 =
-            (const uint16_t *)row1->key;
-        const uint16_t *const k2 =
-            (const uint16_t *)row2->key;
-        const uint16_t *const k3 =
-            (const uint16_t *)row3->key;
-        for (int32_t start = 0; start < 128; start += 32) {
-            if (next != NULL) {
-                HL_FETCH((const uint16_t *)next[0].key + start + 0);
-                HL_FETCH((const uint16_t *)next[1].key + start + 0);
-                HL_FETCH((const uint16_t *)next[2].key + start + 0);
-                HL_FETCH((const uint16_t *)next[3].key + start + 0);
-            }
-            for (int32_t c = start; c < start + 32; c += 2 * L) {
-                const float *const qc = from + c;
-                hl_vf_neon q0;
-                hl_vf_neon x0;
-                hl_vf_neon y0;
-                hl_vpair_bf16_neon(k0 + c, &x0, &y0);
-                hl_vf_neon x1;
-                hl_vf_neon y1;
-                hl_vpair_bf16_neon(k1 + c, &x1, &y1);
-                hl_vf_neon x2;
-                hl_vf_neon y2;
-                hl_vpair_bf16_neon(k2 + c, &x2, &y2);
-                hl_vf_neon x3;
-                hl_vf_neon y3;
-                hl_vpair_bf16_neon(k3 + c, &x3, &y3);
-                q0 = hl_vload_neon(qc + 0 * QS);
-                s0_0 = hl_vfma_neon(x0, q0, s0_0);
-                s0_1 = hl_vfma_neon(x1, q0, s0_1);
-                s0_2 = hl_vfma_neon(x2, q0, s0_2);
-                s0_3 = hl_vfma_neon(x3, q0, s0_3);
-                q0 = hl_vload_neon(qc + 1 * QS);
-                s1_0 = hl_vfma_neon(x0, q0, s1_0);
-                s1_1 = hl_vfma_neon(x1, q0, s1_1);
-                s1_2 = hl_vfma_neon(x2, q0, s1_2);
-                s1_3 = hl_vfma_neon(x3, q0, s1_3);
-                q0 = hl_vload_neon(qc + 2 * QS);
-                s2_0 = hl_vfma_neon(x0, q0, s2_0);
-                s2_1 = hl_vfma_neon(x1, q0, s2_1);
-                s2_2 = hl_vfma_neon(x2, q0, s2_2);
-                s2_3 = hl_vfma_neon(x3, q0, s2_3);
-                q0 = hl_vload_neon(qc + 3 * QS);
-                s3_0 = hl_vfma_neon(x0, q0, s3_0);
-                s3_1 = hl_vfma_neon(x1, q0, s3_1);
-                s3_2 = hl_vfma_neon(x2, q0, s3_2);
-                s3_3 = hl_vfma_neon(x3, q0, s3_3);
-                q0 = hl_vload_neon(qc + 0 * QS + L);
-                s0_0 = hl_vfma_neon(y0, q0, s0_0);
-                s0_1 = hl_vfma_neon(y1, q0, s0_1);
-                s0_2 = hl_vfma_neon(y2, q0, s0_2);
-                s0_3 = hl_vfma_neon(y3, q0, s0_3);
-                q0 = hl_vload_neon(qc + 1 * QS + L);
-                s1_0 = hl_vfma_neon(y0, q0, s1_0);
-                s1_1 = hl_vfma_neon(y1, q0, s1_1);
-                s1_2 = hl_vfma_neon(y2, q0, s1_2);
-                s1_3 = hl_vfma_neon(y3, q0, s1_3);
-                q0 = hl_vload_neon(qc + 2 * QS + L);
-                s2_0 = hl_vfma_neon(y0, q0, s2_0);
-                s2_1 = hl_vfma_neon(y1, q0, s2_1);
-                s2_2 = hl_vfma_neon(y2, q0, s2_2);
-                s2_3 = hl_vfma_neon(y3, q0, s2_3);
-                q0 = hl_vload_neon(qc + 3 * QS + L);
-                s3_0 = hl_vfma_neon(y0, q0, s3_0);
-                s3_1 = hl_vfma_neon(y1, q0, s3_1);
-                s3_2 = hl_vfma_neon(y2, q0, s3_2);
-                s3_3 = hl_vfma_neon(y3, q0, s3_3);
+    hl_vf_neon all[16];
+    for (int32_t j = 0; j < 4; j += 4) {
+        const hl_row *const row0 = row + (last < j + 0 ? last : j + 0);
+        const hl_row *const row1 = row + (last < j + 1 ? last : j + 1);
+        const hl_row *const row2 = row + (last < j + 2 ? last : j + 2);
+        const hl_row *const row3 = row + (last < j + 3 ? last : j + 3);
+        hl_vf_neon s0_0 = hl_vzero_neon();
+        hl_vf_neon s0_1 = hl_vzero_neon();
+        hl_vf_neon s0_2 = hl_vzero_neon();
+        hl_vf_neon s0_3 = hl_vzero_neon();
+        hl_vf_neon s1_0 = hl_vzero_neon();
+        hl_vf_neon s1_1 = hl_vzero_neon();
+        hl_vf_neon s1_2 = hl_vzero_neon();
+        hl_vf_neon s1_3 = hl_vzero_neon();
+        hl_vf_neon s2_0 = hl_vzero_neon();
+        hl_vf_neon s2_1 = hl_vzero_neon();
+        hl_vf_neon s2_2 = hl_vzero_neon();
+        hl_vf_neon s2_3 = hl_vzero_neon();
+        hl_vf_neon s3_0 = hl_vzero_neon();
+        hl_vf_neon s3_1 = hl_vzero_neon();
+        hl_vf_neon s3_2 = hl_vzero_neon();
+        hl_vf_neon s3_3 = hl_vzero_neon();
+        {
+            const float *const from = q + 0;
+            const uint16_t *const k0 = (const uint16_t *)row0->key;
+            const uint16_t *const k1 = (const uint16_t *)row1->key;
+            const uint16_t *const k2 = (const uint16_t *)row2->key;
+            const uint16_t *const k3 = (const uint16_t *)row3->key;
+            for (int32_t start = 0; start < 128; start += 32) {
+                if (next != NULL) {
+                    HL_FETCH((const uint16_t *)next[j + 0].key + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 1].key + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 2].key + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 3].key + start + 0);
+                }
+                for (int32_t c = start; c < start + 32; c += 8) {
+                    {
+                        const float *const qc = from + c + 0;
+                        hl_vf_neon q0;
+                        hl_vf_neon v0;
+                        hl_vf_neon w0;
+                        hl_vpair_bf16_neon(k0 + c + 0, &v0, &w0);
+                        hl_vf_neon v1;
+                        hl_vf_neon w1;
+                        hl_vpair_bf16_neon(k1 + c + 0, &v1, &w1);
+                        hl_vf_neon v2;
+                        hl_vf_neon w2;
+                        hl_vpair_bf16_neon(k2 + c + 0, &v2, &w2);
+                        hl_vf_neon v3;
+                        hl_vf_neon w3;
+                        hl_vpair_bf16_neon(k3 + c + 0, &v3, &w3);
+                        q0 = hl_vkeep_neon(hl_vload_neon(qc + 0 * QS));
+                        s0_0 = hl_vfma_neon(v0, q0, s0_0);
+                        s0_1 = hl_vfma_neon(v1, q0, s0_1);
+                        s0_2 = hl_vfma_neon(v2, q0, s0_2);
+                        s0_3 = hl_vfma_neon(v3, q0, s0_3);
+                        q0 = hl_vkeep_neon(hl_vload_neon(qc + 1 * QS));
+                        s1_0 = hl_vfma_neon(v0, q0, s1_0);
+                        s1_1 = hl_vfma_neon(v1, q0, s1_1);
+                        s1_2 = hl_vfma_neon(v2, q0, s1_2);
+                        s1_3 = hl_vfma_neon(v3, q0, s1_3);
+                        q0 = hl_vkeep_neon(hl_vload_neon(qc + 2 * QS));
+                        s2_0 = hl_vfma_neon(v0, q0, s2_0);
+                        s2_1 = hl_vfma_neon(v1, q0, s2_1);
+                        s2_2 = hl_vfma_neon(v2, q0, s2_2);
+                        s2_3 = hl_vfma_neon(v3, q0, s2_3);
+                        q0 = hl_vkeep_neon(hl_vload_neon(qc + 3 * QS));
+                        s3_0 = hl_vfma_neon(v0, q0, s3_0);
+                        s3_1 = hl_vfma_neon(v1, q0, s3_1);
+                        s3_2 = hl_vfma_neon(v2, q0, s3_2);
+                        s3_3 = hl_vfma_neon(v3, q0, s3_3);
+                        q0 = hl_vkeep_neon(hl_vload_neon(qc + 0 * QS + L));
+                        s0_0 = hl_vfma_neon(w0, q0, s0_0);
+                        s0_1 = hl_vfma_neon(w1, q0, s0_1);
+                        s0_2 = hl_vfma_neon(w2, q0, s0_2);
+                        s0_3 = hl_vfma_neon(w3, q0, s0_3);
+                        q0 = hl_vkeep_neon(hl_vload_neon(qc + 1 * QS + L));
+                        s1_0 = hl_vfma_neon(w0, q0, s1_0);
+                        s1_1 = hl_vfma_neon(w1, q0, s1_1);
+                        s1_2 = hl_vfma_neon(w2, q0, s1_2);
+                        s1_3 = hl_vfma_neon(w3, q0, s1_3);
+                        q0 = hl_vkeep_neon(hl_vload_neon(qc + 2 * QS + L));
+                        s2_0 = hl_vfma_neon(w0, q0, s2_0);
+                        s2_1 = hl_vfma_neon(w1, q0, s2_1);
+                        s2_2 = hl_vfma_neon(w2, q0, s2_2);
+                        s2_3 = hl_vfma_neon(w3, q0, s2_3);
+                        q0 = hl_vkeep_neon(hl_vload_neon(qc + 3 * QS + L));
+                        s3_0 = hl_vfma_neon(w0, q0, s3_0);
+                        s3_1 = hl_vfma_neon(w1, q0, s3_1);
+                        s3_2 = hl_vfma_neon(w2, q0, s3_2);
+                        s3_3 = hl_vfma_neon(w3, q0, s3_3);
+                    }
+                }
             }
         }
+        {
+            const float *const from = q + 128;
+            const uint16_t *const k0 = (const uint16_t *)row0->rope;
+            const uint16_t *const k1 = (const uint16_t *)row1->rope;
+            const uint16_t *const k2 = (const uint16_t *)row2->rope;
+            const uint16_t *const k3 = (const uint16_t *)row3->rope;
+            for (int32_t start = 0; start < 64; start += 32) {
+                if (next != NULL) {
+                    HL_FETCH((const uint16_t *)next[j + 0].rope + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 1].rope + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 2].rope + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 3].rope + start + 0);
+                }
+                for (int32_t c = start; c < start + 32; c += 8) {
+                    {
+                        const float *const qc = from + c + 0;
+                        hl_vf_neon q0;
+                        hl_vf_neon v0;
+                        hl_vf_neon w0;
+                        hl_vpair_bf16_neon(k0 + c + 0, &v0, &w0);
+                        hl_vf_neon v1;
+                        hl_vf_neon w1;
+                        hl_vpair_bf16_neon(k1 + c + 0, &v1, &w1);
+                        hl_vf_neon v2;
+                        hl_vf_neon w2;
+                        hl_vpair_bf16_neon(k2 + c + 0, &v2, &w2);
+                        hl_vf_neon v3;
+                        hl_vf_neon w3;
+                        hl_vpair_bf16_neon(k3 + c + 0, &v3, &w3);
+                        q0 = hl_vkeep_neon(hl_vload_neon(qc + 0 * QS));
+                        s0_0 = hl_vfma_neon(v0, q0, s0_0);
+                        s0_1 = hl_vfma_neon(v1, q0, s0_1);
+                        s0_2 = hl_vfma_neon(v2, q0, s0_2);
+                        s0_3 = hl_vfma_neon(v3, q0, s0_3);
+                        q0 = hl_vkeep_neon(hl_vload_neon(qc + 1 * QS));
+                        s1_0 = hl_vfma_neon(v0, q0, s1_0);
+                        s1_1 = hl_vfma_neon(v1, q0, s1_1);
+                        s1_2 = hl_vfma_neon(v2, q0, s1_2);
+                        s1_3 = hl_vfma_neon(v3, q0, s1_3);
+                        q0 = hl_vkeep_neon(hl_vload_neon(qc + 2 * QS));
+                        s2_0 = hl_vfma_neon(v0, q0, s2_0);
+                        s2_1 = hl_vfma_neon(v1, q0, s2_1);
+                        s2_2 = hl_vfma_neon(v2, q0, s2_2);
+                        s2_3 = hl_vfma_neon(v3, q0, s2_3);
+                        q0 = hl_vkeep_neon(hl_vload_neon(qc + 3 * QS));
+                        s3_0 = hl_vfma_neon(v0, q0, s3_0);
+                        s3_1 = hl_vfma_neon(v1, q0, s3_1);
+                        s3_2 = hl_vfma_neon(v2, q0, s3_2);
+                        s3_3 = hl_vfma_neon(v3, q0, s3_3);
+                        q0 = hl_vkeep_neon(hl_vload_neon(qc + 0 * QS + L));
+                        s0_0 = hl_vfma_neon(w0, q0, s0_0);
+                        s0_1 = hl_vfma_neon(w1, q0, s0_1);
+                        s0_2 = hl_vfma_neon(w2, q0, s0_2);
+                        s0_3 = hl_vfma_neon(w3, q0, s0_3);
+                        q0 = hl_vkeep_neon(hl_vload_neon(qc + 1 * QS + L));
+                        s1_0 = hl_vfma_neon(w0, q0, s1_0);
+                        s1_1 = hl_vfma_neon(w1, q0, s1_1);
+                        s1_2 = hl_vfma_neon(w2, q0, s1_2);
+                        s1_3 = hl_vfma_neon(w3, q0, s1_3);
+                        q0 = hl_vkeep_neon(hl_vload_neon(qc + 2 * QS + L));
+                        s2_0 = hl_vfma_neon(w0, q0, s2_0);
+                        s2_1 = hl_vfma_neon(w1, q0, s2_1);
+                        s2_2 = hl_vfma_neon(w2, q0, s2_2);
+                        s2_3 = hl_vfma_neon(w3, q0, s2_3);
+                        q0 = hl_vkeep_neon(hl_vload_neon(qc + 3 * QS + L));
+                        s3_0 = hl_vfma_neon(w0, q0, s3_0);
+                        s3_1 = hl_vfma_neon(w1, q0, s3_1);
+                        s3_2 = hl_vfma_neon(w2, q0, s3_2);
+                        s3_3 = hl_vfma_neon(w3, q0, s3_3);
+                    }
+                }
+            }
+        }
+        all[0 * 4 + j + 0] = s0_0;
+        all[0 * 4 + j + 1] = s0_1;
+        all[0 * 4 + j + 2] = s0_2;
+        all[0 * 4 + j + 3] = s0_3;
+        all[1 * 4 + j + 0] = s1_0;
+        all[1 * 4 + j + 1] = s1_1;
+        all[1 * 4 + j + 2] = s1_2;
+        all[1 * 4 + j + 3] = s1_3;
+        all[2 * 4 + j + 0] = s2_0;
+        all[2 * 4 + j + 1] = s2_1;
+        all[2 * 4 + j + 2] = s2_2;
+        all[2 * 4 + j + 3] = s2_3;
+        all[3 * 4 + j + 0] = s3_0;
+        all[3 * 4 + j + 1] = s3_1;
+        all[3 * 4 + j + 2] = s3_2;
+        all[3 * 4 + j + 3] = s3_3;
     }
-    {
-        const float *const from = q + 128;
-        const uint16_t *const k0 =
-            (const uint16_t *)row->rope;
-        const uint16_t *const k1 =
-            (const uint16_t *)row1->rope;
-        const uint16_t *const k2 =
-            (const uint16_t *)row2->rope;
-        const uint16_t *const k3 =
-            (const uint16_t *)row3->rope;
-        for (int32_t start = 0; start < 64; start += 32) {
-            if (next != NULL) {
-                HL_FETCH((const uint16_t *)next[0].rope + start + 0);
-                HL_FETCH((const uint16_t *)next[1].rope + start + 0);
-                HL_FETCH((const uint16_t *)next[2].rope + start + 0);
-                HL_FETCH((const uint16_t *)next[3].rope + start + 0);
-            }
-            for (int32_t c = start; c < start + 32; c += 2 * L) {
-                const float *const qc = from + c;
-                hl_vf_neon q0;
-                hl_vf_neon x0;
-                hl_vf_neon y0;
-                hl_vpair_bf16_neon(k0 + c, &x0, &y0);
-                hl_vf_neon x1;
-                hl_vf_neon y1;
-                hl_vpair_bf16_neon(k1 + c, &x1, &y1);
-                hl_vf_neon x2;
-                hl_vf_neon y2;
-                hl_vpair_bf16_neon(k2 + c, &x2, &y2);
-                hl_vf_neon x3;
-                hl_vf_neon y3;
-                hl_vpair_bf16_neon(k3 + c, &x3, &y3);
-                q0 = hl_vload_neon(qc + 0 * QS);
-                s0_0 = hl_vfma_neon(x0, q0, s0_0);
-                s0_1 = hl_vfma_neon(x1, q0, s0_1);
-                s0_2 = hl_vfma_neon(x2, q0, s0_2);
-                s0_3 = hl_vfma_neon(x3, q0, s0_3);
-                q0 = hl_vload_neon(qc + 1 * QS);
-                s1_0 = hl_vfma_neon(x0, q0, s1_0);
-                s1_1 = hl_vfma_neon(x1, q0, s1_1);
-                s1_2 = hl_vfma_neon(x2, q0, s1_2);
-                s1_3 = hl_vfma_neon(x3, q0, s1_3);
-                q0 = hl_vload_neon(qc + 2 * QS);
-                s2_0 = hl_vfma_neon(x0, q0, s2_0);
-                s2_1 = hl_vfma_neon(x1, q0, s2_1);
-                s2_2 = hl_vfma_neon(x2, q0, s2_2);
-                s2_3 = hl_vfma_neon(x3, q0, s2_3);
-                q0 = hl_vload_neon(qc + 3 * QS);
-                s3_0 = hl_vfma_neon(x0, q0, s3_0);
-                s3_1 = hl_vfma_neon(x1, q0, s3_1);
-                s3_2 = hl_vfma_neon(x2, q0, s3_2);
-                s3_3 = hl_vfma_neon(x3, q0, s3_3);
-                q0 = hl_vload_neon(qc + 0 * QS + L);
-                s0_0 = hl_vfma_neon(y0, q0, s0_0);
-                s0_1 = hl_vfma_neon(y1, q0, s0_1);
-                s0_2 = hl_vfma_neon(y2, q0, s0_2);
-                s0_3 = hl_vfma_neon(y3, q0, s0_3);
-                q0 = hl_vload_neon(qc + 1 * QS + L);
-                s1_0 = hl_vfma_neon(y0, q0, s1_0);
-                s1_1 = hl_vfma_neon(y1, q0, s1_1);
-                s1_2 = hl_vfma_neon(y2, q0, s1_2);
-                s1_3 = hl_vfma_neon(y3, q0, s1_3);
-                q0 = hl_vload_neon(qc + 2 * QS + L);
-                s2_0 = hl_vfma_neon(y0, q0, s2_0);
-                s2_1 = hl_vfma_neon(y1, q0, s2_1);
-                s2_2 = hl_vfma_neon(y2, q0, s2_2);
-                s2_3 = hl_vfma_neon(y3, q0, s2_3);
-                q0 = hl_vload_neon(qc + 3 * QS + L);
-                s3_0 = hl_vfma_neon(y0, q0, s3_0);
-                s3_1 = hl_vfma_neon(y1, q0, s3_1);
-                s3_2 = hl_vfma_neon(y2, q0, s3_2);
-                s3_3 = hl_vfma_neon(y3, q0, s3_3);
-            }
-        }
-    }
-    {
-        const hl_vf_neon all[16] = {
-s0_0, s0_1, s0_2, s0_3,
-s1_0, s1_1, s1_2, s1_3,
-s2_0, s2_1, s2_2, s2_3,
-s3_0, s3_1, s3_2, s3_3
-        };
-        for (int32_t i = 0; i < 16; i += L) {
-            hl_vstore_neon(s + i, hl_vmul_neon(hl_vsums_neon(all + i), hl_vset_neon(scale)));
-        }
+    for (int32_t i = 0; i < 16; i += L) {
+        hl_vstore_neon(s + i, hl_vmul_neon(hl_vsums_neon(all + i), hl_vset_neon(scale)));
     }
 }
 
-/* 2 heads by 8 keys, read where they are stored: channels
- * are in the lanes, and sums are formed across them once a tile, for many dot products together.
- * Behind the last key its row is taken again, so that every tile is whole. Meanwhile the same
- * channels of later keys (next) are asked for, if there are any. */
+/* 2 heads by 8 keys, read where they are stored, 4 rows at a time: channels are in
+ * the lanes, and sums are formed across them once a tile, for many dot products together. Behind
+ * the last key its row is taken again, so that every tile is whole. Meanwhile lines of later keys
+ * (next) are asked for, if there are any; but for those that value tiles ask for. */
 HL_KERNEL_NEON void hl_sfa_bf16_d128_rope64_dot_2x8_neon(const float *q, const hl_row *row,
-    int32_t last, float *s, float scale, const hl_row *next)
+    int32_t last, float *s, float scale, const hl_row *next, int32_t odd)
 {
     enum { L = 4, QS = 192 };
-    const hl_row *const row1 = row + (last < 1 ? last : 1);
-    const hl_row *const row2 = row + (last < 2 ? last : 2);
-    const hl_row *const row3 = row + (last < 3 ? last : 3);
-    const hl_row *const row4 = row + (last < 4 ? last : 4);
-    const hl_row *const row5 = row + (last < 5 ? last : 5);
-    const hl_row *const row6 = row + (last < 6 ? last : 6);
-    const hl_row *const row7 = row + (last < 7 ? last : 7);
-    hl_vf_neon s0_0 = hl_vzero_neon();
-    hl_vf_neon s0_1 = hl_vzero_neon();
-    hl_vf_neon s0_2 = hl_vzero_neon();
-    hl_vf_neon s0_3 = hl_vzero_neon();
-    hl_vf_neon s0_4 = hl_vzero_neon();
-    hl_vf_neon s0_5 = hl_vzero_neon();
-    hl_vf_neon s0_6 = hl_vzero_neon();
-    hl_vf_neon s0_7 = hl_vzero_neon();
-    hl_vf_neon s1_0 = hl_vzero_neon();
-    hl_vf_neon s1_1 = hl_vzero_neon();
-    hl_vf_neon s1_2 = hl_vzero_neon();
-    hl_vf_neon s1_3 = hl_vzero_neon();
-    hl_vf_neon s1_4 = hl_vzero_neon();
-    hl_vf_neon s1_5 = hl_vzero_neon();
-    hl_vf_neon s1_6 = hl_vzero_neon();
-    hl_vf_neon s1_7 = hl_vzero_neon();
-    {
-        const float *const from = q + 0;
-        const uint16_t *const k0 =
-            (const uint16_t *)row->key;
-        const uint16_t *const k1 =
-            (const uint16_t *)row1->key;
-        const uint16_t *const k2 =
-            (const uint16_t *)row2->key;
-        const uint16_t *const k3 =
-            (const uint16_t *)row3->key;
-        const uint16_t *const k4 =
-            (const uint16_t *)row4->key;
-        const uint16_t *const k5 =
-            (const uint16_t *)row5->key;
-        const uint16_t *const k6 =
-            (const uint16_t *)row6->key;
-        const uint16_t *const k7 =
-            (const uint16_t *)row7->key;
-        for (int32_t start = 0; start < 128; start += 32) {
-            if (next != NULL) {
-                HL_FETCH((const uint16_t *)next[0].key + start + 0);
-                HL_FETCH((const uint16_t *)next[1].key + start + 0);
-                HL_FETCH((const uint16_t *)next[2].key + start + 0);
-                HL_FETCH((const uint16_t *)next[3].key + start + 0);
-                HL_FETCH((const uint16_t *)next[4].key + start + 0);
-                HL_FETCH((const uint16_t *)next[5].key + start + 0);
-                HL_FETCH((const uint16_t *)next[6].key + start + 0);
-                HL_FETCH((const uint16_t *)next[7].key + start + 0);
-            }
-            for (int32_t c = start; c < start + 32; c += 2 * L) {
-                const float *const qc = from + c;
-                hl_vf_neon x;
-                hl_vf_neon y;
-                const hl_vf_neon qx0 = hl_vload_neon(qc + 0 * QS);
-                const hl_vf_neon qy0 = hl_vload_neon(qc + 0 * QS + L);
-                const hl_vf_neon qx1 = hl_vload_neon(qc + 1 * QS);
-                const hl_vf_neon qy1 = hl_vload_neon(qc + 1 * QS + L);
-                hl_vpair_bf16_neon(k0 + c, &x, &y);
-                s0_0 = hl_vfma_neon(x, qx0, s0_0);
-                s1_0 = hl_vfma_neon(x, qx1, s1_0);
-                s0_0 = hl_vfma_neon(y, qy0, s0_0);
-                s1_0 = hl_vfma_neon(y, qy1, s1_0);
-                hl_vpair_bf16_neon(k1 + c, &x, &y);
-                s0_1 = hl_vfma_neon(x, qx0, s0_1);
-                s1_1 = hl_vfma_neon(x, qx1, s1_1);
-                s0_1 = hl_vfma_neon(y, qy0, s0_1);
-                s1_1 = hl_vfma_neon(y, qy1, s1_1);
-                hl_vpair_bf16_neon(k2 + c, &x, &y);
-                s0_2 = hl_vfma_neon(x, qx0, s0_2);
-                s1_2 = hl_vfma_neon(x, qx1, s1_2);
-                s0_2 = hl_vfma_neon(y, qy0, s0_2);
-                s1_2 = hl_vfma_neon(y, qy1, s1_2);
-                hl_vpair_bf16_neon(k3 + c, &x, &y);
-                s0_3 = hl_vfma_neon(x, qx0, s0_3);
-                s1_3 = hl_vfma_neon(x, qx1, s1_3);
-                s0_3 = hl_vfma_neon(y, qy0, s0_3);
-                s1_3 = hl_vfma_neon(y, qy1, s1_3);
-                hl_vpair_bf16_neon(k4 + c, &x, &y);
-                s0_4 = hl_vfma_neon(x, qx0, s0_4);
-                s1_4 = hl_vfma_neon(x, qx1, s1_4);
-                s0_4 = hl_vfma_neon(y, qy0, s0_4);
-                s1_4 = hl_vfma_neon(y, qy1, s1_4);
-                hl_vpair_bf16_neon(k5 + c, &x, &y);
-                s0_5 = hl_vfma_neon(x, qx0, s0_5);
-                s1_5 = hl_vfma_neon(x, qx1, s1_5);
-                s0_5 = hl_vfma_neon(y, qy0, s0_5);
-                s1_5 = hl_vfma_neon(y, qy1, s1_5);
-                hl_vpair_bf16_neon(k6 + c, &x, &y);
-                s0_6 = hl_vfma_neon(x, qx0, s0_6);
-                s1_6 = hl_vfma_neon(x, qx1, s1_6);
-                s0_6 = hl_vfma_neon(y, qy0, s0_6);
-                s1_6 = hl_vfma_neon(y, qy1, s1_6);
-                hl_vpair_bf16_neon(k7 + c, &x, &y);
-                s0_7 = hl_vfma_neon(x, qx0, s0_7);
-                s1_7 = hl_vfma_neon(x, qx1, s1_7);
-                s0_7 = hl_vfma_neon(y, qy0, s0_7);
-                s1_7 = hl_vfma_neon(y, qy1, s1_7);
+    hl_vf_neon all[16];
+    for (int32_t j = 0; j < 8; j += 4) {
+        const hl_row *const row0 = row + (last < j + 0 ? last : j + 0);
+        const hl_row *const row1 = row + (last < j + 1 ? last : j + 1);
+        const hl_row *const row2 = row + (last < j + 2 ? last : j + 2);
+        const hl_row *const row3 = row + (last < j + 3 ? last : j + 3);
+        hl_vf_neon s0_0x = hl_vzero_neon();
+        hl_vf_neon s0_0y = hl_vzero_neon();
+        hl_vf_neon s0_1x = hl_vzero_neon();
+        hl_vf_neon s0_1y = hl_vzero_neon();
+        hl_vf_neon s0_2x = hl_vzero_neon();
+        hl_vf_neon s0_2y = hl_vzero_neon();
+        hl_vf_neon s0_3x = hl_vzero_neon();
+        hl_vf_neon s0_3y = hl_vzero_neon();
+        hl_vf_neon s1_0x = hl_vzero_neon();
+        hl_vf_neon s1_0y = hl_vzero_neon();
+        hl_vf_neon s1_1x = hl_vzero_neon();
+        hl_vf_neon s1_1y = hl_vzero_neon();
+        hl_vf_neon s1_2x = hl_vzero_neon();
+        hl_vf_neon s1_2y = hl_vzero_neon();
+        hl_vf_neon s1_3x = hl_vzero_neon();
+        hl_vf_neon s1_3y = hl_vzero_neon();
+        {
+            const float *const from = q + 0;
+            const uint16_t *const k0 = (const uint16_t *)row0->key;
+            const uint16_t *const k1 = (const uint16_t *)row1->key;
+            const uint16_t *const k2 = (const uint16_t *)row2->key;
+            const uint16_t *const k3 = (const uint16_t *)row3->key;
+            for (int32_t start = 0; start < 128; start += 32) {
+                if (next != NULL) {
+                    if (((start + 0) & odd) == 0) {
+                        HL_FETCH((const uint16_t *)next[j + 0].key + start + 0);
+                    }
+                    if (((start + 0) & odd) == 0) {
+                        HL_FETCH((const uint16_t *)next[j + 1].key + start + 0);
+                    }
+                    if (((start + 0) & odd) == 0) {
+                        HL_FETCH((const uint16_t *)next[j + 2].key + start + 0);
+                    }
+                    if (((start + 0) & odd) == 0) {
+                        HL_FETCH((const uint16_t *)next[j + 3].key + start + 0);
+                    }
+                }
+                for (int32_t c = start; c < start + 32; c += 8) {
+                    {
+                        const float *const qc = from + c + 0;
+                        hl_vf_neon v;
+                        hl_vf_neon w;
+                        const hl_vf_neon q0 = hl_vload_neon(qc + 0 * QS);
+                        const hl_vf_neon p0 = hl_vload_neon(qc + 0 * QS + L);
+                        const hl_vf_neon q1 = hl_vload_neon(qc + 1 * QS);
+                        const hl_vf_neon p1 = hl_vload_neon(qc + 1 * QS + L);
+                        hl_vpair_bf16_neon(k0 + c + 0, &v, &w);
+                        s0_0x = hl_vfma_neon(v, q0, s0_0x);
+                        s1_0x = hl_vfma_neon(v, q1, s1_0x);
+                        s0_0y = hl_vfma_neon(w, p0, s0_0y);
+                        s1_0y = hl_vfma_neon(w, p1, s1_0y);
+                        hl_vpair_bf16_neon(k1 + c + 0, &v, &w);
+                        s0_1x = hl_vfma_neon(v, q0, s0_1x);
+                        s1_1x = hl_vfma_neon(v, q1, s1_1x);
+                        s0_1y = hl_vfma_neon(w, p0, s0_1y);
+                        s1_1y = hl_vfma_neon(w, p1, s1_1y);
+                        hl_vpair_bf16_neon(k2 + c + 0, &v, &w);
+                        s0_2x = hl_vfma_neon(v, q0, s0_2x);
+                        s1_2x = hl_vfma_neon(v, q1, s1_2x);
+                        s0_2y = hl_vfma_neon(w, p0, s0_2y);
+                        s1_2y = hl_vfma_neon(w, p1, s1_2y);
+                        hl_vpair_bf16_neon(k3 + c + 0, &v, &w);
+                        s0_3x = hl_vfma_neon(v, q0, s0_3x);
+                        s1_3x = hl_vfma_neon(v, q1, s1_3x);
+                        s0_3y = hl_vfma_neon(w, p0, s0_3y);
+                        s1_3y = hl_vfma_neon(w, p1, s1_3y);
+                    }
+                }
             }
         }
+        {
+            const float *const from = q + 128;
+            const uint16_t *const k0 = (const uint16_t *)row0->rope;
+            const uint16_t *const k1 = (const uint16_t *)row1->rope;
+            const uint16_t *const k2 = (const uint16_t *)row2->rope;
+            const uint16_t *const k3 = (const uint16_t *)row3->rope;
+            for (int32_t start = 0; start < 64; start += 32) {
+                if (next != NULL) {
+                    HL_FETCH((const uint16_t *)next[j + 0].rope + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 1].rope + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 2].rope + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 3].rope + start + 0);
+                }
+                for (int32_t c = start; c < start + 32; c += 8) {
+                    {
+                        const float *const qc = from + c + 0;
+                        hl_vf_neon v;
+                        hl_vf_neon w;
+                        const hl_vf_neon q0 = hl_vload_neon(qc + 0 * QS);
+                        const hl_vf_neon p0 = hl_vload_neon(qc + 0 * QS + L);
+                        const hl_vf_neon q1 = hl_vload_neon(qc + 1 * QS);
+                        const hl_vf_neon p1 = hl_vload_neon(qc + 1 * QS + L);
+                        hl_vpair_bf16_neon(k0 + c + 0, &v, &w);
+                        s0_0x = hl_vfma_neon(v, q0, s0_0x);
+                        s1_0x = hl_vfma_neon(v, q1, s1_0x);
+                        s0_0y = hl_vfma_neon(w, p0, s0_0y);
+                        s1_0y = hl_vfma_neon(w, p1, s1_0y);
+                        hl_vpair_bf16_neon(k1 + c + 0, &v, &w);
+                        s0_1x = hl_vfma_neon(v, q0, s0_1x);
+                        s1_1x = hl_vfma_neon(v, q1, s1_1x);
+                        s0_1y = hl_vfma_neon(w, p0, s0_1y);
+                        s1_1y = hl_vfma_neon(w, p1, s1_1y);
+                        hl_vpair_bf16_neon(k2 + c + 0, &v, &w);
+                        s0_2x = hl_vfma_neon(v, q0, s0_2x);
+                        s1_2x = hl_vfma_neon(v, q1, s1_2x);
+                        s0_2y = hl_vfma_neon(w, p0, s0_2y);
+                        s1_2y = hl_vfma_neon(w, p1, s1_2y);
+                        hl_vpair_bf16_neon(k3 + c + 0, &v, &w);
+                        s0_3x = hl_vfma_neon(v, q0, s0_3x);
+                        s1_3x = hl_vfma_neon(v, q1, s1_3x);
+                        s0_3y = hl_vfma_neon(w, p0, s0_3y);
+                        s1_3y = hl_vfma_neon(w, p1, s1_3y);
+                    }
+                }
+            }
+        }
+        all[0 * 8 + j + 0] = hl_vadd_neon(s0_0x, s0_0y);
+        all[0 * 8 + j + 1] = hl_vadd_neon(s0_1x, s0_1y);
+        all[0 * 8 + j + 2] = hl_vadd_neon(s0_2x, s0_2y);
+        all[0 * 8 + j + 3] = hl_vadd_neon(s0_3x, s0_3y);
+        all[1 * 8 + j + 0] = hl_vadd_neon(s1_0x, s1_0y);
+        all[1 * 8 + j + 1] = hl_vadd_neon(s1_1x, s1_1y);
+        all[1 * 8 + j + 2] = hl_vadd_neon(s1_2x, s1_2y);
+        all[1 * 8 + j + 3] = hl_vadd_neon(s1_3x, s1_3y);
     }
-    {
-        const float *const from = q + 128;
-        const uint16_t *const k0 =
-            (const uint16_t *)row->rope;
-        const uint16_t *const k1 =
-            (const uint16_t *)row1->rope;
-        const uint16_t *const k2 =
-            (const uint16_t *)row2->rope;
-        const uint16_t *const k3 =
-            (const uint16_t *)row3->rope;
-        const uint16_t *const k4 =
-            (const uint16_t *)row4->rope;
-        const uint16_t *const k5 =
-            (const uint16_t *)row5->rope;
-        const uint16_t *const k6 =
-            (const uint16_t *)row6->rope;
-        const uint16_t *const k7 =
-            (const uint16_t *)row7->rope;
-        for (int32_t start = 0; start < 64; start += 32) {
-            if (next != NULL) {
-                HL_FETCH((const uint16_t *)next[0].rope + start + 0);
-                HL_FETCH((const uint16_t *)next[1].rope + start + 0);
-                HL_FETCH((const uint16_t *)next[2].rope + start + 0);
-                HL_FETCH((const uint16_t *)next[3].rope + start + 0);
-                HL_FETCH((const uint16_t *)next[4].rope + start + 0);
-                HL_FETCH((const uint16_t *)next[5].rope + start + 0);
-                HL_FETCH((const uint16_t *)next[6].rope + start + 0);
-                HL_FETCH((const uint16_t *)next[7].rope + start + 0);
-            }
-            for (int32_t c = start; c < start + 32; c += 2 * L) {
-                const float *const qc = from + c;
-                hl_vf_neon x;
-                hl_vf_neon y;
-                const hl_vf_neon qx0 = hl_vload_neon(qc + 0 * QS);
-                const hl_vf_neon qy0 = hl_vload_neon(qc + 0 * QS + L);
-                const hl_vf_neon qx1 = hl_vload_neon(qc + 1 * QS);
-                const hl_vf_neon qy1 = hl_vload_neon(qc + 1 * QS + L);
-                hl_vpair_bf16_neon(k0 + c, &x, &y);
-                s0_0 = hl_vfma_neon(x, qx0, s0_0);
-                s1_0 = hl_vfma_neon(x, qx1, s1_0);
-                s0_0 = hl_vfma_neon(y, qy0, s0_0);
-                s1_0 = hl_vfma_neon(y, qy1, s1_0);
-                hl_vpair_bf16_neon(k1 + c, &x, &y);
-                s0_1 = hl_vfma_neon(x, qx0, s0_1);
-                s1_1 = hl_vfma_neon(x, qx1, s1_1);
-                s0_1 = hl_vfma_neon(y, qy0, s0_1);
-                s1_1 = hl_vfma_neon(y, qy1, s1_1);
-                hl_vpair_bf16_neon(k2 + c, &x, &y);
-                s0_2 = hl_vfma_neon(x, qx0, s0_2);
-                s1_2 = hl_vfma_neon(x, qx1, s1_2);
-                s0_2 = hl_vfma_neon(y, qy0, s0_2);
-                s1_2 = hl_vfma_neon(y, qy1, s1_2);
-                hl_vpair_bf16_neon(k3 + c, &x, &y);
-                s0_3 = hl_vfma_neon(x, qx0, s0_3);
-                s1_3 = hl_vfma_neon(x, qx1, s1_3);
-                s0_3 = hl_vfma_neon(y, qy0, s0_3);
-                s1_3 = hl_vfma_neon(y, qy1, s1_3);
-                hl_vpair_bf16_neon(k4 + c, &x, &y);
-                s0_4 = hl_vfma_neon(x, qx0, s0_4);
-                s1_4 = hl_vfma_neon(x, qx1, s1_4);
-                s0_4 = hl_vfma_neon(y, qy0, s0_4);
-                s1_4 = hl_vfma_neon(y, qy1, s1_4);
-                hl_vpair_bf16_neon(k5 + c, &x, &y);
-                s0_5 = hl_vfma_neon(x, qx0, s0_5);
-                s1_5 = hl_vfma_neon(x, qx1, s1_5);
-                s0_5 = hl_vfma_neon(y, qy0, s0_5);
-                s1_5 = hl_vfma_neon(y, qy1, s1_5);
-                hl_vpair_bf16_neon(k6 + c, &x, &y);
-                s0_6 = hl_vfma_neon(x, qx0, s0_6);
-                s1_6 = hl_vfma_neon(x, qx1, s1_6);
-                s0_6 = hl_vfma_neon(y, qy0, s0_6);
-                s1_6 = hl_vfma_neon(y, qy1, s1_6);
-                hl_vpair_bf16_neon(k7 + c, &x, &y);
-                s0_7 = hl_vfma_neon(x, qx0, s0_7);
-                s1_7 = hl_vfma_neon(x, qx1, s1_7);
-                s0_7 = hl_vfma_neon(y, qy0, s0_7);
-                s1_7 = hl_vfma_neon(y, qy1, s1_7);
-            }
-        }
-    }
-    {
-        const hl_vf_neon all[16] = {
-s0_0, s0_1, s0_2, s0_3, s0_4, s0_5, s0_6, s0_7,
-s1_0, s1_1, s1_2, s1_3, s1_4, s1_5, s1_6, s1_7
-        };
-        for (int32_t i = 0; i < 16; i += L) {
-            hl_vstore_neon(s + i, hl_vmul_neon(hl_vsums_neon(all + i), hl_vset_neon(scale)));
-        }
+    for (int32_t i = 0; i < 16; i += L) {
+        hl_vstore_neon(s + i, hl_vmul_neon(hl_vsums_neon(all + i), hl_vset_neon(scale)));
     }
 }
 
-/* 1 head by 16 keys, read where they are stored: channels
- * are in the lanes, and sums are formed across them once a tile, for many dot products together.
- * Behind the last key its row is taken again, so that every tile is whole. Meanwhile the same
- * channels of later keys (next) are asked for, if there are any. */
+/* 1 head by 16 keys, read where they are stored, 4 rows at a time: channels are in
+ * the lanes, and sums are formed across them once a tile, for many dot products together. Behind
+ * the last key its row is taken again, so that every tile is whole. Meanwhile lines of later keys
+ * (next) are asked for, if there are any; but for those that value tiles ask for. */
 HL_KERNEL_NEON void hl_sfa_bf16_d128_rope64_dot_1x16_neon(const float *q, const hl_row *row,
-    int32_t last, float *s, float scale, const hl_row *next)
+    int32_t last, float *s, float scale, const hl_row *next, int32_t odd)
 {
     enum { L = 4, QS = 192 };
-    const hl_row *const row1 = row + (last < 1 ? last : 1);
-    const hl_row *const row2 = row + (last < 2 ? last : 2);
-    const hl_row *const row3 = row + (last < 3 ? last : 3);
-    const hl_row *const row4 = row + (last < 4 ? last : 4);
-    const hl_row *const row5 = row + (last < 5 ? last : 5);
-    const hl_row *const row6 = row + (last < 6 ? last : 6);
-    const hl_row *const row7 = row + (last < 7 ? last : 7);
-    const hl_row *const row8 = row + (last < 8 ? last : 8);
-    const hl_row *const row9 = row + (last < 9 ? last : 9);
-    const hl_row *const row10 = row + (last < 10 ? last : 10);
-    const hl_row *const row11 = row + (last < 11 ? last : 11);
-    const hl_row *const row12 = row + (last < 12 ? last : 12);
-    const hl_row *const row13 = row + (last < 13 ? last : 13);
-    const hl_row *const row14 = row + (last < 14 ? last : 14);
-    const hl_row *const row15 = row + (last < 15 ? last : 15);
-    hl_vf_neon s0_0 = hl_vzero_neon();
-    hl_vf_neon s0_1 = hl_vzero_neon();
-    hl_vf_neon s0_2 = hl_vzero_neon();
-    hl_vf_neon s0_3 = hl_vzero_neon();
-    hl_vf_neon s0_4 = hl_vzero_neon();
-    hl_vf_neon s0_5 = hl_vzero_neon();
-    hl_vf_neon s0_6 = hl_vzero_neon();
-    hl_vf_neon s0_7 = hl_vzero_neon();
-    hl_vf_neon s0_8 = hl_vzero_neon();
-    hl_vf_neon s0_9 = hl_vzero_neon();
-    hl_vf_neon s0_10 = hl_vzero_neon();
-    hl_vf_neon s0_11 = hl_vzero_neon();
-    hl_vf_neon s0_12 = hl_vzero_neon();
-    hl_vf_neon s0_13 = hl_vzero_neon();
-    hl_vf_neon s0_14 = hl_vzero_neon();
-    hl_vf_neon s0_15 = hl_vzero_neon();
-    {
-        const float *const from = q + 0;
-        const uint16_t *const k0 =
-            (const uint16_t *)row->key;
-        const uint16_t *const k1 =
-            (const uint16_t *)row1->key;
-        const uint16_t *const k2 =
-            (const uint16_t *)row2->key;
-        const uint16_t *const k3 =
-            (const uint16_t *)row3->key;
-        const uint16_t *const k4 =
-            (const uint16_t *)row4->key;
-        const uint16_t *const k5 =
-            (const uint16_t *)row5->key;
-        const uint16_t *const k6 =
-            (const uint16_t *)row6->key;
-        const uint16_t *const k7 =
-            (const uint16_t *)row7->key;
-        const uint16_t *const k8 =
-            (const uint16_t *)row8->key;
-        const uint16_t *const k9 =
-            (const uint16_t *)row9->key;
-        const uint16_t *const k10 =
-            (const uint16_t *)row10->key;
-        const uint16_t *const k11 =
-            (const uint16_t *)row11->key;
-        const uint16_t *const k12 =
-            (const uint16_t *)row12->key;
-        const uint16_t *const k13 =
-            (const uint16_t *)row13->key;
-        const uint16_t *const k14 =
-            (const uint16_t *)row14->key;
-        const uint16_t *const k15 =
-            (const uint16_t *)row15->key;
-        for (int32_t start = 0; start < 128; start += 32) {
-            if (next != NULL) {
-                HL_FETCH((const uint16_t *)next[0].key + start + 0);
-                HL_FETCH((const uint16_t *)next[1].key + start + 0);
-                HL_FETCH((const uint16_t *)next[2].key + start + 0);
-                HL_FETCH((const uint16_t *)next[3].key + start + 0);
-                HL_FETCH((const uint16_t *)next[4].key + start + 0);
-                HL_FETCH((const uint16_t *)next[5].key + start + 0);
-                HL_FETCH((const uint16_t *)next[6].key + start + 0);
-                HL_FETCH((const uint16_t *)next[7].key + start + 0);
-                HL_FETCH((const uint16_t *)next[8].key + start + 0);
-                HL_FETCH((const uint16_t *)next[9].key + start + 0);
-                HL_FETCH((const uint16_t *)next[10].key + start + 0);
-                HL_FETCH((const uint16_t *)next[11].key + start + 0);
-                HL_FETCH((const uint16_t *)next[12].key + start + 0);
-                HL_FETCH((const uint16_t *)next[13].key + start + 0);
-                HL_FETCH((const uint16_t *)next[14].key + start + 0);
-                HL_FETCH((const uint16_t *)next[15].key + start + 0);
-            }
-            for (int32_t c = start; c < start + 32; c += 2 * L) {
-                const float *const qc = from + c;
-                hl_vf_neon x;
-                hl_vf_neon y;
-                const hl_vf_neon qx0 = hl_vload_neon(qc + 0 * QS);
-                const hl_vf_neon qy0 = hl_vload_neon(qc + 0 * QS + L);
-                hl_vpair_bf16_neon(k0 + c, &x, &y);
-                s0_0 = hl_vfma_neon(x, qx0, s0_0);
-                s0_0 = hl_vfma_neon(y, qy0, s0_0);
-                hl_vpair_bf16_neon(k1 + c, &x, &y);
-                s0_1 = hl_vfma_neon(x, qx0, s0_1);
-                s0_1 = hl_vfma_neon(y, qy0, s0_1);
-                hl_vpair_bf16_neon(k2 + c, &x, &y);
-                s0_2 = hl_vfma_neon(x, qx0, s0_2);
-                s0_2 = hl_vfma_neon(y, qy0, s0_2);
-                hl_vpair_bf16_neon(k3 + c, &x, &y);
-                s0_3 = hl_vfma_neon(x, qx0, s0_3);
-                s0_3 = hl_vfma_neon(y, qy0, s0_3);
-                hl_vpair_bf16_neon(k4 + c, &x, &y);
-                s0_4 = hl_vfma_neon(x, qx0, s0_4);
-                s0_4 = hl_vfma_neon(y, qy0, s0_4);
-                hl_vpair_bf16_neon(k5 + c, &x, &y);
-                s0_5 = hl_vfma_neon(x, qx0, s0_5);
-                s0_5 = hl_vfma_neon(y, qy0, s0_5);
-                hl_vpair_bf16_neon(k6 + c, &x, &y);
-                s0_6 = hl_vfma_neon(x, qx0, s0_6);
-                s0_6 = hl_vfma_neon(y, qy0, s0_6);
-                hl_vpair_bf16_neon(k7 + c, &x, &y);
-                s0_7 = hl_vfma_neon(x, qx0, s0_7);
-                s0_7 = hl_vfma_neon(y, qy0, s0_7);
-                hl_vpair_bf16_neon(k8 + c, &x, &y);
-                s0_8 = hl_vfma_neon(x, qx0, s0_8);
-                s0_8 = hl_vfma_neon(y, qy0, s0_8);
-                hl_vpair_bf16_neon(k9 + c, &x, &y);
-                s0_9 = hl_vfma_neon(x, qx0, s0_9);
-                s0_9 = hl_vfma_neon(y, qy0, s0_9);
-                hl_vpair_bf16_neon(k10 + c, &x, &y);
-                s0_10 = hl_vfma_neon(x, qx0, s0_10);
-                s0_10 = hl_vfma_neon(y, qy0, s0_10);
-                hl_vpair_bf16_neon(k11 + c, &x, &y);
-                s0_11 = hl_vfma_neon(x, qx0, s0_11);
-                s0_11 = hl_vfma_neon(y, qy0, s0_11);
-                hl_vpair_bf16_neon(k12 + c, &x, &y);
-                s0_12 = hl_vfma_neon(x, qx0, s0_12);
-                s0_12 = hl_vfma_neon(y, qy0, s0_12);
-                hl_vpair_bf16_neon(k13 + c, &x, &y);
-                s0_13 = hl_vfma_neon(x, qx0, s0_13);
-                s0_13 = hl_vfma_neon(y, qy0, s0_13);
-                hl_vpair_bf16_neon(k14 + c, &x, &y);
-                s0_14 = hl_vfma_neon(x, qx0, s0_14);
-                s0_14 = hl_vfma_neon(y, qy0, s0_14);
-                hl_vpair_bf16_neon(k15 + c, &x, &y);
-                s0_15 = hl_vfma_neon(x, qx0, s0_15);
-                s0_15 = hl_vfma_neon(y, qy0, s0_15);
+    hl_vf_neon all[16];
+    for (int32_t j = 0; j < 16; j += 4) {
+        const hl_row *const row0 = row + (last < j + 0 ? last : j + 0);
+        const hl_row *const row1 = row + (last < j + 1 ? last : j + 1);
+        const hl_row *const row2 = row + (last < j + 2 ? last : j + 2);
+        const hl_row *const row3 = row + (last < j + 3 ? last : j + 3);
+        hl_vf_neon s0_0x = hl_vzero_neon();
+        hl_vf_neon s0_0y = hl_vzero_neon();
+        hl_vf_neon s0_1x = hl_vzero_neon();
+        hl_vf_neon s0_1y = hl_vzero_neon();
+        hl_vf_neon s0_2x = hl_vzero_neon();
+        hl_vf_neon s0_2y = hl_vzero_neon();
+        hl_vf_neon s0_3x = hl_vzero_neon();
+        hl_vf_neon s0_3y = hl_vzero_neon();
+        {
+            const float *const from = q + 0;
+            const uint16_t *const k0 = (const uint16_t *)row0->key;
+            const uint16_t *const k1 = (const uint16_t *)row1->key;
+            const uint16_t *const k2 = (const uint16_t *)row2->key;
+            const uint16_t *const k3 = (const uint16_t *)row3->key;
+            for (int32_t start = 0; start < 128; start += 32) {
+                if (next != NULL) {
+                    if (((start + 0) & odd) == 0) {
+                        HL_FETCH((const uint16_t *)next[j + 0].key + start + 0);
+                    }
+                    if (((start + 0) & odd) == 0) {
+                        HL_FETCH((const uint16_t *)next[j + 1].key + start + 0);
+                    }
+                    if (((start + 0) & odd) == 0) {
+                        HL_FETCH((const uint16_t *)next[j + 2].key + start + 0);
+                    }
+                    if (((start + 0) & odd) == 0) {
+                        HL_FETCH((const uint16_t *)next[j + 3].key + start + 0);
+                    }
+                }
+                for (int32_t c = start; c < start + 32; c += 8) {
+                    {
+                        const float *const qc = from + c + 0;
+                        hl_vf_neon v;
+                        hl_vf_neon w;
+                        const hl_vf_neon q0 = hl_vload_neon(qc + 0 * QS);
+                        const hl_vf_neon p0 = hl_vload_neon(qc + 0 * QS + L);
+                        hl_vpair_bf16_neon(k0 + c + 0, &v, &w);
+                        s0_0x = hl_vfma_neon(v, q0, s0_0x);
+                        s0_0y = hl_vfma_neon(w, p0, s0_0y);
+                        hl_vpair_bf16_neon(k1 + c + 0, &v, &w);
+                        s0_1x = hl_vfma_neon(v, q0, s0_1x);
+                        s0_1y = hl_vfma_neon(w, p0, s0_1y);
+                        hl_vpair_bf16_neon(k2 + c + 0, &v, &w);
+                        s0_2x = hl_vfma_neon(v, q0, s0_2x);
+                        s0_2y = hl_vfma_neon(w, p0, s0_2y);
+                        hl_vpair_bf16_neon(k3 + c + 0, &v, &w);
+                        s0_3x = hl_vfma_neon(v, q0, s0_3x);
+                        s0_3y = hl_vfma_neon(w, p0, s0_3y);
+                    }
+                }
             }
         }
+        {
+            const float *const from = q + 128;
+            const uint16_t *const k0 = (const uint16_t *)row0->rope;
+            const uint16_t *const k1 = (const uint16_t *)row1->rope;
+            const uint16_t *const k2 = (const uint16_t *)row2->rope;
+            const uint16_t *const k3 = (const uint16_t *)row3->rope;
+            for (int32_t start = 0; start < 64; start += 32) {
+                if (next != NULL) {
+                    HL_FETCH((const uint16_t *)next[j + 0].rope + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 1].rope + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 2].rope + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 3].rope + start + 0);
+                }
+                for (int32_t c = start; c < start + 32; c += 8) {
+                    {
+                        const float *const qc = from + c + 0;
+                        hl_vf_neon v;
+                        hl_vf_neon w;
+                        const hl_vf_neon q0 = hl_vload_neon(qc + 0 * QS);
+                        const hl_vf_neon p0 = hl_vload_neon(qc + 0 * QS + L);
+                        hl_vpair_bf16_neon(k0 + c + 0, &v, &w);
+                        s0_0x = hl_vfma_neon(v, q0, s0_0x);
+                        s0_0y = hl_vfma_neon(w, p0, s0_0y);
+                        hl_vpair_bf16_neon(k1 + c + 0, &v, &w);
+                        s0_1x = hl_vfma_neon(v, q0, s0_1x);
+                        s0_1y = hl_vfma_neon(w, p0, s0_1y);
+                        hl_vpair_bf16_neon(k2 + c + 0, &v, &w);
+                        s0_2x = hl_vfma_neon(v, q0, s0_2x);
+                        s0_2y = hl_vfma_neon(w, p0, s0_2y);
+                        hl_vpair_bf16_neon(k3 + c + 0, &v, &w);
+                        s0_3x = hl_vfma_neon(v, q0, s0_3x);
+                        s0_3y = hl_vfma_neon(w, p0, s0_3y);
+                    }
+                }
+            }
+        }
+        all[0 * 16 + j + 0] = hl_vadd_neon(s0_0x, s0_0y);
+        all[0 * 16 + j + 1] = hl_vadd_neon(s0_1x, s0_1y);
+        all[0 * 16 + j + 2] = hl_vadd_neon(s0_2x, s0_2y);
+        all[0 * 16 + j + 3] = hl_vadd_neon(s0_3x, s0_3y);
     }
-    {
-        const float *const from = q + 128;
-        const uint16_t *const k0 =
-            (const uint16_t *)row->rope;
-        const uint16_t *const k1 =
-            (const uint16_t *)row1->rope;
-        const uint16_t *const k2 =
-            (const uint16_t *)row2->rope;
-        const uint16_t *const k3 =
-            (const uint16_t *)row3->rope;
-        const uint16_t *const k4 =
-            (const uint16_t *)row4->rope;
-        const uint16_t *const k5 =
-            (const uint16_t *)row5->rope;
-        const uint16_t *const k6 =
-            (const uint16_t *)row6->rope;
-        const uint16_t *const k7 =
-            (const uint16_t *)row7->rope;
-        const uint16_t *const k8 =
-            (const uint16_t *)row8->rope;
-        const uint16_t *const k9 =
-            (const uint16_t *)row9->rope;
-        const uint16_t *const k10 =
-            (const uint16_t *)row10->rope;
-        const uint16_t *const k11 =
-            (const uint16_t *)row11->rope;
-        const uint16_t *const k12 =
-            (const uint16_t *)row12->rope;
-        const uint16_t *const k13 =
-            (const uint16_t *)row13->rope;
-        const uint16_t *const k14 =
-            (const uint16_t *)row14->rope;
-        const uint16_t *const k15 =
-            (const uint16_t *)row15->rope;
-        for (int32_t start = 0; start < 64; start += 32) {
-            if (next != NULL) {
-                HL_FETCH((const uint16_t *)next[0].rope + start + 0);
-                HL_FETCH((const uint16_t *)next[1].rope + start + 0);
-                HL_FETCH((const uint16_t *)next[2].rope + start + 0);
-                HL_FETCH((const uint16_t *)next[3].rope + start + 0);
-                HL_FETCH((const uint16_t *)next[4].rope + start + 0);
-                HL_FETCH((const uint16_t *)next[5].rope + start + 0);
-                HL_FETCH((const uint16_t *)next[6].rope + start + 0);
-                HL_FETCH((const uint16_t *)next[7].rope + start + 0);
-                HL_FETCH((const uint16_t *)next[8].rope + start + 0);
-                HL_FETCH((const uint16_t *)next[9].rope + start + 0);
-                HL_FETCH((const uint16_t *)next[10].rope + start + 0);
-                HL_FETCH((const uint16_t *)next[11].rope + start + 0);
-                HL_FETCH((const uint16_t *)next[12].rope + start + 0);
-                HL_FETCH((const uint16_t *)next[13].rope + start + 0);
-                HL_FETCH((const uint16_t *)next[14].rope + start + 0);
-                HL_FETCH((const uint16_t *)next[15].rope + start + 0);
-            }
-            for (int32_t c = start; c < start + 32; c += 2 * L) {
-                const float *const qc = from + c;
-                hl_vf_neon x;
-                hl_vf_neon y;
-                const hl_vf_neon qx0 = hl_vload_neon(qc + 0 * QS);
-                const hl_vf_neon qy0 = hl_vload_neon(qc + 0 * QS + L);
-                hl_vpair_bf16_neon(k0 + c, &x, &y);
-                s0_0 = hl_vfma_neon(x, qx0, s0_0);
-                s0_0 = hl_vfma_neon(y, qy0, s0_0);
-                hl_vpair_bf16_neon(k1 + c, &x, &y);
-                s0_1 = hl_vfma_neon(x, qx0, s0_1);
-                s0_1 = hl_vfma_neon(y, qy0, s0_1);
-                hl_vpair_bf16_neon(k2 + c, &x, &y);
-                s0_2 = hl_vfma_neon(x, qx0, s0_2);
-                s0_2 = hl_vfma_neon(y, qy0, s0_2);
-                hl_vpair_bf16_neon(k3 + c, &x, &y);
-                s0_3 = hl_vfma_neon(x, qx0, s0_3);
-                s0_3 = hl_vfma_neon(y, qy0, s0_3);
-                hl_vpair_bf16_neon(k4 + c, &x, &y);
-                s0_4 = hl_vfma_neon(x, qx0, s0_4);
-                s0_4 = hl_vfma_neon(y, qy0, s0_4);
-                hl_vpair_bf16_neon(k5 + c, &x, &y);
-                s0_5 = hl_vfma_neon(x, qx0, s0_5);
-                s0_5 = hl_vfma_neon(y, qy0, s0_5);
-                hl_vpair_bf16_neon(k6 + c, &x, &y);
-                s0_6 = hl_vfma_neon(x, qx0, s0_6);
-                s0_6 = hl_vfma_neon(y, qy0, s0_6);
-                hl_vpair_bf16_neon(k7 + c, &x, &y);
-                s0_7 = hl_vfma_neon(x, qx0, s0_7);
-                s0_7 = hl_vfma_neon(y, qy0, s0_7);
-                hl_vpair_bf16_neon(k8 + c, &x, &y);
-                s0_8 = hl_vfma_neon(x, qx0, s0_8);
-                s0_8 = hl_vfma_neon(y, qy0, s0_8);
-                hl_vpair_bf16_neon(k9 + c, &x, &y);
-                s0_9 = hl_vfma_neon(x, qx0, s0_9);
-                s0_9 = hl_vfma_neon(y, qy0, s0_9);
-                hl_vpair_bf16_neon(k10 + c, &x, &y);
-                s0_10 = hl_vfma_neon(x, qx0, s0_10);
-                s0_10 = hl_vfma_neon(y, qy0, s0_10);
-                hl_vpair_bf16_neon(k11 + c, &x, &y);
-                s0_11 = hl_vfma_neon(x, qx0, s0_11);
-                s0_11 = hl_vfma_neon(y, qy0, s0_11);
-                hl_vpair_bf16_neon(k12 + c, &x, &y);
-                s0_12 = hl_vfma_neon(x, qx0, s0_12);
-                s0_12 = hl_vfma_neon(y, qy0, s0_12);
-                hl_vpair_bf16_neon(k13 + c, &x, &y);
-                s0_13 = hl_vfma_neon(x, qx0, s0_13);
-                s0_13 = hl_vfma_neon(y, qy0, s0_13);
-                hl_vpair_bf16_neon(k14 + c, &x, &y);
-                s0_14 = hl_vfma_neon(x, qx0, s0_14);
-                s0_14 = hl_vfma_neon(y, qy0, s0_14);
-                hl_vpair_bf16_neon(k15 + c, &x, &y);
-                s0_15 = hl_vfma_neon(x, qx0, s0_15);
-                s0_15 = hl_vfma_neon(y, qy0, s0_15);
-            }
-        }
-    }
-    {
-        const hl_vf_neon all[16] = {
-s0_0, s0_1, s0_2, s0_3, s0_4, s0_5, s0_6, s0_7, s0_8, s0_9, s0_10, s0_11, s0_12, s0_13, s0_14, s0_15
-        };
-        for (int32_t i = 0; i < 16; i += L) {
-            hl_vstore_neon(s + i, hl_vmul_neon(hl_vsums_neon(all + i), hl_vset_neon(scale)));
-        }
+    for (int32_t i = 0; i < 16; i += L) {
+        hl_vstore_neon(s + i, hl_vmul_neon(hl_vsums_neon(all + i), hl_vset_neon(scale)));
     }
 }
 
@@ -4300,20 +3952,13 @@ s0_0, s0_1, s0_2, s0_3, s0_4, s0_5, s0_6, s0_7, s0_8, s0_9, s0_10, s0_11, s0_12,
 HL_KERNEL_NEON void hl_sfa_bf16_d128_rope64_score_few_neon(const hl_space *w, const hl_block *b,
     int32_t group, float scale)
 {
-    enum { QS = 192, BLOCK = 64 };
+    enum { QS = 192, BLOCK = 64, AHEAD = 32 };
     const int32_t known = b->n + b->n_later;
+    const int32_t odd = b->value_apart ? 0 : 32; /* lines that value tiles ask for */
     int32_t h = 0;
-    for (; h + 8 <= group; h += 8) {
-        for (int32_t j = 0; j < b->n; j += 2) {
-            const int32_t later = j + 64;
-            hl_sfa_bf16_d128_rope64_dot_8x2_neon(w->q + (ptrdiff_t)h * QS, b->row + j, b->n - 1 - j,
-                                                 w->s + h * BLOCK + j * 8, scale, h == 0 && later
-                                                 + 2 <= known ? b->row + later : NULL);
-        }
-    }
     for (; h + 4 <= group; h += 4) {
         for (int32_t j = 0; j < b->n; j += 4) {
-            const int32_t later = j + 64;
+            const int32_t later = j + AHEAD;
             hl_sfa_bf16_d128_rope64_dot_4x4_neon(w->q + (ptrdiff_t)h * QS, b->row + j, b->n - 1 - j,
                                                  w->s + h * BLOCK + j * 4, scale, h == 0 && later
                                                  + 4 <= known ? b->row + later : NULL);
@@ -4321,19 +3966,19 @@ HL_KERNEL_NEON void hl_sfa_bf16_d128_rope64_score_few_neon(const hl_space *w, co
     }
     for (; h + 2 <= group; h += 2) {
         for (int32_t j = 0; j < b->n; j += 8) {
-            const int32_t later = j + 64;
+            const int32_t later = j + AHEAD;
             hl_sfa_bf16_d128_rope64_dot_2x8_neon(w->q + (ptrdiff_t)h * QS, b->row + j, b->n - 1 - j,
                                                  w->s + h * BLOCK + j * 2, scale, h == 0 && later
-                                                 + 8 <= known ? b->row + later : NULL);
+                                                 + 8 <= known ? b->row + later : NULL, odd);
         }
     }
     for (; h + 1 <= group; h += 1) {
         for (int32_t j = 0; j < b->n; j += 16) {
-            const int32_t later = j + 64;
+            const int32_t later = j + AHEAD;
             hl_sfa_bf16_d128_rope64_dot_1x16_neon(w->q + (ptrdiff_t)h * QS, b->row + j,
                                                   b->n - 1 - j, w->s + h * BLOCK + j * 1, scale,
                                                   h == 0 && later + 16 <= known ? b->row + later
-                                                  : NULL);
+                                                  : NULL, odd);
         }
     }
 }
@@ -4429,9 +4074,6 @@ HL_KERNEL_NEON void hl_sfa_bf16_d128_rope64_softmaxes_few_neon(const hl_space *w
 {
     enum { BLOCK = 64 };
     int32_t h = 0;
-    for (; h + 8 <= group; h += 8) {
-        hl_sfa_bf16_d128_rope64_softmax_few_neon(w->s + h * BLOCK, t, h, 8, 2, n);
-    }
     for (; h + 4 <= group; h += 4) {
         hl_sfa_bf16_d128_rope64_softmax_few_neon(w->s + h * BLOCK, t, h, 4, 4, n);
     }
@@ -4647,96 +4289,10 @@ HL_KERNEL_NEON void hl_sfa_bf16_d128_rope64_value_neon(const hl_space *w, const 
     }
 }
 
-/* 8 heads by 2 vectors of channels, read where they are stored. */
-HL_KERNEL_NEON void hl_sfa_bf16_d128_rope64_pr_8x2_neon(const float *p, const hl_row *row,
-    int32_t c, float *o, const float *alpha, int32_t n)
-{
-    enum { L = 4, OS = 128, KEYS = 2 };
-    hl_vf_neon o0_0 = hl_vzero_neon();
-    hl_vf_neon o0_1 = hl_vzero_neon();
-    hl_vf_neon o1_0 = hl_vzero_neon();
-    hl_vf_neon o1_1 = hl_vzero_neon();
-    hl_vf_neon o2_0 = hl_vzero_neon();
-    hl_vf_neon o2_1 = hl_vzero_neon();
-    hl_vf_neon o3_0 = hl_vzero_neon();
-    hl_vf_neon o3_1 = hl_vzero_neon();
-    hl_vf_neon o4_0 = hl_vzero_neon();
-    hl_vf_neon o4_1 = hl_vzero_neon();
-    hl_vf_neon o5_0 = hl_vzero_neon();
-    hl_vf_neon o5_1 = hl_vzero_neon();
-    hl_vf_neon o6_0 = hl_vzero_neon();
-    hl_vf_neon o6_1 = hl_vzero_neon();
-    hl_vf_neon o7_0 = hl_vzero_neon();
-    hl_vf_neon o7_1 = hl_vzero_neon();
-    for (int32_t j = 0; j < n; ++j) {
-        const uint16_t *const value = (const uint16_t *)row[j].value + c;
-        const float *const pj = p + j / KEYS * 16 + j % KEYS;
-        hl_vf_neon x;
-        hl_vf_neon v0;
-        hl_vf_neon v1;
-        hl_vpair_bf16_neon(value + 0, &v0, &v1);
-        x = hl_vset_neon(pj[0 * KEYS]);
-        o0_0 = hl_vfma_neon(x, v0, o0_0);
-        o0_1 = hl_vfma_neon(x, v1, o0_1);
-        x = hl_vset_neon(pj[1 * KEYS]);
-        o1_0 = hl_vfma_neon(x, v0, o1_0);
-        o1_1 = hl_vfma_neon(x, v1, o1_1);
-        x = hl_vset_neon(pj[2 * KEYS]);
-        o2_0 = hl_vfma_neon(x, v0, o2_0);
-        o2_1 = hl_vfma_neon(x, v1, o2_1);
-        x = hl_vset_neon(pj[3 * KEYS]);
-        o3_0 = hl_vfma_neon(x, v0, o3_0);
-        o3_1 = hl_vfma_neon(x, v1, o3_1);
-        x = hl_vset_neon(pj[4 * KEYS]);
-        o4_0 = hl_vfma_neon(x, v0, o4_0);
-        o4_1 = hl_vfma_neon(x, v1, o4_1);
-        x = hl_vset_neon(pj[5 * KEYS]);
-        o5_0 = hl_vfma_neon(x, v0, o5_0);
-        o5_1 = hl_vfma_neon(x, v1, o5_1);
-        x = hl_vset_neon(pj[6 * KEYS]);
-        o6_0 = hl_vfma_neon(x, v0, o6_0);
-        o6_1 = hl_vfma_neon(x, v1, o6_1);
-        x = hl_vset_neon(pj[7 * KEYS]);
-        o7_0 = hl_vfma_neon(x, v0, o7_0);
-        o7_1 = hl_vfma_neon(x, v1, o7_1);
-    }
-    hl_vstore_neon(o + 0 * OS + 0 * L,
-                   hl_vfma_neon(hl_vset_neon(alpha[0]), hl_vload_neon(o + 0 * OS + 0 * L), o0_0));
-    hl_vstore_neon(o + 0 * OS + 1 * L,
-                   hl_vfma_neon(hl_vset_neon(alpha[0]), hl_vload_neon(o + 0 * OS + 1 * L), o0_1));
-    hl_vstore_neon(o + 1 * OS + 0 * L,
-                   hl_vfma_neon(hl_vset_neon(alpha[1]), hl_vload_neon(o + 1 * OS + 0 * L), o1_0));
-    hl_vstore_neon(o + 1 * OS + 1 * L,
-                   hl_vfma_neon(hl_vset_neon(alpha[1]), hl_vload_neon(o + 1 * OS + 1 * L), o1_1));
-    hl_vstore_neon(o + 2 * OS + 0 * L,
-                   hl_vfma_neon(hl_vset_neon(alpha[2]), hl_vload_neon(o + 2 * OS + 0 * L), o2_0));
-    hl_vstore_neon(o + 2 * OS + 1 * L,
-                   hl_vfma_neon(hl_vset_neon(alpha[2]), hl_vload_neon(o + 2 * OS + 1 * L), o2_1));
-    hl_vstore_neon(o + 3 * OS + 0 * L,
-                   hl_vfma_neon(hl_vset_neon(alpha[3]), hl_vload_neon(o + 3 * OS + 0 * L), o3_0));
-    hl_vstore_neon(o + 3 * OS + 1 * L,
-                   hl_vfma_neon(hl_vset_neon(alpha[3]), hl_vload_neon(o + 3 * OS + 1 * L), o3_1));
-    hl_vstore_neon(o + 4 * OS + 0 * L,
-                   hl_vfma_neon(hl_vset_neon(alpha[4]), hl_vload_neon(o + 4 * OS + 0 * L), o4_0));
-    hl_vstore_neon(o + 4 * OS + 1 * L,
-                   hl_vfma_neon(hl_vset_neon(alpha[4]), hl_vload_neon(o + 4 * OS + 1 * L), o4_1));
-    hl_vstore_neon(o + 5 * OS + 0 * L,
-                   hl_vfma_neon(hl_vset_neon(alpha[5]), hl_vload_neon(o + 5 * OS + 0 * L), o5_0));
-    hl_vstore_neon(o + 5 * OS + 1 * L,
-                   hl_vfma_neon(hl_vset_neon(alpha[5]), hl_vload_neon(o + 5 * OS + 1 * L), o5_1));
-    hl_vstore_neon(o + 6 * OS + 0 * L,
-                   hl_vfma_neon(hl_vset_neon(alpha[6]), hl_vload_neon(o + 6 * OS + 0 * L), o6_0));
-    hl_vstore_neon(o + 6 * OS + 1 * L,
-                   hl_vfma_neon(hl_vset_neon(alpha[6]), hl_vload_neon(o + 6 * OS + 1 * L), o6_1));
-    hl_vstore_neon(o + 7 * OS + 0 * L,
-                   hl_vfma_neon(hl_vset_neon(alpha[7]), hl_vload_neon(o + 7 * OS + 0 * L), o7_0));
-    hl_vstore_neon(o + 7 * OS + 1 * L,
-                   hl_vfma_neon(hl_vset_neon(alpha[7]), hl_vload_neon(o + 7 * OS + 1 * L), o7_1));
-}
-
-/* 4 heads by 4 vectors of channels, read where they are stored. */
+/* 4 heads by 4 vectors of channels, read where they are stored. Of 32 keys
+ * further on lines are asked for meanwhile, as long as j < later. */
 HL_KERNEL_NEON void hl_sfa_bf16_d128_rope64_pr_4x4_neon(const float *p, const hl_row *row,
-    int32_t c, float *o, const float *alpha, int32_t n)
+    int32_t c, float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
 {
     enum { L = 4, OS = 128, KEYS = 4 };
     hl_vf_neon o0_0 = hl_vzero_neon();
@@ -4758,33 +4314,37 @@ HL_KERNEL_NEON void hl_sfa_bf16_d128_rope64_pr_4x4_neon(const float *p, const hl
     for (int32_t j = 0; j < n; ++j) {
         const uint16_t *const value = (const uint16_t *)row[j].value + c;
         const float *const pj = p + j / KEYS * 16 + j % KEYS;
-        hl_vf_neon x;
-        hl_vf_neon v0;
-        hl_vf_neon v1;
-        hl_vf_neon v2;
-        hl_vf_neon v3;
-        hl_vpair_bf16_neon(value + 0, &v0, &v1);
-        hl_vpair_bf16_neon(value + 8, &v2, &v3);
-        x = hl_vset_neon(pj[0 * KEYS]);
-        o0_0 = hl_vfma_neon(x, v0, o0_0);
-        o0_1 = hl_vfma_neon(x, v1, o0_1);
-        o0_2 = hl_vfma_neon(x, v2, o0_2);
-        o0_3 = hl_vfma_neon(x, v3, o0_3);
-        x = hl_vset_neon(pj[1 * KEYS]);
-        o1_0 = hl_vfma_neon(x, v0, o1_0);
-        o1_1 = hl_vfma_neon(x, v1, o1_1);
-        o1_2 = hl_vfma_neon(x, v2, o1_2);
-        o1_3 = hl_vfma_neon(x, v3, o1_3);
-        x = hl_vset_neon(pj[2 * KEYS]);
-        o2_0 = hl_vfma_neon(x, v0, o2_0);
-        o2_1 = hl_vfma_neon(x, v1, o2_1);
-        o2_2 = hl_vfma_neon(x, v2, o2_2);
-        o2_3 = hl_vfma_neon(x, v3, o2_3);
-        x = hl_vset_neon(pj[3 * KEYS]);
-        o3_0 = hl_vfma_neon(x, v0, o3_0);
-        o3_1 = hl_vfma_neon(x, v1, o3_1);
-        o3_2 = hl_vfma_neon(x, v2, o3_2);
-        o3_3 = hl_vfma_neon(x, v3, o3_3);
+        const hl_vf_neon x0 = hl_vset_neon(pj[0 * KEYS]);
+        const hl_vf_neon x1 = hl_vset_neon(pj[1 * KEYS]);
+        const hl_vf_neon x2 = hl_vset_neon(pj[2 * KEYS]);
+        const hl_vf_neon x3 = hl_vset_neon(pj[3 * KEYS]);
+        if (j < later) {
+            const uint16_t *const next =
+                (const uint16_t *)row[j + 32].value + c;
+            if (apart) {
+                HL_FETCH(next + 0);
+            }
+        }
+        hl_vf_neon v;
+        hl_vf_neon w;
+        hl_vpair_bf16_neon(value + 0, &v, &w);
+        o0_0 = hl_vfma_neon(x0, v, o0_0);
+        o0_1 = hl_vfma_neon(x0, w, o0_1);
+        o1_0 = hl_vfma_neon(x1, v, o1_0);
+        o1_1 = hl_vfma_neon(x1, w, o1_1);
+        o2_0 = hl_vfma_neon(x2, v, o2_0);
+        o2_1 = hl_vfma_neon(x2, w, o2_1);
+        o3_0 = hl_vfma_neon(x3, v, o3_0);
+        o3_1 = hl_vfma_neon(x3, w, o3_1);
+        hl_vpair_bf16_neon(value + 8, &v, &w);
+        o0_2 = hl_vfma_neon(x0, v, o0_2);
+        o0_3 = hl_vfma_neon(x0, w, o0_3);
+        o1_2 = hl_vfma_neon(x1, v, o1_2);
+        o1_3 = hl_vfma_neon(x1, w, o1_3);
+        o2_2 = hl_vfma_neon(x2, v, o2_2);
+        o2_3 = hl_vfma_neon(x2, w, o2_3);
+        o3_2 = hl_vfma_neon(x3, v, o3_2);
+        o3_3 = hl_vfma_neon(x3, w, o3_3);
     }
     hl_vstore_neon(o + 0 * OS + 0 * L,
                    hl_vfma_neon(hl_vset_neon(alpha[0]), hl_vload_neon(o + 0 * OS + 0 * L), o0_0));
@@ -4820,9 +4380,10 @@ HL_KERNEL_NEON void hl_sfa_bf16_d128_rope64_pr_4x4_neon(const float *p, const hl
                    hl_vfma_neon(hl_vset_neon(alpha[3]), hl_vload_neon(o + 3 * OS + 3 * L), o3_3));
 }
 
-/* 2 heads by 8 vectors of channels, read where they are stored. */
+/* 2 heads by 8 vectors of channels, read where they are stored. Of 32 keys
+ * further on lines are asked for meanwhile, as long as j < later. */
 HL_KERNEL_NEON void hl_sfa_bf16_d128_rope64_pr_2x8_neon(const float *p, const hl_row *row,
-    int32_t c, float *o, const float *alpha, int32_t n)
+    int32_t c, float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
 {
     enum { L = 4, OS = 128, KEYS = 8 };
     hl_vf_neon o0_0 = hl_vzero_neon();
@@ -4844,37 +4405,37 @@ HL_KERNEL_NEON void hl_sfa_bf16_d128_rope64_pr_2x8_neon(const float *p, const hl
     for (int32_t j = 0; j < n; ++j) {
         const uint16_t *const value = (const uint16_t *)row[j].value + c;
         const float *const pj = p + j / KEYS * 16 + j % KEYS;
-        hl_vf_neon x;
-        hl_vf_neon v0;
-        hl_vf_neon v1;
-        hl_vf_neon v2;
-        hl_vf_neon v3;
-        hl_vf_neon v4;
-        hl_vf_neon v5;
-        hl_vf_neon v6;
-        hl_vf_neon v7;
-        hl_vpair_bf16_neon(value + 0, &v0, &v1);
-        hl_vpair_bf16_neon(value + 8, &v2, &v3);
-        hl_vpair_bf16_neon(value + 16, &v4, &v5);
-        hl_vpair_bf16_neon(value + 24, &v6, &v7);
-        x = hl_vset_neon(pj[0 * KEYS]);
-        o0_0 = hl_vfma_neon(x, v0, o0_0);
-        o0_1 = hl_vfma_neon(x, v1, o0_1);
-        o0_2 = hl_vfma_neon(x, v2, o0_2);
-        o0_3 = hl_vfma_neon(x, v3, o0_3);
-        o0_4 = hl_vfma_neon(x, v4, o0_4);
-        o0_5 = hl_vfma_neon(x, v5, o0_5);
-        o0_6 = hl_vfma_neon(x, v6, o0_6);
-        o0_7 = hl_vfma_neon(x, v7, o0_7);
-        x = hl_vset_neon(pj[1 * KEYS]);
-        o1_0 = hl_vfma_neon(x, v0, o1_0);
-        o1_1 = hl_vfma_neon(x, v1, o1_1);
-        o1_2 = hl_vfma_neon(x, v2, o1_2);
-        o1_3 = hl_vfma_neon(x, v3, o1_3);
-        o1_4 = hl_vfma_neon(x, v4, o1_4);
-        o1_5 = hl_vfma_neon(x, v5, o1_5);
-        o1_6 = hl_vfma_neon(x, v6, o1_6);
-        o1_7 = hl_vfma_neon(x, v7, o1_7);
+        const hl_vf_neon x0 = hl_vset_neon(pj[0 * KEYS]);
+        const hl_vf_neon x1 = hl_vset_neon(pj[1 * KEYS]);
+        if (j < later) {
+            const uint16_t *const next =
+                (const uint16_t *)row[j + 32].value + c;
+            if (apart) {
+                HL_FETCH(next + 0);
+            }
+        }
+        hl_vf_neon v;
+        hl_vf_neon w;
+        hl_vpair_bf16_neon(value + 0, &v, &w);
+        o0_0 = hl_vfma_neon(x0, v, o0_0);
+        o0_1 = hl_vfma_neon(x0, w, o0_1);
+        o1_0 = hl_vfma_neon(x1, v, o1_0);
+        o1_1 = hl_vfma_neon(x1, w, o1_1);
+        hl_vpair_bf16_neon(value + 8, &v, &w);
+        o0_2 = hl_vfma_neon(x0, v, o0_2);
+        o0_3 = hl_vfma_neon(x0, w, o0_3);
+        o1_2 = hl_vfma_neon(x1, v, o1_2);
+        o1_3 = hl_vfma_neon(x1, w, o1_3);
+        hl_vpair_bf16_neon(value + 16, &v, &w);
+        o0_4 = hl_vfma_neon(x0, v, o0_4);
+        o0_5 = hl_vfma_neon(x0, w, o0_5);
+        o1_4 = hl_vfma_neon(x1, v, o1_4);
+        o1_5 = hl_vfma_neon(x1, w, o1_5);
+        hl_vpair_bf16_neon(value + 24, &v, &w);
+        o0_6 = hl_vfma_neon(x0, v, o0_6);
+        o0_7 = hl_vfma_neon(x0, w, o0_7);
+        o1_6 = hl_vfma_neon(x1, v, o1_6);
+        o1_7 = hl_vfma_neon(x1, w, o1_7);
     }
     hl_vstore_neon(o + 0 * OS + 0 * L,
                    hl_vfma_neon(hl_vset_neon(alpha[0]), hl_vload_neon(o + 0 * OS + 0 * L), o0_0));
@@ -4910,9 +4471,10 @@ HL_KERNEL_NEON void hl_sfa_bf16_d128_rope64_pr_2x8_neon(const float *p, const hl
                    hl_vfma_neon(hl_vset_neon(alpha[1]), hl_vload_neon(o + 1 * OS + 7 * L), o1_7));
 }
 
-/* 1 head by 16 vectors of channels, read where they are stored. */
+/* 1 head by 16 vectors of channels, read where they are stored. Of 32 keys
+ * further on lines are asked for meanwhile, as long as j < later. */
 HL_KERNEL_NEON void hl_sfa_bf16_d128_rope64_pr_1x16_neon(const float *p, const hl_row *row,
-    int32_t c, float *o, const float *alpha, int32_t n)
+    int32_t c, float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
 {
     enum { L = 4, OS = 128, KEYS = 16 };
     hl_vf_neon o0_0 = hl_vzero_neon();
@@ -4934,48 +4496,41 @@ HL_KERNEL_NEON void hl_sfa_bf16_d128_rope64_pr_1x16_neon(const float *p, const h
     for (int32_t j = 0; j < n; ++j) {
         const uint16_t *const value = (const uint16_t *)row[j].value + c;
         const float *const pj = p + j / KEYS * 16 + j % KEYS;
-        hl_vf_neon x;
-        hl_vf_neon v0;
-        hl_vf_neon v1;
-        hl_vf_neon v2;
-        hl_vf_neon v3;
-        hl_vf_neon v4;
-        hl_vf_neon v5;
-        hl_vf_neon v6;
-        hl_vf_neon v7;
-        hl_vf_neon v8;
-        hl_vf_neon v9;
-        hl_vf_neon v10;
-        hl_vf_neon v11;
-        hl_vf_neon v12;
-        hl_vf_neon v13;
-        hl_vf_neon v14;
-        hl_vf_neon v15;
-        hl_vpair_bf16_neon(value + 0, &v0, &v1);
-        hl_vpair_bf16_neon(value + 8, &v2, &v3);
-        hl_vpair_bf16_neon(value + 16, &v4, &v5);
-        hl_vpair_bf16_neon(value + 24, &v6, &v7);
-        hl_vpair_bf16_neon(value + 32, &v8, &v9);
-        hl_vpair_bf16_neon(value + 40, &v10, &v11);
-        hl_vpair_bf16_neon(value + 48, &v12, &v13);
-        hl_vpair_bf16_neon(value + 56, &v14, &v15);
-        x = hl_vset_neon(pj[0 * KEYS]);
-        o0_0 = hl_vfma_neon(x, v0, o0_0);
-        o0_1 = hl_vfma_neon(x, v1, o0_1);
-        o0_2 = hl_vfma_neon(x, v2, o0_2);
-        o0_3 = hl_vfma_neon(x, v3, o0_3);
-        o0_4 = hl_vfma_neon(x, v4, o0_4);
-        o0_5 = hl_vfma_neon(x, v5, o0_5);
-        o0_6 = hl_vfma_neon(x, v6, o0_6);
-        o0_7 = hl_vfma_neon(x, v7, o0_7);
-        o0_8 = hl_vfma_neon(x, v8, o0_8);
-        o0_9 = hl_vfma_neon(x, v9, o0_9);
-        o0_10 = hl_vfma_neon(x, v10, o0_10);
-        o0_11 = hl_vfma_neon(x, v11, o0_11);
-        o0_12 = hl_vfma_neon(x, v12, o0_12);
-        o0_13 = hl_vfma_neon(x, v13, o0_13);
-        o0_14 = hl_vfma_neon(x, v14, o0_14);
-        o0_15 = hl_vfma_neon(x, v15, o0_15);
+        const hl_vf_neon x0 = hl_vset_neon(pj[0 * KEYS]);
+        if (j < later) {
+            const uint16_t *const next =
+                (const uint16_t *)row[j + 32].value + c;
+            HL_FETCH(next + 32);
+            if (apart) {
+                HL_FETCH(next + 0);
+            }
+        }
+        hl_vf_neon v;
+        hl_vf_neon w;
+        hl_vpair_bf16_neon(value + 0, &v, &w);
+        o0_0 = hl_vfma_neon(x0, v, o0_0);
+        o0_1 = hl_vfma_neon(x0, w, o0_1);
+        hl_vpair_bf16_neon(value + 8, &v, &w);
+        o0_2 = hl_vfma_neon(x0, v, o0_2);
+        o0_3 = hl_vfma_neon(x0, w, o0_3);
+        hl_vpair_bf16_neon(value + 16, &v, &w);
+        o0_4 = hl_vfma_neon(x0, v, o0_4);
+        o0_5 = hl_vfma_neon(x0, w, o0_5);
+        hl_vpair_bf16_neon(value + 24, &v, &w);
+        o0_6 = hl_vfma_neon(x0, v, o0_6);
+        o0_7 = hl_vfma_neon(x0, w, o0_7);
+        hl_vpair_bf16_neon(value + 32, &v, &w);
+        o0_8 = hl_vfma_neon(x0, v, o0_8);
+        o0_9 = hl_vfma_neon(x0, w, o0_9);
+        hl_vpair_bf16_neon(value + 40, &v, &w);
+        o0_10 = hl_vfma_neon(x0, v, o0_10);
+        o0_11 = hl_vfma_neon(x0, w, o0_11);
+        hl_vpair_bf16_neon(value + 48, &v, &w);
+        o0_12 = hl_vfma_neon(x0, v, o0_12);
+        o0_13 = hl_vfma_neon(x0, w, o0_13);
+        hl_vpair_bf16_neon(value + 56, &v, &w);
+        o0_14 = hl_vfma_neon(x0, v, o0_14);
+        o0_15 = hl_vfma_neon(x0, w, o0_15);
     }
     hl_vstore_neon(o + 0 * OS + 0 * L,
                    hl_vfma_neon(hl_vset_neon(alpha[0]), hl_vload_neon(o + 0 * OS + 0 * L), o0_0));
@@ -5016,33 +4571,33 @@ HL_KERNEL_NEON void hl_sfa_bf16_d128_rope64_value_few_neon(const hl_space *w, co
     const hl_block *b, int32_t group)
 {
     enum { OS = 128, BLOCK = 64 };
+    const int32_t left = b->n + b->n_later - 32;
     int32_t h = 0;
-    for (; h + 8 <= group; h += 8) {
-        const float *const p = w->s + h * BLOCK;
-        float *const o = t->o + (ptrdiff_t)h * OS;
-        for (int32_t c = 0; c < 128; c += 8) {
-            hl_sfa_bf16_d128_rope64_pr_8x2_neon(p, b->row, c, o + c, t->alpha + h, b->n);
-        }
-    }
     for (; h + 4 <= group; h += 4) {
+        const int32_t later = h == 0 ? left : 0;
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 128; c += 16) {
-            hl_sfa_bf16_d128_rope64_pr_4x4_neon(p, b->row, c, o + c, t->alpha + h, b->n);
+            hl_sfa_bf16_d128_rope64_pr_4x4_neon(p, b->row, c, o + c, t->alpha + h, b->n, later,
+                                                b->value_apart);
         }
     }
     for (; h + 2 <= group; h += 2) {
+        const int32_t later = h == 0 ? left : 0;
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 128; c += 32) {
-            hl_sfa_bf16_d128_rope64_pr_2x8_neon(p, b->row, c, o + c, t->alpha + h, b->n);
+            hl_sfa_bf16_d128_rope64_pr_2x8_neon(p, b->row, c, o + c, t->alpha + h, b->n, later,
+                                                b->value_apart);
         }
     }
     for (; h + 1 <= group; h += 1) {
+        const int32_t later = h == 0 ? left : 0;
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 128; c += 64) {
-            hl_sfa_bf16_d128_rope64_pr_1x16_neon(p, b->row, c, o + c, t->alpha + h, b->n);
+            hl_sfa_bf16_d128_rope64_pr_1x16_neon(p, b->row, c, o + c, t->alpha + h, b->n, later,
+                                                 b->value_apart);
         }
     }
 }
@@ -5222,7 +4777,6 @@ HL_KERNEL_NEON void hl_sfa_bf16_d128_rope64_merge_state_neon(const hl_state *t, 
 HL_KERNEL_NEON void hl_sfa_bf16_d128_rope64_block_neon(const hl_sparse_flash_attention_plan *plan,
     const hl_space *w, const hl_state *t, const hl_block *b, int32_t padded)
 {
-    const int32_t value_apart = plan->args.value != NULL;
     if (plan->group <= 16) {
         /* S = scale Q K^T, in units of log2 */
         hl_sfa_bf16_d128_rope64_score_few_neon(w, b, plan->group, plan->scale_log2);
@@ -5233,31 +4787,41 @@ HL_KERNEL_NEON void hl_sfa_bf16_d128_rope64_block_neon(const hl_sparse_flash_att
         return;
     }
     /* rows -> numbers, once for the whole group */
-    hl_sfa_bf16_d128_rope64_load_neon(w, b, value_apart);
+    hl_sfa_bf16_d128_rope64_load_neon(w, b);
     /* S = scale Q K^T, in units of log2 */
     hl_sfa_bf16_d128_rope64_score_neon(w, padded, b->n, plan->scale_log2);
     /* m' = max(m, rowmax S);  P = 2^(S - m');  l, alpha */
     hl_sfa_bf16_d128_rope64_softmax_neon(w->s, t, padded, b->n);
     /* O = alpha O + P V */
-    hl_sfa_bf16_d128_rope64_value_neon(w, t, padded, plan->group, value_apart ? 128 : 192, b->n);
+    hl_sfa_bf16_d128_rope64_value_neon(w, t, padded, plan->group, b->value_apart ? 128 : 192, b->n);
 }
 
 /* One chunk of a group's keys (FlashAttention-2, algorithm 1, with K and V in blocks). */
 HL_KERNEL_NEON void hl_sfa_bf16_d128_rope64_forward_neon(const hl_sparse_flash_attention_plan *plan,
     const hl_group *g, const hl_space *w, const hl_state *t, hl_cursor c, int32_t padded)
 {
-    const int32_t block = plan->group <= 16 ? 64 : 64;
+    enum { CAP = 192 };
+    const int32_t block = plan->group > 16 ? 64 : plan->group <= 3 ? 48 : 64;
     const hl_sparse_flash_attention_args *const a = &plan->args;
+    int32_t known = hl_sfa_bf16_d128_rope64_next(a, g, &c, w->row, CAP);
+    int32_t more = known == CAP;
     hl_block b;
     b.row = w->row;
-    b.n = hl_sfa_bf16_d128_rope64_next(a, g, &c, b.row, block);
+    b.value_apart = a->value != NULL;
     hl_sfa_bf16_d128_rope64_start_neon(t, padded, plan->group);
-    while (b.n > 0) {
-        b.n_later = b.n < block ? 0 : hl_sfa_bf16_d128_rope64_next(a, g, &c, b.row + block, block);
+    while (known > 0) {
+        b.n = known < block ? known : block;
+        b.n_later = known - b.n;
         hl_sfa_bf16_d128_rope64_block_neon(plan, w, t, &b, padded);
         *t->seen = 1.0f;
-        HL_COPY(b.row, b.row + block, (size_t)b.n_later * sizeof *b.row);
-        b.n = b.n_later;
+        b.row += b.n;
+        known = b.n_later;
+        if (more && known <= CAP / 2) { /* the rows to come move to the front; others follow */
+            HL_COPY(w->row, b.row, (size_t)known * sizeof *b.row);
+            b.row = w->row;
+            known += hl_sfa_bf16_d128_rope64_next(a, g, &c, b.row + known, CAP - known);
+            more = known == CAP;
+        }
     }
 }
 
@@ -5426,16 +4990,15 @@ HL_WORD_AVX2 void hl_sfa_bf16_d128_rope64_fetch_row_avx2(const hl_row *row, int3
 
 /* The whole block's keys, and its values where they are apart; meanwhile rows are asked for that
  * lie 8 further on, in this block or in the next. */
-HL_KERNEL_AVX2 void hl_sfa_bf16_d128_rope64_load_avx2(const hl_space *w, const hl_block *b,
-    int32_t value_apart)
+HL_KERNEL_AVX2 void hl_sfa_bf16_d128_rope64_load_avx2(const hl_space *w, const hl_block *b)
 {
     enum { DV = 128, KS = 192, VS = 128 };
     for (int32_t j = 0; j < b->n; ++j) {
         if (j + 8 < b->n + b->n_later) {
-            hl_sfa_bf16_d128_rope64_fetch_row_avx2(&b->row[j + 8], value_apart);
+            hl_sfa_bf16_d128_rope64_fetch_row_avx2(&b->row[j + 8], b->value_apart);
         }
         hl_sfa_bf16_d128_rope64_load_key_avx2(&b->row[j], w->k + (ptrdiff_t)j * KS);
-        if (value_apart) {
+        if (b->value_apart) {
             hl_vrow_bf16_avx2(w->v + (ptrdiff_t)j * VS, (const uint16_t *)b->row[j].value, DV);
         }
     }
@@ -5647,410 +5210,435 @@ HL_KERNEL_AVX2 void hl_sfa_bf16_d128_rope64_score_avx2(const hl_space *w, int32_
     }
 }
 
-/* 4 heads by 2 keys, read where they are stored: channels
- * are in the lanes, and sums are formed across them once a tile, for many dot products together.
- * Behind the last key its row is taken again, so that every tile is whole. Meanwhile the same
- * channels of later keys (next) are asked for, if there are any. */
+/* 4 heads by 2 keys, read where they are stored, 2 rows at a time: channels are in
+ * the lanes, and sums are formed across them once a tile, for many dot products together. Behind
+ * the last key its row is taken again, so that every tile is whole. Meanwhile lines of later keys
+ * (next) are asked for, if there are any. */
 HL_KERNEL_AVX2 void hl_sfa_bf16_d128_rope64_dot_4x2_avx2(const float *q, const hl_row *row,
     int32_t last, float *s, float scale, const hl_row *next)
 {
     enum { L = 8, QS = 192 };
-    const hl_row *const row1 = row + (last < 1 ? last : 1);
-    hl_vf_avx2 s0_0 = hl_vzero_avx2();
-    hl_vf_avx2 s0_1 = hl_vzero_avx2();
-    hl_vf_avx2 s1_0 = hl_vzero_avx2();
-    hl_vf_avx2 s1_1 = hl_vzero_avx2();
-    hl_vf_avx2 s2_0 = hl_vzero_avx2();
-    hl_vf_avx2 s2_1 = hl_vzero_avx2();
-    hl_vf_avx2 s3_0 = hl_vzero_avx2();
-    hl_vf_avx2 s3_1 = hl_vzero_avx2();
-    {
-        const float *const from = q + 0;
-        const uint16_t *const k0 =
-            (const uint16_t *)row->key;
-        const uint16_t *const k1 =
-            (const uint16_t *)row1->key;
-        for (int32_t start = 0; start < 128; start += 32) {
-            if (next != NULL) {
-                HL_FETCH((const uint16_t *)next[0].key + start + 0);
-                HL_FETCH((const uint16_t *)next[1].key + start + 0);
-            }
-            for (int32_t c = start; c < start + 32; c += 2 * L) {
-                const float *const qc = from + c;
-                hl_vf_avx2 q0;
-                hl_vf_avx2 x0;
-                hl_vf_avx2 y0;
-                hl_vpair_bf16_avx2(k0 + c, &x0, &y0);
-                hl_vf_avx2 x1;
-                hl_vf_avx2 y1;
-                hl_vpair_bf16_avx2(k1 + c, &x1, &y1);
-                q0 = hl_vload_avx2(qc + 0 * QS);
-                s0_0 = hl_vfma_avx2(x0, q0, s0_0);
-                s0_1 = hl_vfma_avx2(x1, q0, s0_1);
-                q0 = hl_vload_avx2(qc + 1 * QS);
-                s1_0 = hl_vfma_avx2(x0, q0, s1_0);
-                s1_1 = hl_vfma_avx2(x1, q0, s1_1);
-                q0 = hl_vload_avx2(qc + 2 * QS);
-                s2_0 = hl_vfma_avx2(x0, q0, s2_0);
-                s2_1 = hl_vfma_avx2(x1, q0, s2_1);
-                q0 = hl_vload_avx2(qc + 3 * QS);
-                s3_0 = hl_vfma_avx2(x0, q0, s3_0);
-                s3_1 = hl_vfma_avx2(x1, q0, s3_1);
-                q0 = hl_vload_avx2(qc + 0 * QS + L);
-                s0_0 = hl_vfma_avx2(y0, q0, s0_0);
-                s0_1 = hl_vfma_avx2(y1, q0, s0_1);
-                q0 = hl_vload_avx2(qc + 1 * QS + L);
-                s1_0 = hl_vfma_avx2(y0, q0, s1_0);
-                s1_1 = hl_vfma_avx2(y1, q0, s1_1);
-                q0 = hl_vload_avx2(qc + 2 * QS + L);
-                s2_0 = hl_vfma_avx2(y0, q0, s2_0);
-                s2_1 = hl_vfma_avx2(y1, q0, s2_1);
-                q0 = hl_vload_avx2(qc + 3 * QS + L);
-                s3_0 = hl_vfma_avx2(y0, q0, s3_0);
-                s3_1 = hl_vfma_avx2(y1, q0, s3_1);
+    hl_vf_avx2 all[8];
+    for (int32_t j = 0; j < 2; j += 2) {
+        const hl_row *const row0 = row + (last < j + 0 ? last : j + 0);
+        const hl_row *const row1 = row + (last < j + 1 ? last : j + 1);
+        hl_vf_avx2 s0_0 = hl_vzero_avx2();
+        hl_vf_avx2 s0_1 = hl_vzero_avx2();
+        hl_vf_avx2 s1_0 = hl_vzero_avx2();
+        hl_vf_avx2 s1_1 = hl_vzero_avx2();
+        hl_vf_avx2 s2_0 = hl_vzero_avx2();
+        hl_vf_avx2 s2_1 = hl_vzero_avx2();
+        hl_vf_avx2 s3_0 = hl_vzero_avx2();
+        hl_vf_avx2 s3_1 = hl_vzero_avx2();
+        {
+            const float *const from = q + 0;
+            const uint16_t *const k0 = (const uint16_t *)row0->key;
+            const uint16_t *const k1 = (const uint16_t *)row1->key;
+            for (int32_t start = 0; start < 128; start += 32) {
+                if (next != NULL) {
+                    HL_FETCH((const uint16_t *)next[j + 0].key + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 1].key + start + 0);
+                }
+                for (int32_t c = start; c < start + 32; c += 16) {
+                    {
+                        const float *const qc = from + c + 0;
+                        hl_vf_avx2 q0;
+                        hl_vf_avx2 v0;
+                        hl_vf_avx2 w0;
+                        hl_vpair_bf16_avx2(k0 + c + 0, &v0, &w0);
+                        hl_vf_avx2 v1;
+                        hl_vf_avx2 w1;
+                        hl_vpair_bf16_avx2(k1 + c + 0, &v1, &w1);
+                        q0 = hl_vkeep_avx2(hl_vload_avx2(qc + 0 * QS));
+                        s0_0 = hl_vfma_avx2(v0, q0, s0_0);
+                        s0_1 = hl_vfma_avx2(v1, q0, s0_1);
+                        q0 = hl_vkeep_avx2(hl_vload_avx2(qc + 1 * QS));
+                        s1_0 = hl_vfma_avx2(v0, q0, s1_0);
+                        s1_1 = hl_vfma_avx2(v1, q0, s1_1);
+                        q0 = hl_vkeep_avx2(hl_vload_avx2(qc + 2 * QS));
+                        s2_0 = hl_vfma_avx2(v0, q0, s2_0);
+                        s2_1 = hl_vfma_avx2(v1, q0, s2_1);
+                        q0 = hl_vkeep_avx2(hl_vload_avx2(qc + 3 * QS));
+                        s3_0 = hl_vfma_avx2(v0, q0, s3_0);
+                        s3_1 = hl_vfma_avx2(v1, q0, s3_1);
+                        q0 = hl_vkeep_avx2(hl_vload_avx2(qc + 0 * QS + L));
+                        s0_0 = hl_vfma_avx2(w0, q0, s0_0);
+                        s0_1 = hl_vfma_avx2(w1, q0, s0_1);
+                        q0 = hl_vkeep_avx2(hl_vload_avx2(qc + 1 * QS + L));
+                        s1_0 = hl_vfma_avx2(w0, q0, s1_0);
+                        s1_1 = hl_vfma_avx2(w1, q0, s1_1);
+                        q0 = hl_vkeep_avx2(hl_vload_avx2(qc + 2 * QS + L));
+                        s2_0 = hl_vfma_avx2(w0, q0, s2_0);
+                        s2_1 = hl_vfma_avx2(w1, q0, s2_1);
+                        q0 = hl_vkeep_avx2(hl_vload_avx2(qc + 3 * QS + L));
+                        s3_0 = hl_vfma_avx2(w0, q0, s3_0);
+                        s3_1 = hl_vfma_avx2(w1, q0, s3_1);
+                    }
+                }
             }
         }
+        {
+            const float *const from = q + 128;
+            const uint16_t *const k0 = (const uint16_t *)row0->rope;
+            const uint16_t *const k1 = (const uint16_t *)row1->rope;
+            for (int32_t start = 0; start < 64; start += 32) {
+                if (next != NULL) {
+                    HL_FETCH((const uint16_t *)next[j + 0].rope + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 1].rope + start + 0);
+                }
+                for (int32_t c = start; c < start + 32; c += 16) {
+                    {
+                        const float *const qc = from + c + 0;
+                        hl_vf_avx2 q0;
+                        hl_vf_avx2 v0;
+                        hl_vf_avx2 w0;
+                        hl_vpair_bf16_avx2(k0 + c + 0, &v0, &w0);
+                        hl_vf_avx2 v1;
+                        hl_vf_avx2 w1;
+                        hl_vpair_bf16_avx2(k1 + c + 0, &v1, &w1);
+                        q0 = hl_vkeep_avx2(hl_vload_avx2(qc + 0 * QS));
+                        s0_0 = hl_vfma_avx2(v0, q0, s0_0);
+                        s0_1 = hl_vfma_avx2(v1, q0, s0_1);
+                        q0 = hl_vkeep_avx2(hl_vload_avx2(qc + 1 * QS));
+                        s1_0 = hl_vfma_avx2(v0, q0, s1_0);
+                        s1_1 = hl_vfma_avx2(v1, q0, s1_1);
+                        q0 = hl_vkeep_avx2(hl_vload_avx2(qc + 2 * QS));
+                        s2_0 = hl_vfma_avx2(v0, q0, s2_0);
+                        s2_1 = hl_vfma_avx2(v1, q0, s2_1);
+                        q0 = hl_vkeep_avx2(hl_vload_avx2(qc + 3 * QS));
+                        s3_0 = hl_vfma_avx2(v0, q0, s3_0);
+                        s3_1 = hl_vfma_avx2(v1, q0, s3_1);
+                        q0 = hl_vkeep_avx2(hl_vload_avx2(qc + 0 * QS + L));
+                        s0_0 = hl_vfma_avx2(w0, q0, s0_0);
+                        s0_1 = hl_vfma_avx2(w1, q0, s0_1);
+                        q0 = hl_vkeep_avx2(hl_vload_avx2(qc + 1 * QS + L));
+                        s1_0 = hl_vfma_avx2(w0, q0, s1_0);
+                        s1_1 = hl_vfma_avx2(w1, q0, s1_1);
+                        q0 = hl_vkeep_avx2(hl_vload_avx2(qc + 2 * QS + L));
+                        s2_0 = hl_vfma_avx2(w0, q0, s2_0);
+                        s2_1 = hl_vfma_avx2(w1, q0, s2_1);
+                        q0 = hl_vkeep_avx2(hl_vload_avx2(qc + 3 * QS + L));
+                        s3_0 = hl_vfma_avx2(w0, q0, s3_0);
+                        s3_1 = hl_vfma_avx2(w1, q0, s3_1);
+                    }
+                }
+            }
+        }
+        all[0 * 2 + j + 0] = s0_0;
+        all[0 * 2 + j + 1] = s0_1;
+        all[1 * 2 + j + 0] = s1_0;
+        all[1 * 2 + j + 1] = s1_1;
+        all[2 * 2 + j + 0] = s2_0;
+        all[2 * 2 + j + 1] = s2_1;
+        all[3 * 2 + j + 0] = s3_0;
+        all[3 * 2 + j + 1] = s3_1;
     }
-    {
-        const float *const from = q + 128;
-        const uint16_t *const k0 =
-            (const uint16_t *)row->rope;
-        const uint16_t *const k1 =
-            (const uint16_t *)row1->rope;
-        for (int32_t start = 0; start < 64; start += 32) {
-            if (next != NULL) {
-                HL_FETCH((const uint16_t *)next[0].rope + start + 0);
-                HL_FETCH((const uint16_t *)next[1].rope + start + 0);
-            }
-            for (int32_t c = start; c < start + 32; c += 2 * L) {
-                const float *const qc = from + c;
-                hl_vf_avx2 q0;
-                hl_vf_avx2 x0;
-                hl_vf_avx2 y0;
-                hl_vpair_bf16_avx2(k0 + c, &x0, &y0);
-                hl_vf_avx2 x1;
-                hl_vf_avx2 y1;
-                hl_vpair_bf16_avx2(k1 + c, &x1, &y1);
-                q0 = hl_vload_avx2(qc + 0 * QS);
-                s0_0 = hl_vfma_avx2(x0, q0, s0_0);
-                s0_1 = hl_vfma_avx2(x1, q0, s0_1);
-                q0 = hl_vload_avx2(qc + 1 * QS);
-                s1_0 = hl_vfma_avx2(x0, q0, s1_0);
-                s1_1 = hl_vfma_avx2(x1, q0, s1_1);
-                q0 = hl_vload_avx2(qc + 2 * QS);
-                s2_0 = hl_vfma_avx2(x0, q0, s2_0);
-                s2_1 = hl_vfma_avx2(x1, q0, s2_1);
-                q0 = hl_vload_avx2(qc + 3 * QS);
-                s3_0 = hl_vfma_avx2(x0, q0, s3_0);
-                s3_1 = hl_vfma_avx2(x1, q0, s3_1);
-                q0 = hl_vload_avx2(qc + 0 * QS + L);
-                s0_0 = hl_vfma_avx2(y0, q0, s0_0);
-                s0_1 = hl_vfma_avx2(y1, q0, s0_1);
-                q0 = hl_vload_avx2(qc + 1 * QS + L);
-                s1_0 = hl_vfma_avx2(y0, q0, s1_0);
-                s1_1 = hl_vfma_avx2(y1, q0, s1_1);
-                q0 = hl_vload_avx2(qc + 2 * QS + L);
-                s2_0 = hl_vfma_avx2(y0, q0, s2_0);
-                s2_1 = hl_vfma_avx2(y1, q0, s2_1);
-                q0 = hl_vload_avx2(qc + 3 * QS + L);
-                s3_0 = hl_vfma_avx2(y0, q0, s3_0);
-                s3_1 = hl_vfma_avx2(y1, q0, s3_1);
-            }
-        }
-    }
-    {
-        const hl_vf_avx2 all[8] = {
-s0_0, s0_1,
-s1_0, s1_1,
-s2_0, s2_1,
-s3_0, s3_1
-        };
-        for (int32_t i = 0; i < 8; i += L) {
-            hl_vstore_avx2(s + i, hl_vmul_avx2(hl_vsums_avx2(all + i), hl_vset_avx2(scale)));
-        }
+    for (int32_t i = 0; i < 8; i += L) {
+        hl_vstore_avx2(s + i, hl_vmul_avx2(hl_vsums_avx2(all + i), hl_vset_avx2(scale)));
     }
 }
 
-/* 2 heads by 4 keys, read where they are stored: channels
- * are in the lanes, and sums are formed across them once a tile, for many dot products together.
- * Behind the last key its row is taken again, so that every tile is whole. Meanwhile the same
- * channels of later keys (next) are asked for, if there are any. */
+/* 2 heads by 4 keys, read where they are stored, 4 rows at a time: channels are in
+ * the lanes, and sums are formed across them once a tile, for many dot products together. Behind
+ * the last key its row is taken again, so that every tile is whole. Meanwhile lines of later keys
+ * (next) are asked for, if there are any; but for those that value tiles ask for. */
 HL_KERNEL_AVX2 void hl_sfa_bf16_d128_rope64_dot_2x4_avx2(const float *q, const hl_row *row,
-    int32_t last, float *s, float scale, const hl_row *next)
+    int32_t last, float *s, float scale, const hl_row *next, int32_t odd)
 {
     enum { L = 8, QS = 192 };
-    const hl_row *const row1 = row + (last < 1 ? last : 1);
-    const hl_row *const row2 = row + (last < 2 ? last : 2);
-    const hl_row *const row3 = row + (last < 3 ? last : 3);
-    hl_vf_avx2 s0_0 = hl_vzero_avx2();
-    hl_vf_avx2 s0_1 = hl_vzero_avx2();
-    hl_vf_avx2 s0_2 = hl_vzero_avx2();
-    hl_vf_avx2 s0_3 = hl_vzero_avx2();
-    hl_vf_avx2 s1_0 = hl_vzero_avx2();
-    hl_vf_avx2 s1_1 = hl_vzero_avx2();
-    hl_vf_avx2 s1_2 = hl_vzero_avx2();
-    hl_vf_avx2 s1_3 = hl_vzero_avx2();
-    {
-        const float *const from = q + 0;
-        const uint16_t *const k0 =
-            (const uint16_t *)row->key;
-        const uint16_t *const k1 =
-            (const uint16_t *)row1->key;
-        const uint16_t *const k2 =
-            (const uint16_t *)row2->key;
-        const uint16_t *const k3 =
-            (const uint16_t *)row3->key;
-        for (int32_t start = 0; start < 128; start += 32) {
-            if (next != NULL) {
-                HL_FETCH((const uint16_t *)next[0].key + start + 0);
-                HL_FETCH((const uint16_t *)next[1].key + start + 0);
-                HL_FETCH((const uint16_t *)next[2].key + start + 0);
-                HL_FETCH((const uint16_t *)next[3].key + start + 0);
-            }
-            for (int32_t c = start; c < start + 32; c += 2 * L) {
-                const float *const qc = from + c;
-                hl_vf_avx2 x;
-                hl_vf_avx2 y;
-                const hl_vf_avx2 qx0 = hl_vload_avx2(qc + 0 * QS);
-                const hl_vf_avx2 qy0 = hl_vload_avx2(qc + 0 * QS + L);
-                const hl_vf_avx2 qx1 = hl_vload_avx2(qc + 1 * QS);
-                const hl_vf_avx2 qy1 = hl_vload_avx2(qc + 1 * QS + L);
-                hl_vpair_bf16_avx2(k0 + c, &x, &y);
-                s0_0 = hl_vfma_avx2(x, qx0, s0_0);
-                s1_0 = hl_vfma_avx2(x, qx1, s1_0);
-                s0_0 = hl_vfma_avx2(y, qy0, s0_0);
-                s1_0 = hl_vfma_avx2(y, qy1, s1_0);
-                hl_vpair_bf16_avx2(k1 + c, &x, &y);
-                s0_1 = hl_vfma_avx2(x, qx0, s0_1);
-                s1_1 = hl_vfma_avx2(x, qx1, s1_1);
-                s0_1 = hl_vfma_avx2(y, qy0, s0_1);
-                s1_1 = hl_vfma_avx2(y, qy1, s1_1);
-                hl_vpair_bf16_avx2(k2 + c, &x, &y);
-                s0_2 = hl_vfma_avx2(x, qx0, s0_2);
-                s1_2 = hl_vfma_avx2(x, qx1, s1_2);
-                s0_2 = hl_vfma_avx2(y, qy0, s0_2);
-                s1_2 = hl_vfma_avx2(y, qy1, s1_2);
-                hl_vpair_bf16_avx2(k3 + c, &x, &y);
-                s0_3 = hl_vfma_avx2(x, qx0, s0_3);
-                s1_3 = hl_vfma_avx2(x, qx1, s1_3);
-                s0_3 = hl_vfma_avx2(y, qy0, s0_3);
-                s1_3 = hl_vfma_avx2(y, qy1, s1_3);
+    hl_vf_avx2 all[8];
+    for (int32_t j = 0; j < 4; j += 4) {
+        const hl_row *const row0 = row + (last < j + 0 ? last : j + 0);
+        const hl_row *const row1 = row + (last < j + 1 ? last : j + 1);
+        const hl_row *const row2 = row + (last < j + 2 ? last : j + 2);
+        const hl_row *const row3 = row + (last < j + 3 ? last : j + 3);
+        hl_vf_avx2 s0_0 = hl_vzero_avx2();
+        hl_vf_avx2 s0_1 = hl_vzero_avx2();
+        hl_vf_avx2 s0_2 = hl_vzero_avx2();
+        hl_vf_avx2 s0_3 = hl_vzero_avx2();
+        hl_vf_avx2 s1_0 = hl_vzero_avx2();
+        hl_vf_avx2 s1_1 = hl_vzero_avx2();
+        hl_vf_avx2 s1_2 = hl_vzero_avx2();
+        hl_vf_avx2 s1_3 = hl_vzero_avx2();
+        {
+            const float *const from = q + 0;
+            const uint16_t *const k0 = (const uint16_t *)row0->key;
+            const uint16_t *const k1 = (const uint16_t *)row1->key;
+            const uint16_t *const k2 = (const uint16_t *)row2->key;
+            const uint16_t *const k3 = (const uint16_t *)row3->key;
+            for (int32_t start = 0; start < 128; start += 32) {
+                if (next != NULL) {
+                    if (((start + 0) & odd) == 0) {
+                        HL_FETCH((const uint16_t *)next[j + 0].key + start + 0);
+                    }
+                    if (((start + 0) & odd) == 0) {
+                        HL_FETCH((const uint16_t *)next[j + 1].key + start + 0);
+                    }
+                    if (((start + 0) & odd) == 0) {
+                        HL_FETCH((const uint16_t *)next[j + 2].key + start + 0);
+                    }
+                    if (((start + 0) & odd) == 0) {
+                        HL_FETCH((const uint16_t *)next[j + 3].key + start + 0);
+                    }
+                }
+                for (int32_t c = start; c < start + 32; c += 16) {
+                    {
+                        const float *const qc = from + c + 0;
+                        hl_vf_avx2 v;
+                        hl_vf_avx2 w;
+                        const hl_vf_avx2 q0 = hl_vload_avx2(qc + 0 * QS);
+                        const hl_vf_avx2 p0 = hl_vload_avx2(qc + 0 * QS + L);
+                        const hl_vf_avx2 q1 = hl_vload_avx2(qc + 1 * QS);
+                        const hl_vf_avx2 p1 = hl_vload_avx2(qc + 1 * QS + L);
+                        hl_vpair_bf16_avx2(k0 + c + 0, &v, &w);
+                        s0_0 = hl_vfma_avx2(v, q0, s0_0);
+                        s1_0 = hl_vfma_avx2(v, q1, s1_0);
+                        s0_0 = hl_vfma_avx2(w, p0, s0_0);
+                        s1_0 = hl_vfma_avx2(w, p1, s1_0);
+                        hl_vpair_bf16_avx2(k1 + c + 0, &v, &w);
+                        s0_1 = hl_vfma_avx2(v, q0, s0_1);
+                        s1_1 = hl_vfma_avx2(v, q1, s1_1);
+                        s0_1 = hl_vfma_avx2(w, p0, s0_1);
+                        s1_1 = hl_vfma_avx2(w, p1, s1_1);
+                        hl_vpair_bf16_avx2(k2 + c + 0, &v, &w);
+                        s0_2 = hl_vfma_avx2(v, q0, s0_2);
+                        s1_2 = hl_vfma_avx2(v, q1, s1_2);
+                        s0_2 = hl_vfma_avx2(w, p0, s0_2);
+                        s1_2 = hl_vfma_avx2(w, p1, s1_2);
+                        hl_vpair_bf16_avx2(k3 + c + 0, &v, &w);
+                        s0_3 = hl_vfma_avx2(v, q0, s0_3);
+                        s1_3 = hl_vfma_avx2(v, q1, s1_3);
+                        s0_3 = hl_vfma_avx2(w, p0, s0_3);
+                        s1_3 = hl_vfma_avx2(w, p1, s1_3);
+                    }
+                }
             }
         }
+        {
+            const float *const from = q + 128;
+            const uint16_t *const k0 = (const uint16_t *)row0->rope;
+            const uint16_t *const k1 = (const uint16_t *)row1->rope;
+            const uint16_t *const k2 = (const uint16_t *)row2->rope;
+            const uint16_t *const k3 = (const uint16_t *)row3->rope;
+            for (int32_t start = 0; start < 64; start += 32) {
+                if (next != NULL) {
+                    HL_FETCH((const uint16_t *)next[j + 0].rope + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 1].rope + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 2].rope + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 3].rope + start + 0);
+                }
+                for (int32_t c = start; c < start + 32; c += 16) {
+                    {
+                        const float *const qc = from + c + 0;
+                        hl_vf_avx2 v;
+                        hl_vf_avx2 w;
+                        const hl_vf_avx2 q0 = hl_vload_avx2(qc + 0 * QS);
+                        const hl_vf_avx2 p0 = hl_vload_avx2(qc + 0 * QS + L);
+                        const hl_vf_avx2 q1 = hl_vload_avx2(qc + 1 * QS);
+                        const hl_vf_avx2 p1 = hl_vload_avx2(qc + 1 * QS + L);
+                        hl_vpair_bf16_avx2(k0 + c + 0, &v, &w);
+                        s0_0 = hl_vfma_avx2(v, q0, s0_0);
+                        s1_0 = hl_vfma_avx2(v, q1, s1_0);
+                        s0_0 = hl_vfma_avx2(w, p0, s0_0);
+                        s1_0 = hl_vfma_avx2(w, p1, s1_0);
+                        hl_vpair_bf16_avx2(k1 + c + 0, &v, &w);
+                        s0_1 = hl_vfma_avx2(v, q0, s0_1);
+                        s1_1 = hl_vfma_avx2(v, q1, s1_1);
+                        s0_1 = hl_vfma_avx2(w, p0, s0_1);
+                        s1_1 = hl_vfma_avx2(w, p1, s1_1);
+                        hl_vpair_bf16_avx2(k2 + c + 0, &v, &w);
+                        s0_2 = hl_vfma_avx2(v, q0, s0_2);
+                        s1_2 = hl_vfma_avx2(v, q1, s1_2);
+                        s0_2 = hl_vfma_avx2(w, p0, s0_2);
+                        s1_2 = hl_vfma_avx2(w, p1, s1_2);
+                        hl_vpair_bf16_avx2(k3 + c + 0, &v, &w);
+                        s0_3 = hl_vfma_avx2(v, q0, s0_3);
+                        s1_3 = hl_vfma_avx2(v, q1, s1_3);
+                        s0_3 = hl_vfma_avx2(w, p0, s0_3);
+                        s1_3 = hl_vfma_avx2(w, p1, s1_3);
+                    }
+                }
+            }
+        }
+        all[0 * 4 + j + 0] = s0_0;
+        all[0 * 4 + j + 1] = s0_1;
+        all[0 * 4 + j + 2] = s0_2;
+        all[0 * 4 + j + 3] = s0_3;
+        all[1 * 4 + j + 0] = s1_0;
+        all[1 * 4 + j + 1] = s1_1;
+        all[1 * 4 + j + 2] = s1_2;
+        all[1 * 4 + j + 3] = s1_3;
     }
-    {
-        const float *const from = q + 128;
-        const uint16_t *const k0 =
-            (const uint16_t *)row->rope;
-        const uint16_t *const k1 =
-            (const uint16_t *)row1->rope;
-        const uint16_t *const k2 =
-            (const uint16_t *)row2->rope;
-        const uint16_t *const k3 =
-            (const uint16_t *)row3->rope;
-        for (int32_t start = 0; start < 64; start += 32) {
-            if (next != NULL) {
-                HL_FETCH((const uint16_t *)next[0].rope + start + 0);
-                HL_FETCH((const uint16_t *)next[1].rope + start + 0);
-                HL_FETCH((const uint16_t *)next[2].rope + start + 0);
-                HL_FETCH((const uint16_t *)next[3].rope + start + 0);
-            }
-            for (int32_t c = start; c < start + 32; c += 2 * L) {
-                const float *const qc = from + c;
-                hl_vf_avx2 x;
-                hl_vf_avx2 y;
-                const hl_vf_avx2 qx0 = hl_vload_avx2(qc + 0 * QS);
-                const hl_vf_avx2 qy0 = hl_vload_avx2(qc + 0 * QS + L);
-                const hl_vf_avx2 qx1 = hl_vload_avx2(qc + 1 * QS);
-                const hl_vf_avx2 qy1 = hl_vload_avx2(qc + 1 * QS + L);
-                hl_vpair_bf16_avx2(k0 + c, &x, &y);
-                s0_0 = hl_vfma_avx2(x, qx0, s0_0);
-                s1_0 = hl_vfma_avx2(x, qx1, s1_0);
-                s0_0 = hl_vfma_avx2(y, qy0, s0_0);
-                s1_0 = hl_vfma_avx2(y, qy1, s1_0);
-                hl_vpair_bf16_avx2(k1 + c, &x, &y);
-                s0_1 = hl_vfma_avx2(x, qx0, s0_1);
-                s1_1 = hl_vfma_avx2(x, qx1, s1_1);
-                s0_1 = hl_vfma_avx2(y, qy0, s0_1);
-                s1_1 = hl_vfma_avx2(y, qy1, s1_1);
-                hl_vpair_bf16_avx2(k2 + c, &x, &y);
-                s0_2 = hl_vfma_avx2(x, qx0, s0_2);
-                s1_2 = hl_vfma_avx2(x, qx1, s1_2);
-                s0_2 = hl_vfma_avx2(y, qy0, s0_2);
-                s1_2 = hl_vfma_avx2(y, qy1, s1_2);
-                hl_vpair_bf16_avx2(k3 + c, &x, &y);
-                s0_3 = hl_vfma_avx2(x, qx0, s0_3);
-                s1_3 = hl_vfma_avx2(x, qx1, s1_3);
-                s0_3 = hl_vfma_avx2(y, qy0, s0_3);
-                s1_3 = hl_vfma_avx2(y, qy1, s1_3);
-            }
-        }
-    }
-    {
-        const hl_vf_avx2 all[8] = {
-s0_0, s0_1, s0_2, s0_3,
-s1_0, s1_1, s1_2, s1_3
-        };
-        for (int32_t i = 0; i < 8; i += L) {
-            hl_vstore_avx2(s + i, hl_vmul_avx2(hl_vsums_avx2(all + i), hl_vset_avx2(scale)));
-        }
+    for (int32_t i = 0; i < 8; i += L) {
+        hl_vstore_avx2(s + i, hl_vmul_avx2(hl_vsums_avx2(all + i), hl_vset_avx2(scale)));
     }
 }
 
-/* 1 head by 8 keys, read where they are stored: channels
- * are in the lanes, and sums are formed across them once a tile, for many dot products together.
- * Behind the last key its row is taken again, so that every tile is whole. Meanwhile the same
- * channels of later keys (next) are asked for, if there are any. */
+/* 1 head by 8 keys, read where they are stored, 8 rows at a time: channels are in
+ * the lanes, and sums are formed across them once a tile, for many dot products together. Behind
+ * the last key its row is taken again, so that every tile is whole. Meanwhile lines of later keys
+ * (next) are asked for, if there are any; but for those that value tiles ask for. */
 HL_KERNEL_AVX2 void hl_sfa_bf16_d128_rope64_dot_1x8_avx2(const float *q, const hl_row *row,
-    int32_t last, float *s, float scale, const hl_row *next)
+    int32_t last, float *s, float scale, const hl_row *next, int32_t odd)
 {
     enum { L = 8, QS = 192 };
-    const hl_row *const row1 = row + (last < 1 ? last : 1);
-    const hl_row *const row2 = row + (last < 2 ? last : 2);
-    const hl_row *const row3 = row + (last < 3 ? last : 3);
-    const hl_row *const row4 = row + (last < 4 ? last : 4);
-    const hl_row *const row5 = row + (last < 5 ? last : 5);
-    const hl_row *const row6 = row + (last < 6 ? last : 6);
-    const hl_row *const row7 = row + (last < 7 ? last : 7);
-    hl_vf_avx2 s0_0 = hl_vzero_avx2();
-    hl_vf_avx2 s0_1 = hl_vzero_avx2();
-    hl_vf_avx2 s0_2 = hl_vzero_avx2();
-    hl_vf_avx2 s0_3 = hl_vzero_avx2();
-    hl_vf_avx2 s0_4 = hl_vzero_avx2();
-    hl_vf_avx2 s0_5 = hl_vzero_avx2();
-    hl_vf_avx2 s0_6 = hl_vzero_avx2();
-    hl_vf_avx2 s0_7 = hl_vzero_avx2();
-    {
-        const float *const from = q + 0;
-        const uint16_t *const k0 =
-            (const uint16_t *)row->key;
-        const uint16_t *const k1 =
-            (const uint16_t *)row1->key;
-        const uint16_t *const k2 =
-            (const uint16_t *)row2->key;
-        const uint16_t *const k3 =
-            (const uint16_t *)row3->key;
-        const uint16_t *const k4 =
-            (const uint16_t *)row4->key;
-        const uint16_t *const k5 =
-            (const uint16_t *)row5->key;
-        const uint16_t *const k6 =
-            (const uint16_t *)row6->key;
-        const uint16_t *const k7 =
-            (const uint16_t *)row7->key;
-        for (int32_t start = 0; start < 128; start += 32) {
-            if (next != NULL) {
-                HL_FETCH((const uint16_t *)next[0].key + start + 0);
-                HL_FETCH((const uint16_t *)next[1].key + start + 0);
-                HL_FETCH((const uint16_t *)next[2].key + start + 0);
-                HL_FETCH((const uint16_t *)next[3].key + start + 0);
-                HL_FETCH((const uint16_t *)next[4].key + start + 0);
-                HL_FETCH((const uint16_t *)next[5].key + start + 0);
-                HL_FETCH((const uint16_t *)next[6].key + start + 0);
-                HL_FETCH((const uint16_t *)next[7].key + start + 0);
-            }
-            for (int32_t c = start; c < start + 32; c += 2 * L) {
-                const float *const qc = from + c;
-                hl_vf_avx2 x;
-                hl_vf_avx2 y;
-                const hl_vf_avx2 qx0 = hl_vload_avx2(qc + 0 * QS);
-                const hl_vf_avx2 qy0 = hl_vload_avx2(qc + 0 * QS + L);
-                hl_vpair_bf16_avx2(k0 + c, &x, &y);
-                s0_0 = hl_vfma_avx2(x, qx0, s0_0);
-                s0_0 = hl_vfma_avx2(y, qy0, s0_0);
-                hl_vpair_bf16_avx2(k1 + c, &x, &y);
-                s0_1 = hl_vfma_avx2(x, qx0, s0_1);
-                s0_1 = hl_vfma_avx2(y, qy0, s0_1);
-                hl_vpair_bf16_avx2(k2 + c, &x, &y);
-                s0_2 = hl_vfma_avx2(x, qx0, s0_2);
-                s0_2 = hl_vfma_avx2(y, qy0, s0_2);
-                hl_vpair_bf16_avx2(k3 + c, &x, &y);
-                s0_3 = hl_vfma_avx2(x, qx0, s0_3);
-                s0_3 = hl_vfma_avx2(y, qy0, s0_3);
-                hl_vpair_bf16_avx2(k4 + c, &x, &y);
-                s0_4 = hl_vfma_avx2(x, qx0, s0_4);
-                s0_4 = hl_vfma_avx2(y, qy0, s0_4);
-                hl_vpair_bf16_avx2(k5 + c, &x, &y);
-                s0_5 = hl_vfma_avx2(x, qx0, s0_5);
-                s0_5 = hl_vfma_avx2(y, qy0, s0_5);
-                hl_vpair_bf16_avx2(k6 + c, &x, &y);
-                s0_6 = hl_vfma_avx2(x, qx0, s0_6);
-                s0_6 = hl_vfma_avx2(y, qy0, s0_6);
-                hl_vpair_bf16_avx2(k7 + c, &x, &y);
-                s0_7 = hl_vfma_avx2(x, qx0, s0_7);
-                s0_7 = hl_vfma_avx2(y, qy0, s0_7);
+    hl_vf_avx2 all[8];
+    for (int32_t j = 0; j < 8; j += 8) {
+        const hl_row *const row0 = row + (last < j + 0 ? last : j + 0);
+        const hl_row *const row1 = row + (last < j + 1 ? last : j + 1);
+        const hl_row *const row2 = row + (last < j + 2 ? last : j + 2);
+        const hl_row *const row3 = row + (last < j + 3 ? last : j + 3);
+        const hl_row *const row4 = row + (last < j + 4 ? last : j + 4);
+        const hl_row *const row5 = row + (last < j + 5 ? last : j + 5);
+        const hl_row *const row6 = row + (last < j + 6 ? last : j + 6);
+        const hl_row *const row7 = row + (last < j + 7 ? last : j + 7);
+        hl_vf_avx2 s0_0 = hl_vzero_avx2();
+        hl_vf_avx2 s0_1 = hl_vzero_avx2();
+        hl_vf_avx2 s0_2 = hl_vzero_avx2();
+        hl_vf_avx2 s0_3 = hl_vzero_avx2();
+        hl_vf_avx2 s0_4 = hl_vzero_avx2();
+        hl_vf_avx2 s0_5 = hl_vzero_avx2();
+        hl_vf_avx2 s0_6 = hl_vzero_avx2();
+        hl_vf_avx2 s0_7 = hl_vzero_avx2();
+        {
+            const float *const from = q + 0;
+            const uint16_t *const k0 = (const uint16_t *)row0->key;
+            const uint16_t *const k1 = (const uint16_t *)row1->key;
+            const uint16_t *const k2 = (const uint16_t *)row2->key;
+            const uint16_t *const k3 = (const uint16_t *)row3->key;
+            const uint16_t *const k4 = (const uint16_t *)row4->key;
+            const uint16_t *const k5 = (const uint16_t *)row5->key;
+            const uint16_t *const k6 = (const uint16_t *)row6->key;
+            const uint16_t *const k7 = (const uint16_t *)row7->key;
+            for (int32_t start = 0; start < 128; start += 32) {
+                if (next != NULL) {
+                    if (((start + 0) & odd) == 0) {
+                        HL_FETCH((const uint16_t *)next[j + 0].key + start + 0);
+                    }
+                    if (((start + 0) & odd) == 0) {
+                        HL_FETCH((const uint16_t *)next[j + 1].key + start + 0);
+                    }
+                    if (((start + 0) & odd) == 0) {
+                        HL_FETCH((const uint16_t *)next[j + 2].key + start + 0);
+                    }
+                    if (((start + 0) & odd) == 0) {
+                        HL_FETCH((const uint16_t *)next[j + 3].key + start + 0);
+                    }
+                    if (((start + 0) & odd) == 0) {
+                        HL_FETCH((const uint16_t *)next[j + 4].key + start + 0);
+                    }
+                    if (((start + 0) & odd) == 0) {
+                        HL_FETCH((const uint16_t *)next[j + 5].key + start + 0);
+                    }
+                    if (((start + 0) & odd) == 0) {
+                        HL_FETCH((const uint16_t *)next[j + 6].key + start + 0);
+                    }
+                    if (((start + 0) & odd) == 0) {
+                        HL_FETCH((const uint16_t *)next[j + 7].key + start + 0);
+                    }
+                }
+                for (int32_t c = start; c < start + 32; c += 16) {
+                    {
+                        const float *const qc = from + c + 0;
+                        hl_vf_avx2 v;
+                        hl_vf_avx2 w;
+                        const hl_vf_avx2 q0 = hl_vload_avx2(qc + 0 * QS);
+                        const hl_vf_avx2 p0 = hl_vload_avx2(qc + 0 * QS + L);
+                        hl_vpair_bf16_avx2(k0 + c + 0, &v, &w);
+                        s0_0 = hl_vfma_avx2(v, q0, s0_0);
+                        s0_0 = hl_vfma_avx2(w, p0, s0_0);
+                        hl_vpair_bf16_avx2(k1 + c + 0, &v, &w);
+                        s0_1 = hl_vfma_avx2(v, q0, s0_1);
+                        s0_1 = hl_vfma_avx2(w, p0, s0_1);
+                        hl_vpair_bf16_avx2(k2 + c + 0, &v, &w);
+                        s0_2 = hl_vfma_avx2(v, q0, s0_2);
+                        s0_2 = hl_vfma_avx2(w, p0, s0_2);
+                        hl_vpair_bf16_avx2(k3 + c + 0, &v, &w);
+                        s0_3 = hl_vfma_avx2(v, q0, s0_3);
+                        s0_3 = hl_vfma_avx2(w, p0, s0_3);
+                        hl_vpair_bf16_avx2(k4 + c + 0, &v, &w);
+                        s0_4 = hl_vfma_avx2(v, q0, s0_4);
+                        s0_4 = hl_vfma_avx2(w, p0, s0_4);
+                        hl_vpair_bf16_avx2(k5 + c + 0, &v, &w);
+                        s0_5 = hl_vfma_avx2(v, q0, s0_5);
+                        s0_5 = hl_vfma_avx2(w, p0, s0_5);
+                        hl_vpair_bf16_avx2(k6 + c + 0, &v, &w);
+                        s0_6 = hl_vfma_avx2(v, q0, s0_6);
+                        s0_6 = hl_vfma_avx2(w, p0, s0_6);
+                        hl_vpair_bf16_avx2(k7 + c + 0, &v, &w);
+                        s0_7 = hl_vfma_avx2(v, q0, s0_7);
+                        s0_7 = hl_vfma_avx2(w, p0, s0_7);
+                    }
+                }
             }
         }
+        {
+            const float *const from = q + 128;
+            const uint16_t *const k0 = (const uint16_t *)row0->rope;
+            const uint16_t *const k1 = (const uint16_t *)row1->rope;
+            const uint16_t *const k2 = (const uint16_t *)row2->rope;
+            const uint16_t *const k3 = (const uint16_t *)row3->rope;
+            const uint16_t *const k4 = (const uint16_t *)row4->rope;
+            const uint16_t *const k5 = (const uint16_t *)row5->rope;
+            const uint16_t *const k6 = (const uint16_t *)row6->rope;
+            const uint16_t *const k7 = (const uint16_t *)row7->rope;
+            for (int32_t start = 0; start < 64; start += 32) {
+                if (next != NULL) {
+                    HL_FETCH((const uint16_t *)next[j + 0].rope + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 1].rope + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 2].rope + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 3].rope + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 4].rope + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 5].rope + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 6].rope + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 7].rope + start + 0);
+                }
+                for (int32_t c = start; c < start + 32; c += 16) {
+                    {
+                        const float *const qc = from + c + 0;
+                        hl_vf_avx2 v;
+                        hl_vf_avx2 w;
+                        const hl_vf_avx2 q0 = hl_vload_avx2(qc + 0 * QS);
+                        const hl_vf_avx2 p0 = hl_vload_avx2(qc + 0 * QS + L);
+                        hl_vpair_bf16_avx2(k0 + c + 0, &v, &w);
+                        s0_0 = hl_vfma_avx2(v, q0, s0_0);
+                        s0_0 = hl_vfma_avx2(w, p0, s0_0);
+                        hl_vpair_bf16_avx2(k1 + c + 0, &v, &w);
+                        s0_1 = hl_vfma_avx2(v, q0, s0_1);
+                        s0_1 = hl_vfma_avx2(w, p0, s0_1);
+                        hl_vpair_bf16_avx2(k2 + c + 0, &v, &w);
+                        s0_2 = hl_vfma_avx2(v, q0, s0_2);
+                        s0_2 = hl_vfma_avx2(w, p0, s0_2);
+                        hl_vpair_bf16_avx2(k3 + c + 0, &v, &w);
+                        s0_3 = hl_vfma_avx2(v, q0, s0_3);
+                        s0_3 = hl_vfma_avx2(w, p0, s0_3);
+                        hl_vpair_bf16_avx2(k4 + c + 0, &v, &w);
+                        s0_4 = hl_vfma_avx2(v, q0, s0_4);
+                        s0_4 = hl_vfma_avx2(w, p0, s0_4);
+                        hl_vpair_bf16_avx2(k5 + c + 0, &v, &w);
+                        s0_5 = hl_vfma_avx2(v, q0, s0_5);
+                        s0_5 = hl_vfma_avx2(w, p0, s0_5);
+                        hl_vpair_bf16_avx2(k6 + c + 0, &v, &w);
+                        s0_6 = hl_vfma_avx2(v, q0, s0_6);
+                        s0_6 = hl_vfma_avx2(w, p0, s0_6);
+                        hl_vpair_bf16_avx2(k7 + c + 0, &v, &w);
+                        s0_7 = hl_vfma_avx2(v, q0, s0_7);
+                        s0_7 = hl_vfma_avx2(w, p0, s0_7);
+                    }
+                }
+            }
+        }
+        all[0 * 8 + j + 0] = s0_0;
+        all[0 * 8 + j + 1] = s0_1;
+        all[0 * 8 + j + 2] = s0_2;
+        all[0 * 8 + j + 3] = s0_3;
+        all[0 * 8 + j + 4] = s0_4;
+        all[0 * 8 + j + 5] = s0_5;
+        all[0 * 8 + j + 6] = s0_6;
+        all[0 * 8 + j + 7] = s0_7;
     }
-    {
-        const float *const from = q + 128;
-        const uint16_t *const k0 =
-            (const uint16_t *)row->rope;
-        const uint16_t *const k1 =
-            (const uint16_t *)row1->rope;
-        const uint16_t *const k2 =
-            (const uint16_t *)row2->rope;
-        const uint16_t *const k3 =
-            (const uint16_t *)row3->rope;
-        const uint16_t *const k4 =
-            (const uint16_t *)row4->rope;
-        const uint16_t *const k5 =
-            (const uint16_t *)row5->rope;
-        const uint16_t *const k6 =
-            (const uint16_t *)row6->rope;
-        const uint16_t *const k7 =
-            (const uint16_t *)row7->rope;
-        for (int32_t start = 0; start < 64; start += 32) {
-            if (next != NULL) {
-                HL_FETCH((const uint16_t *)next[0].rope + start + 0);
-                HL_FETCH((const uint16_t *)next[1].rope + start + 0);
-                HL_FETCH((const uint16_t *)next[2].rope + start + 0);
-                HL_FETCH((const uint16_t *)next[3].rope + start + 0);
-                HL_FETCH((const uint16_t *)next[4].rope + start + 0);
-                HL_FETCH((const uint16_t *)next[5].rope + start + 0);
-                HL_FETCH((const uint16_t *)next[6].rope + start + 0);
-                HL_FETCH((const uint16_t *)next[7].rope + start + 0);
-            }
-            for (int32_t c = start; c < start + 32; c += 2 * L) {
-                const float *const qc = from + c;
-                hl_vf_avx2 x;
-                hl_vf_avx2 y;
-                const hl_vf_avx2 qx0 = hl_vload_avx2(qc + 0 * QS);
-                const hl_vf_avx2 qy0 = hl_vload_avx2(qc + 0 * QS + L);
-                hl_vpair_bf16_avx2(k0 + c, &x, &y);
-                s0_0 = hl_vfma_avx2(x, qx0, s0_0);
-                s0_0 = hl_vfma_avx2(y, qy0, s0_0);
-                hl_vpair_bf16_avx2(k1 + c, &x, &y);
-                s0_1 = hl_vfma_avx2(x, qx0, s0_1);
-                s0_1 = hl_vfma_avx2(y, qy0, s0_1);
-                hl_vpair_bf16_avx2(k2 + c, &x, &y);
-                s0_2 = hl_vfma_avx2(x, qx0, s0_2);
-                s0_2 = hl_vfma_avx2(y, qy0, s0_2);
-                hl_vpair_bf16_avx2(k3 + c, &x, &y);
-                s0_3 = hl_vfma_avx2(x, qx0, s0_3);
-                s0_3 = hl_vfma_avx2(y, qy0, s0_3);
-                hl_vpair_bf16_avx2(k4 + c, &x, &y);
-                s0_4 = hl_vfma_avx2(x, qx0, s0_4);
-                s0_4 = hl_vfma_avx2(y, qy0, s0_4);
-                hl_vpair_bf16_avx2(k5 + c, &x, &y);
-                s0_5 = hl_vfma_avx2(x, qx0, s0_5);
-                s0_5 = hl_vfma_avx2(y, qy0, s0_5);
-                hl_vpair_bf16_avx2(k6 + c, &x, &y);
-                s0_6 = hl_vfma_avx2(x, qx0, s0_6);
-                s0_6 = hl_vfma_avx2(y, qy0, s0_6);
-                hl_vpair_bf16_avx2(k7 + c, &x, &y);
-                s0_7 = hl_vfma_avx2(x, qx0, s0_7);
-                s0_7 = hl_vfma_avx2(y, qy0, s0_7);
-            }
-        }
-    }
-    {
-        const hl_vf_avx2 all[8] = {
-s0_0, s0_1, s0_2, s0_3, s0_4, s0_5, s0_6, s0_7
-        };
-        for (int32_t i = 0; i < 8; i += L) {
-            hl_vstore_avx2(s + i, hl_vmul_avx2(hl_vsums_avx2(all + i), hl_vset_avx2(scale)));
-        }
+    for (int32_t i = 0; i < 8; i += L) {
+        hl_vstore_avx2(s + i, hl_vmul_avx2(hl_vsums_avx2(all + i), hl_vset_avx2(scale)));
     }
 }
 
@@ -6058,12 +5646,13 @@ s0_0, s0_1, s0_2, s0_3, s0_4, s0_5, s0_6, s0_7
 HL_KERNEL_AVX2 void hl_sfa_bf16_d128_rope64_score_few_avx2(const hl_space *w, const hl_block *b,
     int32_t group, float scale)
 {
-    enum { QS = 192, BLOCK = 48 };
+    enum { QS = 192, BLOCK = 48, AHEAD = 32 };
     const int32_t known = b->n + b->n_later;
+    const int32_t odd = b->value_apart ? 0 : 32; /* lines that value tiles ask for */
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
         for (int32_t j = 0; j < b->n; j += 2) {
-            const int32_t later = j + 48;
+            const int32_t later = j + AHEAD;
             hl_sfa_bf16_d128_rope64_dot_4x2_avx2(w->q + (ptrdiff_t)h * QS, b->row + j, b->n - 1 - j,
                                                  w->s + h * BLOCK + j * 4, scale, h == 0 && later
                                                  + 2 <= known ? b->row + later : NULL);
@@ -6071,18 +5660,18 @@ HL_KERNEL_AVX2 void hl_sfa_bf16_d128_rope64_score_few_avx2(const hl_space *w, co
     }
     for (; h + 2 <= group; h += 2) {
         for (int32_t j = 0; j < b->n; j += 4) {
-            const int32_t later = j + 48;
+            const int32_t later = j + AHEAD;
             hl_sfa_bf16_d128_rope64_dot_2x4_avx2(w->q + (ptrdiff_t)h * QS, b->row + j, b->n - 1 - j,
                                                  w->s + h * BLOCK + j * 2, scale, h == 0 && later
-                                                 + 4 <= known ? b->row + later : NULL);
+                                                 + 4 <= known ? b->row + later : NULL, odd);
         }
     }
     for (; h + 1 <= group; h += 1) {
         for (int32_t j = 0; j < b->n; j += 8) {
-            const int32_t later = j + 48;
+            const int32_t later = j + AHEAD;
             hl_sfa_bf16_d128_rope64_dot_1x8_avx2(w->q + (ptrdiff_t)h * QS, b->row + j, b->n - 1 - j,
                                                  w->s + h * BLOCK + j * 1, scale, h == 0 && later
-                                                 + 8 <= known ? b->row + later : NULL);
+                                                 + 8 <= known ? b->row + later : NULL, odd);
         }
     }
 }
@@ -6359,9 +5948,10 @@ HL_KERNEL_AVX2 void hl_sfa_bf16_d128_rope64_value_avx2(const hl_space *w, const 
     }
 }
 
-/* 4 heads by 2 vectors of channels, read where they are stored. */
+/* 4 heads by 2 vectors of channels, read where they are stored. Of 32 keys
+ * further on lines are asked for meanwhile, as long as j < later. */
 HL_KERNEL_AVX2 void hl_sfa_bf16_d128_rope64_pr_4x2_avx2(const float *p, const hl_row *row,
-    int32_t c, float *o, const float *alpha, int32_t n)
+    int32_t c, float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
 {
     enum { L = 8, OS = 128, KEYS = 2 };
     hl_vf_avx2 o0_0 = hl_vzero_avx2();
@@ -6375,22 +5965,28 @@ HL_KERNEL_AVX2 void hl_sfa_bf16_d128_rope64_pr_4x2_avx2(const float *p, const hl
     for (int32_t j = 0; j < n; ++j) {
         const uint16_t *const value = (const uint16_t *)row[j].value + c;
         const float *const pj = p + j / KEYS * 8 + j % KEYS;
-        hl_vf_avx2 x;
-        hl_vf_avx2 v0;
-        hl_vf_avx2 v1;
-        hl_vpair_bf16_avx2(value + 0, &v0, &v1);
-        x = hl_vset_avx2(pj[0 * KEYS]);
-        o0_0 = hl_vfma_avx2(x, v0, o0_0);
-        o0_1 = hl_vfma_avx2(x, v1, o0_1);
-        x = hl_vset_avx2(pj[1 * KEYS]);
-        o1_0 = hl_vfma_avx2(x, v0, o1_0);
-        o1_1 = hl_vfma_avx2(x, v1, o1_1);
-        x = hl_vset_avx2(pj[2 * KEYS]);
-        o2_0 = hl_vfma_avx2(x, v0, o2_0);
-        o2_1 = hl_vfma_avx2(x, v1, o2_1);
-        x = hl_vset_avx2(pj[3 * KEYS]);
-        o3_0 = hl_vfma_avx2(x, v0, o3_0);
-        o3_1 = hl_vfma_avx2(x, v1, o3_1);
+        const hl_vf_avx2 x0 = hl_vset_avx2(pj[0 * KEYS]);
+        const hl_vf_avx2 x1 = hl_vset_avx2(pj[1 * KEYS]);
+        const hl_vf_avx2 x2 = hl_vset_avx2(pj[2 * KEYS]);
+        const hl_vf_avx2 x3 = hl_vset_avx2(pj[3 * KEYS]);
+        if (j < later) {
+            const uint16_t *const next =
+                (const uint16_t *)row[j + 32].value + c;
+            if (apart) {
+                HL_FETCH(next + 0);
+            }
+        }
+        hl_vf_avx2 v;
+        hl_vf_avx2 w;
+        hl_vpair_bf16_avx2(value + 0, &v, &w);
+        o0_0 = hl_vfma_avx2(x0, v, o0_0);
+        o0_1 = hl_vfma_avx2(x0, w, o0_1);
+        o1_0 = hl_vfma_avx2(x1, v, o1_0);
+        o1_1 = hl_vfma_avx2(x1, w, o1_1);
+        o2_0 = hl_vfma_avx2(x2, v, o2_0);
+        o2_1 = hl_vfma_avx2(x2, w, o2_1);
+        o3_0 = hl_vfma_avx2(x3, v, o3_0);
+        o3_1 = hl_vfma_avx2(x3, w, o3_1);
     }
     hl_vstore_avx2(o + 0 * OS + 0 * L,
                    hl_vfma_avx2(hl_vset_avx2(alpha[0]), hl_vload_avx2(o + 0 * OS + 0 * L), o0_0));
@@ -6410,9 +6006,10 @@ HL_KERNEL_AVX2 void hl_sfa_bf16_d128_rope64_pr_4x2_avx2(const float *p, const hl
                    hl_vfma_avx2(hl_vset_avx2(alpha[3]), hl_vload_avx2(o + 3 * OS + 1 * L), o3_1));
 }
 
-/* 2 heads by 4 vectors of channels, read where they are stored. */
+/* 2 heads by 4 vectors of channels, read where they are stored. Of 32 keys
+ * further on lines are asked for meanwhile, as long as j < later. */
 HL_KERNEL_AVX2 void hl_sfa_bf16_d128_rope64_pr_2x4_avx2(const float *p, const hl_row *row,
-    int32_t c, float *o, const float *alpha, int32_t n)
+    int32_t c, float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
 {
     enum { L = 8, OS = 128, KEYS = 4 };
     hl_vf_avx2 o0_0 = hl_vzero_avx2();
@@ -6426,23 +6023,27 @@ HL_KERNEL_AVX2 void hl_sfa_bf16_d128_rope64_pr_2x4_avx2(const float *p, const hl
     for (int32_t j = 0; j < n; ++j) {
         const uint16_t *const value = (const uint16_t *)row[j].value + c;
         const float *const pj = p + j / KEYS * 8 + j % KEYS;
-        hl_vf_avx2 x;
-        hl_vf_avx2 v0;
-        hl_vf_avx2 v1;
-        hl_vf_avx2 v2;
-        hl_vf_avx2 v3;
-        hl_vpair_bf16_avx2(value + 0, &v0, &v1);
-        hl_vpair_bf16_avx2(value + 16, &v2, &v3);
-        x = hl_vset_avx2(pj[0 * KEYS]);
-        o0_0 = hl_vfma_avx2(x, v0, o0_0);
-        o0_1 = hl_vfma_avx2(x, v1, o0_1);
-        o0_2 = hl_vfma_avx2(x, v2, o0_2);
-        o0_3 = hl_vfma_avx2(x, v3, o0_3);
-        x = hl_vset_avx2(pj[1 * KEYS]);
-        o1_0 = hl_vfma_avx2(x, v0, o1_0);
-        o1_1 = hl_vfma_avx2(x, v1, o1_1);
-        o1_2 = hl_vfma_avx2(x, v2, o1_2);
-        o1_3 = hl_vfma_avx2(x, v3, o1_3);
+        const hl_vf_avx2 x0 = hl_vset_avx2(pj[0 * KEYS]);
+        const hl_vf_avx2 x1 = hl_vset_avx2(pj[1 * KEYS]);
+        if (j < later) {
+            const uint16_t *const next =
+                (const uint16_t *)row[j + 32].value + c;
+            if (apart) {
+                HL_FETCH(next + 0);
+            }
+        }
+        hl_vf_avx2 v;
+        hl_vf_avx2 w;
+        hl_vpair_bf16_avx2(value + 0, &v, &w);
+        o0_0 = hl_vfma_avx2(x0, v, o0_0);
+        o0_1 = hl_vfma_avx2(x0, w, o0_1);
+        o1_0 = hl_vfma_avx2(x1, v, o1_0);
+        o1_1 = hl_vfma_avx2(x1, w, o1_1);
+        hl_vpair_bf16_avx2(value + 16, &v, &w);
+        o0_2 = hl_vfma_avx2(x0, v, o0_2);
+        o0_3 = hl_vfma_avx2(x0, w, o0_3);
+        o1_2 = hl_vfma_avx2(x1, v, o1_2);
+        o1_3 = hl_vfma_avx2(x1, w, o1_3);
     }
     hl_vstore_avx2(o + 0 * OS + 0 * L,
                    hl_vfma_avx2(hl_vset_avx2(alpha[0]), hl_vload_avx2(o + 0 * OS + 0 * L), o0_0));
@@ -6462,9 +6063,10 @@ HL_KERNEL_AVX2 void hl_sfa_bf16_d128_rope64_pr_2x4_avx2(const float *p, const hl
                    hl_vfma_avx2(hl_vset_avx2(alpha[1]), hl_vload_avx2(o + 1 * OS + 3 * L), o1_3));
 }
 
-/* 1 head by 8 vectors of channels, read where they are stored. */
+/* 1 head by 8 vectors of channels, read where they are stored. Of 32 keys
+ * further on lines are asked for meanwhile, as long as j < later. */
 HL_KERNEL_AVX2 void hl_sfa_bf16_d128_rope64_pr_1x8_avx2(const float *p, const hl_row *row,
-    int32_t c, float *o, const float *alpha, int32_t n)
+    int32_t c, float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
 {
     enum { L = 8, OS = 128, KEYS = 8 };
     hl_vf_avx2 o0_0 = hl_vzero_avx2();
@@ -6478,28 +6080,29 @@ HL_KERNEL_AVX2 void hl_sfa_bf16_d128_rope64_pr_1x8_avx2(const float *p, const hl
     for (int32_t j = 0; j < n; ++j) {
         const uint16_t *const value = (const uint16_t *)row[j].value + c;
         const float *const pj = p + j / KEYS * 8 + j % KEYS;
-        hl_vf_avx2 x;
-        hl_vf_avx2 v0;
-        hl_vf_avx2 v1;
-        hl_vf_avx2 v2;
-        hl_vf_avx2 v3;
-        hl_vf_avx2 v4;
-        hl_vf_avx2 v5;
-        hl_vf_avx2 v6;
-        hl_vf_avx2 v7;
-        hl_vpair_bf16_avx2(value + 0, &v0, &v1);
-        hl_vpair_bf16_avx2(value + 16, &v2, &v3);
-        hl_vpair_bf16_avx2(value + 32, &v4, &v5);
-        hl_vpair_bf16_avx2(value + 48, &v6, &v7);
-        x = hl_vset_avx2(pj[0 * KEYS]);
-        o0_0 = hl_vfma_avx2(x, v0, o0_0);
-        o0_1 = hl_vfma_avx2(x, v1, o0_1);
-        o0_2 = hl_vfma_avx2(x, v2, o0_2);
-        o0_3 = hl_vfma_avx2(x, v3, o0_3);
-        o0_4 = hl_vfma_avx2(x, v4, o0_4);
-        o0_5 = hl_vfma_avx2(x, v5, o0_5);
-        o0_6 = hl_vfma_avx2(x, v6, o0_6);
-        o0_7 = hl_vfma_avx2(x, v7, o0_7);
+        const hl_vf_avx2 x0 = hl_vset_avx2(pj[0 * KEYS]);
+        if (j < later) {
+            const uint16_t *const next =
+                (const uint16_t *)row[j + 32].value + c;
+            HL_FETCH(next + 32);
+            if (apart) {
+                HL_FETCH(next + 0);
+            }
+        }
+        hl_vf_avx2 v;
+        hl_vf_avx2 w;
+        hl_vpair_bf16_avx2(value + 0, &v, &w);
+        o0_0 = hl_vfma_avx2(x0, v, o0_0);
+        o0_1 = hl_vfma_avx2(x0, w, o0_1);
+        hl_vpair_bf16_avx2(value + 16, &v, &w);
+        o0_2 = hl_vfma_avx2(x0, v, o0_2);
+        o0_3 = hl_vfma_avx2(x0, w, o0_3);
+        hl_vpair_bf16_avx2(value + 32, &v, &w);
+        o0_4 = hl_vfma_avx2(x0, v, o0_4);
+        o0_5 = hl_vfma_avx2(x0, w, o0_5);
+        hl_vpair_bf16_avx2(value + 48, &v, &w);
+        o0_6 = hl_vfma_avx2(x0, v, o0_6);
+        o0_7 = hl_vfma_avx2(x0, w, o0_7);
     }
     hl_vstore_avx2(o + 0 * OS + 0 * L,
                    hl_vfma_avx2(hl_vset_avx2(alpha[0]), hl_vload_avx2(o + 0 * OS + 0 * L), o0_0));
@@ -6524,26 +6127,33 @@ HL_KERNEL_AVX2 void hl_sfa_bf16_d128_rope64_value_few_avx2(const hl_space *w, co
     const hl_block *b, int32_t group)
 {
     enum { OS = 128, BLOCK = 48 };
+    const int32_t left = b->n + b->n_later - 32;
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
+        const int32_t later = h == 0 ? left : 0;
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 128; c += 16) {
-            hl_sfa_bf16_d128_rope64_pr_4x2_avx2(p, b->row, c, o + c, t->alpha + h, b->n);
+            hl_sfa_bf16_d128_rope64_pr_4x2_avx2(p, b->row, c, o + c, t->alpha + h, b->n, later,
+                                                b->value_apart);
         }
     }
     for (; h + 2 <= group; h += 2) {
+        const int32_t later = h == 0 ? left : 0;
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 128; c += 32) {
-            hl_sfa_bf16_d128_rope64_pr_2x4_avx2(p, b->row, c, o + c, t->alpha + h, b->n);
+            hl_sfa_bf16_d128_rope64_pr_2x4_avx2(p, b->row, c, o + c, t->alpha + h, b->n, later,
+                                                b->value_apart);
         }
     }
     for (; h + 1 <= group; h += 1) {
+        const int32_t later = h == 0 ? left : 0;
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 128; c += 64) {
-            hl_sfa_bf16_d128_rope64_pr_1x8_avx2(p, b->row, c, o + c, t->alpha + h, b->n);
+            hl_sfa_bf16_d128_rope64_pr_1x8_avx2(p, b->row, c, o + c, t->alpha + h, b->n, later,
+                                                b->value_apart);
         }
     }
 }
@@ -6740,7 +6350,6 @@ HL_KERNEL_AVX2 void hl_sfa_bf16_d128_rope64_merge_state_avx2(const hl_state *t, 
 HL_KERNEL_AVX2 void hl_sfa_bf16_d128_rope64_block_avx2(const hl_sparse_flash_attention_plan *plan,
     const hl_space *w, const hl_state *t, const hl_block *b, int32_t padded)
 {
-    const int32_t value_apart = plan->args.value != NULL;
     if (plan->group <= 16) {
         /* S = scale Q K^T, in units of log2 */
         hl_sfa_bf16_d128_rope64_score_few_avx2(w, b, plan->group, plan->scale_log2);
@@ -6751,31 +6360,41 @@ HL_KERNEL_AVX2 void hl_sfa_bf16_d128_rope64_block_avx2(const hl_sparse_flash_att
         return;
     }
     /* rows -> numbers, once for the whole group */
-    hl_sfa_bf16_d128_rope64_load_avx2(w, b, value_apart);
+    hl_sfa_bf16_d128_rope64_load_avx2(w, b);
     /* S = scale Q K^T, in units of log2 */
     hl_sfa_bf16_d128_rope64_score_avx2(w, padded, b->n, plan->scale_log2);
     /* m' = max(m, rowmax S);  P = 2^(S - m');  l, alpha */
     hl_sfa_bf16_d128_rope64_softmax_avx2(w->s, t, padded, b->n);
     /* O = alpha O + P V */
-    hl_sfa_bf16_d128_rope64_value_avx2(w, t, padded, plan->group, value_apart ? 128 : 192, b->n);
+    hl_sfa_bf16_d128_rope64_value_avx2(w, t, padded, plan->group, b->value_apart ? 128 : 192, b->n);
 }
 
 /* One chunk of a group's keys (FlashAttention-2, algorithm 1, with K and V in blocks). */
 HL_KERNEL_AVX2 void hl_sfa_bf16_d128_rope64_forward_avx2(const hl_sparse_flash_attention_plan *plan,
     const hl_group *g, const hl_space *w, const hl_state *t, hl_cursor c, int32_t padded)
 {
-    const int32_t block = plan->group <= 16 ? 48 : 96;
+    enum { CAP = 192 };
+    const int32_t block = plan->group > 16 ? 96 : 48;
     const hl_sparse_flash_attention_args *const a = &plan->args;
+    int32_t known = hl_sfa_bf16_d128_rope64_next(a, g, &c, w->row, CAP);
+    int32_t more = known == CAP;
     hl_block b;
     b.row = w->row;
-    b.n = hl_sfa_bf16_d128_rope64_next(a, g, &c, b.row, block);
+    b.value_apart = a->value != NULL;
     hl_sfa_bf16_d128_rope64_start_avx2(t, padded, plan->group);
-    while (b.n > 0) {
-        b.n_later = b.n < block ? 0 : hl_sfa_bf16_d128_rope64_next(a, g, &c, b.row + block, block);
+    while (known > 0) {
+        b.n = known < block ? known : block;
+        b.n_later = known - b.n;
         hl_sfa_bf16_d128_rope64_block_avx2(plan, w, t, &b, padded);
         *t->seen = 1.0f;
-        HL_COPY(b.row, b.row + block, (size_t)b.n_later * sizeof *b.row);
-        b.n = b.n_later;
+        b.row += b.n;
+        known = b.n_later;
+        if (more && known <= CAP / 2) { /* the rows to come move to the front; others follow */
+            HL_COPY(w->row, b.row, (size_t)known * sizeof *b.row);
+            b.row = w->row;
+            known += hl_sfa_bf16_d128_rope64_next(a, g, &c, b.row + known, CAP - known);
+            more = known == CAP;
+        }
     }
 }
 
@@ -6946,16 +6565,15 @@ HL_WORD_AVX512 void hl_sfa_bf16_d128_rope64_fetch_row_avx512(const hl_row *row, 
 
 /* The whole block's keys, and its values where they are apart; meanwhile rows are asked for that
  * lie 8 further on, in this block or in the next. */
-HL_KERNEL_AVX512 void hl_sfa_bf16_d128_rope64_load_avx512(const hl_space *w, const hl_block *b,
-    int32_t value_apart)
+HL_KERNEL_AVX512 void hl_sfa_bf16_d128_rope64_load_avx512(const hl_space *w, const hl_block *b)
 {
     enum { DV = 128, KS = 192, VS = 128 };
     for (int32_t j = 0; j < b->n; ++j) {
         if (j + 8 < b->n + b->n_later) {
-            hl_sfa_bf16_d128_rope64_fetch_row_avx512(&b->row[j + 8], value_apart);
+            hl_sfa_bf16_d128_rope64_fetch_row_avx512(&b->row[j + 8], b->value_apart);
         }
         hl_sfa_bf16_d128_rope64_load_key_avx512(&b->row[j], w->k + (ptrdiff_t)j * KS);
-        if (value_apart) {
+        if (b->value_apart) {
             hl_vrow_bf16_avx512(w->v + (ptrdiff_t)j * VS, (const uint16_t *)b->row[j].value, DV);
         }
     }
@@ -7347,852 +6965,457 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d128_rope64_score_avx512(const hl_space *w, in
     }
 }
 
-/* 8 heads by 2 keys, read where they are stored: channels
- * are in the lanes, and sums are formed across them once a tile, for many dot products together.
- * Behind the last key its row is taken again, so that every tile is whole. Meanwhile the same
- * channels of later keys (next) are asked for, if there are any. */
-HL_KERNEL_AVX512 void hl_sfa_bf16_d128_rope64_dot_8x2_avx512(const float *q, const hl_row *row,
-    int32_t last, float *s, float scale, const hl_row *next)
-{
-    enum { L = 16, QS = 192 };
-    const hl_row *const row1 = row + (last < 1 ? last : 1);
-    hl_vf_avx512 s0_0 = hl_vzero_avx512();
-    hl_vf_avx512 s0_1 = hl_vzero_avx512();
-    hl_vf_avx512 s1_0 = hl_vzero_avx512();
-    hl_vf_avx512 s1_1 = hl_vzero_avx512();
-    hl_vf_avx512 s2_0 = hl_vzero_avx512();
-    hl_vf_avx512 s2_1 = hl_vzero_avx512();
-    hl_vf_avx512 s3_0 = hl_vzero_avx512();
-    hl_vf_avx512 s3_1 = hl_vzero_avx512();
-    hl_vf_avx512 s4_0 = hl_vzero_avx512();
-    hl_vf_avx512 s4_1 = hl_vzero_avx512();
-    hl_vf_avx512 s5_0 = hl_vzero_avx512();
-    hl_vf_avx512 s5_1 = hl_vzero_avx512();
-    hl_vf_avx512 s6_0 = hl_vzero_avx512();
-    hl_vf_avx512 s6_1 = hl_vzero_avx512();
-    hl_vf_avx512 s7_0 = hl_vzero_avx512();
-    hl_vf_avx512 s7_1 = hl_vzero_avx512();
-    {
-        const float *const from = q + 0;
-        const uint16_t *const k0 =
-            (const uint16_t *)row->key;
-        const uint16_t *const k1 =
-            (const uint16_t *)row1->key;
-        for (int32_t start = 0; start < 128; start += 32) {
-            if (next != NULL) {
-                HL_FETCH((const uint16_t *)next[0].key + start + 0);
-                HL_FETCH((const uint16_t *)next[1].key + start + 0);
-            }
-            for (int32_t c = start; c < start + 32; c += 2 * L) {
-                const float *const qc = from + c;
-                hl_vf_avx512 q0;
-                hl_vf_avx512 x0;
-                hl_vf_avx512 y0;
-                hl_vpair_bf16_avx512(k0 + c, &x0, &y0);
-                hl_vf_avx512 x1;
-                hl_vf_avx512 y1;
-                hl_vpair_bf16_avx512(k1 + c, &x1, &y1);
-                q0 = hl_vload_avx512(qc + 0 * QS);
-                s0_0 = hl_vfma_avx512(x0, q0, s0_0);
-                s0_1 = hl_vfma_avx512(x1, q0, s0_1);
-                q0 = hl_vload_avx512(qc + 1 * QS);
-                s1_0 = hl_vfma_avx512(x0, q0, s1_0);
-                s1_1 = hl_vfma_avx512(x1, q0, s1_1);
-                q0 = hl_vload_avx512(qc + 2 * QS);
-                s2_0 = hl_vfma_avx512(x0, q0, s2_0);
-                s2_1 = hl_vfma_avx512(x1, q0, s2_1);
-                q0 = hl_vload_avx512(qc + 3 * QS);
-                s3_0 = hl_vfma_avx512(x0, q0, s3_0);
-                s3_1 = hl_vfma_avx512(x1, q0, s3_1);
-                q0 = hl_vload_avx512(qc + 4 * QS);
-                s4_0 = hl_vfma_avx512(x0, q0, s4_0);
-                s4_1 = hl_vfma_avx512(x1, q0, s4_1);
-                q0 = hl_vload_avx512(qc + 5 * QS);
-                s5_0 = hl_vfma_avx512(x0, q0, s5_0);
-                s5_1 = hl_vfma_avx512(x1, q0, s5_1);
-                q0 = hl_vload_avx512(qc + 6 * QS);
-                s6_0 = hl_vfma_avx512(x0, q0, s6_0);
-                s6_1 = hl_vfma_avx512(x1, q0, s6_1);
-                q0 = hl_vload_avx512(qc + 7 * QS);
-                s7_0 = hl_vfma_avx512(x0, q0, s7_0);
-                s7_1 = hl_vfma_avx512(x1, q0, s7_1);
-                q0 = hl_vload_avx512(qc + 0 * QS + L);
-                s0_0 = hl_vfma_avx512(y0, q0, s0_0);
-                s0_1 = hl_vfma_avx512(y1, q0, s0_1);
-                q0 = hl_vload_avx512(qc + 1 * QS + L);
-                s1_0 = hl_vfma_avx512(y0, q0, s1_0);
-                s1_1 = hl_vfma_avx512(y1, q0, s1_1);
-                q0 = hl_vload_avx512(qc + 2 * QS + L);
-                s2_0 = hl_vfma_avx512(y0, q0, s2_0);
-                s2_1 = hl_vfma_avx512(y1, q0, s2_1);
-                q0 = hl_vload_avx512(qc + 3 * QS + L);
-                s3_0 = hl_vfma_avx512(y0, q0, s3_0);
-                s3_1 = hl_vfma_avx512(y1, q0, s3_1);
-                q0 = hl_vload_avx512(qc + 4 * QS + L);
-                s4_0 = hl_vfma_avx512(y0, q0, s4_0);
-                s4_1 = hl_vfma_avx512(y1, q0, s4_1);
-                q0 = hl_vload_avx512(qc + 5 * QS + L);
-                s5_0 = hl_vfma_avx512(y0, q0, s5_0);
-                s5_1 = hl_vfma_avx512(y1, q0, s5_1);
-                q0 = hl_vload_avx512(qc + 6 * QS + L);
-                s6_0 = hl_vfma_avx512(y0, q0, s6_0);
-                s6_1 = hl_vfma_avx512(y1, q0, s6_1);
-                q0 = hl_vload_avx512(qc + 7 * QS + L);
-                s7_0 = hl_vfma_avx512(y0, q0, s7_0);
-                s7_1 = hl_vfma_avx512(y1, q0, s7_1);
-            }
-        }
-    }
-    {
-        const float *const from = q + 128;
-        const uint16_t *const k0 =
-            (const uint16_t *)row->rope;
-        const uint16_t *const k1 =
-            (const uint16_t *)row1->rope;
-        for (int32_t start = 0; start < 64; start += 32) {
-            if (next != NULL) {
-                HL_FETCH((const uint16_t *)next[0].rope + start + 0);
-                HL_FETCH((const uint16_t *)next[1].rope + start + 0);
-            }
-            for (int32_t c = start; c < start + 32; c += 2 * L) {
-                const float *const qc = from + c;
-                hl_vf_avx512 q0;
-                hl_vf_avx512 x0;
-                hl_vf_avx512 y0;
-                hl_vpair_bf16_avx512(k0 + c, &x0, &y0);
-                hl_vf_avx512 x1;
-                hl_vf_avx512 y1;
-                hl_vpair_bf16_avx512(k1 + c, &x1, &y1);
-                q0 = hl_vload_avx512(qc + 0 * QS);
-                s0_0 = hl_vfma_avx512(x0, q0, s0_0);
-                s0_1 = hl_vfma_avx512(x1, q0, s0_1);
-                q0 = hl_vload_avx512(qc + 1 * QS);
-                s1_0 = hl_vfma_avx512(x0, q0, s1_0);
-                s1_1 = hl_vfma_avx512(x1, q0, s1_1);
-                q0 = hl_vload_avx512(qc + 2 * QS);
-                s2_0 = hl_vfma_avx512(x0, q0, s2_0);
-                s2_1 = hl_vfma_avx512(x1, q0, s2_1);
-                q0 = hl_vload_avx512(qc + 3 * QS);
-                s3_0 = hl_vfma_avx512(x0, q0, s3_0);
-                s3_1 = hl_vfma_avx512(x1, q0, s3_1);
-                q0 = hl_vload_avx512(qc + 4 * QS);
-                s4_0 = hl_vfma_avx512(x0, q0, s4_0);
-                s4_1 = hl_vfma_avx512(x1, q0, s4_1);
-                q0 = hl_vload_avx512(qc + 5 * QS);
-                s5_0 = hl_vfma_avx512(x0, q0, s5_0);
-                s5_1 = hl_vfma_avx512(x1, q0, s5_1);
-                q0 = hl_vload_avx512(qc + 6 * QS);
-                s6_0 = hl_vfma_avx512(x0, q0, s6_0);
-                s6_1 = hl_vfma_avx512(x1, q0, s6_1);
-                q0 = hl_vload_avx512(qc + 7 * QS);
-                s7_0 = hl_vfma_avx512(x0, q0, s7_0);
-                s7_1 = hl_vfma_avx512(x1, q0, s7_1);
-                q0 = hl_vload_avx512(qc + 0 * QS + L);
-                s0_0 = hl_vfma_avx512(y0, q0, s0_0);
-                s0_1 = hl_vfma_avx512(y1, q0, s0_1);
-                q0 = hl_vload_avx512(qc + 1 * QS + L);
-                s1_0 = hl_vfma_avx512(y0, q0, s1_0);
-                s1_1 = hl_vfma_avx512(y1, q0, s1_1);
-                q0 = hl_vload_avx512(qc + 2 * QS + L);
-                s2_0 = hl_vfma_avx512(y0, q0, s2_0);
-                s2_1 = hl_vfma_avx512(y1, q0, s2_1);
-                q0 = hl_vload_avx512(qc + 3 * QS + L);
-                s3_0 = hl_vfma_avx512(y0, q0, s3_0);
-                s3_1 = hl_vfma_avx512(y1, q0, s3_1);
-                q0 = hl_vload_avx512(qc + 4 * QS + L);
-                s4_0 = hl_vfma_avx512(y0, q0, s4_0);
-                s4_1 = hl_vfma_avx512(y1, q0, s4_1);
-                q0 = hl_vload_avx512(qc + 5 * QS + L);
-                s5_0 = hl_vfma_avx512(y0, q0, s5_0);
-                s5_1 = hl_vfma_avx512(y1, q0, s5_1);
-                q0 = hl_vload_avx512(qc + 6 * QS + L);
-                s6_0 = hl_vfma_avx512(y0, q0, s6_0);
-                s6_1 = hl_vfma_avx512(y1, q0, s6_1);
-                q0 = hl_vload_avx512(qc + 7 * QS + L);
-                s7_0 = hl_vfma_avx512(y0, q0, s7_0);
-                s7_1 = hl_vfma_avx512(y1, q0, s7_1);
-            }
-        }
-    }
-    {
-        const hl_vf_avx512 all[16] = {
-s0_0, s0_1,
-s1_0, s1_1,
-s2_0, s2_1,
-s3_0, s3_1,
-s4_0, s4_1,
-s5_0, s5_1,
-s6_0, s6_1,
-s7_0, s7_1
-        };
-        for (int32_t i = 0; i < 16; i += L) {
-            hl_vstore_avx512(s + i,
-                             hl_vmul_avx512(hl_vsums_avx512(all + i), hl_vset_avx512(scale)));
-        }
-    }
-}
-
-/* 4 heads by 4 keys, read where they are stored: channels
- * are in the lanes, and sums are formed across them once a tile, for many dot products together.
- * Behind the last key its row is taken again, so that every tile is whole. Meanwhile the same
- * channels of later keys (next) are asked for, if there are any. */
+/* 4 heads by 4 keys, read where they are stored, 4 rows at a time: channels are in
+ * the lanes, and sums are formed across them once a tile, for many dot products together. Behind
+ * the last key its row is taken again, so that every tile is whole. Meanwhile lines of later keys
+ * (next) are asked for, if there are any. */
 HL_KERNEL_AVX512 void hl_sfa_bf16_d128_rope64_dot_4x4_avx512(const float *q, const hl_row *row,
     int32_t last, float *s, float scale, const hl_row *next)
 {
     enum { L = 16, QS = 192 };
-    const hl_row *const row1 = row + (last < 1 ? last : 1);
-    const hl_row *const row2 = row + (last < 2 ? last : 2);
-    const hl_row *const row3 = row + (last < 3 ? last : 3);
-    hl_vf_avx512 s0_0 = hl_vzero_avx512();
-    hl_vf_avx512 s0_1 = hl_vzero_avx512();
-    hl_vf_avx512 s0_2 = hl_vzero_avx512();
-    hl_vf_avx512 s0_3 = hl_vzero_avx512();
-    hl_vf_avx512 s1_0 = hl_vzero_avx512();
-    hl_vf_avx512 s1_1 = hl_vzero_avx512();
-    hl_vf_avx512 s1_2 = hl_vzero_avx512();
-    hl_vf_avx512 s1_3 = hl_vzero_avx512();
-    hl_vf_avx512 s2_0 = hl_vzero_avx512();
-    hl_vf_avx512 s2_1 = hl_vzero_avx512();
-    hl_vf_avx512 s2_2 = hl_vzero_avx512();
-    hl_vf_avx512 s2_3 = hl_vzero_avx512();
-    hl_vf_avx512 s3_0 = hl_vzero_avx512();
-    hl_vf_avx512 s3_1 = hl_vzero_avx512();
-    hl_vf_avx512 s3_2 = hl_vzero_avx512();
-    hl_vf_avx512 s3_3 = hl_vzero_avx512();
-    {
-        const float *const from = q + 0;
-        const uint16_t *const k0 =
-            (const uint16_t *)row->key;
-        const uint16_t *const k1 =
-            (const uint16_t *)row1->key;
-        const uint16_t *const k2 =
-            (const uint16_t *)row2->key;
-        const uint16_t *const k3 =
-            (const uint16_t *)row3->key;
-        for (int32_t start = 0; start < 128; start += 32) {
-            if (next != NULL) {
-                HL_FETCH((const uint16_t *)next[0].key + start + 0);
-                HL_FETCH((const uint16_t *)next[1].key + start + 0);
-                HL_FETCH((const uint16_t *)next[2].key + start + 0);
-                HL_FETCH((const uint16_t *)next[3].key + start + 0);
-            }
-            for (int32_t c = start; c < start + 32; c += 2 * L) {
-                const float *const qc = from + c;
-                hl_vf_avx512 q0;
-                hl_vf_avx512 x0;
-                hl_vf_avx512 y0;
-                hl_vpair_bf16_avx512(k0 + c, &x0, &y0);
-                hl_vf_avx512 x1;
-                hl_vf_avx512 y1;
-                hl_vpair_bf16_avx512(k1 + c, &x1, &y1);
-                hl_vf_avx512 x2;
-                hl_vf_avx512 y2;
-                hl_vpair_bf16_avx512(k2 + c, &x2, &y2);
-                hl_vf_avx512 x3;
-                hl_vf_avx512 y3;
-                hl_vpair_bf16_avx512(k3 + c, &x3, &y3);
-                q0 = hl_vload_avx512(qc + 0 * QS);
-                s0_0 = hl_vfma_avx512(x0, q0, s0_0);
-                s0_1 = hl_vfma_avx512(x1, q0, s0_1);
-                s0_2 = hl_vfma_avx512(x2, q0, s0_2);
-                s0_3 = hl_vfma_avx512(x3, q0, s0_3);
-                q0 = hl_vload_avx512(qc + 1 * QS);
-                s1_0 = hl_vfma_avx512(x0, q0, s1_0);
-                s1_1 = hl_vfma_avx512(x1, q0, s1_1);
-                s1_2 = hl_vfma_avx512(x2, q0, s1_2);
-                s1_3 = hl_vfma_avx512(x3, q0, s1_3);
-                q0 = hl_vload_avx512(qc + 2 * QS);
-                s2_0 = hl_vfma_avx512(x0, q0, s2_0);
-                s2_1 = hl_vfma_avx512(x1, q0, s2_1);
-                s2_2 = hl_vfma_avx512(x2, q0, s2_2);
-                s2_3 = hl_vfma_avx512(x3, q0, s2_3);
-                q0 = hl_vload_avx512(qc + 3 * QS);
-                s3_0 = hl_vfma_avx512(x0, q0, s3_0);
-                s3_1 = hl_vfma_avx512(x1, q0, s3_1);
-                s3_2 = hl_vfma_avx512(x2, q0, s3_2);
-                s3_3 = hl_vfma_avx512(x3, q0, s3_3);
-                q0 = hl_vload_avx512(qc + 0 * QS + L);
-                s0_0 = hl_vfma_avx512(y0, q0, s0_0);
-                s0_1 = hl_vfma_avx512(y1, q0, s0_1);
-                s0_2 = hl_vfma_avx512(y2, q0, s0_2);
-                s0_3 = hl_vfma_avx512(y3, q0, s0_3);
-                q0 = hl_vload_avx512(qc + 1 * QS + L);
-                s1_0 = hl_vfma_avx512(y0, q0, s1_0);
-                s1_1 = hl_vfma_avx512(y1, q0, s1_1);
-                s1_2 = hl_vfma_avx512(y2, q0, s1_2);
-                s1_3 = hl_vfma_avx512(y3, q0, s1_3);
-                q0 = hl_vload_avx512(qc + 2 * QS + L);
-                s2_0 = hl_vfma_avx512(y0, q0, s2_0);
-                s2_1 = hl_vfma_avx512(y1, q0, s2_1);
-                s2_2 = hl_vfma_avx512(y2, q0, s2_2);
-                s2_3 = hl_vfma_avx512(y3, q0, s2_3);
-                q0 = hl_vload_avx512(qc + 3 * QS + L);
-                s3_0 = hl_vfma_avx512(y0, q0, s3_0);
-                s3_1 = hl_vfma_avx512(y1, q0, s3_1);
-                s3_2 = hl_vfma_avx512(y2, q0, s3_2);
-                s3_3 = hl_vfma_avx512(y3, q0, s3_3);
+    hl_vf_avx512 all[16];
+    for (int32_t j = 0; j < 4; j += 4) {
+        const hl_row *const row0 = row + (last < j + 0 ? last : j + 0);
+        const hl_row *const row1 = row + (last < j + 1 ? last : j + 1);
+        const hl_row *const row2 = row + (last < j + 2 ? last : j + 2);
+        const hl_row *const row3 = row + (last < j + 3 ? last : j + 3);
+        hl_vf_avx512 s0_0 = hl_vzero_avx512();
+        hl_vf_avx512 s0_1 = hl_vzero_avx512();
+        hl_vf_avx512 s0_2 = hl_vzero_avx512();
+        hl_vf_avx512 s0_3 = hl_vzero_avx512();
+        hl_vf_avx512 s1_0 = hl_vzero_avx512();
+        hl_vf_avx512 s1_1 = hl_vzero_avx512();
+        hl_vf_avx512 s1_2 = hl_vzero_avx512();
+        hl_vf_avx512 s1_3 = hl_vzero_avx512();
+        hl_vf_avx512 s2_0 = hl_vzero_avx512();
+        hl_vf_avx512 s2_1 = hl_vzero_avx512();
+        hl_vf_avx512 s2_2 = hl_vzero_avx512();
+        hl_vf_avx512 s2_3 = hl_vzero_avx512();
+        hl_vf_avx512 s3_0 = hl_vzero_avx512();
+        hl_vf_avx512 s3_1 = hl_vzero_avx512();
+        hl_vf_avx512 s3_2 = hl_vzero_avx512();
+        hl_vf_avx512 s3_3 = hl_vzero_avx512();
+        {
+            const float *const from = q + 0;
+            const uint16_t *const k0 = (const uint16_t *)row0->key;
+            const uint16_t *const k1 = (const uint16_t *)row1->key;
+            const uint16_t *const k2 = (const uint16_t *)row2->key;
+            const uint16_t *const k3 = (const uint16_t *)row3->key;
+            for (int32_t start = 0; start < 128; start += 32) {
+                if (next != NULL) {
+                    HL_FETCH((const uint16_t *)next[j + 0].key + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 1].key + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 2].key + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 3].key + start + 0);
+                }
+                for (int32_t c = start; c < start + 32; c += 32) {
+                    {
+                        const float *const qc = from + c + 0;
+                        hl_vf_avx512 q0;
+                        hl_vf_avx512 v0;
+                        hl_vf_avx512 w0;
+                        hl_vpair_bf16_avx512(k0 + c + 0, &v0, &w0);
+                        hl_vf_avx512 v1;
+                        hl_vf_avx512 w1;
+                        hl_vpair_bf16_avx512(k1 + c + 0, &v1, &w1);
+                        hl_vf_avx512 v2;
+                        hl_vf_avx512 w2;
+                        hl_vpair_bf16_avx512(k2 + c + 0, &v2, &w2);
+                        hl_vf_avx512 v3;
+                        hl_vf_avx512 w3;
+                        hl_vpair_bf16_avx512(k3 + c + 0, &v3, &w3);
+                        q0 = hl_vkeep_avx512(hl_vload_avx512(qc + 0 * QS));
+                        s0_0 = hl_vfma_avx512(v0, q0, s0_0);
+                        s0_1 = hl_vfma_avx512(v1, q0, s0_1);
+                        s0_2 = hl_vfma_avx512(v2, q0, s0_2);
+                        s0_3 = hl_vfma_avx512(v3, q0, s0_3);
+                        q0 = hl_vkeep_avx512(hl_vload_avx512(qc + 1 * QS));
+                        s1_0 = hl_vfma_avx512(v0, q0, s1_0);
+                        s1_1 = hl_vfma_avx512(v1, q0, s1_1);
+                        s1_2 = hl_vfma_avx512(v2, q0, s1_2);
+                        s1_3 = hl_vfma_avx512(v3, q0, s1_3);
+                        q0 = hl_vkeep_avx512(hl_vload_avx512(qc + 2 * QS));
+                        s2_0 = hl_vfma_avx512(v0, q0, s2_0);
+                        s2_1 = hl_vfma_avx512(v1, q0, s2_1);
+                        s2_2 = hl_vfma_avx512(v2, q0, s2_2);
+                        s2_3 = hl_vfma_avx512(v3, q0, s2_3);
+                        q0 = hl_vkeep_avx512(hl_vload_avx512(qc + 3 * QS));
+                        s3_0 = hl_vfma_avx512(v0, q0, s3_0);
+                        s3_1 = hl_vfma_avx512(v1, q0, s3_1);
+                        s3_2 = hl_vfma_avx512(v2, q0, s3_2);
+                        s3_3 = hl_vfma_avx512(v3, q0, s3_3);
+                        q0 = hl_vkeep_avx512(hl_vload_avx512(qc + 0 * QS + L));
+                        s0_0 = hl_vfma_avx512(w0, q0, s0_0);
+                        s0_1 = hl_vfma_avx512(w1, q0, s0_1);
+                        s0_2 = hl_vfma_avx512(w2, q0, s0_2);
+                        s0_3 = hl_vfma_avx512(w3, q0, s0_3);
+                        q0 = hl_vkeep_avx512(hl_vload_avx512(qc + 1 * QS + L));
+                        s1_0 = hl_vfma_avx512(w0, q0, s1_0);
+                        s1_1 = hl_vfma_avx512(w1, q0, s1_1);
+                        s1_2 = hl_vfma_avx512(w2, q0, s1_2);
+                        s1_3 = hl_vfma_avx512(w3, q0, s1_3);
+                        q0 = hl_vkeep_avx512(hl_vload_avx512(qc + 2 * QS + L));
+                        s2_0 = hl_vfma_avx512(w0, q0, s2_0);
+                        s2_1 = hl_vfma_avx512(w1, q0, s2_1);
+                        s2_2 = hl_vfma_avx512(w2, q0, s2_2);
+                        s2_3 = hl_vfma_avx512(w3, q0, s2_3);
+                        q0 = hl_vkeep_avx512(hl_vload_avx512(qc + 3 * QS + L));
+                        s3_0 = hl_vfma_avx512(w0, q0, s3_0);
+                        s3_1 = hl_vfma_avx512(w1, q0, s3_1);
+                        s3_2 = hl_vfma_avx512(w2, q0, s3_2);
+                        s3_3 = hl_vfma_avx512(w3, q0, s3_3);
+                    }
+                }
             }
         }
+        {
+            const float *const from = q + 128;
+            const uint16_t *const k0 = (const uint16_t *)row0->rope;
+            const uint16_t *const k1 = (const uint16_t *)row1->rope;
+            const uint16_t *const k2 = (const uint16_t *)row2->rope;
+            const uint16_t *const k3 = (const uint16_t *)row3->rope;
+            for (int32_t start = 0; start < 64; start += 32) {
+                if (next != NULL) {
+                    HL_FETCH((const uint16_t *)next[j + 0].rope + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 1].rope + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 2].rope + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 3].rope + start + 0);
+                }
+                for (int32_t c = start; c < start + 32; c += 32) {
+                    {
+                        const float *const qc = from + c + 0;
+                        hl_vf_avx512 q0;
+                        hl_vf_avx512 v0;
+                        hl_vf_avx512 w0;
+                        hl_vpair_bf16_avx512(k0 + c + 0, &v0, &w0);
+                        hl_vf_avx512 v1;
+                        hl_vf_avx512 w1;
+                        hl_vpair_bf16_avx512(k1 + c + 0, &v1, &w1);
+                        hl_vf_avx512 v2;
+                        hl_vf_avx512 w2;
+                        hl_vpair_bf16_avx512(k2 + c + 0, &v2, &w2);
+                        hl_vf_avx512 v3;
+                        hl_vf_avx512 w3;
+                        hl_vpair_bf16_avx512(k3 + c + 0, &v3, &w3);
+                        q0 = hl_vkeep_avx512(hl_vload_avx512(qc + 0 * QS));
+                        s0_0 = hl_vfma_avx512(v0, q0, s0_0);
+                        s0_1 = hl_vfma_avx512(v1, q0, s0_1);
+                        s0_2 = hl_vfma_avx512(v2, q0, s0_2);
+                        s0_3 = hl_vfma_avx512(v3, q0, s0_3);
+                        q0 = hl_vkeep_avx512(hl_vload_avx512(qc + 1 * QS));
+                        s1_0 = hl_vfma_avx512(v0, q0, s1_0);
+                        s1_1 = hl_vfma_avx512(v1, q0, s1_1);
+                        s1_2 = hl_vfma_avx512(v2, q0, s1_2);
+                        s1_3 = hl_vfma_avx512(v3, q0, s1_3);
+                        q0 = hl_vkeep_avx512(hl_vload_avx512(qc + 2 * QS));
+                        s2_0 = hl_vfma_avx512(v0, q0, s2_0);
+                        s2_1 = hl_vfma_avx512(v1, q0, s2_1);
+                        s2_2 = hl_vfma_avx512(v2, q0, s2_2);
+                        s2_3 = hl_vfma_avx512(v3, q0, s2_3);
+                        q0 = hl_vkeep_avx512(hl_vload_avx512(qc + 3 * QS));
+                        s3_0 = hl_vfma_avx512(v0, q0, s3_0);
+                        s3_1 = hl_vfma_avx512(v1, q0, s3_1);
+                        s3_2 = hl_vfma_avx512(v2, q0, s3_2);
+                        s3_3 = hl_vfma_avx512(v3, q0, s3_3);
+                        q0 = hl_vkeep_avx512(hl_vload_avx512(qc + 0 * QS + L));
+                        s0_0 = hl_vfma_avx512(w0, q0, s0_0);
+                        s0_1 = hl_vfma_avx512(w1, q0, s0_1);
+                        s0_2 = hl_vfma_avx512(w2, q0, s0_2);
+                        s0_3 = hl_vfma_avx512(w3, q0, s0_3);
+                        q0 = hl_vkeep_avx512(hl_vload_avx512(qc + 1 * QS + L));
+                        s1_0 = hl_vfma_avx512(w0, q0, s1_0);
+                        s1_1 = hl_vfma_avx512(w1, q0, s1_1);
+                        s1_2 = hl_vfma_avx512(w2, q0, s1_2);
+                        s1_3 = hl_vfma_avx512(w3, q0, s1_3);
+                        q0 = hl_vkeep_avx512(hl_vload_avx512(qc + 2 * QS + L));
+                        s2_0 = hl_vfma_avx512(w0, q0, s2_0);
+                        s2_1 = hl_vfma_avx512(w1, q0, s2_1);
+                        s2_2 = hl_vfma_avx512(w2, q0, s2_2);
+                        s2_3 = hl_vfma_avx512(w3, q0, s2_3);
+                        q0 = hl_vkeep_avx512(hl_vload_avx512(qc + 3 * QS + L));
+                        s3_0 = hl_vfma_avx512(w0, q0, s3_0);
+                        s3_1 = hl_vfma_avx512(w1, q0, s3_1);
+                        s3_2 = hl_vfma_avx512(w2, q0, s3_2);
+                        s3_3 = hl_vfma_avx512(w3, q0, s3_3);
+                    }
+                }
+            }
+        }
+        all[0 * 4 + j + 0] = s0_0;
+        all[0 * 4 + j + 1] = s0_1;
+        all[0 * 4 + j + 2] = s0_2;
+        all[0 * 4 + j + 3] = s0_3;
+        all[1 * 4 + j + 0] = s1_0;
+        all[1 * 4 + j + 1] = s1_1;
+        all[1 * 4 + j + 2] = s1_2;
+        all[1 * 4 + j + 3] = s1_3;
+        all[2 * 4 + j + 0] = s2_0;
+        all[2 * 4 + j + 1] = s2_1;
+        all[2 * 4 + j + 2] = s2_2;
+        all[2 * 4 + j + 3] = s2_3;
+        all[3 * 4 + j + 0] = s3_0;
+        all[3 * 4 + j + 1] = s3_1;
+        all[3 * 4 + j + 2] = s3_2;
+        all[3 * 4 + j + 3] = s3_3;
     }
-    {
-        const float *const from = q + 128;
-        const uint16_t *const k0 =
-            (const uint16_t *)row->rope;
-        const uint16_t *const k1 =
-            (const uint16_t *)row1->rope;
-        const uint16_t *const k2 =
-            (const uint16_t *)row2->rope;
-        const uint16_t *const k3 =
-            (const uint16_t *)row3->rope;
-        for (int32_t start = 0; start < 64; start += 32) {
-            if (next != NULL) {
-                HL_FETCH((const uint16_t *)next[0].rope + start + 0);
-                HL_FETCH((const uint16_t *)next[1].rope + start + 0);
-                HL_FETCH((const uint16_t *)next[2].rope + start + 0);
-                HL_FETCH((const uint16_t *)next[3].rope + start + 0);
-            }
-            for (int32_t c = start; c < start + 32; c += 2 * L) {
-                const float *const qc = from + c;
-                hl_vf_avx512 q0;
-                hl_vf_avx512 x0;
-                hl_vf_avx512 y0;
-                hl_vpair_bf16_avx512(k0 + c, &x0, &y0);
-                hl_vf_avx512 x1;
-                hl_vf_avx512 y1;
-                hl_vpair_bf16_avx512(k1 + c, &x1, &y1);
-                hl_vf_avx512 x2;
-                hl_vf_avx512 y2;
-                hl_vpair_bf16_avx512(k2 + c, &x2, &y2);
-                hl_vf_avx512 x3;
-                hl_vf_avx512 y3;
-                hl_vpair_bf16_avx512(k3 + c, &x3, &y3);
-                q0 = hl_vload_avx512(qc + 0 * QS);
-                s0_0 = hl_vfma_avx512(x0, q0, s0_0);
-                s0_1 = hl_vfma_avx512(x1, q0, s0_1);
-                s0_2 = hl_vfma_avx512(x2, q0, s0_2);
-                s0_3 = hl_vfma_avx512(x3, q0, s0_3);
-                q0 = hl_vload_avx512(qc + 1 * QS);
-                s1_0 = hl_vfma_avx512(x0, q0, s1_0);
-                s1_1 = hl_vfma_avx512(x1, q0, s1_1);
-                s1_2 = hl_vfma_avx512(x2, q0, s1_2);
-                s1_3 = hl_vfma_avx512(x3, q0, s1_3);
-                q0 = hl_vload_avx512(qc + 2 * QS);
-                s2_0 = hl_vfma_avx512(x0, q0, s2_0);
-                s2_1 = hl_vfma_avx512(x1, q0, s2_1);
-                s2_2 = hl_vfma_avx512(x2, q0, s2_2);
-                s2_3 = hl_vfma_avx512(x3, q0, s2_3);
-                q0 = hl_vload_avx512(qc + 3 * QS);
-                s3_0 = hl_vfma_avx512(x0, q0, s3_0);
-                s3_1 = hl_vfma_avx512(x1, q0, s3_1);
-                s3_2 = hl_vfma_avx512(x2, q0, s3_2);
-                s3_3 = hl_vfma_avx512(x3, q0, s3_3);
-                q0 = hl_vload_avx512(qc + 0 * QS + L);
-                s0_0 = hl_vfma_avx512(y0, q0, s0_0);
-                s0_1 = hl_vfma_avx512(y1, q0, s0_1);
-                s0_2 = hl_vfma_avx512(y2, q0, s0_2);
-                s0_3 = hl_vfma_avx512(y3, q0, s0_3);
-                q0 = hl_vload_avx512(qc + 1 * QS + L);
-                s1_0 = hl_vfma_avx512(y0, q0, s1_0);
-                s1_1 = hl_vfma_avx512(y1, q0, s1_1);
-                s1_2 = hl_vfma_avx512(y2, q0, s1_2);
-                s1_3 = hl_vfma_avx512(y3, q0, s1_3);
-                q0 = hl_vload_avx512(qc + 2 * QS + L);
-                s2_0 = hl_vfma_avx512(y0, q0, s2_0);
-                s2_1 = hl_vfma_avx512(y1, q0, s2_1);
-                s2_2 = hl_vfma_avx512(y2, q0, s2_2);
-                s2_3 = hl_vfma_avx512(y3, q0, s2_3);
-                q0 = hl_vload_avx512(qc + 3 * QS + L);
-                s3_0 = hl_vfma_avx512(y0, q0, s3_0);
-                s3_1 = hl_vfma_avx512(y1, q0, s3_1);
-                s3_2 = hl_vfma_avx512(y2, q0, s3_2);
-                s3_3 = hl_vfma_avx512(y3, q0, s3_3);
-            }
-        }
-    }
-    {
-        const hl_vf_avx512 all[16] = {
-s0_0, s0_1, s0_2, s0_3,
-s1_0, s1_1, s1_2, s1_3,
-s2_0, s2_1, s2_2, s2_3,
-s3_0, s3_1, s3_2, s3_3
-        };
-        for (int32_t i = 0; i < 16; i += L) {
-            hl_vstore_avx512(s + i,
-                             hl_vmul_avx512(hl_vsums_avx512(all + i), hl_vset_avx512(scale)));
-        }
+    for (int32_t i = 0; i < 16; i += L) {
+        hl_vstore_avx512(s + i, hl_vmul_avx512(hl_vsums_avx512(all + i), hl_vset_avx512(scale)));
     }
 }
 
-/* 2 heads by 8 keys, read where they are stored: channels
- * are in the lanes, and sums are formed across them once a tile, for many dot products together.
- * Behind the last key its row is taken again, so that every tile is whole. Meanwhile the same
- * channels of later keys (next) are asked for, if there are any. */
+/* 2 heads by 8 keys, read where they are stored, 4 rows at a time: channels are in
+ * the lanes, and sums are formed across them once a tile, for many dot products together. Behind
+ * the last key its row is taken again, so that every tile is whole. Meanwhile lines of later keys
+ * (next) are asked for, if there are any; but for those that value tiles ask for. */
 HL_KERNEL_AVX512 void hl_sfa_bf16_d128_rope64_dot_2x8_avx512(const float *q, const hl_row *row,
-    int32_t last, float *s, float scale, const hl_row *next)
+    int32_t last, float *s, float scale, const hl_row *next, int32_t odd)
 {
     enum { L = 16, QS = 192 };
-    const hl_row *const row1 = row + (last < 1 ? last : 1);
-    const hl_row *const row2 = row + (last < 2 ? last : 2);
-    const hl_row *const row3 = row + (last < 3 ? last : 3);
-    const hl_row *const row4 = row + (last < 4 ? last : 4);
-    const hl_row *const row5 = row + (last < 5 ? last : 5);
-    const hl_row *const row6 = row + (last < 6 ? last : 6);
-    const hl_row *const row7 = row + (last < 7 ? last : 7);
-    hl_vf_avx512 s0_0 = hl_vzero_avx512();
-    hl_vf_avx512 s0_1 = hl_vzero_avx512();
-    hl_vf_avx512 s0_2 = hl_vzero_avx512();
-    hl_vf_avx512 s0_3 = hl_vzero_avx512();
-    hl_vf_avx512 s0_4 = hl_vzero_avx512();
-    hl_vf_avx512 s0_5 = hl_vzero_avx512();
-    hl_vf_avx512 s0_6 = hl_vzero_avx512();
-    hl_vf_avx512 s0_7 = hl_vzero_avx512();
-    hl_vf_avx512 s1_0 = hl_vzero_avx512();
-    hl_vf_avx512 s1_1 = hl_vzero_avx512();
-    hl_vf_avx512 s1_2 = hl_vzero_avx512();
-    hl_vf_avx512 s1_3 = hl_vzero_avx512();
-    hl_vf_avx512 s1_4 = hl_vzero_avx512();
-    hl_vf_avx512 s1_5 = hl_vzero_avx512();
-    hl_vf_avx512 s1_6 = hl_vzero_avx512();
-    hl_vf_avx512 s1_7 = hl_vzero_avx512();
-    {
-        const float *const from = q + 0;
-        const uint16_t *const k0 =
-            (const uint16_t *)row->key;
-        const uint16_t *const k1 =
-            (const uint16_t *)row1->key;
-        const uint16_t *const k2 =
-            (const uint16_t *)row2->key;
-        const uint16_t *const k3 =
-            (const uint16_t *)row3->key;
-        const uint16_t *const k4 =
-            (const uint16_t *)row4->key;
-        const uint16_t *const k5 =
-            (const uint16_t *)row5->key;
-        const uint16_t *const k6 =
-            (const uint16_t *)row6->key;
-        const uint16_t *const k7 =
-            (const uint16_t *)row7->key;
-        for (int32_t start = 0; start < 128; start += 32) {
-            if (next != NULL) {
-                HL_FETCH((const uint16_t *)next[0].key + start + 0);
-                HL_FETCH((const uint16_t *)next[1].key + start + 0);
-                HL_FETCH((const uint16_t *)next[2].key + start + 0);
-                HL_FETCH((const uint16_t *)next[3].key + start + 0);
-                HL_FETCH((const uint16_t *)next[4].key + start + 0);
-                HL_FETCH((const uint16_t *)next[5].key + start + 0);
-                HL_FETCH((const uint16_t *)next[6].key + start + 0);
-                HL_FETCH((const uint16_t *)next[7].key + start + 0);
-            }
-            for (int32_t c = start; c < start + 32; c += 2 * L) {
-                const float *const qc = from + c;
-                hl_vf_avx512 x;
-                hl_vf_avx512 y;
-                const hl_vf_avx512 qx0 = hl_vload_avx512(qc + 0 * QS);
-                const hl_vf_avx512 qy0 = hl_vload_avx512(qc + 0 * QS + L);
-                const hl_vf_avx512 qx1 = hl_vload_avx512(qc + 1 * QS);
-                const hl_vf_avx512 qy1 = hl_vload_avx512(qc + 1 * QS + L);
-                hl_vpair_bf16_avx512(k0 + c, &x, &y);
-                s0_0 = hl_vfma_avx512(x, qx0, s0_0);
-                s1_0 = hl_vfma_avx512(x, qx1, s1_0);
-                s0_0 = hl_vfma_avx512(y, qy0, s0_0);
-                s1_0 = hl_vfma_avx512(y, qy1, s1_0);
-                hl_vpair_bf16_avx512(k1 + c, &x, &y);
-                s0_1 = hl_vfma_avx512(x, qx0, s0_1);
-                s1_1 = hl_vfma_avx512(x, qx1, s1_1);
-                s0_1 = hl_vfma_avx512(y, qy0, s0_1);
-                s1_1 = hl_vfma_avx512(y, qy1, s1_1);
-                hl_vpair_bf16_avx512(k2 + c, &x, &y);
-                s0_2 = hl_vfma_avx512(x, qx0, s0_2);
-                s1_2 = hl_vfma_avx512(x, qx1, s1_2);
-                s0_2 = hl_vfma_avx512(y, qy0, s0_2);
-                s1_2 = hl_vfma_avx512(y, qy1, s1_2);
-                hl_vpair_bf16_avx512(k3 + c, &x, &y);
-                s0_3 = hl_vfma_avx512(x, qx0, s0_3);
-                s1_3 = hl_vfma_avx512(x, qx1, s1_3);
-                s0_3 = hl_vfma_avx512(y, qy0, s0_3);
-                s1_3 = hl_vfma_avx512(y, qy1, s1_3);
-                hl_vpair_bf16_avx512(k4 + c, &x, &y);
-                s0_4 = hl_vfma_avx512(x, qx0, s0_4);
-                s1_4 = hl_vfma_avx512(x, qx1, s1_4);
-                s0_4 = hl_vfma_avx512(y, qy0, s0_4);
-                s1_4 = hl_vfma_avx512(y, qy1, s1_4);
-                hl_vpair_bf16_avx512(k5 + c, &x, &y);
-                s0_5 = hl_vfma_avx512(x, qx0, s0_5);
-                s1_5 = hl_vfma_avx512(x, qx1, s1_5);
-                s0_5 = hl_vfma_avx512(y, qy0, s0_5);
-                s1_5 = hl_vfma_avx512(y, qy1, s1_5);
-                hl_vpair_bf16_avx512(k6 + c, &x, &y);
-                s0_6 = hl_vfma_avx512(x, qx0, s0_6);
-                s1_6 = hl_vfma_avx512(x, qx1, s1_6);
-                s0_6 = hl_vfma_avx512(y, qy0, s0_6);
-                s1_6 = hl_vfma_avx512(y, qy1, s1_6);
-                hl_vpair_bf16_avx512(k7 + c, &x, &y);
-                s0_7 = hl_vfma_avx512(x, qx0, s0_7);
-                s1_7 = hl_vfma_avx512(x, qx1, s1_7);
-                s0_7 = hl_vfma_avx512(y, qy0, s0_7);
-                s1_7 = hl_vfma_avx512(y, qy1, s1_7);
+    hl_vf_avx512 all[16];
+    for (int32_t j = 0; j < 8; j += 4) {
+        const hl_row *const row0 = row + (last < j + 0 ? last : j + 0);
+        const hl_row *const row1 = row + (last < j + 1 ? last : j + 1);
+        const hl_row *const row2 = row + (last < j + 2 ? last : j + 2);
+        const hl_row *const row3 = row + (last < j + 3 ? last : j + 3);
+        hl_vf_avx512 s0_0x = hl_vzero_avx512();
+        hl_vf_avx512 s0_0y = hl_vzero_avx512();
+        hl_vf_avx512 s0_1x = hl_vzero_avx512();
+        hl_vf_avx512 s0_1y = hl_vzero_avx512();
+        hl_vf_avx512 s0_2x = hl_vzero_avx512();
+        hl_vf_avx512 s0_2y = hl_vzero_avx512();
+        hl_vf_avx512 s0_3x = hl_vzero_avx512();
+        hl_vf_avx512 s0_3y = hl_vzero_avx512();
+        hl_vf_avx512 s1_0x = hl_vzero_avx512();
+        hl_vf_avx512 s1_0y = hl_vzero_avx512();
+        hl_vf_avx512 s1_1x = hl_vzero_avx512();
+        hl_vf_avx512 s1_1y = hl_vzero_avx512();
+        hl_vf_avx512 s1_2x = hl_vzero_avx512();
+        hl_vf_avx512 s1_2y = hl_vzero_avx512();
+        hl_vf_avx512 s1_3x = hl_vzero_avx512();
+        hl_vf_avx512 s1_3y = hl_vzero_avx512();
+        {
+            const float *const from = q + 0;
+            const uint16_t *const k0 = (const uint16_t *)row0->key;
+            const uint16_t *const k1 = (const uint16_t *)row1->key;
+            const uint16_t *const k2 = (const uint16_t *)row2->key;
+            const uint16_t *const k3 = (const uint16_t *)row3->key;
+            for (int32_t start = 0; start < 128; start += 32) {
+                if (next != NULL) {
+                    if (((start + 0) & odd) == 0) {
+                        HL_FETCH((const uint16_t *)next[j + 0].key + start + 0);
+                    }
+                    if (((start + 0) & odd) == 0) {
+                        HL_FETCH((const uint16_t *)next[j + 1].key + start + 0);
+                    }
+                    if (((start + 0) & odd) == 0) {
+                        HL_FETCH((const uint16_t *)next[j + 2].key + start + 0);
+                    }
+                    if (((start + 0) & odd) == 0) {
+                        HL_FETCH((const uint16_t *)next[j + 3].key + start + 0);
+                    }
+                }
+                for (int32_t c = start; c < start + 32; c += 32) {
+                    {
+                        const float *const qc = from + c + 0;
+                        hl_vf_avx512 v;
+                        hl_vf_avx512 w;
+                        const hl_vf_avx512 q0 = hl_vload_avx512(qc + 0 * QS);
+                        const hl_vf_avx512 p0 = hl_vload_avx512(qc + 0 * QS + L);
+                        const hl_vf_avx512 q1 = hl_vload_avx512(qc + 1 * QS);
+                        const hl_vf_avx512 p1 = hl_vload_avx512(qc + 1 * QS + L);
+                        hl_vpair_bf16_avx512(k0 + c + 0, &v, &w);
+                        s0_0x = hl_vfma_avx512(v, q0, s0_0x);
+                        s1_0x = hl_vfma_avx512(v, q1, s1_0x);
+                        s0_0y = hl_vfma_avx512(w, p0, s0_0y);
+                        s1_0y = hl_vfma_avx512(w, p1, s1_0y);
+                        hl_vpair_bf16_avx512(k1 + c + 0, &v, &w);
+                        s0_1x = hl_vfma_avx512(v, q0, s0_1x);
+                        s1_1x = hl_vfma_avx512(v, q1, s1_1x);
+                        s0_1y = hl_vfma_avx512(w, p0, s0_1y);
+                        s1_1y = hl_vfma_avx512(w, p1, s1_1y);
+                        hl_vpair_bf16_avx512(k2 + c + 0, &v, &w);
+                        s0_2x = hl_vfma_avx512(v, q0, s0_2x);
+                        s1_2x = hl_vfma_avx512(v, q1, s1_2x);
+                        s0_2y = hl_vfma_avx512(w, p0, s0_2y);
+                        s1_2y = hl_vfma_avx512(w, p1, s1_2y);
+                        hl_vpair_bf16_avx512(k3 + c + 0, &v, &w);
+                        s0_3x = hl_vfma_avx512(v, q0, s0_3x);
+                        s1_3x = hl_vfma_avx512(v, q1, s1_3x);
+                        s0_3y = hl_vfma_avx512(w, p0, s0_3y);
+                        s1_3y = hl_vfma_avx512(w, p1, s1_3y);
+                    }
+                }
             }
         }
+        {
+            const float *const from = q + 128;
+            const uint16_t *const k0 = (const uint16_t *)row0->rope;
+            const uint16_t *const k1 = (const uint16_t *)row1->rope;
+            const uint16_t *const k2 = (const uint16_t *)row2->rope;
+            const uint16_t *const k3 = (const uint16_t *)row3->rope;
+            for (int32_t start = 0; start < 64; start += 32) {
+                if (next != NULL) {
+                    HL_FETCH((const uint16_t *)next[j + 0].rope + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 1].rope + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 2].rope + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 3].rope + start + 0);
+                }
+                for (int32_t c = start; c < start + 32; c += 32) {
+                    {
+                        const float *const qc = from + c + 0;
+                        hl_vf_avx512 v;
+                        hl_vf_avx512 w;
+                        const hl_vf_avx512 q0 = hl_vload_avx512(qc + 0 * QS);
+                        const hl_vf_avx512 p0 = hl_vload_avx512(qc + 0 * QS + L);
+                        const hl_vf_avx512 q1 = hl_vload_avx512(qc + 1 * QS);
+                        const hl_vf_avx512 p1 = hl_vload_avx512(qc + 1 * QS + L);
+                        hl_vpair_bf16_avx512(k0 + c + 0, &v, &w);
+                        s0_0x = hl_vfma_avx512(v, q0, s0_0x);
+                        s1_0x = hl_vfma_avx512(v, q1, s1_0x);
+                        s0_0y = hl_vfma_avx512(w, p0, s0_0y);
+                        s1_0y = hl_vfma_avx512(w, p1, s1_0y);
+                        hl_vpair_bf16_avx512(k1 + c + 0, &v, &w);
+                        s0_1x = hl_vfma_avx512(v, q0, s0_1x);
+                        s1_1x = hl_vfma_avx512(v, q1, s1_1x);
+                        s0_1y = hl_vfma_avx512(w, p0, s0_1y);
+                        s1_1y = hl_vfma_avx512(w, p1, s1_1y);
+                        hl_vpair_bf16_avx512(k2 + c + 0, &v, &w);
+                        s0_2x = hl_vfma_avx512(v, q0, s0_2x);
+                        s1_2x = hl_vfma_avx512(v, q1, s1_2x);
+                        s0_2y = hl_vfma_avx512(w, p0, s0_2y);
+                        s1_2y = hl_vfma_avx512(w, p1, s1_2y);
+                        hl_vpair_bf16_avx512(k3 + c + 0, &v, &w);
+                        s0_3x = hl_vfma_avx512(v, q0, s0_3x);
+                        s1_3x = hl_vfma_avx512(v, q1, s1_3x);
+                        s0_3y = hl_vfma_avx512(w, p0, s0_3y);
+                        s1_3y = hl_vfma_avx512(w, p1, s1_3y);
+                    }
+                }
+            }
+        }
+        all[0 * 8 + j + 0] = hl_vadd_avx512(s0_0x, s0_0y);
+        all[0 * 8 + j + 1] = hl_vadd_avx512(s0_1x, s0_1y);
+        all[0 * 8 + j + 2] = hl_vadd_avx512(s0_2x, s0_2y);
+        all[0 * 8 + j + 3] = hl_vadd_avx512(s0_3x, s0_3y);
+        all[1 * 8 + j + 0] = hl_vadd_avx512(s1_0x, s1_0y);
+        all[1 * 8 + j + 1] = hl_vadd_avx512(s1_1x, s1_1y);
+        all[1 * 8 + j + 2] = hl_vadd_avx512(s1_2x, s1_2y);
+        all[1 * 8 + j + 3] = hl_vadd_avx512(s1_3x, s1_3y);
     }
-    {
-        const float *const from = q + 128;
-        const uint16_t *const k0 =
-            (const uint16_t *)row->rope;
-        const uint16_t *const k1 =
-            (const uint16_t *)row1->rope;
-        const uint16_t *const k2 =
-            (const uint16_t *)row2->rope;
-        const uint16_t *const k3 =
-            (const uint16_t *)row3->rope;
-        const uint16_t *const k4 =
-            (const uint16_t *)row4->rope;
-        const uint16_t *const k5 =
-            (const uint16_t *)row5->rope;
-        const uint16_t *const k6 =
-            (const uint16_t *)row6->rope;
-        const uint16_t *const k7 =
-            (const uint16_t *)row7->rope;
-        for (int32_t start = 0; start < 64; start += 32) {
-            if (next != NULL) {
-                HL_FETCH((const uint16_t *)next[0].rope + start + 0);
-                HL_FETCH((const uint16_t *)next[1].rope + start + 0);
-                HL_FETCH((const uint16_t *)next[2].rope + start + 0);
-                HL_FETCH((const uint16_t *)next[3].rope + start + 0);
-                HL_FETCH((const uint16_t *)next[4].rope + start + 0);
-                HL_FETCH((const uint16_t *)next[5].rope + start + 0);
-                HL_FETCH((const uint16_t *)next[6].rope + start + 0);
-                HL_FETCH((const uint16_t *)next[7].rope + start + 0);
-            }
-            for (int32_t c = start; c < start + 32; c += 2 * L) {
-                const float *const qc = from + c;
-                hl_vf_avx512 x;
-                hl_vf_avx512 y;
-                const hl_vf_avx512 qx0 = hl_vload_avx512(qc + 0 * QS);
-                const hl_vf_avx512 qy0 = hl_vload_avx512(qc + 0 * QS + L);
-                const hl_vf_avx512 qx1 = hl_vload_avx512(qc + 1 * QS);
-                const hl_vf_avx512 qy1 = hl_vload_avx512(qc + 1 * QS + L);
-                hl_vpair_bf16_avx512(k0 + c, &x, &y);
-                s0_0 = hl_vfma_avx512(x, qx0, s0_0);
-                s1_0 = hl_vfma_avx512(x, qx1, s1_0);
-                s0_0 = hl_vfma_avx512(y, qy0, s0_0);
-                s1_0 = hl_vfma_avx512(y, qy1, s1_0);
-                hl_vpair_bf16_avx512(k1 + c, &x, &y);
-                s0_1 = hl_vfma_avx512(x, qx0, s0_1);
-                s1_1 = hl_vfma_avx512(x, qx1, s1_1);
-                s0_1 = hl_vfma_avx512(y, qy0, s0_1);
-                s1_1 = hl_vfma_avx512(y, qy1, s1_1);
-                hl_vpair_bf16_avx512(k2 + c, &x, &y);
-                s0_2 = hl_vfma_avx512(x, qx0, s0_2);
-                s1_2 = hl_vfma_avx512(x, qx1, s1_2);
-                s0_2 = hl_vfma_avx512(y, qy0, s0_2);
-                s1_2 = hl_vfma_avx512(y, qy1, s1_2);
-                hl_vpair_bf16_avx512(k3 + c, &x, &y);
-                s0_3 = hl_vfma_avx512(x, qx0, s0_3);
-                s1_3 = hl_vfma_avx512(x, qx1, s1_3);
-                s0_3 = hl_vfma_avx512(y, qy0, s0_3);
-                s1_3 = hl_vfma_avx512(y, qy1, s1_3);
-                hl_vpair_bf16_avx512(k4 + c, &x, &y);
-                s0_4 = hl_vfma_avx512(x, qx0, s0_4);
-                s1_4 = hl_vfma_avx512(x, qx1, s1_4);
-                s0_4 = hl_vfma_avx512(y, qy0, s0_4);
-                s1_4 = hl_vfma_avx512(y, qy1, s1_4);
-                hl_vpair_bf16_avx512(k5 + c, &x, &y);
-                s0_5 = hl_vfma_avx512(x, qx0, s0_5);
-                s1_5 = hl_vfma_avx512(x, qx1, s1_5);
-                s0_5 = hl_vfma_avx512(y, qy0, s0_5);
-                s1_5 = hl_vfma_avx512(y, qy1, s1_5);
-                hl_vpair_bf16_avx512(k6 + c, &x, &y);
-                s0_6 = hl_vfma_avx512(x, qx0, s0_6);
-                s1_6 = hl_vfma_avx512(x, qx1, s1_6);
-                s0_6 = hl_vfma_avx512(y, qy0, s0_6);
-                s1_6 = hl_vfma_avx512(y, qy1, s1_6);
-                hl_vpair_bf16_avx512(k7 + c, &x, &y);
-                s0_7 = hl_vfma_avx512(x, qx0, s0_7);
-                s1_7 = hl_vfma_avx512(x, qx1, s1_7);
-                s0_7 = hl_vfma_avx512(y, qy0, s0_7);
-                s1_7 = hl_vfma_avx512(y, qy1, s1_7);
-            }
-        }
-    }
-    {
-        const hl_vf_avx512 all[16] = {
-s0_0, s0_1, s0_2, s0_3, s0_4, s0_5, s0_6, s0_7,
-s1_0, s1_1, s1_2, s1_3, s1_4, s1_5, s1_6, s1_7
-        };
-        for (int32_t i = 0; i < 16; i += L) {
-            hl_vstore_avx512(s + i,
-                             hl_vmul_avx512(hl_vsums_avx512(all + i), hl_vset_avx512(scale)));
-        }
+    for (int32_t i = 0; i < 16; i += L) {
+        hl_vstore_avx512(s + i, hl_vmul_avx512(hl_vsums_avx512(all + i), hl_vset_avx512(scale)));
     }
 }
 
-/* 1 head by 16 keys, read where they are stored: channels
- * are in the lanes, and sums are formed across them once a tile, for many dot products together.
- * Behind the last key its row is taken again, so that every tile is whole. Meanwhile the same
- * channels of later keys (next) are asked for, if there are any. */
+/* 1 head by 16 keys, read where they are stored, 4 rows at a time: channels are in
+ * the lanes, and sums are formed across them once a tile, for many dot products together. Behind
+ * the last key its row is taken again, so that every tile is whole. Meanwhile lines of later keys
+ * (next) are asked for, if there are any; but for those that value tiles ask for. */
 HL_KERNEL_AVX512 void hl_sfa_bf16_d128_rope64_dot_1x16_avx512(const float *q, const hl_row *row,
-    int32_t last, float *s, float scale, const hl_row *next)
+    int32_t last, float *s, float scale, const hl_row *next, int32_t odd)
 {
     enum { L = 16, QS = 192 };
-    const hl_row *const row1 = row + (last < 1 ? last : 1);
-    const hl_row *const row2 = row + (last < 2 ? last : 2);
-    const hl_row *const row3 = row + (last < 3 ? last : 3);
-    const hl_row *const row4 = row + (last < 4 ? last : 4);
-    const hl_row *const row5 = row + (last < 5 ? last : 5);
-    const hl_row *const row6 = row + (last < 6 ? last : 6);
-    const hl_row *const row7 = row + (last < 7 ? last : 7);
-    const hl_row *const row8 = row + (last < 8 ? last : 8);
-    const hl_row *const row9 = row + (last < 9 ? last : 9);
-    const hl_row *const row10 = row + (last < 10 ? last : 10);
-    const hl_row *const row11 = row + (last < 11 ? last : 11);
-    const hl_row *const row12 = row + (last < 12 ? last : 12);
-    const hl_row *const row13 = row + (last < 13 ? last : 13);
-    const hl_row *const row14 = row + (last < 14 ? last : 14);
-    const hl_row *const row15 = row + (last < 15 ? last : 15);
-    hl_vf_avx512 s0_0 = hl_vzero_avx512();
-    hl_vf_avx512 s0_1 = hl_vzero_avx512();
-    hl_vf_avx512 s0_2 = hl_vzero_avx512();
-    hl_vf_avx512 s0_3 = hl_vzero_avx512();
-    hl_vf_avx512 s0_4 = hl_vzero_avx512();
-    hl_vf_avx512 s0_5 = hl_vzero_avx512();
-    hl_vf_avx512 s0_6 = hl_vzero_avx512();
-    hl_vf_avx512 s0_7 = hl_vzero_avx512();
-    hl_vf_avx512 s0_8 = hl_vzero_avx512();
-    hl_vf_avx512 s0_9 = hl_vzero_avx512();
-    hl_vf_avx512 s0_10 = hl_vzero_avx512();
-    hl_vf_avx512 s0_11 = hl_vzero_avx512();
-    hl_vf_avx512 s0_12 = hl_vzero_avx512();
-    hl_vf_avx512 s0_13 = hl_vzero_avx512();
-    hl_vf_avx512 s0_14 = hl_vzero_avx512();
-    hl_vf_avx512 s0_15 = hl_vzero_avx512();
-    {
-        const float *const from = q + 0;
-        const uint16_t *const k0 =
-            (const uint16_t *)row->key;
-        const uint16_t *const k1 =
-            (const uint16_t *)row1->key;
-        const uint16_t *const k2 =
-            (const uint16_t *)row2->key;
-        const uint16_t *const k3 =
-            (const uint16_t *)row3->key;
-        const uint16_t *const k4 =
-            (const uint16_t *)row4->key;
-        const uint16_t *const k5 =
-            (const uint16_t *)row5->key;
-        const uint16_t *const k6 =
-            (const uint16_t *)row6->key;
-        const uint16_t *const k7 =
-            (const uint16_t *)row7->key;
-        const uint16_t *const k8 =
-            (const uint16_t *)row8->key;
-        const uint16_t *const k9 =
-            (const uint16_t *)row9->key;
-        const uint16_t *const k10 =
-            (const uint16_t *)row10->key;
-        const uint16_t *const k11 =
-            (const uint16_t *)row11->key;
-        const uint16_t *const k12 =
-            (const uint16_t *)row12->key;
-        const uint16_t *const k13 =
-            (const uint16_t *)row13->key;
-        const uint16_t *const k14 =
-            (const uint16_t *)row14->key;
-        const uint16_t *const k15 =
-            (const uint16_t *)row15->key;
-        for (int32_t start = 0; start < 128; start += 32) {
-            if (next != NULL) {
-                HL_FETCH((const uint16_t *)next[0].key + start + 0);
-                HL_FETCH((const uint16_t *)next[1].key + start + 0);
-                HL_FETCH((const uint16_t *)next[2].key + start + 0);
-                HL_FETCH((const uint16_t *)next[3].key + start + 0);
-                HL_FETCH((const uint16_t *)next[4].key + start + 0);
-                HL_FETCH((const uint16_t *)next[5].key + start + 0);
-                HL_FETCH((const uint16_t *)next[6].key + start + 0);
-                HL_FETCH((const uint16_t *)next[7].key + start + 0);
-                HL_FETCH((const uint16_t *)next[8].key + start + 0);
-                HL_FETCH((const uint16_t *)next[9].key + start + 0);
-                HL_FETCH((const uint16_t *)next[10].key + start + 0);
-                HL_FETCH((const uint16_t *)next[11].key + start + 0);
-                HL_FETCH((const uint16_t *)next[12].key + start + 0);
-                HL_FETCH((const uint16_t *)next[13].key + start + 0);
-                HL_FETCH((const uint16_t *)next[14].key + start + 0);
-                HL_FETCH((const uint16_t *)next[15].key + start + 0);
-            }
-            for (int32_t c = start; c < start + 32; c += 2 * L) {
-                const float *const qc = from + c;
-                hl_vf_avx512 x;
-                hl_vf_avx512 y;
-                const hl_vf_avx512 qx0 = hl_vload_avx512(qc + 0 * QS);
-                const hl_vf_avx512 qy0 = hl_vload_avx512(qc + 0 * QS + L);
-                hl_vpair_bf16_avx512(k0 + c, &x, &y);
-                s0_0 = hl_vfma_avx512(x, qx0, s0_0);
-                s0_0 = hl_vfma_avx512(y, qy0, s0_0);
-                hl_vpair_bf16_avx512(k1 + c, &x, &y);
-                s0_1 = hl_vfma_avx512(x, qx0, s0_1);
-                s0_1 = hl_vfma_avx512(y, qy0, s0_1);
-                hl_vpair_bf16_avx512(k2 + c, &x, &y);
-                s0_2 = hl_vfma_avx512(x, qx0, s0_2);
-                s0_2 = hl_vfma_avx512(y, qy0, s0_2);
-                hl_vpair_bf16_avx512(k3 + c, &x, &y);
-                s0_3 = hl_vfma_avx512(x, qx0, s0_3);
-                s0_3 = hl_vfma_avx512(y, qy0, s0_3);
-                hl_vpair_bf16_avx512(k4 + c, &x, &y);
-                s0_4 = hl_vfma_avx512(x, qx0, s0_4);
-                s0_4 = hl_vfma_avx512(y, qy0, s0_4);
-                hl_vpair_bf16_avx512(k5 + c, &x, &y);
-                s0_5 = hl_vfma_avx512(x, qx0, s0_5);
-                s0_5 = hl_vfma_avx512(y, qy0, s0_5);
-                hl_vpair_bf16_avx512(k6 + c, &x, &y);
-                s0_6 = hl_vfma_avx512(x, qx0, s0_6);
-                s0_6 = hl_vfma_avx512(y, qy0, s0_6);
-                hl_vpair_bf16_avx512(k7 + c, &x, &y);
-                s0_7 = hl_vfma_avx512(x, qx0, s0_7);
-                s0_7 = hl_vfma_avx512(y, qy0, s0_7);
-                hl_vpair_bf16_avx512(k8 + c, &x, &y);
-                s0_8 = hl_vfma_avx512(x, qx0, s0_8);
-                s0_8 = hl_vfma_avx512(y, qy0, s0_8);
-                hl_vpair_bf16_avx512(k9 + c, &x, &y);
-                s0_9 = hl_vfma_avx512(x, qx0, s0_9);
-                s0_9 = hl_vfma_avx512(y, qy0, s0_9);
-                hl_vpair_bf16_avx512(k10 + c, &x, &y);
-                s0_10 = hl_vfma_avx512(x, qx0, s0_10);
-                s0_10 = hl_vfma_avx512(y, qy0, s0_10);
-                hl_vpair_bf16_avx512(k11 + c, &x, &y);
-                s0_11 = hl_vfma_avx512(x, qx0, s0_11);
-                s0_11 = hl_vfma_avx512(y, qy0, s0_11);
-                hl_vpair_bf16_avx512(k12 + c, &x, &y);
-                s0_12 = hl_vfma_avx512(x, qx0, s0_12);
-                s0_12 = hl_vfma_avx512(y, qy0, s0_12);
-                hl_vpair_bf16_avx512(k13 + c, &x, &y);
-                s0_13 = hl_vfma_avx512(x, qx0, s0_13);
-                s0_13 = hl_vfma_avx512(y, qy0, s0_13);
-                hl_vpair_bf16_avx512(k14 + c, &x, &y);
-                s0_14 = hl_vfma_avx512(x, qx0, s0_14);
-                s0_14 = hl_vfma_avx512(y, qy0, s0_14);
-                hl_vpair_bf16_avx512(k15 + c, &x, &y);
-                s0_15 = hl_vfma_avx512(x, qx0, s0_15);
-                s0_15 = hl_vfma_avx512(y, qy0, s0_15);
+    hl_vf_avx512 all[16];
+    for (int32_t j = 0; j < 16; j += 4) {
+        const hl_row *const row0 = row + (last < j + 0 ? last : j + 0);
+        const hl_row *const row1 = row + (last < j + 1 ? last : j + 1);
+        const hl_row *const row2 = row + (last < j + 2 ? last : j + 2);
+        const hl_row *const row3 = row + (last < j + 3 ? last : j + 3);
+        hl_vf_avx512 s0_0x = hl_vzero_avx512();
+        hl_vf_avx512 s0_0y = hl_vzero_avx512();
+        hl_vf_avx512 s0_1x = hl_vzero_avx512();
+        hl_vf_avx512 s0_1y = hl_vzero_avx512();
+        hl_vf_avx512 s0_2x = hl_vzero_avx512();
+        hl_vf_avx512 s0_2y = hl_vzero_avx512();
+        hl_vf_avx512 s0_3x = hl_vzero_avx512();
+        hl_vf_avx512 s0_3y = hl_vzero_avx512();
+        {
+            const float *const from = q + 0;
+            const uint16_t *const k0 = (const uint16_t *)row0->key;
+            const uint16_t *const k1 = (const uint16_t *)row1->key;
+            const uint16_t *const k2 = (const uint16_t *)row2->key;
+            const uint16_t *const k3 = (const uint16_t *)row3->key;
+            for (int32_t start = 0; start < 128; start += 32) {
+                if (next != NULL) {
+                    if (((start + 0) & odd) == 0) {
+                        HL_FETCH((const uint16_t *)next[j + 0].key + start + 0);
+                    }
+                    if (((start + 0) & odd) == 0) {
+                        HL_FETCH((const uint16_t *)next[j + 1].key + start + 0);
+                    }
+                    if (((start + 0) & odd) == 0) {
+                        HL_FETCH((const uint16_t *)next[j + 2].key + start + 0);
+                    }
+                    if (((start + 0) & odd) == 0) {
+                        HL_FETCH((const uint16_t *)next[j + 3].key + start + 0);
+                    }
+                }
+                for (int32_t c = start; c < start + 32; c += 32) {
+                    {
+                        const float *const qc = from + c + 0;
+                        hl_vf_avx512 v;
+                        hl_vf_avx512 w;
+                        const hl_vf_avx512 q0 = hl_vload_avx512(qc + 0 * QS);
+                        const hl_vf_avx512 p0 = hl_vload_avx512(qc + 0 * QS + L);
+                        hl_vpair_bf16_avx512(k0 + c + 0, &v, &w);
+                        s0_0x = hl_vfma_avx512(v, q0, s0_0x);
+                        s0_0y = hl_vfma_avx512(w, p0, s0_0y);
+                        hl_vpair_bf16_avx512(k1 + c + 0, &v, &w);
+                        s0_1x = hl_vfma_avx512(v, q0, s0_1x);
+                        s0_1y = hl_vfma_avx512(w, p0, s0_1y);
+                        hl_vpair_bf16_avx512(k2 + c + 0, &v, &w);
+                        s0_2x = hl_vfma_avx512(v, q0, s0_2x);
+                        s0_2y = hl_vfma_avx512(w, p0, s0_2y);
+                        hl_vpair_bf16_avx512(k3 + c + 0, &v, &w);
+                        s0_3x = hl_vfma_avx512(v, q0, s0_3x);
+                        s0_3y = hl_vfma_avx512(w, p0, s0_3y);
+                    }
+                }
             }
         }
+        {
+            const float *const from = q + 128;
+            const uint16_t *const k0 = (const uint16_t *)row0->rope;
+            const uint16_t *const k1 = (const uint16_t *)row1->rope;
+            const uint16_t *const k2 = (const uint16_t *)row2->rope;
+            const uint16_t *const k3 = (const uint16_t *)row3->rope;
+            for (int32_t start = 0; start < 64; start += 32) {
+                if (next != NULL) {
+                    HL_FETCH((const uint16_t *)next[j + 0].rope + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 1].rope + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 2].rope + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 3].rope + start + 0);
+                }
+                for (int32_t c = start; c < start + 32; c += 32) {
+                    {
+                        const float *const qc = from + c + 0;
+                        hl_vf_avx512 v;
+                        hl_vf_avx512 w;
+                        const hl_vf_avx512 q0 = hl_vload_avx512(qc + 0 * QS);
+                        const hl_vf_avx512 p0 = hl_vload_avx512(qc + 0 * QS + L);
+                        hl_vpair_bf16_avx512(k0 + c + 0, &v, &w);
+                        s0_0x = hl_vfma_avx512(v, q0, s0_0x);
+                        s0_0y = hl_vfma_avx512(w, p0, s0_0y);
+                        hl_vpair_bf16_avx512(k1 + c + 0, &v, &w);
+                        s0_1x = hl_vfma_avx512(v, q0, s0_1x);
+                        s0_1y = hl_vfma_avx512(w, p0, s0_1y);
+                        hl_vpair_bf16_avx512(k2 + c + 0, &v, &w);
+                        s0_2x = hl_vfma_avx512(v, q0, s0_2x);
+                        s0_2y = hl_vfma_avx512(w, p0, s0_2y);
+                        hl_vpair_bf16_avx512(k3 + c + 0, &v, &w);
+                        s0_3x = hl_vfma_avx512(v, q0, s0_3x);
+                        s0_3y = hl_vfma_avx512(w, p0, s0_3y);
+                    }
+                }
+            }
+        }
+        all[0 * 16 + j + 0] = hl_vadd_avx512(s0_0x, s0_0y);
+        all[0 * 16 + j + 1] = hl_vadd_avx512(s0_1x, s0_1y);
+        all[0 * 16 + j + 2] = hl_vadd_avx512(s0_2x, s0_2y);
+        all[0 * 16 + j + 3] = hl_vadd_avx512(s0_3x, s0_3y);
     }
-    {
-        const float *const from = q + 128;
-        const uint16_t *const k0 =
-            (const uint16_t *)row->rope;
-        const uint16_t *const k1 =
-            (const uint16_t *)row1->rope;
-        const uint16_t *const k2 =
-            (const uint16_t *)row2->rope;
-        const uint16_t *const k3 =
-            (const uint16_t *)row3->rope;
-        const uint16_t *const k4 =
-            (const uint16_t *)row4->rope;
-        const uint16_t *const k5 =
-            (const uint16_t *)row5->rope;
-        const uint16_t *const k6 =
-            (const uint16_t *)row6->rope;
-        const uint16_t *const k7 =
-            (const uint16_t *)row7->rope;
-        const uint16_t *const k8 =
-            (const uint16_t *)row8->rope;
-        const uint16_t *const k9 =
-            (const uint16_t *)row9->rope;
-        const uint16_t *const k10 =
-            (const uint16_t *)row10->rope;
-        const uint16_t *const k11 =
-            (const uint16_t *)row11->rope;
-        const uint16_t *const k12 =
-            (const uint16_t *)row12->rope;
-        const uint16_t *const k13 =
-            (const uint16_t *)row13->rope;
-        const uint16_t *const k14 =
-            (const uint16_t *)row14->rope;
-        const uint16_t *const k15 =
-            (const uint16_t *)row15->rope;
-        for (int32_t start = 0; start < 64; start += 32) {
-            if (next != NULL) {
-                HL_FETCH((const uint16_t *)next[0].rope + start + 0);
-                HL_FETCH((const uint16_t *)next[1].rope + start + 0);
-                HL_FETCH((const uint16_t *)next[2].rope + start + 0);
-                HL_FETCH((const uint16_t *)next[3].rope + start + 0);
-                HL_FETCH((const uint16_t *)next[4].rope + start + 0);
-                HL_FETCH((const uint16_t *)next[5].rope + start + 0);
-                HL_FETCH((const uint16_t *)next[6].rope + start + 0);
-                HL_FETCH((const uint16_t *)next[7].rope + start + 0);
-                HL_FETCH((const uint16_t *)next[8].rope + start + 0);
-                HL_FETCH((const uint16_t *)next[9].rope + start + 0);
-                HL_FETCH((const uint16_t *)next[10].rope + start + 0);
-                HL_FETCH((const uint16_t *)next[11].rope + start + 0);
-                HL_FETCH((const uint16_t *)next[12].rope + start + 0);
-                HL_FETCH((const uint16_t *)next[13].rope + start + 0);
-                HL_FETCH((const uint16_t *)next[14].rope + start + 0);
-                HL_FETCH((const uint16_t *)next[15].rope + start + 0);
-            }
-            for (int32_t c = start; c < start + 32; c += 2 * L) {
-                const float *const qc = from + c;
-                hl_vf_avx512 x;
-                hl_vf_avx512 y;
-                const hl_vf_avx512 qx0 = hl_vload_avx512(qc + 0 * QS);
-                const hl_vf_avx512 qy0 = hl_vload_avx512(qc + 0 * QS + L);
-                hl_vpair_bf16_avx512(k0 + c, &x, &y);
-                s0_0 = hl_vfma_avx512(x, qx0, s0_0);
-                s0_0 = hl_vfma_avx512(y, qy0, s0_0);
-                hl_vpair_bf16_avx512(k1 + c, &x, &y);
-                s0_1 = hl_vfma_avx512(x, qx0, s0_1);
-                s0_1 = hl_vfma_avx512(y, qy0, s0_1);
-                hl_vpair_bf16_avx512(k2 + c, &x, &y);
-                s0_2 = hl_vfma_avx512(x, qx0, s0_2);
-                s0_2 = hl_vfma_avx512(y, qy0, s0_2);
-                hl_vpair_bf16_avx512(k3 + c, &x, &y);
-                s0_3 = hl_vfma_avx512(x, qx0, s0_3);
-                s0_3 = hl_vfma_avx512(y, qy0, s0_3);
-                hl_vpair_bf16_avx512(k4 + c, &x, &y);
-                s0_4 = hl_vfma_avx512(x, qx0, s0_4);
-                s0_4 = hl_vfma_avx512(y, qy0, s0_4);
-                hl_vpair_bf16_avx512(k5 + c, &x, &y);
-                s0_5 = hl_vfma_avx512(x, qx0, s0_5);
-                s0_5 = hl_vfma_avx512(y, qy0, s0_5);
-                hl_vpair_bf16_avx512(k6 + c, &x, &y);
-                s0_6 = hl_vfma_avx512(x, qx0, s0_6);
-                s0_6 = hl_vfma_avx512(y, qy0, s0_6);
-                hl_vpair_bf16_avx512(k7 + c, &x, &y);
-                s0_7 = hl_vfma_avx512(x, qx0, s0_7);
-                s0_7 = hl_vfma_avx512(y, qy0, s0_7);
-                hl_vpair_bf16_avx512(k8 + c, &x, &y);
-                s0_8 = hl_vfma_avx512(x, qx0, s0_8);
-                s0_8 = hl_vfma_avx512(y, qy0, s0_8);
-                hl_vpair_bf16_avx512(k9 + c, &x, &y);
-                s0_9 = hl_vfma_avx512(x, qx0, s0_9);
-                s0_9 = hl_vfma_avx512(y, qy0, s0_9);
-                hl_vpair_bf16_avx512(k10 + c, &x, &y);
-                s0_10 = hl_vfma_avx512(x, qx0, s0_10);
-                s0_10 = hl_vfma_avx512(y, qy0, s0_10);
-                hl_vpair_bf16_avx512(k11 + c, &x, &y);
-                s0_11 = hl_vfma_avx512(x, qx0, s0_11);
-                s0_11 = hl_vfma_avx512(y, qy0, s0_11);
-                hl_vpair_bf16_avx512(k12 + c, &x, &y);
-                s0_12 = hl_vfma_avx512(x, qx0, s0_12);
-                s0_12 = hl_vfma_avx512(y, qy0, s0_12);
-                hl_vpair_bf16_avx512(k13 + c, &x, &y);
-                s0_13 = hl_vfma_avx512(x, qx0, s0_13);
-                s0_13 = hl_vfma_avx512(y, qy0, s0_13);
-                hl_vpair_bf16_avx512(k14 + c, &x, &y);
-                s0_14 = hl_vfma_avx512(x, qx0, s0_14);
-                s0_14 = hl_vfma_avx512(y, qy0, s0_14);
-                hl_vpair_bf16_avx512(k15 + c, &x, &y);
-                s0_15 = hl_vfma_avx512(x, qx0, s0_15);
-                s0_15 = hl_vfma_avx512(y, qy0, s0_15);
-            }
-        }
-    }
-    {
-        const hl_vf_avx512 all[16] = {
-s0_0, s0_1, s0_2, s0_3, s0_4, s0_5, s0_6, s0_7, s0_8, s0_9, s0_10, s0_11, s0_12, s0_13, s0_14, s0_15
-        };
-        for (int32_t i = 0; i < 16; i += L) {
-            hl_vstore_avx512(s + i,
-                             hl_vmul_avx512(hl_vsums_avx512(all + i), hl_vset_avx512(scale)));
-        }
+    for (int32_t i = 0; i < 16; i += L) {
+        hl_vstore_avx512(s + i, hl_vmul_avx512(hl_vsums_avx512(all + i), hl_vset_avx512(scale)));
     }
 }
 
@@ -8200,21 +7423,13 @@ s0_0, s0_1, s0_2, s0_3, s0_4, s0_5, s0_6, s0_7, s0_8, s0_9, s0_10, s0_11, s0_12,
 HL_KERNEL_AVX512 void hl_sfa_bf16_d128_rope64_score_few_avx512(const hl_space *w, const hl_block *b,
     int32_t group, float scale)
 {
-    enum { QS = 192, BLOCK = 48 };
+    enum { QS = 192, BLOCK = 48, AHEAD = 32 };
     const int32_t known = b->n + b->n_later;
+    const int32_t odd = b->value_apart ? 0 : 32; /* lines that value tiles ask for */
     int32_t h = 0;
-    for (; h + 8 <= group; h += 8) {
-        for (int32_t j = 0; j < b->n; j += 2) {
-            const int32_t later = j + 48;
-            hl_sfa_bf16_d128_rope64_dot_8x2_avx512(w->q + (ptrdiff_t)h * QS, b->row + j,
-                                                   b->n - 1 - j, w->s + h * BLOCK + j * 8, scale,
-                                                   h == 0 && later + 2 <= known ? b->row + later
-                                                   : NULL);
-        }
-    }
     for (; h + 4 <= group; h += 4) {
         for (int32_t j = 0; j < b->n; j += 4) {
-            const int32_t later = j + 48;
+            const int32_t later = j + AHEAD;
             hl_sfa_bf16_d128_rope64_dot_4x4_avx512(w->q + (ptrdiff_t)h * QS, b->row + j,
                                                    b->n - 1 - j, w->s + h * BLOCK + j * 4, scale,
                                                    h == 0 && later + 4 <= known ? b->row + later
@@ -8223,20 +7438,20 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d128_rope64_score_few_avx512(const hl_space *w
     }
     for (; h + 2 <= group; h += 2) {
         for (int32_t j = 0; j < b->n; j += 8) {
-            const int32_t later = j + 48;
+            const int32_t later = j + AHEAD;
             hl_sfa_bf16_d128_rope64_dot_2x8_avx512(w->q + (ptrdiff_t)h * QS, b->row + j,
                                                    b->n - 1 - j, w->s + h * BLOCK + j * 2, scale,
                                                    h == 0 && later + 8 <= known ? b->row + later
-                                                   : NULL);
+                                                   : NULL, odd);
         }
     }
     for (; h + 1 <= group; h += 1) {
         for (int32_t j = 0; j < b->n; j += 16) {
-            const int32_t later = j + 48;
+            const int32_t later = j + AHEAD;
             hl_sfa_bf16_d128_rope64_dot_1x16_avx512(w->q + (ptrdiff_t)h * QS, b->row + j,
                                                     b->n - 1 - j, w->s + h * BLOCK + j * 1, scale,
                                                     h == 0 && later + 16 <= known ? b->row + later
-                                                    : NULL);
+                                                    : NULL, odd);
         }
     }
 }
@@ -8332,9 +7547,6 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d128_rope64_softmaxes_few_avx512(const hl_spac
 {
     enum { BLOCK = 48 };
     int32_t h = 0;
-    for (; h + 8 <= group; h += 8) {
-        hl_sfa_bf16_d128_rope64_softmax_few_avx512(w->s + h * BLOCK, t, h, 8, 2, n);
-    }
     for (; h + 4 <= group; h += 4) {
         hl_sfa_bf16_d128_rope64_softmax_few_avx512(w->s + h * BLOCK, t, h, 4, 4, n);
     }
@@ -8938,112 +8150,10 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d128_rope64_value_avx512(const hl_space *w, co
     }
 }
 
-/* 8 heads by 2 vectors of channels, read where they are stored. */
-HL_KERNEL_AVX512 void hl_sfa_bf16_d128_rope64_pr_8x2_avx512(const float *p, const hl_row *row,
-    int32_t c, float *o, const float *alpha, int32_t n)
-{
-    enum { L = 16, OS = 128, KEYS = 2 };
-    hl_vf_avx512 o0_0 = hl_vzero_avx512();
-    hl_vf_avx512 o0_1 = hl_vzero_avx512();
-    hl_vf_avx512 o1_0 = hl_vzero_avx512();
-    hl_vf_avx512 o1_1 = hl_vzero_avx512();
-    hl_vf_avx512 o2_0 = hl_vzero_avx512();
-    hl_vf_avx512 o2_1 = hl_vzero_avx512();
-    hl_vf_avx512 o3_0 = hl_vzero_avx512();
-    hl_vf_avx512 o3_1 = hl_vzero_avx512();
-    hl_vf_avx512 o4_0 = hl_vzero_avx512();
-    hl_vf_avx512 o4_1 = hl_vzero_avx512();
-    hl_vf_avx512 o5_0 = hl_vzero_avx512();
-    hl_vf_avx512 o5_1 = hl_vzero_avx512();
-    hl_vf_avx512 o6_0 = hl_vzero_avx512();
-    hl_vf_avx512 o6_1 = hl_vzero_avx512();
-    hl_vf_avx512 o7_0 = hl_vzero_avx512();
-    hl_vf_avx512 o7_1 = hl_vzero_avx512();
-    for (int32_t j = 0; j < n; ++j) {
-        const uint16_t *const value = (const uint16_t *)row[j].value + c;
-        const float *const pj = p + j / KEYS * 16 + j % KEYS;
-        hl_vf_avx512 x;
-        hl_vf_avx512 v0;
-        hl_vf_avx512 v1;
-        hl_vpair_bf16_avx512(value + 0, &v0, &v1);
-        x = hl_vset_avx512(pj[0 * KEYS]);
-        o0_0 = hl_vfma_avx512(x, v0, o0_0);
-        o0_1 = hl_vfma_avx512(x, v1, o0_1);
-        x = hl_vset_avx512(pj[1 * KEYS]);
-        o1_0 = hl_vfma_avx512(x, v0, o1_0);
-        o1_1 = hl_vfma_avx512(x, v1, o1_1);
-        x = hl_vset_avx512(pj[2 * KEYS]);
-        o2_0 = hl_vfma_avx512(x, v0, o2_0);
-        o2_1 = hl_vfma_avx512(x, v1, o2_1);
-        x = hl_vset_avx512(pj[3 * KEYS]);
-        o3_0 = hl_vfma_avx512(x, v0, o3_0);
-        o3_1 = hl_vfma_avx512(x, v1, o3_1);
-        x = hl_vset_avx512(pj[4 * KEYS]);
-        o4_0 = hl_vfma_avx512(x, v0, o4_0);
-        o4_1 = hl_vfma_avx512(x, v1, o4_1);
-        x = hl_vset_avx512(pj[5 * KEYS]);
-        o5_0 = hl_vfma_avx512(x, v0, o5_0);
-        o5_1 = hl_vfma_avx512(x, v1, o5_1);
-        x = hl_vset_avx512(pj[6 * KEYS]);
-        o6_0 = hl_vfma_avx512(x, v0, o6_0);
-        o6_1 = hl_vfma_avx512(x, v1, o6_1);
-        x = hl_vset_avx512(pj[7 * KEYS]);
-        o7_0 = hl_vfma_avx512(x, v0, o7_0);
-        o7_1 = hl_vfma_avx512(x, v1, o7_1);
-    }
-    hl_vstore_avx512(o + 0 * OS + 0 * L,
-                     hl_vfma_avx512(hl_vset_avx512(alpha[0]), hl_vload_avx512(o + 0 * OS + 0 * L),
-                                    o0_0));
-    hl_vstore_avx512(o + 0 * OS + 1 * L,
-                     hl_vfma_avx512(hl_vset_avx512(alpha[0]), hl_vload_avx512(o + 0 * OS + 1 * L),
-                                    o0_1));
-    hl_vstore_avx512(o + 1 * OS + 0 * L,
-                     hl_vfma_avx512(hl_vset_avx512(alpha[1]), hl_vload_avx512(o + 1 * OS + 0 * L),
-                                    o1_0));
-    hl_vstore_avx512(o + 1 * OS + 1 * L,
-                     hl_vfma_avx512(hl_vset_avx512(alpha[1]), hl_vload_avx512(o + 1 * OS + 1 * L),
-                                    o1_1));
-    hl_vstore_avx512(o + 2 * OS + 0 * L,
-                     hl_vfma_avx512(hl_vset_avx512(alpha[2]), hl_vload_avx512(o + 2 * OS + 0 * L),
-                                    o2_0));
-    hl_vstore_avx512(o + 2 * OS + 1 * L,
-                     hl_vfma_avx512(hl_vset_avx512(alpha[2]), hl_vload_avx512(o + 2 * OS + 1 * L),
-                                    o2_1));
-    hl_vstore_avx512(o + 3 * OS + 0 * L,
-                     hl_vfma_avx512(hl_vset_avx512(alpha[3]), hl_vload_avx512(o + 3 * OS + 0 * L),
-                                    o3_0));
-    hl_vstore_avx512(o + 3 * OS + 1 * L,
-                     hl_vfma_avx512(hl_vset_avx512(alpha[3]), hl_vload_avx512(o + 3 * OS + 1 * L),
-                                    o3_1));
-    hl_vstore_avx512(o + 4 * OS + 0 * L,
-                     hl_vfma_avx512(hl_vset_avx512(alpha[4]), hl_vload_avx512(o + 4 * OS + 0 * L),
-                                    o4_0));
-    hl_vstore_avx512(o + 4 * OS + 1 * L,
-                     hl_vfma_avx512(hl_vset_avx512(alpha[4]), hl_vload_avx512(o + 4 * OS + 1 * L),
-                                    o4_1));
-    hl_vstore_avx512(o + 5 * OS + 0 * L,
-                     hl_vfma_avx512(hl_vset_avx512(alpha[5]), hl_vload_avx512(o + 5 * OS + 0 * L),
-                                    o5_0));
-    hl_vstore_avx512(o + 5 * OS + 1 * L,
-                     hl_vfma_avx512(hl_vset_avx512(alpha[5]), hl_vload_avx512(o + 5 * OS + 1 * L),
-                                    o5_1));
-    hl_vstore_avx512(o + 6 * OS + 0 * L,
-                     hl_vfma_avx512(hl_vset_avx512(alpha[6]), hl_vload_avx512(o + 6 * OS + 0 * L),
-                                    o6_0));
-    hl_vstore_avx512(o + 6 * OS + 1 * L,
-                     hl_vfma_avx512(hl_vset_avx512(alpha[6]), hl_vload_avx512(o + 6 * OS + 1 * L),
-                                    o6_1));
-    hl_vstore_avx512(o + 7 * OS + 0 * L,
-                     hl_vfma_avx512(hl_vset_avx512(alpha[7]), hl_vload_avx512(o + 7 * OS + 0 * L),
-                                    o7_0));
-    hl_vstore_avx512(o + 7 * OS + 1 * L,
-                     hl_vfma_avx512(hl_vset_avx512(alpha[7]), hl_vload_avx512(o + 7 * OS + 1 * L),
-                                    o7_1));
-}
-
-/* 4 heads by 4 vectors of channels, read where they are stored. */
+/* 4 heads by 4 vectors of channels, read where they are stored. Of 32 keys
+ * further on lines are asked for meanwhile, as long as j < later. */
 HL_KERNEL_AVX512 void hl_sfa_bf16_d128_rope64_pr_4x4_avx512(const float *p, const hl_row *row,
-    int32_t c, float *o, const float *alpha, int32_t n)
+    int32_t c, float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
 {
     enum { L = 16, OS = 128, KEYS = 4 };
     hl_vf_avx512 o0_0 = hl_vzero_avx512();
@@ -9065,33 +8175,38 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d128_rope64_pr_4x4_avx512(const float *p, cons
     for (int32_t j = 0; j < n; ++j) {
         const uint16_t *const value = (const uint16_t *)row[j].value + c;
         const float *const pj = p + j / KEYS * 16 + j % KEYS;
-        hl_vf_avx512 x;
-        hl_vf_avx512 v0;
-        hl_vf_avx512 v1;
-        hl_vf_avx512 v2;
-        hl_vf_avx512 v3;
-        hl_vpair_bf16_avx512(value + 0, &v0, &v1);
-        hl_vpair_bf16_avx512(value + 32, &v2, &v3);
-        x = hl_vset_avx512(pj[0 * KEYS]);
-        o0_0 = hl_vfma_avx512(x, v0, o0_0);
-        o0_1 = hl_vfma_avx512(x, v1, o0_1);
-        o0_2 = hl_vfma_avx512(x, v2, o0_2);
-        o0_3 = hl_vfma_avx512(x, v3, o0_3);
-        x = hl_vset_avx512(pj[1 * KEYS]);
-        o1_0 = hl_vfma_avx512(x, v0, o1_0);
-        o1_1 = hl_vfma_avx512(x, v1, o1_1);
-        o1_2 = hl_vfma_avx512(x, v2, o1_2);
-        o1_3 = hl_vfma_avx512(x, v3, o1_3);
-        x = hl_vset_avx512(pj[2 * KEYS]);
-        o2_0 = hl_vfma_avx512(x, v0, o2_0);
-        o2_1 = hl_vfma_avx512(x, v1, o2_1);
-        o2_2 = hl_vfma_avx512(x, v2, o2_2);
-        o2_3 = hl_vfma_avx512(x, v3, o2_3);
-        x = hl_vset_avx512(pj[3 * KEYS]);
-        o3_0 = hl_vfma_avx512(x, v0, o3_0);
-        o3_1 = hl_vfma_avx512(x, v1, o3_1);
-        o3_2 = hl_vfma_avx512(x, v2, o3_2);
-        o3_3 = hl_vfma_avx512(x, v3, o3_3);
+        const hl_vf_avx512 x0 = hl_vset_avx512(pj[0 * KEYS]);
+        const hl_vf_avx512 x1 = hl_vset_avx512(pj[1 * KEYS]);
+        const hl_vf_avx512 x2 = hl_vset_avx512(pj[2 * KEYS]);
+        const hl_vf_avx512 x3 = hl_vset_avx512(pj[3 * KEYS]);
+        if (j < later) {
+            const uint16_t *const next =
+                (const uint16_t *)row[j + 32].value + c;
+            if (apart) {
+                HL_FETCH(next + 0);
+                HL_FETCH(next + 32);
+            }
+        }
+        hl_vf_avx512 v;
+        hl_vf_avx512 w;
+        hl_vpair_bf16_avx512(value + 0, &v, &w);
+        o0_0 = hl_vfma_avx512(x0, v, o0_0);
+        o0_1 = hl_vfma_avx512(x0, w, o0_1);
+        o1_0 = hl_vfma_avx512(x1, v, o1_0);
+        o1_1 = hl_vfma_avx512(x1, w, o1_1);
+        o2_0 = hl_vfma_avx512(x2, v, o2_0);
+        o2_1 = hl_vfma_avx512(x2, w, o2_1);
+        o3_0 = hl_vfma_avx512(x3, v, o3_0);
+        o3_1 = hl_vfma_avx512(x3, w, o3_1);
+        hl_vpair_bf16_avx512(value + 32, &v, &w);
+        o0_2 = hl_vfma_avx512(x0, v, o0_2);
+        o0_3 = hl_vfma_avx512(x0, w, o0_3);
+        o1_2 = hl_vfma_avx512(x1, v, o1_2);
+        o1_3 = hl_vfma_avx512(x1, w, o1_3);
+        o2_2 = hl_vfma_avx512(x2, v, o2_2);
+        o2_3 = hl_vfma_avx512(x2, w, o2_3);
+        o3_2 = hl_vfma_avx512(x3, v, o3_2);
+        o3_3 = hl_vfma_avx512(x3, w, o3_3);
     }
     hl_vstore_avx512(o + 0 * OS + 0 * L,
                      hl_vfma_avx512(hl_vset_avx512(alpha[0]), hl_vload_avx512(o + 0 * OS + 0 * L),
@@ -9143,9 +8258,10 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d128_rope64_pr_4x4_avx512(const float *p, cons
                                     o3_3));
 }
 
-/* 2 heads by 8 vectors of channels, read where they are stored. */
+/* 2 heads by 8 vectors of channels, read where they are stored. Of 32 keys
+ * further on lines are asked for meanwhile, as long as j < later. */
 HL_KERNEL_AVX512 void hl_sfa_bf16_d128_rope64_pr_2x8_avx512(const float *p, const hl_row *row,
-    int32_t c, float *o, const float *alpha, int32_t n)
+    int32_t c, float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
 {
     enum { L = 16, OS = 128, KEYS = 8 };
     hl_vf_avx512 o0_0 = hl_vzero_avx512();
@@ -9167,37 +8283,40 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d128_rope64_pr_2x8_avx512(const float *p, cons
     for (int32_t j = 0; j < n; ++j) {
         const uint16_t *const value = (const uint16_t *)row[j].value + c;
         const float *const pj = p + j / KEYS * 16 + j % KEYS;
-        hl_vf_avx512 x;
-        hl_vf_avx512 v0;
-        hl_vf_avx512 v1;
-        hl_vf_avx512 v2;
-        hl_vf_avx512 v3;
-        hl_vf_avx512 v4;
-        hl_vf_avx512 v5;
-        hl_vf_avx512 v6;
-        hl_vf_avx512 v7;
-        hl_vpair_bf16_avx512(value + 0, &v0, &v1);
-        hl_vpair_bf16_avx512(value + 32, &v2, &v3);
-        hl_vpair_bf16_avx512(value + 64, &v4, &v5);
-        hl_vpair_bf16_avx512(value + 96, &v6, &v7);
-        x = hl_vset_avx512(pj[0 * KEYS]);
-        o0_0 = hl_vfma_avx512(x, v0, o0_0);
-        o0_1 = hl_vfma_avx512(x, v1, o0_1);
-        o0_2 = hl_vfma_avx512(x, v2, o0_2);
-        o0_3 = hl_vfma_avx512(x, v3, o0_3);
-        o0_4 = hl_vfma_avx512(x, v4, o0_4);
-        o0_5 = hl_vfma_avx512(x, v5, o0_5);
-        o0_6 = hl_vfma_avx512(x, v6, o0_6);
-        o0_7 = hl_vfma_avx512(x, v7, o0_7);
-        x = hl_vset_avx512(pj[1 * KEYS]);
-        o1_0 = hl_vfma_avx512(x, v0, o1_0);
-        o1_1 = hl_vfma_avx512(x, v1, o1_1);
-        o1_2 = hl_vfma_avx512(x, v2, o1_2);
-        o1_3 = hl_vfma_avx512(x, v3, o1_3);
-        o1_4 = hl_vfma_avx512(x, v4, o1_4);
-        o1_5 = hl_vfma_avx512(x, v5, o1_5);
-        o1_6 = hl_vfma_avx512(x, v6, o1_6);
-        o1_7 = hl_vfma_avx512(x, v7, o1_7);
+        const hl_vf_avx512 x0 = hl_vset_avx512(pj[0 * KEYS]);
+        const hl_vf_avx512 x1 = hl_vset_avx512(pj[1 * KEYS]);
+        if (j < later) {
+            const uint16_t *const next =
+                (const uint16_t *)row[j + 32].value + c;
+            HL_FETCH(next + 32);
+            HL_FETCH(next + 96);
+            if (apart) {
+                HL_FETCH(next + 0);
+                HL_FETCH(next + 64);
+            }
+        }
+        hl_vf_avx512 v;
+        hl_vf_avx512 w;
+        hl_vpair_bf16_avx512(value + 0, &v, &w);
+        o0_0 = hl_vfma_avx512(x0, v, o0_0);
+        o0_1 = hl_vfma_avx512(x0, w, o0_1);
+        o1_0 = hl_vfma_avx512(x1, v, o1_0);
+        o1_1 = hl_vfma_avx512(x1, w, o1_1);
+        hl_vpair_bf16_avx512(value + 32, &v, &w);
+        o0_2 = hl_vfma_avx512(x0, v, o0_2);
+        o0_3 = hl_vfma_avx512(x0, w, o0_3);
+        o1_2 = hl_vfma_avx512(x1, v, o1_2);
+        o1_3 = hl_vfma_avx512(x1, w, o1_3);
+        hl_vpair_bf16_avx512(value + 64, &v, &w);
+        o0_4 = hl_vfma_avx512(x0, v, o0_4);
+        o0_5 = hl_vfma_avx512(x0, w, o0_5);
+        o1_4 = hl_vfma_avx512(x1, v, o1_4);
+        o1_5 = hl_vfma_avx512(x1, w, o1_5);
+        hl_vpair_bf16_avx512(value + 96, &v, &w);
+        o0_6 = hl_vfma_avx512(x0, v, o0_6);
+        o0_7 = hl_vfma_avx512(x0, w, o0_7);
+        o1_6 = hl_vfma_avx512(x1, v, o1_6);
+        o1_7 = hl_vfma_avx512(x1, w, o1_7);
     }
     hl_vstore_avx512(o + 0 * OS + 0 * L,
                      hl_vfma_avx512(hl_vset_avx512(alpha[0]), hl_vload_avx512(o + 0 * OS + 0 * L),
@@ -9249,9 +8368,10 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d128_rope64_pr_2x8_avx512(const float *p, cons
                                     o1_7));
 }
 
-/* 1 head by 8 vectors of channels, read where they are stored. */
+/* 1 head by 8 vectors of channels, read where they are stored. Of 32 keys
+ * further on lines are asked for meanwhile, as long as j < later. */
 HL_KERNEL_AVX512 void hl_sfa_bf16_d128_rope64_pr_1x8_avx512(const float *p, const hl_row *row,
-    int32_t c, float *o, const float *alpha, int32_t n)
+    int32_t c, float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
 {
     enum { L = 16, OS = 128, KEYS = 16 };
     hl_vf_avx512 o0_0 = hl_vzero_avx512();
@@ -9265,28 +8385,31 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d128_rope64_pr_1x8_avx512(const float *p, cons
     for (int32_t j = 0; j < n; ++j) {
         const uint16_t *const value = (const uint16_t *)row[j].value + c;
         const float *const pj = p + j / KEYS * 16 + j % KEYS;
-        hl_vf_avx512 x;
-        hl_vf_avx512 v0;
-        hl_vf_avx512 v1;
-        hl_vf_avx512 v2;
-        hl_vf_avx512 v3;
-        hl_vf_avx512 v4;
-        hl_vf_avx512 v5;
-        hl_vf_avx512 v6;
-        hl_vf_avx512 v7;
-        hl_vpair_bf16_avx512(value + 0, &v0, &v1);
-        hl_vpair_bf16_avx512(value + 32, &v2, &v3);
-        hl_vpair_bf16_avx512(value + 64, &v4, &v5);
-        hl_vpair_bf16_avx512(value + 96, &v6, &v7);
-        x = hl_vset_avx512(pj[0 * KEYS]);
-        o0_0 = hl_vfma_avx512(x, v0, o0_0);
-        o0_1 = hl_vfma_avx512(x, v1, o0_1);
-        o0_2 = hl_vfma_avx512(x, v2, o0_2);
-        o0_3 = hl_vfma_avx512(x, v3, o0_3);
-        o0_4 = hl_vfma_avx512(x, v4, o0_4);
-        o0_5 = hl_vfma_avx512(x, v5, o0_5);
-        o0_6 = hl_vfma_avx512(x, v6, o0_6);
-        o0_7 = hl_vfma_avx512(x, v7, o0_7);
+        const hl_vf_avx512 x0 = hl_vset_avx512(pj[0 * KEYS]);
+        if (j < later) {
+            const uint16_t *const next =
+                (const uint16_t *)row[j + 32].value + c;
+            HL_FETCH(next + 32);
+            HL_FETCH(next + 96);
+            if (apart) {
+                HL_FETCH(next + 0);
+                HL_FETCH(next + 64);
+            }
+        }
+        hl_vf_avx512 v;
+        hl_vf_avx512 w;
+        hl_vpair_bf16_avx512(value + 0, &v, &w);
+        o0_0 = hl_vfma_avx512(x0, v, o0_0);
+        o0_1 = hl_vfma_avx512(x0, w, o0_1);
+        hl_vpair_bf16_avx512(value + 32, &v, &w);
+        o0_2 = hl_vfma_avx512(x0, v, o0_2);
+        o0_3 = hl_vfma_avx512(x0, w, o0_3);
+        hl_vpair_bf16_avx512(value + 64, &v, &w);
+        o0_4 = hl_vfma_avx512(x0, v, o0_4);
+        o0_5 = hl_vfma_avx512(x0, w, o0_5);
+        hl_vpair_bf16_avx512(value + 96, &v, &w);
+        o0_6 = hl_vfma_avx512(x0, v, o0_6);
+        o0_7 = hl_vfma_avx512(x0, w, o0_7);
     }
     hl_vstore_avx512(o + 0 * OS + 0 * L,
                      hl_vfma_avx512(hl_vset_avx512(alpha[0]), hl_vload_avx512(o + 0 * OS + 0 * L),
@@ -9319,33 +8442,33 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d128_rope64_value_few_avx512(const hl_space *w
     const hl_block *b, int32_t group)
 {
     enum { OS = 128, BLOCK = 48 };
+    const int32_t left = b->n + b->n_later - 32;
     int32_t h = 0;
-    for (; h + 8 <= group; h += 8) {
-        const float *const p = w->s + h * BLOCK;
-        float *const o = t->o + (ptrdiff_t)h * OS;
-        for (int32_t c = 0; c < 128; c += 32) {
-            hl_sfa_bf16_d128_rope64_pr_8x2_avx512(p, b->row, c, o + c, t->alpha + h, b->n);
-        }
-    }
     for (; h + 4 <= group; h += 4) {
+        const int32_t later = h == 0 ? left : 0;
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 128; c += 64) {
-            hl_sfa_bf16_d128_rope64_pr_4x4_avx512(p, b->row, c, o + c, t->alpha + h, b->n);
+            hl_sfa_bf16_d128_rope64_pr_4x4_avx512(p, b->row, c, o + c, t->alpha + h, b->n, later,
+                                                  b->value_apart);
         }
     }
     for (; h + 2 <= group; h += 2) {
+        const int32_t later = h == 0 ? left : 0;
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 128; c += 128) {
-            hl_sfa_bf16_d128_rope64_pr_2x8_avx512(p, b->row, c, o + c, t->alpha + h, b->n);
+            hl_sfa_bf16_d128_rope64_pr_2x8_avx512(p, b->row, c, o + c, t->alpha + h, b->n, later,
+                                                  b->value_apart);
         }
     }
     for (; h + 1 <= group; h += 1) {
+        const int32_t later = h == 0 ? left : 0;
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 128; c += 128) {
-            hl_sfa_bf16_d128_rope64_pr_1x8_avx512(p, b->row, c, o + c, t->alpha + h, b->n);
+            hl_sfa_bf16_d128_rope64_pr_1x8_avx512(p, b->row, c, o + c, t->alpha + h, b->n, later,
+                                                  b->value_apart);
         }
     }
 }
@@ -9544,7 +8667,6 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d128_rope64_block_avx512(
     const hl_sparse_flash_attention_plan *plan, const hl_space *w, const hl_state *t,
     const hl_block *b, int32_t padded)
 {
-    const int32_t value_apart = plan->args.value != NULL;
     if (plan->group <= 32) {
         /* S = scale Q K^T, in units of log2 */
         hl_sfa_bf16_d128_rope64_score_few_avx512(w, b, plan->group, plan->scale_log2);
@@ -9555,13 +8677,14 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d128_rope64_block_avx512(
         return;
     }
     /* rows -> numbers, once for the whole group */
-    hl_sfa_bf16_d128_rope64_load_avx512(w, b, value_apart);
+    hl_sfa_bf16_d128_rope64_load_avx512(w, b);
     /* S = scale Q K^T, in units of log2 */
     hl_sfa_bf16_d128_rope64_score_avx512(w, padded, b->n, plan->scale_log2);
     /* m' = max(m, rowmax S);  P = 2^(S - m');  l, alpha */
     hl_sfa_bf16_d128_rope64_softmax_avx512(w->s, t, padded, b->n);
     /* O = alpha O + P V */
-    hl_sfa_bf16_d128_rope64_value_avx512(w, t, padded, plan->group, value_apart ? 128 : 192, b->n);
+    hl_sfa_bf16_d128_rope64_value_avx512(w, t, padded, plan->group, b->value_apart ? 128 : 192,
+                                         b->n);
 }
 
 /* One chunk of a group's keys (FlashAttention-2, algorithm 1, with K and V in blocks). */
@@ -9569,18 +8692,28 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d128_rope64_forward_avx512(
     const hl_sparse_flash_attention_plan *plan, const hl_group *g, const hl_space *w,
     const hl_state *t, hl_cursor c, int32_t padded)
 {
-    const int32_t block = plan->group <= 32 ? 48 : 96;
+    enum { CAP = 192 };
+    const int32_t block = plan->group > 32 ? 96 : 48;
     const hl_sparse_flash_attention_args *const a = &plan->args;
+    int32_t known = hl_sfa_bf16_d128_rope64_next(a, g, &c, w->row, CAP);
+    int32_t more = known == CAP;
     hl_block b;
     b.row = w->row;
-    b.n = hl_sfa_bf16_d128_rope64_next(a, g, &c, b.row, block);
+    b.value_apart = a->value != NULL;
     hl_sfa_bf16_d128_rope64_start_avx512(t, padded, plan->group);
-    while (b.n > 0) {
-        b.n_later = b.n < block ? 0 : hl_sfa_bf16_d128_rope64_next(a, g, &c, b.row + block, block);
+    while (known > 0) {
+        b.n = known < block ? known : block;
+        b.n_later = known - b.n;
         hl_sfa_bf16_d128_rope64_block_avx512(plan, w, t, &b, padded);
         *t->seen = 1.0f;
-        HL_COPY(b.row, b.row + block, (size_t)b.n_later * sizeof *b.row);
-        b.n = b.n_later;
+        b.row += b.n;
+        known = b.n_later;
+        if (more && known <= CAP / 2) { /* the rows to come move to the front; others follow */
+            HL_COPY(w->row, b.row, (size_t)known * sizeof *b.row);
+            b.row = w->row;
+            known += hl_sfa_bf16_d128_rope64_next(a, g, &c, b.row + known, CAP - known);
+            more = known == CAP;
+        }
     }
 }
 

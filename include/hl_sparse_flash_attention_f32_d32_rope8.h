@@ -52,7 +52,7 @@
  *
  * MEMORY
  *   One task needs HL_SPARSE_FLASH_ATTENTION_F32_D32_ROPE8_WORKSPACE_BYTES(G),
- *   4992 bytes for G = 8, whatever the lengths.
+ *   6528 bytes for G = 8, whatever the lengths.
  *   Nothing is read outside the rows that a list (or a length) names, and nothing before or behind
  *   a row; unused memory may hold NaN.
  *
@@ -459,11 +459,12 @@ typedef struct hl_row {
     const void *value;
 } hl_row;
 
-/* One block of keys; behind its rows those of the next block, which are asked for meanwhile. */
+/* One block of keys; behind its rows lie those of later keys, which are asked for meanwhile. */
 typedef struct hl_block {
     hl_row *row;
     int32_t n;
     int32_t n_later;
+    int32_t value_apart; /* values are not the keys' first channels                            */
 } hl_block;
 
 /* The workspace of one task, cut into its named slices. */
@@ -876,7 +877,7 @@ enum {
 /* Bytes of workspace for one task, any alignment, as a constant expression: the exact figure for
  * `group` query heads on a kv head (heads_q / heads_kv). Sequence lengths do not matter. */
 #define HL_SPARSE_FLASH_ATTENTION_F32_D32_ROPE8_WORKSPACE_BYTES(group) \
-    (64 + 4 * (62 * (((size_t)(group) + 0) / 1 * 1) + 64 * (size_t)(group) + 224))
+    (64 + 4 * (62 * (((size_t)(group) + 0) / 1 * 1) + 64 * (size_t)(group) + 608))
 
 /* Bytes of args.partials that are enough to split r query rows of `heads` query heads into `chunks`
  * each; plan->split_bytes is the exact figure. */
@@ -937,6 +938,7 @@ HL_WORD_SCALAR void hl_vpair_scalar(const float *p, hl_vf_scalar *x, hl_vf_scala
 {
     *x = p[0]; *y = p[1];
 }
+HL_WORD_SCALAR hl_vf_scalar hl_vkeep_scalar(hl_vf_scalar x) { return x; }
 HL_WORD_SCALAR hl_vf_scalar hl_vadd_scalar(hl_vf_scalar x, hl_vf_scalar y) { return x + y; }
 HL_WORD_SCALAR hl_vf_scalar hl_vsub_scalar(hl_vf_scalar x, hl_vf_scalar y) { return x - y; }
 HL_WORD_SCALAR hl_vf_scalar hl_vmul_scalar(hl_vf_scalar x, hl_vf_scalar y) { return x * y; }
@@ -1029,8 +1031,8 @@ static inline void hl_sfa_f32_d32_rope8_space(hl_space *w, void *workspace, int3
     at += 0;
     w->s = at; /* S^T, then P^T */
     at += 16 * heads;
-    w->row = (hl_row *)(void *)at; /* where two blocks' keys lie */
-    at += 192;
+    w->row = (hl_row *)(void *)at; /* where these keys and later ones lie */
+    at += 576;
     w->state.m = at; /* running maxima, in log2 units */
     at += heads;
     w->state.l = at; /* running sums */
@@ -1580,413 +1582,411 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_load_q_few_scalar(
 
 /* ---- score: S = scale Q K^T, in units of log2 ---- */
 
-/* 4 heads by 2 keys, read where they are stored: channels
- * are in the lanes, and sums are formed across them once a tile, for many dot products together.
- * Behind the last key its row is taken again, so that every tile is whole. Meanwhile the same
- * channels of later keys (next) are asked for, if there are any. */
+/* 4 heads by 2 keys, read where they are stored, 2 rows at a time: channels are in
+ * the lanes, and sums are formed across them once a tile, for many dot products together. Behind
+ * the last key its row is taken again, so that every tile is whole. Meanwhile lines of later keys
+ * (next) are asked for, if there are any. */
 HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_dot_4x2_scalar(const float *q, const hl_row *row,
     int32_t last, float *s, float scale, const hl_row *next)
 {
     enum { L = 1, QS = 40 };
-    const hl_row *const row1 = row + (last < 1 ? last : 1);
-    hl_vf_scalar s0_0 = hl_vzero_scalar();
-    hl_vf_scalar s0_1 = hl_vzero_scalar();
-    hl_vf_scalar s1_0 = hl_vzero_scalar();
-    hl_vf_scalar s1_1 = hl_vzero_scalar();
-    hl_vf_scalar s2_0 = hl_vzero_scalar();
-    hl_vf_scalar s2_1 = hl_vzero_scalar();
-    hl_vf_scalar s3_0 = hl_vzero_scalar();
-    hl_vf_scalar s3_1 = hl_vzero_scalar();
-    {
-        const float *const from = q + 0;
-        const float *const k0 =
-            (const float *)row->key;
-        const float *const k1 =
-            (const float *)row1->key;
-        for (int32_t start = 0; start < 32; start += 16) {
-            if (next != NULL) {
-                HL_FETCH((const float *)next[0].key + start + 0);
-                HL_FETCH((const float *)next[1].key + start + 0);
-            }
-            for (int32_t c = start; c < start + 16; c += 2 * L) {
-                const float *const qc = from + c;
-                hl_vf_scalar q0;
-                hl_vf_scalar x0;
-                hl_vf_scalar y0;
-                hl_vpair_scalar(k0 + c, &x0, &y0);
-                hl_vf_scalar x1;
-                hl_vf_scalar y1;
-                hl_vpair_scalar(k1 + c, &x1, &y1);
-                q0 = hl_vload_scalar(qc + 0 * QS);
-                s0_0 = hl_vfma_scalar(x0, q0, s0_0);
-                s0_1 = hl_vfma_scalar(x1, q0, s0_1);
-                q0 = hl_vload_scalar(qc + 1 * QS);
-                s1_0 = hl_vfma_scalar(x0, q0, s1_0);
-                s1_1 = hl_vfma_scalar(x1, q0, s1_1);
-                q0 = hl_vload_scalar(qc + 2 * QS);
-                s2_0 = hl_vfma_scalar(x0, q0, s2_0);
-                s2_1 = hl_vfma_scalar(x1, q0, s2_1);
-                q0 = hl_vload_scalar(qc + 3 * QS);
-                s3_0 = hl_vfma_scalar(x0, q0, s3_0);
-                s3_1 = hl_vfma_scalar(x1, q0, s3_1);
-                q0 = hl_vload_scalar(qc + 0 * QS + L);
-                s0_0 = hl_vfma_scalar(y0, q0, s0_0);
-                s0_1 = hl_vfma_scalar(y1, q0, s0_1);
-                q0 = hl_vload_scalar(qc + 1 * QS + L);
-                s1_0 = hl_vfma_scalar(y0, q0, s1_0);
-                s1_1 = hl_vfma_scalar(y1, q0, s1_1);
-                q0 = hl_vload_scalar(qc + 2 * QS + L);
-                s2_0 = hl_vfma_scalar(y0, q0, s2_0);
-                s2_1 = hl_vfma_scalar(y1, q0, s2_1);
-                q0 = hl_vload_scalar(qc + 3 * QS + L);
-                s3_0 = hl_vfma_scalar(y0, q0, s3_0);
-                s3_1 = hl_vfma_scalar(y1, q0, s3_1);
+    hl_vf_scalar all[8];
+    for (int32_t j = 0; j < 2; j += 2) {
+        const hl_row *const row0 = row + (last < j + 0 ? last : j + 0);
+        const hl_row *const row1 = row + (last < j + 1 ? last : j + 1);
+        hl_vf_scalar s0_0 = hl_vzero_scalar();
+        hl_vf_scalar s0_1 = hl_vzero_scalar();
+        hl_vf_scalar s1_0 = hl_vzero_scalar();
+        hl_vf_scalar s1_1 = hl_vzero_scalar();
+        hl_vf_scalar s2_0 = hl_vzero_scalar();
+        hl_vf_scalar s2_1 = hl_vzero_scalar();
+        hl_vf_scalar s3_0 = hl_vzero_scalar();
+        hl_vf_scalar s3_1 = hl_vzero_scalar();
+        {
+            const float *const from = q + 0;
+            const float *const k0 = (const float *)row0->key;
+            const float *const k1 = (const float *)row1->key;
+            for (int32_t start = 0; start < 32; start += 16) {
+                if (next != NULL) {
+                    HL_FETCH((const float *)next[j + 0].key + start + 0);
+                    HL_FETCH((const float *)next[j + 1].key + start + 0);
+                }
+                for (int32_t c = start; c < start + 16; c += 2) {
+                    {
+                        const float *const qc = from + c + 0;
+                        hl_vf_scalar q0;
+                        hl_vf_scalar v0;
+                        hl_vf_scalar w0;
+                        hl_vpair_scalar(k0 + c + 0, &v0, &w0);
+                        hl_vf_scalar v1;
+                        hl_vf_scalar w1;
+                        hl_vpair_scalar(k1 + c + 0, &v1, &w1);
+                        q0 = hl_vkeep_scalar(hl_vload_scalar(qc + 0 * QS));
+                        s0_0 = hl_vfma_scalar(v0, q0, s0_0);
+                        s0_1 = hl_vfma_scalar(v1, q0, s0_1);
+                        q0 = hl_vkeep_scalar(hl_vload_scalar(qc + 1 * QS));
+                        s1_0 = hl_vfma_scalar(v0, q0, s1_0);
+                        s1_1 = hl_vfma_scalar(v1, q0, s1_1);
+                        q0 = hl_vkeep_scalar(hl_vload_scalar(qc + 2 * QS));
+                        s2_0 = hl_vfma_scalar(v0, q0, s2_0);
+                        s2_1 = hl_vfma_scalar(v1, q0, s2_1);
+                        q0 = hl_vkeep_scalar(hl_vload_scalar(qc + 3 * QS));
+                        s3_0 = hl_vfma_scalar(v0, q0, s3_0);
+                        s3_1 = hl_vfma_scalar(v1, q0, s3_1);
+                        q0 = hl_vkeep_scalar(hl_vload_scalar(qc + 0 * QS + L));
+                        s0_0 = hl_vfma_scalar(w0, q0, s0_0);
+                        s0_1 = hl_vfma_scalar(w1, q0, s0_1);
+                        q0 = hl_vkeep_scalar(hl_vload_scalar(qc + 1 * QS + L));
+                        s1_0 = hl_vfma_scalar(w0, q0, s1_0);
+                        s1_1 = hl_vfma_scalar(w1, q0, s1_1);
+                        q0 = hl_vkeep_scalar(hl_vload_scalar(qc + 2 * QS + L));
+                        s2_0 = hl_vfma_scalar(w0, q0, s2_0);
+                        s2_1 = hl_vfma_scalar(w1, q0, s2_1);
+                        q0 = hl_vkeep_scalar(hl_vload_scalar(qc + 3 * QS + L));
+                        s3_0 = hl_vfma_scalar(w0, q0, s3_0);
+                        s3_1 = hl_vfma_scalar(w1, q0, s3_1);
+                    }
+                }
             }
         }
+        {
+            const float *const from = q + 32;
+            const float *const k0 = (const float *)row0->rope;
+            const float *const k1 = (const float *)row1->rope;
+            for (int32_t start = 0; start < 8; start += 2) {
+                if (next != NULL) {
+                    HL_FETCH((const float *)next[j + 0].rope + start + 0);
+                    HL_FETCH((const float *)next[j + 1].rope + start + 0);
+                }
+                for (int32_t c = start; c < start + 2; c += 2) {
+                    {
+                        const float *const qc = from + c + 0;
+                        hl_vf_scalar q0;
+                        hl_vf_scalar v0;
+                        hl_vf_scalar w0;
+                        hl_vpair_scalar(k0 + c + 0, &v0, &w0);
+                        hl_vf_scalar v1;
+                        hl_vf_scalar w1;
+                        hl_vpair_scalar(k1 + c + 0, &v1, &w1);
+                        q0 = hl_vkeep_scalar(hl_vload_scalar(qc + 0 * QS));
+                        s0_0 = hl_vfma_scalar(v0, q0, s0_0);
+                        s0_1 = hl_vfma_scalar(v1, q0, s0_1);
+                        q0 = hl_vkeep_scalar(hl_vload_scalar(qc + 1 * QS));
+                        s1_0 = hl_vfma_scalar(v0, q0, s1_0);
+                        s1_1 = hl_vfma_scalar(v1, q0, s1_1);
+                        q0 = hl_vkeep_scalar(hl_vload_scalar(qc + 2 * QS));
+                        s2_0 = hl_vfma_scalar(v0, q0, s2_0);
+                        s2_1 = hl_vfma_scalar(v1, q0, s2_1);
+                        q0 = hl_vkeep_scalar(hl_vload_scalar(qc + 3 * QS));
+                        s3_0 = hl_vfma_scalar(v0, q0, s3_0);
+                        s3_1 = hl_vfma_scalar(v1, q0, s3_1);
+                        q0 = hl_vkeep_scalar(hl_vload_scalar(qc + 0 * QS + L));
+                        s0_0 = hl_vfma_scalar(w0, q0, s0_0);
+                        s0_1 = hl_vfma_scalar(w1, q0, s0_1);
+                        q0 = hl_vkeep_scalar(hl_vload_scalar(qc + 1 * QS + L));
+                        s1_0 = hl_vfma_scalar(w0, q0, s1_0);
+                        s1_1 = hl_vfma_scalar(w1, q0, s1_1);
+                        q0 = hl_vkeep_scalar(hl_vload_scalar(qc + 2 * QS + L));
+                        s2_0 = hl_vfma_scalar(w0, q0, s2_0);
+                        s2_1 = hl_vfma_scalar(w1, q0, s2_1);
+                        q0 = hl_vkeep_scalar(hl_vload_scalar(qc + 3 * QS + L));
+                        s3_0 = hl_vfma_scalar(w0, q0, s3_0);
+                        s3_1 = hl_vfma_scalar(w1, q0, s3_1);
+                    }
+                }
+            }
+        }
+        all[0 * 2 + j + 0] = s0_0;
+        all[0 * 2 + j + 1] = s0_1;
+        all[1 * 2 + j + 0] = s1_0;
+        all[1 * 2 + j + 1] = s1_1;
+        all[2 * 2 + j + 0] = s2_0;
+        all[2 * 2 + j + 1] = s2_1;
+        all[3 * 2 + j + 0] = s3_0;
+        all[3 * 2 + j + 1] = s3_1;
     }
-    {
-        const float *const from = q + 32;
-        const float *const k0 =
-            (const float *)row->rope;
-        const float *const k1 =
-            (const float *)row1->rope;
-        for (int32_t start = 0; start < 8; start += 2) {
-            if (next != NULL) {
-                HL_FETCH((const float *)next[0].rope + start + 0);
-                HL_FETCH((const float *)next[1].rope + start + 0);
-            }
-            for (int32_t c = start; c < start + 2; c += 2 * L) {
-                const float *const qc = from + c;
-                hl_vf_scalar q0;
-                hl_vf_scalar x0;
-                hl_vf_scalar y0;
-                hl_vpair_scalar(k0 + c, &x0, &y0);
-                hl_vf_scalar x1;
-                hl_vf_scalar y1;
-                hl_vpair_scalar(k1 + c, &x1, &y1);
-                q0 = hl_vload_scalar(qc + 0 * QS);
-                s0_0 = hl_vfma_scalar(x0, q0, s0_0);
-                s0_1 = hl_vfma_scalar(x1, q0, s0_1);
-                q0 = hl_vload_scalar(qc + 1 * QS);
-                s1_0 = hl_vfma_scalar(x0, q0, s1_0);
-                s1_1 = hl_vfma_scalar(x1, q0, s1_1);
-                q0 = hl_vload_scalar(qc + 2 * QS);
-                s2_0 = hl_vfma_scalar(x0, q0, s2_0);
-                s2_1 = hl_vfma_scalar(x1, q0, s2_1);
-                q0 = hl_vload_scalar(qc + 3 * QS);
-                s3_0 = hl_vfma_scalar(x0, q0, s3_0);
-                s3_1 = hl_vfma_scalar(x1, q0, s3_1);
-                q0 = hl_vload_scalar(qc + 0 * QS + L);
-                s0_0 = hl_vfma_scalar(y0, q0, s0_0);
-                s0_1 = hl_vfma_scalar(y1, q0, s0_1);
-                q0 = hl_vload_scalar(qc + 1 * QS + L);
-                s1_0 = hl_vfma_scalar(y0, q0, s1_0);
-                s1_1 = hl_vfma_scalar(y1, q0, s1_1);
-                q0 = hl_vload_scalar(qc + 2 * QS + L);
-                s2_0 = hl_vfma_scalar(y0, q0, s2_0);
-                s2_1 = hl_vfma_scalar(y1, q0, s2_1);
-                q0 = hl_vload_scalar(qc + 3 * QS + L);
-                s3_0 = hl_vfma_scalar(y0, q0, s3_0);
-                s3_1 = hl_vfma_scalar(y1, q0, s3_1);
-            }
-        }
-    }
-    {
-        const hl_vf_scalar all[8] = {
-s0_0, s0_1,
-s1_0, s1_1,
-s2_0, s2_1,
-s3_0, s3_1
-        };
-        for (int32_t i = 0; i < 8; i += L) {
-            hl_vstore_scalar(s + i,
-                             hl_vmul_scalar(hl_vsums_scalar(all + i), hl_vset_scalar(scale)));
-        }
+    for (int32_t i = 0; i < 8; i += L) {
+        hl_vstore_scalar(s + i, hl_vmul_scalar(hl_vsums_scalar(all + i), hl_vset_scalar(scale)));
     }
 }
 
-/* 2 heads by 4 keys, read where they are stored: channels
- * are in the lanes, and sums are formed across them once a tile, for many dot products together.
- * Behind the last key its row is taken again, so that every tile is whole. Meanwhile the same
- * channels of later keys (next) are asked for, if there are any. */
+/* 2 heads by 4 keys, read where they are stored, 4 rows at a time: channels are in
+ * the lanes, and sums are formed across them once a tile, for many dot products together. Behind
+ * the last key its row is taken again, so that every tile is whole. Meanwhile lines of later keys
+ * (next) are asked for, if there are any. */
 HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_dot_2x4_scalar(const float *q, const hl_row *row,
     int32_t last, float *s, float scale, const hl_row *next)
 {
     enum { L = 1, QS = 40 };
-    const hl_row *const row1 = row + (last < 1 ? last : 1);
-    const hl_row *const row2 = row + (last < 2 ? last : 2);
-    const hl_row *const row3 = row + (last < 3 ? last : 3);
-    hl_vf_scalar s0_0 = hl_vzero_scalar();
-    hl_vf_scalar s0_1 = hl_vzero_scalar();
-    hl_vf_scalar s0_2 = hl_vzero_scalar();
-    hl_vf_scalar s0_3 = hl_vzero_scalar();
-    hl_vf_scalar s1_0 = hl_vzero_scalar();
-    hl_vf_scalar s1_1 = hl_vzero_scalar();
-    hl_vf_scalar s1_2 = hl_vzero_scalar();
-    hl_vf_scalar s1_3 = hl_vzero_scalar();
-    {
-        const float *const from = q + 0;
-        const float *const k0 =
-            (const float *)row->key;
-        const float *const k1 =
-            (const float *)row1->key;
-        const float *const k2 =
-            (const float *)row2->key;
-        const float *const k3 =
-            (const float *)row3->key;
-        for (int32_t start = 0; start < 32; start += 16) {
-            if (next != NULL) {
-                HL_FETCH((const float *)next[0].key + start + 0);
-                HL_FETCH((const float *)next[1].key + start + 0);
-                HL_FETCH((const float *)next[2].key + start + 0);
-                HL_FETCH((const float *)next[3].key + start + 0);
-            }
-            for (int32_t c = start; c < start + 16; c += 2 * L) {
-                const float *const qc = from + c;
-                hl_vf_scalar x;
-                hl_vf_scalar y;
-                const hl_vf_scalar qx0 = hl_vload_scalar(qc + 0 * QS);
-                const hl_vf_scalar qy0 = hl_vload_scalar(qc + 0 * QS + L);
-                const hl_vf_scalar qx1 = hl_vload_scalar(qc + 1 * QS);
-                const hl_vf_scalar qy1 = hl_vload_scalar(qc + 1 * QS + L);
-                hl_vpair_scalar(k0 + c, &x, &y);
-                s0_0 = hl_vfma_scalar(x, qx0, s0_0);
-                s1_0 = hl_vfma_scalar(x, qx1, s1_0);
-                s0_0 = hl_vfma_scalar(y, qy0, s0_0);
-                s1_0 = hl_vfma_scalar(y, qy1, s1_0);
-                hl_vpair_scalar(k1 + c, &x, &y);
-                s0_1 = hl_vfma_scalar(x, qx0, s0_1);
-                s1_1 = hl_vfma_scalar(x, qx1, s1_1);
-                s0_1 = hl_vfma_scalar(y, qy0, s0_1);
-                s1_1 = hl_vfma_scalar(y, qy1, s1_1);
-                hl_vpair_scalar(k2 + c, &x, &y);
-                s0_2 = hl_vfma_scalar(x, qx0, s0_2);
-                s1_2 = hl_vfma_scalar(x, qx1, s1_2);
-                s0_2 = hl_vfma_scalar(y, qy0, s0_2);
-                s1_2 = hl_vfma_scalar(y, qy1, s1_2);
-                hl_vpair_scalar(k3 + c, &x, &y);
-                s0_3 = hl_vfma_scalar(x, qx0, s0_3);
-                s1_3 = hl_vfma_scalar(x, qx1, s1_3);
-                s0_3 = hl_vfma_scalar(y, qy0, s0_3);
-                s1_3 = hl_vfma_scalar(y, qy1, s1_3);
+    hl_vf_scalar all[8];
+    for (int32_t j = 0; j < 4; j += 4) {
+        const hl_row *const row0 = row + (last < j + 0 ? last : j + 0);
+        const hl_row *const row1 = row + (last < j + 1 ? last : j + 1);
+        const hl_row *const row2 = row + (last < j + 2 ? last : j + 2);
+        const hl_row *const row3 = row + (last < j + 3 ? last : j + 3);
+        hl_vf_scalar s0_0 = hl_vzero_scalar();
+        hl_vf_scalar s0_1 = hl_vzero_scalar();
+        hl_vf_scalar s0_2 = hl_vzero_scalar();
+        hl_vf_scalar s0_3 = hl_vzero_scalar();
+        hl_vf_scalar s1_0 = hl_vzero_scalar();
+        hl_vf_scalar s1_1 = hl_vzero_scalar();
+        hl_vf_scalar s1_2 = hl_vzero_scalar();
+        hl_vf_scalar s1_3 = hl_vzero_scalar();
+        {
+            const float *const from = q + 0;
+            const float *const k0 = (const float *)row0->key;
+            const float *const k1 = (const float *)row1->key;
+            const float *const k2 = (const float *)row2->key;
+            const float *const k3 = (const float *)row3->key;
+            for (int32_t start = 0; start < 32; start += 16) {
+                if (next != NULL) {
+                    HL_FETCH((const float *)next[j + 0].key + start + 0);
+                    HL_FETCH((const float *)next[j + 1].key + start + 0);
+                    HL_FETCH((const float *)next[j + 2].key + start + 0);
+                    HL_FETCH((const float *)next[j + 3].key + start + 0);
+                }
+                for (int32_t c = start; c < start + 16; c += 2) {
+                    {
+                        const float *const qc = from + c + 0;
+                        hl_vf_scalar v;
+                        hl_vf_scalar w;
+                        const hl_vf_scalar q0 = hl_vload_scalar(qc + 0 * QS);
+                        const hl_vf_scalar p0 = hl_vload_scalar(qc + 0 * QS + L);
+                        const hl_vf_scalar q1 = hl_vload_scalar(qc + 1 * QS);
+                        const hl_vf_scalar p1 = hl_vload_scalar(qc + 1 * QS + L);
+                        hl_vpair_scalar(k0 + c + 0, &v, &w);
+                        s0_0 = hl_vfma_scalar(v, q0, s0_0);
+                        s1_0 = hl_vfma_scalar(v, q1, s1_0);
+                        s0_0 = hl_vfma_scalar(w, p0, s0_0);
+                        s1_0 = hl_vfma_scalar(w, p1, s1_0);
+                        hl_vpair_scalar(k1 + c + 0, &v, &w);
+                        s0_1 = hl_vfma_scalar(v, q0, s0_1);
+                        s1_1 = hl_vfma_scalar(v, q1, s1_1);
+                        s0_1 = hl_vfma_scalar(w, p0, s0_1);
+                        s1_1 = hl_vfma_scalar(w, p1, s1_1);
+                        hl_vpair_scalar(k2 + c + 0, &v, &w);
+                        s0_2 = hl_vfma_scalar(v, q0, s0_2);
+                        s1_2 = hl_vfma_scalar(v, q1, s1_2);
+                        s0_2 = hl_vfma_scalar(w, p0, s0_2);
+                        s1_2 = hl_vfma_scalar(w, p1, s1_2);
+                        hl_vpair_scalar(k3 + c + 0, &v, &w);
+                        s0_3 = hl_vfma_scalar(v, q0, s0_3);
+                        s1_3 = hl_vfma_scalar(v, q1, s1_3);
+                        s0_3 = hl_vfma_scalar(w, p0, s0_3);
+                        s1_3 = hl_vfma_scalar(w, p1, s1_3);
+                    }
+                }
             }
         }
+        {
+            const float *const from = q + 32;
+            const float *const k0 = (const float *)row0->rope;
+            const float *const k1 = (const float *)row1->rope;
+            const float *const k2 = (const float *)row2->rope;
+            const float *const k3 = (const float *)row3->rope;
+            for (int32_t start = 0; start < 8; start += 2) {
+                if (next != NULL) {
+                    HL_FETCH((const float *)next[j + 0].rope + start + 0);
+                    HL_FETCH((const float *)next[j + 1].rope + start + 0);
+                    HL_FETCH((const float *)next[j + 2].rope + start + 0);
+                    HL_FETCH((const float *)next[j + 3].rope + start + 0);
+                }
+                for (int32_t c = start; c < start + 2; c += 2) {
+                    {
+                        const float *const qc = from + c + 0;
+                        hl_vf_scalar v;
+                        hl_vf_scalar w;
+                        const hl_vf_scalar q0 = hl_vload_scalar(qc + 0 * QS);
+                        const hl_vf_scalar p0 = hl_vload_scalar(qc + 0 * QS + L);
+                        const hl_vf_scalar q1 = hl_vload_scalar(qc + 1 * QS);
+                        const hl_vf_scalar p1 = hl_vload_scalar(qc + 1 * QS + L);
+                        hl_vpair_scalar(k0 + c + 0, &v, &w);
+                        s0_0 = hl_vfma_scalar(v, q0, s0_0);
+                        s1_0 = hl_vfma_scalar(v, q1, s1_0);
+                        s0_0 = hl_vfma_scalar(w, p0, s0_0);
+                        s1_0 = hl_vfma_scalar(w, p1, s1_0);
+                        hl_vpair_scalar(k1 + c + 0, &v, &w);
+                        s0_1 = hl_vfma_scalar(v, q0, s0_1);
+                        s1_1 = hl_vfma_scalar(v, q1, s1_1);
+                        s0_1 = hl_vfma_scalar(w, p0, s0_1);
+                        s1_1 = hl_vfma_scalar(w, p1, s1_1);
+                        hl_vpair_scalar(k2 + c + 0, &v, &w);
+                        s0_2 = hl_vfma_scalar(v, q0, s0_2);
+                        s1_2 = hl_vfma_scalar(v, q1, s1_2);
+                        s0_2 = hl_vfma_scalar(w, p0, s0_2);
+                        s1_2 = hl_vfma_scalar(w, p1, s1_2);
+                        hl_vpair_scalar(k3 + c + 0, &v, &w);
+                        s0_3 = hl_vfma_scalar(v, q0, s0_3);
+                        s1_3 = hl_vfma_scalar(v, q1, s1_3);
+                        s0_3 = hl_vfma_scalar(w, p0, s0_3);
+                        s1_3 = hl_vfma_scalar(w, p1, s1_3);
+                    }
+                }
+            }
+        }
+        all[0 * 4 + j + 0] = s0_0;
+        all[0 * 4 + j + 1] = s0_1;
+        all[0 * 4 + j + 2] = s0_2;
+        all[0 * 4 + j + 3] = s0_3;
+        all[1 * 4 + j + 0] = s1_0;
+        all[1 * 4 + j + 1] = s1_1;
+        all[1 * 4 + j + 2] = s1_2;
+        all[1 * 4 + j + 3] = s1_3;
     }
-    {
-        const float *const from = q + 32;
-        const float *const k0 =
-            (const float *)row->rope;
-        const float *const k1 =
-            (const float *)row1->rope;
-        const float *const k2 =
-            (const float *)row2->rope;
-        const float *const k3 =
-            (const float *)row3->rope;
-        for (int32_t start = 0; start < 8; start += 2) {
-            if (next != NULL) {
-                HL_FETCH((const float *)next[0].rope + start + 0);
-                HL_FETCH((const float *)next[1].rope + start + 0);
-                HL_FETCH((const float *)next[2].rope + start + 0);
-                HL_FETCH((const float *)next[3].rope + start + 0);
-            }
-            for (int32_t c = start; c < start + 2; c += 2 * L) {
-                const float *const qc = from + c;
-                hl_vf_scalar x;
-                hl_vf_scalar y;
-                const hl_vf_scalar qx0 = hl_vload_scalar(qc + 0 * QS);
-                const hl_vf_scalar qy0 = hl_vload_scalar(qc + 0 * QS + L);
-                const hl_vf_scalar qx1 = hl_vload_scalar(qc + 1 * QS);
-                const hl_vf_scalar qy1 = hl_vload_scalar(qc + 1 * QS + L);
-                hl_vpair_scalar(k0 + c, &x, &y);
-                s0_0 = hl_vfma_scalar(x, qx0, s0_0);
-                s1_0 = hl_vfma_scalar(x, qx1, s1_0);
-                s0_0 = hl_vfma_scalar(y, qy0, s0_0);
-                s1_0 = hl_vfma_scalar(y, qy1, s1_0);
-                hl_vpair_scalar(k1 + c, &x, &y);
-                s0_1 = hl_vfma_scalar(x, qx0, s0_1);
-                s1_1 = hl_vfma_scalar(x, qx1, s1_1);
-                s0_1 = hl_vfma_scalar(y, qy0, s0_1);
-                s1_1 = hl_vfma_scalar(y, qy1, s1_1);
-                hl_vpair_scalar(k2 + c, &x, &y);
-                s0_2 = hl_vfma_scalar(x, qx0, s0_2);
-                s1_2 = hl_vfma_scalar(x, qx1, s1_2);
-                s0_2 = hl_vfma_scalar(y, qy0, s0_2);
-                s1_2 = hl_vfma_scalar(y, qy1, s1_2);
-                hl_vpair_scalar(k3 + c, &x, &y);
-                s0_3 = hl_vfma_scalar(x, qx0, s0_3);
-                s1_3 = hl_vfma_scalar(x, qx1, s1_3);
-                s0_3 = hl_vfma_scalar(y, qy0, s0_3);
-                s1_3 = hl_vfma_scalar(y, qy1, s1_3);
-            }
-        }
-    }
-    {
-        const hl_vf_scalar all[8] = {
-s0_0, s0_1, s0_2, s0_3,
-s1_0, s1_1, s1_2, s1_3
-        };
-        for (int32_t i = 0; i < 8; i += L) {
-            hl_vstore_scalar(s + i,
-                             hl_vmul_scalar(hl_vsums_scalar(all + i), hl_vset_scalar(scale)));
-        }
+    for (int32_t i = 0; i < 8; i += L) {
+        hl_vstore_scalar(s + i, hl_vmul_scalar(hl_vsums_scalar(all + i), hl_vset_scalar(scale)));
     }
 }
 
-/* 1 head by 8 keys, read where they are stored: channels
- * are in the lanes, and sums are formed across them once a tile, for many dot products together.
- * Behind the last key its row is taken again, so that every tile is whole. Meanwhile the same
- * channels of later keys (next) are asked for, if there are any. */
+/* 1 head by 8 keys, read where they are stored, 8 rows at a time: channels are in
+ * the lanes, and sums are formed across them once a tile, for many dot products together. Behind
+ * the last key its row is taken again, so that every tile is whole. Meanwhile lines of later keys
+ * (next) are asked for, if there are any. */
 HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_dot_1x8_scalar(const float *q, const hl_row *row,
     int32_t last, float *s, float scale, const hl_row *next)
 {
     enum { L = 1, QS = 40 };
-    const hl_row *const row1 = row + (last < 1 ? last : 1);
-    const hl_row *const row2 = row + (last < 2 ? last : 2);
-    const hl_row *const row3 = row + (last < 3 ? last : 3);
-    const hl_row *const row4 = row + (last < 4 ? last : 4);
-    const hl_row *const row5 = row + (last < 5 ? last : 5);
-    const hl_row *const row6 = row + (last < 6 ? last : 6);
-    const hl_row *const row7 = row + (last < 7 ? last : 7);
-    hl_vf_scalar s0_0 = hl_vzero_scalar();
-    hl_vf_scalar s0_1 = hl_vzero_scalar();
-    hl_vf_scalar s0_2 = hl_vzero_scalar();
-    hl_vf_scalar s0_3 = hl_vzero_scalar();
-    hl_vf_scalar s0_4 = hl_vzero_scalar();
-    hl_vf_scalar s0_5 = hl_vzero_scalar();
-    hl_vf_scalar s0_6 = hl_vzero_scalar();
-    hl_vf_scalar s0_7 = hl_vzero_scalar();
-    {
-        const float *const from = q + 0;
-        const float *const k0 =
-            (const float *)row->key;
-        const float *const k1 =
-            (const float *)row1->key;
-        const float *const k2 =
-            (const float *)row2->key;
-        const float *const k3 =
-            (const float *)row3->key;
-        const float *const k4 =
-            (const float *)row4->key;
-        const float *const k5 =
-            (const float *)row5->key;
-        const float *const k6 =
-            (const float *)row6->key;
-        const float *const k7 =
-            (const float *)row7->key;
-        for (int32_t start = 0; start < 32; start += 16) {
-            if (next != NULL) {
-                HL_FETCH((const float *)next[0].key + start + 0);
-                HL_FETCH((const float *)next[1].key + start + 0);
-                HL_FETCH((const float *)next[2].key + start + 0);
-                HL_FETCH((const float *)next[3].key + start + 0);
-                HL_FETCH((const float *)next[4].key + start + 0);
-                HL_FETCH((const float *)next[5].key + start + 0);
-                HL_FETCH((const float *)next[6].key + start + 0);
-                HL_FETCH((const float *)next[7].key + start + 0);
-            }
-            for (int32_t c = start; c < start + 16; c += 2 * L) {
-                const float *const qc = from + c;
-                hl_vf_scalar x;
-                hl_vf_scalar y;
-                const hl_vf_scalar qx0 = hl_vload_scalar(qc + 0 * QS);
-                const hl_vf_scalar qy0 = hl_vload_scalar(qc + 0 * QS + L);
-                hl_vpair_scalar(k0 + c, &x, &y);
-                s0_0 = hl_vfma_scalar(x, qx0, s0_0);
-                s0_0 = hl_vfma_scalar(y, qy0, s0_0);
-                hl_vpair_scalar(k1 + c, &x, &y);
-                s0_1 = hl_vfma_scalar(x, qx0, s0_1);
-                s0_1 = hl_vfma_scalar(y, qy0, s0_1);
-                hl_vpair_scalar(k2 + c, &x, &y);
-                s0_2 = hl_vfma_scalar(x, qx0, s0_2);
-                s0_2 = hl_vfma_scalar(y, qy0, s0_2);
-                hl_vpair_scalar(k3 + c, &x, &y);
-                s0_3 = hl_vfma_scalar(x, qx0, s0_3);
-                s0_3 = hl_vfma_scalar(y, qy0, s0_3);
-                hl_vpair_scalar(k4 + c, &x, &y);
-                s0_4 = hl_vfma_scalar(x, qx0, s0_4);
-                s0_4 = hl_vfma_scalar(y, qy0, s0_4);
-                hl_vpair_scalar(k5 + c, &x, &y);
-                s0_5 = hl_vfma_scalar(x, qx0, s0_5);
-                s0_5 = hl_vfma_scalar(y, qy0, s0_5);
-                hl_vpair_scalar(k6 + c, &x, &y);
-                s0_6 = hl_vfma_scalar(x, qx0, s0_6);
-                s0_6 = hl_vfma_scalar(y, qy0, s0_6);
-                hl_vpair_scalar(k7 + c, &x, &y);
-                s0_7 = hl_vfma_scalar(x, qx0, s0_7);
-                s0_7 = hl_vfma_scalar(y, qy0, s0_7);
+    hl_vf_scalar all[8];
+    for (int32_t j = 0; j < 8; j += 8) {
+        const hl_row *const row0 = row + (last < j + 0 ? last : j + 0);
+        const hl_row *const row1 = row + (last < j + 1 ? last : j + 1);
+        const hl_row *const row2 = row + (last < j + 2 ? last : j + 2);
+        const hl_row *const row3 = row + (last < j + 3 ? last : j + 3);
+        const hl_row *const row4 = row + (last < j + 4 ? last : j + 4);
+        const hl_row *const row5 = row + (last < j + 5 ? last : j + 5);
+        const hl_row *const row6 = row + (last < j + 6 ? last : j + 6);
+        const hl_row *const row7 = row + (last < j + 7 ? last : j + 7);
+        hl_vf_scalar s0_0 = hl_vzero_scalar();
+        hl_vf_scalar s0_1 = hl_vzero_scalar();
+        hl_vf_scalar s0_2 = hl_vzero_scalar();
+        hl_vf_scalar s0_3 = hl_vzero_scalar();
+        hl_vf_scalar s0_4 = hl_vzero_scalar();
+        hl_vf_scalar s0_5 = hl_vzero_scalar();
+        hl_vf_scalar s0_6 = hl_vzero_scalar();
+        hl_vf_scalar s0_7 = hl_vzero_scalar();
+        {
+            const float *const from = q + 0;
+            const float *const k0 = (const float *)row0->key;
+            const float *const k1 = (const float *)row1->key;
+            const float *const k2 = (const float *)row2->key;
+            const float *const k3 = (const float *)row3->key;
+            const float *const k4 = (const float *)row4->key;
+            const float *const k5 = (const float *)row5->key;
+            const float *const k6 = (const float *)row6->key;
+            const float *const k7 = (const float *)row7->key;
+            for (int32_t start = 0; start < 32; start += 16) {
+                if (next != NULL) {
+                    HL_FETCH((const float *)next[j + 0].key + start + 0);
+                    HL_FETCH((const float *)next[j + 1].key + start + 0);
+                    HL_FETCH((const float *)next[j + 2].key + start + 0);
+                    HL_FETCH((const float *)next[j + 3].key + start + 0);
+                    HL_FETCH((const float *)next[j + 4].key + start + 0);
+                    HL_FETCH((const float *)next[j + 5].key + start + 0);
+                    HL_FETCH((const float *)next[j + 6].key + start + 0);
+                    HL_FETCH((const float *)next[j + 7].key + start + 0);
+                }
+                for (int32_t c = start; c < start + 16; c += 2) {
+                    {
+                        const float *const qc = from + c + 0;
+                        hl_vf_scalar v;
+                        hl_vf_scalar w;
+                        const hl_vf_scalar q0 = hl_vload_scalar(qc + 0 * QS);
+                        const hl_vf_scalar p0 = hl_vload_scalar(qc + 0 * QS + L);
+                        hl_vpair_scalar(k0 + c + 0, &v, &w);
+                        s0_0 = hl_vfma_scalar(v, q0, s0_0);
+                        s0_0 = hl_vfma_scalar(w, p0, s0_0);
+                        hl_vpair_scalar(k1 + c + 0, &v, &w);
+                        s0_1 = hl_vfma_scalar(v, q0, s0_1);
+                        s0_1 = hl_vfma_scalar(w, p0, s0_1);
+                        hl_vpair_scalar(k2 + c + 0, &v, &w);
+                        s0_2 = hl_vfma_scalar(v, q0, s0_2);
+                        s0_2 = hl_vfma_scalar(w, p0, s0_2);
+                        hl_vpair_scalar(k3 + c + 0, &v, &w);
+                        s0_3 = hl_vfma_scalar(v, q0, s0_3);
+                        s0_3 = hl_vfma_scalar(w, p0, s0_3);
+                        hl_vpair_scalar(k4 + c + 0, &v, &w);
+                        s0_4 = hl_vfma_scalar(v, q0, s0_4);
+                        s0_4 = hl_vfma_scalar(w, p0, s0_4);
+                        hl_vpair_scalar(k5 + c + 0, &v, &w);
+                        s0_5 = hl_vfma_scalar(v, q0, s0_5);
+                        s0_5 = hl_vfma_scalar(w, p0, s0_5);
+                        hl_vpair_scalar(k6 + c + 0, &v, &w);
+                        s0_6 = hl_vfma_scalar(v, q0, s0_6);
+                        s0_6 = hl_vfma_scalar(w, p0, s0_6);
+                        hl_vpair_scalar(k7 + c + 0, &v, &w);
+                        s0_7 = hl_vfma_scalar(v, q0, s0_7);
+                        s0_7 = hl_vfma_scalar(w, p0, s0_7);
+                    }
+                }
             }
         }
+        {
+            const float *const from = q + 32;
+            const float *const k0 = (const float *)row0->rope;
+            const float *const k1 = (const float *)row1->rope;
+            const float *const k2 = (const float *)row2->rope;
+            const float *const k3 = (const float *)row3->rope;
+            const float *const k4 = (const float *)row4->rope;
+            const float *const k5 = (const float *)row5->rope;
+            const float *const k6 = (const float *)row6->rope;
+            const float *const k7 = (const float *)row7->rope;
+            for (int32_t start = 0; start < 8; start += 2) {
+                if (next != NULL) {
+                    HL_FETCH((const float *)next[j + 0].rope + start + 0);
+                    HL_FETCH((const float *)next[j + 1].rope + start + 0);
+                    HL_FETCH((const float *)next[j + 2].rope + start + 0);
+                    HL_FETCH((const float *)next[j + 3].rope + start + 0);
+                    HL_FETCH((const float *)next[j + 4].rope + start + 0);
+                    HL_FETCH((const float *)next[j + 5].rope + start + 0);
+                    HL_FETCH((const float *)next[j + 6].rope + start + 0);
+                    HL_FETCH((const float *)next[j + 7].rope + start + 0);
+                }
+                for (int32_t c = start; c < start + 2; c += 2) {
+                    {
+                        const float *const qc = from + c + 0;
+                        hl_vf_scalar v;
+                        hl_vf_scalar w;
+                        const hl_vf_scalar q0 = hl_vload_scalar(qc + 0 * QS);
+                        const hl_vf_scalar p0 = hl_vload_scalar(qc + 0 * QS + L);
+                        hl_vpair_scalar(k0 + c + 0, &v, &w);
+                        s0_0 = hl_vfma_scalar(v, q0, s0_0);
+                        s0_0 = hl_vfma_scalar(w, p0, s0_0);
+                        hl_vpair_scalar(k1 + c + 0, &v, &w);
+                        s0_1 = hl_vfma_scalar(v, q0, s0_1);
+                        s0_1 = hl_vfma_scalar(w, p0, s0_1);
+                        hl_vpair_scalar(k2 + c + 0, &v, &w);
+                        s0_2 = hl_vfma_scalar(v, q0, s0_2);
+                        s0_2 = hl_vfma_scalar(w, p0, s0_2);
+                        hl_vpair_scalar(k3 + c + 0, &v, &w);
+                        s0_3 = hl_vfma_scalar(v, q0, s0_3);
+                        s0_3 = hl_vfma_scalar(w, p0, s0_3);
+                        hl_vpair_scalar(k4 + c + 0, &v, &w);
+                        s0_4 = hl_vfma_scalar(v, q0, s0_4);
+                        s0_4 = hl_vfma_scalar(w, p0, s0_4);
+                        hl_vpair_scalar(k5 + c + 0, &v, &w);
+                        s0_5 = hl_vfma_scalar(v, q0, s0_5);
+                        s0_5 = hl_vfma_scalar(w, p0, s0_5);
+                        hl_vpair_scalar(k6 + c + 0, &v, &w);
+                        s0_6 = hl_vfma_scalar(v, q0, s0_6);
+                        s0_6 = hl_vfma_scalar(w, p0, s0_6);
+                        hl_vpair_scalar(k7 + c + 0, &v, &w);
+                        s0_7 = hl_vfma_scalar(v, q0, s0_7);
+                        s0_7 = hl_vfma_scalar(w, p0, s0_7);
+                    }
+                }
+            }
+        }
+        all[0 * 8 + j + 0] = s0_0;
+        all[0 * 8 + j + 1] = s0_1;
+        all[0 * 8 + j + 2] = s0_2;
+        all[0 * 8 + j + 3] = s0_3;
+        all[0 * 8 + j + 4] = s0_4;
+        all[0 * 8 + j + 5] = s0_5;
+        all[0 * 8 + j + 6] = s0_6;
+        all[0 * 8 + j + 7] = s0_7;
     }
-    {
-        const float *const from = q + 32;
-        const float *const k0 =
-            (const float *)row->rope;
-        const float *const k1 =
-            (const float *)row1->rope;
-        const float *const k2 =
-            (const float *)row2->rope;
-        const float *const k3 =
-            (const float *)row3->rope;
-        const float *const k4 =
-            (const float *)row4->rope;
-        const float *const k5 =
-            (const float *)row5->rope;
-        const float *const k6 =
-            (const float *)row6->rope;
-        const float *const k7 =
-            (const float *)row7->rope;
-        for (int32_t start = 0; start < 8; start += 2) {
-            if (next != NULL) {
-                HL_FETCH((const float *)next[0].rope + start + 0);
-                HL_FETCH((const float *)next[1].rope + start + 0);
-                HL_FETCH((const float *)next[2].rope + start + 0);
-                HL_FETCH((const float *)next[3].rope + start + 0);
-                HL_FETCH((const float *)next[4].rope + start + 0);
-                HL_FETCH((const float *)next[5].rope + start + 0);
-                HL_FETCH((const float *)next[6].rope + start + 0);
-                HL_FETCH((const float *)next[7].rope + start + 0);
-            }
-            for (int32_t c = start; c < start + 2; c += 2 * L) {
-                const float *const qc = from + c;
-                hl_vf_scalar x;
-                hl_vf_scalar y;
-                const hl_vf_scalar qx0 = hl_vload_scalar(qc + 0 * QS);
-                const hl_vf_scalar qy0 = hl_vload_scalar(qc + 0 * QS + L);
-                hl_vpair_scalar(k0 + c, &x, &y);
-                s0_0 = hl_vfma_scalar(x, qx0, s0_0);
-                s0_0 = hl_vfma_scalar(y, qy0, s0_0);
-                hl_vpair_scalar(k1 + c, &x, &y);
-                s0_1 = hl_vfma_scalar(x, qx0, s0_1);
-                s0_1 = hl_vfma_scalar(y, qy0, s0_1);
-                hl_vpair_scalar(k2 + c, &x, &y);
-                s0_2 = hl_vfma_scalar(x, qx0, s0_2);
-                s0_2 = hl_vfma_scalar(y, qy0, s0_2);
-                hl_vpair_scalar(k3 + c, &x, &y);
-                s0_3 = hl_vfma_scalar(x, qx0, s0_3);
-                s0_3 = hl_vfma_scalar(y, qy0, s0_3);
-                hl_vpair_scalar(k4 + c, &x, &y);
-                s0_4 = hl_vfma_scalar(x, qx0, s0_4);
-                s0_4 = hl_vfma_scalar(y, qy0, s0_4);
-                hl_vpair_scalar(k5 + c, &x, &y);
-                s0_5 = hl_vfma_scalar(x, qx0, s0_5);
-                s0_5 = hl_vfma_scalar(y, qy0, s0_5);
-                hl_vpair_scalar(k6 + c, &x, &y);
-                s0_6 = hl_vfma_scalar(x, qx0, s0_6);
-                s0_6 = hl_vfma_scalar(y, qy0, s0_6);
-                hl_vpair_scalar(k7 + c, &x, &y);
-                s0_7 = hl_vfma_scalar(x, qx0, s0_7);
-                s0_7 = hl_vfma_scalar(y, qy0, s0_7);
-            }
-        }
-    }
-    {
-        const hl_vf_scalar all[8] = {
-s0_0, s0_1, s0_2, s0_3, s0_4, s0_5, s0_6, s0_7
-        };
-        for (int32_t i = 0; i < 8; i += L) {
-            hl_vstore_scalar(s + i,
-                             hl_vmul_scalar(hl_vsums_scalar(all + i), hl_vset_scalar(scale)));
-        }
+    for (int32_t i = 0; i < 8; i += L) {
+        hl_vstore_scalar(s + i, hl_vmul_scalar(hl_vsums_scalar(all + i), hl_vset_scalar(scale)));
     }
 }
 
@@ -1994,12 +1994,12 @@ s0_0, s0_1, s0_2, s0_3, s0_4, s0_5, s0_6, s0_7
 HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_score_few_scalar(const hl_space *w, const hl_block *b,
     int32_t group, float scale)
 {
-    enum { QS = 40, BLOCK = 16 };
+    enum { QS = 40, BLOCK = 16, AHEAD = 32 };
     const int32_t known = b->n + b->n_later;
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
         for (int32_t j = 0; j < b->n; j += 2) {
-            const int32_t later = j + 16;
+            const int32_t later = j + AHEAD;
             hl_sfa_f32_d32_rope8_dot_4x2_scalar(w->q + (ptrdiff_t)h * QS, b->row + j, b->n - 1 - j,
                                                 w->s + h * BLOCK + j * 4, scale, h == 0 && later
                                                 + 2 <= known ? b->row + later : NULL);
@@ -2007,7 +2007,7 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_score_few_scalar(const hl_space *w, c
     }
     for (; h + 2 <= group; h += 2) {
         for (int32_t j = 0; j < b->n; j += 4) {
-            const int32_t later = j + 16;
+            const int32_t later = j + AHEAD;
             hl_sfa_f32_d32_rope8_dot_2x4_scalar(w->q + (ptrdiff_t)h * QS, b->row + j, b->n - 1 - j,
                                                 w->s + h * BLOCK + j * 2, scale, h == 0 && later
                                                 + 4 <= known ? b->row + later : NULL);
@@ -2015,7 +2015,7 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_score_few_scalar(const hl_space *w, c
     }
     for (; h + 1 <= group; h += 1) {
         for (int32_t j = 0; j < b->n; j += 8) {
-            const int32_t later = j + 16;
+            const int32_t later = j + AHEAD;
             hl_sfa_f32_d32_rope8_dot_1x8_scalar(w->q + (ptrdiff_t)h * QS, b->row + j, b->n - 1 - j,
                                                 w->s + h * BLOCK + j * 1, scale, h == 0 && later
                                                 + 8 <= known ? b->row + later : NULL);
@@ -2098,9 +2098,10 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_softmaxes_few_scalar(const hl_space *
 
 /* ---- value: O = alpha O + P V ---- */
 
-/* 4 heads by 2 vectors of channels, read where they are stored. */
+/* 4 heads by 2 vectors of channels, read where they are stored. Of 32 keys
+ * further on lines are asked for meanwhile, as long as j < later. */
 HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_pr_4x2_scalar(const float *p, const hl_row *row,
-    int32_t c, float *o, const float *alpha, int32_t n)
+    int32_t c, float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
 {
     enum { L = 1, OS = 32, KEYS = 2 };
     hl_vf_scalar o0_0 = hl_vzero_scalar();
@@ -2114,22 +2115,28 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_pr_4x2_scalar(const float *p, const h
     for (int32_t j = 0; j < n; ++j) {
         const float *const value = (const float *)row[j].value + c;
         const float *const pj = p + j / KEYS * 8 + j % KEYS;
-        hl_vf_scalar x;
-        hl_vf_scalar v0;
-        hl_vf_scalar v1;
-        hl_vpair_scalar(value + 0, &v0, &v1);
-        x = hl_vset_scalar(pj[0 * KEYS]);
-        o0_0 = hl_vfma_scalar(x, v0, o0_0);
-        o0_1 = hl_vfma_scalar(x, v1, o0_1);
-        x = hl_vset_scalar(pj[1 * KEYS]);
-        o1_0 = hl_vfma_scalar(x, v0, o1_0);
-        o1_1 = hl_vfma_scalar(x, v1, o1_1);
-        x = hl_vset_scalar(pj[2 * KEYS]);
-        o2_0 = hl_vfma_scalar(x, v0, o2_0);
-        o2_1 = hl_vfma_scalar(x, v1, o2_1);
-        x = hl_vset_scalar(pj[3 * KEYS]);
-        o3_0 = hl_vfma_scalar(x, v0, o3_0);
-        o3_1 = hl_vfma_scalar(x, v1, o3_1);
+        const hl_vf_scalar x0 = hl_vset_scalar(pj[0 * KEYS]);
+        const hl_vf_scalar x1 = hl_vset_scalar(pj[1 * KEYS]);
+        const hl_vf_scalar x2 = hl_vset_scalar(pj[2 * KEYS]);
+        const hl_vf_scalar x3 = hl_vset_scalar(pj[3 * KEYS]);
+        if (j < later) {
+            const float *const next =
+                (const float *)row[j + 32].value + c;
+            if (apart) {
+                HL_FETCH(next + 0);
+            }
+        }
+        hl_vf_scalar v;
+        hl_vf_scalar w;
+        hl_vpair_scalar(value + 0, &v, &w);
+        o0_0 = hl_vfma_scalar(x0, v, o0_0);
+        o0_1 = hl_vfma_scalar(x0, w, o0_1);
+        o1_0 = hl_vfma_scalar(x1, v, o1_0);
+        o1_1 = hl_vfma_scalar(x1, w, o1_1);
+        o2_0 = hl_vfma_scalar(x2, v, o2_0);
+        o2_1 = hl_vfma_scalar(x2, w, o2_1);
+        o3_0 = hl_vfma_scalar(x3, v, o3_0);
+        o3_1 = hl_vfma_scalar(x3, w, o3_1);
     }
     hl_vstore_scalar(o + 0 * OS + 0 * L,
                      hl_vfma_scalar(hl_vset_scalar(alpha[0]), hl_vload_scalar(o + 0 * OS + 0 * L),
@@ -2157,9 +2164,10 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_pr_4x2_scalar(const float *p, const h
                                     o3_1));
 }
 
-/* 2 heads by 4 vectors of channels, read where they are stored. */
+/* 2 heads by 4 vectors of channels, read where they are stored. Of 32 keys
+ * further on lines are asked for meanwhile, as long as j < later. */
 HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_pr_2x4_scalar(const float *p, const hl_row *row,
-    int32_t c, float *o, const float *alpha, int32_t n)
+    int32_t c, float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
 {
     enum { L = 1, OS = 32, KEYS = 4 };
     hl_vf_scalar o0_0 = hl_vzero_scalar();
@@ -2173,23 +2181,27 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_pr_2x4_scalar(const float *p, const h
     for (int32_t j = 0; j < n; ++j) {
         const float *const value = (const float *)row[j].value + c;
         const float *const pj = p + j / KEYS * 8 + j % KEYS;
-        hl_vf_scalar x;
-        hl_vf_scalar v0;
-        hl_vf_scalar v1;
-        hl_vf_scalar v2;
-        hl_vf_scalar v3;
-        hl_vpair_scalar(value + 0, &v0, &v1);
-        hl_vpair_scalar(value + 2, &v2, &v3);
-        x = hl_vset_scalar(pj[0 * KEYS]);
-        o0_0 = hl_vfma_scalar(x, v0, o0_0);
-        o0_1 = hl_vfma_scalar(x, v1, o0_1);
-        o0_2 = hl_vfma_scalar(x, v2, o0_2);
-        o0_3 = hl_vfma_scalar(x, v3, o0_3);
-        x = hl_vset_scalar(pj[1 * KEYS]);
-        o1_0 = hl_vfma_scalar(x, v0, o1_0);
-        o1_1 = hl_vfma_scalar(x, v1, o1_1);
-        o1_2 = hl_vfma_scalar(x, v2, o1_2);
-        o1_3 = hl_vfma_scalar(x, v3, o1_3);
+        const hl_vf_scalar x0 = hl_vset_scalar(pj[0 * KEYS]);
+        const hl_vf_scalar x1 = hl_vset_scalar(pj[1 * KEYS]);
+        if (j < later) {
+            const float *const next =
+                (const float *)row[j + 32].value + c;
+            if (apart) {
+                HL_FETCH(next + 0);
+            }
+        }
+        hl_vf_scalar v;
+        hl_vf_scalar w;
+        hl_vpair_scalar(value + 0, &v, &w);
+        o0_0 = hl_vfma_scalar(x0, v, o0_0);
+        o0_1 = hl_vfma_scalar(x0, w, o0_1);
+        o1_0 = hl_vfma_scalar(x1, v, o1_0);
+        o1_1 = hl_vfma_scalar(x1, w, o1_1);
+        hl_vpair_scalar(value + 2, &v, &w);
+        o0_2 = hl_vfma_scalar(x0, v, o0_2);
+        o0_3 = hl_vfma_scalar(x0, w, o0_3);
+        o1_2 = hl_vfma_scalar(x1, v, o1_2);
+        o1_3 = hl_vfma_scalar(x1, w, o1_3);
     }
     hl_vstore_scalar(o + 0 * OS + 0 * L,
                      hl_vfma_scalar(hl_vset_scalar(alpha[0]), hl_vload_scalar(o + 0 * OS + 0 * L),
@@ -2217,9 +2229,10 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_pr_2x4_scalar(const float *p, const h
                                     o1_3));
 }
 
-/* 1 head by 8 vectors of channels, read where they are stored. */
+/* 1 head by 8 vectors of channels, read where they are stored. Of 32 keys
+ * further on lines are asked for meanwhile, as long as j < later. */
 HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_pr_1x8_scalar(const float *p, const hl_row *row,
-    int32_t c, float *o, const float *alpha, int32_t n)
+    int32_t c, float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
 {
     enum { L = 1, OS = 32, KEYS = 8 };
     hl_vf_scalar o0_0 = hl_vzero_scalar();
@@ -2233,28 +2246,28 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_pr_1x8_scalar(const float *p, const h
     for (int32_t j = 0; j < n; ++j) {
         const float *const value = (const float *)row[j].value + c;
         const float *const pj = p + j / KEYS * 8 + j % KEYS;
-        hl_vf_scalar x;
-        hl_vf_scalar v0;
-        hl_vf_scalar v1;
-        hl_vf_scalar v2;
-        hl_vf_scalar v3;
-        hl_vf_scalar v4;
-        hl_vf_scalar v5;
-        hl_vf_scalar v6;
-        hl_vf_scalar v7;
-        hl_vpair_scalar(value + 0, &v0, &v1);
-        hl_vpair_scalar(value + 2, &v2, &v3);
-        hl_vpair_scalar(value + 4, &v4, &v5);
-        hl_vpair_scalar(value + 6, &v6, &v7);
-        x = hl_vset_scalar(pj[0 * KEYS]);
-        o0_0 = hl_vfma_scalar(x, v0, o0_0);
-        o0_1 = hl_vfma_scalar(x, v1, o0_1);
-        o0_2 = hl_vfma_scalar(x, v2, o0_2);
-        o0_3 = hl_vfma_scalar(x, v3, o0_3);
-        o0_4 = hl_vfma_scalar(x, v4, o0_4);
-        o0_5 = hl_vfma_scalar(x, v5, o0_5);
-        o0_6 = hl_vfma_scalar(x, v6, o0_6);
-        o0_7 = hl_vfma_scalar(x, v7, o0_7);
+        const hl_vf_scalar x0 = hl_vset_scalar(pj[0 * KEYS]);
+        if (j < later) {
+            const float *const next =
+                (const float *)row[j + 32].value + c;
+            if (apart) {
+                HL_FETCH(next + 0);
+            }
+        }
+        hl_vf_scalar v;
+        hl_vf_scalar w;
+        hl_vpair_scalar(value + 0, &v, &w);
+        o0_0 = hl_vfma_scalar(x0, v, o0_0);
+        o0_1 = hl_vfma_scalar(x0, w, o0_1);
+        hl_vpair_scalar(value + 2, &v, &w);
+        o0_2 = hl_vfma_scalar(x0, v, o0_2);
+        o0_3 = hl_vfma_scalar(x0, w, o0_3);
+        hl_vpair_scalar(value + 4, &v, &w);
+        o0_4 = hl_vfma_scalar(x0, v, o0_4);
+        o0_5 = hl_vfma_scalar(x0, w, o0_5);
+        hl_vpair_scalar(value + 6, &v, &w);
+        o0_6 = hl_vfma_scalar(x0, v, o0_6);
+        o0_7 = hl_vfma_scalar(x0, w, o0_7);
     }
     hl_vstore_scalar(o + 0 * OS + 0 * L,
                      hl_vfma_scalar(hl_vset_scalar(alpha[0]), hl_vload_scalar(o + 0 * OS + 0 * L),
@@ -2287,26 +2300,33 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_value_few_scalar(const hl_space *w, c
     const hl_block *b, int32_t group)
 {
     enum { OS = 32, BLOCK = 16 };
+    const int32_t left = b->n + b->n_later - 32;
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
+        const int32_t later = h == 0 ? left : 0;
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 32; c += 2) {
-            hl_sfa_f32_d32_rope8_pr_4x2_scalar(p, b->row, c, o + c, t->alpha + h, b->n);
+            hl_sfa_f32_d32_rope8_pr_4x2_scalar(p, b->row, c, o + c, t->alpha + h, b->n, later,
+                                               b->value_apart);
         }
     }
     for (; h + 2 <= group; h += 2) {
+        const int32_t later = h == 0 ? left : 0;
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 32; c += 4) {
-            hl_sfa_f32_d32_rope8_pr_2x4_scalar(p, b->row, c, o + c, t->alpha + h, b->n);
+            hl_sfa_f32_d32_rope8_pr_2x4_scalar(p, b->row, c, o + c, t->alpha + h, b->n, later,
+                                               b->value_apart);
         }
     }
     for (; h + 1 <= group; h += 1) {
+        const int32_t later = h == 0 ? left : 0;
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 32; c += 8) {
-            hl_sfa_f32_d32_rope8_pr_1x8_scalar(p, b->row, c, o + c, t->alpha + h, b->n);
+            hl_sfa_f32_d32_rope8_pr_1x8_scalar(p, b->row, c, o + c, t->alpha + h, b->n, later,
+                                               b->value_apart);
         }
     }
 }
@@ -2493,18 +2513,28 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_forward_scalar(
     const hl_sparse_flash_attention_plan *plan, const hl_group *g, const hl_space *w,
     const hl_state *t, hl_cursor c, int32_t padded)
 {
+    enum { CAP = 96 };
     const int32_t block = 16;
     const hl_sparse_flash_attention_args *const a = &plan->args;
+    int32_t known = hl_sfa_f32_d32_rope8_next(a, g, &c, w->row, CAP);
+    int32_t more = known == CAP;
     hl_block b;
     b.row = w->row;
-    b.n = hl_sfa_f32_d32_rope8_next(a, g, &c, b.row, block);
+    b.value_apart = a->value != NULL;
     hl_sfa_f32_d32_rope8_start_scalar(t, padded, plan->group);
-    while (b.n > 0) {
-        b.n_later = b.n < block ? 0 : hl_sfa_f32_d32_rope8_next(a, g, &c, b.row + block, block);
+    while (known > 0) {
+        b.n = known < block ? known : block;
+        b.n_later = known - b.n;
         hl_sfa_f32_d32_rope8_block_scalar(plan, w, t, &b, padded);
         *t->seen = 1.0f;
-        HL_COPY(b.row, b.row + block, (size_t)b.n_later * sizeof *b.row);
-        b.n = b.n_later;
+        b.row += b.n;
+        known = b.n_later;
+        if (more && known <= CAP / 2) { /* the rows to come move to the front; others follow */
+            HL_COPY(w->row, b.row, (size_t)known * sizeof *b.row);
+            b.row = w->row;
+            known += hl_sfa_f32_d32_rope8_next(a, g, &c, b.row + known, CAP - known);
+            more = known == CAP;
+        }
     }
 }
 
