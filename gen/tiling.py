@@ -19,7 +19,7 @@ class DotTile:
     keys: int
     once: int  # keys whose rows are read side by side
     parts: int  # sums of which a dot product is made: so many do not wait for each other
-    split: bool  # value tiles with so many heads ask for every second line of later rows
+    leaves: int  # of two lines of later rows, so many are left to value tiles to ask for
     asks: str = ""  # when it does, in C
     def sum(self, head, row, pair=0, second=0):
         """The sum that a vector belongs to: the pair-th pair's first or second."""
@@ -51,7 +51,7 @@ class DotTile:
     @property
     def but(self):
         """For the reader of the product: which lines are left to value tiles."""
-        return "; but for those that value tiles ask for" if self.split else ""
+        return "; but for those that value tiles ask for" if self.leaves else ""
 
     def kept(self, load):
         """A load whose number is used for several keys: GCC would load it again for each."""
@@ -99,17 +99,15 @@ class Section:
 
     def step(self, tile):
         """Channels of the outer loop's turns: whole lines too, if that comes out even."""
-        step = max(self.turn(tile), self.line)
+        step = max(self.turn(tile), 2 * self.line)
         return step if self.paired % step == 0 else self.turn(tile)
 
-    def leaves(self, tile):
-        """Whether a tile asks for only every second of these lines: value tiles ask for others.
-        Two even streams of misses keep more of them under way than one in gusts."""
-        return tile.split and self.paired <= self.values
-
     def lines(self, tile):
-        """Where the cache lines of such a turn start."""
-        return list(range(0, self.step(tile), self.line))
+        """(start, when) of the lines that such a turn asks for, of later rows. Lines that are left
+        to value tiles are asked for here if values are apart."""
+        share = tile.leaves if self.paired <= self.values else 0
+        starts = range(0, self.step(tile), self.line)
+        return [(at, "apart" if i % 2 >= 2 - share else "") for i, at in enumerate(starts)]
 
 
 @dataclass(frozen=True)
@@ -126,8 +124,7 @@ class RowTile:
     vecs: tuple[int, ...] = (0,)
     pairs: tuple = ()  # (channel, its vector, the other's) of each pair of vectors
     tail: int = 0  # channels, where they are fewer than a vector
-    odd_lines: tuple[int, ...] = ()  # where lines start that it asks for, of later rows
-    lines: tuple[int, ...] = (0,)  # and where those do that it asks for if values are apart
+    lines: tuple = ((0, "apart"),)  # (start, when) of lines that it asks for, of later rows
 
     @property
     def title(self):
@@ -192,6 +189,7 @@ REGISTERS = {
         "value_vecs": (2, 1),
         "few": "all",
         "lean": 0,
+        "leaves": {},
         "dots": ((4, 2, 2, 1), (2, 4, 4, 1), (1, 8, 8, 1)),
         "few_block": 16,
         "block": 16,
@@ -204,6 +202,7 @@ REGISTERS = {
         "value_vecs": (2, 1),
         "few": 16,
         "lean": 3,
+        "leaves": {1: 1, 2: 2},
         "dots": ((4, 4, 4, 1), (2, 8, 4, 2), (1, 16, 4, 2)),
         "few_block": 64,
         "block": 64,
@@ -216,6 +215,7 @@ REGISTERS = {
         "value_vecs": (3, 1),
         "few": 16,
         "lean": 3,
+        "leaves": {1: 1, 2: 2},
         "dots": ((4, 2, 2, 1), (2, 4, 4, 1), (1, 8, 8, 1)),
         "few_block": 48,
         "block": 96,
@@ -228,6 +228,7 @@ REGISTERS = {
         "value_vecs": (3, 2, 1),
         "few": 32,
         "lean": 3,
+        "leaves": {1: 1, 2: 2},
         "dots": ((4, 4, 4, 1), (2, 8, 4, 2), (1, 16, 4, 2)),
         "few_block": 48,
         "block": 96,
@@ -264,7 +265,14 @@ def sections_of(kernel, lanes, line):
     return tuple(made)
 
 
-def row_tiles(dots, dv, lanes, line, lean):
+def asked(channels, line, leaves):
+    """(start, when) of the lines of later rows that a value tile asks for: those that score tiles
+    leave; all where values are apart."""
+    starts = range(0, channels, line)
+    return tuple((at, "" if i % 2 >= 2 - leaves else "apart") for i, at in enumerate(starts))
+
+
+def row_tiles(dots, dv, lanes, line, leaves):
     """Value tiles for the heads of each score tile: as many sums as that has, in even shares of
     the channels; then what is left over."""
     made = []
@@ -278,9 +286,6 @@ def row_tiles(dots, dv, lanes, line, lean):
         while at < pairs:
             n = min(each, pairs - at)
             times = (pairs - at) // n
-            lines = tuple(range(0, n * pair, line))
-            whole = at * pair % (2 * line) == 0 and n * pair % (2 * line) == 0
-            odd = lines[1::2] if heads <= lean and whole else ()
             made.append(
                 RowTile(
                     heads,
@@ -291,8 +296,7 @@ def row_tiles(dots, dv, lanes, line, lean):
                     end=(at + times * n) * pair,
                     vecs=tuple(range(2 * n)),
                     pairs=tuple((i * pair, 2 * i, 2 * i + 1) for i in range(n)),
-                    odd_lines=odd,
-                    lines=tuple(c for c in lines if c not in odd),
+                    lines=asked(n * pair, line, leaves.get(heads, 0)),
                 )
             )
             at += times * n
@@ -330,7 +334,7 @@ def tile(kernel, isa):
     line = LINE_BYTES // FORMATS[kernel.dtype].bytes
     sections = sections_of(kernel, lanes, line)
     window = 2 * max(block, registers["few_block"] + FEW_AHEAD)
-    values = row_tiles(dots, kernel.dv, lanes, line, registers["lean"])
+    values = row_tiles(dots, kernel.dv, lanes, line, registers["leaves"])
     panel = registers["vecs"][0] * lanes
     slices = max(1, -(-kernel.d * panel * 4 // L1_BYTES)) if isa.name != "scalar" else 1
     channels = round_up(-(-kernel.d // slices), lanes)
@@ -353,7 +357,7 @@ def tile(kernel, isa):
         lean_block=min(registers["few_block"], lean_block(kernel)),
         lean=registers["lean"],
         dots=dots[0][0] * dots[0][1],
-        dot_tiles=tuple(DotTile(*shape, split=shape[0] <= registers["lean"]) for shape in dots),
+        dot_tiles=tuple(DotTile(*shape, leaves=registers["leaves"].get(shape[0], 0)) for shape in dots),
         row_tiles=values,
         sections=sections,
         q_stride=round_up(kernel.dk, lanes) + round_up(kernel.rope, lanes),

@@ -2143,12 +2143,14 @@ HL_KERNEL_SCALAR void hl_sfa_bf16_d512_rope64_dot_4x2_scalar(const float *q, con
             const float *const from = q + 0;
             const uint16_t *const k0 = (const uint16_t *)row0->key;
             const uint16_t *const k1 = (const uint16_t *)row1->key;
-            for (int32_t start = 0; start < 512; start += 32) {
+            for (int32_t start = 0; start < 512; start += 64) {
                 if (next != NULL) {
                     HL_FETCH((const uint16_t *)next[j + 0].key + start + 0);
                     HL_FETCH((const uint16_t *)next[j + 1].key + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 0].key + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 1].key + start + 32);
                 }
-                for (int32_t c = start; c < start + 32; c += 2) {
+                for (int32_t c = start; c < start + 64; c += 2) {
                     {
                         const float *const qc = from + c + 0;
                         hl_vf_scalar q0;
@@ -2190,12 +2192,14 @@ HL_KERNEL_SCALAR void hl_sfa_bf16_d512_rope64_dot_4x2_scalar(const float *q, con
             const float *const from = q + 512;
             const uint16_t *const k0 = (const uint16_t *)row0->rope;
             const uint16_t *const k1 = (const uint16_t *)row1->rope;
-            for (int32_t start = 0; start < 64; start += 32) {
+            for (int32_t start = 0; start < 64; start += 64) {
                 if (next != NULL) {
                     HL_FETCH((const uint16_t *)next[j + 0].rope + start + 0);
                     HL_FETCH((const uint16_t *)next[j + 1].rope + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 0].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 1].rope + start + 32);
                 }
-                for (int32_t c = start; c < start + 32; c += 2) {
+                for (int32_t c = start; c < start + 64; c += 2) {
                     {
                         const float *const qc = from + c + 0;
                         hl_vf_scalar q0;
@@ -2275,14 +2279,18 @@ HL_KERNEL_SCALAR void hl_sfa_bf16_d512_rope64_dot_2x4_scalar(const float *q, con
             const uint16_t *const k1 = (const uint16_t *)row1->key;
             const uint16_t *const k2 = (const uint16_t *)row2->key;
             const uint16_t *const k3 = (const uint16_t *)row3->key;
-            for (int32_t start = 0; start < 512; start += 32) {
+            for (int32_t start = 0; start < 512; start += 64) {
                 if (next != NULL) {
                     HL_FETCH((const uint16_t *)next[j + 0].key + start + 0);
                     HL_FETCH((const uint16_t *)next[j + 1].key + start + 0);
                     HL_FETCH((const uint16_t *)next[j + 2].key + start + 0);
                     HL_FETCH((const uint16_t *)next[j + 3].key + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 0].key + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 1].key + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 2].key + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 3].key + start + 32);
                 }
-                for (int32_t c = start; c < start + 32; c += 2) {
+                for (int32_t c = start; c < start + 64; c += 2) {
                     {
                         const float *const qc = from + c + 0;
                         hl_vf_scalar v;
@@ -2321,14 +2329,18 @@ HL_KERNEL_SCALAR void hl_sfa_bf16_d512_rope64_dot_2x4_scalar(const float *q, con
             const uint16_t *const k1 = (const uint16_t *)row1->rope;
             const uint16_t *const k2 = (const uint16_t *)row2->rope;
             const uint16_t *const k3 = (const uint16_t *)row3->rope;
-            for (int32_t start = 0; start < 64; start += 32) {
+            for (int32_t start = 0; start < 64; start += 64) {
                 if (next != NULL) {
                     HL_FETCH((const uint16_t *)next[j + 0].rope + start + 0);
                     HL_FETCH((const uint16_t *)next[j + 1].rope + start + 0);
                     HL_FETCH((const uint16_t *)next[j + 2].rope + start + 0);
                     HL_FETCH((const uint16_t *)next[j + 3].rope + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 0].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 1].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 2].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 3].rope + start + 32);
                 }
-                for (int32_t c = start; c < start + 32; c += 2) {
+                for (int32_t c = start; c < start + 64; c += 2) {
                     {
                         const float *const qc = from + c + 0;
                         hl_vf_scalar v;
@@ -2411,7 +2423,7 @@ HL_KERNEL_SCALAR void hl_sfa_bf16_d512_rope64_dot_1x8_scalar(const float *q, con
             const uint16_t *const k5 = (const uint16_t *)row5->key;
             const uint16_t *const k6 = (const uint16_t *)row6->key;
             const uint16_t *const k7 = (const uint16_t *)row7->key;
-            for (int32_t start = 0; start < 512; start += 32) {
+            for (int32_t start = 0; start < 512; start += 64) {
                 if (next != NULL) {
                     HL_FETCH((const uint16_t *)next[j + 0].key + start + 0);
                     HL_FETCH((const uint16_t *)next[j + 1].key + start + 0);
@@ -2421,8 +2433,16 @@ HL_KERNEL_SCALAR void hl_sfa_bf16_d512_rope64_dot_1x8_scalar(const float *q, con
                     HL_FETCH((const uint16_t *)next[j + 5].key + start + 0);
                     HL_FETCH((const uint16_t *)next[j + 6].key + start + 0);
                     HL_FETCH((const uint16_t *)next[j + 7].key + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 0].key + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 1].key + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 2].key + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 3].key + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 4].key + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 5].key + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 6].key + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 7].key + start + 32);
                 }
-                for (int32_t c = start; c < start + 32; c += 2) {
+                for (int32_t c = start; c < start + 64; c += 2) {
                     {
                         const float *const qc = from + c + 0;
                         hl_vf_scalar v;
@@ -2467,7 +2487,7 @@ HL_KERNEL_SCALAR void hl_sfa_bf16_d512_rope64_dot_1x8_scalar(const float *q, con
             const uint16_t *const k5 = (const uint16_t *)row5->rope;
             const uint16_t *const k6 = (const uint16_t *)row6->rope;
             const uint16_t *const k7 = (const uint16_t *)row7->rope;
-            for (int32_t start = 0; start < 64; start += 32) {
+            for (int32_t start = 0; start < 64; start += 64) {
                 if (next != NULL) {
                     HL_FETCH((const uint16_t *)next[j + 0].rope + start + 0);
                     HL_FETCH((const uint16_t *)next[j + 1].rope + start + 0);
@@ -2477,8 +2497,16 @@ HL_KERNEL_SCALAR void hl_sfa_bf16_d512_rope64_dot_1x8_scalar(const float *q, con
                     HL_FETCH((const uint16_t *)next[j + 5].rope + start + 0);
                     HL_FETCH((const uint16_t *)next[j + 6].rope + start + 0);
                     HL_FETCH((const uint16_t *)next[j + 7].rope + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 0].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 1].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 2].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 3].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 4].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 5].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 6].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 7].rope + start + 32);
                 }
-                for (int32_t c = start; c < start + 32; c += 2) {
+                for (int32_t c = start; c < start + 64; c += 2) {
                     {
                         const float *const qc = from + c + 0;
                         hl_vf_scalar v;
@@ -3530,14 +3558,18 @@ HL_KERNEL_NEON void hl_sfa_bf16_d512_rope64_dot_4x4_neon(const float *q, const h
             const uint16_t *const k1 = (const uint16_t *)row1->key;
             const uint16_t *const k2 = (const uint16_t *)row2->key;
             const uint16_t *const k3 = (const uint16_t *)row3->key;
-            for (int32_t start = 0; start < 512; start += 32) {
+            for (int32_t start = 0; start < 512; start += 64) {
                 if (next != NULL) {
                     HL_FETCH((const uint16_t *)next[j + 0].key + start + 0);
                     HL_FETCH((const uint16_t *)next[j + 1].key + start + 0);
                     HL_FETCH((const uint16_t *)next[j + 2].key + start + 0);
                     HL_FETCH((const uint16_t *)next[j + 3].key + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 0].key + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 1].key + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 2].key + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 3].key + start + 32);
                 }
-                for (int32_t c = start; c < start + 32; c += 8) {
+                for (int32_t c = start; c < start + 64; c += 8) {
                     {
                         const float *const qc = from + c + 0;
                         hl_vf_neon q0;
@@ -3603,14 +3635,18 @@ HL_KERNEL_NEON void hl_sfa_bf16_d512_rope64_dot_4x4_neon(const float *q, const h
             const uint16_t *const k1 = (const uint16_t *)row1->rope;
             const uint16_t *const k2 = (const uint16_t *)row2->rope;
             const uint16_t *const k3 = (const uint16_t *)row3->rope;
-            for (int32_t start = 0; start < 64; start += 32) {
+            for (int32_t start = 0; start < 64; start += 64) {
                 if (next != NULL) {
                     HL_FETCH((const uint16_t *)next[j + 0].rope + start + 0);
                     HL_FETCH((const uint16_t *)next[j + 1].rope + start + 0);
                     HL_FETCH((const uint16_t *)next[j + 2].rope + start + 0);
                     HL_FETCH((const uint16_t *)next[j + 3].rope + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 0].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 1].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 2].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 3].rope + start + 32);
                 }
-                for (int32_t c = start; c < start + 32; c += 8) {
+                for (int32_t c = start; c < start + 64; c += 8) {
                     {
                         const float *const qc = from + c + 0;
                         hl_vf_neon q0;
@@ -3697,7 +3733,7 @@ HL_KERNEL_NEON void hl_sfa_bf16_d512_rope64_dot_4x4_neon(const float *q, const h
  * the last key its row is taken again, so that every tile is whole. Meanwhile lines of later keys
  * (next) are asked for, if there are any; but for those that value tiles ask for. */
 HL_KERNEL_NEON void hl_sfa_bf16_d512_rope64_dot_2x8_neon(const float *q, const hl_row *row,
-    int32_t last, float *s, float scale, const hl_row *next, int32_t odd)
+    int32_t last, float *s, float scale, const hl_row *next, int32_t apart)
 {
     enum { L = 4, QS = 576 };
     hl_vf_neon all[16];
@@ -3728,22 +3764,22 @@ HL_KERNEL_NEON void hl_sfa_bf16_d512_rope64_dot_2x8_neon(const float *q, const h
             const uint16_t *const k1 = (const uint16_t *)row1->key;
             const uint16_t *const k2 = (const uint16_t *)row2->key;
             const uint16_t *const k3 = (const uint16_t *)row3->key;
-            for (int32_t start = 0; start < 512; start += 32) {
+            for (int32_t start = 0; start < 512; start += 64) {
                 if (next != NULL) {
-                    if (((start + 0) & odd) == 0) {
+                    if (apart) {
                         HL_FETCH((const uint16_t *)next[j + 0].key + start + 0);
-                    }
-                    if (((start + 0) & odd) == 0) {
                         HL_FETCH((const uint16_t *)next[j + 1].key + start + 0);
-                    }
-                    if (((start + 0) & odd) == 0) {
                         HL_FETCH((const uint16_t *)next[j + 2].key + start + 0);
-                    }
-                    if (((start + 0) & odd) == 0) {
                         HL_FETCH((const uint16_t *)next[j + 3].key + start + 0);
                     }
+                    if (apart) {
+                        HL_FETCH((const uint16_t *)next[j + 0].key + start + 32);
+                        HL_FETCH((const uint16_t *)next[j + 1].key + start + 32);
+                        HL_FETCH((const uint16_t *)next[j + 2].key + start + 32);
+                        HL_FETCH((const uint16_t *)next[j + 3].key + start + 32);
+                    }
                 }
-                for (int32_t c = start; c < start + 32; c += 8) {
+                for (int32_t c = start; c < start + 64; c += 8) {
                     {
                         const float *const qc = from + c + 0;
                         hl_vf_neon v;
@@ -3782,14 +3818,18 @@ HL_KERNEL_NEON void hl_sfa_bf16_d512_rope64_dot_2x8_neon(const float *q, const h
             const uint16_t *const k1 = (const uint16_t *)row1->rope;
             const uint16_t *const k2 = (const uint16_t *)row2->rope;
             const uint16_t *const k3 = (const uint16_t *)row3->rope;
-            for (int32_t start = 0; start < 64; start += 32) {
+            for (int32_t start = 0; start < 64; start += 64) {
                 if (next != NULL) {
                     HL_FETCH((const uint16_t *)next[j + 0].rope + start + 0);
                     HL_FETCH((const uint16_t *)next[j + 1].rope + start + 0);
                     HL_FETCH((const uint16_t *)next[j + 2].rope + start + 0);
                     HL_FETCH((const uint16_t *)next[j + 3].rope + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 0].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 1].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 2].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 3].rope + start + 32);
                 }
-                for (int32_t c = start; c < start + 32; c += 8) {
+                for (int32_t c = start; c < start + 64; c += 8) {
                     {
                         const float *const qc = from + c + 0;
                         hl_vf_neon v;
@@ -3841,7 +3881,7 @@ HL_KERNEL_NEON void hl_sfa_bf16_d512_rope64_dot_2x8_neon(const float *q, const h
  * the last key its row is taken again, so that every tile is whole. Meanwhile lines of later keys
  * (next) are asked for, if there are any; but for those that value tiles ask for. */
 HL_KERNEL_NEON void hl_sfa_bf16_d512_rope64_dot_1x16_neon(const float *q, const hl_row *row,
-    int32_t last, float *s, float scale, const hl_row *next, int32_t odd)
+    int32_t last, float *s, float scale, const hl_row *next, int32_t apart)
 {
     enum { L = 4, QS = 576 };
     hl_vf_neon all[16];
@@ -3864,22 +3904,20 @@ HL_KERNEL_NEON void hl_sfa_bf16_d512_rope64_dot_1x16_neon(const float *q, const 
             const uint16_t *const k1 = (const uint16_t *)row1->key;
             const uint16_t *const k2 = (const uint16_t *)row2->key;
             const uint16_t *const k3 = (const uint16_t *)row3->key;
-            for (int32_t start = 0; start < 512; start += 32) {
+            for (int32_t start = 0; start < 512; start += 64) {
                 if (next != NULL) {
-                    if (((start + 0) & odd) == 0) {
-                        HL_FETCH((const uint16_t *)next[j + 0].key + start + 0);
-                    }
-                    if (((start + 0) & odd) == 0) {
-                        HL_FETCH((const uint16_t *)next[j + 1].key + start + 0);
-                    }
-                    if (((start + 0) & odd) == 0) {
-                        HL_FETCH((const uint16_t *)next[j + 2].key + start + 0);
-                    }
-                    if (((start + 0) & odd) == 0) {
-                        HL_FETCH((const uint16_t *)next[j + 3].key + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 0].key + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 1].key + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 2].key + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 3].key + start + 0);
+                    if (apart) {
+                        HL_FETCH((const uint16_t *)next[j + 0].key + start + 32);
+                        HL_FETCH((const uint16_t *)next[j + 1].key + start + 32);
+                        HL_FETCH((const uint16_t *)next[j + 2].key + start + 32);
+                        HL_FETCH((const uint16_t *)next[j + 3].key + start + 32);
                     }
                 }
-                for (int32_t c = start; c < start + 32; c += 8) {
+                for (int32_t c = start; c < start + 64; c += 8) {
                     {
                         const float *const qc = from + c + 0;
                         hl_vf_neon v;
@@ -3908,14 +3946,18 @@ HL_KERNEL_NEON void hl_sfa_bf16_d512_rope64_dot_1x16_neon(const float *q, const 
             const uint16_t *const k1 = (const uint16_t *)row1->rope;
             const uint16_t *const k2 = (const uint16_t *)row2->rope;
             const uint16_t *const k3 = (const uint16_t *)row3->rope;
-            for (int32_t start = 0; start < 64; start += 32) {
+            for (int32_t start = 0; start < 64; start += 64) {
                 if (next != NULL) {
                     HL_FETCH((const uint16_t *)next[j + 0].rope + start + 0);
                     HL_FETCH((const uint16_t *)next[j + 1].rope + start + 0);
                     HL_FETCH((const uint16_t *)next[j + 2].rope + start + 0);
                     HL_FETCH((const uint16_t *)next[j + 3].rope + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 0].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 1].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 2].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 3].rope + start + 32);
                 }
-                for (int32_t c = start; c < start + 32; c += 8) {
+                for (int32_t c = start; c < start + 64; c += 8) {
                     {
                         const float *const qc = from + c + 0;
                         hl_vf_neon v;
@@ -3954,7 +3996,6 @@ HL_KERNEL_NEON void hl_sfa_bf16_d512_rope64_score_few_neon(const hl_space *w, co
 {
     enum { QS = 576, BLOCK = 64, AHEAD = 32 };
     const int32_t known = b->n + b->n_later;
-    const int32_t odd = b->value_apart ? 0 : 32; /* lines that value tiles ask for */
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
         for (int32_t j = 0; j < b->n; j += 4) {
@@ -3969,7 +4010,8 @@ HL_KERNEL_NEON void hl_sfa_bf16_d512_rope64_score_few_neon(const hl_space *w, co
             const int32_t later = j + AHEAD;
             hl_sfa_bf16_d512_rope64_dot_2x8_neon(w->q + (ptrdiff_t)h * QS, b->row + j, b->n - 1 - j,
                                                  w->s + h * BLOCK + j * 2, scale, h == 0 && later
-                                                 + 8 <= known ? b->row + later : NULL, odd);
+                                                 + 8 <= known ? b->row + later : NULL,
+                                                 b->value_apart);
         }
     }
     for (; h + 1 <= group; h += 1) {
@@ -3978,7 +4020,7 @@ HL_KERNEL_NEON void hl_sfa_bf16_d512_rope64_score_few_neon(const hl_space *w, co
             hl_sfa_bf16_d512_rope64_dot_1x16_neon(w->q + (ptrdiff_t)h * QS, b->row + j,
                                                   b->n - 1 - j, w->s + h * BLOCK + j * 1, scale,
                                                   h == 0 && later + 16 <= known ? b->row + later
-                                                  : NULL, odd);
+                                                  : NULL, b->value_apart);
         }
     }
 }
@@ -4410,9 +4452,7 @@ HL_KERNEL_NEON void hl_sfa_bf16_d512_rope64_pr_2x8_neon(const float *p, const hl
         if (j < later) {
             const uint16_t *const next =
                 (const uint16_t *)row[j + 32].value + c;
-            if (apart) {
-                HL_FETCH(next + 0);
-            }
+            HL_FETCH(next + 0);
         }
         hl_vf_neon v;
         hl_vf_neon w;
@@ -4500,10 +4540,10 @@ HL_KERNEL_NEON void hl_sfa_bf16_d512_rope64_pr_1x16_neon(const float *p, const h
         if (j < later) {
             const uint16_t *const next =
                 (const uint16_t *)row[j + 32].value + c;
-            HL_FETCH(next + 32);
             if (apart) {
                 HL_FETCH(next + 0);
             }
+            HL_FETCH(next + 32);
         }
         hl_vf_neon v;
         hl_vf_neon w;
@@ -5234,12 +5274,14 @@ HL_KERNEL_AVX2 void hl_sfa_bf16_d512_rope64_dot_4x2_avx2(const float *q, const h
             const float *const from = q + 0;
             const uint16_t *const k0 = (const uint16_t *)row0->key;
             const uint16_t *const k1 = (const uint16_t *)row1->key;
-            for (int32_t start = 0; start < 512; start += 32) {
+            for (int32_t start = 0; start < 512; start += 64) {
                 if (next != NULL) {
                     HL_FETCH((const uint16_t *)next[j + 0].key + start + 0);
                     HL_FETCH((const uint16_t *)next[j + 1].key + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 0].key + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 1].key + start + 32);
                 }
-                for (int32_t c = start; c < start + 32; c += 16) {
+                for (int32_t c = start; c < start + 64; c += 16) {
                     {
                         const float *const qc = from + c + 0;
                         hl_vf_avx2 q0;
@@ -5281,12 +5323,14 @@ HL_KERNEL_AVX2 void hl_sfa_bf16_d512_rope64_dot_4x2_avx2(const float *q, const h
             const float *const from = q + 512;
             const uint16_t *const k0 = (const uint16_t *)row0->rope;
             const uint16_t *const k1 = (const uint16_t *)row1->rope;
-            for (int32_t start = 0; start < 64; start += 32) {
+            for (int32_t start = 0; start < 64; start += 64) {
                 if (next != NULL) {
                     HL_FETCH((const uint16_t *)next[j + 0].rope + start + 0);
                     HL_FETCH((const uint16_t *)next[j + 1].rope + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 0].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 1].rope + start + 32);
                 }
-                for (int32_t c = start; c < start + 32; c += 16) {
+                for (int32_t c = start; c < start + 64; c += 16) {
                     {
                         const float *const qc = from + c + 0;
                         hl_vf_avx2 q0;
@@ -5343,7 +5387,7 @@ HL_KERNEL_AVX2 void hl_sfa_bf16_d512_rope64_dot_4x2_avx2(const float *q, const h
  * the last key its row is taken again, so that every tile is whole. Meanwhile lines of later keys
  * (next) are asked for, if there are any; but for those that value tiles ask for. */
 HL_KERNEL_AVX2 void hl_sfa_bf16_d512_rope64_dot_2x4_avx2(const float *q, const hl_row *row,
-    int32_t last, float *s, float scale, const hl_row *next, int32_t odd)
+    int32_t last, float *s, float scale, const hl_row *next, int32_t apart)
 {
     enum { L = 8, QS = 576 };
     hl_vf_avx2 all[8];
@@ -5366,22 +5410,22 @@ HL_KERNEL_AVX2 void hl_sfa_bf16_d512_rope64_dot_2x4_avx2(const float *q, const h
             const uint16_t *const k1 = (const uint16_t *)row1->key;
             const uint16_t *const k2 = (const uint16_t *)row2->key;
             const uint16_t *const k3 = (const uint16_t *)row3->key;
-            for (int32_t start = 0; start < 512; start += 32) {
+            for (int32_t start = 0; start < 512; start += 64) {
                 if (next != NULL) {
-                    if (((start + 0) & odd) == 0) {
+                    if (apart) {
                         HL_FETCH((const uint16_t *)next[j + 0].key + start + 0);
-                    }
-                    if (((start + 0) & odd) == 0) {
                         HL_FETCH((const uint16_t *)next[j + 1].key + start + 0);
-                    }
-                    if (((start + 0) & odd) == 0) {
                         HL_FETCH((const uint16_t *)next[j + 2].key + start + 0);
-                    }
-                    if (((start + 0) & odd) == 0) {
                         HL_FETCH((const uint16_t *)next[j + 3].key + start + 0);
                     }
+                    if (apart) {
+                        HL_FETCH((const uint16_t *)next[j + 0].key + start + 32);
+                        HL_FETCH((const uint16_t *)next[j + 1].key + start + 32);
+                        HL_FETCH((const uint16_t *)next[j + 2].key + start + 32);
+                        HL_FETCH((const uint16_t *)next[j + 3].key + start + 32);
+                    }
                 }
-                for (int32_t c = start; c < start + 32; c += 16) {
+                for (int32_t c = start; c < start + 64; c += 16) {
                     {
                         const float *const qc = from + c + 0;
                         hl_vf_avx2 v;
@@ -5420,14 +5464,18 @@ HL_KERNEL_AVX2 void hl_sfa_bf16_d512_rope64_dot_2x4_avx2(const float *q, const h
             const uint16_t *const k1 = (const uint16_t *)row1->rope;
             const uint16_t *const k2 = (const uint16_t *)row2->rope;
             const uint16_t *const k3 = (const uint16_t *)row3->rope;
-            for (int32_t start = 0; start < 64; start += 32) {
+            for (int32_t start = 0; start < 64; start += 64) {
                 if (next != NULL) {
                     HL_FETCH((const uint16_t *)next[j + 0].rope + start + 0);
                     HL_FETCH((const uint16_t *)next[j + 1].rope + start + 0);
                     HL_FETCH((const uint16_t *)next[j + 2].rope + start + 0);
                     HL_FETCH((const uint16_t *)next[j + 3].rope + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 0].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 1].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 2].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 3].rope + start + 32);
                 }
-                for (int32_t c = start; c < start + 32; c += 16) {
+                for (int32_t c = start; c < start + 64; c += 16) {
                     {
                         const float *const qc = from + c + 0;
                         hl_vf_avx2 v;
@@ -5479,7 +5527,7 @@ HL_KERNEL_AVX2 void hl_sfa_bf16_d512_rope64_dot_2x4_avx2(const float *q, const h
  * the last key its row is taken again, so that every tile is whole. Meanwhile lines of later keys
  * (next) are asked for, if there are any; but for those that value tiles ask for. */
 HL_KERNEL_AVX2 void hl_sfa_bf16_d512_rope64_dot_1x8_avx2(const float *q, const hl_row *row,
-    int32_t last, float *s, float scale, const hl_row *next, int32_t odd)
+    int32_t last, float *s, float scale, const hl_row *next, int32_t apart)
 {
     enum { L = 8, QS = 576 };
     hl_vf_avx2 all[8];
@@ -5510,34 +5558,28 @@ HL_KERNEL_AVX2 void hl_sfa_bf16_d512_rope64_dot_1x8_avx2(const float *q, const h
             const uint16_t *const k5 = (const uint16_t *)row5->key;
             const uint16_t *const k6 = (const uint16_t *)row6->key;
             const uint16_t *const k7 = (const uint16_t *)row7->key;
-            for (int32_t start = 0; start < 512; start += 32) {
+            for (int32_t start = 0; start < 512; start += 64) {
                 if (next != NULL) {
-                    if (((start + 0) & odd) == 0) {
-                        HL_FETCH((const uint16_t *)next[j + 0].key + start + 0);
-                    }
-                    if (((start + 0) & odd) == 0) {
-                        HL_FETCH((const uint16_t *)next[j + 1].key + start + 0);
-                    }
-                    if (((start + 0) & odd) == 0) {
-                        HL_FETCH((const uint16_t *)next[j + 2].key + start + 0);
-                    }
-                    if (((start + 0) & odd) == 0) {
-                        HL_FETCH((const uint16_t *)next[j + 3].key + start + 0);
-                    }
-                    if (((start + 0) & odd) == 0) {
-                        HL_FETCH((const uint16_t *)next[j + 4].key + start + 0);
-                    }
-                    if (((start + 0) & odd) == 0) {
-                        HL_FETCH((const uint16_t *)next[j + 5].key + start + 0);
-                    }
-                    if (((start + 0) & odd) == 0) {
-                        HL_FETCH((const uint16_t *)next[j + 6].key + start + 0);
-                    }
-                    if (((start + 0) & odd) == 0) {
-                        HL_FETCH((const uint16_t *)next[j + 7].key + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 0].key + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 1].key + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 2].key + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 3].key + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 4].key + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 5].key + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 6].key + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 7].key + start + 0);
+                    if (apart) {
+                        HL_FETCH((const uint16_t *)next[j + 0].key + start + 32);
+                        HL_FETCH((const uint16_t *)next[j + 1].key + start + 32);
+                        HL_FETCH((const uint16_t *)next[j + 2].key + start + 32);
+                        HL_FETCH((const uint16_t *)next[j + 3].key + start + 32);
+                        HL_FETCH((const uint16_t *)next[j + 4].key + start + 32);
+                        HL_FETCH((const uint16_t *)next[j + 5].key + start + 32);
+                        HL_FETCH((const uint16_t *)next[j + 6].key + start + 32);
+                        HL_FETCH((const uint16_t *)next[j + 7].key + start + 32);
                     }
                 }
-                for (int32_t c = start; c < start + 32; c += 16) {
+                for (int32_t c = start; c < start + 64; c += 16) {
                     {
                         const float *const qc = from + c + 0;
                         hl_vf_avx2 v;
@@ -5582,7 +5624,7 @@ HL_KERNEL_AVX2 void hl_sfa_bf16_d512_rope64_dot_1x8_avx2(const float *q, const h
             const uint16_t *const k5 = (const uint16_t *)row5->rope;
             const uint16_t *const k6 = (const uint16_t *)row6->rope;
             const uint16_t *const k7 = (const uint16_t *)row7->rope;
-            for (int32_t start = 0; start < 64; start += 32) {
+            for (int32_t start = 0; start < 64; start += 64) {
                 if (next != NULL) {
                     HL_FETCH((const uint16_t *)next[j + 0].rope + start + 0);
                     HL_FETCH((const uint16_t *)next[j + 1].rope + start + 0);
@@ -5592,8 +5634,16 @@ HL_KERNEL_AVX2 void hl_sfa_bf16_d512_rope64_dot_1x8_avx2(const float *q, const h
                     HL_FETCH((const uint16_t *)next[j + 5].rope + start + 0);
                     HL_FETCH((const uint16_t *)next[j + 6].rope + start + 0);
                     HL_FETCH((const uint16_t *)next[j + 7].rope + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 0].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 1].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 2].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 3].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 4].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 5].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 6].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 7].rope + start + 32);
                 }
-                for (int32_t c = start; c < start + 32; c += 16) {
+                for (int32_t c = start; c < start + 64; c += 16) {
                     {
                         const float *const qc = from + c + 0;
                         hl_vf_avx2 v;
@@ -5648,7 +5698,6 @@ HL_KERNEL_AVX2 void hl_sfa_bf16_d512_rope64_score_few_avx2(const hl_space *w, co
 {
     enum { QS = 576, BLOCK = 48, AHEAD = 32 };
     const int32_t known = b->n + b->n_later;
-    const int32_t odd = b->value_apart ? 0 : 32; /* lines that value tiles ask for */
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
         for (int32_t j = 0; j < b->n; j += 2) {
@@ -5663,7 +5712,8 @@ HL_KERNEL_AVX2 void hl_sfa_bf16_d512_rope64_score_few_avx2(const hl_space *w, co
             const int32_t later = j + AHEAD;
             hl_sfa_bf16_d512_rope64_dot_2x4_avx2(w->q + (ptrdiff_t)h * QS, b->row + j, b->n - 1 - j,
                                                  w->s + h * BLOCK + j * 2, scale, h == 0 && later
-                                                 + 4 <= known ? b->row + later : NULL, odd);
+                                                 + 4 <= known ? b->row + later : NULL,
+                                                 b->value_apart);
         }
     }
     for (; h + 1 <= group; h += 1) {
@@ -5671,7 +5721,8 @@ HL_KERNEL_AVX2 void hl_sfa_bf16_d512_rope64_score_few_avx2(const hl_space *w, co
             const int32_t later = j + AHEAD;
             hl_sfa_bf16_d512_rope64_dot_1x8_avx2(w->q + (ptrdiff_t)h * QS, b->row + j, b->n - 1 - j,
                                                  w->s + h * BLOCK + j * 1, scale, h == 0 && later
-                                                 + 8 <= known ? b->row + later : NULL, odd);
+                                                 + 8 <= known ? b->row + later : NULL,
+                                                 b->value_apart);
         }
     }
 }
@@ -6028,9 +6079,7 @@ HL_KERNEL_AVX2 void hl_sfa_bf16_d512_rope64_pr_2x4_avx2(const float *p, const hl
         if (j < later) {
             const uint16_t *const next =
                 (const uint16_t *)row[j + 32].value + c;
-            if (apart) {
-                HL_FETCH(next + 0);
-            }
+            HL_FETCH(next + 0);
         }
         hl_vf_avx2 v;
         hl_vf_avx2 w;
@@ -6084,10 +6133,10 @@ HL_KERNEL_AVX2 void hl_sfa_bf16_d512_rope64_pr_1x8_avx2(const float *p, const hl
         if (j < later) {
             const uint16_t *const next =
                 (const uint16_t *)row[j + 32].value + c;
-            HL_FETCH(next + 32);
             if (apart) {
                 HL_FETCH(next + 0);
             }
+            HL_FETCH(next + 32);
         }
         hl_vf_avx2 v;
         hl_vf_avx2 w;
@@ -7001,14 +7050,18 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d512_rope64_dot_4x4_avx512(const float *q, con
             const uint16_t *const k1 = (const uint16_t *)row1->key;
             const uint16_t *const k2 = (const uint16_t *)row2->key;
             const uint16_t *const k3 = (const uint16_t *)row3->key;
-            for (int32_t start = 0; start < 512; start += 32) {
+            for (int32_t start = 0; start < 512; start += 64) {
                 if (next != NULL) {
                     HL_FETCH((const uint16_t *)next[j + 0].key + start + 0);
                     HL_FETCH((const uint16_t *)next[j + 1].key + start + 0);
                     HL_FETCH((const uint16_t *)next[j + 2].key + start + 0);
                     HL_FETCH((const uint16_t *)next[j + 3].key + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 0].key + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 1].key + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 2].key + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 3].key + start + 32);
                 }
-                for (int32_t c = start; c < start + 32; c += 32) {
+                for (int32_t c = start; c < start + 64; c += 32) {
                     {
                         const float *const qc = from + c + 0;
                         hl_vf_avx512 q0;
@@ -7074,14 +7127,18 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d512_rope64_dot_4x4_avx512(const float *q, con
             const uint16_t *const k1 = (const uint16_t *)row1->rope;
             const uint16_t *const k2 = (const uint16_t *)row2->rope;
             const uint16_t *const k3 = (const uint16_t *)row3->rope;
-            for (int32_t start = 0; start < 64; start += 32) {
+            for (int32_t start = 0; start < 64; start += 64) {
                 if (next != NULL) {
                     HL_FETCH((const uint16_t *)next[j + 0].rope + start + 0);
                     HL_FETCH((const uint16_t *)next[j + 1].rope + start + 0);
                     HL_FETCH((const uint16_t *)next[j + 2].rope + start + 0);
                     HL_FETCH((const uint16_t *)next[j + 3].rope + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 0].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 1].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 2].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 3].rope + start + 32);
                 }
-                for (int32_t c = start; c < start + 32; c += 32) {
+                for (int32_t c = start; c < start + 64; c += 32) {
                     {
                         const float *const qc = from + c + 0;
                         hl_vf_avx512 q0;
@@ -7168,7 +7225,7 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d512_rope64_dot_4x4_avx512(const float *q, con
  * the last key its row is taken again, so that every tile is whole. Meanwhile lines of later keys
  * (next) are asked for, if there are any; but for those that value tiles ask for. */
 HL_KERNEL_AVX512 void hl_sfa_bf16_d512_rope64_dot_2x8_avx512(const float *q, const hl_row *row,
-    int32_t last, float *s, float scale, const hl_row *next, int32_t odd)
+    int32_t last, float *s, float scale, const hl_row *next, int32_t apart)
 {
     enum { L = 16, QS = 576 };
     hl_vf_avx512 all[16];
@@ -7199,22 +7256,22 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d512_rope64_dot_2x8_avx512(const float *q, con
             const uint16_t *const k1 = (const uint16_t *)row1->key;
             const uint16_t *const k2 = (const uint16_t *)row2->key;
             const uint16_t *const k3 = (const uint16_t *)row3->key;
-            for (int32_t start = 0; start < 512; start += 32) {
+            for (int32_t start = 0; start < 512; start += 64) {
                 if (next != NULL) {
-                    if (((start + 0) & odd) == 0) {
+                    if (apart) {
                         HL_FETCH((const uint16_t *)next[j + 0].key + start + 0);
-                    }
-                    if (((start + 0) & odd) == 0) {
                         HL_FETCH((const uint16_t *)next[j + 1].key + start + 0);
-                    }
-                    if (((start + 0) & odd) == 0) {
                         HL_FETCH((const uint16_t *)next[j + 2].key + start + 0);
-                    }
-                    if (((start + 0) & odd) == 0) {
                         HL_FETCH((const uint16_t *)next[j + 3].key + start + 0);
                     }
+                    if (apart) {
+                        HL_FETCH((const uint16_t *)next[j + 0].key + start + 32);
+                        HL_FETCH((const uint16_t *)next[j + 1].key + start + 32);
+                        HL_FETCH((const uint16_t *)next[j + 2].key + start + 32);
+                        HL_FETCH((const uint16_t *)next[j + 3].key + start + 32);
+                    }
                 }
-                for (int32_t c = start; c < start + 32; c += 32) {
+                for (int32_t c = start; c < start + 64; c += 32) {
                     {
                         const float *const qc = from + c + 0;
                         hl_vf_avx512 v;
@@ -7253,14 +7310,18 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d512_rope64_dot_2x8_avx512(const float *q, con
             const uint16_t *const k1 = (const uint16_t *)row1->rope;
             const uint16_t *const k2 = (const uint16_t *)row2->rope;
             const uint16_t *const k3 = (const uint16_t *)row3->rope;
-            for (int32_t start = 0; start < 64; start += 32) {
+            for (int32_t start = 0; start < 64; start += 64) {
                 if (next != NULL) {
                     HL_FETCH((const uint16_t *)next[j + 0].rope + start + 0);
                     HL_FETCH((const uint16_t *)next[j + 1].rope + start + 0);
                     HL_FETCH((const uint16_t *)next[j + 2].rope + start + 0);
                     HL_FETCH((const uint16_t *)next[j + 3].rope + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 0].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 1].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 2].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 3].rope + start + 32);
                 }
-                for (int32_t c = start; c < start + 32; c += 32) {
+                for (int32_t c = start; c < start + 64; c += 32) {
                     {
                         const float *const qc = from + c + 0;
                         hl_vf_avx512 v;
@@ -7312,7 +7373,7 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d512_rope64_dot_2x8_avx512(const float *q, con
  * the last key its row is taken again, so that every tile is whole. Meanwhile lines of later keys
  * (next) are asked for, if there are any; but for those that value tiles ask for. */
 HL_KERNEL_AVX512 void hl_sfa_bf16_d512_rope64_dot_1x16_avx512(const float *q, const hl_row *row,
-    int32_t last, float *s, float scale, const hl_row *next, int32_t odd)
+    int32_t last, float *s, float scale, const hl_row *next, int32_t apart)
 {
     enum { L = 16, QS = 576 };
     hl_vf_avx512 all[16];
@@ -7335,22 +7396,20 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d512_rope64_dot_1x16_avx512(const float *q, co
             const uint16_t *const k1 = (const uint16_t *)row1->key;
             const uint16_t *const k2 = (const uint16_t *)row2->key;
             const uint16_t *const k3 = (const uint16_t *)row3->key;
-            for (int32_t start = 0; start < 512; start += 32) {
+            for (int32_t start = 0; start < 512; start += 64) {
                 if (next != NULL) {
-                    if (((start + 0) & odd) == 0) {
-                        HL_FETCH((const uint16_t *)next[j + 0].key + start + 0);
-                    }
-                    if (((start + 0) & odd) == 0) {
-                        HL_FETCH((const uint16_t *)next[j + 1].key + start + 0);
-                    }
-                    if (((start + 0) & odd) == 0) {
-                        HL_FETCH((const uint16_t *)next[j + 2].key + start + 0);
-                    }
-                    if (((start + 0) & odd) == 0) {
-                        HL_FETCH((const uint16_t *)next[j + 3].key + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 0].key + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 1].key + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 2].key + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 3].key + start + 0);
+                    if (apart) {
+                        HL_FETCH((const uint16_t *)next[j + 0].key + start + 32);
+                        HL_FETCH((const uint16_t *)next[j + 1].key + start + 32);
+                        HL_FETCH((const uint16_t *)next[j + 2].key + start + 32);
+                        HL_FETCH((const uint16_t *)next[j + 3].key + start + 32);
                     }
                 }
-                for (int32_t c = start; c < start + 32; c += 32) {
+                for (int32_t c = start; c < start + 64; c += 32) {
                     {
                         const float *const qc = from + c + 0;
                         hl_vf_avx512 v;
@@ -7379,14 +7438,18 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d512_rope64_dot_1x16_avx512(const float *q, co
             const uint16_t *const k1 = (const uint16_t *)row1->rope;
             const uint16_t *const k2 = (const uint16_t *)row2->rope;
             const uint16_t *const k3 = (const uint16_t *)row3->rope;
-            for (int32_t start = 0; start < 64; start += 32) {
+            for (int32_t start = 0; start < 64; start += 64) {
                 if (next != NULL) {
                     HL_FETCH((const uint16_t *)next[j + 0].rope + start + 0);
                     HL_FETCH((const uint16_t *)next[j + 1].rope + start + 0);
                     HL_FETCH((const uint16_t *)next[j + 2].rope + start + 0);
                     HL_FETCH((const uint16_t *)next[j + 3].rope + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 0].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 1].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 2].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 3].rope + start + 32);
                 }
-                for (int32_t c = start; c < start + 32; c += 32) {
+                for (int32_t c = start; c < start + 64; c += 32) {
                     {
                         const float *const qc = from + c + 0;
                         hl_vf_avx512 v;
@@ -7425,7 +7488,6 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d512_rope64_score_few_avx512(const hl_space *w
 {
     enum { QS = 576, BLOCK = 48, AHEAD = 32 };
     const int32_t known = b->n + b->n_later;
-    const int32_t odd = b->value_apart ? 0 : 32; /* lines that value tiles ask for */
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
         for (int32_t j = 0; j < b->n; j += 4) {
@@ -7442,7 +7504,7 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d512_rope64_score_few_avx512(const hl_space *w
             hl_sfa_bf16_d512_rope64_dot_2x8_avx512(w->q + (ptrdiff_t)h * QS, b->row + j,
                                                    b->n - 1 - j, w->s + h * BLOCK + j * 2, scale,
                                                    h == 0 && later + 8 <= known ? b->row + later
-                                                   : NULL, odd);
+                                                   : NULL, b->value_apart);
         }
     }
     for (; h + 1 <= group; h += 1) {
@@ -7451,7 +7513,7 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d512_rope64_score_few_avx512(const hl_space *w
             hl_sfa_bf16_d512_rope64_dot_1x16_avx512(w->q + (ptrdiff_t)h * QS, b->row + j,
                                                     b->n - 1 - j, w->s + h * BLOCK + j * 1, scale,
                                                     h == 0 && later + 16 <= known ? b->row + later
-                                                    : NULL, odd);
+                                                    : NULL, b->value_apart);
         }
     }
 }
@@ -8184,6 +8246,8 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d512_rope64_pr_4x4_avx512(const float *p, cons
                 (const uint16_t *)row[j + 32].value + c;
             if (apart) {
                 HL_FETCH(next + 0);
+            }
+            if (apart) {
                 HL_FETCH(next + 32);
             }
         }
@@ -8288,12 +8352,10 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d512_rope64_pr_2x8_avx512(const float *p, cons
         if (j < later) {
             const uint16_t *const next =
                 (const uint16_t *)row[j + 32].value + c;
+            HL_FETCH(next + 0);
             HL_FETCH(next + 32);
+            HL_FETCH(next + 64);
             HL_FETCH(next + 96);
-            if (apart) {
-                HL_FETCH(next + 0);
-                HL_FETCH(next + 64);
-            }
         }
         hl_vf_avx512 v;
         hl_vf_avx512 w;
@@ -8397,16 +8459,22 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d512_rope64_pr_1x16_avx512(const float *p, con
         if (j < later) {
             const uint16_t *const next =
                 (const uint16_t *)row[j + 32].value + c;
-            HL_FETCH(next + 32);
-            HL_FETCH(next + 96);
-            HL_FETCH(next + 160);
-            HL_FETCH(next + 224);
             if (apart) {
                 HL_FETCH(next + 0);
+            }
+            HL_FETCH(next + 32);
+            if (apart) {
                 HL_FETCH(next + 64);
+            }
+            HL_FETCH(next + 96);
+            if (apart) {
                 HL_FETCH(next + 128);
+            }
+            HL_FETCH(next + 160);
+            if (apart) {
                 HL_FETCH(next + 192);
             }
+            HL_FETCH(next + 224);
         }
         hl_vf_avx512 v;
         hl_vf_avx512 w;

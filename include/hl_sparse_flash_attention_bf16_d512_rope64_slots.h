@@ -2188,12 +2188,14 @@ HL_KERNEL_SCALAR void hl_sfa_bf16_d512_rope64_slots_dot_4x2_scalar(const float *
             const float *const from = q + 0;
             const uint16_t *const k0 = (const uint16_t *)row0->key;
             const uint16_t *const k1 = (const uint16_t *)row1->key;
-            for (int32_t start = 0; start < 512; start += 32) {
+            for (int32_t start = 0; start < 512; start += 64) {
                 if (next != NULL) {
                     HL_FETCH((const uint16_t *)next[j + 0].key + start + 0);
                     HL_FETCH((const uint16_t *)next[j + 1].key + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 0].key + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 1].key + start + 32);
                 }
-                for (int32_t c = start; c < start + 32; c += 2) {
+                for (int32_t c = start; c < start + 64; c += 2) {
                     {
                         const float *const qc = from + c + 0;
                         hl_vf_scalar q0;
@@ -2235,12 +2237,14 @@ HL_KERNEL_SCALAR void hl_sfa_bf16_d512_rope64_slots_dot_4x2_scalar(const float *
             const float *const from = q + 512;
             const uint16_t *const k0 = (const uint16_t *)row0->rope;
             const uint16_t *const k1 = (const uint16_t *)row1->rope;
-            for (int32_t start = 0; start < 64; start += 32) {
+            for (int32_t start = 0; start < 64; start += 64) {
                 if (next != NULL) {
                     HL_FETCH((const uint16_t *)next[j + 0].rope + start + 0);
                     HL_FETCH((const uint16_t *)next[j + 1].rope + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 0].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 1].rope + start + 32);
                 }
-                for (int32_t c = start; c < start + 32; c += 2) {
+                for (int32_t c = start; c < start + 64; c += 2) {
                     {
                         const float *const qc = from + c + 0;
                         hl_vf_scalar q0;
@@ -2320,14 +2324,18 @@ HL_KERNEL_SCALAR void hl_sfa_bf16_d512_rope64_slots_dot_2x4_scalar(const float *
             const uint16_t *const k1 = (const uint16_t *)row1->key;
             const uint16_t *const k2 = (const uint16_t *)row2->key;
             const uint16_t *const k3 = (const uint16_t *)row3->key;
-            for (int32_t start = 0; start < 512; start += 32) {
+            for (int32_t start = 0; start < 512; start += 64) {
                 if (next != NULL) {
                     HL_FETCH((const uint16_t *)next[j + 0].key + start + 0);
                     HL_FETCH((const uint16_t *)next[j + 1].key + start + 0);
                     HL_FETCH((const uint16_t *)next[j + 2].key + start + 0);
                     HL_FETCH((const uint16_t *)next[j + 3].key + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 0].key + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 1].key + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 2].key + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 3].key + start + 32);
                 }
-                for (int32_t c = start; c < start + 32; c += 2) {
+                for (int32_t c = start; c < start + 64; c += 2) {
                     {
                         const float *const qc = from + c + 0;
                         hl_vf_scalar v;
@@ -2366,14 +2374,18 @@ HL_KERNEL_SCALAR void hl_sfa_bf16_d512_rope64_slots_dot_2x4_scalar(const float *
             const uint16_t *const k1 = (const uint16_t *)row1->rope;
             const uint16_t *const k2 = (const uint16_t *)row2->rope;
             const uint16_t *const k3 = (const uint16_t *)row3->rope;
-            for (int32_t start = 0; start < 64; start += 32) {
+            for (int32_t start = 0; start < 64; start += 64) {
                 if (next != NULL) {
                     HL_FETCH((const uint16_t *)next[j + 0].rope + start + 0);
                     HL_FETCH((const uint16_t *)next[j + 1].rope + start + 0);
                     HL_FETCH((const uint16_t *)next[j + 2].rope + start + 0);
                     HL_FETCH((const uint16_t *)next[j + 3].rope + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 0].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 1].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 2].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 3].rope + start + 32);
                 }
-                for (int32_t c = start; c < start + 32; c += 2) {
+                for (int32_t c = start; c < start + 64; c += 2) {
                     {
                         const float *const qc = from + c + 0;
                         hl_vf_scalar v;
@@ -2456,7 +2468,7 @@ HL_KERNEL_SCALAR void hl_sfa_bf16_d512_rope64_slots_dot_1x8_scalar(const float *
             const uint16_t *const k5 = (const uint16_t *)row5->key;
             const uint16_t *const k6 = (const uint16_t *)row6->key;
             const uint16_t *const k7 = (const uint16_t *)row7->key;
-            for (int32_t start = 0; start < 512; start += 32) {
+            for (int32_t start = 0; start < 512; start += 64) {
                 if (next != NULL) {
                     HL_FETCH((const uint16_t *)next[j + 0].key + start + 0);
                     HL_FETCH((const uint16_t *)next[j + 1].key + start + 0);
@@ -2466,8 +2478,16 @@ HL_KERNEL_SCALAR void hl_sfa_bf16_d512_rope64_slots_dot_1x8_scalar(const float *
                     HL_FETCH((const uint16_t *)next[j + 5].key + start + 0);
                     HL_FETCH((const uint16_t *)next[j + 6].key + start + 0);
                     HL_FETCH((const uint16_t *)next[j + 7].key + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 0].key + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 1].key + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 2].key + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 3].key + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 4].key + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 5].key + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 6].key + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 7].key + start + 32);
                 }
-                for (int32_t c = start; c < start + 32; c += 2) {
+                for (int32_t c = start; c < start + 64; c += 2) {
                     {
                         const float *const qc = from + c + 0;
                         hl_vf_scalar v;
@@ -2512,7 +2532,7 @@ HL_KERNEL_SCALAR void hl_sfa_bf16_d512_rope64_slots_dot_1x8_scalar(const float *
             const uint16_t *const k5 = (const uint16_t *)row5->rope;
             const uint16_t *const k6 = (const uint16_t *)row6->rope;
             const uint16_t *const k7 = (const uint16_t *)row7->rope;
-            for (int32_t start = 0; start < 64; start += 32) {
+            for (int32_t start = 0; start < 64; start += 64) {
                 if (next != NULL) {
                     HL_FETCH((const uint16_t *)next[j + 0].rope + start + 0);
                     HL_FETCH((const uint16_t *)next[j + 1].rope + start + 0);
@@ -2522,8 +2542,16 @@ HL_KERNEL_SCALAR void hl_sfa_bf16_d512_rope64_slots_dot_1x8_scalar(const float *
                     HL_FETCH((const uint16_t *)next[j + 5].rope + start + 0);
                     HL_FETCH((const uint16_t *)next[j + 6].rope + start + 0);
                     HL_FETCH((const uint16_t *)next[j + 7].rope + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 0].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 1].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 2].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 3].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 4].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 5].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 6].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 7].rope + start + 32);
                 }
-                for (int32_t c = start; c < start + 32; c += 2) {
+                for (int32_t c = start; c < start + 64; c += 2) {
                     {
                         const float *const qc = from + c + 0;
                         hl_vf_scalar v;
@@ -3581,14 +3609,18 @@ HL_KERNEL_NEON void hl_sfa_bf16_d512_rope64_slots_dot_4x4_neon(const float *q, c
             const uint16_t *const k1 = (const uint16_t *)row1->key;
             const uint16_t *const k2 = (const uint16_t *)row2->key;
             const uint16_t *const k3 = (const uint16_t *)row3->key;
-            for (int32_t start = 0; start < 512; start += 32) {
+            for (int32_t start = 0; start < 512; start += 64) {
                 if (next != NULL) {
                     HL_FETCH((const uint16_t *)next[j + 0].key + start + 0);
                     HL_FETCH((const uint16_t *)next[j + 1].key + start + 0);
                     HL_FETCH((const uint16_t *)next[j + 2].key + start + 0);
                     HL_FETCH((const uint16_t *)next[j + 3].key + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 0].key + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 1].key + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 2].key + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 3].key + start + 32);
                 }
-                for (int32_t c = start; c < start + 32; c += 8) {
+                for (int32_t c = start; c < start + 64; c += 8) {
                     {
                         const float *const qc = from + c + 0;
                         hl_vf_neon q0;
@@ -3654,14 +3686,18 @@ HL_KERNEL_NEON void hl_sfa_bf16_d512_rope64_slots_dot_4x4_neon(const float *q, c
             const uint16_t *const k1 = (const uint16_t *)row1->rope;
             const uint16_t *const k2 = (const uint16_t *)row2->rope;
             const uint16_t *const k3 = (const uint16_t *)row3->rope;
-            for (int32_t start = 0; start < 64; start += 32) {
+            for (int32_t start = 0; start < 64; start += 64) {
                 if (next != NULL) {
                     HL_FETCH((const uint16_t *)next[j + 0].rope + start + 0);
                     HL_FETCH((const uint16_t *)next[j + 1].rope + start + 0);
                     HL_FETCH((const uint16_t *)next[j + 2].rope + start + 0);
                     HL_FETCH((const uint16_t *)next[j + 3].rope + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 0].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 1].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 2].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 3].rope + start + 32);
                 }
-                for (int32_t c = start; c < start + 32; c += 8) {
+                for (int32_t c = start; c < start + 64; c += 8) {
                     {
                         const float *const qc = from + c + 0;
                         hl_vf_neon q0;
@@ -3748,7 +3784,7 @@ HL_KERNEL_NEON void hl_sfa_bf16_d512_rope64_slots_dot_4x4_neon(const float *q, c
  * the last key its row is taken again, so that every tile is whole. Meanwhile lines of later keys
  * (next) are asked for, if there are any; but for those that value tiles ask for. */
 HL_KERNEL_NEON void hl_sfa_bf16_d512_rope64_slots_dot_2x8_neon(const float *q, const hl_row *row,
-    int32_t last, float *s, float scale, const hl_row *next, int32_t odd)
+    int32_t last, float *s, float scale, const hl_row *next, int32_t apart)
 {
     enum { L = 4, QS = 576 };
     hl_vf_neon all[16];
@@ -3779,22 +3815,22 @@ HL_KERNEL_NEON void hl_sfa_bf16_d512_rope64_slots_dot_2x8_neon(const float *q, c
             const uint16_t *const k1 = (const uint16_t *)row1->key;
             const uint16_t *const k2 = (const uint16_t *)row2->key;
             const uint16_t *const k3 = (const uint16_t *)row3->key;
-            for (int32_t start = 0; start < 512; start += 32) {
+            for (int32_t start = 0; start < 512; start += 64) {
                 if (next != NULL) {
-                    if (((start + 0) & odd) == 0) {
+                    if (apart) {
                         HL_FETCH((const uint16_t *)next[j + 0].key + start + 0);
-                    }
-                    if (((start + 0) & odd) == 0) {
                         HL_FETCH((const uint16_t *)next[j + 1].key + start + 0);
-                    }
-                    if (((start + 0) & odd) == 0) {
                         HL_FETCH((const uint16_t *)next[j + 2].key + start + 0);
-                    }
-                    if (((start + 0) & odd) == 0) {
                         HL_FETCH((const uint16_t *)next[j + 3].key + start + 0);
                     }
+                    if (apart) {
+                        HL_FETCH((const uint16_t *)next[j + 0].key + start + 32);
+                        HL_FETCH((const uint16_t *)next[j + 1].key + start + 32);
+                        HL_FETCH((const uint16_t *)next[j + 2].key + start + 32);
+                        HL_FETCH((const uint16_t *)next[j + 3].key + start + 32);
+                    }
                 }
-                for (int32_t c = start; c < start + 32; c += 8) {
+                for (int32_t c = start; c < start + 64; c += 8) {
                     {
                         const float *const qc = from + c + 0;
                         hl_vf_neon v;
@@ -3833,14 +3869,18 @@ HL_KERNEL_NEON void hl_sfa_bf16_d512_rope64_slots_dot_2x8_neon(const float *q, c
             const uint16_t *const k1 = (const uint16_t *)row1->rope;
             const uint16_t *const k2 = (const uint16_t *)row2->rope;
             const uint16_t *const k3 = (const uint16_t *)row3->rope;
-            for (int32_t start = 0; start < 64; start += 32) {
+            for (int32_t start = 0; start < 64; start += 64) {
                 if (next != NULL) {
                     HL_FETCH((const uint16_t *)next[j + 0].rope + start + 0);
                     HL_FETCH((const uint16_t *)next[j + 1].rope + start + 0);
                     HL_FETCH((const uint16_t *)next[j + 2].rope + start + 0);
                     HL_FETCH((const uint16_t *)next[j + 3].rope + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 0].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 1].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 2].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 3].rope + start + 32);
                 }
-                for (int32_t c = start; c < start + 32; c += 8) {
+                for (int32_t c = start; c < start + 64; c += 8) {
                     {
                         const float *const qc = from + c + 0;
                         hl_vf_neon v;
@@ -3892,7 +3932,7 @@ HL_KERNEL_NEON void hl_sfa_bf16_d512_rope64_slots_dot_2x8_neon(const float *q, c
  * the last key its row is taken again, so that every tile is whole. Meanwhile lines of later keys
  * (next) are asked for, if there are any; but for those that value tiles ask for. */
 HL_KERNEL_NEON void hl_sfa_bf16_d512_rope64_slots_dot_1x16_neon(const float *q, const hl_row *row,
-    int32_t last, float *s, float scale, const hl_row *next, int32_t odd)
+    int32_t last, float *s, float scale, const hl_row *next, int32_t apart)
 {
     enum { L = 4, QS = 576 };
     hl_vf_neon all[16];
@@ -3915,22 +3955,20 @@ HL_KERNEL_NEON void hl_sfa_bf16_d512_rope64_slots_dot_1x16_neon(const float *q, 
             const uint16_t *const k1 = (const uint16_t *)row1->key;
             const uint16_t *const k2 = (const uint16_t *)row2->key;
             const uint16_t *const k3 = (const uint16_t *)row3->key;
-            for (int32_t start = 0; start < 512; start += 32) {
+            for (int32_t start = 0; start < 512; start += 64) {
                 if (next != NULL) {
-                    if (((start + 0) & odd) == 0) {
-                        HL_FETCH((const uint16_t *)next[j + 0].key + start + 0);
-                    }
-                    if (((start + 0) & odd) == 0) {
-                        HL_FETCH((const uint16_t *)next[j + 1].key + start + 0);
-                    }
-                    if (((start + 0) & odd) == 0) {
-                        HL_FETCH((const uint16_t *)next[j + 2].key + start + 0);
-                    }
-                    if (((start + 0) & odd) == 0) {
-                        HL_FETCH((const uint16_t *)next[j + 3].key + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 0].key + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 1].key + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 2].key + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 3].key + start + 0);
+                    if (apart) {
+                        HL_FETCH((const uint16_t *)next[j + 0].key + start + 32);
+                        HL_FETCH((const uint16_t *)next[j + 1].key + start + 32);
+                        HL_FETCH((const uint16_t *)next[j + 2].key + start + 32);
+                        HL_FETCH((const uint16_t *)next[j + 3].key + start + 32);
                     }
                 }
-                for (int32_t c = start; c < start + 32; c += 8) {
+                for (int32_t c = start; c < start + 64; c += 8) {
                     {
                         const float *const qc = from + c + 0;
                         hl_vf_neon v;
@@ -3959,14 +3997,18 @@ HL_KERNEL_NEON void hl_sfa_bf16_d512_rope64_slots_dot_1x16_neon(const float *q, 
             const uint16_t *const k1 = (const uint16_t *)row1->rope;
             const uint16_t *const k2 = (const uint16_t *)row2->rope;
             const uint16_t *const k3 = (const uint16_t *)row3->rope;
-            for (int32_t start = 0; start < 64; start += 32) {
+            for (int32_t start = 0; start < 64; start += 64) {
                 if (next != NULL) {
                     HL_FETCH((const uint16_t *)next[j + 0].rope + start + 0);
                     HL_FETCH((const uint16_t *)next[j + 1].rope + start + 0);
                     HL_FETCH((const uint16_t *)next[j + 2].rope + start + 0);
                     HL_FETCH((const uint16_t *)next[j + 3].rope + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 0].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 1].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 2].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 3].rope + start + 32);
                 }
-                for (int32_t c = start; c < start + 32; c += 8) {
+                for (int32_t c = start; c < start + 64; c += 8) {
                     {
                         const float *const qc = from + c + 0;
                         hl_vf_neon v;
@@ -4005,7 +4047,6 @@ HL_KERNEL_NEON void hl_sfa_bf16_d512_rope64_slots_score_few_neon(const hl_space 
 {
     enum { QS = 576, BLOCK = 64, AHEAD = 32 };
     const int32_t known = b->n + b->n_later;
-    const int32_t odd = b->value_apart ? 0 : 32; /* lines that value tiles ask for */
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
         for (int32_t j = 0; j < b->n; j += 4) {
@@ -4020,7 +4061,7 @@ HL_KERNEL_NEON void hl_sfa_bf16_d512_rope64_slots_score_few_neon(const hl_space 
             const int32_t later = j + AHEAD;
             hl_sfa_bf16_d512_rope64_slots_dot_2x8_neon(w->q + (ptrdiff_t)h * QS, b->row + j,
                 b->n - 1 - j, w->s + h * BLOCK + j * 2, scale, h == 0 && later + 8 <= known ? b->row
-                + later : NULL, odd);
+                + later : NULL, b->value_apart);
         }
     }
     for (; h + 1 <= group; h += 1) {
@@ -4028,7 +4069,7 @@ HL_KERNEL_NEON void hl_sfa_bf16_d512_rope64_slots_score_few_neon(const hl_space 
             const int32_t later = j + AHEAD;
             hl_sfa_bf16_d512_rope64_slots_dot_1x16_neon(w->q + (ptrdiff_t)h * QS, b->row + j,
                 b->n - 1 - j, w->s + h * BLOCK + j * 1, scale, h == 0 && later + 16 <= known
-                ? b->row + later : NULL, odd);
+                ? b->row + later : NULL, b->value_apart);
         }
     }
 }
@@ -4460,9 +4501,7 @@ HL_KERNEL_NEON void hl_sfa_bf16_d512_rope64_slots_pr_2x8_neon(const float *p, co
         if (j < later) {
             const uint16_t *const next =
                 (const uint16_t *)row[j + 32].value + c;
-            if (apart) {
-                HL_FETCH(next + 0);
-            }
+            HL_FETCH(next + 0);
         }
         hl_vf_neon v;
         hl_vf_neon w;
@@ -4550,10 +4589,10 @@ HL_KERNEL_NEON void hl_sfa_bf16_d512_rope64_slots_pr_1x16_neon(const float *p, c
         if (j < later) {
             const uint16_t *const next =
                 (const uint16_t *)row[j + 32].value + c;
-            HL_FETCH(next + 32);
             if (apart) {
                 HL_FETCH(next + 0);
             }
+            HL_FETCH(next + 32);
         }
         hl_vf_neon v;
         hl_vf_neon w;
@@ -5299,12 +5338,14 @@ HL_KERNEL_AVX2 void hl_sfa_bf16_d512_rope64_slots_dot_4x2_avx2(const float *q, c
             const float *const from = q + 0;
             const uint16_t *const k0 = (const uint16_t *)row0->key;
             const uint16_t *const k1 = (const uint16_t *)row1->key;
-            for (int32_t start = 0; start < 512; start += 32) {
+            for (int32_t start = 0; start < 512; start += 64) {
                 if (next != NULL) {
                     HL_FETCH((const uint16_t *)next[j + 0].key + start + 0);
                     HL_FETCH((const uint16_t *)next[j + 1].key + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 0].key + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 1].key + start + 32);
                 }
-                for (int32_t c = start; c < start + 32; c += 16) {
+                for (int32_t c = start; c < start + 64; c += 16) {
                     {
                         const float *const qc = from + c + 0;
                         hl_vf_avx2 q0;
@@ -5346,12 +5387,14 @@ HL_KERNEL_AVX2 void hl_sfa_bf16_d512_rope64_slots_dot_4x2_avx2(const float *q, c
             const float *const from = q + 512;
             const uint16_t *const k0 = (const uint16_t *)row0->rope;
             const uint16_t *const k1 = (const uint16_t *)row1->rope;
-            for (int32_t start = 0; start < 64; start += 32) {
+            for (int32_t start = 0; start < 64; start += 64) {
                 if (next != NULL) {
                     HL_FETCH((const uint16_t *)next[j + 0].rope + start + 0);
                     HL_FETCH((const uint16_t *)next[j + 1].rope + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 0].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 1].rope + start + 32);
                 }
-                for (int32_t c = start; c < start + 32; c += 16) {
+                for (int32_t c = start; c < start + 64; c += 16) {
                     {
                         const float *const qc = from + c + 0;
                         hl_vf_avx2 q0;
@@ -5408,7 +5451,7 @@ HL_KERNEL_AVX2 void hl_sfa_bf16_d512_rope64_slots_dot_4x2_avx2(const float *q, c
  * the last key its row is taken again, so that every tile is whole. Meanwhile lines of later keys
  * (next) are asked for, if there are any; but for those that value tiles ask for. */
 HL_KERNEL_AVX2 void hl_sfa_bf16_d512_rope64_slots_dot_2x4_avx2(const float *q, const hl_row *row,
-    int32_t last, float *s, float scale, const hl_row *next, int32_t odd)
+    int32_t last, float *s, float scale, const hl_row *next, int32_t apart)
 {
     enum { L = 8, QS = 576 };
     hl_vf_avx2 all[8];
@@ -5431,22 +5474,22 @@ HL_KERNEL_AVX2 void hl_sfa_bf16_d512_rope64_slots_dot_2x4_avx2(const float *q, c
             const uint16_t *const k1 = (const uint16_t *)row1->key;
             const uint16_t *const k2 = (const uint16_t *)row2->key;
             const uint16_t *const k3 = (const uint16_t *)row3->key;
-            for (int32_t start = 0; start < 512; start += 32) {
+            for (int32_t start = 0; start < 512; start += 64) {
                 if (next != NULL) {
-                    if (((start + 0) & odd) == 0) {
+                    if (apart) {
                         HL_FETCH((const uint16_t *)next[j + 0].key + start + 0);
-                    }
-                    if (((start + 0) & odd) == 0) {
                         HL_FETCH((const uint16_t *)next[j + 1].key + start + 0);
-                    }
-                    if (((start + 0) & odd) == 0) {
                         HL_FETCH((const uint16_t *)next[j + 2].key + start + 0);
-                    }
-                    if (((start + 0) & odd) == 0) {
                         HL_FETCH((const uint16_t *)next[j + 3].key + start + 0);
                     }
+                    if (apart) {
+                        HL_FETCH((const uint16_t *)next[j + 0].key + start + 32);
+                        HL_FETCH((const uint16_t *)next[j + 1].key + start + 32);
+                        HL_FETCH((const uint16_t *)next[j + 2].key + start + 32);
+                        HL_FETCH((const uint16_t *)next[j + 3].key + start + 32);
+                    }
                 }
-                for (int32_t c = start; c < start + 32; c += 16) {
+                for (int32_t c = start; c < start + 64; c += 16) {
                     {
                         const float *const qc = from + c + 0;
                         hl_vf_avx2 v;
@@ -5485,14 +5528,18 @@ HL_KERNEL_AVX2 void hl_sfa_bf16_d512_rope64_slots_dot_2x4_avx2(const float *q, c
             const uint16_t *const k1 = (const uint16_t *)row1->rope;
             const uint16_t *const k2 = (const uint16_t *)row2->rope;
             const uint16_t *const k3 = (const uint16_t *)row3->rope;
-            for (int32_t start = 0; start < 64; start += 32) {
+            for (int32_t start = 0; start < 64; start += 64) {
                 if (next != NULL) {
                     HL_FETCH((const uint16_t *)next[j + 0].rope + start + 0);
                     HL_FETCH((const uint16_t *)next[j + 1].rope + start + 0);
                     HL_FETCH((const uint16_t *)next[j + 2].rope + start + 0);
                     HL_FETCH((const uint16_t *)next[j + 3].rope + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 0].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 1].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 2].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 3].rope + start + 32);
                 }
-                for (int32_t c = start; c < start + 32; c += 16) {
+                for (int32_t c = start; c < start + 64; c += 16) {
                     {
                         const float *const qc = from + c + 0;
                         hl_vf_avx2 v;
@@ -5544,7 +5591,7 @@ HL_KERNEL_AVX2 void hl_sfa_bf16_d512_rope64_slots_dot_2x4_avx2(const float *q, c
  * the last key its row is taken again, so that every tile is whole. Meanwhile lines of later keys
  * (next) are asked for, if there are any; but for those that value tiles ask for. */
 HL_KERNEL_AVX2 void hl_sfa_bf16_d512_rope64_slots_dot_1x8_avx2(const float *q, const hl_row *row,
-    int32_t last, float *s, float scale, const hl_row *next, int32_t odd)
+    int32_t last, float *s, float scale, const hl_row *next, int32_t apart)
 {
     enum { L = 8, QS = 576 };
     hl_vf_avx2 all[8];
@@ -5575,34 +5622,28 @@ HL_KERNEL_AVX2 void hl_sfa_bf16_d512_rope64_slots_dot_1x8_avx2(const float *q, c
             const uint16_t *const k5 = (const uint16_t *)row5->key;
             const uint16_t *const k6 = (const uint16_t *)row6->key;
             const uint16_t *const k7 = (const uint16_t *)row7->key;
-            for (int32_t start = 0; start < 512; start += 32) {
+            for (int32_t start = 0; start < 512; start += 64) {
                 if (next != NULL) {
-                    if (((start + 0) & odd) == 0) {
-                        HL_FETCH((const uint16_t *)next[j + 0].key + start + 0);
-                    }
-                    if (((start + 0) & odd) == 0) {
-                        HL_FETCH((const uint16_t *)next[j + 1].key + start + 0);
-                    }
-                    if (((start + 0) & odd) == 0) {
-                        HL_FETCH((const uint16_t *)next[j + 2].key + start + 0);
-                    }
-                    if (((start + 0) & odd) == 0) {
-                        HL_FETCH((const uint16_t *)next[j + 3].key + start + 0);
-                    }
-                    if (((start + 0) & odd) == 0) {
-                        HL_FETCH((const uint16_t *)next[j + 4].key + start + 0);
-                    }
-                    if (((start + 0) & odd) == 0) {
-                        HL_FETCH((const uint16_t *)next[j + 5].key + start + 0);
-                    }
-                    if (((start + 0) & odd) == 0) {
-                        HL_FETCH((const uint16_t *)next[j + 6].key + start + 0);
-                    }
-                    if (((start + 0) & odd) == 0) {
-                        HL_FETCH((const uint16_t *)next[j + 7].key + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 0].key + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 1].key + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 2].key + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 3].key + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 4].key + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 5].key + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 6].key + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 7].key + start + 0);
+                    if (apart) {
+                        HL_FETCH((const uint16_t *)next[j + 0].key + start + 32);
+                        HL_FETCH((const uint16_t *)next[j + 1].key + start + 32);
+                        HL_FETCH((const uint16_t *)next[j + 2].key + start + 32);
+                        HL_FETCH((const uint16_t *)next[j + 3].key + start + 32);
+                        HL_FETCH((const uint16_t *)next[j + 4].key + start + 32);
+                        HL_FETCH((const uint16_t *)next[j + 5].key + start + 32);
+                        HL_FETCH((const uint16_t *)next[j + 6].key + start + 32);
+                        HL_FETCH((const uint16_t *)next[j + 7].key + start + 32);
                     }
                 }
-                for (int32_t c = start; c < start + 32; c += 16) {
+                for (int32_t c = start; c < start + 64; c += 16) {
                     {
                         const float *const qc = from + c + 0;
                         hl_vf_avx2 v;
@@ -5647,7 +5688,7 @@ HL_KERNEL_AVX2 void hl_sfa_bf16_d512_rope64_slots_dot_1x8_avx2(const float *q, c
             const uint16_t *const k5 = (const uint16_t *)row5->rope;
             const uint16_t *const k6 = (const uint16_t *)row6->rope;
             const uint16_t *const k7 = (const uint16_t *)row7->rope;
-            for (int32_t start = 0; start < 64; start += 32) {
+            for (int32_t start = 0; start < 64; start += 64) {
                 if (next != NULL) {
                     HL_FETCH((const uint16_t *)next[j + 0].rope + start + 0);
                     HL_FETCH((const uint16_t *)next[j + 1].rope + start + 0);
@@ -5657,8 +5698,16 @@ HL_KERNEL_AVX2 void hl_sfa_bf16_d512_rope64_slots_dot_1x8_avx2(const float *q, c
                     HL_FETCH((const uint16_t *)next[j + 5].rope + start + 0);
                     HL_FETCH((const uint16_t *)next[j + 6].rope + start + 0);
                     HL_FETCH((const uint16_t *)next[j + 7].rope + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 0].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 1].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 2].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 3].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 4].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 5].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 6].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 7].rope + start + 32);
                 }
-                for (int32_t c = start; c < start + 32; c += 16) {
+                for (int32_t c = start; c < start + 64; c += 16) {
                     {
                         const float *const qc = from + c + 0;
                         hl_vf_avx2 v;
@@ -5713,7 +5762,6 @@ HL_KERNEL_AVX2 void hl_sfa_bf16_d512_rope64_slots_score_few_avx2(const hl_space 
 {
     enum { QS = 576, BLOCK = 48, AHEAD = 32 };
     const int32_t known = b->n + b->n_later;
-    const int32_t odd = b->value_apart ? 0 : 32; /* lines that value tiles ask for */
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
         for (int32_t j = 0; j < b->n; j += 2) {
@@ -5728,7 +5776,7 @@ HL_KERNEL_AVX2 void hl_sfa_bf16_d512_rope64_slots_score_few_avx2(const hl_space 
             const int32_t later = j + AHEAD;
             hl_sfa_bf16_d512_rope64_slots_dot_2x4_avx2(w->q + (ptrdiff_t)h * QS, b->row + j,
                 b->n - 1 - j, w->s + h * BLOCK + j * 2, scale, h == 0 && later + 4 <= known ? b->row
-                + later : NULL, odd);
+                + later : NULL, b->value_apart);
         }
     }
     for (; h + 1 <= group; h += 1) {
@@ -5736,7 +5784,7 @@ HL_KERNEL_AVX2 void hl_sfa_bf16_d512_rope64_slots_score_few_avx2(const hl_space 
             const int32_t later = j + AHEAD;
             hl_sfa_bf16_d512_rope64_slots_dot_1x8_avx2(w->q + (ptrdiff_t)h * QS, b->row + j,
                 b->n - 1 - j, w->s + h * BLOCK + j * 1, scale, h == 0 && later + 8 <= known ? b->row
-                + later : NULL, odd);
+                + later : NULL, b->value_apart);
         }
     }
 }
@@ -6093,9 +6141,7 @@ HL_KERNEL_AVX2 void hl_sfa_bf16_d512_rope64_slots_pr_2x4_avx2(const float *p, co
         if (j < later) {
             const uint16_t *const next =
                 (const uint16_t *)row[j + 32].value + c;
-            if (apart) {
-                HL_FETCH(next + 0);
-            }
+            HL_FETCH(next + 0);
         }
         hl_vf_avx2 v;
         hl_vf_avx2 w;
@@ -6149,10 +6195,10 @@ HL_KERNEL_AVX2 void hl_sfa_bf16_d512_rope64_slots_pr_1x8_avx2(const float *p, co
         if (j < later) {
             const uint16_t *const next =
                 (const uint16_t *)row[j + 32].value + c;
-            HL_FETCH(next + 32);
             if (apart) {
                 HL_FETCH(next + 0);
             }
+            HL_FETCH(next + 32);
         }
         hl_vf_avx2 v;
         hl_vf_avx2 w;
@@ -7083,14 +7129,18 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d512_rope64_slots_dot_4x4_avx512(const float *
             const uint16_t *const k1 = (const uint16_t *)row1->key;
             const uint16_t *const k2 = (const uint16_t *)row2->key;
             const uint16_t *const k3 = (const uint16_t *)row3->key;
-            for (int32_t start = 0; start < 512; start += 32) {
+            for (int32_t start = 0; start < 512; start += 64) {
                 if (next != NULL) {
                     HL_FETCH((const uint16_t *)next[j + 0].key + start + 0);
                     HL_FETCH((const uint16_t *)next[j + 1].key + start + 0);
                     HL_FETCH((const uint16_t *)next[j + 2].key + start + 0);
                     HL_FETCH((const uint16_t *)next[j + 3].key + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 0].key + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 1].key + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 2].key + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 3].key + start + 32);
                 }
-                for (int32_t c = start; c < start + 32; c += 32) {
+                for (int32_t c = start; c < start + 64; c += 32) {
                     {
                         const float *const qc = from + c + 0;
                         hl_vf_avx512 q0;
@@ -7156,14 +7206,18 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d512_rope64_slots_dot_4x4_avx512(const float *
             const uint16_t *const k1 = (const uint16_t *)row1->rope;
             const uint16_t *const k2 = (const uint16_t *)row2->rope;
             const uint16_t *const k3 = (const uint16_t *)row3->rope;
-            for (int32_t start = 0; start < 64; start += 32) {
+            for (int32_t start = 0; start < 64; start += 64) {
                 if (next != NULL) {
                     HL_FETCH((const uint16_t *)next[j + 0].rope + start + 0);
                     HL_FETCH((const uint16_t *)next[j + 1].rope + start + 0);
                     HL_FETCH((const uint16_t *)next[j + 2].rope + start + 0);
                     HL_FETCH((const uint16_t *)next[j + 3].rope + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 0].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 1].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 2].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 3].rope + start + 32);
                 }
-                for (int32_t c = start; c < start + 32; c += 32) {
+                for (int32_t c = start; c < start + 64; c += 32) {
                     {
                         const float *const qc = from + c + 0;
                         hl_vf_avx512 q0;
@@ -7250,7 +7304,7 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d512_rope64_slots_dot_4x4_avx512(const float *
  * the last key its row is taken again, so that every tile is whole. Meanwhile lines of later keys
  * (next) are asked for, if there are any; but for those that value tiles ask for. */
 HL_KERNEL_AVX512 void hl_sfa_bf16_d512_rope64_slots_dot_2x8_avx512(const float *q,
-    const hl_row *row, int32_t last, float *s, float scale, const hl_row *next, int32_t odd)
+    const hl_row *row, int32_t last, float *s, float scale, const hl_row *next, int32_t apart)
 {
     enum { L = 16, QS = 576 };
     hl_vf_avx512 all[16];
@@ -7281,22 +7335,22 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d512_rope64_slots_dot_2x8_avx512(const float *
             const uint16_t *const k1 = (const uint16_t *)row1->key;
             const uint16_t *const k2 = (const uint16_t *)row2->key;
             const uint16_t *const k3 = (const uint16_t *)row3->key;
-            for (int32_t start = 0; start < 512; start += 32) {
+            for (int32_t start = 0; start < 512; start += 64) {
                 if (next != NULL) {
-                    if (((start + 0) & odd) == 0) {
+                    if (apart) {
                         HL_FETCH((const uint16_t *)next[j + 0].key + start + 0);
-                    }
-                    if (((start + 0) & odd) == 0) {
                         HL_FETCH((const uint16_t *)next[j + 1].key + start + 0);
-                    }
-                    if (((start + 0) & odd) == 0) {
                         HL_FETCH((const uint16_t *)next[j + 2].key + start + 0);
-                    }
-                    if (((start + 0) & odd) == 0) {
                         HL_FETCH((const uint16_t *)next[j + 3].key + start + 0);
                     }
+                    if (apart) {
+                        HL_FETCH((const uint16_t *)next[j + 0].key + start + 32);
+                        HL_FETCH((const uint16_t *)next[j + 1].key + start + 32);
+                        HL_FETCH((const uint16_t *)next[j + 2].key + start + 32);
+                        HL_FETCH((const uint16_t *)next[j + 3].key + start + 32);
+                    }
                 }
-                for (int32_t c = start; c < start + 32; c += 32) {
+                for (int32_t c = start; c < start + 64; c += 32) {
                     {
                         const float *const qc = from + c + 0;
                         hl_vf_avx512 v;
@@ -7335,14 +7389,18 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d512_rope64_slots_dot_2x8_avx512(const float *
             const uint16_t *const k1 = (const uint16_t *)row1->rope;
             const uint16_t *const k2 = (const uint16_t *)row2->rope;
             const uint16_t *const k3 = (const uint16_t *)row3->rope;
-            for (int32_t start = 0; start < 64; start += 32) {
+            for (int32_t start = 0; start < 64; start += 64) {
                 if (next != NULL) {
                     HL_FETCH((const uint16_t *)next[j + 0].rope + start + 0);
                     HL_FETCH((const uint16_t *)next[j + 1].rope + start + 0);
                     HL_FETCH((const uint16_t *)next[j + 2].rope + start + 0);
                     HL_FETCH((const uint16_t *)next[j + 3].rope + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 0].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 1].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 2].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 3].rope + start + 32);
                 }
-                for (int32_t c = start; c < start + 32; c += 32) {
+                for (int32_t c = start; c < start + 64; c += 32) {
                     {
                         const float *const qc = from + c + 0;
                         hl_vf_avx512 v;
@@ -7394,7 +7452,7 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d512_rope64_slots_dot_2x8_avx512(const float *
  * the last key its row is taken again, so that every tile is whole. Meanwhile lines of later keys
  * (next) are asked for, if there are any; but for those that value tiles ask for. */
 HL_KERNEL_AVX512 void hl_sfa_bf16_d512_rope64_slots_dot_1x16_avx512(const float *q,
-    const hl_row *row, int32_t last, float *s, float scale, const hl_row *next, int32_t odd)
+    const hl_row *row, int32_t last, float *s, float scale, const hl_row *next, int32_t apart)
 {
     enum { L = 16, QS = 576 };
     hl_vf_avx512 all[16];
@@ -7417,22 +7475,20 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d512_rope64_slots_dot_1x16_avx512(const float 
             const uint16_t *const k1 = (const uint16_t *)row1->key;
             const uint16_t *const k2 = (const uint16_t *)row2->key;
             const uint16_t *const k3 = (const uint16_t *)row3->key;
-            for (int32_t start = 0; start < 512; start += 32) {
+            for (int32_t start = 0; start < 512; start += 64) {
                 if (next != NULL) {
-                    if (((start + 0) & odd) == 0) {
-                        HL_FETCH((const uint16_t *)next[j + 0].key + start + 0);
-                    }
-                    if (((start + 0) & odd) == 0) {
-                        HL_FETCH((const uint16_t *)next[j + 1].key + start + 0);
-                    }
-                    if (((start + 0) & odd) == 0) {
-                        HL_FETCH((const uint16_t *)next[j + 2].key + start + 0);
-                    }
-                    if (((start + 0) & odd) == 0) {
-                        HL_FETCH((const uint16_t *)next[j + 3].key + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 0].key + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 1].key + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 2].key + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 3].key + start + 0);
+                    if (apart) {
+                        HL_FETCH((const uint16_t *)next[j + 0].key + start + 32);
+                        HL_FETCH((const uint16_t *)next[j + 1].key + start + 32);
+                        HL_FETCH((const uint16_t *)next[j + 2].key + start + 32);
+                        HL_FETCH((const uint16_t *)next[j + 3].key + start + 32);
                     }
                 }
-                for (int32_t c = start; c < start + 32; c += 32) {
+                for (int32_t c = start; c < start + 64; c += 32) {
                     {
                         const float *const qc = from + c + 0;
                         hl_vf_avx512 v;
@@ -7461,14 +7517,18 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d512_rope64_slots_dot_1x16_avx512(const float 
             const uint16_t *const k1 = (const uint16_t *)row1->rope;
             const uint16_t *const k2 = (const uint16_t *)row2->rope;
             const uint16_t *const k3 = (const uint16_t *)row3->rope;
-            for (int32_t start = 0; start < 64; start += 32) {
+            for (int32_t start = 0; start < 64; start += 64) {
                 if (next != NULL) {
                     HL_FETCH((const uint16_t *)next[j + 0].rope + start + 0);
                     HL_FETCH((const uint16_t *)next[j + 1].rope + start + 0);
                     HL_FETCH((const uint16_t *)next[j + 2].rope + start + 0);
                     HL_FETCH((const uint16_t *)next[j + 3].rope + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 0].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 1].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 2].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 3].rope + start + 32);
                 }
-                for (int32_t c = start; c < start + 32; c += 32) {
+                for (int32_t c = start; c < start + 64; c += 32) {
                     {
                         const float *const qc = from + c + 0;
                         hl_vf_avx512 v;
@@ -7507,7 +7567,6 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d512_rope64_slots_score_few_avx512(const hl_sp
 {
     enum { QS = 576, BLOCK = 48, AHEAD = 32 };
     const int32_t known = b->n + b->n_later;
-    const int32_t odd = b->value_apart ? 0 : 32; /* lines that value tiles ask for */
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
         for (int32_t j = 0; j < b->n; j += 4) {
@@ -7522,7 +7581,7 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d512_rope64_slots_score_few_avx512(const hl_sp
             const int32_t later = j + AHEAD;
             hl_sfa_bf16_d512_rope64_slots_dot_2x8_avx512(w->q + (ptrdiff_t)h * QS, b->row + j,
                 b->n - 1 - j, w->s + h * BLOCK + j * 2, scale, h == 0 && later + 8 <= known ? b->row
-                + later : NULL, odd);
+                + later : NULL, b->value_apart);
         }
     }
     for (; h + 1 <= group; h += 1) {
@@ -7530,7 +7589,7 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d512_rope64_slots_score_few_avx512(const hl_sp
             const int32_t later = j + AHEAD;
             hl_sfa_bf16_d512_rope64_slots_dot_1x16_avx512(w->q + (ptrdiff_t)h * QS, b->row + j,
                 b->n - 1 - j, w->s + h * BLOCK + j * 1, scale, h == 0 && later + 16 <= known
-                ? b->row + later : NULL, odd);
+                ? b->row + later : NULL, b->value_apart);
         }
     }
 }
@@ -8263,6 +8322,8 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d512_rope64_slots_pr_4x4_avx512(const float *p
                 (const uint16_t *)row[j + 32].value + c;
             if (apart) {
                 HL_FETCH(next + 0);
+            }
+            if (apart) {
                 HL_FETCH(next + 32);
             }
         }
@@ -8367,12 +8428,10 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d512_rope64_slots_pr_2x8_avx512(const float *p
         if (j < later) {
             const uint16_t *const next =
                 (const uint16_t *)row[j + 32].value + c;
+            HL_FETCH(next + 0);
             HL_FETCH(next + 32);
+            HL_FETCH(next + 64);
             HL_FETCH(next + 96);
-            if (apart) {
-                HL_FETCH(next + 0);
-                HL_FETCH(next + 64);
-            }
         }
         hl_vf_avx512 v;
         hl_vf_avx512 w;
@@ -8477,16 +8536,22 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d512_rope64_slots_pr_1x16_avx512(const float *
         if (j < later) {
             const uint16_t *const next =
                 (const uint16_t *)row[j + 32].value + c;
-            HL_FETCH(next + 32);
-            HL_FETCH(next + 96);
-            HL_FETCH(next + 160);
-            HL_FETCH(next + 224);
             if (apart) {
                 HL_FETCH(next + 0);
+            }
+            HL_FETCH(next + 32);
+            if (apart) {
                 HL_FETCH(next + 64);
+            }
+            HL_FETCH(next + 96);
+            if (apart) {
                 HL_FETCH(next + 128);
+            }
+            HL_FETCH(next + 160);
+            if (apart) {
                 HL_FETCH(next + 192);
             }
+            HL_FETCH(next + 224);
         }
         hl_vf_avx512 v;
         hl_vf_avx512 w;

@@ -2100,12 +2100,14 @@ HL_KERNEL_SCALAR void hl_sfa_f16_d512_rope64_dot_4x2_scalar(const float *q, cons
             const float *const from = q + 0;
             const uint16_t *const k0 = (const uint16_t *)row0->key;
             const uint16_t *const k1 = (const uint16_t *)row1->key;
-            for (int32_t start = 0; start < 512; start += 32) {
+            for (int32_t start = 0; start < 512; start += 64) {
                 if (next != NULL) {
                     HL_FETCH((const uint16_t *)next[j + 0].key + start + 0);
                     HL_FETCH((const uint16_t *)next[j + 1].key + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 0].key + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 1].key + start + 32);
                 }
-                for (int32_t c = start; c < start + 32; c += 2) {
+                for (int32_t c = start; c < start + 64; c += 2) {
                     {
                         const float *const qc = from + c + 0;
                         hl_vf_scalar q0;
@@ -2147,12 +2149,14 @@ HL_KERNEL_SCALAR void hl_sfa_f16_d512_rope64_dot_4x2_scalar(const float *q, cons
             const float *const from = q + 512;
             const uint16_t *const k0 = (const uint16_t *)row0->rope;
             const uint16_t *const k1 = (const uint16_t *)row1->rope;
-            for (int32_t start = 0; start < 64; start += 32) {
+            for (int32_t start = 0; start < 64; start += 64) {
                 if (next != NULL) {
                     HL_FETCH((const uint16_t *)next[j + 0].rope + start + 0);
                     HL_FETCH((const uint16_t *)next[j + 1].rope + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 0].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 1].rope + start + 32);
                 }
-                for (int32_t c = start; c < start + 32; c += 2) {
+                for (int32_t c = start; c < start + 64; c += 2) {
                     {
                         const float *const qc = from + c + 0;
                         hl_vf_scalar q0;
@@ -2232,14 +2236,18 @@ HL_KERNEL_SCALAR void hl_sfa_f16_d512_rope64_dot_2x4_scalar(const float *q, cons
             const uint16_t *const k1 = (const uint16_t *)row1->key;
             const uint16_t *const k2 = (const uint16_t *)row2->key;
             const uint16_t *const k3 = (const uint16_t *)row3->key;
-            for (int32_t start = 0; start < 512; start += 32) {
+            for (int32_t start = 0; start < 512; start += 64) {
                 if (next != NULL) {
                     HL_FETCH((const uint16_t *)next[j + 0].key + start + 0);
                     HL_FETCH((const uint16_t *)next[j + 1].key + start + 0);
                     HL_FETCH((const uint16_t *)next[j + 2].key + start + 0);
                     HL_FETCH((const uint16_t *)next[j + 3].key + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 0].key + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 1].key + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 2].key + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 3].key + start + 32);
                 }
-                for (int32_t c = start; c < start + 32; c += 2) {
+                for (int32_t c = start; c < start + 64; c += 2) {
                     {
                         const float *const qc = from + c + 0;
                         hl_vf_scalar v;
@@ -2278,14 +2286,18 @@ HL_KERNEL_SCALAR void hl_sfa_f16_d512_rope64_dot_2x4_scalar(const float *q, cons
             const uint16_t *const k1 = (const uint16_t *)row1->rope;
             const uint16_t *const k2 = (const uint16_t *)row2->rope;
             const uint16_t *const k3 = (const uint16_t *)row3->rope;
-            for (int32_t start = 0; start < 64; start += 32) {
+            for (int32_t start = 0; start < 64; start += 64) {
                 if (next != NULL) {
                     HL_FETCH((const uint16_t *)next[j + 0].rope + start + 0);
                     HL_FETCH((const uint16_t *)next[j + 1].rope + start + 0);
                     HL_FETCH((const uint16_t *)next[j + 2].rope + start + 0);
                     HL_FETCH((const uint16_t *)next[j + 3].rope + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 0].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 1].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 2].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 3].rope + start + 32);
                 }
-                for (int32_t c = start; c < start + 32; c += 2) {
+                for (int32_t c = start; c < start + 64; c += 2) {
                     {
                         const float *const qc = from + c + 0;
                         hl_vf_scalar v;
@@ -2368,7 +2380,7 @@ HL_KERNEL_SCALAR void hl_sfa_f16_d512_rope64_dot_1x8_scalar(const float *q, cons
             const uint16_t *const k5 = (const uint16_t *)row5->key;
             const uint16_t *const k6 = (const uint16_t *)row6->key;
             const uint16_t *const k7 = (const uint16_t *)row7->key;
-            for (int32_t start = 0; start < 512; start += 32) {
+            for (int32_t start = 0; start < 512; start += 64) {
                 if (next != NULL) {
                     HL_FETCH((const uint16_t *)next[j + 0].key + start + 0);
                     HL_FETCH((const uint16_t *)next[j + 1].key + start + 0);
@@ -2378,8 +2390,16 @@ HL_KERNEL_SCALAR void hl_sfa_f16_d512_rope64_dot_1x8_scalar(const float *q, cons
                     HL_FETCH((const uint16_t *)next[j + 5].key + start + 0);
                     HL_FETCH((const uint16_t *)next[j + 6].key + start + 0);
                     HL_FETCH((const uint16_t *)next[j + 7].key + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 0].key + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 1].key + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 2].key + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 3].key + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 4].key + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 5].key + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 6].key + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 7].key + start + 32);
                 }
-                for (int32_t c = start; c < start + 32; c += 2) {
+                for (int32_t c = start; c < start + 64; c += 2) {
                     {
                         const float *const qc = from + c + 0;
                         hl_vf_scalar v;
@@ -2424,7 +2444,7 @@ HL_KERNEL_SCALAR void hl_sfa_f16_d512_rope64_dot_1x8_scalar(const float *q, cons
             const uint16_t *const k5 = (const uint16_t *)row5->rope;
             const uint16_t *const k6 = (const uint16_t *)row6->rope;
             const uint16_t *const k7 = (const uint16_t *)row7->rope;
-            for (int32_t start = 0; start < 64; start += 32) {
+            for (int32_t start = 0; start < 64; start += 64) {
                 if (next != NULL) {
                     HL_FETCH((const uint16_t *)next[j + 0].rope + start + 0);
                     HL_FETCH((const uint16_t *)next[j + 1].rope + start + 0);
@@ -2434,8 +2454,16 @@ HL_KERNEL_SCALAR void hl_sfa_f16_d512_rope64_dot_1x8_scalar(const float *q, cons
                     HL_FETCH((const uint16_t *)next[j + 5].rope + start + 0);
                     HL_FETCH((const uint16_t *)next[j + 6].rope + start + 0);
                     HL_FETCH((const uint16_t *)next[j + 7].rope + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 0].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 1].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 2].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 3].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 4].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 5].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 6].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 7].rope + start + 32);
                 }
-                for (int32_t c = start; c < start + 32; c += 2) {
+                for (int32_t c = start; c < start + 64; c += 2) {
                     {
                         const float *const qc = from + c + 0;
                         hl_vf_scalar v;
@@ -3488,14 +3516,18 @@ HL_KERNEL_NEON void hl_sfa_f16_d512_rope64_dot_4x4_neon(const float *q, const hl
             const uint16_t *const k1 = (const uint16_t *)row1->key;
             const uint16_t *const k2 = (const uint16_t *)row2->key;
             const uint16_t *const k3 = (const uint16_t *)row3->key;
-            for (int32_t start = 0; start < 512; start += 32) {
+            for (int32_t start = 0; start < 512; start += 64) {
                 if (next != NULL) {
                     HL_FETCH((const uint16_t *)next[j + 0].key + start + 0);
                     HL_FETCH((const uint16_t *)next[j + 1].key + start + 0);
                     HL_FETCH((const uint16_t *)next[j + 2].key + start + 0);
                     HL_FETCH((const uint16_t *)next[j + 3].key + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 0].key + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 1].key + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 2].key + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 3].key + start + 32);
                 }
-                for (int32_t c = start; c < start + 32; c += 8) {
+                for (int32_t c = start; c < start + 64; c += 8) {
                     {
                         const float *const qc = from + c + 0;
                         hl_vf_neon q0;
@@ -3561,14 +3593,18 @@ HL_KERNEL_NEON void hl_sfa_f16_d512_rope64_dot_4x4_neon(const float *q, const hl
             const uint16_t *const k1 = (const uint16_t *)row1->rope;
             const uint16_t *const k2 = (const uint16_t *)row2->rope;
             const uint16_t *const k3 = (const uint16_t *)row3->rope;
-            for (int32_t start = 0; start < 64; start += 32) {
+            for (int32_t start = 0; start < 64; start += 64) {
                 if (next != NULL) {
                     HL_FETCH((const uint16_t *)next[j + 0].rope + start + 0);
                     HL_FETCH((const uint16_t *)next[j + 1].rope + start + 0);
                     HL_FETCH((const uint16_t *)next[j + 2].rope + start + 0);
                     HL_FETCH((const uint16_t *)next[j + 3].rope + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 0].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 1].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 2].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 3].rope + start + 32);
                 }
-                for (int32_t c = start; c < start + 32; c += 8) {
+                for (int32_t c = start; c < start + 64; c += 8) {
                     {
                         const float *const qc = from + c + 0;
                         hl_vf_neon q0;
@@ -3655,7 +3691,7 @@ HL_KERNEL_NEON void hl_sfa_f16_d512_rope64_dot_4x4_neon(const float *q, const hl
  * the last key its row is taken again, so that every tile is whole. Meanwhile lines of later keys
  * (next) are asked for, if there are any; but for those that value tiles ask for. */
 HL_KERNEL_NEON void hl_sfa_f16_d512_rope64_dot_2x8_neon(const float *q, const hl_row *row,
-    int32_t last, float *s, float scale, const hl_row *next, int32_t odd)
+    int32_t last, float *s, float scale, const hl_row *next, int32_t apart)
 {
     enum { L = 4, QS = 576 };
     hl_vf_neon all[16];
@@ -3686,22 +3722,22 @@ HL_KERNEL_NEON void hl_sfa_f16_d512_rope64_dot_2x8_neon(const float *q, const hl
             const uint16_t *const k1 = (const uint16_t *)row1->key;
             const uint16_t *const k2 = (const uint16_t *)row2->key;
             const uint16_t *const k3 = (const uint16_t *)row3->key;
-            for (int32_t start = 0; start < 512; start += 32) {
+            for (int32_t start = 0; start < 512; start += 64) {
                 if (next != NULL) {
-                    if (((start + 0) & odd) == 0) {
+                    if (apart) {
                         HL_FETCH((const uint16_t *)next[j + 0].key + start + 0);
-                    }
-                    if (((start + 0) & odd) == 0) {
                         HL_FETCH((const uint16_t *)next[j + 1].key + start + 0);
-                    }
-                    if (((start + 0) & odd) == 0) {
                         HL_FETCH((const uint16_t *)next[j + 2].key + start + 0);
-                    }
-                    if (((start + 0) & odd) == 0) {
                         HL_FETCH((const uint16_t *)next[j + 3].key + start + 0);
                     }
+                    if (apart) {
+                        HL_FETCH((const uint16_t *)next[j + 0].key + start + 32);
+                        HL_FETCH((const uint16_t *)next[j + 1].key + start + 32);
+                        HL_FETCH((const uint16_t *)next[j + 2].key + start + 32);
+                        HL_FETCH((const uint16_t *)next[j + 3].key + start + 32);
+                    }
                 }
-                for (int32_t c = start; c < start + 32; c += 8) {
+                for (int32_t c = start; c < start + 64; c += 8) {
                     {
                         const float *const qc = from + c + 0;
                         hl_vf_neon v;
@@ -3740,14 +3776,18 @@ HL_KERNEL_NEON void hl_sfa_f16_d512_rope64_dot_2x8_neon(const float *q, const hl
             const uint16_t *const k1 = (const uint16_t *)row1->rope;
             const uint16_t *const k2 = (const uint16_t *)row2->rope;
             const uint16_t *const k3 = (const uint16_t *)row3->rope;
-            for (int32_t start = 0; start < 64; start += 32) {
+            for (int32_t start = 0; start < 64; start += 64) {
                 if (next != NULL) {
                     HL_FETCH((const uint16_t *)next[j + 0].rope + start + 0);
                     HL_FETCH((const uint16_t *)next[j + 1].rope + start + 0);
                     HL_FETCH((const uint16_t *)next[j + 2].rope + start + 0);
                     HL_FETCH((const uint16_t *)next[j + 3].rope + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 0].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 1].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 2].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 3].rope + start + 32);
                 }
-                for (int32_t c = start; c < start + 32; c += 8) {
+                for (int32_t c = start; c < start + 64; c += 8) {
                     {
                         const float *const qc = from + c + 0;
                         hl_vf_neon v;
@@ -3799,7 +3839,7 @@ HL_KERNEL_NEON void hl_sfa_f16_d512_rope64_dot_2x8_neon(const float *q, const hl
  * the last key its row is taken again, so that every tile is whole. Meanwhile lines of later keys
  * (next) are asked for, if there are any; but for those that value tiles ask for. */
 HL_KERNEL_NEON void hl_sfa_f16_d512_rope64_dot_1x16_neon(const float *q, const hl_row *row,
-    int32_t last, float *s, float scale, const hl_row *next, int32_t odd)
+    int32_t last, float *s, float scale, const hl_row *next, int32_t apart)
 {
     enum { L = 4, QS = 576 };
     hl_vf_neon all[16];
@@ -3822,22 +3862,20 @@ HL_KERNEL_NEON void hl_sfa_f16_d512_rope64_dot_1x16_neon(const float *q, const h
             const uint16_t *const k1 = (const uint16_t *)row1->key;
             const uint16_t *const k2 = (const uint16_t *)row2->key;
             const uint16_t *const k3 = (const uint16_t *)row3->key;
-            for (int32_t start = 0; start < 512; start += 32) {
+            for (int32_t start = 0; start < 512; start += 64) {
                 if (next != NULL) {
-                    if (((start + 0) & odd) == 0) {
-                        HL_FETCH((const uint16_t *)next[j + 0].key + start + 0);
-                    }
-                    if (((start + 0) & odd) == 0) {
-                        HL_FETCH((const uint16_t *)next[j + 1].key + start + 0);
-                    }
-                    if (((start + 0) & odd) == 0) {
-                        HL_FETCH((const uint16_t *)next[j + 2].key + start + 0);
-                    }
-                    if (((start + 0) & odd) == 0) {
-                        HL_FETCH((const uint16_t *)next[j + 3].key + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 0].key + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 1].key + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 2].key + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 3].key + start + 0);
+                    if (apart) {
+                        HL_FETCH((const uint16_t *)next[j + 0].key + start + 32);
+                        HL_FETCH((const uint16_t *)next[j + 1].key + start + 32);
+                        HL_FETCH((const uint16_t *)next[j + 2].key + start + 32);
+                        HL_FETCH((const uint16_t *)next[j + 3].key + start + 32);
                     }
                 }
-                for (int32_t c = start; c < start + 32; c += 8) {
+                for (int32_t c = start; c < start + 64; c += 8) {
                     {
                         const float *const qc = from + c + 0;
                         hl_vf_neon v;
@@ -3866,14 +3904,18 @@ HL_KERNEL_NEON void hl_sfa_f16_d512_rope64_dot_1x16_neon(const float *q, const h
             const uint16_t *const k1 = (const uint16_t *)row1->rope;
             const uint16_t *const k2 = (const uint16_t *)row2->rope;
             const uint16_t *const k3 = (const uint16_t *)row3->rope;
-            for (int32_t start = 0; start < 64; start += 32) {
+            for (int32_t start = 0; start < 64; start += 64) {
                 if (next != NULL) {
                     HL_FETCH((const uint16_t *)next[j + 0].rope + start + 0);
                     HL_FETCH((const uint16_t *)next[j + 1].rope + start + 0);
                     HL_FETCH((const uint16_t *)next[j + 2].rope + start + 0);
                     HL_FETCH((const uint16_t *)next[j + 3].rope + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 0].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 1].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 2].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 3].rope + start + 32);
                 }
-                for (int32_t c = start; c < start + 32; c += 8) {
+                for (int32_t c = start; c < start + 64; c += 8) {
                     {
                         const float *const qc = from + c + 0;
                         hl_vf_neon v;
@@ -3912,7 +3954,6 @@ HL_KERNEL_NEON void hl_sfa_f16_d512_rope64_score_few_neon(const hl_space *w, con
 {
     enum { QS = 576, BLOCK = 64, AHEAD = 32 };
     const int32_t known = b->n + b->n_later;
-    const int32_t odd = b->value_apart ? 0 : 32; /* lines that value tiles ask for */
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
         for (int32_t j = 0; j < b->n; j += 4) {
@@ -3927,7 +3968,8 @@ HL_KERNEL_NEON void hl_sfa_f16_d512_rope64_score_few_neon(const hl_space *w, con
             const int32_t later = j + AHEAD;
             hl_sfa_f16_d512_rope64_dot_2x8_neon(w->q + (ptrdiff_t)h * QS, b->row + j, b->n - 1 - j,
                                                 w->s + h * BLOCK + j * 2, scale, h == 0 && later
-                                                + 8 <= known ? b->row + later : NULL, odd);
+                                                + 8 <= known ? b->row + later : NULL,
+                                                b->value_apart);
         }
     }
     for (; h + 1 <= group; h += 1) {
@@ -3935,7 +3977,8 @@ HL_KERNEL_NEON void hl_sfa_f16_d512_rope64_score_few_neon(const hl_space *w, con
             const int32_t later = j + AHEAD;
             hl_sfa_f16_d512_rope64_dot_1x16_neon(w->q + (ptrdiff_t)h * QS, b->row + j, b->n - 1 - j,
                                                  w->s + h * BLOCK + j * 1, scale, h == 0 && later
-                                                 + 16 <= known ? b->row + later : NULL, odd);
+                                                 + 16 <= known ? b->row + later : NULL,
+                                                 b->value_apart);
         }
     }
 }
@@ -4367,9 +4410,7 @@ HL_KERNEL_NEON void hl_sfa_f16_d512_rope64_pr_2x8_neon(const float *p, const hl_
         if (j < later) {
             const uint16_t *const next =
                 (const uint16_t *)row[j + 32].value + c;
-            if (apart) {
-                HL_FETCH(next + 0);
-            }
+            HL_FETCH(next + 0);
         }
         hl_vf_neon v;
         hl_vf_neon w;
@@ -4457,10 +4498,10 @@ HL_KERNEL_NEON void hl_sfa_f16_d512_rope64_pr_1x16_neon(const float *p, const hl
         if (j < later) {
             const uint16_t *const next =
                 (const uint16_t *)row[j + 32].value + c;
-            HL_FETCH(next + 32);
             if (apart) {
                 HL_FETCH(next + 0);
             }
+            HL_FETCH(next + 32);
         }
         hl_vf_neon v;
         hl_vf_neon w;
@@ -5192,12 +5233,14 @@ HL_KERNEL_AVX2 void hl_sfa_f16_d512_rope64_dot_4x2_avx2(const float *q, const hl
             const float *const from = q + 0;
             const uint16_t *const k0 = (const uint16_t *)row0->key;
             const uint16_t *const k1 = (const uint16_t *)row1->key;
-            for (int32_t start = 0; start < 512; start += 32) {
+            for (int32_t start = 0; start < 512; start += 64) {
                 if (next != NULL) {
                     HL_FETCH((const uint16_t *)next[j + 0].key + start + 0);
                     HL_FETCH((const uint16_t *)next[j + 1].key + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 0].key + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 1].key + start + 32);
                 }
-                for (int32_t c = start; c < start + 32; c += 16) {
+                for (int32_t c = start; c < start + 64; c += 16) {
                     {
                         const float *const qc = from + c + 0;
                         hl_vf_avx2 q0;
@@ -5239,12 +5282,14 @@ HL_KERNEL_AVX2 void hl_sfa_f16_d512_rope64_dot_4x2_avx2(const float *q, const hl
             const float *const from = q + 512;
             const uint16_t *const k0 = (const uint16_t *)row0->rope;
             const uint16_t *const k1 = (const uint16_t *)row1->rope;
-            for (int32_t start = 0; start < 64; start += 32) {
+            for (int32_t start = 0; start < 64; start += 64) {
                 if (next != NULL) {
                     HL_FETCH((const uint16_t *)next[j + 0].rope + start + 0);
                     HL_FETCH((const uint16_t *)next[j + 1].rope + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 0].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 1].rope + start + 32);
                 }
-                for (int32_t c = start; c < start + 32; c += 16) {
+                for (int32_t c = start; c < start + 64; c += 16) {
                     {
                         const float *const qc = from + c + 0;
                         hl_vf_avx2 q0;
@@ -5301,7 +5346,7 @@ HL_KERNEL_AVX2 void hl_sfa_f16_d512_rope64_dot_4x2_avx2(const float *q, const hl
  * the last key its row is taken again, so that every tile is whole. Meanwhile lines of later keys
  * (next) are asked for, if there are any; but for those that value tiles ask for. */
 HL_KERNEL_AVX2 void hl_sfa_f16_d512_rope64_dot_2x4_avx2(const float *q, const hl_row *row,
-    int32_t last, float *s, float scale, const hl_row *next, int32_t odd)
+    int32_t last, float *s, float scale, const hl_row *next, int32_t apart)
 {
     enum { L = 8, QS = 576 };
     hl_vf_avx2 all[8];
@@ -5324,22 +5369,22 @@ HL_KERNEL_AVX2 void hl_sfa_f16_d512_rope64_dot_2x4_avx2(const float *q, const hl
             const uint16_t *const k1 = (const uint16_t *)row1->key;
             const uint16_t *const k2 = (const uint16_t *)row2->key;
             const uint16_t *const k3 = (const uint16_t *)row3->key;
-            for (int32_t start = 0; start < 512; start += 32) {
+            for (int32_t start = 0; start < 512; start += 64) {
                 if (next != NULL) {
-                    if (((start + 0) & odd) == 0) {
+                    if (apart) {
                         HL_FETCH((const uint16_t *)next[j + 0].key + start + 0);
-                    }
-                    if (((start + 0) & odd) == 0) {
                         HL_FETCH((const uint16_t *)next[j + 1].key + start + 0);
-                    }
-                    if (((start + 0) & odd) == 0) {
                         HL_FETCH((const uint16_t *)next[j + 2].key + start + 0);
-                    }
-                    if (((start + 0) & odd) == 0) {
                         HL_FETCH((const uint16_t *)next[j + 3].key + start + 0);
                     }
+                    if (apart) {
+                        HL_FETCH((const uint16_t *)next[j + 0].key + start + 32);
+                        HL_FETCH((const uint16_t *)next[j + 1].key + start + 32);
+                        HL_FETCH((const uint16_t *)next[j + 2].key + start + 32);
+                        HL_FETCH((const uint16_t *)next[j + 3].key + start + 32);
+                    }
                 }
-                for (int32_t c = start; c < start + 32; c += 16) {
+                for (int32_t c = start; c < start + 64; c += 16) {
                     {
                         const float *const qc = from + c + 0;
                         hl_vf_avx2 v;
@@ -5378,14 +5423,18 @@ HL_KERNEL_AVX2 void hl_sfa_f16_d512_rope64_dot_2x4_avx2(const float *q, const hl
             const uint16_t *const k1 = (const uint16_t *)row1->rope;
             const uint16_t *const k2 = (const uint16_t *)row2->rope;
             const uint16_t *const k3 = (const uint16_t *)row3->rope;
-            for (int32_t start = 0; start < 64; start += 32) {
+            for (int32_t start = 0; start < 64; start += 64) {
                 if (next != NULL) {
                     HL_FETCH((const uint16_t *)next[j + 0].rope + start + 0);
                     HL_FETCH((const uint16_t *)next[j + 1].rope + start + 0);
                     HL_FETCH((const uint16_t *)next[j + 2].rope + start + 0);
                     HL_FETCH((const uint16_t *)next[j + 3].rope + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 0].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 1].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 2].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 3].rope + start + 32);
                 }
-                for (int32_t c = start; c < start + 32; c += 16) {
+                for (int32_t c = start; c < start + 64; c += 16) {
                     {
                         const float *const qc = from + c + 0;
                         hl_vf_avx2 v;
@@ -5437,7 +5486,7 @@ HL_KERNEL_AVX2 void hl_sfa_f16_d512_rope64_dot_2x4_avx2(const float *q, const hl
  * the last key its row is taken again, so that every tile is whole. Meanwhile lines of later keys
  * (next) are asked for, if there are any; but for those that value tiles ask for. */
 HL_KERNEL_AVX2 void hl_sfa_f16_d512_rope64_dot_1x8_avx2(const float *q, const hl_row *row,
-    int32_t last, float *s, float scale, const hl_row *next, int32_t odd)
+    int32_t last, float *s, float scale, const hl_row *next, int32_t apart)
 {
     enum { L = 8, QS = 576 };
     hl_vf_avx2 all[8];
@@ -5468,34 +5517,28 @@ HL_KERNEL_AVX2 void hl_sfa_f16_d512_rope64_dot_1x8_avx2(const float *q, const hl
             const uint16_t *const k5 = (const uint16_t *)row5->key;
             const uint16_t *const k6 = (const uint16_t *)row6->key;
             const uint16_t *const k7 = (const uint16_t *)row7->key;
-            for (int32_t start = 0; start < 512; start += 32) {
+            for (int32_t start = 0; start < 512; start += 64) {
                 if (next != NULL) {
-                    if (((start + 0) & odd) == 0) {
-                        HL_FETCH((const uint16_t *)next[j + 0].key + start + 0);
-                    }
-                    if (((start + 0) & odd) == 0) {
-                        HL_FETCH((const uint16_t *)next[j + 1].key + start + 0);
-                    }
-                    if (((start + 0) & odd) == 0) {
-                        HL_FETCH((const uint16_t *)next[j + 2].key + start + 0);
-                    }
-                    if (((start + 0) & odd) == 0) {
-                        HL_FETCH((const uint16_t *)next[j + 3].key + start + 0);
-                    }
-                    if (((start + 0) & odd) == 0) {
-                        HL_FETCH((const uint16_t *)next[j + 4].key + start + 0);
-                    }
-                    if (((start + 0) & odd) == 0) {
-                        HL_FETCH((const uint16_t *)next[j + 5].key + start + 0);
-                    }
-                    if (((start + 0) & odd) == 0) {
-                        HL_FETCH((const uint16_t *)next[j + 6].key + start + 0);
-                    }
-                    if (((start + 0) & odd) == 0) {
-                        HL_FETCH((const uint16_t *)next[j + 7].key + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 0].key + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 1].key + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 2].key + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 3].key + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 4].key + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 5].key + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 6].key + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 7].key + start + 0);
+                    if (apart) {
+                        HL_FETCH((const uint16_t *)next[j + 0].key + start + 32);
+                        HL_FETCH((const uint16_t *)next[j + 1].key + start + 32);
+                        HL_FETCH((const uint16_t *)next[j + 2].key + start + 32);
+                        HL_FETCH((const uint16_t *)next[j + 3].key + start + 32);
+                        HL_FETCH((const uint16_t *)next[j + 4].key + start + 32);
+                        HL_FETCH((const uint16_t *)next[j + 5].key + start + 32);
+                        HL_FETCH((const uint16_t *)next[j + 6].key + start + 32);
+                        HL_FETCH((const uint16_t *)next[j + 7].key + start + 32);
                     }
                 }
-                for (int32_t c = start; c < start + 32; c += 16) {
+                for (int32_t c = start; c < start + 64; c += 16) {
                     {
                         const float *const qc = from + c + 0;
                         hl_vf_avx2 v;
@@ -5540,7 +5583,7 @@ HL_KERNEL_AVX2 void hl_sfa_f16_d512_rope64_dot_1x8_avx2(const float *q, const hl
             const uint16_t *const k5 = (const uint16_t *)row5->rope;
             const uint16_t *const k6 = (const uint16_t *)row6->rope;
             const uint16_t *const k7 = (const uint16_t *)row7->rope;
-            for (int32_t start = 0; start < 64; start += 32) {
+            for (int32_t start = 0; start < 64; start += 64) {
                 if (next != NULL) {
                     HL_FETCH((const uint16_t *)next[j + 0].rope + start + 0);
                     HL_FETCH((const uint16_t *)next[j + 1].rope + start + 0);
@@ -5550,8 +5593,16 @@ HL_KERNEL_AVX2 void hl_sfa_f16_d512_rope64_dot_1x8_avx2(const float *q, const hl
                     HL_FETCH((const uint16_t *)next[j + 5].rope + start + 0);
                     HL_FETCH((const uint16_t *)next[j + 6].rope + start + 0);
                     HL_FETCH((const uint16_t *)next[j + 7].rope + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 0].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 1].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 2].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 3].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 4].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 5].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 6].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 7].rope + start + 32);
                 }
-                for (int32_t c = start; c < start + 32; c += 16) {
+                for (int32_t c = start; c < start + 64; c += 16) {
                     {
                         const float *const qc = from + c + 0;
                         hl_vf_avx2 v;
@@ -5606,7 +5657,6 @@ HL_KERNEL_AVX2 void hl_sfa_f16_d512_rope64_score_few_avx2(const hl_space *w, con
 {
     enum { QS = 576, BLOCK = 48, AHEAD = 32 };
     const int32_t known = b->n + b->n_later;
-    const int32_t odd = b->value_apart ? 0 : 32; /* lines that value tiles ask for */
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
         for (int32_t j = 0; j < b->n; j += 2) {
@@ -5621,7 +5671,8 @@ HL_KERNEL_AVX2 void hl_sfa_f16_d512_rope64_score_few_avx2(const hl_space *w, con
             const int32_t later = j + AHEAD;
             hl_sfa_f16_d512_rope64_dot_2x4_avx2(w->q + (ptrdiff_t)h * QS, b->row + j, b->n - 1 - j,
                                                 w->s + h * BLOCK + j * 2, scale, h == 0 && later
-                                                + 4 <= known ? b->row + later : NULL, odd);
+                                                + 4 <= known ? b->row + later : NULL,
+                                                b->value_apart);
         }
     }
     for (; h + 1 <= group; h += 1) {
@@ -5629,7 +5680,8 @@ HL_KERNEL_AVX2 void hl_sfa_f16_d512_rope64_score_few_avx2(const hl_space *w, con
             const int32_t later = j + AHEAD;
             hl_sfa_f16_d512_rope64_dot_1x8_avx2(w->q + (ptrdiff_t)h * QS, b->row + j, b->n - 1 - j,
                                                 w->s + h * BLOCK + j * 1, scale, h == 0 && later
-                                                + 8 <= known ? b->row + later : NULL, odd);
+                                                + 8 <= known ? b->row + later : NULL,
+                                                b->value_apart);
         }
     }
 }
@@ -5986,9 +6038,7 @@ HL_KERNEL_AVX2 void hl_sfa_f16_d512_rope64_pr_2x4_avx2(const float *p, const hl_
         if (j < later) {
             const uint16_t *const next =
                 (const uint16_t *)row[j + 32].value + c;
-            if (apart) {
-                HL_FETCH(next + 0);
-            }
+            HL_FETCH(next + 0);
         }
         hl_vf_avx2 v;
         hl_vf_avx2 w;
@@ -6042,10 +6092,10 @@ HL_KERNEL_AVX2 void hl_sfa_f16_d512_rope64_pr_1x8_avx2(const float *p, const hl_
         if (j < later) {
             const uint16_t *const next =
                 (const uint16_t *)row[j + 32].value + c;
-            HL_FETCH(next + 32);
             if (apart) {
                 HL_FETCH(next + 0);
             }
+            HL_FETCH(next + 32);
         }
         hl_vf_avx2 v;
         hl_vf_avx2 w;
@@ -6942,14 +6992,18 @@ HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_dot_4x4_avx512(const float *q, cons
             const uint16_t *const k1 = (const uint16_t *)row1->key;
             const uint16_t *const k2 = (const uint16_t *)row2->key;
             const uint16_t *const k3 = (const uint16_t *)row3->key;
-            for (int32_t start = 0; start < 512; start += 32) {
+            for (int32_t start = 0; start < 512; start += 64) {
                 if (next != NULL) {
                     HL_FETCH((const uint16_t *)next[j + 0].key + start + 0);
                     HL_FETCH((const uint16_t *)next[j + 1].key + start + 0);
                     HL_FETCH((const uint16_t *)next[j + 2].key + start + 0);
                     HL_FETCH((const uint16_t *)next[j + 3].key + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 0].key + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 1].key + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 2].key + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 3].key + start + 32);
                 }
-                for (int32_t c = start; c < start + 32; c += 32) {
+                for (int32_t c = start; c < start + 64; c += 32) {
                     {
                         const float *const qc = from + c + 0;
                         hl_vf_avx512 q0;
@@ -7015,14 +7069,18 @@ HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_dot_4x4_avx512(const float *q, cons
             const uint16_t *const k1 = (const uint16_t *)row1->rope;
             const uint16_t *const k2 = (const uint16_t *)row2->rope;
             const uint16_t *const k3 = (const uint16_t *)row3->rope;
-            for (int32_t start = 0; start < 64; start += 32) {
+            for (int32_t start = 0; start < 64; start += 64) {
                 if (next != NULL) {
                     HL_FETCH((const uint16_t *)next[j + 0].rope + start + 0);
                     HL_FETCH((const uint16_t *)next[j + 1].rope + start + 0);
                     HL_FETCH((const uint16_t *)next[j + 2].rope + start + 0);
                     HL_FETCH((const uint16_t *)next[j + 3].rope + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 0].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 1].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 2].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 3].rope + start + 32);
                 }
-                for (int32_t c = start; c < start + 32; c += 32) {
+                for (int32_t c = start; c < start + 64; c += 32) {
                     {
                         const float *const qc = from + c + 0;
                         hl_vf_avx512 q0;
@@ -7109,7 +7167,7 @@ HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_dot_4x4_avx512(const float *q, cons
  * the last key its row is taken again, so that every tile is whole. Meanwhile lines of later keys
  * (next) are asked for, if there are any; but for those that value tiles ask for. */
 HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_dot_2x8_avx512(const float *q, const hl_row *row,
-    int32_t last, float *s, float scale, const hl_row *next, int32_t odd)
+    int32_t last, float *s, float scale, const hl_row *next, int32_t apart)
 {
     enum { L = 16, QS = 576 };
     hl_vf_avx512 all[16];
@@ -7140,22 +7198,22 @@ HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_dot_2x8_avx512(const float *q, cons
             const uint16_t *const k1 = (const uint16_t *)row1->key;
             const uint16_t *const k2 = (const uint16_t *)row2->key;
             const uint16_t *const k3 = (const uint16_t *)row3->key;
-            for (int32_t start = 0; start < 512; start += 32) {
+            for (int32_t start = 0; start < 512; start += 64) {
                 if (next != NULL) {
-                    if (((start + 0) & odd) == 0) {
+                    if (apart) {
                         HL_FETCH((const uint16_t *)next[j + 0].key + start + 0);
-                    }
-                    if (((start + 0) & odd) == 0) {
                         HL_FETCH((const uint16_t *)next[j + 1].key + start + 0);
-                    }
-                    if (((start + 0) & odd) == 0) {
                         HL_FETCH((const uint16_t *)next[j + 2].key + start + 0);
-                    }
-                    if (((start + 0) & odd) == 0) {
                         HL_FETCH((const uint16_t *)next[j + 3].key + start + 0);
                     }
+                    if (apart) {
+                        HL_FETCH((const uint16_t *)next[j + 0].key + start + 32);
+                        HL_FETCH((const uint16_t *)next[j + 1].key + start + 32);
+                        HL_FETCH((const uint16_t *)next[j + 2].key + start + 32);
+                        HL_FETCH((const uint16_t *)next[j + 3].key + start + 32);
+                    }
                 }
-                for (int32_t c = start; c < start + 32; c += 32) {
+                for (int32_t c = start; c < start + 64; c += 32) {
                     {
                         const float *const qc = from + c + 0;
                         hl_vf_avx512 v;
@@ -7194,14 +7252,18 @@ HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_dot_2x8_avx512(const float *q, cons
             const uint16_t *const k1 = (const uint16_t *)row1->rope;
             const uint16_t *const k2 = (const uint16_t *)row2->rope;
             const uint16_t *const k3 = (const uint16_t *)row3->rope;
-            for (int32_t start = 0; start < 64; start += 32) {
+            for (int32_t start = 0; start < 64; start += 64) {
                 if (next != NULL) {
                     HL_FETCH((const uint16_t *)next[j + 0].rope + start + 0);
                     HL_FETCH((const uint16_t *)next[j + 1].rope + start + 0);
                     HL_FETCH((const uint16_t *)next[j + 2].rope + start + 0);
                     HL_FETCH((const uint16_t *)next[j + 3].rope + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 0].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 1].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 2].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 3].rope + start + 32);
                 }
-                for (int32_t c = start; c < start + 32; c += 32) {
+                for (int32_t c = start; c < start + 64; c += 32) {
                     {
                         const float *const qc = from + c + 0;
                         hl_vf_avx512 v;
@@ -7253,7 +7315,7 @@ HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_dot_2x8_avx512(const float *q, cons
  * the last key its row is taken again, so that every tile is whole. Meanwhile lines of later keys
  * (next) are asked for, if there are any; but for those that value tiles ask for. */
 HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_dot_1x16_avx512(const float *q, const hl_row *row,
-    int32_t last, float *s, float scale, const hl_row *next, int32_t odd)
+    int32_t last, float *s, float scale, const hl_row *next, int32_t apart)
 {
     enum { L = 16, QS = 576 };
     hl_vf_avx512 all[16];
@@ -7276,22 +7338,20 @@ HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_dot_1x16_avx512(const float *q, con
             const uint16_t *const k1 = (const uint16_t *)row1->key;
             const uint16_t *const k2 = (const uint16_t *)row2->key;
             const uint16_t *const k3 = (const uint16_t *)row3->key;
-            for (int32_t start = 0; start < 512; start += 32) {
+            for (int32_t start = 0; start < 512; start += 64) {
                 if (next != NULL) {
-                    if (((start + 0) & odd) == 0) {
-                        HL_FETCH((const uint16_t *)next[j + 0].key + start + 0);
-                    }
-                    if (((start + 0) & odd) == 0) {
-                        HL_FETCH((const uint16_t *)next[j + 1].key + start + 0);
-                    }
-                    if (((start + 0) & odd) == 0) {
-                        HL_FETCH((const uint16_t *)next[j + 2].key + start + 0);
-                    }
-                    if (((start + 0) & odd) == 0) {
-                        HL_FETCH((const uint16_t *)next[j + 3].key + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 0].key + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 1].key + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 2].key + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 3].key + start + 0);
+                    if (apart) {
+                        HL_FETCH((const uint16_t *)next[j + 0].key + start + 32);
+                        HL_FETCH((const uint16_t *)next[j + 1].key + start + 32);
+                        HL_FETCH((const uint16_t *)next[j + 2].key + start + 32);
+                        HL_FETCH((const uint16_t *)next[j + 3].key + start + 32);
                     }
                 }
-                for (int32_t c = start; c < start + 32; c += 32) {
+                for (int32_t c = start; c < start + 64; c += 32) {
                     {
                         const float *const qc = from + c + 0;
                         hl_vf_avx512 v;
@@ -7320,14 +7380,18 @@ HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_dot_1x16_avx512(const float *q, con
             const uint16_t *const k1 = (const uint16_t *)row1->rope;
             const uint16_t *const k2 = (const uint16_t *)row2->rope;
             const uint16_t *const k3 = (const uint16_t *)row3->rope;
-            for (int32_t start = 0; start < 64; start += 32) {
+            for (int32_t start = 0; start < 64; start += 64) {
                 if (next != NULL) {
                     HL_FETCH((const uint16_t *)next[j + 0].rope + start + 0);
                     HL_FETCH((const uint16_t *)next[j + 1].rope + start + 0);
                     HL_FETCH((const uint16_t *)next[j + 2].rope + start + 0);
                     HL_FETCH((const uint16_t *)next[j + 3].rope + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 0].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 1].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 2].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 3].rope + start + 32);
                 }
-                for (int32_t c = start; c < start + 32; c += 32) {
+                for (int32_t c = start; c < start + 64; c += 32) {
                     {
                         const float *const qc = from + c + 0;
                         hl_vf_avx512 v;
@@ -7366,7 +7430,6 @@ HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_score_few_avx512(const hl_space *w,
 {
     enum { QS = 576, BLOCK = 48, AHEAD = 32 };
     const int32_t known = b->n + b->n_later;
-    const int32_t odd = b->value_apart ? 0 : 32; /* lines that value tiles ask for */
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
         for (int32_t j = 0; j < b->n; j += 4) {
@@ -7383,7 +7446,7 @@ HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_score_few_avx512(const hl_space *w,
             hl_sfa_f16_d512_rope64_dot_2x8_avx512(w->q + (ptrdiff_t)h * QS, b->row + j,
                                                   b->n - 1 - j, w->s + h * BLOCK + j * 2, scale,
                                                   h == 0 && later + 8 <= known ? b->row + later
-                                                  : NULL, odd);
+                                                  : NULL, b->value_apart);
         }
     }
     for (; h + 1 <= group; h += 1) {
@@ -7392,7 +7455,7 @@ HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_score_few_avx512(const hl_space *w,
             hl_sfa_f16_d512_rope64_dot_1x16_avx512(w->q + (ptrdiff_t)h * QS, b->row + j,
                                                    b->n - 1 - j, w->s + h * BLOCK + j * 1, scale,
                                                    h == 0 && later + 16 <= known ? b->row + later
-                                                   : NULL, odd);
+                                                   : NULL, b->value_apart);
         }
     }
 }
@@ -8125,6 +8188,8 @@ HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_pr_4x4_avx512(const float *p, const
                 (const uint16_t *)row[j + 32].value + c;
             if (apart) {
                 HL_FETCH(next + 0);
+            }
+            if (apart) {
                 HL_FETCH(next + 32);
             }
         }
@@ -8229,12 +8294,10 @@ HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_pr_2x8_avx512(const float *p, const
         if (j < later) {
             const uint16_t *const next =
                 (const uint16_t *)row[j + 32].value + c;
+            HL_FETCH(next + 0);
             HL_FETCH(next + 32);
+            HL_FETCH(next + 64);
             HL_FETCH(next + 96);
-            if (apart) {
-                HL_FETCH(next + 0);
-                HL_FETCH(next + 64);
-            }
         }
         hl_vf_avx512 v;
         hl_vf_avx512 w;
@@ -8338,16 +8401,22 @@ HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_pr_1x16_avx512(const float *p, cons
         if (j < later) {
             const uint16_t *const next =
                 (const uint16_t *)row[j + 32].value + c;
-            HL_FETCH(next + 32);
-            HL_FETCH(next + 96);
-            HL_FETCH(next + 160);
-            HL_FETCH(next + 224);
             if (apart) {
                 HL_FETCH(next + 0);
+            }
+            HL_FETCH(next + 32);
+            if (apart) {
                 HL_FETCH(next + 64);
+            }
+            HL_FETCH(next + 96);
+            if (apart) {
                 HL_FETCH(next + 128);
+            }
+            HL_FETCH(next + 160);
+            if (apart) {
                 HL_FETCH(next + 192);
             }
+            HL_FETCH(next + 224);
         }
         hl_vf_avx512 v;
         hl_vf_avx512 w;

@@ -1606,12 +1606,14 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_dot_4x2_scalar(const float *q, const 
             const float *const from = q + 0;
             const float *const k0 = (const float *)row0->key;
             const float *const k1 = (const float *)row1->key;
-            for (int32_t start = 0; start < 32; start += 16) {
+            for (int32_t start = 0; start < 32; start += 32) {
                 if (next != NULL) {
                     HL_FETCH((const float *)next[j + 0].key + start + 0);
                     HL_FETCH((const float *)next[j + 1].key + start + 0);
+                    HL_FETCH((const float *)next[j + 0].key + start + 16);
+                    HL_FETCH((const float *)next[j + 1].key + start + 16);
                 }
-                for (int32_t c = start; c < start + 16; c += 2) {
+                for (int32_t c = start; c < start + 32; c += 2) {
                     {
                         const float *const qc = from + c + 0;
                         hl_vf_scalar q0;
@@ -1738,14 +1740,18 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_dot_2x4_scalar(const float *q, const 
             const float *const k1 = (const float *)row1->key;
             const float *const k2 = (const float *)row2->key;
             const float *const k3 = (const float *)row3->key;
-            for (int32_t start = 0; start < 32; start += 16) {
+            for (int32_t start = 0; start < 32; start += 32) {
                 if (next != NULL) {
                     HL_FETCH((const float *)next[j + 0].key + start + 0);
                     HL_FETCH((const float *)next[j + 1].key + start + 0);
                     HL_FETCH((const float *)next[j + 2].key + start + 0);
                     HL_FETCH((const float *)next[j + 3].key + start + 0);
+                    HL_FETCH((const float *)next[j + 0].key + start + 16);
+                    HL_FETCH((const float *)next[j + 1].key + start + 16);
+                    HL_FETCH((const float *)next[j + 2].key + start + 16);
+                    HL_FETCH((const float *)next[j + 3].key + start + 16);
                 }
-                for (int32_t c = start; c < start + 16; c += 2) {
+                for (int32_t c = start; c < start + 32; c += 2) {
                     {
                         const float *const qc = from + c + 0;
                         hl_vf_scalar v;
@@ -1874,7 +1880,7 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_dot_1x8_scalar(const float *q, const 
             const float *const k5 = (const float *)row5->key;
             const float *const k6 = (const float *)row6->key;
             const float *const k7 = (const float *)row7->key;
-            for (int32_t start = 0; start < 32; start += 16) {
+            for (int32_t start = 0; start < 32; start += 32) {
                 if (next != NULL) {
                     HL_FETCH((const float *)next[j + 0].key + start + 0);
                     HL_FETCH((const float *)next[j + 1].key + start + 0);
@@ -1884,8 +1890,16 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_dot_1x8_scalar(const float *q, const 
                     HL_FETCH((const float *)next[j + 5].key + start + 0);
                     HL_FETCH((const float *)next[j + 6].key + start + 0);
                     HL_FETCH((const float *)next[j + 7].key + start + 0);
+                    HL_FETCH((const float *)next[j + 0].key + start + 16);
+                    HL_FETCH((const float *)next[j + 1].key + start + 16);
+                    HL_FETCH((const float *)next[j + 2].key + start + 16);
+                    HL_FETCH((const float *)next[j + 3].key + start + 16);
+                    HL_FETCH((const float *)next[j + 4].key + start + 16);
+                    HL_FETCH((const float *)next[j + 5].key + start + 16);
+                    HL_FETCH((const float *)next[j + 6].key + start + 16);
+                    HL_FETCH((const float *)next[j + 7].key + start + 16);
                 }
-                for (int32_t c = start; c < start + 16; c += 2) {
+                for (int32_t c = start; c < start + 32; c += 2) {
                     {
                         const float *const qc = from + c + 0;
                         hl_vf_scalar v;

@@ -1983,12 +1983,14 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d64_dot_4x2_scalar(const float *q, const hl_row
             const float *const from = q + 0;
             const float *const k0 = (const float *)row0->key;
             const float *const k1 = (const float *)row1->key;
-            for (int32_t start = 0; start < 64; start += 16) {
+            for (int32_t start = 0; start < 64; start += 32) {
                 if (next != NULL) {
                     HL_FETCH((const float *)next[j + 0].key + start + 0);
                     HL_FETCH((const float *)next[j + 1].key + start + 0);
+                    HL_FETCH((const float *)next[j + 0].key + start + 16);
+                    HL_FETCH((const float *)next[j + 1].key + start + 16);
                 }
-                for (int32_t c = start; c < start + 16; c += 2) {
+                for (int32_t c = start; c < start + 32; c += 2) {
                     {
                         const float *const qc = from + c + 0;
                         hl_vf_scalar q0;
@@ -2068,14 +2070,18 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d64_dot_2x4_scalar(const float *q, const hl_row
             const float *const k1 = (const float *)row1->key;
             const float *const k2 = (const float *)row2->key;
             const float *const k3 = (const float *)row3->key;
-            for (int32_t start = 0; start < 64; start += 16) {
+            for (int32_t start = 0; start < 64; start += 32) {
                 if (next != NULL) {
                     HL_FETCH((const float *)next[j + 0].key + start + 0);
                     HL_FETCH((const float *)next[j + 1].key + start + 0);
                     HL_FETCH((const float *)next[j + 2].key + start + 0);
                     HL_FETCH((const float *)next[j + 3].key + start + 0);
+                    HL_FETCH((const float *)next[j + 0].key + start + 16);
+                    HL_FETCH((const float *)next[j + 1].key + start + 16);
+                    HL_FETCH((const float *)next[j + 2].key + start + 16);
+                    HL_FETCH((const float *)next[j + 3].key + start + 16);
                 }
-                for (int32_t c = start; c < start + 16; c += 2) {
+                for (int32_t c = start; c < start + 32; c += 2) {
                     {
                         const float *const qc = from + c + 0;
                         hl_vf_scalar v;
@@ -2158,7 +2164,7 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d64_dot_1x8_scalar(const float *q, const hl_row
             const float *const k5 = (const float *)row5->key;
             const float *const k6 = (const float *)row6->key;
             const float *const k7 = (const float *)row7->key;
-            for (int32_t start = 0; start < 64; start += 16) {
+            for (int32_t start = 0; start < 64; start += 32) {
                 if (next != NULL) {
                     HL_FETCH((const float *)next[j + 0].key + start + 0);
                     HL_FETCH((const float *)next[j + 1].key + start + 0);
@@ -2168,8 +2174,16 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d64_dot_1x8_scalar(const float *q, const hl_row
                     HL_FETCH((const float *)next[j + 5].key + start + 0);
                     HL_FETCH((const float *)next[j + 6].key + start + 0);
                     HL_FETCH((const float *)next[j + 7].key + start + 0);
+                    HL_FETCH((const float *)next[j + 0].key + start + 16);
+                    HL_FETCH((const float *)next[j + 1].key + start + 16);
+                    HL_FETCH((const float *)next[j + 2].key + start + 16);
+                    HL_FETCH((const float *)next[j + 3].key + start + 16);
+                    HL_FETCH((const float *)next[j + 4].key + start + 16);
+                    HL_FETCH((const float *)next[j + 5].key + start + 16);
+                    HL_FETCH((const float *)next[j + 6].key + start + 16);
+                    HL_FETCH((const float *)next[j + 7].key + start + 16);
                 }
-                for (int32_t c = start; c < start + 16; c += 2) {
+                for (int32_t c = start; c < start + 32; c += 2) {
                     {
                         const float *const qc = from + c + 0;
                         hl_vf_scalar v;
@@ -3195,14 +3209,18 @@ HL_KERNEL_NEON void hl_sfa_f32_d64_dot_4x4_neon(const float *q, const hl_row *ro
             const float *const k1 = (const float *)row1->key;
             const float *const k2 = (const float *)row2->key;
             const float *const k3 = (const float *)row3->key;
-            for (int32_t start = 0; start < 64; start += 16) {
+            for (int32_t start = 0; start < 64; start += 32) {
                 if (next != NULL) {
                     HL_FETCH((const float *)next[j + 0].key + start + 0);
                     HL_FETCH((const float *)next[j + 1].key + start + 0);
                     HL_FETCH((const float *)next[j + 2].key + start + 0);
                     HL_FETCH((const float *)next[j + 3].key + start + 0);
+                    HL_FETCH((const float *)next[j + 0].key + start + 16);
+                    HL_FETCH((const float *)next[j + 1].key + start + 16);
+                    HL_FETCH((const float *)next[j + 2].key + start + 16);
+                    HL_FETCH((const float *)next[j + 3].key + start + 16);
                 }
-                for (int32_t c = start; c < start + 16; c += 8) {
+                for (int32_t c = start; c < start + 32; c += 8) {
                     {
                         const float *const qc = from + c + 0;
                         hl_vf_neon q0;
@@ -3290,7 +3308,7 @@ HL_KERNEL_NEON void hl_sfa_f32_d64_dot_4x4_neon(const float *q, const hl_row *ro
  * (next) are asked for, if there are any; but for those that value tiles ask for. */
 HL_KERNEL_NEON void hl_sfa_f32_d64_dot_2x8_neon(const float *q, const hl_row *row, int32_t last,
                                                 float *s, float scale, const hl_row *next,
-                                                int32_t odd)
+                                                int32_t apart)
 {
     enum { L = 4, QS = 64 };
     hl_vf_neon all[16];
@@ -3321,22 +3339,22 @@ HL_KERNEL_NEON void hl_sfa_f32_d64_dot_2x8_neon(const float *q, const hl_row *ro
             const float *const k1 = (const float *)row1->key;
             const float *const k2 = (const float *)row2->key;
             const float *const k3 = (const float *)row3->key;
-            for (int32_t start = 0; start < 64; start += 16) {
+            for (int32_t start = 0; start < 64; start += 32) {
                 if (next != NULL) {
-                    if (((start + 0) & odd) == 0) {
+                    if (apart) {
                         HL_FETCH((const float *)next[j + 0].key + start + 0);
-                    }
-                    if (((start + 0) & odd) == 0) {
                         HL_FETCH((const float *)next[j + 1].key + start + 0);
-                    }
-                    if (((start + 0) & odd) == 0) {
                         HL_FETCH((const float *)next[j + 2].key + start + 0);
-                    }
-                    if (((start + 0) & odd) == 0) {
                         HL_FETCH((const float *)next[j + 3].key + start + 0);
                     }
+                    if (apart) {
+                        HL_FETCH((const float *)next[j + 0].key + start + 16);
+                        HL_FETCH((const float *)next[j + 1].key + start + 16);
+                        HL_FETCH((const float *)next[j + 2].key + start + 16);
+                        HL_FETCH((const float *)next[j + 3].key + start + 16);
+                    }
                 }
-                for (int32_t c = start; c < start + 16; c += 8) {
+                for (int32_t c = start; c < start + 32; c += 8) {
                     {
                         const float *const qc = from + c + 0;
                         hl_vf_neon v;
@@ -3389,7 +3407,7 @@ HL_KERNEL_NEON void hl_sfa_f32_d64_dot_2x8_neon(const float *q, const hl_row *ro
  * (next) are asked for, if there are any; but for those that value tiles ask for. */
 HL_KERNEL_NEON void hl_sfa_f32_d64_dot_1x16_neon(const float *q, const hl_row *row, int32_t last,
                                                  float *s, float scale, const hl_row *next,
-                                                 int32_t odd)
+                                                 int32_t apart)
 {
     enum { L = 4, QS = 64 };
     hl_vf_neon all[16];
@@ -3412,22 +3430,20 @@ HL_KERNEL_NEON void hl_sfa_f32_d64_dot_1x16_neon(const float *q, const hl_row *r
             const float *const k1 = (const float *)row1->key;
             const float *const k2 = (const float *)row2->key;
             const float *const k3 = (const float *)row3->key;
-            for (int32_t start = 0; start < 64; start += 16) {
+            for (int32_t start = 0; start < 64; start += 32) {
                 if (next != NULL) {
-                    if (((start + 0) & odd) == 0) {
-                        HL_FETCH((const float *)next[j + 0].key + start + 0);
-                    }
-                    if (((start + 0) & odd) == 0) {
-                        HL_FETCH((const float *)next[j + 1].key + start + 0);
-                    }
-                    if (((start + 0) & odd) == 0) {
-                        HL_FETCH((const float *)next[j + 2].key + start + 0);
-                    }
-                    if (((start + 0) & odd) == 0) {
-                        HL_FETCH((const float *)next[j + 3].key + start + 0);
+                    HL_FETCH((const float *)next[j + 0].key + start + 0);
+                    HL_FETCH((const float *)next[j + 1].key + start + 0);
+                    HL_FETCH((const float *)next[j + 2].key + start + 0);
+                    HL_FETCH((const float *)next[j + 3].key + start + 0);
+                    if (apart) {
+                        HL_FETCH((const float *)next[j + 0].key + start + 16);
+                        HL_FETCH((const float *)next[j + 1].key + start + 16);
+                        HL_FETCH((const float *)next[j + 2].key + start + 16);
+                        HL_FETCH((const float *)next[j + 3].key + start + 16);
                     }
                 }
-                for (int32_t c = start; c < start + 16; c += 8) {
+                for (int32_t c = start; c < start + 32; c += 8) {
                     {
                         const float *const qc = from + c + 0;
                         hl_vf_neon v;
@@ -3466,7 +3482,6 @@ HL_KERNEL_NEON void hl_sfa_f32_d64_score_few_neon(const hl_space *w, const hl_bl
 {
     enum { QS = 64, BLOCK = 64, AHEAD = 32 };
     const int32_t known = b->n + b->n_later;
-    const int32_t odd = b->value_apart ? 0 : 16; /* lines that value tiles ask for */
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
         for (int32_t j = 0; j < b->n; j += 4) {
@@ -3481,7 +3496,7 @@ HL_KERNEL_NEON void hl_sfa_f32_d64_score_few_neon(const hl_space *w, const hl_bl
             const int32_t later = j + AHEAD;
             hl_sfa_f32_d64_dot_2x8_neon(w->q + (ptrdiff_t)h * QS, b->row + j, b->n - 1 - j, w->s + h
                                         * BLOCK + j * 2, scale, h == 0 && later + 8 <= known
-                                        ? b->row + later : NULL, odd);
+                                        ? b->row + later : NULL, b->value_apart);
         }
     }
     for (; h + 1 <= group; h += 1) {
@@ -3489,7 +3504,7 @@ HL_KERNEL_NEON void hl_sfa_f32_d64_score_few_neon(const hl_space *w, const hl_bl
             const int32_t later = j + AHEAD;
             hl_sfa_f32_d64_dot_1x16_neon(w->q + (ptrdiff_t)h * QS, b->row + j, b->n - 1 - j, w->s
                                          + h * BLOCK + j * 1, scale, h == 0 && later + 16 <= known
-                                         ? b->row + later : NULL, odd);
+                                         ? b->row + later : NULL, b->value_apart);
         }
     }
 }
@@ -3927,10 +3942,8 @@ HL_KERNEL_NEON void hl_sfa_f32_d64_pr_2x8_neon(const float *p, const hl_row *row
         if (j < later) {
             const float *const next =
                 (const float *)row[j + 32].value + c;
+            HL_FETCH(next + 0);
             HL_FETCH(next + 16);
-            if (apart) {
-                HL_FETCH(next + 0);
-            }
         }
         hl_vf_neon v;
         hl_vf_neon w;
@@ -4019,12 +4032,14 @@ HL_KERNEL_NEON void hl_sfa_f32_d64_pr_1x16_neon(const float *p, const hl_row *ro
         if (j < later) {
             const float *const next =
                 (const float *)row[j + 32].value + c;
-            HL_FETCH(next + 16);
-            HL_FETCH(next + 48);
             if (apart) {
                 HL_FETCH(next + 0);
+            }
+            HL_FETCH(next + 16);
+            if (apart) {
                 HL_FETCH(next + 32);
             }
+            HL_FETCH(next + 48);
         }
         hl_vf_neon v;
         hl_vf_neon w;
@@ -4732,12 +4747,14 @@ HL_KERNEL_AVX2 void hl_sfa_f32_d64_dot_4x2_avx2(const float *q, const hl_row *ro
             const float *const from = q + 0;
             const float *const k0 = (const float *)row0->key;
             const float *const k1 = (const float *)row1->key;
-            for (int32_t start = 0; start < 64; start += 16) {
+            for (int32_t start = 0; start < 64; start += 32) {
                 if (next != NULL) {
                     HL_FETCH((const float *)next[j + 0].key + start + 0);
                     HL_FETCH((const float *)next[j + 1].key + start + 0);
+                    HL_FETCH((const float *)next[j + 0].key + start + 16);
+                    HL_FETCH((const float *)next[j + 1].key + start + 16);
                 }
-                for (int32_t c = start; c < start + 16; c += 16) {
+                for (int32_t c = start; c < start + 32; c += 16) {
                     {
                         const float *const qc = from + c + 0;
                         hl_vf_avx2 q0;
@@ -4795,7 +4812,7 @@ HL_KERNEL_AVX2 void hl_sfa_f32_d64_dot_4x2_avx2(const float *q, const hl_row *ro
  * (next) are asked for, if there are any; but for those that value tiles ask for. */
 HL_KERNEL_AVX2 void hl_sfa_f32_d64_dot_2x4_avx2(const float *q, const hl_row *row, int32_t last,
                                                 float *s, float scale, const hl_row *next,
-                                                int32_t odd)
+                                                int32_t apart)
 {
     enum { L = 8, QS = 64 };
     hl_vf_avx2 all[8];
@@ -4818,22 +4835,22 @@ HL_KERNEL_AVX2 void hl_sfa_f32_d64_dot_2x4_avx2(const float *q, const hl_row *ro
             const float *const k1 = (const float *)row1->key;
             const float *const k2 = (const float *)row2->key;
             const float *const k3 = (const float *)row3->key;
-            for (int32_t start = 0; start < 64; start += 16) {
+            for (int32_t start = 0; start < 64; start += 32) {
                 if (next != NULL) {
-                    if (((start + 0) & odd) == 0) {
+                    if (apart) {
                         HL_FETCH((const float *)next[j + 0].key + start + 0);
-                    }
-                    if (((start + 0) & odd) == 0) {
                         HL_FETCH((const float *)next[j + 1].key + start + 0);
-                    }
-                    if (((start + 0) & odd) == 0) {
                         HL_FETCH((const float *)next[j + 2].key + start + 0);
-                    }
-                    if (((start + 0) & odd) == 0) {
                         HL_FETCH((const float *)next[j + 3].key + start + 0);
                     }
+                    if (apart) {
+                        HL_FETCH((const float *)next[j + 0].key + start + 16);
+                        HL_FETCH((const float *)next[j + 1].key + start + 16);
+                        HL_FETCH((const float *)next[j + 2].key + start + 16);
+                        HL_FETCH((const float *)next[j + 3].key + start + 16);
+                    }
                 }
-                for (int32_t c = start; c < start + 16; c += 16) {
+                for (int32_t c = start; c < start + 32; c += 16) {
                     {
                         const float *const qc = from + c + 0;
                         hl_vf_avx2 v;
@@ -4886,7 +4903,7 @@ HL_KERNEL_AVX2 void hl_sfa_f32_d64_dot_2x4_avx2(const float *q, const hl_row *ro
  * (next) are asked for, if there are any; but for those that value tiles ask for. */
 HL_KERNEL_AVX2 void hl_sfa_f32_d64_dot_1x8_avx2(const float *q, const hl_row *row, int32_t last,
                                                 float *s, float scale, const hl_row *next,
-                                                int32_t odd)
+                                                int32_t apart)
 {
     enum { L = 8, QS = 64 };
     hl_vf_avx2 all[8];
@@ -4917,34 +4934,28 @@ HL_KERNEL_AVX2 void hl_sfa_f32_d64_dot_1x8_avx2(const float *q, const hl_row *ro
             const float *const k5 = (const float *)row5->key;
             const float *const k6 = (const float *)row6->key;
             const float *const k7 = (const float *)row7->key;
-            for (int32_t start = 0; start < 64; start += 16) {
+            for (int32_t start = 0; start < 64; start += 32) {
                 if (next != NULL) {
-                    if (((start + 0) & odd) == 0) {
-                        HL_FETCH((const float *)next[j + 0].key + start + 0);
-                    }
-                    if (((start + 0) & odd) == 0) {
-                        HL_FETCH((const float *)next[j + 1].key + start + 0);
-                    }
-                    if (((start + 0) & odd) == 0) {
-                        HL_FETCH((const float *)next[j + 2].key + start + 0);
-                    }
-                    if (((start + 0) & odd) == 0) {
-                        HL_FETCH((const float *)next[j + 3].key + start + 0);
-                    }
-                    if (((start + 0) & odd) == 0) {
-                        HL_FETCH((const float *)next[j + 4].key + start + 0);
-                    }
-                    if (((start + 0) & odd) == 0) {
-                        HL_FETCH((const float *)next[j + 5].key + start + 0);
-                    }
-                    if (((start + 0) & odd) == 0) {
-                        HL_FETCH((const float *)next[j + 6].key + start + 0);
-                    }
-                    if (((start + 0) & odd) == 0) {
-                        HL_FETCH((const float *)next[j + 7].key + start + 0);
+                    HL_FETCH((const float *)next[j + 0].key + start + 0);
+                    HL_FETCH((const float *)next[j + 1].key + start + 0);
+                    HL_FETCH((const float *)next[j + 2].key + start + 0);
+                    HL_FETCH((const float *)next[j + 3].key + start + 0);
+                    HL_FETCH((const float *)next[j + 4].key + start + 0);
+                    HL_FETCH((const float *)next[j + 5].key + start + 0);
+                    HL_FETCH((const float *)next[j + 6].key + start + 0);
+                    HL_FETCH((const float *)next[j + 7].key + start + 0);
+                    if (apart) {
+                        HL_FETCH((const float *)next[j + 0].key + start + 16);
+                        HL_FETCH((const float *)next[j + 1].key + start + 16);
+                        HL_FETCH((const float *)next[j + 2].key + start + 16);
+                        HL_FETCH((const float *)next[j + 3].key + start + 16);
+                        HL_FETCH((const float *)next[j + 4].key + start + 16);
+                        HL_FETCH((const float *)next[j + 5].key + start + 16);
+                        HL_FETCH((const float *)next[j + 6].key + start + 16);
+                        HL_FETCH((const float *)next[j + 7].key + start + 16);
                     }
                 }
-                for (int32_t c = start; c < start + 16; c += 16) {
+                for (int32_t c = start; c < start + 32; c += 16) {
                     {
                         const float *const qc = from + c + 0;
                         hl_vf_avx2 v;
@@ -4999,7 +5010,6 @@ HL_KERNEL_AVX2 void hl_sfa_f32_d64_score_few_avx2(const hl_space *w, const hl_bl
 {
     enum { QS = 64, BLOCK = 48, AHEAD = 32 };
     const int32_t known = b->n + b->n_later;
-    const int32_t odd = b->value_apart ? 0 : 16; /* lines that value tiles ask for */
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
         for (int32_t j = 0; j < b->n; j += 2) {
@@ -5014,7 +5024,7 @@ HL_KERNEL_AVX2 void hl_sfa_f32_d64_score_few_avx2(const hl_space *w, const hl_bl
             const int32_t later = j + AHEAD;
             hl_sfa_f32_d64_dot_2x4_avx2(w->q + (ptrdiff_t)h * QS, b->row + j, b->n - 1 - j, w->s + h
                                         * BLOCK + j * 2, scale, h == 0 && later + 4 <= known
-                                        ? b->row + later : NULL, odd);
+                                        ? b->row + later : NULL, b->value_apart);
         }
     }
     for (; h + 1 <= group; h += 1) {
@@ -5022,7 +5032,7 @@ HL_KERNEL_AVX2 void hl_sfa_f32_d64_score_few_avx2(const hl_space *w, const hl_bl
             const int32_t later = j + AHEAD;
             hl_sfa_f32_d64_dot_1x8_avx2(w->q + (ptrdiff_t)h * QS, b->row + j, b->n - 1 - j, w->s + h
                                         * BLOCK + j * 1, scale, h == 0 && later + 8 <= known
-                                        ? b->row + later : NULL, odd);
+                                        ? b->row + later : NULL, b->value_apart);
         }
     }
 }
@@ -5385,10 +5395,8 @@ HL_KERNEL_AVX2 void hl_sfa_f32_d64_pr_2x4_avx2(const float *p, const hl_row *row
         if (j < later) {
             const float *const next =
                 (const float *)row[j + 32].value + c;
+            HL_FETCH(next + 0);
             HL_FETCH(next + 16);
-            if (apart) {
-                HL_FETCH(next + 0);
-            }
         }
         hl_vf_avx2 v;
         hl_vf_avx2 w;
@@ -5443,12 +5451,14 @@ HL_KERNEL_AVX2 void hl_sfa_f32_d64_pr_1x8_avx2(const float *p, const hl_row *row
         if (j < later) {
             const float *const next =
                 (const float *)row[j + 32].value + c;
-            HL_FETCH(next + 16);
-            HL_FETCH(next + 48);
             if (apart) {
                 HL_FETCH(next + 0);
+            }
+            HL_FETCH(next + 16);
+            if (apart) {
                 HL_FETCH(next + 32);
             }
+            HL_FETCH(next + 48);
         }
         hl_vf_avx2 v;
         hl_vf_avx2 w;
@@ -6330,12 +6340,12 @@ HL_KERNEL_AVX512 void hl_sfa_f32_d64_dot_4x4_avx512(const float *q, const hl_row
             for (int32_t start = 0; start < 64; start += 32) {
                 if (next != NULL) {
                     HL_FETCH((const float *)next[j + 0].key + start + 0);
-                    HL_FETCH((const float *)next[j + 0].key + start + 16);
                     HL_FETCH((const float *)next[j + 1].key + start + 0);
-                    HL_FETCH((const float *)next[j + 1].key + start + 16);
                     HL_FETCH((const float *)next[j + 2].key + start + 0);
-                    HL_FETCH((const float *)next[j + 2].key + start + 16);
                     HL_FETCH((const float *)next[j + 3].key + start + 0);
+                    HL_FETCH((const float *)next[j + 0].key + start + 16);
+                    HL_FETCH((const float *)next[j + 1].key + start + 16);
+                    HL_FETCH((const float *)next[j + 2].key + start + 16);
                     HL_FETCH((const float *)next[j + 3].key + start + 16);
                 }
                 for (int32_t c = start; c < start + 32; c += 32) {
@@ -6426,7 +6436,7 @@ HL_KERNEL_AVX512 void hl_sfa_f32_d64_dot_4x4_avx512(const float *q, const hl_row
  * (next) are asked for, if there are any; but for those that value tiles ask for. */
 HL_KERNEL_AVX512 void hl_sfa_f32_d64_dot_2x8_avx512(const float *q, const hl_row *row, int32_t last,
                                                     float *s, float scale, const hl_row *next,
-                                                    int32_t odd)
+                                                    int32_t apart)
 {
     enum { L = 16, QS = 64 };
     hl_vf_avx512 all[16];
@@ -6459,28 +6469,16 @@ HL_KERNEL_AVX512 void hl_sfa_f32_d64_dot_2x8_avx512(const float *q, const hl_row
             const float *const k3 = (const float *)row3->key;
             for (int32_t start = 0; start < 64; start += 32) {
                 if (next != NULL) {
-                    if (((start + 0) & odd) == 0) {
+                    if (apart) {
                         HL_FETCH((const float *)next[j + 0].key + start + 0);
-                    }
-                    if (((start + 16) & odd) == 0) {
-                        HL_FETCH((const float *)next[j + 0].key + start + 16);
-                    }
-                    if (((start + 0) & odd) == 0) {
                         HL_FETCH((const float *)next[j + 1].key + start + 0);
-                    }
-                    if (((start + 16) & odd) == 0) {
-                        HL_FETCH((const float *)next[j + 1].key + start + 16);
-                    }
-                    if (((start + 0) & odd) == 0) {
                         HL_FETCH((const float *)next[j + 2].key + start + 0);
-                    }
-                    if (((start + 16) & odd) == 0) {
-                        HL_FETCH((const float *)next[j + 2].key + start + 16);
-                    }
-                    if (((start + 0) & odd) == 0) {
                         HL_FETCH((const float *)next[j + 3].key + start + 0);
                     }
-                    if (((start + 16) & odd) == 0) {
+                    if (apart) {
+                        HL_FETCH((const float *)next[j + 0].key + start + 16);
+                        HL_FETCH((const float *)next[j + 1].key + start + 16);
+                        HL_FETCH((const float *)next[j + 2].key + start + 16);
                         HL_FETCH((const float *)next[j + 3].key + start + 16);
                     }
                 }
@@ -6536,7 +6534,7 @@ HL_KERNEL_AVX512 void hl_sfa_f32_d64_dot_2x8_avx512(const float *q, const hl_row
  * the last key its row is taken again, so that every tile is whole. Meanwhile lines of later keys
  * (next) are asked for, if there are any; but for those that value tiles ask for. */
 HL_KERNEL_AVX512 void hl_sfa_f32_d64_dot_1x16_avx512(const float *q, const hl_row *row,
-    int32_t last, float *s, float scale, const hl_row *next, int32_t odd)
+    int32_t last, float *s, float scale, const hl_row *next, int32_t apart)
 {
     enum { L = 16, QS = 64 };
     hl_vf_avx512 all[16];
@@ -6561,28 +6559,14 @@ HL_KERNEL_AVX512 void hl_sfa_f32_d64_dot_1x16_avx512(const float *q, const hl_ro
             const float *const k3 = (const float *)row3->key;
             for (int32_t start = 0; start < 64; start += 32) {
                 if (next != NULL) {
-                    if (((start + 0) & odd) == 0) {
-                        HL_FETCH((const float *)next[j + 0].key + start + 0);
-                    }
-                    if (((start + 16) & odd) == 0) {
+                    HL_FETCH((const float *)next[j + 0].key + start + 0);
+                    HL_FETCH((const float *)next[j + 1].key + start + 0);
+                    HL_FETCH((const float *)next[j + 2].key + start + 0);
+                    HL_FETCH((const float *)next[j + 3].key + start + 0);
+                    if (apart) {
                         HL_FETCH((const float *)next[j + 0].key + start + 16);
-                    }
-                    if (((start + 0) & odd) == 0) {
-                        HL_FETCH((const float *)next[j + 1].key + start + 0);
-                    }
-                    if (((start + 16) & odd) == 0) {
                         HL_FETCH((const float *)next[j + 1].key + start + 16);
-                    }
-                    if (((start + 0) & odd) == 0) {
-                        HL_FETCH((const float *)next[j + 2].key + start + 0);
-                    }
-                    if (((start + 16) & odd) == 0) {
                         HL_FETCH((const float *)next[j + 2].key + start + 16);
-                    }
-                    if (((start + 0) & odd) == 0) {
-                        HL_FETCH((const float *)next[j + 3].key + start + 0);
-                    }
-                    if (((start + 16) & odd) == 0) {
                         HL_FETCH((const float *)next[j + 3].key + start + 16);
                     }
                 }
@@ -6625,7 +6609,6 @@ HL_KERNEL_AVX512 void hl_sfa_f32_d64_score_few_avx512(const hl_space *w, const h
 {
     enum { QS = 64, BLOCK = 48, AHEAD = 32 };
     const int32_t known = b->n + b->n_later;
-    const int32_t odd = b->value_apart ? 0 : 16; /* lines that value tiles ask for */
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
         for (int32_t j = 0; j < b->n; j += 4) {
@@ -6640,7 +6623,7 @@ HL_KERNEL_AVX512 void hl_sfa_f32_d64_score_few_avx512(const hl_space *w, const h
             const int32_t later = j + AHEAD;
             hl_sfa_f32_d64_dot_2x8_avx512(w->q + (ptrdiff_t)h * QS, b->row + j, b->n - 1 - j, w->s
                                           + h * BLOCK + j * 2, scale, h == 0 && later + 8 <= known
-                                          ? b->row + later : NULL, odd);
+                                          ? b->row + later : NULL, b->value_apart);
         }
     }
     for (; h + 1 <= group; h += 1) {
@@ -6648,7 +6631,7 @@ HL_KERNEL_AVX512 void hl_sfa_f32_d64_score_few_avx512(const hl_space *w, const h
             const int32_t later = j + AHEAD;
             hl_sfa_f32_d64_dot_1x16_avx512(w->q + (ptrdiff_t)h * QS, b->row + j, b->n - 1 - j, w->s
                                            + h * BLOCK + j * 1, scale, h == 0 && later + 16 <= known
-                                           ? b->row + later : NULL, odd);
+                                           ? b->row + later : NULL, b->value_apart);
         }
     }
 }
@@ -7392,8 +7375,14 @@ HL_KERNEL_AVX512 void hl_sfa_f32_d64_pr_4x4_avx512(const float *p, const hl_row 
                 (const float *)row[j + 32].value + c;
             if (apart) {
                 HL_FETCH(next + 0);
+            }
+            if (apart) {
                 HL_FETCH(next + 16);
+            }
+            if (apart) {
                 HL_FETCH(next + 32);
+            }
+            if (apart) {
                 HL_FETCH(next + 48);
             }
         }
@@ -7491,12 +7480,10 @@ HL_KERNEL_AVX512 void hl_sfa_f32_d64_pr_2x4_avx512(const float *p, const hl_row 
         if (j < later) {
             const float *const next =
                 (const float *)row[j + 32].value + c;
+            HL_FETCH(next + 0);
             HL_FETCH(next + 16);
+            HL_FETCH(next + 32);
             HL_FETCH(next + 48);
-            if (apart) {
-                HL_FETCH(next + 0);
-                HL_FETCH(next + 32);
-            }
         }
         hl_vf_avx512 v;
         hl_vf_avx512 w;
@@ -7555,12 +7542,14 @@ HL_KERNEL_AVX512 void hl_sfa_f32_d64_pr_1x4_avx512(const float *p, const hl_row 
         if (j < later) {
             const float *const next =
                 (const float *)row[j + 32].value + c;
-            HL_FETCH(next + 16);
-            HL_FETCH(next + 48);
             if (apart) {
                 HL_FETCH(next + 0);
+            }
+            HL_FETCH(next + 16);
+            if (apart) {
                 HL_FETCH(next + 32);
             }
+            HL_FETCH(next + 48);
         }
         hl_vf_avx512 v;
         hl_vf_avx512 w;
