@@ -101,6 +101,7 @@ WORDS = {
     "vflush": "y, but 0 where x < limit",
     "vexp2": "2^x for x <= 0 (templates/step/exp2)",
     "vsums": "of as many vectors as there are lanes: lane i is the sum of the lanes of vector i",
+    "vswap": "lane i is lane i ^ n of x; n: 1, 2, .. lanes / 2",
     "vpair": "the 2 * lanes numbers from p as x and y",
     "vload_f16": "as vload, from float16",
     "vload_f16_n": "as vload_n",

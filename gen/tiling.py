@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from gen.formats import FORMATS
 
 AHEAD = 8  # rows of 1 KiB: enough to cover a miss, too few to crowd the fill buffers
-FEW_AHEAD = 32  # rows, where they are read in place: they come into the second-level cache
+FEW_AHEAD = 24  # rows, where they are read in place: they come into the second-level cache
 LEAN_BYTES = 20 * 1024  # of rows that are scored and then read again as values, in one's nearest
 LINE_BYTES = 64
 L1_BYTES = 16 * 1024  # what a slice of a Q panel may take of the first-level cache
@@ -116,7 +116,6 @@ class RowTile:
     in front of end."""
 
     heads: int
-    keys: int  # of the score tiles with so many heads: how P lies
     name: str  # its vectors; "n": the last channels, fewer than one
     start: int
     channels: int
@@ -124,7 +123,18 @@ class RowTile:
     vecs: tuple[int, ...] = (0,)
     pairs: tuple = ()  # (channel, its vector, the other's) of each pair of vectors
     tail: int = 0  # channels, where they are fewer than a vector
-    lines: tuple = ((0, "apart"),)  # (start, when) of lines that it asks for, of later rows
+    lines: tuple = ((0, ""),)  # (start, when) of lines that it asks for, of later rows
+    leaves: int = 0  # DotTile.leaves for so many heads
+
+    @property
+    def asks_twice(self):
+        """Whether it asks for more lines where values are apart."""
+        return any(when for _, when in self.lines)
+
+    @property
+    def later(self):
+        """How many later rows it asks for, in C."""
+        return "later" if self.leaves else "later_apart"
 
     @property
     def title(self):
@@ -138,6 +148,7 @@ class RowTile:
 class Tile:
     """Sizes of one kernel on one instruction set. Strides in floats."""
 
+    lanes: int
     block: int  # keys loaded, scored and summed at a time
     ahead: int  # rows that are asked for before they are loaded
     rows: tuple[int, ...]  # keys of a score tile, largest first
@@ -162,6 +173,16 @@ class Tile:
     paired: int  # value channels that vpair takes even and odd apart; 0 where it keeps the order
     dv_tail: bool
     why: dict[str, str]
+
+    @property
+    def one_vector(self):
+        """Whether one head's tile of scores is one vector."""
+        return self.dots == self.dot_tiles[-1].keys == self.lanes > 1
+
+    @property
+    def swaps(self):
+        """Distances over which lanes are swapped until each has seen all."""
+        return [n for n in (1, 2, 4, 8) if n < self.lanes]
 
     @property
     def block_c(self):
@@ -289,7 +310,6 @@ def row_tiles(dots, dv, lanes, line, leaves):
             made.append(
                 RowTile(
                     heads,
-                    keys,
                     name=str(2 * n),
                     start=at * pair,
                     channels=n * pair,
@@ -297,15 +317,16 @@ def row_tiles(dots, dv, lanes, line, leaves):
                     vecs=tuple(range(2 * n)),
                     pairs=tuple((i * pair, 2 * i, 2 * i + 1) for i in range(n)),
                     lines=asked(n * pair, line, leaves.get(heads, 0)),
+                    leaves=leaves.get(heads, 0),
                 )
             )
             at += times * n
         at *= pair
         if at + lanes <= dv:
-            made.append(RowTile(heads, keys, "1", at, lanes, at + lanes))
+            made.append(RowTile(heads, "1", at, lanes, at + lanes))
             at += lanes
         if at < dv:
-            made.append(RowTile(heads, keys, "n", at, lanes, dv, tail=dv - at))
+            made.append(RowTile(heads, "n", at, lanes, dv, tail=dv - at))
     return tuple(made)
 
 
@@ -340,6 +361,7 @@ def tile(kernel, isa):
     channels = round_up(-(-kernel.d // slices), lanes)
     k_stride = max(round_up(kernel.dk, lanes), kernel.dk + round_up(kernel.rope, lanes))
     return Tile(
+        lanes=lanes,
         block=block,
         ahead=AHEAD,
         window=window,

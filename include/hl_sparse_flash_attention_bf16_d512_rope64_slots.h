@@ -999,6 +999,7 @@ HL_WORD_SCALAR hl_vf_scalar hl_vflush_scalar(hl_vf_scalar x, float limit, hl_vf_
 {
     return x < limit ? 0.0f : y;
 }
+HL_WORD_SCALAR hl_vf_scalar hl_vswap_scalar(hl_vf_scalar x, int32_t n) { (void)n; return x; }
 HL_WORD_SCALAR hl_vf_scalar hl_vsums_scalar(const hl_vf_scalar *x) { return *x; }
 
 /* A NaN has no whole number: it fails the comparison and is passed on as it is. */
@@ -1121,6 +1122,10 @@ HL_WORD_NEON hl_vf_neon hl_vflush_neon(hl_vf_neon x, float limit, hl_vf_neon y)
 {
     const uint32x4_t below = vcltq_f32(x, vdupq_n_f32(limit));
     return vreinterpretq_f32_u32(vbicq_u32(vreinterpretq_u32_f32(y), below));
+}
+HL_WORD_NEON hl_vf_neon hl_vswap_neon(hl_vf_neon x, int32_t n)
+{
+    return n == 1 ? vrev64q_f32(x) : vextq_f32(x, x, 2);
 }
 HL_WORD_NEON hl_vf_neon hl_vsums_neon(const hl_vf_neon *x)
 {
@@ -1257,6 +1262,11 @@ HL_WORD_AVX2 hl_vf_avx2 hl_vscale_avx2(hl_vf_avx2 x, hl_vf_avx2 n)
 HL_WORD_AVX2 hl_vf_avx2 hl_vflush_avx2(hl_vf_avx2 x, float limit, hl_vf_avx2 y)
 {
     return _mm256_and_ps(y, _mm256_cmp_ps(x, _mm256_set1_ps(limit), _CMP_NLT_UQ));
+}
+HL_WORD_AVX2 hl_vf_avx2 hl_vswap_avx2(hl_vf_avx2 x, int32_t n)
+{
+    const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    return _mm256_permutevar8x32_ps(x, _mm256_xor_si256(lane, _mm256_set1_epi32(n)));
 }
 /* Neighbours are added until each half holds its part of four sums; then the halves are. */
 HL_WORD_AVX2 hl_vf_avx2 hl_vsums_avx2(const hl_vf_avx2 *x)
@@ -1422,6 +1432,12 @@ HL_WORD_AVX512 hl_vf_avx512 hl_vscale_avx512(hl_vf_avx512 x, hl_vf_avx512 n)
 HL_WORD_AVX512 hl_vf_avx512 hl_vflush_avx512(hl_vf_avx512 x, float limit, hl_vf_avx512 y)
 {
     return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, _mm512_set1_ps(limit), _CMP_NLT_UQ), y);
+}
+HL_WORD_AVX512 hl_vf_avx512 hl_vswap_avx512(hl_vf_avx512 x, int32_t n)
+{
+    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512i from = _mm512_xor_si512(lane, _mm512_set1_epi32(n));
+    return _mm512_maskz_permutexvar_ps(hl_all_avx512(), from, x);
 }
 /* The sums of 4 vectors, each in four parts: part i of all in quarter i. */
 HL_WORD_AVX512 __m512 hl_quarters_avx512(const hl_vf_avx512 *x)
@@ -2062,12 +2078,35 @@ static inline int32_t hl_sfa_bf16_d512_rope64_slots_find_slot(
     return 1;
 }
 
+/* The next keys of a dense row that is not paged: their addresses are not worked out one by one. */
+static inline int32_t hl_sfa_bf16_d512_rope64_slots_run(const hl_sparse_flash_attention_args *a,
+    const hl_group *g, hl_cursor *c, hl_row *row, int32_t cap)
+{
+    const int32_t n = c->end - c->at < cap ? c->end - c->at : cap;
+    const ptrdiff_t key = a->key_stride.row;
+    const ptrdiff_t rope = a->key_rope != NULL ? a->key_rope_stride.row : key;
+    const ptrdiff_t value = a->value != NULL ? a->value_stride.row : key;
+    if (n <= 0 || !hl_sfa_bf16_d512_rope64_slots_find(a, g, c->at, row)) {
+        return 0;
+    }
+    for (int32_t j = 1; j < n; ++j) {
+        row[j].key = (const uint16_t *)row->key + j * key;
+        row[j].rope = (const uint16_t *)row->rope + j * rope;
+        row[j].value = (const uint16_t *)row->value + j * value;
+    }
+    c->at += n;
+    return n;
+}
+
 /* The next keys of a group, at most `cap` of them, in the order of the list: semantics of
  * sparse_flash_attention, selection. Returns how many; 0: the cursor is at its end. */
 static inline int32_t hl_sfa_bf16_d512_rope64_slots_next(const hl_sparse_flash_attention_args *a,
     const hl_group *g, hl_cursor *c, hl_row *row, int32_t cap)
 {
     int32_t n = 0;
+    if (g->list == NULL && a->layout_kv != HL_LAYOUT_PA_BSND) { /* dense, rows at even steps */
+        return hl_sfa_bf16_d512_rope64_slots_run(a, g, c, row, cap);
+    }
     if (g->list == NULL) { /* dense: keys at .. end-1 */
         for (; n < cap && c->at < c->end; ++c->at) {
             n += hl_sfa_bf16_d512_rope64_slots_find(a, g, c->at, &row[n]);
@@ -2282,14 +2321,14 @@ HL_KERNEL_SCALAR void hl_sfa_bf16_d512_rope64_slots_dot_4x2_scalar(const float *
                 }
             }
         }
-        all[0 * 2 + j + 0] = s0_0;
-        all[0 * 2 + j + 1] = s0_1;
-        all[1 * 2 + j + 0] = s1_0;
-        all[1 * 2 + j + 1] = s1_1;
-        all[2 * 2 + j + 0] = s2_0;
-        all[2 * 2 + j + 1] = s2_1;
-        all[3 * 2 + j + 0] = s3_0;
-        all[3 * 2 + j + 1] = s3_1;
+        all[(j + 0) * 4 + 0] = s0_0;
+        all[(j + 1) * 4 + 0] = s0_1;
+        all[(j + 0) * 4 + 1] = s1_0;
+        all[(j + 1) * 4 + 1] = s1_1;
+        all[(j + 0) * 4 + 2] = s2_0;
+        all[(j + 1) * 4 + 2] = s2_1;
+        all[(j + 0) * 4 + 3] = s3_0;
+        all[(j + 1) * 4 + 3] = s3_1;
     }
     for (int32_t i = 0; i < 8; i += L) {
         hl_vstore_scalar(s + i, hl_vmul_scalar(hl_vsums_scalar(all + i), hl_vset_scalar(scale)));
@@ -2418,14 +2457,14 @@ HL_KERNEL_SCALAR void hl_sfa_bf16_d512_rope64_slots_dot_2x4_scalar(const float *
                 }
             }
         }
-        all[0 * 4 + j + 0] = s0_0;
-        all[0 * 4 + j + 1] = s0_1;
-        all[0 * 4 + j + 2] = s0_2;
-        all[0 * 4 + j + 3] = s0_3;
-        all[1 * 4 + j + 0] = s1_0;
-        all[1 * 4 + j + 1] = s1_1;
-        all[1 * 4 + j + 2] = s1_2;
-        all[1 * 4 + j + 3] = s1_3;
+        all[(j + 0) * 2 + 0] = s0_0;
+        all[(j + 1) * 2 + 0] = s0_1;
+        all[(j + 2) * 2 + 0] = s0_2;
+        all[(j + 3) * 2 + 0] = s0_3;
+        all[(j + 0) * 2 + 1] = s1_0;
+        all[(j + 1) * 2 + 1] = s1_1;
+        all[(j + 2) * 2 + 1] = s1_2;
+        all[(j + 3) * 2 + 1] = s1_3;
     }
     for (int32_t i = 0; i < 8; i += L) {
         hl_vstore_scalar(s + i, hl_vmul_scalar(hl_vsums_scalar(all + i), hl_vset_scalar(scale)));
@@ -2586,25 +2625,25 @@ HL_KERNEL_SCALAR void hl_sfa_bf16_d512_rope64_slots_dot_1x8_scalar(const float *
                 }
             }
         }
-        all[0 * 8 + j + 0] = s0_0;
-        all[0 * 8 + j + 1] = s0_1;
-        all[0 * 8 + j + 2] = s0_2;
-        all[0 * 8 + j + 3] = s0_3;
-        all[0 * 8 + j + 4] = s0_4;
-        all[0 * 8 + j + 5] = s0_5;
-        all[0 * 8 + j + 6] = s0_6;
-        all[0 * 8 + j + 7] = s0_7;
+        all[(j + 0) * 1 + 0] = s0_0;
+        all[(j + 1) * 1 + 0] = s0_1;
+        all[(j + 2) * 1 + 0] = s0_2;
+        all[(j + 3) * 1 + 0] = s0_3;
+        all[(j + 4) * 1 + 0] = s0_4;
+        all[(j + 5) * 1 + 0] = s0_5;
+        all[(j + 6) * 1 + 0] = s0_6;
+        all[(j + 7) * 1 + 0] = s0_7;
     }
     for (int32_t i = 0; i < 8; i += L) {
         hl_vstore_scalar(s + i, hl_vmul_scalar(hl_vsums_scalar(all + i), hl_vset_scalar(scale)));
     }
 }
 
-/* Few heads: scores lie as [tile of keys][head][key], tiles of one kind together. */
+/* Few heads: scores lie as [key][head], for the heads of one tile together. */
 HL_KERNEL_SCALAR void hl_sfa_bf16_d512_rope64_slots_score_few_scalar(const hl_space *w,
     const hl_block *b, int32_t group, float scale)
 {
-    enum { QS = 576, BLOCK = 16, AHEAD = 32 };
+    enum { QS = 576, BLOCK = 16, AHEAD = 24 };
     const int32_t known = b->n + b->n_later;
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
@@ -2635,58 +2674,55 @@ HL_KERNEL_SCALAR void hl_sfa_bf16_d512_rope64_slots_score_few_scalar(const hl_sp
 
 /* ---- softmax: m' = max(m, rowmax S);  P = 2^(S - m');  l = alpha l + rowsum P ---- */
 
-/* Few heads: the same for the heads of one kind of tile, whose scores lie as [tile][head][key]: all
- * lanes are in use. What is summed across them is summed once a block. */
+/* Few heads: the same for the heads of one tile, whose scores lie as [key][head]: all lanes are in
+ * use, whole tiles at a time. What is summed across them is summed once a block. */
 HL_KERNEL_SCALAR void hl_sfa_bf16_d512_rope64_slots_softmax_few_scalar(float *s, const hl_state *t,
-    int32_t h0, int32_t heads, int32_t keys, int32_t n)
+    int32_t h0, int32_t heads, int32_t n)
 {
     enum { L = 1, DOTS = 8 };
+    const int32_t end = (n * heads + DOTS - 1) / DOTS * DOTS;
     float each[DOTS];
     float less[DOTS];
-    float *const end = s + (ptrdiff_t)((n + keys - 1) / keys) * DOTS;
-    for (int32_t r = (n - 1) % keys + 1; r < keys; ++r) { /* no keys: below all scores */
-        for (int32_t h = 0; h < heads; ++h) {
-            end[h * keys + r - DOTS] = hl_float_of(0xff800000u);
-        }
+    for (int32_t i = n * heads; i < end; ++i) { /* no keys: below all scores */
+        s[i] = hl_float_of(0xff800000u);
     }
     for (int32_t i = 0; i < DOTS; i += L) {
         hl_vf_scalar m = hl_vset_scalar(-3.402823466e+38f);
-        for (const float *at = s + i; at < end; at += DOTS) {
-            m = hl_vmax_scalar(hl_vload_scalar(at), m);
+        for (int32_t at = i; at < end; at += DOTS) {
+            m = hl_vmax_scalar(hl_vload_scalar(s + at), m);
         }
         hl_vstore_scalar(each + i, m);
     }
     for (int32_t h = 0; h < heads; ++h) {
         const float before = t->m[h0 + h];
         float m = before;
-        for (int32_t r = 0; r < keys; ++r) {
-            m = each[h * keys + r] > m ? each[h * keys + r] : m;
+        for (int32_t i = h; i < DOTS; i += heads) {
+            m = each[i] > m ? each[i] : m;
         }
-        for (int32_t r = 0; r < keys; ++r) {
-            each[h * keys + r] = m;
-            less[h * keys + r] = before - m;
+        for (int32_t i = h; i < DOTS; i += heads) {
+            each[i] = m;
+            less[i] = before - m;
         }
         t->m[h0 + h] = m;
     }
     for (int32_t i = 0; i < DOTS; i += L) {
         const hl_vf_scalar m = hl_vload_scalar(each + i);
         hl_vf_scalar sum = hl_vzero_scalar();
-        for (float *at = s + i; at < end; at += DOTS) {
-            const hl_vf_scalar p = hl_vexp2_scalar(hl_vsub_scalar(hl_vload_scalar(at), m));
+        for (int32_t at = i; at < end; at += DOTS) {
+            const hl_vf_scalar p = hl_vexp2_scalar(hl_vsub_scalar(hl_vload_scalar(s + at), m));
             sum = hl_vadd_scalar(sum, p);
-            hl_vstore_scalar(at, p);
+            hl_vstore_scalar(s + at, p);
         }
         hl_vstore_scalar(each + i, sum);
         hl_vstore_scalar(less + i, hl_vexp2_scalar(hl_vload_scalar(less + i)));
     }
     for (int32_t h = 0; h < heads; ++h) {
-        const float alpha = less[h * keys];
         float sum = 0.0f;
-        for (int32_t r = 0; r < keys; ++r) {
-            sum += each[h * keys + r];
+        for (int32_t i = h; i < DOTS; i += heads) {
+            sum += each[i];
         }
-        t->l[h0 + h] = alpha * t->l[h0 + h] + sum;
-        t->alpha[h0 + h] = alpha;
+        t->alpha[h0 + h] = less[h];
+        t->l[h0 + h] = less[h] * t->l[h0 + h] + sum;
     }
 }
 
@@ -2696,24 +2732,24 @@ HL_KERNEL_SCALAR void hl_sfa_bf16_d512_rope64_slots_softmaxes_few_scalar(const h
     enum { BLOCK = 16 };
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
-        hl_sfa_bf16_d512_rope64_slots_softmax_few_scalar(w->s + h * BLOCK, t, h, 4, 2, n);
+        hl_sfa_bf16_d512_rope64_slots_softmax_few_scalar(w->s + h * BLOCK, t, h, 4, n);
     }
     for (; h + 2 <= group; h += 2) {
-        hl_sfa_bf16_d512_rope64_slots_softmax_few_scalar(w->s + h * BLOCK, t, h, 2, 4, n);
+        hl_sfa_bf16_d512_rope64_slots_softmax_few_scalar(w->s + h * BLOCK, t, h, 2, n);
     }
     for (; h + 1 <= group; h += 1) {
-        hl_sfa_bf16_d512_rope64_slots_softmax_few_scalar(w->s + h * BLOCK, t, h, 1, 8, n);
+        hl_sfa_bf16_d512_rope64_slots_softmax_few_scalar(w->s + h * BLOCK, t, h, 1, n);
     }
 }
 
 /* ---- value: O = alpha O + P V ---- */
 
-/* 4 heads by 2 vectors of channels, read where they are stored. Of 32 keys
+/* 4 heads by 2 vectors of channels, read where they are stored. Of 24 keys
  * further on lines are asked for meanwhile, as long as j < later. */
 HL_KERNEL_SCALAR void hl_sfa_bf16_d512_rope64_slots_pr_4x2_scalar(const float *p, const hl_row *row,
     int32_t c, float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
 {
-    enum { L = 1, OS = 512, KEYS = 2 };
+    enum { L = 1, OS = 512 };
     hl_vf_scalar o0_0 = hl_vzero_scalar();
     hl_vf_scalar o0_1 = hl_vzero_scalar();
     hl_vf_scalar o1_0 = hl_vzero_scalar();
@@ -2724,29 +2760,29 @@ HL_KERNEL_SCALAR void hl_sfa_bf16_d512_rope64_slots_pr_4x2_scalar(const float *p
     hl_vf_scalar o3_1 = hl_vzero_scalar();
     for (int32_t j = 0; j < n; ++j) {
         const uint16_t *const value = (const uint16_t *)row[j].value + c;
-        const float *const pj = p + j / KEYS * 8 + j % KEYS;
-        const hl_vf_scalar x0 = hl_vset_scalar(pj[0 * KEYS]);
-        const hl_vf_scalar x1 = hl_vset_scalar(pj[1 * KEYS]);
-        const hl_vf_scalar x2 = hl_vset_scalar(pj[2 * KEYS]);
-        const hl_vf_scalar x3 = hl_vset_scalar(pj[3 * KEYS]);
         if (j < later) {
             const uint16_t *const next =
-                (const uint16_t *)row[j + 32].value + c;
+                (const uint16_t *)row[j + 24].value + c;
             if (apart) {
                 HL_FETCH(next + 0);
             }
         }
-        hl_vf_scalar v;
-        hl_vf_scalar w;
-        hl_vpair_bf16_scalar(value + 0, &v, &w);
-        o0_0 = hl_vfma_scalar(x0, v, o0_0);
-        o0_1 = hl_vfma_scalar(x0, w, o0_1);
-        o1_0 = hl_vfma_scalar(x1, v, o1_0);
-        o1_1 = hl_vfma_scalar(x1, w, o1_1);
-        o2_0 = hl_vfma_scalar(x2, v, o2_0);
-        o2_1 = hl_vfma_scalar(x2, w, o2_1);
-        o3_0 = hl_vfma_scalar(x3, v, o3_0);
-        o3_1 = hl_vfma_scalar(x3, w, o3_1);
+        hl_vf_scalar x;
+        hl_vf_scalar v0;
+        hl_vf_scalar v1;
+        hl_vpair_bf16_scalar(value + 0, &v0, &v1);
+        x = hl_vset_scalar(p[j * 4 + 0]);
+        o0_0 = hl_vfma_scalar(x, v0, o0_0);
+        o0_1 = hl_vfma_scalar(x, v1, o0_1);
+        x = hl_vset_scalar(p[j * 4 + 1]);
+        o1_0 = hl_vfma_scalar(x, v0, o1_0);
+        o1_1 = hl_vfma_scalar(x, v1, o1_1);
+        x = hl_vset_scalar(p[j * 4 + 2]);
+        o2_0 = hl_vfma_scalar(x, v0, o2_0);
+        o2_1 = hl_vfma_scalar(x, v1, o2_1);
+        x = hl_vset_scalar(p[j * 4 + 3]);
+        o3_0 = hl_vfma_scalar(x, v0, o3_0);
+        o3_1 = hl_vfma_scalar(x, v1, o3_1);
     }
     hl_vstore_scalar(o + 0 * OS + 0 * L,
                      hl_vfma_scalar(hl_vset_scalar(alpha[0]), hl_vload_scalar(o + 0 * OS + 0 * L),
@@ -2774,12 +2810,12 @@ HL_KERNEL_SCALAR void hl_sfa_bf16_d512_rope64_slots_pr_4x2_scalar(const float *p
                                     o3_1));
 }
 
-/* 2 heads by 4 vectors of channels, read where they are stored. Of 32 keys
+/* 2 heads by 4 vectors of channels, read where they are stored. Of 24 keys
  * further on lines are asked for meanwhile, as long as j < later. */
 HL_KERNEL_SCALAR void hl_sfa_bf16_d512_rope64_slots_pr_2x4_scalar(const float *p, const hl_row *row,
     int32_t c, float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
 {
-    enum { L = 1, OS = 512, KEYS = 4 };
+    enum { L = 1, OS = 512 };
     hl_vf_scalar o0_0 = hl_vzero_scalar();
     hl_vf_scalar o0_1 = hl_vzero_scalar();
     hl_vf_scalar o0_2 = hl_vzero_scalar();
@@ -2790,28 +2826,30 @@ HL_KERNEL_SCALAR void hl_sfa_bf16_d512_rope64_slots_pr_2x4_scalar(const float *p
     hl_vf_scalar o1_3 = hl_vzero_scalar();
     for (int32_t j = 0; j < n; ++j) {
         const uint16_t *const value = (const uint16_t *)row[j].value + c;
-        const float *const pj = p + j / KEYS * 8 + j % KEYS;
-        const hl_vf_scalar x0 = hl_vset_scalar(pj[0 * KEYS]);
-        const hl_vf_scalar x1 = hl_vset_scalar(pj[1 * KEYS]);
         if (j < later) {
             const uint16_t *const next =
-                (const uint16_t *)row[j + 32].value + c;
+                (const uint16_t *)row[j + 24].value + c;
             if (apart) {
                 HL_FETCH(next + 0);
             }
         }
-        hl_vf_scalar v;
-        hl_vf_scalar w;
-        hl_vpair_bf16_scalar(value + 0, &v, &w);
-        o0_0 = hl_vfma_scalar(x0, v, o0_0);
-        o0_1 = hl_vfma_scalar(x0, w, o0_1);
-        o1_0 = hl_vfma_scalar(x1, v, o1_0);
-        o1_1 = hl_vfma_scalar(x1, w, o1_1);
-        hl_vpair_bf16_scalar(value + 2, &v, &w);
-        o0_2 = hl_vfma_scalar(x0, v, o0_2);
-        o0_3 = hl_vfma_scalar(x0, w, o0_3);
-        o1_2 = hl_vfma_scalar(x1, v, o1_2);
-        o1_3 = hl_vfma_scalar(x1, w, o1_3);
+        hl_vf_scalar x;
+        hl_vf_scalar v0;
+        hl_vf_scalar v1;
+        hl_vf_scalar v2;
+        hl_vf_scalar v3;
+        hl_vpair_bf16_scalar(value + 0, &v0, &v1);
+        hl_vpair_bf16_scalar(value + 2, &v2, &v3);
+        x = hl_vset_scalar(p[j * 2 + 0]);
+        o0_0 = hl_vfma_scalar(x, v0, o0_0);
+        o0_1 = hl_vfma_scalar(x, v1, o0_1);
+        o0_2 = hl_vfma_scalar(x, v2, o0_2);
+        o0_3 = hl_vfma_scalar(x, v3, o0_3);
+        x = hl_vset_scalar(p[j * 2 + 1]);
+        o1_0 = hl_vfma_scalar(x, v0, o1_0);
+        o1_1 = hl_vfma_scalar(x, v1, o1_1);
+        o1_2 = hl_vfma_scalar(x, v2, o1_2);
+        o1_3 = hl_vfma_scalar(x, v3, o1_3);
     }
     hl_vstore_scalar(o + 0 * OS + 0 * L,
                      hl_vfma_scalar(hl_vset_scalar(alpha[0]), hl_vload_scalar(o + 0 * OS + 0 * L),
@@ -2839,12 +2877,12 @@ HL_KERNEL_SCALAR void hl_sfa_bf16_d512_rope64_slots_pr_2x4_scalar(const float *p
                                     o1_3));
 }
 
-/* 1 head by 8 vectors of channels, read where they are stored. Of 32 keys
+/* 1 head by 8 vectors of channels, read where they are stored. Of 24 keys
  * further on lines are asked for meanwhile, as long as j < later. */
 HL_KERNEL_SCALAR void hl_sfa_bf16_d512_rope64_slots_pr_1x8_scalar(const float *p, const hl_row *row,
     int32_t c, float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
 {
-    enum { L = 1, OS = 512, KEYS = 8 };
+    enum { L = 1, OS = 512 };
     hl_vf_scalar o0_0 = hl_vzero_scalar();
     hl_vf_scalar o0_1 = hl_vzero_scalar();
     hl_vf_scalar o0_2 = hl_vzero_scalar();
@@ -2855,29 +2893,28 @@ HL_KERNEL_SCALAR void hl_sfa_bf16_d512_rope64_slots_pr_1x8_scalar(const float *p
     hl_vf_scalar o0_7 = hl_vzero_scalar();
     for (int32_t j = 0; j < n; ++j) {
         const uint16_t *const value = (const uint16_t *)row[j].value + c;
-        const float *const pj = p + j / KEYS * 8 + j % KEYS;
-        const hl_vf_scalar x0 = hl_vset_scalar(pj[0 * KEYS]);
         if (j < later) {
             const uint16_t *const next =
-                (const uint16_t *)row[j + 32].value + c;
+                (const uint16_t *)row[j + 24].value + c;
             if (apart) {
                 HL_FETCH(next + 0);
             }
         }
+        const hl_vf_scalar x = hl_vset_scalar(p[j]);
         hl_vf_scalar v;
         hl_vf_scalar w;
         hl_vpair_bf16_scalar(value + 0, &v, &w);
-        o0_0 = hl_vfma_scalar(x0, v, o0_0);
-        o0_1 = hl_vfma_scalar(x0, w, o0_1);
+        o0_0 = hl_vfma_scalar(x, v, o0_0);
+        o0_1 = hl_vfma_scalar(x, w, o0_1);
         hl_vpair_bf16_scalar(value + 2, &v, &w);
-        o0_2 = hl_vfma_scalar(x0, v, o0_2);
-        o0_3 = hl_vfma_scalar(x0, w, o0_3);
+        o0_2 = hl_vfma_scalar(x, v, o0_2);
+        o0_3 = hl_vfma_scalar(x, w, o0_3);
         hl_vpair_bf16_scalar(value + 4, &v, &w);
-        o0_4 = hl_vfma_scalar(x0, v, o0_4);
-        o0_5 = hl_vfma_scalar(x0, w, o0_5);
+        o0_4 = hl_vfma_scalar(x, v, o0_4);
+        o0_5 = hl_vfma_scalar(x, w, o0_5);
         hl_vpair_bf16_scalar(value + 6, &v, &w);
-        o0_6 = hl_vfma_scalar(x0, v, o0_6);
-        o0_7 = hl_vfma_scalar(x0, w, o0_7);
+        o0_6 = hl_vfma_scalar(x, v, o0_6);
+        o0_7 = hl_vfma_scalar(x, w, o0_7);
     }
     hl_vstore_scalar(o + 0 * OS + 0 * L,
                      hl_vfma_scalar(hl_vset_scalar(alpha[0]), hl_vload_scalar(o + 0 * OS + 0 * L),
@@ -2910,33 +2947,36 @@ HL_KERNEL_SCALAR void hl_sfa_bf16_d512_rope64_slots_value_few_scalar(const hl_sp
     const hl_state *t, const hl_block *b, int32_t group)
 {
     enum { OS = 512, BLOCK = 16 };
-    const int32_t left = b->n + b->n_later - 32;
+    const int32_t left = b->n + b->n_later - 24;
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
         const int32_t later = h == 0 ? left : 0;
+        const int32_t later_apart = b->value_apart ? later : 0;
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 512; c += 2) {
             hl_sfa_bf16_d512_rope64_slots_pr_4x2_scalar(p, b->row, c, o + c, t->alpha + h, b->n,
-                later, b->value_apart);
+                later_apart, b->value_apart);
         }
     }
     for (; h + 2 <= group; h += 2) {
         const int32_t later = h == 0 ? left : 0;
+        const int32_t later_apart = b->value_apart ? later : 0;
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 512; c += 4) {
             hl_sfa_bf16_d512_rope64_slots_pr_2x4_scalar(p, b->row, c, o + c, t->alpha + h, b->n,
-                later, b->value_apart);
+                later_apart, b->value_apart);
         }
     }
     for (; h + 1 <= group; h += 1) {
         const int32_t later = h == 0 ? left : 0;
+        const int32_t later_apart = b->value_apart ? later : 0;
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 512; c += 8) {
             hl_sfa_bf16_d512_rope64_slots_pr_1x8_scalar(p, b->row, c, o + c, t->alpha + h, b->n,
-                later, b->value_apart);
+                later_apart, b->value_apart);
         }
     }
 }
@@ -3138,7 +3178,7 @@ HL_KERNEL_SCALAR void hl_sfa_bf16_d512_rope64_slots_forward_scalar(
     const hl_sparse_flash_attention_plan *plan, const hl_group *g, const hl_space *w,
     const hl_state *t, hl_cursor c, int32_t padded)
 {
-    enum { CAP = 96 };
+    enum { CAP = 80, AHEAD = 24 };
     const int32_t block = 16;
     const hl_sparse_flash_attention_args *const a = &plan->args;
     int32_t known = hl_sfa_bf16_d512_rope64_slots_next(a, g, &c, w->row, CAP);
@@ -3154,7 +3194,8 @@ HL_KERNEL_SCALAR void hl_sfa_bf16_d512_rope64_slots_forward_scalar(
         *t->seen = 1.0f;
         b.row += b.n;
         known = b.n_later;
-        if (more && known <= CAP / 2) { /* the rows to come move to the front; others follow */
+        /* the rows to come move to the front; others follow */
+        if (more && known <= CAP / 2 && known < block + AHEAD) {
             HL_COPY(w->row, b.row, (size_t)known * sizeof *b.row);
             b.row = w->row;
             known += hl_sfa_bf16_d512_rope64_slots_next(a, g, &c, b.row + known, CAP - known);
@@ -3757,22 +3798,22 @@ HL_KERNEL_NEON void hl_sfa_bf16_d512_rope64_slots_dot_4x4_neon(const float *q, c
                 }
             }
         }
-        all[0 * 4 + j + 0] = s0_0;
-        all[0 * 4 + j + 1] = s0_1;
-        all[0 * 4 + j + 2] = s0_2;
-        all[0 * 4 + j + 3] = s0_3;
-        all[1 * 4 + j + 0] = s1_0;
-        all[1 * 4 + j + 1] = s1_1;
-        all[1 * 4 + j + 2] = s1_2;
-        all[1 * 4 + j + 3] = s1_3;
-        all[2 * 4 + j + 0] = s2_0;
-        all[2 * 4 + j + 1] = s2_1;
-        all[2 * 4 + j + 2] = s2_2;
-        all[2 * 4 + j + 3] = s2_3;
-        all[3 * 4 + j + 0] = s3_0;
-        all[3 * 4 + j + 1] = s3_1;
-        all[3 * 4 + j + 2] = s3_2;
-        all[3 * 4 + j + 3] = s3_3;
+        all[(j + 0) * 4 + 0] = s0_0;
+        all[(j + 1) * 4 + 0] = s0_1;
+        all[(j + 2) * 4 + 0] = s0_2;
+        all[(j + 3) * 4 + 0] = s0_3;
+        all[(j + 0) * 4 + 1] = s1_0;
+        all[(j + 1) * 4 + 1] = s1_1;
+        all[(j + 2) * 4 + 1] = s1_2;
+        all[(j + 3) * 4 + 1] = s1_3;
+        all[(j + 0) * 4 + 2] = s2_0;
+        all[(j + 1) * 4 + 2] = s2_1;
+        all[(j + 2) * 4 + 2] = s2_2;
+        all[(j + 3) * 4 + 2] = s2_3;
+        all[(j + 0) * 4 + 3] = s3_0;
+        all[(j + 1) * 4 + 3] = s3_1;
+        all[(j + 2) * 4 + 3] = s3_2;
+        all[(j + 3) * 4 + 3] = s3_3;
     }
     for (int32_t i = 0; i < 16; i += L) {
         hl_vstore_neon(s + i, hl_vmul_neon(hl_vsums_neon(all + i), hl_vset_neon(scale)));
@@ -3913,14 +3954,14 @@ HL_KERNEL_NEON void hl_sfa_bf16_d512_rope64_slots_dot_2x8_neon(const float *q, c
                 }
             }
         }
-        all[0 * 8 + j + 0] = hl_vadd_neon(s0_0x, s0_0y);
-        all[0 * 8 + j + 1] = hl_vadd_neon(s0_1x, s0_1y);
-        all[0 * 8 + j + 2] = hl_vadd_neon(s0_2x, s0_2y);
-        all[0 * 8 + j + 3] = hl_vadd_neon(s0_3x, s0_3y);
-        all[1 * 8 + j + 0] = hl_vadd_neon(s1_0x, s1_0y);
-        all[1 * 8 + j + 1] = hl_vadd_neon(s1_1x, s1_1y);
-        all[1 * 8 + j + 2] = hl_vadd_neon(s1_2x, s1_2y);
-        all[1 * 8 + j + 3] = hl_vadd_neon(s1_3x, s1_3y);
+        all[(j + 0) * 2 + 0] = hl_vadd_neon(s0_0x, s0_0y);
+        all[(j + 1) * 2 + 0] = hl_vadd_neon(s0_1x, s0_1y);
+        all[(j + 2) * 2 + 0] = hl_vadd_neon(s0_2x, s0_2y);
+        all[(j + 3) * 2 + 0] = hl_vadd_neon(s0_3x, s0_3y);
+        all[(j + 0) * 2 + 1] = hl_vadd_neon(s1_0x, s1_0y);
+        all[(j + 1) * 2 + 1] = hl_vadd_neon(s1_1x, s1_1y);
+        all[(j + 2) * 2 + 1] = hl_vadd_neon(s1_2x, s1_2y);
+        all[(j + 3) * 2 + 1] = hl_vadd_neon(s1_3x, s1_3y);
     }
     for (int32_t i = 0; i < 16; i += L) {
         hl_vstore_neon(s + i, hl_vmul_neon(hl_vsums_neon(all + i), hl_vset_neon(scale)));
@@ -4031,21 +4072,21 @@ HL_KERNEL_NEON void hl_sfa_bf16_d512_rope64_slots_dot_1x16_neon(const float *q, 
                 }
             }
         }
-        all[0 * 16 + j + 0] = hl_vadd_neon(s0_0x, s0_0y);
-        all[0 * 16 + j + 1] = hl_vadd_neon(s0_1x, s0_1y);
-        all[0 * 16 + j + 2] = hl_vadd_neon(s0_2x, s0_2y);
-        all[0 * 16 + j + 3] = hl_vadd_neon(s0_3x, s0_3y);
+        all[(j + 0) * 1 + 0] = hl_vadd_neon(s0_0x, s0_0y);
+        all[(j + 1) * 1 + 0] = hl_vadd_neon(s0_1x, s0_1y);
+        all[(j + 2) * 1 + 0] = hl_vadd_neon(s0_2x, s0_2y);
+        all[(j + 3) * 1 + 0] = hl_vadd_neon(s0_3x, s0_3y);
     }
     for (int32_t i = 0; i < 16; i += L) {
         hl_vstore_neon(s + i, hl_vmul_neon(hl_vsums_neon(all + i), hl_vset_neon(scale)));
     }
 }
 
-/* Few heads: scores lie as [tile of keys][head][key], tiles of one kind together. */
+/* Few heads: scores lie as [key][head], for the heads of one tile together. */
 HL_KERNEL_NEON void hl_sfa_bf16_d512_rope64_slots_score_few_neon(const hl_space *w,
     const hl_block *b, int32_t group, float scale)
 {
-    enum { QS = 576, BLOCK = 64, AHEAD = 32 };
+    enum { QS = 576, BLOCK = 64, AHEAD = 24 };
     const int32_t known = b->n + b->n_later;
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
@@ -4105,58 +4146,55 @@ HL_KERNEL_NEON void hl_sfa_bf16_d512_rope64_slots_softmax_neon(float *s, const h
     }
 }
 
-/* Few heads: the same for the heads of one kind of tile, whose scores lie as [tile][head][key]: all
- * lanes are in use. What is summed across them is summed once a block. */
+/* Few heads: the same for the heads of one tile, whose scores lie as [key][head]: all lanes are in
+ * use, whole tiles at a time. What is summed across them is summed once a block. */
 HL_KERNEL_NEON void hl_sfa_bf16_d512_rope64_slots_softmax_few_neon(float *s, const hl_state *t,
-    int32_t h0, int32_t heads, int32_t keys, int32_t n)
+    int32_t h0, int32_t heads, int32_t n)
 {
     enum { L = 4, DOTS = 16 };
+    const int32_t end = (n * heads + DOTS - 1) / DOTS * DOTS;
     float each[DOTS];
     float less[DOTS];
-    float *const end = s + (ptrdiff_t)((n + keys - 1) / keys) * DOTS;
-    for (int32_t r = (n - 1) % keys + 1; r < keys; ++r) { /* no keys: below all scores */
-        for (int32_t h = 0; h < heads; ++h) {
-            end[h * keys + r - DOTS] = hl_float_of(0xff800000u);
-        }
+    for (int32_t i = n * heads; i < end; ++i) { /* no keys: below all scores */
+        s[i] = hl_float_of(0xff800000u);
     }
     for (int32_t i = 0; i < DOTS; i += L) {
         hl_vf_neon m = hl_vset_neon(-3.402823466e+38f);
-        for (const float *at = s + i; at < end; at += DOTS) {
-            m = hl_vmax_neon(hl_vload_neon(at), m);
+        for (int32_t at = i; at < end; at += DOTS) {
+            m = hl_vmax_neon(hl_vload_neon(s + at), m);
         }
         hl_vstore_neon(each + i, m);
     }
     for (int32_t h = 0; h < heads; ++h) {
         const float before = t->m[h0 + h];
         float m = before;
-        for (int32_t r = 0; r < keys; ++r) {
-            m = each[h * keys + r] > m ? each[h * keys + r] : m;
+        for (int32_t i = h; i < DOTS; i += heads) {
+            m = each[i] > m ? each[i] : m;
         }
-        for (int32_t r = 0; r < keys; ++r) {
-            each[h * keys + r] = m;
-            less[h * keys + r] = before - m;
+        for (int32_t i = h; i < DOTS; i += heads) {
+            each[i] = m;
+            less[i] = before - m;
         }
         t->m[h0 + h] = m;
     }
     for (int32_t i = 0; i < DOTS; i += L) {
         const hl_vf_neon m = hl_vload_neon(each + i);
         hl_vf_neon sum = hl_vzero_neon();
-        for (float *at = s + i; at < end; at += DOTS) {
-            const hl_vf_neon p = hl_vexp2_neon(hl_vsub_neon(hl_vload_neon(at), m));
+        for (int32_t at = i; at < end; at += DOTS) {
+            const hl_vf_neon p = hl_vexp2_neon(hl_vsub_neon(hl_vload_neon(s + at), m));
             sum = hl_vadd_neon(sum, p);
-            hl_vstore_neon(at, p);
+            hl_vstore_neon(s + at, p);
         }
         hl_vstore_neon(each + i, sum);
         hl_vstore_neon(less + i, hl_vexp2_neon(hl_vload_neon(less + i)));
     }
     for (int32_t h = 0; h < heads; ++h) {
-        const float alpha = less[h * keys];
         float sum = 0.0f;
-        for (int32_t r = 0; r < keys; ++r) {
-            sum += each[h * keys + r];
+        for (int32_t i = h; i < DOTS; i += heads) {
+            sum += each[i];
         }
-        t->l[h0 + h] = alpha * t->l[h0 + h] + sum;
-        t->alpha[h0 + h] = alpha;
+        t->alpha[h0 + h] = less[h];
+        t->l[h0 + h] = less[h] * t->l[h0 + h] + sum;
     }
 }
 
@@ -4166,13 +4204,13 @@ HL_KERNEL_NEON void hl_sfa_bf16_d512_rope64_slots_softmaxes_few_neon(const hl_sp
     enum { BLOCK = 64 };
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
-        hl_sfa_bf16_d512_rope64_slots_softmax_few_neon(w->s + h * BLOCK, t, h, 4, 4, n);
+        hl_sfa_bf16_d512_rope64_slots_softmax_few_neon(w->s + h * BLOCK, t, h, 4, n);
     }
     for (; h + 2 <= group; h += 2) {
-        hl_sfa_bf16_d512_rope64_slots_softmax_few_neon(w->s + h * BLOCK, t, h, 2, 8, n);
+        hl_sfa_bf16_d512_rope64_slots_softmax_few_neon(w->s + h * BLOCK, t, h, 2, n);
     }
     for (; h + 1 <= group; h += 1) {
-        hl_sfa_bf16_d512_rope64_slots_softmax_few_neon(w->s + h * BLOCK, t, h, 1, 16, n);
+        hl_sfa_bf16_d512_rope64_slots_softmax_few_neon(w->s + h * BLOCK, t, h, 1, n);
     }
 }
 
@@ -4380,12 +4418,12 @@ HL_KERNEL_NEON void hl_sfa_bf16_d512_rope64_slots_value_neon(const hl_space *w, 
     }
 }
 
-/* 4 heads by 4 vectors of channels, read where they are stored. Of 32 keys
+/* 4 heads by 4 vectors of channels, read where they are stored. Of 24 keys
  * further on lines are asked for meanwhile, as long as j < later. */
 HL_KERNEL_NEON void hl_sfa_bf16_d512_rope64_slots_pr_4x4_neon(const float *p, const hl_row *row,
     int32_t c, float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
 {
-    enum { L = 4, OS = 512, KEYS = 4 };
+    enum { L = 4, OS = 512 };
     hl_vf_neon o0_0 = hl_vzero_neon();
     hl_vf_neon o0_1 = hl_vzero_neon();
     hl_vf_neon o0_2 = hl_vzero_neon();
@@ -4404,38 +4442,40 @@ HL_KERNEL_NEON void hl_sfa_bf16_d512_rope64_slots_pr_4x4_neon(const float *p, co
     hl_vf_neon o3_3 = hl_vzero_neon();
     for (int32_t j = 0; j < n; ++j) {
         const uint16_t *const value = (const uint16_t *)row[j].value + c;
-        const float *const pj = p + j / KEYS * 16 + j % KEYS;
-        const hl_vf_neon x0 = hl_vset_neon(pj[0 * KEYS]);
-        const hl_vf_neon x1 = hl_vset_neon(pj[1 * KEYS]);
-        const hl_vf_neon x2 = hl_vset_neon(pj[2 * KEYS]);
-        const hl_vf_neon x3 = hl_vset_neon(pj[3 * KEYS]);
         if (j < later) {
             const uint16_t *const next =
-                (const uint16_t *)row[j + 32].value + c;
+                (const uint16_t *)row[j + 24].value + c;
             if (apart) {
                 HL_FETCH(next + 0);
             }
         }
-        hl_vf_neon v;
-        hl_vf_neon w;
-        hl_vpair_bf16_neon(value + 0, &v, &w);
-        o0_0 = hl_vfma_neon(x0, v, o0_0);
-        o0_1 = hl_vfma_neon(x0, w, o0_1);
-        o1_0 = hl_vfma_neon(x1, v, o1_0);
-        o1_1 = hl_vfma_neon(x1, w, o1_1);
-        o2_0 = hl_vfma_neon(x2, v, o2_0);
-        o2_1 = hl_vfma_neon(x2, w, o2_1);
-        o3_0 = hl_vfma_neon(x3, v, o3_0);
-        o3_1 = hl_vfma_neon(x3, w, o3_1);
-        hl_vpair_bf16_neon(value + 8, &v, &w);
-        o0_2 = hl_vfma_neon(x0, v, o0_2);
-        o0_3 = hl_vfma_neon(x0, w, o0_3);
-        o1_2 = hl_vfma_neon(x1, v, o1_2);
-        o1_3 = hl_vfma_neon(x1, w, o1_3);
-        o2_2 = hl_vfma_neon(x2, v, o2_2);
-        o2_3 = hl_vfma_neon(x2, w, o2_3);
-        o3_2 = hl_vfma_neon(x3, v, o3_2);
-        o3_3 = hl_vfma_neon(x3, w, o3_3);
+        hl_vf_neon x;
+        hl_vf_neon v0;
+        hl_vf_neon v1;
+        hl_vf_neon v2;
+        hl_vf_neon v3;
+        hl_vpair_bf16_neon(value + 0, &v0, &v1);
+        hl_vpair_bf16_neon(value + 8, &v2, &v3);
+        x = hl_vset_neon(p[j * 4 + 0]);
+        o0_0 = hl_vfma_neon(x, v0, o0_0);
+        o0_1 = hl_vfma_neon(x, v1, o0_1);
+        o0_2 = hl_vfma_neon(x, v2, o0_2);
+        o0_3 = hl_vfma_neon(x, v3, o0_3);
+        x = hl_vset_neon(p[j * 4 + 1]);
+        o1_0 = hl_vfma_neon(x, v0, o1_0);
+        o1_1 = hl_vfma_neon(x, v1, o1_1);
+        o1_2 = hl_vfma_neon(x, v2, o1_2);
+        o1_3 = hl_vfma_neon(x, v3, o1_3);
+        x = hl_vset_neon(p[j * 4 + 2]);
+        o2_0 = hl_vfma_neon(x, v0, o2_0);
+        o2_1 = hl_vfma_neon(x, v1, o2_1);
+        o2_2 = hl_vfma_neon(x, v2, o2_2);
+        o2_3 = hl_vfma_neon(x, v3, o2_3);
+        x = hl_vset_neon(p[j * 4 + 3]);
+        o3_0 = hl_vfma_neon(x, v0, o3_0);
+        o3_1 = hl_vfma_neon(x, v1, o3_1);
+        o3_2 = hl_vfma_neon(x, v2, o3_2);
+        o3_3 = hl_vfma_neon(x, v3, o3_3);
     }
     hl_vstore_neon(o + 0 * OS + 0 * L,
                    hl_vfma_neon(hl_vset_neon(alpha[0]), hl_vload_neon(o + 0 * OS + 0 * L), o0_0));
@@ -4471,12 +4511,12 @@ HL_KERNEL_NEON void hl_sfa_bf16_d512_rope64_slots_pr_4x4_neon(const float *p, co
                    hl_vfma_neon(hl_vset_neon(alpha[3]), hl_vload_neon(o + 3 * OS + 3 * L), o3_3));
 }
 
-/* 2 heads by 8 vectors of channels, read where they are stored. Of 32 keys
+/* 2 heads by 8 vectors of channels, read where they are stored. Of 24 keys
  * further on lines are asked for meanwhile, as long as j < later. */
 HL_KERNEL_NEON void hl_sfa_bf16_d512_rope64_slots_pr_2x8_neon(const float *p, const hl_row *row,
-    int32_t c, float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
+    int32_t c, float *o, const float *alpha, int32_t n, int32_t later)
 {
-    enum { L = 4, OS = 512, KEYS = 8 };
+    enum { L = 4, OS = 512 };
     hl_vf_neon o0_0 = hl_vzero_neon();
     hl_vf_neon o0_1 = hl_vzero_neon();
     hl_vf_neon o0_2 = hl_vzero_neon();
@@ -4495,36 +4535,42 @@ HL_KERNEL_NEON void hl_sfa_bf16_d512_rope64_slots_pr_2x8_neon(const float *p, co
     hl_vf_neon o1_7 = hl_vzero_neon();
     for (int32_t j = 0; j < n; ++j) {
         const uint16_t *const value = (const uint16_t *)row[j].value + c;
-        const float *const pj = p + j / KEYS * 16 + j % KEYS;
-        const hl_vf_neon x0 = hl_vset_neon(pj[0 * KEYS]);
-        const hl_vf_neon x1 = hl_vset_neon(pj[1 * KEYS]);
         if (j < later) {
             const uint16_t *const next =
-                (const uint16_t *)row[j + 32].value + c;
+                (const uint16_t *)row[j + 24].value + c;
             HL_FETCH(next + 0);
         }
-        hl_vf_neon v;
-        hl_vf_neon w;
-        hl_vpair_bf16_neon(value + 0, &v, &w);
-        o0_0 = hl_vfma_neon(x0, v, o0_0);
-        o0_1 = hl_vfma_neon(x0, w, o0_1);
-        o1_0 = hl_vfma_neon(x1, v, o1_0);
-        o1_1 = hl_vfma_neon(x1, w, o1_1);
-        hl_vpair_bf16_neon(value + 8, &v, &w);
-        o0_2 = hl_vfma_neon(x0, v, o0_2);
-        o0_3 = hl_vfma_neon(x0, w, o0_3);
-        o1_2 = hl_vfma_neon(x1, v, o1_2);
-        o1_3 = hl_vfma_neon(x1, w, o1_3);
-        hl_vpair_bf16_neon(value + 16, &v, &w);
-        o0_4 = hl_vfma_neon(x0, v, o0_4);
-        o0_5 = hl_vfma_neon(x0, w, o0_5);
-        o1_4 = hl_vfma_neon(x1, v, o1_4);
-        o1_5 = hl_vfma_neon(x1, w, o1_5);
-        hl_vpair_bf16_neon(value + 24, &v, &w);
-        o0_6 = hl_vfma_neon(x0, v, o0_6);
-        o0_7 = hl_vfma_neon(x0, w, o0_7);
-        o1_6 = hl_vfma_neon(x1, v, o1_6);
-        o1_7 = hl_vfma_neon(x1, w, o1_7);
+        hl_vf_neon x;
+        hl_vf_neon v0;
+        hl_vf_neon v1;
+        hl_vf_neon v2;
+        hl_vf_neon v3;
+        hl_vf_neon v4;
+        hl_vf_neon v5;
+        hl_vf_neon v6;
+        hl_vf_neon v7;
+        hl_vpair_bf16_neon(value + 0, &v0, &v1);
+        hl_vpair_bf16_neon(value + 8, &v2, &v3);
+        hl_vpair_bf16_neon(value + 16, &v4, &v5);
+        hl_vpair_bf16_neon(value + 24, &v6, &v7);
+        x = hl_vset_neon(p[j * 2 + 0]);
+        o0_0 = hl_vfma_neon(x, v0, o0_0);
+        o0_1 = hl_vfma_neon(x, v1, o0_1);
+        o0_2 = hl_vfma_neon(x, v2, o0_2);
+        o0_3 = hl_vfma_neon(x, v3, o0_3);
+        o0_4 = hl_vfma_neon(x, v4, o0_4);
+        o0_5 = hl_vfma_neon(x, v5, o0_5);
+        o0_6 = hl_vfma_neon(x, v6, o0_6);
+        o0_7 = hl_vfma_neon(x, v7, o0_7);
+        x = hl_vset_neon(p[j * 2 + 1]);
+        o1_0 = hl_vfma_neon(x, v0, o1_0);
+        o1_1 = hl_vfma_neon(x, v1, o1_1);
+        o1_2 = hl_vfma_neon(x, v2, o1_2);
+        o1_3 = hl_vfma_neon(x, v3, o1_3);
+        o1_4 = hl_vfma_neon(x, v4, o1_4);
+        o1_5 = hl_vfma_neon(x, v5, o1_5);
+        o1_6 = hl_vfma_neon(x, v6, o1_6);
+        o1_7 = hl_vfma_neon(x, v7, o1_7);
     }
     hl_vstore_neon(o + 0 * OS + 0 * L,
                    hl_vfma_neon(hl_vset_neon(alpha[0]), hl_vload_neon(o + 0 * OS + 0 * L), o0_0));
@@ -4560,12 +4606,12 @@ HL_KERNEL_NEON void hl_sfa_bf16_d512_rope64_slots_pr_2x8_neon(const float *p, co
                    hl_vfma_neon(hl_vset_neon(alpha[1]), hl_vload_neon(o + 1 * OS + 7 * L), o1_7));
 }
 
-/* 1 head by 16 vectors of channels, read where they are stored. Of 32 keys
+/* 1 head by 16 vectors of channels, read where they are stored. Of 24 keys
  * further on lines are asked for meanwhile, as long as j < later. */
 HL_KERNEL_NEON void hl_sfa_bf16_d512_rope64_slots_pr_1x16_neon(const float *p, const hl_row *row,
     int32_t c, float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
 {
-    enum { L = 4, OS = 512, KEYS = 16 };
+    enum { L = 4, OS = 512 };
     hl_vf_neon o0_0 = hl_vzero_neon();
     hl_vf_neon o0_1 = hl_vzero_neon();
     hl_vf_neon o0_2 = hl_vzero_neon();
@@ -4584,42 +4630,41 @@ HL_KERNEL_NEON void hl_sfa_bf16_d512_rope64_slots_pr_1x16_neon(const float *p, c
     hl_vf_neon o0_15 = hl_vzero_neon();
     for (int32_t j = 0; j < n; ++j) {
         const uint16_t *const value = (const uint16_t *)row[j].value + c;
-        const float *const pj = p + j / KEYS * 16 + j % KEYS;
-        const hl_vf_neon x0 = hl_vset_neon(pj[0 * KEYS]);
         if (j < later) {
             const uint16_t *const next =
-                (const uint16_t *)row[j + 32].value + c;
+                (const uint16_t *)row[j + 24].value + c;
             if (apart) {
                 HL_FETCH(next + 0);
             }
             HL_FETCH(next + 32);
         }
+        const hl_vf_neon x = hl_vset_neon(p[j]);
         hl_vf_neon v;
         hl_vf_neon w;
         hl_vpair_bf16_neon(value + 0, &v, &w);
-        o0_0 = hl_vfma_neon(x0, v, o0_0);
-        o0_1 = hl_vfma_neon(x0, w, o0_1);
+        o0_0 = hl_vfma_neon(x, v, o0_0);
+        o0_1 = hl_vfma_neon(x, w, o0_1);
         hl_vpair_bf16_neon(value + 8, &v, &w);
-        o0_2 = hl_vfma_neon(x0, v, o0_2);
-        o0_3 = hl_vfma_neon(x0, w, o0_3);
+        o0_2 = hl_vfma_neon(x, v, o0_2);
+        o0_3 = hl_vfma_neon(x, w, o0_3);
         hl_vpair_bf16_neon(value + 16, &v, &w);
-        o0_4 = hl_vfma_neon(x0, v, o0_4);
-        o0_5 = hl_vfma_neon(x0, w, o0_5);
+        o0_4 = hl_vfma_neon(x, v, o0_4);
+        o0_5 = hl_vfma_neon(x, w, o0_5);
         hl_vpair_bf16_neon(value + 24, &v, &w);
-        o0_6 = hl_vfma_neon(x0, v, o0_6);
-        o0_7 = hl_vfma_neon(x0, w, o0_7);
+        o0_6 = hl_vfma_neon(x, v, o0_6);
+        o0_7 = hl_vfma_neon(x, w, o0_7);
         hl_vpair_bf16_neon(value + 32, &v, &w);
-        o0_8 = hl_vfma_neon(x0, v, o0_8);
-        o0_9 = hl_vfma_neon(x0, w, o0_9);
+        o0_8 = hl_vfma_neon(x, v, o0_8);
+        o0_9 = hl_vfma_neon(x, w, o0_9);
         hl_vpair_bf16_neon(value + 40, &v, &w);
-        o0_10 = hl_vfma_neon(x0, v, o0_10);
-        o0_11 = hl_vfma_neon(x0, w, o0_11);
+        o0_10 = hl_vfma_neon(x, v, o0_10);
+        o0_11 = hl_vfma_neon(x, w, o0_11);
         hl_vpair_bf16_neon(value + 48, &v, &w);
-        o0_12 = hl_vfma_neon(x0, v, o0_12);
-        o0_13 = hl_vfma_neon(x0, w, o0_13);
+        o0_12 = hl_vfma_neon(x, v, o0_12);
+        o0_13 = hl_vfma_neon(x, w, o0_13);
         hl_vpair_bf16_neon(value + 56, &v, &w);
-        o0_14 = hl_vfma_neon(x0, v, o0_14);
-        o0_15 = hl_vfma_neon(x0, w, o0_15);
+        o0_14 = hl_vfma_neon(x, v, o0_14);
+        o0_15 = hl_vfma_neon(x, w, o0_15);
     }
     hl_vstore_neon(o + 0 * OS + 0 * L,
                    hl_vfma_neon(hl_vset_neon(alpha[0]), hl_vload_neon(o + 0 * OS + 0 * L), o0_0));
@@ -4660,28 +4705,31 @@ HL_KERNEL_NEON void hl_sfa_bf16_d512_rope64_slots_value_few_neon(const hl_space 
     const hl_state *t, const hl_block *b, int32_t group)
 {
     enum { OS = 512, BLOCK = 64 };
-    const int32_t left = b->n + b->n_later - 32;
+    const int32_t left = b->n + b->n_later - 24;
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
         const int32_t later = h == 0 ? left : 0;
+        const int32_t later_apart = b->value_apart ? later : 0;
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 512; c += 16) {
             hl_sfa_bf16_d512_rope64_slots_pr_4x4_neon(p, b->row, c, o + c, t->alpha + h, b->n,
-                later, b->value_apart);
+                later_apart, b->value_apart);
         }
     }
     for (; h + 2 <= group; h += 2) {
         const int32_t later = h == 0 ? left : 0;
+        const int32_t later_apart = b->value_apart ? later : 0;
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 512; c += 32) {
             hl_sfa_bf16_d512_rope64_slots_pr_2x8_neon(p, b->row, c, o + c, t->alpha + h, b->n,
-                later, b->value_apart);
+                later);
         }
     }
     for (; h + 1 <= group; h += 1) {
         const int32_t later = h == 0 ? left : 0;
+        const int32_t later_apart = b->value_apart ? later : 0;
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 512; c += 64) {
@@ -4899,7 +4947,7 @@ HL_KERNEL_NEON void hl_sfa_bf16_d512_rope64_slots_forward_neon(
     const hl_sparse_flash_attention_plan *plan, const hl_group *g, const hl_space *w,
     const hl_state *t, hl_cursor c, int32_t padded)
 {
-    enum { CAP = 192 };
+    enum { CAP = 176, AHEAD = 24 };
     const int32_t block = plan->group > 16 ? 64 : plan->group <= 3 ? 16 : 64;
     const hl_sparse_flash_attention_args *const a = &plan->args;
     int32_t known = hl_sfa_bf16_d512_rope64_slots_next(a, g, &c, w->row, CAP);
@@ -4915,7 +4963,8 @@ HL_KERNEL_NEON void hl_sfa_bf16_d512_rope64_slots_forward_neon(
         *t->seen = 1.0f;
         b.row += b.n;
         known = b.n_later;
-        if (more && known <= CAP / 2) { /* the rows to come move to the front; others follow */
+        /* the rows to come move to the front; others follow */
+        if (more && known <= CAP / 2 && known < block + AHEAD) {
             HL_COPY(w->row, b.row, (size_t)known * sizeof *b.row);
             b.row = w->row;
             known += hl_sfa_bf16_d512_rope64_slots_next(a, g, &c, b.row + known, CAP - known);
@@ -5432,14 +5481,14 @@ HL_KERNEL_AVX2 void hl_sfa_bf16_d512_rope64_slots_dot_4x2_avx2(const float *q, c
                 }
             }
         }
-        all[0 * 2 + j + 0] = s0_0;
-        all[0 * 2 + j + 1] = s0_1;
-        all[1 * 2 + j + 0] = s1_0;
-        all[1 * 2 + j + 1] = s1_1;
-        all[2 * 2 + j + 0] = s2_0;
-        all[2 * 2 + j + 1] = s2_1;
-        all[3 * 2 + j + 0] = s3_0;
-        all[3 * 2 + j + 1] = s3_1;
+        all[(j + 0) * 4 + 0] = s0_0;
+        all[(j + 1) * 4 + 0] = s0_1;
+        all[(j + 0) * 4 + 1] = s1_0;
+        all[(j + 1) * 4 + 1] = s1_1;
+        all[(j + 0) * 4 + 2] = s2_0;
+        all[(j + 1) * 4 + 2] = s2_1;
+        all[(j + 0) * 4 + 3] = s3_0;
+        all[(j + 1) * 4 + 3] = s3_1;
     }
     for (int32_t i = 0; i < 8; i += L) {
         hl_vstore_avx2(s + i, hl_vmul_avx2(hl_vsums_avx2(all + i), hl_vset_avx2(scale)));
@@ -5572,14 +5621,14 @@ HL_KERNEL_AVX2 void hl_sfa_bf16_d512_rope64_slots_dot_2x4_avx2(const float *q, c
                 }
             }
         }
-        all[0 * 4 + j + 0] = s0_0;
-        all[0 * 4 + j + 1] = s0_1;
-        all[0 * 4 + j + 2] = s0_2;
-        all[0 * 4 + j + 3] = s0_3;
-        all[1 * 4 + j + 0] = s1_0;
-        all[1 * 4 + j + 1] = s1_1;
-        all[1 * 4 + j + 2] = s1_2;
-        all[1 * 4 + j + 3] = s1_3;
+        all[(j + 0) * 2 + 0] = s0_0;
+        all[(j + 1) * 2 + 0] = s0_1;
+        all[(j + 2) * 2 + 0] = s0_2;
+        all[(j + 3) * 2 + 0] = s0_3;
+        all[(j + 0) * 2 + 1] = s1_0;
+        all[(j + 1) * 2 + 1] = s1_1;
+        all[(j + 2) * 2 + 1] = s1_2;
+        all[(j + 3) * 2 + 1] = s1_3;
     }
     for (int32_t i = 0; i < 8; i += L) {
         hl_vstore_avx2(s + i, hl_vmul_avx2(hl_vsums_avx2(all + i), hl_vset_avx2(scale)));
@@ -5742,25 +5791,25 @@ HL_KERNEL_AVX2 void hl_sfa_bf16_d512_rope64_slots_dot_1x8_avx2(const float *q, c
                 }
             }
         }
-        all[0 * 8 + j + 0] = s0_0;
-        all[0 * 8 + j + 1] = s0_1;
-        all[0 * 8 + j + 2] = s0_2;
-        all[0 * 8 + j + 3] = s0_3;
-        all[0 * 8 + j + 4] = s0_4;
-        all[0 * 8 + j + 5] = s0_5;
-        all[0 * 8 + j + 6] = s0_6;
-        all[0 * 8 + j + 7] = s0_7;
+        all[(j + 0) * 1 + 0] = s0_0;
+        all[(j + 1) * 1 + 0] = s0_1;
+        all[(j + 2) * 1 + 0] = s0_2;
+        all[(j + 3) * 1 + 0] = s0_3;
+        all[(j + 4) * 1 + 0] = s0_4;
+        all[(j + 5) * 1 + 0] = s0_5;
+        all[(j + 6) * 1 + 0] = s0_6;
+        all[(j + 7) * 1 + 0] = s0_7;
     }
     for (int32_t i = 0; i < 8; i += L) {
         hl_vstore_avx2(s + i, hl_vmul_avx2(hl_vsums_avx2(all + i), hl_vset_avx2(scale)));
     }
 }
 
-/* Few heads: scores lie as [tile of keys][head][key], tiles of one kind together. */
+/* Few heads: scores lie as [key][head], for the heads of one tile together. */
 HL_KERNEL_AVX2 void hl_sfa_bf16_d512_rope64_slots_score_few_avx2(const hl_space *w,
     const hl_block *b, int32_t group, float scale)
 {
-    enum { QS = 576, BLOCK = 48, AHEAD = 32 };
+    enum { QS = 576, BLOCK = 48, AHEAD = 24 };
     const int32_t known = b->n + b->n_later;
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
@@ -5820,59 +5869,92 @@ HL_KERNEL_AVX2 void hl_sfa_bf16_d512_rope64_slots_softmax_avx2(float *s, const h
     }
 }
 
-/* Few heads: the same for the heads of one kind of tile, whose scores lie as [tile][head][key]: all
- * lanes are in use. What is summed across them is summed once a block. */
+/* Few heads: the same for the heads of one tile, whose scores lie as [key][head]: all lanes are in
+ * use, whole tiles at a time. What is summed across them is summed once a block. */
 HL_KERNEL_AVX2 void hl_sfa_bf16_d512_rope64_slots_softmax_few_avx2(float *s, const hl_state *t,
-    int32_t h0, int32_t heads, int32_t keys, int32_t n)
+    int32_t h0, int32_t heads, int32_t n)
 {
     enum { L = 8, DOTS = 8 };
+    const int32_t end = (n * heads + DOTS - 1) / DOTS * DOTS;
     float each[DOTS];
     float less[DOTS];
-    float *const end = s + (ptrdiff_t)((n + keys - 1) / keys) * DOTS;
-    for (int32_t r = (n - 1) % keys + 1; r < keys; ++r) { /* no keys: below all scores */
-        for (int32_t h = 0; h < heads; ++h) {
-            end[h * keys + r - DOTS] = hl_float_of(0xff800000u);
-        }
+    for (int32_t i = n * heads; i < end; ++i) { /* no keys: below all scores */
+        s[i] = hl_float_of(0xff800000u);
     }
     for (int32_t i = 0; i < DOTS; i += L) {
         hl_vf_avx2 m = hl_vset_avx2(-3.402823466e+38f);
-        for (const float *at = s + i; at < end; at += DOTS) {
-            m = hl_vmax_avx2(hl_vload_avx2(at), m);
+        for (int32_t at = i; at < end; at += DOTS) {
+            m = hl_vmax_avx2(hl_vload_avx2(s + at), m);
         }
         hl_vstore_avx2(each + i, m);
     }
     for (int32_t h = 0; h < heads; ++h) {
         const float before = t->m[h0 + h];
         float m = before;
-        for (int32_t r = 0; r < keys; ++r) {
-            m = each[h * keys + r] > m ? each[h * keys + r] : m;
+        for (int32_t i = h; i < DOTS; i += heads) {
+            m = each[i] > m ? each[i] : m;
         }
-        for (int32_t r = 0; r < keys; ++r) {
-            each[h * keys + r] = m;
-            less[h * keys + r] = before - m;
+        for (int32_t i = h; i < DOTS; i += heads) {
+            each[i] = m;
+            less[i] = before - m;
         }
         t->m[h0 + h] = m;
     }
     for (int32_t i = 0; i < DOTS; i += L) {
         const hl_vf_avx2 m = hl_vload_avx2(each + i);
         hl_vf_avx2 sum = hl_vzero_avx2();
-        for (float *at = s + i; at < end; at += DOTS) {
-            const hl_vf_avx2 p = hl_vexp2_avx2(hl_vsub_avx2(hl_vload_avx2(at), m));
+        for (int32_t at = i; at < end; at += DOTS) {
+            const hl_vf_avx2 p = hl_vexp2_avx2(hl_vsub_avx2(hl_vload_avx2(s + at), m));
             sum = hl_vadd_avx2(sum, p);
-            hl_vstore_avx2(at, p);
+            hl_vstore_avx2(s + at, p);
         }
         hl_vstore_avx2(each + i, sum);
         hl_vstore_avx2(less + i, hl_vexp2_avx2(hl_vload_avx2(less + i)));
     }
     for (int32_t h = 0; h < heads; ++h) {
-        const float alpha = less[h * keys];
         float sum = 0.0f;
-        for (int32_t r = 0; r < keys; ++r) {
-            sum += each[h * keys + r];
+        for (int32_t i = h; i < DOTS; i += heads) {
+            sum += each[i];
         }
-        t->l[h0 + h] = alpha * t->l[h0 + h] + sum;
-        t->alpha[h0 + h] = alpha;
+        t->alpha[h0 + h] = less[h];
+        t->l[h0 + h] = less[h] * t->l[h0 + h] + sum;
     }
+}
+
+/* One head: all lanes are its own, and nothing has to leave the registers. */
+HL_KERNEL_AVX2 void hl_sfa_bf16_d512_rope64_slots_softmax_one_avx2(float *s, const hl_state *t,
+    int32_t h, int32_t n)
+{
+    enum { L = 8 };
+    const hl_vf_avx2 before = hl_vset_avx2(t->m[h]);
+    hl_vf_avx2 m = before;
+    hl_vf_avx2 sum = hl_vzero_avx2();
+    hl_vf_avx2 alpha;
+    float lane[L];
+    for (int32_t j = n; j % L != 0; ++j) { /* no keys: below all scores */
+        s[j] = hl_float_of(0xff800000u);
+    }
+    for (int32_t j = 0; j < n; j += L) {
+        m = hl_vmax_avx2(hl_vload_avx2(s + j), m);
+    }
+    m = hl_vmax_avx2(hl_vswap_avx2(m, 1), m);
+    m = hl_vmax_avx2(hl_vswap_avx2(m, 2), m);
+    m = hl_vmax_avx2(hl_vswap_avx2(m, 4), m);
+    for (int32_t j = 0; j < n; j += L) {
+        const hl_vf_avx2 p = hl_vexp2_avx2(hl_vsub_avx2(hl_vload_avx2(s + j), m));
+        sum = hl_vadd_avx2(sum, p);
+        hl_vstore_avx2(s + j, p);
+    }
+    sum = hl_vadd_avx2(hl_vswap_avx2(sum, 1), sum);
+    sum = hl_vadd_avx2(hl_vswap_avx2(sum, 2), sum);
+    sum = hl_vadd_avx2(hl_vswap_avx2(sum, 4), sum);
+    alpha = hl_vexp2_avx2(hl_vsub_avx2(before, m));
+    hl_vstore_avx2(lane, m);
+    t->m[h] = lane[0];
+    hl_vstore_avx2(lane, alpha);
+    t->alpha[h] = lane[0];
+    hl_vstore_avx2(lane, hl_vfma_avx2(alpha, hl_vset_avx2(t->l[h]), sum));
+    t->l[h] = lane[0];
 }
 
 HL_KERNEL_AVX2 void hl_sfa_bf16_d512_rope64_slots_softmaxes_few_avx2(const hl_space *w,
@@ -5881,13 +5963,13 @@ HL_KERNEL_AVX2 void hl_sfa_bf16_d512_rope64_slots_softmaxes_few_avx2(const hl_sp
     enum { BLOCK = 48 };
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
-        hl_sfa_bf16_d512_rope64_slots_softmax_few_avx2(w->s + h * BLOCK, t, h, 4, 2, n);
+        hl_sfa_bf16_d512_rope64_slots_softmax_few_avx2(w->s + h * BLOCK, t, h, 4, n);
     }
     for (; h + 2 <= group; h += 2) {
-        hl_sfa_bf16_d512_rope64_slots_softmax_few_avx2(w->s + h * BLOCK, t, h, 2, 4, n);
+        hl_sfa_bf16_d512_rope64_slots_softmax_few_avx2(w->s + h * BLOCK, t, h, 2, n);
     }
     for (; h + 1 <= group; h += 1) {
-        hl_sfa_bf16_d512_rope64_slots_softmax_few_avx2(w->s + h * BLOCK, t, h, 1, 8, n);
+        hl_sfa_bf16_d512_rope64_slots_softmax_one_avx2(w->s + h * BLOCK, t, h, n);
     }
 }
 
@@ -6061,12 +6143,12 @@ HL_KERNEL_AVX2 void hl_sfa_bf16_d512_rope64_slots_value_avx2(const hl_space *w, 
     }
 }
 
-/* 4 heads by 2 vectors of channels, read where they are stored. Of 32 keys
+/* 4 heads by 2 vectors of channels, read where they are stored. Of 24 keys
  * further on lines are asked for meanwhile, as long as j < later. */
 HL_KERNEL_AVX2 void hl_sfa_bf16_d512_rope64_slots_pr_4x2_avx2(const float *p, const hl_row *row,
     int32_t c, float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
 {
-    enum { L = 8, OS = 512, KEYS = 2 };
+    enum { L = 8, OS = 512 };
     hl_vf_avx2 o0_0 = hl_vzero_avx2();
     hl_vf_avx2 o0_1 = hl_vzero_avx2();
     hl_vf_avx2 o1_0 = hl_vzero_avx2();
@@ -6077,29 +6159,29 @@ HL_KERNEL_AVX2 void hl_sfa_bf16_d512_rope64_slots_pr_4x2_avx2(const float *p, co
     hl_vf_avx2 o3_1 = hl_vzero_avx2();
     for (int32_t j = 0; j < n; ++j) {
         const uint16_t *const value = (const uint16_t *)row[j].value + c;
-        const float *const pj = p + j / KEYS * 8 + j % KEYS;
-        const hl_vf_avx2 x0 = hl_vset_avx2(pj[0 * KEYS]);
-        const hl_vf_avx2 x1 = hl_vset_avx2(pj[1 * KEYS]);
-        const hl_vf_avx2 x2 = hl_vset_avx2(pj[2 * KEYS]);
-        const hl_vf_avx2 x3 = hl_vset_avx2(pj[3 * KEYS]);
         if (j < later) {
             const uint16_t *const next =
-                (const uint16_t *)row[j + 32].value + c;
+                (const uint16_t *)row[j + 24].value + c;
             if (apart) {
                 HL_FETCH(next + 0);
             }
         }
-        hl_vf_avx2 v;
-        hl_vf_avx2 w;
-        hl_vpair_bf16_avx2(value + 0, &v, &w);
-        o0_0 = hl_vfma_avx2(x0, v, o0_0);
-        o0_1 = hl_vfma_avx2(x0, w, o0_1);
-        o1_0 = hl_vfma_avx2(x1, v, o1_0);
-        o1_1 = hl_vfma_avx2(x1, w, o1_1);
-        o2_0 = hl_vfma_avx2(x2, v, o2_0);
-        o2_1 = hl_vfma_avx2(x2, w, o2_1);
-        o3_0 = hl_vfma_avx2(x3, v, o3_0);
-        o3_1 = hl_vfma_avx2(x3, w, o3_1);
+        hl_vf_avx2 x;
+        hl_vf_avx2 v0;
+        hl_vf_avx2 v1;
+        hl_vpair_bf16_avx2(value + 0, &v0, &v1);
+        x = hl_vset_avx2(p[j * 4 + 0]);
+        o0_0 = hl_vfma_avx2(x, v0, o0_0);
+        o0_1 = hl_vfma_avx2(x, v1, o0_1);
+        x = hl_vset_avx2(p[j * 4 + 1]);
+        o1_0 = hl_vfma_avx2(x, v0, o1_0);
+        o1_1 = hl_vfma_avx2(x, v1, o1_1);
+        x = hl_vset_avx2(p[j * 4 + 2]);
+        o2_0 = hl_vfma_avx2(x, v0, o2_0);
+        o2_1 = hl_vfma_avx2(x, v1, o2_1);
+        x = hl_vset_avx2(p[j * 4 + 3]);
+        o3_0 = hl_vfma_avx2(x, v0, o3_0);
+        o3_1 = hl_vfma_avx2(x, v1, o3_1);
     }
     hl_vstore_avx2(o + 0 * OS + 0 * L,
                    hl_vfma_avx2(hl_vset_avx2(alpha[0]), hl_vload_avx2(o + 0 * OS + 0 * L), o0_0));
@@ -6119,12 +6201,12 @@ HL_KERNEL_AVX2 void hl_sfa_bf16_d512_rope64_slots_pr_4x2_avx2(const float *p, co
                    hl_vfma_avx2(hl_vset_avx2(alpha[3]), hl_vload_avx2(o + 3 * OS + 1 * L), o3_1));
 }
 
-/* 2 heads by 4 vectors of channels, read where they are stored. Of 32 keys
+/* 2 heads by 4 vectors of channels, read where they are stored. Of 24 keys
  * further on lines are asked for meanwhile, as long as j < later. */
 HL_KERNEL_AVX2 void hl_sfa_bf16_d512_rope64_slots_pr_2x4_avx2(const float *p, const hl_row *row,
-    int32_t c, float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
+    int32_t c, float *o, const float *alpha, int32_t n, int32_t later)
 {
-    enum { L = 8, OS = 512, KEYS = 4 };
+    enum { L = 8, OS = 512 };
     hl_vf_avx2 o0_0 = hl_vzero_avx2();
     hl_vf_avx2 o0_1 = hl_vzero_avx2();
     hl_vf_avx2 o0_2 = hl_vzero_avx2();
@@ -6135,26 +6217,28 @@ HL_KERNEL_AVX2 void hl_sfa_bf16_d512_rope64_slots_pr_2x4_avx2(const float *p, co
     hl_vf_avx2 o1_3 = hl_vzero_avx2();
     for (int32_t j = 0; j < n; ++j) {
         const uint16_t *const value = (const uint16_t *)row[j].value + c;
-        const float *const pj = p + j / KEYS * 8 + j % KEYS;
-        const hl_vf_avx2 x0 = hl_vset_avx2(pj[0 * KEYS]);
-        const hl_vf_avx2 x1 = hl_vset_avx2(pj[1 * KEYS]);
         if (j < later) {
             const uint16_t *const next =
-                (const uint16_t *)row[j + 32].value + c;
+                (const uint16_t *)row[j + 24].value + c;
             HL_FETCH(next + 0);
         }
-        hl_vf_avx2 v;
-        hl_vf_avx2 w;
-        hl_vpair_bf16_avx2(value + 0, &v, &w);
-        o0_0 = hl_vfma_avx2(x0, v, o0_0);
-        o0_1 = hl_vfma_avx2(x0, w, o0_1);
-        o1_0 = hl_vfma_avx2(x1, v, o1_0);
-        o1_1 = hl_vfma_avx2(x1, w, o1_1);
-        hl_vpair_bf16_avx2(value + 16, &v, &w);
-        o0_2 = hl_vfma_avx2(x0, v, o0_2);
-        o0_3 = hl_vfma_avx2(x0, w, o0_3);
-        o1_2 = hl_vfma_avx2(x1, v, o1_2);
-        o1_3 = hl_vfma_avx2(x1, w, o1_3);
+        hl_vf_avx2 x;
+        hl_vf_avx2 v0;
+        hl_vf_avx2 v1;
+        hl_vf_avx2 v2;
+        hl_vf_avx2 v3;
+        hl_vpair_bf16_avx2(value + 0, &v0, &v1);
+        hl_vpair_bf16_avx2(value + 16, &v2, &v3);
+        x = hl_vset_avx2(p[j * 2 + 0]);
+        o0_0 = hl_vfma_avx2(x, v0, o0_0);
+        o0_1 = hl_vfma_avx2(x, v1, o0_1);
+        o0_2 = hl_vfma_avx2(x, v2, o0_2);
+        o0_3 = hl_vfma_avx2(x, v3, o0_3);
+        x = hl_vset_avx2(p[j * 2 + 1]);
+        o1_0 = hl_vfma_avx2(x, v0, o1_0);
+        o1_1 = hl_vfma_avx2(x, v1, o1_1);
+        o1_2 = hl_vfma_avx2(x, v2, o1_2);
+        o1_3 = hl_vfma_avx2(x, v3, o1_3);
     }
     hl_vstore_avx2(o + 0 * OS + 0 * L,
                    hl_vfma_avx2(hl_vset_avx2(alpha[0]), hl_vload_avx2(o + 0 * OS + 0 * L), o0_0));
@@ -6174,12 +6258,12 @@ HL_KERNEL_AVX2 void hl_sfa_bf16_d512_rope64_slots_pr_2x4_avx2(const float *p, co
                    hl_vfma_avx2(hl_vset_avx2(alpha[1]), hl_vload_avx2(o + 1 * OS + 3 * L), o1_3));
 }
 
-/* 1 head by 8 vectors of channels, read where they are stored. Of 32 keys
+/* 1 head by 8 vectors of channels, read where they are stored. Of 24 keys
  * further on lines are asked for meanwhile, as long as j < later. */
 HL_KERNEL_AVX2 void hl_sfa_bf16_d512_rope64_slots_pr_1x8_avx2(const float *p, const hl_row *row,
     int32_t c, float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
 {
-    enum { L = 8, OS = 512, KEYS = 8 };
+    enum { L = 8, OS = 512 };
     hl_vf_avx2 o0_0 = hl_vzero_avx2();
     hl_vf_avx2 o0_1 = hl_vzero_avx2();
     hl_vf_avx2 o0_2 = hl_vzero_avx2();
@@ -6190,30 +6274,29 @@ HL_KERNEL_AVX2 void hl_sfa_bf16_d512_rope64_slots_pr_1x8_avx2(const float *p, co
     hl_vf_avx2 o0_7 = hl_vzero_avx2();
     for (int32_t j = 0; j < n; ++j) {
         const uint16_t *const value = (const uint16_t *)row[j].value + c;
-        const float *const pj = p + j / KEYS * 8 + j % KEYS;
-        const hl_vf_avx2 x0 = hl_vset_avx2(pj[0 * KEYS]);
         if (j < later) {
             const uint16_t *const next =
-                (const uint16_t *)row[j + 32].value + c;
+                (const uint16_t *)row[j + 24].value + c;
             if (apart) {
                 HL_FETCH(next + 0);
             }
             HL_FETCH(next + 32);
         }
+        const hl_vf_avx2 x = hl_vset_avx2(p[j]);
         hl_vf_avx2 v;
         hl_vf_avx2 w;
         hl_vpair_bf16_avx2(value + 0, &v, &w);
-        o0_0 = hl_vfma_avx2(x0, v, o0_0);
-        o0_1 = hl_vfma_avx2(x0, w, o0_1);
+        o0_0 = hl_vfma_avx2(x, v, o0_0);
+        o0_1 = hl_vfma_avx2(x, w, o0_1);
         hl_vpair_bf16_avx2(value + 16, &v, &w);
-        o0_2 = hl_vfma_avx2(x0, v, o0_2);
-        o0_3 = hl_vfma_avx2(x0, w, o0_3);
+        o0_2 = hl_vfma_avx2(x, v, o0_2);
+        o0_3 = hl_vfma_avx2(x, w, o0_3);
         hl_vpair_bf16_avx2(value + 32, &v, &w);
-        o0_4 = hl_vfma_avx2(x0, v, o0_4);
-        o0_5 = hl_vfma_avx2(x0, w, o0_5);
+        o0_4 = hl_vfma_avx2(x, v, o0_4);
+        o0_5 = hl_vfma_avx2(x, w, o0_5);
         hl_vpair_bf16_avx2(value + 48, &v, &w);
-        o0_6 = hl_vfma_avx2(x0, v, o0_6);
-        o0_7 = hl_vfma_avx2(x0, w, o0_7);
+        o0_6 = hl_vfma_avx2(x, v, o0_6);
+        o0_7 = hl_vfma_avx2(x, w, o0_7);
     }
     hl_vstore_avx2(o + 0 * OS + 0 * L,
                    hl_vfma_avx2(hl_vset_avx2(alpha[0]), hl_vload_avx2(o + 0 * OS + 0 * L), o0_0));
@@ -6238,28 +6321,31 @@ HL_KERNEL_AVX2 void hl_sfa_bf16_d512_rope64_slots_value_few_avx2(const hl_space 
     const hl_state *t, const hl_block *b, int32_t group)
 {
     enum { OS = 512, BLOCK = 48 };
-    const int32_t left = b->n + b->n_later - 32;
+    const int32_t left = b->n + b->n_later - 24;
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
         const int32_t later = h == 0 ? left : 0;
+        const int32_t later_apart = b->value_apart ? later : 0;
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 512; c += 16) {
             hl_sfa_bf16_d512_rope64_slots_pr_4x2_avx2(p, b->row, c, o + c, t->alpha + h, b->n,
-                later, b->value_apart);
+                later_apart, b->value_apart);
         }
     }
     for (; h + 2 <= group; h += 2) {
         const int32_t later = h == 0 ? left : 0;
+        const int32_t later_apart = b->value_apart ? later : 0;
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 512; c += 32) {
             hl_sfa_bf16_d512_rope64_slots_pr_2x4_avx2(p, b->row, c, o + c, t->alpha + h, b->n,
-                later, b->value_apart);
+                later);
         }
     }
     for (; h + 1 <= group; h += 1) {
         const int32_t later = h == 0 ? left : 0;
+        const int32_t later_apart = b->value_apart ? later : 0;
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 512; c += 64) {
@@ -6494,7 +6580,7 @@ HL_KERNEL_AVX2 void hl_sfa_bf16_d512_rope64_slots_forward_avx2(
     const hl_sparse_flash_attention_plan *plan, const hl_group *g, const hl_space *w,
     const hl_state *t, hl_cursor c, int32_t padded)
 {
-    enum { CAP = 192 };
+    enum { CAP = 192, AHEAD = 24 };
     const int32_t block = plan->group > 16 ? 96 : plan->group <= 3 ? 16 : 48;
     const hl_sparse_flash_attention_args *const a = &plan->args;
     int32_t known = hl_sfa_bf16_d512_rope64_slots_next(a, g, &c, w->row, CAP);
@@ -6510,7 +6596,8 @@ HL_KERNEL_AVX2 void hl_sfa_bf16_d512_rope64_slots_forward_avx2(
         *t->seen = 1.0f;
         b.row += b.n;
         known = b.n_later;
-        if (more && known <= CAP / 2) { /* the rows to come move to the front; others follow */
+        /* the rows to come move to the front; others follow */
+        if (more && known <= CAP / 2 && known < block + AHEAD) {
             HL_COPY(w->row, b.row, (size_t)known * sizeof *b.row);
             b.row = w->row;
             known += hl_sfa_bf16_d512_rope64_slots_next(a, g, &c, b.row + known, CAP - known);
@@ -7277,22 +7364,22 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d512_rope64_slots_dot_4x4_avx512(const float *
                 }
             }
         }
-        all[0 * 4 + j + 0] = s0_0;
-        all[0 * 4 + j + 1] = s0_1;
-        all[0 * 4 + j + 2] = s0_2;
-        all[0 * 4 + j + 3] = s0_3;
-        all[1 * 4 + j + 0] = s1_0;
-        all[1 * 4 + j + 1] = s1_1;
-        all[1 * 4 + j + 2] = s1_2;
-        all[1 * 4 + j + 3] = s1_3;
-        all[2 * 4 + j + 0] = s2_0;
-        all[2 * 4 + j + 1] = s2_1;
-        all[2 * 4 + j + 2] = s2_2;
-        all[2 * 4 + j + 3] = s2_3;
-        all[3 * 4 + j + 0] = s3_0;
-        all[3 * 4 + j + 1] = s3_1;
-        all[3 * 4 + j + 2] = s3_2;
-        all[3 * 4 + j + 3] = s3_3;
+        all[(j + 0) * 4 + 0] = s0_0;
+        all[(j + 1) * 4 + 0] = s0_1;
+        all[(j + 2) * 4 + 0] = s0_2;
+        all[(j + 3) * 4 + 0] = s0_3;
+        all[(j + 0) * 4 + 1] = s1_0;
+        all[(j + 1) * 4 + 1] = s1_1;
+        all[(j + 2) * 4 + 1] = s1_2;
+        all[(j + 3) * 4 + 1] = s1_3;
+        all[(j + 0) * 4 + 2] = s2_0;
+        all[(j + 1) * 4 + 2] = s2_1;
+        all[(j + 2) * 4 + 2] = s2_2;
+        all[(j + 3) * 4 + 2] = s2_3;
+        all[(j + 0) * 4 + 3] = s3_0;
+        all[(j + 1) * 4 + 3] = s3_1;
+        all[(j + 2) * 4 + 3] = s3_2;
+        all[(j + 3) * 4 + 3] = s3_3;
     }
     for (int32_t i = 0; i < 16; i += L) {
         hl_vstore_avx512(s + i, hl_vmul_avx512(hl_vsums_avx512(all + i), hl_vset_avx512(scale)));
@@ -7433,14 +7520,14 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d512_rope64_slots_dot_2x8_avx512(const float *
                 }
             }
         }
-        all[0 * 8 + j + 0] = hl_vadd_avx512(s0_0x, s0_0y);
-        all[0 * 8 + j + 1] = hl_vadd_avx512(s0_1x, s0_1y);
-        all[0 * 8 + j + 2] = hl_vadd_avx512(s0_2x, s0_2y);
-        all[0 * 8 + j + 3] = hl_vadd_avx512(s0_3x, s0_3y);
-        all[1 * 8 + j + 0] = hl_vadd_avx512(s1_0x, s1_0y);
-        all[1 * 8 + j + 1] = hl_vadd_avx512(s1_1x, s1_1y);
-        all[1 * 8 + j + 2] = hl_vadd_avx512(s1_2x, s1_2y);
-        all[1 * 8 + j + 3] = hl_vadd_avx512(s1_3x, s1_3y);
+        all[(j + 0) * 2 + 0] = hl_vadd_avx512(s0_0x, s0_0y);
+        all[(j + 1) * 2 + 0] = hl_vadd_avx512(s0_1x, s0_1y);
+        all[(j + 2) * 2 + 0] = hl_vadd_avx512(s0_2x, s0_2y);
+        all[(j + 3) * 2 + 0] = hl_vadd_avx512(s0_3x, s0_3y);
+        all[(j + 0) * 2 + 1] = hl_vadd_avx512(s1_0x, s1_0y);
+        all[(j + 1) * 2 + 1] = hl_vadd_avx512(s1_1x, s1_1y);
+        all[(j + 2) * 2 + 1] = hl_vadd_avx512(s1_2x, s1_2y);
+        all[(j + 3) * 2 + 1] = hl_vadd_avx512(s1_3x, s1_3y);
     }
     for (int32_t i = 0; i < 16; i += L) {
         hl_vstore_avx512(s + i, hl_vmul_avx512(hl_vsums_avx512(all + i), hl_vset_avx512(scale)));
@@ -7551,21 +7638,21 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d512_rope64_slots_dot_1x16_avx512(const float 
                 }
             }
         }
-        all[0 * 16 + j + 0] = hl_vadd_avx512(s0_0x, s0_0y);
-        all[0 * 16 + j + 1] = hl_vadd_avx512(s0_1x, s0_1y);
-        all[0 * 16 + j + 2] = hl_vadd_avx512(s0_2x, s0_2y);
-        all[0 * 16 + j + 3] = hl_vadd_avx512(s0_3x, s0_3y);
+        all[(j + 0) * 1 + 0] = hl_vadd_avx512(s0_0x, s0_0y);
+        all[(j + 1) * 1 + 0] = hl_vadd_avx512(s0_1x, s0_1y);
+        all[(j + 2) * 1 + 0] = hl_vadd_avx512(s0_2x, s0_2y);
+        all[(j + 3) * 1 + 0] = hl_vadd_avx512(s0_3x, s0_3y);
     }
     for (int32_t i = 0; i < 16; i += L) {
         hl_vstore_avx512(s + i, hl_vmul_avx512(hl_vsums_avx512(all + i), hl_vset_avx512(scale)));
     }
 }
 
-/* Few heads: scores lie as [tile of keys][head][key], tiles of one kind together. */
+/* Few heads: scores lie as [key][head], for the heads of one tile together. */
 HL_KERNEL_AVX512 void hl_sfa_bf16_d512_rope64_slots_score_few_avx512(const hl_space *w,
     const hl_block *b, int32_t group, float scale)
 {
-    enum { QS = 576, BLOCK = 48, AHEAD = 32 };
+    enum { QS = 576, BLOCK = 48, AHEAD = 24 };
     const int32_t known = b->n + b->n_later;
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
@@ -7625,59 +7712,94 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d512_rope64_slots_softmax_avx512(float *s, con
     }
 }
 
-/* Few heads: the same for the heads of one kind of tile, whose scores lie as [tile][head][key]: all
- * lanes are in use. What is summed across them is summed once a block. */
+/* Few heads: the same for the heads of one tile, whose scores lie as [key][head]: all lanes are in
+ * use, whole tiles at a time. What is summed across them is summed once a block. */
 HL_KERNEL_AVX512 void hl_sfa_bf16_d512_rope64_slots_softmax_few_avx512(float *s, const hl_state *t,
-    int32_t h0, int32_t heads, int32_t keys, int32_t n)
+    int32_t h0, int32_t heads, int32_t n)
 {
     enum { L = 16, DOTS = 16 };
+    const int32_t end = (n * heads + DOTS - 1) / DOTS * DOTS;
     float each[DOTS];
     float less[DOTS];
-    float *const end = s + (ptrdiff_t)((n + keys - 1) / keys) * DOTS;
-    for (int32_t r = (n - 1) % keys + 1; r < keys; ++r) { /* no keys: below all scores */
-        for (int32_t h = 0; h < heads; ++h) {
-            end[h * keys + r - DOTS] = hl_float_of(0xff800000u);
-        }
+    for (int32_t i = n * heads; i < end; ++i) { /* no keys: below all scores */
+        s[i] = hl_float_of(0xff800000u);
     }
     for (int32_t i = 0; i < DOTS; i += L) {
         hl_vf_avx512 m = hl_vset_avx512(-3.402823466e+38f);
-        for (const float *at = s + i; at < end; at += DOTS) {
-            m = hl_vmax_avx512(hl_vload_avx512(at), m);
+        for (int32_t at = i; at < end; at += DOTS) {
+            m = hl_vmax_avx512(hl_vload_avx512(s + at), m);
         }
         hl_vstore_avx512(each + i, m);
     }
     for (int32_t h = 0; h < heads; ++h) {
         const float before = t->m[h0 + h];
         float m = before;
-        for (int32_t r = 0; r < keys; ++r) {
-            m = each[h * keys + r] > m ? each[h * keys + r] : m;
+        for (int32_t i = h; i < DOTS; i += heads) {
+            m = each[i] > m ? each[i] : m;
         }
-        for (int32_t r = 0; r < keys; ++r) {
-            each[h * keys + r] = m;
-            less[h * keys + r] = before - m;
+        for (int32_t i = h; i < DOTS; i += heads) {
+            each[i] = m;
+            less[i] = before - m;
         }
         t->m[h0 + h] = m;
     }
     for (int32_t i = 0; i < DOTS; i += L) {
         const hl_vf_avx512 m = hl_vload_avx512(each + i);
         hl_vf_avx512 sum = hl_vzero_avx512();
-        for (float *at = s + i; at < end; at += DOTS) {
-            const hl_vf_avx512 p = hl_vexp2_avx512(hl_vsub_avx512(hl_vload_avx512(at), m));
+        for (int32_t at = i; at < end; at += DOTS) {
+            const hl_vf_avx512 p = hl_vexp2_avx512(hl_vsub_avx512(hl_vload_avx512(s + at), m));
             sum = hl_vadd_avx512(sum, p);
-            hl_vstore_avx512(at, p);
+            hl_vstore_avx512(s + at, p);
         }
         hl_vstore_avx512(each + i, sum);
         hl_vstore_avx512(less + i, hl_vexp2_avx512(hl_vload_avx512(less + i)));
     }
     for (int32_t h = 0; h < heads; ++h) {
-        const float alpha = less[h * keys];
         float sum = 0.0f;
-        for (int32_t r = 0; r < keys; ++r) {
-            sum += each[h * keys + r];
+        for (int32_t i = h; i < DOTS; i += heads) {
+            sum += each[i];
         }
-        t->l[h0 + h] = alpha * t->l[h0 + h] + sum;
-        t->alpha[h0 + h] = alpha;
+        t->alpha[h0 + h] = less[h];
+        t->l[h0 + h] = less[h] * t->l[h0 + h] + sum;
     }
+}
+
+/* One head: all lanes are its own, and nothing has to leave the registers. */
+HL_KERNEL_AVX512 void hl_sfa_bf16_d512_rope64_slots_softmax_one_avx512(float *s, const hl_state *t,
+    int32_t h, int32_t n)
+{
+    enum { L = 16 };
+    const hl_vf_avx512 before = hl_vset_avx512(t->m[h]);
+    hl_vf_avx512 m = before;
+    hl_vf_avx512 sum = hl_vzero_avx512();
+    hl_vf_avx512 alpha;
+    float lane[L];
+    for (int32_t j = n; j % L != 0; ++j) { /* no keys: below all scores */
+        s[j] = hl_float_of(0xff800000u);
+    }
+    for (int32_t j = 0; j < n; j += L) {
+        m = hl_vmax_avx512(hl_vload_avx512(s + j), m);
+    }
+    m = hl_vmax_avx512(hl_vswap_avx512(m, 1), m);
+    m = hl_vmax_avx512(hl_vswap_avx512(m, 2), m);
+    m = hl_vmax_avx512(hl_vswap_avx512(m, 4), m);
+    m = hl_vmax_avx512(hl_vswap_avx512(m, 8), m);
+    for (int32_t j = 0; j < n; j += L) {
+        const hl_vf_avx512 p = hl_vexp2_avx512(hl_vsub_avx512(hl_vload_avx512(s + j), m));
+        sum = hl_vadd_avx512(sum, p);
+        hl_vstore_avx512(s + j, p);
+    }
+    sum = hl_vadd_avx512(hl_vswap_avx512(sum, 1), sum);
+    sum = hl_vadd_avx512(hl_vswap_avx512(sum, 2), sum);
+    sum = hl_vadd_avx512(hl_vswap_avx512(sum, 4), sum);
+    sum = hl_vadd_avx512(hl_vswap_avx512(sum, 8), sum);
+    alpha = hl_vexp2_avx512(hl_vsub_avx512(before, m));
+    hl_vstore_avx512(lane, m);
+    t->m[h] = lane[0];
+    hl_vstore_avx512(lane, alpha);
+    t->alpha[h] = lane[0];
+    hl_vstore_avx512(lane, hl_vfma_avx512(alpha, hl_vset_avx512(t->l[h]), sum));
+    t->l[h] = lane[0];
 }
 
 HL_KERNEL_AVX512 void hl_sfa_bf16_d512_rope64_slots_softmaxes_few_avx512(const hl_space *w,
@@ -7686,13 +7808,13 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d512_rope64_slots_softmaxes_few_avx512(const h
     enum { BLOCK = 48 };
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
-        hl_sfa_bf16_d512_rope64_slots_softmax_few_avx512(w->s + h * BLOCK, t, h, 4, 4, n);
+        hl_sfa_bf16_d512_rope64_slots_softmax_few_avx512(w->s + h * BLOCK, t, h, 4, n);
     }
     for (; h + 2 <= group; h += 2) {
-        hl_sfa_bf16_d512_rope64_slots_softmax_few_avx512(w->s + h * BLOCK, t, h, 2, 8, n);
+        hl_sfa_bf16_d512_rope64_slots_softmax_few_avx512(w->s + h * BLOCK, t, h, 2, n);
     }
     for (; h + 1 <= group; h += 1) {
-        hl_sfa_bf16_d512_rope64_slots_softmax_few_avx512(w->s + h * BLOCK, t, h, 1, 16, n);
+        hl_sfa_bf16_d512_rope64_slots_softmax_one_avx512(w->s + h * BLOCK, t, h, n);
     }
 }
 
@@ -8288,12 +8410,12 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d512_rope64_slots_value_avx512(const hl_space 
     }
 }
 
-/* 4 heads by 4 vectors of channels, read where they are stored. Of 32 keys
+/* 4 heads by 4 vectors of channels, read where they are stored. Of 24 keys
  * further on lines are asked for meanwhile, as long as j < later. */
 HL_KERNEL_AVX512 void hl_sfa_bf16_d512_rope64_slots_pr_4x4_avx512(const float *p, const hl_row *row,
     int32_t c, float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
 {
-    enum { L = 16, OS = 512, KEYS = 4 };
+    enum { L = 16, OS = 512 };
     hl_vf_avx512 o0_0 = hl_vzero_avx512();
     hl_vf_avx512 o0_1 = hl_vzero_avx512();
     hl_vf_avx512 o0_2 = hl_vzero_avx512();
@@ -8312,14 +8434,9 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d512_rope64_slots_pr_4x4_avx512(const float *p
     hl_vf_avx512 o3_3 = hl_vzero_avx512();
     for (int32_t j = 0; j < n; ++j) {
         const uint16_t *const value = (const uint16_t *)row[j].value + c;
-        const float *const pj = p + j / KEYS * 16 + j % KEYS;
-        const hl_vf_avx512 x0 = hl_vset_avx512(pj[0 * KEYS]);
-        const hl_vf_avx512 x1 = hl_vset_avx512(pj[1 * KEYS]);
-        const hl_vf_avx512 x2 = hl_vset_avx512(pj[2 * KEYS]);
-        const hl_vf_avx512 x3 = hl_vset_avx512(pj[3 * KEYS]);
         if (j < later) {
             const uint16_t *const next =
-                (const uint16_t *)row[j + 32].value + c;
+                (const uint16_t *)row[j + 24].value + c;
             if (apart) {
                 HL_FETCH(next + 0);
             }
@@ -8327,26 +8444,33 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d512_rope64_slots_pr_4x4_avx512(const float *p
                 HL_FETCH(next + 32);
             }
         }
-        hl_vf_avx512 v;
-        hl_vf_avx512 w;
-        hl_vpair_bf16_avx512(value + 0, &v, &w);
-        o0_0 = hl_vfma_avx512(x0, v, o0_0);
-        o0_1 = hl_vfma_avx512(x0, w, o0_1);
-        o1_0 = hl_vfma_avx512(x1, v, o1_0);
-        o1_1 = hl_vfma_avx512(x1, w, o1_1);
-        o2_0 = hl_vfma_avx512(x2, v, o2_0);
-        o2_1 = hl_vfma_avx512(x2, w, o2_1);
-        o3_0 = hl_vfma_avx512(x3, v, o3_0);
-        o3_1 = hl_vfma_avx512(x3, w, o3_1);
-        hl_vpair_bf16_avx512(value + 32, &v, &w);
-        o0_2 = hl_vfma_avx512(x0, v, o0_2);
-        o0_3 = hl_vfma_avx512(x0, w, o0_3);
-        o1_2 = hl_vfma_avx512(x1, v, o1_2);
-        o1_3 = hl_vfma_avx512(x1, w, o1_3);
-        o2_2 = hl_vfma_avx512(x2, v, o2_2);
-        o2_3 = hl_vfma_avx512(x2, w, o2_3);
-        o3_2 = hl_vfma_avx512(x3, v, o3_2);
-        o3_3 = hl_vfma_avx512(x3, w, o3_3);
+        hl_vf_avx512 x;
+        hl_vf_avx512 v0;
+        hl_vf_avx512 v1;
+        hl_vf_avx512 v2;
+        hl_vf_avx512 v3;
+        hl_vpair_bf16_avx512(value + 0, &v0, &v1);
+        hl_vpair_bf16_avx512(value + 32, &v2, &v3);
+        x = hl_vset_avx512(p[j * 4 + 0]);
+        o0_0 = hl_vfma_avx512(x, v0, o0_0);
+        o0_1 = hl_vfma_avx512(x, v1, o0_1);
+        o0_2 = hl_vfma_avx512(x, v2, o0_2);
+        o0_3 = hl_vfma_avx512(x, v3, o0_3);
+        x = hl_vset_avx512(p[j * 4 + 1]);
+        o1_0 = hl_vfma_avx512(x, v0, o1_0);
+        o1_1 = hl_vfma_avx512(x, v1, o1_1);
+        o1_2 = hl_vfma_avx512(x, v2, o1_2);
+        o1_3 = hl_vfma_avx512(x, v3, o1_3);
+        x = hl_vset_avx512(p[j * 4 + 2]);
+        o2_0 = hl_vfma_avx512(x, v0, o2_0);
+        o2_1 = hl_vfma_avx512(x, v1, o2_1);
+        o2_2 = hl_vfma_avx512(x, v2, o2_2);
+        o2_3 = hl_vfma_avx512(x, v3, o2_3);
+        x = hl_vset_avx512(p[j * 4 + 3]);
+        o3_0 = hl_vfma_avx512(x, v0, o3_0);
+        o3_1 = hl_vfma_avx512(x, v1, o3_1);
+        o3_2 = hl_vfma_avx512(x, v2, o3_2);
+        o3_3 = hl_vfma_avx512(x, v3, o3_3);
     }
     hl_vstore_avx512(o + 0 * OS + 0 * L,
                      hl_vfma_avx512(hl_vset_avx512(alpha[0]), hl_vload_avx512(o + 0 * OS + 0 * L),
@@ -8398,12 +8522,12 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d512_rope64_slots_pr_4x4_avx512(const float *p
                                     o3_3));
 }
 
-/* 2 heads by 8 vectors of channels, read where they are stored. Of 32 keys
+/* 2 heads by 8 vectors of channels, read where they are stored. Of 24 keys
  * further on lines are asked for meanwhile, as long as j < later. */
 HL_KERNEL_AVX512 void hl_sfa_bf16_d512_rope64_slots_pr_2x8_avx512(const float *p, const hl_row *row,
-    int32_t c, float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
+    int32_t c, float *o, const float *alpha, int32_t n, int32_t later)
 {
-    enum { L = 16, OS = 512, KEYS = 8 };
+    enum { L = 16, OS = 512 };
     hl_vf_avx512 o0_0 = hl_vzero_avx512();
     hl_vf_avx512 o0_1 = hl_vzero_avx512();
     hl_vf_avx512 o0_2 = hl_vzero_avx512();
@@ -8422,39 +8546,45 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d512_rope64_slots_pr_2x8_avx512(const float *p
     hl_vf_avx512 o1_7 = hl_vzero_avx512();
     for (int32_t j = 0; j < n; ++j) {
         const uint16_t *const value = (const uint16_t *)row[j].value + c;
-        const float *const pj = p + j / KEYS * 16 + j % KEYS;
-        const hl_vf_avx512 x0 = hl_vset_avx512(pj[0 * KEYS]);
-        const hl_vf_avx512 x1 = hl_vset_avx512(pj[1 * KEYS]);
         if (j < later) {
             const uint16_t *const next =
-                (const uint16_t *)row[j + 32].value + c;
+                (const uint16_t *)row[j + 24].value + c;
             HL_FETCH(next + 0);
             HL_FETCH(next + 32);
             HL_FETCH(next + 64);
             HL_FETCH(next + 96);
         }
-        hl_vf_avx512 v;
-        hl_vf_avx512 w;
-        hl_vpair_bf16_avx512(value + 0, &v, &w);
-        o0_0 = hl_vfma_avx512(x0, v, o0_0);
-        o0_1 = hl_vfma_avx512(x0, w, o0_1);
-        o1_0 = hl_vfma_avx512(x1, v, o1_0);
-        o1_1 = hl_vfma_avx512(x1, w, o1_1);
-        hl_vpair_bf16_avx512(value + 32, &v, &w);
-        o0_2 = hl_vfma_avx512(x0, v, o0_2);
-        o0_3 = hl_vfma_avx512(x0, w, o0_3);
-        o1_2 = hl_vfma_avx512(x1, v, o1_2);
-        o1_3 = hl_vfma_avx512(x1, w, o1_3);
-        hl_vpair_bf16_avx512(value + 64, &v, &w);
-        o0_4 = hl_vfma_avx512(x0, v, o0_4);
-        o0_5 = hl_vfma_avx512(x0, w, o0_5);
-        o1_4 = hl_vfma_avx512(x1, v, o1_4);
-        o1_5 = hl_vfma_avx512(x1, w, o1_5);
-        hl_vpair_bf16_avx512(value + 96, &v, &w);
-        o0_6 = hl_vfma_avx512(x0, v, o0_6);
-        o0_7 = hl_vfma_avx512(x0, w, o0_7);
-        o1_6 = hl_vfma_avx512(x1, v, o1_6);
-        o1_7 = hl_vfma_avx512(x1, w, o1_7);
+        hl_vf_avx512 x;
+        hl_vf_avx512 v0;
+        hl_vf_avx512 v1;
+        hl_vf_avx512 v2;
+        hl_vf_avx512 v3;
+        hl_vf_avx512 v4;
+        hl_vf_avx512 v5;
+        hl_vf_avx512 v6;
+        hl_vf_avx512 v7;
+        hl_vpair_bf16_avx512(value + 0, &v0, &v1);
+        hl_vpair_bf16_avx512(value + 32, &v2, &v3);
+        hl_vpair_bf16_avx512(value + 64, &v4, &v5);
+        hl_vpair_bf16_avx512(value + 96, &v6, &v7);
+        x = hl_vset_avx512(p[j * 2 + 0]);
+        o0_0 = hl_vfma_avx512(x, v0, o0_0);
+        o0_1 = hl_vfma_avx512(x, v1, o0_1);
+        o0_2 = hl_vfma_avx512(x, v2, o0_2);
+        o0_3 = hl_vfma_avx512(x, v3, o0_3);
+        o0_4 = hl_vfma_avx512(x, v4, o0_4);
+        o0_5 = hl_vfma_avx512(x, v5, o0_5);
+        o0_6 = hl_vfma_avx512(x, v6, o0_6);
+        o0_7 = hl_vfma_avx512(x, v7, o0_7);
+        x = hl_vset_avx512(p[j * 2 + 1]);
+        o1_0 = hl_vfma_avx512(x, v0, o1_0);
+        o1_1 = hl_vfma_avx512(x, v1, o1_1);
+        o1_2 = hl_vfma_avx512(x, v2, o1_2);
+        o1_3 = hl_vfma_avx512(x, v3, o1_3);
+        o1_4 = hl_vfma_avx512(x, v4, o1_4);
+        o1_5 = hl_vfma_avx512(x, v5, o1_5);
+        o1_6 = hl_vfma_avx512(x, v6, o1_6);
+        o1_7 = hl_vfma_avx512(x, v7, o1_7);
     }
     hl_vstore_avx512(o + 0 * OS + 0 * L,
                      hl_vfma_avx512(hl_vset_avx512(alpha[0]), hl_vload_avx512(o + 0 * OS + 0 * L),
@@ -8506,13 +8636,13 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d512_rope64_slots_pr_2x8_avx512(const float *p
                                     o1_7));
 }
 
-/* 1 head by 16 vectors of channels, read where they are stored. Of 32 keys
+/* 1 head by 16 vectors of channels, read where they are stored. Of 24 keys
  * further on lines are asked for meanwhile, as long as j < later. */
 HL_KERNEL_AVX512 void hl_sfa_bf16_d512_rope64_slots_pr_1x16_avx512(const float *p,
     const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n, int32_t later,
     int32_t apart)
 {
-    enum { L = 16, OS = 512, KEYS = 16 };
+    enum { L = 16, OS = 512 };
     hl_vf_avx512 o0_0 = hl_vzero_avx512();
     hl_vf_avx512 o0_1 = hl_vzero_avx512();
     hl_vf_avx512 o0_2 = hl_vzero_avx512();
@@ -8531,11 +8661,9 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d512_rope64_slots_pr_1x16_avx512(const float *
     hl_vf_avx512 o0_15 = hl_vzero_avx512();
     for (int32_t j = 0; j < n; ++j) {
         const uint16_t *const value = (const uint16_t *)row[j].value + c;
-        const float *const pj = p + j / KEYS * 16 + j % KEYS;
-        const hl_vf_avx512 x0 = hl_vset_avx512(pj[0 * KEYS]);
         if (j < later) {
             const uint16_t *const next =
-                (const uint16_t *)row[j + 32].value + c;
+                (const uint16_t *)row[j + 24].value + c;
             if (apart) {
                 HL_FETCH(next + 0);
             }
@@ -8553,32 +8681,33 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d512_rope64_slots_pr_1x16_avx512(const float *
             }
             HL_FETCH(next + 224);
         }
+        const hl_vf_avx512 x = hl_vset_avx512(p[j]);
         hl_vf_avx512 v;
         hl_vf_avx512 w;
         hl_vpair_bf16_avx512(value + 0, &v, &w);
-        o0_0 = hl_vfma_avx512(x0, v, o0_0);
-        o0_1 = hl_vfma_avx512(x0, w, o0_1);
+        o0_0 = hl_vfma_avx512(x, v, o0_0);
+        o0_1 = hl_vfma_avx512(x, w, o0_1);
         hl_vpair_bf16_avx512(value + 32, &v, &w);
-        o0_2 = hl_vfma_avx512(x0, v, o0_2);
-        o0_3 = hl_vfma_avx512(x0, w, o0_3);
+        o0_2 = hl_vfma_avx512(x, v, o0_2);
+        o0_3 = hl_vfma_avx512(x, w, o0_3);
         hl_vpair_bf16_avx512(value + 64, &v, &w);
-        o0_4 = hl_vfma_avx512(x0, v, o0_4);
-        o0_5 = hl_vfma_avx512(x0, w, o0_5);
+        o0_4 = hl_vfma_avx512(x, v, o0_4);
+        o0_5 = hl_vfma_avx512(x, w, o0_5);
         hl_vpair_bf16_avx512(value + 96, &v, &w);
-        o0_6 = hl_vfma_avx512(x0, v, o0_6);
-        o0_7 = hl_vfma_avx512(x0, w, o0_7);
+        o0_6 = hl_vfma_avx512(x, v, o0_6);
+        o0_7 = hl_vfma_avx512(x, w, o0_7);
         hl_vpair_bf16_avx512(value + 128, &v, &w);
-        o0_8 = hl_vfma_avx512(x0, v, o0_8);
-        o0_9 = hl_vfma_avx512(x0, w, o0_9);
+        o0_8 = hl_vfma_avx512(x, v, o0_8);
+        o0_9 = hl_vfma_avx512(x, w, o0_9);
         hl_vpair_bf16_avx512(value + 160, &v, &w);
-        o0_10 = hl_vfma_avx512(x0, v, o0_10);
-        o0_11 = hl_vfma_avx512(x0, w, o0_11);
+        o0_10 = hl_vfma_avx512(x, v, o0_10);
+        o0_11 = hl_vfma_avx512(x, w, o0_11);
         hl_vpair_bf16_avx512(value + 192, &v, &w);
-        o0_12 = hl_vfma_avx512(x0, v, o0_12);
-        o0_13 = hl_vfma_avx512(x0, w, o0_13);
+        o0_12 = hl_vfma_avx512(x, v, o0_12);
+        o0_13 = hl_vfma_avx512(x, w, o0_13);
         hl_vpair_bf16_avx512(value + 224, &v, &w);
-        o0_14 = hl_vfma_avx512(x0, v, o0_14);
-        o0_15 = hl_vfma_avx512(x0, w, o0_15);
+        o0_14 = hl_vfma_avx512(x, v, o0_14);
+        o0_15 = hl_vfma_avx512(x, w, o0_15);
     }
     hl_vstore_avx512(o + 0 * OS + 0 * L,
                      hl_vfma_avx512(hl_vset_avx512(alpha[0]), hl_vload_avx512(o + 0 * OS + 0 * L),
@@ -8635,28 +8764,31 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d512_rope64_slots_value_few_avx512(const hl_sp
     const hl_state *t, const hl_block *b, int32_t group)
 {
     enum { OS = 512, BLOCK = 48 };
-    const int32_t left = b->n + b->n_later - 32;
+    const int32_t left = b->n + b->n_later - 24;
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
         const int32_t later = h == 0 ? left : 0;
+        const int32_t later_apart = b->value_apart ? later : 0;
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 512; c += 64) {
             hl_sfa_bf16_d512_rope64_slots_pr_4x4_avx512(p, b->row, c, o + c, t->alpha + h, b->n,
-                later, b->value_apart);
+                later_apart, b->value_apart);
         }
     }
     for (; h + 2 <= group; h += 2) {
         const int32_t later = h == 0 ? left : 0;
+        const int32_t later_apart = b->value_apart ? later : 0;
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 512; c += 128) {
             hl_sfa_bf16_d512_rope64_slots_pr_2x8_avx512(p, b->row, c, o + c, t->alpha + h, b->n,
-                later, b->value_apart);
+                later);
         }
     }
     for (; h + 1 <= group; h += 1) {
         const int32_t later = h == 0 ? left : 0;
+        const int32_t later_apart = b->value_apart ? later : 0;
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 512; c += 256) {
@@ -8891,7 +9023,7 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d512_rope64_slots_forward_avx512(
     const hl_sparse_flash_attention_plan *plan, const hl_group *g, const hl_space *w,
     const hl_state *t, hl_cursor c, int32_t padded)
 {
-    enum { CAP = 192 };
+    enum { CAP = 192, AHEAD = 24 };
     const int32_t block = plan->group > 32 ? 96 : plan->group <= 3 ? 16 : 48;
     const hl_sparse_flash_attention_args *const a = &plan->args;
     int32_t known = hl_sfa_bf16_d512_rope64_slots_next(a, g, &c, w->row, CAP);
@@ -8907,7 +9039,8 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d512_rope64_slots_forward_avx512(
         *t->seen = 1.0f;
         b.row += b.n;
         known = b.n_later;
-        if (more && known <= CAP / 2) { /* the rows to come move to the front; others follow */
+        /* the rows to come move to the front; others follow */
+        if (more && known <= CAP / 2 && known < block + AHEAD) {
             HL_COPY(w->row, b.row, (size_t)known * sizeof *b.row);
             b.row = w->row;
             known += hl_sfa_bf16_d512_rope64_slots_next(a, g, &c, b.row + known, CAP - known);

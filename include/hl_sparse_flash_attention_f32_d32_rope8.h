@@ -52,7 +52,7 @@
  *
  * MEMORY
  *   One task needs HL_SPARSE_FLASH_ATTENTION_F32_D32_ROPE8_WORKSPACE_BYTES(G),
- *   6528 bytes for G = 8, whatever the lengths.
+ *   6144 bytes for G = 8, whatever the lengths.
  *   Nothing is read outside the rows that a list (or a length) names, and nothing before or behind
  *   a row; unused memory may hold NaN.
  *
@@ -877,7 +877,7 @@ enum {
 /* Bytes of workspace for one task, any alignment, as a constant expression: the exact figure for
  * `group` query heads on a kv head (heads_q / heads_kv). Sequence lengths do not matter. */
 #define HL_SPARSE_FLASH_ATTENTION_F32_D32_ROPE8_WORKSPACE_BYTES(group) \
-    (64 + 4 * (62 * (((size_t)(group) + 0) / 1 * 1) + 64 * (size_t)(group) + 608))
+    (64 + 4 * (62 * (((size_t)(group) + 0) / 1 * 1) + 64 * (size_t)(group) + 512))
 
 /* Bytes of args.partials that are enough to split r query rows of `heads` query heads into `chunks`
  * each; plan->split_bytes is the exact figure. */
@@ -951,6 +951,7 @@ HL_WORD_SCALAR hl_vf_scalar hl_vflush_scalar(hl_vf_scalar x, float limit, hl_vf_
 {
     return x < limit ? 0.0f : y;
 }
+HL_WORD_SCALAR hl_vf_scalar hl_vswap_scalar(hl_vf_scalar x, int32_t n) { (void)n; return x; }
 HL_WORD_SCALAR hl_vf_scalar hl_vsums_scalar(const hl_vf_scalar *x) { return *x; }
 
 /* A NaN has no whole number: it fails the comparison and is passed on as it is. */
@@ -1032,7 +1033,7 @@ static inline void hl_sfa_f32_d32_rope8_space(hl_space *w, void *workspace, int3
     w->s = at; /* S^T, then P^T */
     at += 16 * heads;
     w->row = (hl_row *)(void *)at; /* where these keys and later ones lie */
-    at += 576;
+    at += 480;
     w->state.m = at; /* running maxima, in log2 units */
     at += heads;
     w->state.l = at; /* running sums */
@@ -1486,6 +1487,27 @@ static inline int32_t hl_sfa_f32_d32_rope8_find(const hl_sparse_flash_attention_
     return 1;
 }
 
+/* The next keys of a dense row that is not paged: their addresses are not worked out one by one. */
+static inline int32_t hl_sfa_f32_d32_rope8_run(const hl_sparse_flash_attention_args *a,
+                                               const hl_group *g, hl_cursor *c, hl_row *row,
+                                               int32_t cap)
+{
+    const int32_t n = c->end - c->at < cap ? c->end - c->at : cap;
+    const ptrdiff_t key = a->key_stride.row;
+    const ptrdiff_t rope = a->key_rope != NULL ? a->key_rope_stride.row : key;
+    const ptrdiff_t value = a->value != NULL ? a->value_stride.row : key;
+    if (n <= 0 || !hl_sfa_f32_d32_rope8_find(a, g, c->at, row)) {
+        return 0;
+    }
+    for (int32_t j = 1; j < n; ++j) {
+        row[j].key = (const float *)row->key + j * key;
+        row[j].rope = (const float *)row->rope + j * rope;
+        row[j].value = (const float *)row->value + j * value;
+    }
+    c->at += n;
+    return n;
+}
+
 /* The next keys of a group, at most `cap` of them, in the order of the list: semantics of
  * sparse_flash_attention, selection. Returns how many; 0: the cursor is at its end. */
 static inline int32_t hl_sfa_f32_d32_rope8_next(const hl_sparse_flash_attention_args *a,
@@ -1493,6 +1515,9 @@ static inline int32_t hl_sfa_f32_d32_rope8_next(const hl_sparse_flash_attention_
                                                 int32_t cap)
 {
     int32_t n = 0;
+    if (g->list == NULL && a->layout_kv != HL_LAYOUT_PA_BSND) { /* dense, rows at even steps */
+        return hl_sfa_f32_d32_rope8_run(a, g, c, row, cap);
+    }
     if (g->list == NULL) { /* dense: keys at .. end-1 */
         for (; n < cap && c->at < c->end; ++c->at) {
             n += hl_sfa_f32_d32_rope8_find(a, g, c->at, &row[n]);
@@ -1698,14 +1723,14 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_dot_4x2_scalar(const float *q, const 
                 }
             }
         }
-        all[0 * 2 + j + 0] = s0_0;
-        all[0 * 2 + j + 1] = s0_1;
-        all[1 * 2 + j + 0] = s1_0;
-        all[1 * 2 + j + 1] = s1_1;
-        all[2 * 2 + j + 0] = s2_0;
-        all[2 * 2 + j + 1] = s2_1;
-        all[3 * 2 + j + 0] = s3_0;
-        all[3 * 2 + j + 1] = s3_1;
+        all[(j + 0) * 4 + 0] = s0_0;
+        all[(j + 1) * 4 + 0] = s0_1;
+        all[(j + 0) * 4 + 1] = s1_0;
+        all[(j + 1) * 4 + 1] = s1_1;
+        all[(j + 0) * 4 + 2] = s2_0;
+        all[(j + 1) * 4 + 2] = s2_1;
+        all[(j + 0) * 4 + 3] = s3_0;
+        all[(j + 1) * 4 + 3] = s3_1;
     }
     for (int32_t i = 0; i < 8; i += L) {
         hl_vstore_scalar(s + i, hl_vmul_scalar(hl_vsums_scalar(all + i), hl_vset_scalar(scale)));
@@ -1830,14 +1855,14 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_dot_2x4_scalar(const float *q, const 
                 }
             }
         }
-        all[0 * 4 + j + 0] = s0_0;
-        all[0 * 4 + j + 1] = s0_1;
-        all[0 * 4 + j + 2] = s0_2;
-        all[0 * 4 + j + 3] = s0_3;
-        all[1 * 4 + j + 0] = s1_0;
-        all[1 * 4 + j + 1] = s1_1;
-        all[1 * 4 + j + 2] = s1_2;
-        all[1 * 4 + j + 3] = s1_3;
+        all[(j + 0) * 2 + 0] = s0_0;
+        all[(j + 1) * 2 + 0] = s0_1;
+        all[(j + 2) * 2 + 0] = s0_2;
+        all[(j + 3) * 2 + 0] = s0_3;
+        all[(j + 0) * 2 + 1] = s1_0;
+        all[(j + 1) * 2 + 1] = s1_1;
+        all[(j + 2) * 2 + 1] = s1_2;
+        all[(j + 3) * 2 + 1] = s1_3;
     }
     for (int32_t i = 0; i < 8; i += L) {
         hl_vstore_scalar(s + i, hl_vmul_scalar(hl_vsums_scalar(all + i), hl_vset_scalar(scale)));
@@ -1990,25 +2015,25 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_dot_1x8_scalar(const float *q, const 
                 }
             }
         }
-        all[0 * 8 + j + 0] = s0_0;
-        all[0 * 8 + j + 1] = s0_1;
-        all[0 * 8 + j + 2] = s0_2;
-        all[0 * 8 + j + 3] = s0_3;
-        all[0 * 8 + j + 4] = s0_4;
-        all[0 * 8 + j + 5] = s0_5;
-        all[0 * 8 + j + 6] = s0_6;
-        all[0 * 8 + j + 7] = s0_7;
+        all[(j + 0) * 1 + 0] = s0_0;
+        all[(j + 1) * 1 + 0] = s0_1;
+        all[(j + 2) * 1 + 0] = s0_2;
+        all[(j + 3) * 1 + 0] = s0_3;
+        all[(j + 4) * 1 + 0] = s0_4;
+        all[(j + 5) * 1 + 0] = s0_5;
+        all[(j + 6) * 1 + 0] = s0_6;
+        all[(j + 7) * 1 + 0] = s0_7;
     }
     for (int32_t i = 0; i < 8; i += L) {
         hl_vstore_scalar(s + i, hl_vmul_scalar(hl_vsums_scalar(all + i), hl_vset_scalar(scale)));
     }
 }
 
-/* Few heads: scores lie as [tile of keys][head][key], tiles of one kind together. */
+/* Few heads: scores lie as [key][head], for the heads of one tile together. */
 HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_score_few_scalar(const hl_space *w, const hl_block *b,
     int32_t group, float scale)
 {
-    enum { QS = 40, BLOCK = 16, AHEAD = 32 };
+    enum { QS = 40, BLOCK = 16, AHEAD = 24 };
     const int32_t known = b->n + b->n_later;
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
@@ -2039,58 +2064,55 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_score_few_scalar(const hl_space *w, c
 
 /* ---- softmax: m' = max(m, rowmax S);  P = 2^(S - m');  l = alpha l + rowsum P ---- */
 
-/* Few heads: the same for the heads of one kind of tile, whose scores lie as [tile][head][key]: all
- * lanes are in use. What is summed across them is summed once a block. */
+/* Few heads: the same for the heads of one tile, whose scores lie as [key][head]: all lanes are in
+ * use, whole tiles at a time. What is summed across them is summed once a block. */
 HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_softmax_few_scalar(float *s, const hl_state *t,
-    int32_t h0, int32_t heads, int32_t keys, int32_t n)
+    int32_t h0, int32_t heads, int32_t n)
 {
     enum { L = 1, DOTS = 8 };
+    const int32_t end = (n * heads + DOTS - 1) / DOTS * DOTS;
     float each[DOTS];
     float less[DOTS];
-    float *const end = s + (ptrdiff_t)((n + keys - 1) / keys) * DOTS;
-    for (int32_t r = (n - 1) % keys + 1; r < keys; ++r) { /* no keys: below all scores */
-        for (int32_t h = 0; h < heads; ++h) {
-            end[h * keys + r - DOTS] = hl_float_of(0xff800000u);
-        }
+    for (int32_t i = n * heads; i < end; ++i) { /* no keys: below all scores */
+        s[i] = hl_float_of(0xff800000u);
     }
     for (int32_t i = 0; i < DOTS; i += L) {
         hl_vf_scalar m = hl_vset_scalar(-3.402823466e+38f);
-        for (const float *at = s + i; at < end; at += DOTS) {
-            m = hl_vmax_scalar(hl_vload_scalar(at), m);
+        for (int32_t at = i; at < end; at += DOTS) {
+            m = hl_vmax_scalar(hl_vload_scalar(s + at), m);
         }
         hl_vstore_scalar(each + i, m);
     }
     for (int32_t h = 0; h < heads; ++h) {
         const float before = t->m[h0 + h];
         float m = before;
-        for (int32_t r = 0; r < keys; ++r) {
-            m = each[h * keys + r] > m ? each[h * keys + r] : m;
+        for (int32_t i = h; i < DOTS; i += heads) {
+            m = each[i] > m ? each[i] : m;
         }
-        for (int32_t r = 0; r < keys; ++r) {
-            each[h * keys + r] = m;
-            less[h * keys + r] = before - m;
+        for (int32_t i = h; i < DOTS; i += heads) {
+            each[i] = m;
+            less[i] = before - m;
         }
         t->m[h0 + h] = m;
     }
     for (int32_t i = 0; i < DOTS; i += L) {
         const hl_vf_scalar m = hl_vload_scalar(each + i);
         hl_vf_scalar sum = hl_vzero_scalar();
-        for (float *at = s + i; at < end; at += DOTS) {
-            const hl_vf_scalar p = hl_vexp2_scalar(hl_vsub_scalar(hl_vload_scalar(at), m));
+        for (int32_t at = i; at < end; at += DOTS) {
+            const hl_vf_scalar p = hl_vexp2_scalar(hl_vsub_scalar(hl_vload_scalar(s + at), m));
             sum = hl_vadd_scalar(sum, p);
-            hl_vstore_scalar(at, p);
+            hl_vstore_scalar(s + at, p);
         }
         hl_vstore_scalar(each + i, sum);
         hl_vstore_scalar(less + i, hl_vexp2_scalar(hl_vload_scalar(less + i)));
     }
     for (int32_t h = 0; h < heads; ++h) {
-        const float alpha = less[h * keys];
         float sum = 0.0f;
-        for (int32_t r = 0; r < keys; ++r) {
-            sum += each[h * keys + r];
+        for (int32_t i = h; i < DOTS; i += heads) {
+            sum += each[i];
         }
-        t->l[h0 + h] = alpha * t->l[h0 + h] + sum;
-        t->alpha[h0 + h] = alpha;
+        t->alpha[h0 + h] = less[h];
+        t->l[h0 + h] = less[h] * t->l[h0 + h] + sum;
     }
 }
 
@@ -2100,24 +2122,24 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_softmaxes_few_scalar(const hl_space *
     enum { BLOCK = 16 };
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
-        hl_sfa_f32_d32_rope8_softmax_few_scalar(w->s + h * BLOCK, t, h, 4, 2, n);
+        hl_sfa_f32_d32_rope8_softmax_few_scalar(w->s + h * BLOCK, t, h, 4, n);
     }
     for (; h + 2 <= group; h += 2) {
-        hl_sfa_f32_d32_rope8_softmax_few_scalar(w->s + h * BLOCK, t, h, 2, 4, n);
+        hl_sfa_f32_d32_rope8_softmax_few_scalar(w->s + h * BLOCK, t, h, 2, n);
     }
     for (; h + 1 <= group; h += 1) {
-        hl_sfa_f32_d32_rope8_softmax_few_scalar(w->s + h * BLOCK, t, h, 1, 8, n);
+        hl_sfa_f32_d32_rope8_softmax_few_scalar(w->s + h * BLOCK, t, h, 1, n);
     }
 }
 
 /* ---- value: O = alpha O + P V ---- */
 
-/* 4 heads by 2 vectors of channels, read where they are stored. Of 32 keys
+/* 4 heads by 2 vectors of channels, read where they are stored. Of 24 keys
  * further on lines are asked for meanwhile, as long as j < later. */
 HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_pr_4x2_scalar(const float *p, const hl_row *row,
     int32_t c, float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
 {
-    enum { L = 1, OS = 32, KEYS = 2 };
+    enum { L = 1, OS = 32 };
     hl_vf_scalar o0_0 = hl_vzero_scalar();
     hl_vf_scalar o0_1 = hl_vzero_scalar();
     hl_vf_scalar o1_0 = hl_vzero_scalar();
@@ -2128,29 +2150,29 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_pr_4x2_scalar(const float *p, const h
     hl_vf_scalar o3_1 = hl_vzero_scalar();
     for (int32_t j = 0; j < n; ++j) {
         const float *const value = (const float *)row[j].value + c;
-        const float *const pj = p + j / KEYS * 8 + j % KEYS;
-        const hl_vf_scalar x0 = hl_vset_scalar(pj[0 * KEYS]);
-        const hl_vf_scalar x1 = hl_vset_scalar(pj[1 * KEYS]);
-        const hl_vf_scalar x2 = hl_vset_scalar(pj[2 * KEYS]);
-        const hl_vf_scalar x3 = hl_vset_scalar(pj[3 * KEYS]);
         if (j < later) {
             const float *const next =
-                (const float *)row[j + 32].value + c;
+                (const float *)row[j + 24].value + c;
             if (apart) {
                 HL_FETCH(next + 0);
             }
         }
-        hl_vf_scalar v;
-        hl_vf_scalar w;
-        hl_vpair_scalar(value + 0, &v, &w);
-        o0_0 = hl_vfma_scalar(x0, v, o0_0);
-        o0_1 = hl_vfma_scalar(x0, w, o0_1);
-        o1_0 = hl_vfma_scalar(x1, v, o1_0);
-        o1_1 = hl_vfma_scalar(x1, w, o1_1);
-        o2_0 = hl_vfma_scalar(x2, v, o2_0);
-        o2_1 = hl_vfma_scalar(x2, w, o2_1);
-        o3_0 = hl_vfma_scalar(x3, v, o3_0);
-        o3_1 = hl_vfma_scalar(x3, w, o3_1);
+        hl_vf_scalar x;
+        hl_vf_scalar v0;
+        hl_vf_scalar v1;
+        hl_vpair_scalar(value + 0, &v0, &v1);
+        x = hl_vset_scalar(p[j * 4 + 0]);
+        o0_0 = hl_vfma_scalar(x, v0, o0_0);
+        o0_1 = hl_vfma_scalar(x, v1, o0_1);
+        x = hl_vset_scalar(p[j * 4 + 1]);
+        o1_0 = hl_vfma_scalar(x, v0, o1_0);
+        o1_1 = hl_vfma_scalar(x, v1, o1_1);
+        x = hl_vset_scalar(p[j * 4 + 2]);
+        o2_0 = hl_vfma_scalar(x, v0, o2_0);
+        o2_1 = hl_vfma_scalar(x, v1, o2_1);
+        x = hl_vset_scalar(p[j * 4 + 3]);
+        o3_0 = hl_vfma_scalar(x, v0, o3_0);
+        o3_1 = hl_vfma_scalar(x, v1, o3_1);
     }
     hl_vstore_scalar(o + 0 * OS + 0 * L,
                      hl_vfma_scalar(hl_vset_scalar(alpha[0]), hl_vload_scalar(o + 0 * OS + 0 * L),
@@ -2178,12 +2200,12 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_pr_4x2_scalar(const float *p, const h
                                     o3_1));
 }
 
-/* 2 heads by 4 vectors of channels, read where they are stored. Of 32 keys
+/* 2 heads by 4 vectors of channels, read where they are stored. Of 24 keys
  * further on lines are asked for meanwhile, as long as j < later. */
 HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_pr_2x4_scalar(const float *p, const hl_row *row,
     int32_t c, float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
 {
-    enum { L = 1, OS = 32, KEYS = 4 };
+    enum { L = 1, OS = 32 };
     hl_vf_scalar o0_0 = hl_vzero_scalar();
     hl_vf_scalar o0_1 = hl_vzero_scalar();
     hl_vf_scalar o0_2 = hl_vzero_scalar();
@@ -2194,28 +2216,30 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_pr_2x4_scalar(const float *p, const h
     hl_vf_scalar o1_3 = hl_vzero_scalar();
     for (int32_t j = 0; j < n; ++j) {
         const float *const value = (const float *)row[j].value + c;
-        const float *const pj = p + j / KEYS * 8 + j % KEYS;
-        const hl_vf_scalar x0 = hl_vset_scalar(pj[0 * KEYS]);
-        const hl_vf_scalar x1 = hl_vset_scalar(pj[1 * KEYS]);
         if (j < later) {
             const float *const next =
-                (const float *)row[j + 32].value + c;
+                (const float *)row[j + 24].value + c;
             if (apart) {
                 HL_FETCH(next + 0);
             }
         }
-        hl_vf_scalar v;
-        hl_vf_scalar w;
-        hl_vpair_scalar(value + 0, &v, &w);
-        o0_0 = hl_vfma_scalar(x0, v, o0_0);
-        o0_1 = hl_vfma_scalar(x0, w, o0_1);
-        o1_0 = hl_vfma_scalar(x1, v, o1_0);
-        o1_1 = hl_vfma_scalar(x1, w, o1_1);
-        hl_vpair_scalar(value + 2, &v, &w);
-        o0_2 = hl_vfma_scalar(x0, v, o0_2);
-        o0_3 = hl_vfma_scalar(x0, w, o0_3);
-        o1_2 = hl_vfma_scalar(x1, v, o1_2);
-        o1_3 = hl_vfma_scalar(x1, w, o1_3);
+        hl_vf_scalar x;
+        hl_vf_scalar v0;
+        hl_vf_scalar v1;
+        hl_vf_scalar v2;
+        hl_vf_scalar v3;
+        hl_vpair_scalar(value + 0, &v0, &v1);
+        hl_vpair_scalar(value + 2, &v2, &v3);
+        x = hl_vset_scalar(p[j * 2 + 0]);
+        o0_0 = hl_vfma_scalar(x, v0, o0_0);
+        o0_1 = hl_vfma_scalar(x, v1, o0_1);
+        o0_2 = hl_vfma_scalar(x, v2, o0_2);
+        o0_3 = hl_vfma_scalar(x, v3, o0_3);
+        x = hl_vset_scalar(p[j * 2 + 1]);
+        o1_0 = hl_vfma_scalar(x, v0, o1_0);
+        o1_1 = hl_vfma_scalar(x, v1, o1_1);
+        o1_2 = hl_vfma_scalar(x, v2, o1_2);
+        o1_3 = hl_vfma_scalar(x, v3, o1_3);
     }
     hl_vstore_scalar(o + 0 * OS + 0 * L,
                      hl_vfma_scalar(hl_vset_scalar(alpha[0]), hl_vload_scalar(o + 0 * OS + 0 * L),
@@ -2243,12 +2267,12 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_pr_2x4_scalar(const float *p, const h
                                     o1_3));
 }
 
-/* 1 head by 8 vectors of channels, read where they are stored. Of 32 keys
+/* 1 head by 8 vectors of channels, read where they are stored. Of 24 keys
  * further on lines are asked for meanwhile, as long as j < later. */
 HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_pr_1x8_scalar(const float *p, const hl_row *row,
     int32_t c, float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
 {
-    enum { L = 1, OS = 32, KEYS = 8 };
+    enum { L = 1, OS = 32 };
     hl_vf_scalar o0_0 = hl_vzero_scalar();
     hl_vf_scalar o0_1 = hl_vzero_scalar();
     hl_vf_scalar o0_2 = hl_vzero_scalar();
@@ -2259,29 +2283,28 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_pr_1x8_scalar(const float *p, const h
     hl_vf_scalar o0_7 = hl_vzero_scalar();
     for (int32_t j = 0; j < n; ++j) {
         const float *const value = (const float *)row[j].value + c;
-        const float *const pj = p + j / KEYS * 8 + j % KEYS;
-        const hl_vf_scalar x0 = hl_vset_scalar(pj[0 * KEYS]);
         if (j < later) {
             const float *const next =
-                (const float *)row[j + 32].value + c;
+                (const float *)row[j + 24].value + c;
             if (apart) {
                 HL_FETCH(next + 0);
             }
         }
+        const hl_vf_scalar x = hl_vset_scalar(p[j]);
         hl_vf_scalar v;
         hl_vf_scalar w;
         hl_vpair_scalar(value + 0, &v, &w);
-        o0_0 = hl_vfma_scalar(x0, v, o0_0);
-        o0_1 = hl_vfma_scalar(x0, w, o0_1);
+        o0_0 = hl_vfma_scalar(x, v, o0_0);
+        o0_1 = hl_vfma_scalar(x, w, o0_1);
         hl_vpair_scalar(value + 2, &v, &w);
-        o0_2 = hl_vfma_scalar(x0, v, o0_2);
-        o0_3 = hl_vfma_scalar(x0, w, o0_3);
+        o0_2 = hl_vfma_scalar(x, v, o0_2);
+        o0_3 = hl_vfma_scalar(x, w, o0_3);
         hl_vpair_scalar(value + 4, &v, &w);
-        o0_4 = hl_vfma_scalar(x0, v, o0_4);
-        o0_5 = hl_vfma_scalar(x0, w, o0_5);
+        o0_4 = hl_vfma_scalar(x, v, o0_4);
+        o0_5 = hl_vfma_scalar(x, w, o0_5);
         hl_vpair_scalar(value + 6, &v, &w);
-        o0_6 = hl_vfma_scalar(x0, v, o0_6);
-        o0_7 = hl_vfma_scalar(x0, w, o0_7);
+        o0_6 = hl_vfma_scalar(x, v, o0_6);
+        o0_7 = hl_vfma_scalar(x, w, o0_7);
     }
     hl_vstore_scalar(o + 0 * OS + 0 * L,
                      hl_vfma_scalar(hl_vset_scalar(alpha[0]), hl_vload_scalar(o + 0 * OS + 0 * L),
@@ -2314,32 +2337,35 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_value_few_scalar(const hl_space *w, c
     const hl_block *b, int32_t group)
 {
     enum { OS = 32, BLOCK = 16 };
-    const int32_t left = b->n + b->n_later - 32;
+    const int32_t left = b->n + b->n_later - 24;
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
         const int32_t later = h == 0 ? left : 0;
+        const int32_t later_apart = b->value_apart ? later : 0;
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 32; c += 2) {
-            hl_sfa_f32_d32_rope8_pr_4x2_scalar(p, b->row, c, o + c, t->alpha + h, b->n, later,
+            hl_sfa_f32_d32_rope8_pr_4x2_scalar(p, b->row, c, o + c, t->alpha + h, b->n, later_apart,
                                                b->value_apart);
         }
     }
     for (; h + 2 <= group; h += 2) {
         const int32_t later = h == 0 ? left : 0;
+        const int32_t later_apart = b->value_apart ? later : 0;
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 32; c += 4) {
-            hl_sfa_f32_d32_rope8_pr_2x4_scalar(p, b->row, c, o + c, t->alpha + h, b->n, later,
+            hl_sfa_f32_d32_rope8_pr_2x4_scalar(p, b->row, c, o + c, t->alpha + h, b->n, later_apart,
                                                b->value_apart);
         }
     }
     for (; h + 1 <= group; h += 1) {
         const int32_t later = h == 0 ? left : 0;
+        const int32_t later_apart = b->value_apart ? later : 0;
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 32; c += 8) {
-            hl_sfa_f32_d32_rope8_pr_1x8_scalar(p, b->row, c, o + c, t->alpha + h, b->n, later,
+            hl_sfa_f32_d32_rope8_pr_1x8_scalar(p, b->row, c, o + c, t->alpha + h, b->n, later_apart,
                                                b->value_apart);
         }
     }
@@ -2527,7 +2553,7 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_forward_scalar(
     const hl_sparse_flash_attention_plan *plan, const hl_group *g, const hl_space *w,
     const hl_state *t, hl_cursor c, int32_t padded)
 {
-    enum { CAP = 96 };
+    enum { CAP = 80, AHEAD = 24 };
     const int32_t block = 16;
     const hl_sparse_flash_attention_args *const a = &plan->args;
     int32_t known = hl_sfa_f32_d32_rope8_next(a, g, &c, w->row, CAP);
@@ -2543,7 +2569,8 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_forward_scalar(
         *t->seen = 1.0f;
         b.row += b.n;
         known = b.n_later;
-        if (more && known <= CAP / 2) { /* the rows to come move to the front; others follow */
+        /* the rows to come move to the front; others follow */
+        if (more && known <= CAP / 2 && known < block + AHEAD) {
             HL_COPY(w->row, b.row, (size_t)known * sizeof *b.row);
             b.row = w->row;
             known += hl_sfa_f32_d32_rope8_next(a, g, &c, b.row + known, CAP - known);
