@@ -15,6 +15,7 @@ class Isa:
     target: str  # of the compiler's target attribute; "" where the baseline will do
     formats: tuple[str, ...]  # element types that its words can load and store
     maths: tuple[str, ...]  # exp2 it can be generated with
+    even_odd: tuple[str, ...] = ()  # formats of which vpair takes even and odd numbers apart
     sleef_exp2: str = ""
     header: str = ""  # that declares its intrinsics
     detect: tuple[str, ...] = ()  # what the cpu model has to say; () where it is always there
@@ -69,6 +70,7 @@ ISAS = {
             target="avx2,fma,f16c",
             formats=("f32", "f16", "bf16"),
             maths=("builtin", "sleef", "libm"),
+            even_odd=("bf16",),
             sleef_exp2="Sleef_exp2f8_u10avx2",
             header="immintrin.h",
             detect=("avx2", "fma"),
@@ -82,6 +84,7 @@ ISAS = {
             target="avx512f,avx512bw,avx512dq,avx512vl,fma",
             formats=("f32", "f16", "bf16"),
             maths=("builtin", "sleef", "libm"),
+            even_odd=("bf16",),
             sleef_exp2="Sleef_exp2f16_u10avx512f",
             header="immintrin.h",
             detect=("avx512f", "avx512bw", "avx512dq", "avx512vl", "fma"),
@@ -110,6 +113,7 @@ WORDS = {
     "vstore": "lanes numbers to p",
     "vload_n": "n numbers from p, 0 in the lanes behind; reads nothing else",
     "vstore_n": "the first n lanes to p; writes nothing else",
+    "vkeep": "x, in a register: GCC would load it again for each of its uses",
     "vadd": "x + y",
     "vsub": "x - y",
     "vmul": "x * y",
@@ -119,29 +123,42 @@ WORDS = {
     "vscale": "x * 2^n for a whole n, -126 .. 0, and x in [0.5, 2)",
     "vflush": "y, but 0 where x < limit",
     "vexp2": "2^x for x <= 0 (templates/step/exp2)",
+    "vsums": "of as many vectors as there are lanes: lane i is the sum of the lanes of vector i",
+    "vswap": "lane i is lane i ^ n of x; n: 1, 2, .. lanes / 2",
+    "vpair": "the 2 * lanes numbers from p as x and y",
     "vload_f16": "as vload, from float16",
     "vload_f16_n": "as vload_n",
     "vstore_f16": "as vstore, rounded to nearest even",
     "vstore_f16_n": "as vstore_n",
+    "vpair_f16": "as vpair, from float16",
     "vload_bf16": "as vload, from bfloat16",
     "vload_bf16_n": "as vload_n",
     "vstore_bf16": "as vstore, rounded to nearest even; a NaN stays a NaN",
     "vstore_bf16_n": "as vstore_n",
+    "vpair_bf16": "as vpair, from bfloat16; on some x even, y odd numbers (Isa.even_odd)",
     "vrow": "a whole stored row to float32 (templates/kv)",
 }
 
 # The word that reads or writes one element type: ("load", "bf16") -> vload_bf16.
 FORMAT_WORDS = {
-    "f32": {"load": "vload", "load_n": "vload_n", "store": "vstore", "store_n": "vstore_n"},
+    "f32": {
+        "load": "vload",
+        "load_n": "vload_n",
+        "pair": "vpair",
+        "store": "vstore",
+        "store_n": "vstore_n",
+    },
     "f16": {
         "load": "vload_f16",
         "load_n": "vload_f16_n",
+        "pair": "vpair_f16",
         "store": "vstore_f16",
         "store_n": "vstore_f16_n",
     },
     "bf16": {
         "load": "vload_bf16",
         "load_n": "vload_bf16_n",
+        "pair": "vpair_bf16",
         "store": "vstore_bf16",
         "store_n": "vstore_bf16_n",
     },

@@ -51,6 +51,8 @@ class MatrixTile:
     fetch_lines: int
     exp2: str  # of weights
     block: int = BLOCK
+    window: int = 2 * BLOCK  # keys whose rows are known at a time: these and the next block's
+    few_ahead: int = BLOCK
     head_pad: int = 2 * TILE
     sub: int = SUB
     margin: int = MARGIN

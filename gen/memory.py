@@ -128,7 +128,7 @@ def plan(tiles):
     tiles = tuple(tiles.values())
     matrices = any(isinstance(t, MatrixTile) for t in tiles)
     o_stride = line(max(t.o_stride for t in tiles))
-    block = max(t.block for t in tiles)
+    window = max(t.window for t in tiles)
     q, k, v, s = (max(t.memory[name] for t in tiles) for name in ("q", "k", "v", "s"))
     state = (
         ("m", "running maxima, in log2 units"),
@@ -141,11 +141,11 @@ def plan(tiles):
             ("mass", "sums of the weights as V meets them, where they are rounded"),
         )
     slices = [
-        Slice("q", q, 0, 0, "Q^T in panels"),
+        Slice("q", q, 0, 0, "Q^T in panels, or Q in rows"),
         Slice("k", 0, 0, line(k), "the block's keys as float32"),
         Slice("v", 0, 0, line(v), "the block's values, where they are apart"),
         Slice("s", s, 0, 0, "S^T, then P^T"),
-        Slice("row", 0, 0, line(12 * block), "where two blocks' keys lie", "(hl_row *)(void *)"),
+        Slice("row", 0, 0, line(6 * window), "where keys lie", "(hl_row *)(void *)"),
     ]
     for name in ("state", "other"):
         slices.extend(Slice(f"{name}.{f}", 1, 0, 0, why) for f, why in state)

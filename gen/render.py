@@ -162,6 +162,7 @@ def kernel_view(kernel):
         tile_heads=matrix.least_heads(kernel),
         load=words["load"],
         load_n=words["load_n"],
+        pair=words["pair"],
         store=words["store"],
         store_n=words["store_n"],
         row_word=f"hl_vrow_{kernel.dtype}",

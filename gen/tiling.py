@@ -3,29 +3,153 @@
 from dataclasses import dataclass
 
 from gen import matrix
+from gen.formats import FORMATS
 
 AHEAD = 8  # rows of 1 KiB: enough to cover a miss, too few to crowd the fill buffers
-FEW_CHANNELS = 192  # of 12 .. 24 keys and 16 heads: 9 .. 18 + 12 KiB, with room for the rows
+FEW_AHEAD = 24  # rows, where they are read in place: they come into the second-level cache
+LEAN_BYTES = 20 * 1024  # of rows that are scored and then read again as values, in one's nearest
+LINE_BYTES = 64
 L1_BYTES = 16 * 1024  # what a slice of a Q panel may take of the first-level cache
 
 
 @dataclass(frozen=True)
-class RowTile:
-    """A value tile that reads values where they are stored."""
+class DotTile:
+    """Dot products of some heads with some keys, a vector of channels at a time."""
 
     heads: int
-    vecs: int
-    tail: bool = False  # the last channels, fewer than a vector
+    keys: int
+    once: int  # keys whose rows are read side by side
+    parts: int  # sums of which a dot product is made: so many do not wait for each other
+    leaves: int  # of two lines of later rows, so many are left to value tiles to ask for
+    asks: str = ""  # when it does, in C
+    def sum(self, head, row, pair=0, second=0):
+        """The sum that a vector belongs to: the pair-th pair's first or second."""
+        part = (2 * pair + second) % self.parts
+        return f"s{head}_{row}" + "xyzwabcd"[part] * (self.parts > 1)
 
     @property
-    def name(self):
-        return "n" if self.tail else str(self.vecs)
+    def sums(self):
+        return [
+            self.sum(h, r, part // 2, part % 2)
+            for h in range(self.heads)
+            for r in range(self.once)
+            for part in range(self.parts)
+        ]
+
+    def total(self, head, row):
+        """All sums of a dot product, added."""
+        terms = [self.sum(head, row, part // 2, part % 2) for part in range(self.parts)]
+        while len(terms) > 1:
+            terms = [f"vadd({x}, {y})" for x, y in zip(terms[::2], terms[1::2], strict=True)]
+        return terms[0]
+
+    @property
+    def holds_keys(self):
+        """Whether the keys' numbers stay in registers while Q's pass by, or the other way about:
+        whichever are fewer."""
+        return self.once <= self.heads
+
+    @property
+    def but(self):
+        """For the reader of the product: which lines are left to value tiles."""
+        return "; but for those that value tiles ask for" if self.leaves else ""
+
+    def kept(self, load):
+        """A load whose number is used for several keys: GCC would load it again for each."""
+        return f"vkeep({load})" if self.once > 1 else load
+
+
+@dataclass(frozen=True)
+class Rest:
+    """What a section has behind its pairs: n channels, a vector or fewer."""
+
+    start: int
+    n: int
+    whole: bool
+
+    def of(self, k, pointer):
+        """The word that loads it."""
+        if self.whole:
+            return f"{k.load}({pointer} + {self.start})"
+        return f"{k.load_n}({pointer} + {self.start}, {self.n})"
+
+
+@dataclass(frozen=True)
+class Section:
+    """The channels of a row that lie together: first those in pairs of vectors, then what is left
+    over."""
+
+    field: str  # of hl_row
+    start: int  # of the section in Q's rows
+    channels: int
+    paired: int  # channels in whole pairs of vectors
+    rests: tuple  # Rest: one more whole vector, and a part of one
+    pair: int  # channels in a pair of vectors
+    line: int  # and in a cache line
+    values: int  # channels of it that are values, too, where those are not apart
+
+    def turn(self, tile):
+        """Channels that one turn of a tile's inner loop takes: a pair for each two of its sums."""
+        most = max(1, tile.parts // 2)
+        pairs = self.paired // self.pair
+        return next(n for n in range(most, 0, -1) if pairs % n == 0) * self.pair
+
+    def pairs(self, tile):
+        """(first channel, number) of the pairs of that turn."""
+        return [(at, i) for i, at in enumerate(range(0, self.turn(tile), self.pair))]
+
+    def step(self, tile):
+        """Channels of the outer loop's turns: whole lines too, if that comes out even."""
+        step = max(self.turn(tile), 2 * self.line)
+        return step if self.paired % step == 0 else self.turn(tile)
+
+    def lines(self, tile):
+        """(start, when) of the lines that such a turn asks for, of later rows. Lines that are left
+        to value tiles are asked for here if values are apart."""
+        share = tile.leaves if self.paired <= self.values else 0
+        starts = range(0, self.step(tile), self.line)
+        return [(at, "apart" if i % 2 >= 2 - share else "") for i, at in enumerate(starts)]
+
+
+@dataclass(frozen=True)
+class RowTile:
+    """A value tile that reads values where they are stored: channels start, start + channels, ..
+    in front of end."""
+
+    heads: int
+    name: str  # its vectors; "n": the last channels, fewer than one
+    start: int
+    channels: int
+    end: int
+    vecs: tuple[int, ...] = (0,)
+    pairs: tuple = ()  # (channel, its vector, the other's) of each pair of vectors
+    tail: int = 0  # channels, where they are fewer than a vector
+    lines: tuple = ((0, ""),)  # (start, when) of lines that it asks for, of later rows
+    leaves: int = 0  # DotTile.leaves for so many heads
+
+    @property
+    def asks_twice(self):
+        """Whether it asks for more lines where values are apart."""
+        return any(when for _, when in self.lines)
+
+    @property
+    def later(self):
+        """How many later rows it asks for, in C."""
+        return "later" if self.leaves else "later_apart"
+
+    @property
+    def title(self):
+        """For the reader of the product."""
+        if self.tail:
+            return "the last channels of a row"
+        return f"{len(self.vecs)} vector{'s' if len(self.vecs) > 1 else ''} of channels"
 
 
 @dataclass(frozen=True)
 class Tile:
     """Sizes of one kernel on one instruction set. Strides in floats."""
 
+    lanes: int
     block: int  # keys loaded, scored and summed at a time
     ahead: int  # rows that are asked for before they are loaded
     rows: tuple[int, ...]  # keys of a score tile, largest first
@@ -36,12 +160,18 @@ class Tile:
     k_stride: int
     v_stride: int
     o_stride: int
-    few_keys: int  # keys loaded at a time when there are few heads
-    few_channels: int  # of a slice then
-    few_block: int  # and keys of a block then
-    few: int | str  # up to so many heads values are read in place; "all", "none"
-    row_tiles: tuple  # RowTile: heads and vectors of such a value tile
-    dk_tail: bool  # dk is not a whole number of vectors
+    window: int  # keys whose rows are known at a time: two blocks, or two times what is ahead
+    few: int | str  # up to so many heads rows are read in place; "all"
+    few_block: int  # keys of a block then
+    lean_block: int  # and with up to `lean` heads: rows stay near until they are read as values
+    lean: int
+    few_ahead: int  # keys between one that is scored and the one that is asked for meanwhile
+    dots: int  # scores of a tile of dot products
+    dot_tiles: tuple  # DotTile, most heads first
+    row_tiles: tuple  # RowTile, in the order of channels
+    sections: tuple  # Section
+    q_stride: int  # of Q's rows then
+    paired: int  # value channels that vpair takes even and odd apart; 0 where it keeps the order
     dv_tail: bool
     why: dict[str, str]
     head_pad: int  # heads are padded to a multiple of this in the workspace
@@ -61,16 +191,21 @@ class Tile:
         return f"(plan->group + {self.head_pad - 1}) / {self.head_pad} * {self.head_pad}"
 
     @property
-    def row_heads(self):
-        return sorted({t.heads for t in self.row_tiles}, reverse=True)
+    def one_vector(self):
+        """Whether one head's tile of scores is one vector."""
+        return self.dots == self.dot_tiles[-1].keys == self.lanes > 1
+
+    @property
+    def swaps(self):
+        """Distances over which lanes are swapped until each has seen all."""
+        return [n for n in (1, 2, 4, 8) if n < self.lanes]
 
     @property
     def block_c(self):
-        if self.few == "all":
-            return str(self.few_block)
-        if self.few == "none":
-            return str(self.block)
-        return f"plan->group <= {self.few} ? {self.few_block} : {self.block}"
+        few = str(self.few_block)
+        if self.lean_block != self.few_block:
+            few = f"plan->group <= {self.lean} ? {self.lean_block} : {few}"
+        return few if self.few == "all" else f"plan->group > {self.few} ? {self.block} : {few}"
 
     @property
     def few_indent(self):
@@ -90,11 +225,12 @@ REGISTERS = {
         "value_heads": (4, 1),
         "value_vecs": (2, 1),
         "few": "all",
-        "few_keys": 4,
-        "row_tiles": ((4, 2), (4, 1), (1, 4), (1, 1)),
+        "lean": 0,
+        "leaves": {},
+        "dots": ((4, 2, 2, 1), (2, 4, 4, 1), (1, 8, 8, 1)),
         "few_block": 16,
         "block": 16,
-        "why": "4 x 2 numbers fit the 16 float registers of a small core with room for operands",
+        "why": "8 sums fit the 16 float registers of a small core with room for operands",
     },
     "neon": {
         "rows": (8, 1),
@@ -102,8 +238,9 @@ REGISTERS = {
         "value_heads": (8, 1),
         "value_vecs": (2, 1),
         "few": 16,
-        "few_keys": 16,
-        "row_tiles": ((8, 2), (8, 1), (1, 4), (1, 1)),
+        "lean": 3,
+        "leaves": {1: 1, 2: 2},
+        "dots": ((4, 4, 4, 1), (2, 8, 4, 2), (1, 16, 4, 2)),
         "few_block": 64,
         "block": 64,
         "why": "8 x 2 accumulators, 2 vectors and a broadcast of 32 registers",
@@ -114,8 +251,9 @@ REGISTERS = {
         "value_heads": (4, 1),
         "value_vecs": (3, 1),
         "few": 16,
-        "few_keys": 24,
-        "row_tiles": ((8, 1), (4, 2), (4, 1), (1, 4), (1, 1)),
+        "lean": 3,
+        "leaves": {1: 1, 2: 2},
+        "dots": ((4, 2, 2, 1), (2, 4, 4, 1), (1, 8, 8, 1)),
         "few_block": 48,
         "block": 96,
         "why": "6 x 2 accumulators, 2 vectors and a broadcast fill 15 of 16 registers",
@@ -126,8 +264,9 @@ REGISTERS = {
         "value_heads": (8, 4, 1),
         "value_vecs": (3, 2, 1),
         "few": 32,
-        "few_keys": 12,
-        "row_tiles": ((16, 1), (4, 4), (4, 1), (1, 8), (1, 1)),
+        "lean": 3,
+        "leaves": {1: 1, 2: 2},
+        "dots": ((4, 4, 4, 1), (2, 8, 4, 2), (1, 16, 4, 2)),
         "few_block": 48,
         "block": 96,
         "why": "12 x 2 accumulators take 24 of 32 registers: 14 loads for 24 FMA",
@@ -135,18 +274,82 @@ REGISTERS = {
 }
 
 
-def row_tiles(shapes, dv, lanes):
-    """Only the tiles that this many channels can use, and those for what is left over."""
-    tiles = [RowTile(heads, vecs) for heads, vecs in shapes if vecs * lanes <= dv]
-    if dv % lanes:
-        heads = sorted({heads for heads, _ in shapes}, reverse=True)
-        tiles.extend(RowTile(h, 1, tail=True) for h in heads)
-    return tuple(tiles)
+def sections_of(kernel, lanes, line):
+    """How a row's channels are cut into pairs of vectors, a vector, and the rest."""
+    made = []
+    start = 0
+    parts = [("key", kernel.dk), ("rope", kernel.rope)]
+    for field, channels in parts[: 2 if kernel.rope else 1]:
+        pair = 2 * lanes
+        paired = channels // pair * pair
+        rests = tuple(
+            Rest(c, min(lanes, channels - c), channels - c >= lanes)
+            for c in range(paired, channels, lanes)
+        )
+        made.append(
+            Section(
+                field=field,
+                start=start,
+                channels=channels,
+                paired=paired,
+                rests=rests,
+                pair=pair,
+                line=line,
+                values=kernel.dv if field == "key" else 0,
+            )
+        )
+        start += round_up(channels, lanes)
+    return tuple(made)
 
 
-def even_slices(channels, most, lanes):
-    """Channels of a slice when they are cut into as few even slices of at most `most` as can be."""
-    return round_up(-(-channels // -(-channels // most)), lanes)
+def asked(channels, line, leaves):
+    """(start, when) of the lines of later rows that a value tile asks for: those that score tiles
+    leave; all where values are apart."""
+    starts = range(0, channels, line)
+    return tuple((at, "" if i % 2 >= 2 - leaves else "apart") for i, at in enumerate(starts))
+
+
+def row_tiles(dots, dv, lanes, line, leaves):
+    """Value tiles for the heads of each score tile: as many sums as that has, in even shares of
+    the channels; then what is left over."""
+    made = []
+    pair = 2 * lanes
+    for heads, keys, *_ in dots:
+        pairs = dv // pair
+        most = max(1, keys // 2)
+        turns = -(-pairs // most)
+        each = -(-pairs // turns) if turns else 0
+        at = 0
+        while at < pairs:
+            n = min(each, pairs - at)
+            times = (pairs - at) // n
+            made.append(
+                RowTile(
+                    heads,
+                    name=str(2 * n),
+                    start=at * pair,
+                    channels=n * pair,
+                    end=(at + times * n) * pair,
+                    vecs=tuple(range(2 * n)),
+                    pairs=tuple((i * pair, 2 * i, 2 * i + 1) for i in range(n)),
+                    lines=asked(n * pair, line, leaves.get(heads, 0)),
+                    leaves=leaves.get(heads, 0),
+                )
+            )
+            at += times * n
+        at *= pair
+        if at + lanes <= dv:
+            made.append(RowTile(heads, "1", at, lanes, at + lanes))
+            at += lanes
+        if at < dv:
+            made.append(RowTile(heads, "n", at, lanes, dv, tail=dv - at))
+    return tuple(made)
+
+
+def lean_block(kernel):
+    """Keys of a block that stay in the first-level cache between their two uses."""
+    row = kernel.d * FORMATS[kernel.dtype].bytes
+    return max(16, LEAN_BYTES // row // 16 * 16)
 
 
 def few_reason(few):
@@ -166,6 +369,11 @@ def tile(kernel, isa):
     registers = REGISTERS[isa.name]
     lanes = isa.lanes
     block = registers["block"]
+    dots = registers["dots"]
+    line = LINE_BYTES // FORMATS[kernel.dtype].bytes
+    sections = sections_of(kernel, lanes, line)
+    window = 2 * max(block, registers["few_block"] + FEW_AHEAD)
+    values = row_tiles(dots, kernel.dv, lanes, line, registers["leaves"])
     panel = registers["vecs"][0] * lanes
     slices = max(1, -(-kernel.d * panel * 4 // L1_BYTES)) if isa.name != "scalar" else 1
     channels = round_up(-(-kernel.d // slices), lanes)
@@ -173,9 +381,12 @@ def tile(kernel, isa):
     k_stride = round_up(max(k_stride, kernel.d), lanes)
     v_stride = round_up(kernel.dv, lanes)
     few_only = registers["few"] == "all"
+    q_stride = round_up(kernel.dk, lanes) + round_up(kernel.rope, lanes)
     return Tile(
+        lanes=lanes,
         block=block,
         ahead=AHEAD,
+        window=window,
         rows=registers["rows"],
         vecs=registers["vecs"],
         value_heads=registers["value_heads"],
@@ -185,11 +396,16 @@ def tile(kernel, isa):
         v_stride=v_stride,
         o_stride=round_up(kernel.dv, lanes),
         few=registers["few"],
-        few_keys=registers["few_keys"],
         few_block=registers["few_block"],
-        few_channels=even_slices(kernel.d, FEW_CHANNELS, lanes),
-        row_tiles=row_tiles(registers["row_tiles"], kernel.dv, lanes),
-        dk_tail=kernel.dk % lanes != 0,
+        few_ahead=FEW_AHEAD,
+        lean_block=min(registers["few_block"], lean_block(kernel)),
+        lean=registers["lean"],
+        dots=dots[0][0] * dots[0][1],
+        dot_tiles=tuple(DotTile(*shape, leaves=registers["leaves"].get(shape[0], 0)) for shape in dots),
+        row_tiles=values,
+        sections=sections,
+        q_stride=q_stride,
+        paired=kernel.dv // (2 * lanes) * 2 * lanes if kernel.dtype in isa.even_odd else 0,
         dv_tail=kernel.dv % lanes != 0,
         why={
             "registers": registers["why"],
@@ -200,9 +416,9 @@ def tile(kernel, isa):
         },
         head_pad=lanes,
         memory={
-            "q": kernel.d,
-            "k": (registers["few_keys"] if few_only else block) * k_stride,
+            "q": max(kernel.d, q_stride),
+            "k": 0 if few_only else block * k_stride,
             "v": 0 if few_only else block * v_stride,
-            "s": block,
+            "s": max(block, registers["few_block"]),
         },
     )

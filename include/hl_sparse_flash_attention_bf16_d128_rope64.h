@@ -486,11 +486,12 @@ typedef struct hl_row {
     const void *value;
 } hl_row;
 
-/* One block of keys; behind its rows those of the next block, which are asked for meanwhile. */
+/* One block of keys; behind its rows lie those of later keys, which are asked for meanwhile. */
 typedef struct hl_block {
     hl_row *row;
     int32_t n;
     int32_t n_later;
+    int32_t value_apart; /* values are not the keys' first channels                            */
 } hl_block;
 
 /* The workspace of one task, cut into its named slices. */
@@ -1025,6 +1026,11 @@ HL_WORD_SCALAR hl_vf_scalar hl_vload_n_scalar(const float *p, int32_t n)
     return n > 0 ? *p : 0.0f;
 }
 HL_WORD_SCALAR void hl_vstore_n_scalar(float *p, int32_t n, hl_vf_scalar x) { if (n > 0) *p = x; }
+HL_WORD_SCALAR void hl_vpair_scalar(const float *p, hl_vf_scalar *x, hl_vf_scalar *y)
+{
+    *x = p[0]; *y = p[1];
+}
+HL_WORD_SCALAR hl_vf_scalar hl_vkeep_scalar(hl_vf_scalar x) { return x; }
 HL_WORD_SCALAR hl_vf_scalar hl_vadd_scalar(hl_vf_scalar x, hl_vf_scalar y) { return x + y; }
 HL_WORD_SCALAR hl_vf_scalar hl_vsub_scalar(hl_vf_scalar x, hl_vf_scalar y) { return x - y; }
 HL_WORD_SCALAR hl_vf_scalar hl_vmul_scalar(hl_vf_scalar x, hl_vf_scalar y) { return x * y; }
@@ -1037,6 +1043,8 @@ HL_WORD_SCALAR hl_vf_scalar hl_vflush_scalar(hl_vf_scalar x, float limit, hl_vf_
 {
     return x < limit ? 0.0f : y;
 }
+HL_WORD_SCALAR hl_vf_scalar hl_vswap_scalar(hl_vf_scalar x, int32_t n) { (void)n; return x; }
+HL_WORD_SCALAR hl_vf_scalar hl_vsums_scalar(const hl_vf_scalar *x) { return *x; }
 
 /* A NaN has no whole number: it fails the comparison and is passed on as it is. */
 HL_WORD_SCALAR hl_vf_scalar hl_vround_scalar(hl_vf_scalar x)
@@ -1062,6 +1070,11 @@ HL_WORD_SCALAR void hl_vstore_bf16_scalar(uint16_t *p, hl_vf_scalar x) { *p = hl
 HL_WORD_SCALAR void hl_vstore_bf16_n_scalar(uint16_t *p, int32_t n, hl_vf_scalar x)
 {
     if (n > 0) *p = hl_bf16_of_float(x);
+}
+HL_WORD_SCALAR void hl_vpair_bf16_scalar(const uint16_t *p, hl_vf_scalar *x, hl_vf_scalar *y)
+{
+    *x = hl_float_of_bf16(p[0]);
+    *y = hl_float_of_bf16(p[1]);
 }
 
 #endif
@@ -1129,6 +1142,12 @@ HL_WORD_NEON void hl_vstore_n_neon(float *p, int32_t n, hl_vf_neon x)
     vst1q_f32(few, x);
     HL_COPY(p, few, 4u * (size_t)n);
 }
+HL_WORD_NEON void hl_vpair_neon(const float *p, hl_vf_neon *x, hl_vf_neon *y)
+{
+    *x = vld1q_f32(p);
+    *y = vld1q_f32(p + 4);
+}
+HL_WORD_NEON hl_vf_neon hl_vkeep_neon(hl_vf_neon x) { return x; }
 HL_WORD_NEON hl_vf_neon hl_vadd_neon(hl_vf_neon x, hl_vf_neon y) { return vaddq_f32(x, y); }
 HL_WORD_NEON hl_vf_neon hl_vsub_neon(hl_vf_neon x, hl_vf_neon y) { return vsubq_f32(x, y); }
 HL_WORD_NEON hl_vf_neon hl_vmul_neon(hl_vf_neon x, hl_vf_neon y) { return vmulq_f32(x, y); }
@@ -1148,6 +1167,14 @@ HL_WORD_NEON hl_vf_neon hl_vflush_neon(hl_vf_neon x, float limit, hl_vf_neon y)
     const uint32x4_t below = vcltq_f32(x, vdupq_n_f32(limit));
     return vreinterpretq_f32_u32(vbicq_u32(vreinterpretq_u32_f32(y), below));
 }
+HL_WORD_NEON hl_vf_neon hl_vswap_neon(hl_vf_neon x, int32_t n)
+{
+    return n == 1 ? vrev64q_f32(x) : vextq_f32(x, x, 2);
+}
+HL_WORD_NEON hl_vf_neon hl_vsums_neon(const hl_vf_neon *x)
+{
+    return vpaddq_f32(vpaddq_f32(x[0], x[1]), vpaddq_f32(x[2], x[3]));
+}
 
 #endif
 #ifndef HL_WORDS_NEON_BF16
@@ -1162,6 +1189,11 @@ HL_WORD_NEON hl_vf_neon hl_vload_bf16_n_neon(const uint16_t *p, int32_t n)
     uint16_t few[4] = {0, 0, 0, 0};
     HL_COPY(few, p, 2u * (size_t)n);
     return hl_vload_bf16_neon(few);
+}
+HL_WORD_NEON void hl_vpair_bf16_neon(const uint16_t *p, hl_vf_neon *x, hl_vf_neon *y)
+{
+    *x = hl_vload_bf16_neon(p);
+    *y = hl_vload_bf16_neon(p + 4);
 }
 /* To nearest even by adding just under half of the last place kept; a NaN is made quiet. */
 HL_WORD_NEON void hl_vstore_bf16_neon(uint16_t *p, hl_vf_neon x)
@@ -1246,6 +1278,16 @@ HL_WORD_AVX2 void hl_vstore_n_avx2(float *p, int32_t n, hl_vf_avx2 x)
 {
     _mm256_maskstore_ps(p, hl_first_avx2(n), x);
 }
+HL_WORD_AVX2 void hl_vpair_avx2(const float *p, hl_vf_avx2 *x, hl_vf_avx2 *y)
+{
+    *x = hl_vload_avx2(p);
+    *y = hl_vload_avx2(p + 8);
+}
+HL_WORD_AVX2 hl_vf_avx2 hl_vkeep_avx2(hl_vf_avx2 x)
+{
+    __asm__("" : "+x"(x));
+    return x;
+}
 HL_WORD_AVX2 hl_vf_avx2 hl_vadd_avx2(hl_vf_avx2 x, hl_vf_avx2 y) { return _mm256_add_ps(x, y); }
 HL_WORD_AVX2 hl_vf_avx2 hl_vsub_avx2(hl_vf_avx2 x, hl_vf_avx2 y) { return _mm256_sub_ps(x, y); }
 HL_WORD_AVX2 hl_vf_avx2 hl_vmul_avx2(hl_vf_avx2 x, hl_vf_avx2 y) { return _mm256_mul_ps(x, y); }
@@ -1265,6 +1307,18 @@ HL_WORD_AVX2 hl_vf_avx2 hl_vflush_avx2(hl_vf_avx2 x, float limit, hl_vf_avx2 y)
 {
     return _mm256_and_ps(y, _mm256_cmp_ps(x, _mm256_set1_ps(limit), _CMP_NLT_UQ));
 }
+HL_WORD_AVX2 hl_vf_avx2 hl_vswap_avx2(hl_vf_avx2 x, int32_t n)
+{
+    const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    return _mm256_permutevar8x32_ps(x, _mm256_xor_si256(lane, _mm256_set1_epi32(n)));
+}
+/* Neighbours are added until each half holds its part of four sums; then the halves are. */
+HL_WORD_AVX2 hl_vf_avx2 hl_vsums_avx2(const hl_vf_avx2 *x)
+{
+    const __m256 a = _mm256_hadd_ps(_mm256_hadd_ps(x[0], x[1]), _mm256_hadd_ps(x[2], x[3]));
+    const __m256 b = _mm256_hadd_ps(_mm256_hadd_ps(x[4], x[5]), _mm256_hadd_ps(x[6], x[7]));
+    return _mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x21), _mm256_blend_ps(a, b, 0xf0));
+}
 
 #endif
 #ifndef HL_WORDS_AVX2_BF16
@@ -1281,6 +1335,16 @@ HL_WORD_AVX2 hl_vf_avx2 hl_vload_bf16_n_avx2(const uint16_t *p, int32_t n)
     uint16_t few[8] = {0, 0, 0, 0, 0, 0, 0, 0};
     HL_COPY(few, p, 2u * (size_t)n);
     return hl_vload_bf16_avx2(few);
+}
+/* One cheap operation each: even numbers are shifted up, odd ones lie there already. */
+HL_WORD_AVX2 void hl_vpair_bf16_avx2(const uint16_t *p, hl_vf_avx2 *x, hl_vf_avx2 *y)
+{
+    const __m256 kept =
+        hl_vkeep_avx2(_mm256_castsi256_ps(_mm256_loadu_si256((const __m256i *)(const void *)p)));
+    const __m256i both = _mm256_castps_si256(kept);
+    const __m256i high = _mm256_set1_epi32(-65536);
+    *x = _mm256_castsi256_ps(_mm256_slli_epi32(both, 16));
+    *y = _mm256_castsi256_ps(_mm256_and_si256(both, high));
 }
 /* To nearest even by adding just under half of the last place kept; a NaN is made quiet. */
 HL_WORD_AVX2 void hl_vstore_bf16_avx2(uint16_t *p, hl_vf_avx2 x)
@@ -1369,6 +1433,16 @@ HL_WORD_AVX512 void hl_vstore_n_avx512(float *p, int32_t n, hl_vf_avx512 x)
 {
     _mm512_mask_storeu_ps(p, hl_first_avx512(n), x);
 }
+HL_WORD_AVX512 void hl_vpair_avx512(const float *p, hl_vf_avx512 *x, hl_vf_avx512 *y)
+{
+    *x = hl_vload_avx512(p);
+    *y = hl_vload_avx512(p + 16);
+}
+HL_WORD_AVX512 hl_vf_avx512 hl_vkeep_avx512(hl_vf_avx512 x)
+{
+    __asm__("" : "+v"(x));
+    return x;
+}
 HL_WORD_AVX512 hl_vf_avx512 hl_vadd_avx512(hl_vf_avx512 x, hl_vf_avx512 y)
 {
     return _mm512_add_ps(x, y);
@@ -1403,6 +1477,41 @@ HL_WORD_AVX512 hl_vf_avx512 hl_vflush_avx512(hl_vf_avx512 x, float limit, hl_vf_
 {
     return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, _mm512_set1_ps(limit), _CMP_NLT_UQ), y);
 }
+HL_WORD_AVX512 hl_vf_avx512 hl_vswap_avx512(hl_vf_avx512 x, int32_t n)
+{
+    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512i from = _mm512_xor_si512(lane, _mm512_set1_epi32(n));
+    return _mm512_maskz_permutexvar_ps(hl_all_avx512(), from, x);
+}
+/* The sums of 4 vectors, each in four parts: part i of all in quarter i. */
+HL_WORD_AVX512 __m512 hl_quarters_avx512(const hl_vf_avx512 *x)
+{
+    const __mmask16 all = hl_all_avx512();
+    const __m512 a =
+        _mm512_add_ps(_mm512_maskz_unpacklo_ps(all, x[0], x[1]),
+                      _mm512_maskz_unpackhi_ps(all, x[0], x[1]));
+    const __m512 b =
+        _mm512_add_ps(_mm512_maskz_unpacklo_ps(all, x[2], x[3]),
+                      _mm512_maskz_unpackhi_ps(all, x[2], x[3]));
+    const __m512d low =
+        _mm512_maskz_unpacklo_pd((__mmask8)all, _mm512_castps_pd(a), _mm512_castps_pd(b));
+    const __m512d high =
+        _mm512_maskz_unpackhi_pd((__mmask8)all, _mm512_castps_pd(a), _mm512_castps_pd(b));
+    return _mm512_add_ps(_mm512_castpd_ps(low), _mm512_castpd_ps(high));
+}
+/* Quarters 0 and 1, 2 and 3 of x, then of y, added. */
+HL_WORD_AVX512 __m512 hl_halves_avx512(__m512 x, __m512 y)
+{
+    const __mmask16 all = hl_all_avx512();
+    return _mm512_add_ps(_mm512_maskz_shuffle_f32x4(all, x, y, 0x88),
+                         _mm512_maskz_shuffle_f32x4(all, x, y, 0xdd));
+}
+HL_WORD_AVX512 hl_vf_avx512 hl_vsums_avx512(const hl_vf_avx512 *x)
+{
+    const __m512 a = hl_halves_avx512(hl_quarters_avx512(x), hl_quarters_avx512(x + 4));
+    const __m512 b = hl_halves_avx512(hl_quarters_avx512(x + 8), hl_quarters_avx512(x + 12));
+    return hl_halves_avx512(a, b);
+}
 
 #endif
 #ifndef HL_WORDS_AVX512_BF16
@@ -1434,6 +1543,15 @@ HL_WORD_AVX512 hl_vf_avx512 hl_vload_bf16_avx512(const uint16_t *p)
 HL_WORD_AVX512 hl_vf_avx512 hl_vload_bf16_n_avx512(const uint16_t *p, int32_t n)
 {
     return hl_widen_bf16_avx512(_mm256_maskz_loadu_epi16(hl_first_avx512(n), p));
+}
+/* One cheap operation each: even numbers are shifted up, odd ones lie there already. */
+HL_WORD_AVX512 void hl_vpair_bf16_avx512(const uint16_t *p, hl_vf_avx512 *x, hl_vf_avx512 *y)
+{
+    const __m512 kept = hl_vkeep_avx512(_mm512_castsi512_ps(_mm512_loadu_si512(p)));
+    const __m512i both = _mm512_castps_si512(kept);
+    const __m512i high = _mm512_set1_epi32(-65536);
+    *x = _mm512_castsi512_ps(_mm512_maskz_slli_epi32(hl_all_avx512(), both, 16));
+    *y = _mm512_castsi512_ps(_mm512_and_si512(both, high));
 }
 HL_WORD_AVX512 void hl_vstore_bf16_avx512(uint16_t *p, hl_vf_avx512 x)
 {
@@ -1716,7 +1834,7 @@ static inline void hl_sfa_bf16_d128_rope64_space(hl_space *w, void *workspace, i
     const ptrdiff_t heads = (((ptrdiff_t)group + 31) / 32 * 32);
     const ptrdiff_t rows = group > 16 ? heads : group; /* of O */
     float *at = hl_sfa_bf16_d128_rope64_align(workspace);
-    w->q = at; /* Q^T in panels */
+    w->q = at; /* Q^T in panels, or Q in rows */
     at += 192 * heads;
     w->k = at; /* the block's keys as float32 */
     at += 18432;
@@ -1724,7 +1842,7 @@ static inline void hl_sfa_bf16_d128_rope64_space(hl_space *w, void *workspace, i
     at += 12288;
     w->s = at; /* S^T, then P^T */
     at += 128 * heads;
-    w->row = (hl_row *)(void *)at; /* where two blocks' keys lie */
+    w->row = (hl_row *)(void *)at; /* where keys lie */
     at += 3072;
     w->state.m = at; /* running maxima, in log2 units */
     at += heads;
@@ -2190,6 +2308,27 @@ static inline int32_t hl_sfa_bf16_d128_rope64_find(const hl_sparse_flash_attenti
     return 1;
 }
 
+/* The next keys of a dense row that is not paged: their addresses are not worked out one by one. */
+static inline int32_t hl_sfa_bf16_d128_rope64_run(const hl_sparse_flash_attention_args *a,
+                                                  const hl_group *g, hl_cursor *c, hl_row *row,
+                                                  int32_t cap)
+{
+    const int32_t n = c->end - c->at < cap ? c->end - c->at : cap;
+    const ptrdiff_t key = a->key_stride.row;
+    const ptrdiff_t rope = a->key_rope != NULL ? a->key_rope_stride.row : key;
+    const ptrdiff_t value = a->value != NULL ? a->value_stride.row : key;
+    if (n <= 0 || !hl_sfa_bf16_d128_rope64_find(a, g, c->at, row)) {
+        return 0;
+    }
+    for (int32_t j = 1; j < n; ++j) {
+        row[j].key = (const uint16_t *)row->key + j * key;
+        row[j].rope = (const uint16_t *)row->rope + j * rope;
+        row[j].value = (const uint16_t *)row->value + j * value;
+    }
+    c->at += n;
+    return n;
+}
+
 /* The next keys of a group, at most `cap` of them, in the order of the list: semantics of
  * sparse_flash_attention, selection. Returns how many; 0: the cursor is at its end. */
 static inline int32_t hl_sfa_bf16_d128_rope64_next(const hl_sparse_flash_attention_args *a,
@@ -2197,6 +2336,9 @@ static inline int32_t hl_sfa_bf16_d128_rope64_next(const hl_sparse_flash_attenti
                                                    int32_t cap)
 {
     int32_t n = 0;
+    if (g->list == NULL && a->layout_kv != HL_LAYOUT_PA_BSND) { /* dense, rows at even steps */
+        return hl_sfa_bf16_d128_rope64_run(a, g, c, row, cap);
+    }
     if (g->list == NULL) { /* dense: keys at .. end-1 */
         for (; n < cap && c->at < c->end; ++c->at) {
             n += hl_sfa_bf16_d128_rope64_find(a, g, c->at, &row[n]);
@@ -2249,350 +2391,591 @@ static inline hl_cursor hl_sfa_bf16_d128_rope64_chunk(const hl_sparse_flash_atte
 }
 /* ==== hl_sparse_flash_attention_bf16_d128_rope64 ====
  * plain C99 (scalar).
- * Tiles: 4 x 2 numbers fit the 16 float registers of a small core with room for operands.
+ * Tiles: 8 sums fit the 16 float registers of a small core with room for operands.
  * 16 keys a block: P of a tile of heads stays in the first-level cache.
  * 192 channels of 2 heads are 1 KiB: they stay in the first-level cache. */
 
 /* ---- load: rows -> numbers, once for the whole group ---- */
 
-/* Q^T as panels of 2 vectors of heads, [panel][channel][head]; the last may be
- * narrower. Heads past the group are 0. `row` is scratch for one row. */
-HL_KERNEL_SCALAR void hl_sfa_bf16_d128_rope64_load_q_scalar(const hl_sparse_flash_attention_args *a,
-    const hl_group *g, int32_t group, float *row, float *to)
+/* Few heads: Q as rows, each section of a row cut into vectors just as those of a key are. */
+HL_KERNEL_SCALAR void hl_sfa_bf16_d128_rope64_load_q_few_scalar(
+    const hl_sparse_flash_attention_args *a, const hl_group *g, int32_t group, float *to)
 {
-    enum { L = 1, W = 2 * L, D = 192, DK = 128 };
-    const int32_t padded = (group + L - 1) / L * L;
-    for (int32_t h = 0; h < padded; ++h) {
-        const int32_t panel = h / W * W;
-        const int32_t width = padded - panel < W ? padded - panel : W;
-        float *at = to + (ptrdiff_t)panel * D + (h - panel);
-        if (h >= group) {
-            for (int32_t c = 0; c < D; ++c) {
-                at[(ptrdiff_t)c * width] = 0.0f;
-            }
-            continue;
+    enum { L = 1 };
+    for (int32_t h = 0; h < group; ++h) {
+        const uint16_t *const key =
+            (const uint16_t *)a->query + g->query + h * a->query_stride.head;
+        const uint16_t *const rope =
+            a->query_rope == NULL ? key + 128
+            : (const uint16_t *)a->query_rope + g->query_rope
+                + h * a->query_rope_stride.head;
+        float *const q = to + (ptrdiff_t)h * 192;
+        hl_vf_scalar x;
+        hl_vf_scalar y;
+        for (int32_t c = 0; c < 128; c += 2 * L) {
+            hl_vpair_bf16_scalar(key + c, &x, &y);
+            hl_vstore_scalar(q + 0 + c, x);
+            hl_vstore_scalar(q + 0 + c + L, y);
         }
-        {
-            const uint16_t *const q =
-                (const uint16_t *)a->query + g->query + h * a->query_stride.head;
-            if (a->query_rope != NULL) {
-                hl_vrow_bf16_scalar(row, q, DK);
-                hl_vrow_bf16_scalar(row + DK, (const uint16_t *)a->query_rope + g->query_rope + h
-                                    * a->query_rope_stride.head, D - DK);
-            } else {
-                hl_vrow_bf16_scalar(row, q, D);
-            }
+        for (int32_t c = 0; c < 64; c += 2 * L) {
+            hl_vpair_bf16_scalar(rope + c, &x, &y);
+            hl_vstore_scalar(q + 128 + c, x);
+            hl_vstore_scalar(q + 128 + c + L, y);
         }
-        for (int32_t c = 0; c < D; ++c) {
-            at[(ptrdiff_t)c * width] = row[c];
-        }
-    }
-}
-
-/* One key's row as float32. */
-HL_KERNEL_SCALAR void hl_sfa_bf16_d128_rope64_load_key_scalar(const hl_row *row, float *to)
-{
-    enum { DK = 128, ROPE = 64 };
-    hl_vrow_bf16_scalar(to, (const uint16_t *)row->key, DK);
-    hl_vrow_bf16_scalar(to + DK, (const uint16_t *)row->rope, ROPE);
-}
-/* Channels c0 .. c0+n-1 of some keys, channel by channel over all of them: so many pages are under
- * way at once, and each of them is read in order. */
-HL_KERNEL_SCALAR void hl_sfa_bf16_d128_rope64_load_keys_scalar(const hl_row *row, int32_t keys,
-    int32_t c0, int32_t n, float *to)
-{
-    enum { L = 1, KS = 192, DK = 128 };
-    const int32_t end = c0 + n < DK ? c0 + n : DK;
-    int32_t c = c0;
-    for (; c + L <= end; c += L) {
-        for (int32_t r = 0; r < keys; ++r) {
-            const uint16_t *const key = (const uint16_t *)row[r].key;
-            hl_vstore_scalar(to + (ptrdiff_t)r * KS + (c - c0), hl_vload_bf16_scalar(key + c));
-        }
-    }
-    if (c0 + n > DK) {
-        c = c0 > DK ? c0 : DK;
-        for (int32_t r = 0; r < keys; ++r) {
-            const uint16_t *const rope = (const uint16_t *)row[r].rope;
-            hl_vrow_bf16_scalar(to + (ptrdiff_t)r * KS + (c - c0), rope + (c - DK), c0 + n - c);
-        }
-    }
-}
-
-/* Asks for one line of each of some rows before it is needed: rows that a list names lie anywhere,
- * which no hardware can guess. A word, not a function: GCC takes a function that does nothing but
- * prefetch for one without effect, and drops its calls. */
-HL_WORD_SCALAR void hl_sfa_bf16_d128_rope64_fetch_channels_scalar(const hl_row *row, int32_t rows,
-    int32_t c)
-{
-    enum { DK = 128 };
-    for (int32_t r = 0; r < rows; ++r) {
-        HL_FETCH(c < DK ? (const uint16_t *)row[r].key + c : (const uint16_t *)row[r].rope
-                 + (c - DK));
+        (void)y;
     }
 }
 
 /* ---- score: S = scale Q K^T, in units of log2 ---- */
 
-/* 4 keys by 2 vectors of heads, over n channels.
- * Heads are in the lanes, so that no number ever has to be summed across them. With add, the result
- * is added to what earlier channels left in s. Meanwhile the same channels of later keys (next,
- * from channel c0) are asked for, if there are any. */
-HL_KERNEL_SCALAR void hl_sfa_bf16_d128_rope64_qk_4x2_scalar(const float *q, const float *k,
-    float *s, ptrdiff_t ss, int32_t n, int32_t add, float scale, const hl_row *next, int32_t c0)
+/* 4 heads by 2 keys, read where they are stored, 2 rows at a time: channels are in
+ * the lanes, and sums are formed across them once a tile, for many dot products together. Behind
+ * the last key its row is taken again, so that every tile is whole. Meanwhile lines of later keys
+ * (next) are asked for, if there are any. */
+HL_KERNEL_SCALAR void hl_sfa_bf16_d128_rope64_dot_4x2_scalar(const float *q, const hl_row *row,
+    int32_t last, float *s, float scale, const hl_row *next)
 {
-    enum { L = 1, W = 2 * L, KS = 192, LINE = 32 };
-    hl_vf_scalar s0_0 = hl_vzero_scalar();
-    hl_vf_scalar s0_1 = hl_vzero_scalar();
-    hl_vf_scalar s1_0 = hl_vzero_scalar();
-    hl_vf_scalar s1_1 = hl_vzero_scalar();
-    hl_vf_scalar s2_0 = hl_vzero_scalar();
-    hl_vf_scalar s2_1 = hl_vzero_scalar();
-    hl_vf_scalar s3_0 = hl_vzero_scalar();
-    hl_vf_scalar s3_1 = hl_vzero_scalar();
-    for (int32_t start = 0; start < n; start += LINE) {
-        const int32_t stop = n - start > LINE ? start + LINE : n;
-        if (next != NULL) {
-            hl_sfa_bf16_d128_rope64_fetch_channels_scalar(next, 4, c0 + start);
-        }
-        for (int32_t c = start; c < stop; ++c) {
-            const hl_vf_scalar q0 = hl_vload_scalar(q + (ptrdiff_t)c * W + 0 * L);
-            const hl_vf_scalar q1 = hl_vload_scalar(q + (ptrdiff_t)c * W + 1 * L);
-            hl_vf_scalar x;
-            x = hl_vset_scalar(k[0 * KS + c]);
-            s0_0 = hl_vfma_scalar(x, q0, s0_0);
-            s0_1 = hl_vfma_scalar(x, q1, s0_1);
-            x = hl_vset_scalar(k[1 * KS + c]);
-            s1_0 = hl_vfma_scalar(x, q0, s1_0);
-            s1_1 = hl_vfma_scalar(x, q1, s1_1);
-            x = hl_vset_scalar(k[2 * KS + c]);
-            s2_0 = hl_vfma_scalar(x, q0, s2_0);
-            s2_1 = hl_vfma_scalar(x, q1, s2_1);
-            x = hl_vset_scalar(k[3 * KS + c]);
-            s3_0 = hl_vfma_scalar(x, q0, s3_0);
-            s3_1 = hl_vfma_scalar(x, q1, s3_1);
-        }
-    }
-    if (add) {
-        s0_0 = hl_vadd_scalar(hl_vload_scalar(s + 0 * ss + 0 * L), s0_0);
-        s0_1 = hl_vadd_scalar(hl_vload_scalar(s + 0 * ss + 1 * L), s0_1);
-        s1_0 = hl_vadd_scalar(hl_vload_scalar(s + 1 * ss + 0 * L), s1_0);
-        s1_1 = hl_vadd_scalar(hl_vload_scalar(s + 1 * ss + 1 * L), s1_1);
-        s2_0 = hl_vadd_scalar(hl_vload_scalar(s + 2 * ss + 0 * L), s2_0);
-        s2_1 = hl_vadd_scalar(hl_vload_scalar(s + 2 * ss + 1 * L), s2_1);
-        s3_0 = hl_vadd_scalar(hl_vload_scalar(s + 3 * ss + 0 * L), s3_0);
-        s3_1 = hl_vadd_scalar(hl_vload_scalar(s + 3 * ss + 1 * L), s3_1);
-    }
-    hl_vstore_scalar(s + 0 * ss + 0 * L, hl_vmul_scalar(s0_0, hl_vset_scalar(scale)));
-    hl_vstore_scalar(s + 0 * ss + 1 * L, hl_vmul_scalar(s0_1, hl_vset_scalar(scale)));
-    hl_vstore_scalar(s + 1 * ss + 0 * L, hl_vmul_scalar(s1_0, hl_vset_scalar(scale)));
-    hl_vstore_scalar(s + 1 * ss + 1 * L, hl_vmul_scalar(s1_1, hl_vset_scalar(scale)));
-    hl_vstore_scalar(s + 2 * ss + 0 * L, hl_vmul_scalar(s2_0, hl_vset_scalar(scale)));
-    hl_vstore_scalar(s + 2 * ss + 1 * L, hl_vmul_scalar(s2_1, hl_vset_scalar(scale)));
-    hl_vstore_scalar(s + 3 * ss + 0 * L, hl_vmul_scalar(s3_0, hl_vset_scalar(scale)));
-    hl_vstore_scalar(s + 3 * ss + 1 * L, hl_vmul_scalar(s3_1, hl_vset_scalar(scale)));
-}
-
-/* 1 key by 2 vectors of heads, over n channels.
- * Heads are in the lanes, so that no number ever has to be summed across them. With add, the result
- * is added to what earlier channels left in s. Meanwhile the same channels of later keys (next,
- * from channel c0) are asked for, if there are any. */
-HL_KERNEL_SCALAR void hl_sfa_bf16_d128_rope64_qk_1x2_scalar(const float *q, const float *k,
-    float *s, ptrdiff_t ss, int32_t n, int32_t add, float scale, const hl_row *next, int32_t c0)
-{
-    enum { L = 1, W = 2 * L, KS = 192, LINE = 32 };
-    hl_vf_scalar s0_0 = hl_vzero_scalar();
-    hl_vf_scalar s0_1 = hl_vzero_scalar();
-    for (int32_t start = 0; start < n; start += LINE) {
-        const int32_t stop = n - start > LINE ? start + LINE : n;
-        if (next != NULL) {
-            hl_sfa_bf16_d128_rope64_fetch_channels_scalar(next, 1, c0 + start);
-        }
-        for (int32_t c = start; c < stop; ++c) {
-            const hl_vf_scalar q0 = hl_vload_scalar(q + (ptrdiff_t)c * W + 0 * L);
-            const hl_vf_scalar q1 = hl_vload_scalar(q + (ptrdiff_t)c * W + 1 * L);
-            hl_vf_scalar x;
-            x = hl_vset_scalar(k[0 * KS + c]);
-            s0_0 = hl_vfma_scalar(x, q0, s0_0);
-            s0_1 = hl_vfma_scalar(x, q1, s0_1);
-        }
-    }
-    if (add) {
-        s0_0 = hl_vadd_scalar(hl_vload_scalar(s + 0 * ss + 0 * L), s0_0);
-        s0_1 = hl_vadd_scalar(hl_vload_scalar(s + 0 * ss + 1 * L), s0_1);
-    }
-    hl_vstore_scalar(s + 0 * ss + 0 * L, hl_vmul_scalar(s0_0, hl_vset_scalar(scale)));
-    hl_vstore_scalar(s + 0 * ss + 1 * L, hl_vmul_scalar(s0_1, hl_vset_scalar(scale)));
-}
-
-/* 4 keys by 1 vector of heads, over n channels.
- * Heads are in the lanes, so that no number ever has to be summed across them. With add, the result
- * is added to what earlier channels left in s. Meanwhile the same channels of later keys (next,
- * from channel c0) are asked for, if there are any. */
-HL_KERNEL_SCALAR void hl_sfa_bf16_d128_rope64_qk_4x1_scalar(const float *q, const float *k,
-    float *s, ptrdiff_t ss, int32_t n, int32_t add, float scale, const hl_row *next, int32_t c0)
-{
-    enum { L = 1, W = 1 * L, KS = 192, LINE = 32 };
-    hl_vf_scalar s0_0 = hl_vzero_scalar();
-    hl_vf_scalar s1_0 = hl_vzero_scalar();
-    hl_vf_scalar s2_0 = hl_vzero_scalar();
-    hl_vf_scalar s3_0 = hl_vzero_scalar();
-    for (int32_t start = 0; start < n; start += LINE) {
-        const int32_t stop = n - start > LINE ? start + LINE : n;
-        if (next != NULL) {
-            hl_sfa_bf16_d128_rope64_fetch_channels_scalar(next, 4, c0 + start);
-        }
-        for (int32_t c = start; c < stop; ++c) {
-            const hl_vf_scalar q0 = hl_vload_scalar(q + (ptrdiff_t)c * W + 0 * L);
-            hl_vf_scalar x;
-            x = hl_vset_scalar(k[0 * KS + c]);
-            s0_0 = hl_vfma_scalar(x, q0, s0_0);
-            x = hl_vset_scalar(k[1 * KS + c]);
-            s1_0 = hl_vfma_scalar(x, q0, s1_0);
-            x = hl_vset_scalar(k[2 * KS + c]);
-            s2_0 = hl_vfma_scalar(x, q0, s2_0);
-            x = hl_vset_scalar(k[3 * KS + c]);
-            s3_0 = hl_vfma_scalar(x, q0, s3_0);
-        }
-    }
-    if (add) {
-        s0_0 = hl_vadd_scalar(hl_vload_scalar(s + 0 * ss + 0 * L), s0_0);
-        s1_0 = hl_vadd_scalar(hl_vload_scalar(s + 1 * ss + 0 * L), s1_0);
-        s2_0 = hl_vadd_scalar(hl_vload_scalar(s + 2 * ss + 0 * L), s2_0);
-        s3_0 = hl_vadd_scalar(hl_vload_scalar(s + 3 * ss + 0 * L), s3_0);
-    }
-    hl_vstore_scalar(s + 0 * ss + 0 * L, hl_vmul_scalar(s0_0, hl_vset_scalar(scale)));
-    hl_vstore_scalar(s + 1 * ss + 0 * L, hl_vmul_scalar(s1_0, hl_vset_scalar(scale)));
-    hl_vstore_scalar(s + 2 * ss + 0 * L, hl_vmul_scalar(s2_0, hl_vset_scalar(scale)));
-    hl_vstore_scalar(s + 3 * ss + 0 * L, hl_vmul_scalar(s3_0, hl_vset_scalar(scale)));
-}
-
-/* 1 key by 1 vector of heads, over n channels.
- * Heads are in the lanes, so that no number ever has to be summed across them. With add, the result
- * is added to what earlier channels left in s. Meanwhile the same channels of later keys (next,
- * from channel c0) are asked for, if there are any. */
-HL_KERNEL_SCALAR void hl_sfa_bf16_d128_rope64_qk_1x1_scalar(const float *q, const float *k,
-    float *s, ptrdiff_t ss, int32_t n, int32_t add, float scale, const hl_row *next, int32_t c0)
-{
-    enum { L = 1, W = 1 * L, KS = 192, LINE = 32 };
-    hl_vf_scalar s0_0 = hl_vzero_scalar();
-    for (int32_t start = 0; start < n; start += LINE) {
-        const int32_t stop = n - start > LINE ? start + LINE : n;
-        if (next != NULL) {
-            hl_sfa_bf16_d128_rope64_fetch_channels_scalar(next, 1, c0 + start);
-        }
-        for (int32_t c = start; c < stop; ++c) {
-            const hl_vf_scalar q0 = hl_vload_scalar(q + (ptrdiff_t)c * W + 0 * L);
-            hl_vf_scalar x;
-            x = hl_vset_scalar(k[0 * KS + c]);
-            s0_0 = hl_vfma_scalar(x, q0, s0_0);
-        }
-    }
-    if (add) {
-        s0_0 = hl_vadd_scalar(hl_vload_scalar(s + 0 * ss + 0 * L), s0_0);
-    }
-    hl_vstore_scalar(s + 0 * ss + 0 * L, hl_vmul_scalar(s0_0, hl_vset_scalar(scale)));
-}
-
-/* Some heads of the group against the `rows` keys that lie in k, over n channels from c0. */
-HL_KERNEL_SCALAR void hl_sfa_bf16_d128_rope64_score_keys_scalar(const hl_space *w, const float *k,
-    float *s, int32_t heads, int32_t rows, int32_t h0, int32_t h1, int32_t c0, int32_t n,
-    float scale, const hl_row *next)
-{
-    enum { L = 1, W = 2 * L, D = 192 };
-    const int32_t add = c0 > 0;
-    for (int32_t h = h0; h < h1; h += W) {
-        const int32_t width = heads - h < W ? heads - h : W;
-        const float *const q = w->q + (ptrdiff_t)h * D + (ptrdiff_t)c0 * width;
-        if (rows == 4) {
-            if (width == W) {
-                hl_sfa_bf16_d128_rope64_qk_4x2_scalar(q, k, s + h, heads, n, add, scale, next, c0);
-            } else {
-                hl_sfa_bf16_d128_rope64_qk_4x1_scalar(q, k, s + h, heads, n, add, scale, next, c0);
-            }
-        } else {
-            if (width == W) {
-                hl_sfa_bf16_d128_rope64_qk_1x2_scalar(q, k, s + h, heads, n, add, scale, next, c0);
-            } else {
-                hl_sfa_bf16_d128_rope64_qk_1x1_scalar(q, k, s + h, heads, n, add, scale, next, c0);
+    enum { L = 1, QS = 192 };
+    hl_vf_scalar all[8];
+    for (int32_t j = 0; j < 2; j += 2) {
+        const hl_row *const row0 = row + (last < j + 0 ? last : j + 0);
+        const hl_row *const row1 = row + (last < j + 1 ? last : j + 1);
+        hl_vf_scalar s0_0 = hl_vzero_scalar();
+        hl_vf_scalar s0_1 = hl_vzero_scalar();
+        hl_vf_scalar s1_0 = hl_vzero_scalar();
+        hl_vf_scalar s1_1 = hl_vzero_scalar();
+        hl_vf_scalar s2_0 = hl_vzero_scalar();
+        hl_vf_scalar s2_1 = hl_vzero_scalar();
+        hl_vf_scalar s3_0 = hl_vzero_scalar();
+        hl_vf_scalar s3_1 = hl_vzero_scalar();
+        {
+            const float *const from = q + 0;
+            const uint16_t *const k0 = (const uint16_t *)row0->key;
+            const uint16_t *const k1 = (const uint16_t *)row1->key;
+            for (int32_t start = 0; start < 128; start += 64) {
+                if (next != NULL) {
+                    HL_FETCH((const uint16_t *)next[j + 0].key + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 1].key + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 0].key + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 1].key + start + 32);
+                }
+                for (int32_t c = start; c < start + 64; c += 2) {
+                    {
+                        const float *const qc = from + c + 0;
+                        hl_vf_scalar q0;
+                        hl_vf_scalar v0;
+                        hl_vf_scalar w0;
+                        hl_vpair_bf16_scalar(k0 + c + 0, &v0, &w0);
+                        hl_vf_scalar v1;
+                        hl_vf_scalar w1;
+                        hl_vpair_bf16_scalar(k1 + c + 0, &v1, &w1);
+                        q0 = hl_vkeep_scalar(hl_vload_scalar(qc + 0 * QS));
+                        s0_0 = hl_vfma_scalar(v0, q0, s0_0);
+                        s0_1 = hl_vfma_scalar(v1, q0, s0_1);
+                        q0 = hl_vkeep_scalar(hl_vload_scalar(qc + 1 * QS));
+                        s1_0 = hl_vfma_scalar(v0, q0, s1_0);
+                        s1_1 = hl_vfma_scalar(v1, q0, s1_1);
+                        q0 = hl_vkeep_scalar(hl_vload_scalar(qc + 2 * QS));
+                        s2_0 = hl_vfma_scalar(v0, q0, s2_0);
+                        s2_1 = hl_vfma_scalar(v1, q0, s2_1);
+                        q0 = hl_vkeep_scalar(hl_vload_scalar(qc + 3 * QS));
+                        s3_0 = hl_vfma_scalar(v0, q0, s3_0);
+                        s3_1 = hl_vfma_scalar(v1, q0, s3_1);
+                        q0 = hl_vkeep_scalar(hl_vload_scalar(qc + 0 * QS + L));
+                        s0_0 = hl_vfma_scalar(w0, q0, s0_0);
+                        s0_1 = hl_vfma_scalar(w1, q0, s0_1);
+                        q0 = hl_vkeep_scalar(hl_vload_scalar(qc + 1 * QS + L));
+                        s1_0 = hl_vfma_scalar(w0, q0, s1_0);
+                        s1_1 = hl_vfma_scalar(w1, q0, s1_1);
+                        q0 = hl_vkeep_scalar(hl_vload_scalar(qc + 2 * QS + L));
+                        s2_0 = hl_vfma_scalar(w0, q0, s2_0);
+                        s2_1 = hl_vfma_scalar(w1, q0, s2_1);
+                        q0 = hl_vkeep_scalar(hl_vload_scalar(qc + 3 * QS + L));
+                        s3_0 = hl_vfma_scalar(w0, q0, s3_0);
+                        s3_1 = hl_vfma_scalar(w1, q0, s3_1);
+                    }
+                }
             }
         }
-        next = NULL;
+        {
+            const float *const from = q + 128;
+            const uint16_t *const k0 = (const uint16_t *)row0->rope;
+            const uint16_t *const k1 = (const uint16_t *)row1->rope;
+            for (int32_t start = 0; start < 64; start += 64) {
+                if (next != NULL) {
+                    HL_FETCH((const uint16_t *)next[j + 0].rope + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 1].rope + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 0].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 1].rope + start + 32);
+                }
+                for (int32_t c = start; c < start + 64; c += 2) {
+                    {
+                        const float *const qc = from + c + 0;
+                        hl_vf_scalar q0;
+                        hl_vf_scalar v0;
+                        hl_vf_scalar w0;
+                        hl_vpair_bf16_scalar(k0 + c + 0, &v0, &w0);
+                        hl_vf_scalar v1;
+                        hl_vf_scalar w1;
+                        hl_vpair_bf16_scalar(k1 + c + 0, &v1, &w1);
+                        q0 = hl_vkeep_scalar(hl_vload_scalar(qc + 0 * QS));
+                        s0_0 = hl_vfma_scalar(v0, q0, s0_0);
+                        s0_1 = hl_vfma_scalar(v1, q0, s0_1);
+                        q0 = hl_vkeep_scalar(hl_vload_scalar(qc + 1 * QS));
+                        s1_0 = hl_vfma_scalar(v0, q0, s1_0);
+                        s1_1 = hl_vfma_scalar(v1, q0, s1_1);
+                        q0 = hl_vkeep_scalar(hl_vload_scalar(qc + 2 * QS));
+                        s2_0 = hl_vfma_scalar(v0, q0, s2_0);
+                        s2_1 = hl_vfma_scalar(v1, q0, s2_1);
+                        q0 = hl_vkeep_scalar(hl_vload_scalar(qc + 3 * QS));
+                        s3_0 = hl_vfma_scalar(v0, q0, s3_0);
+                        s3_1 = hl_vfma_scalar(v1, q0, s3_1);
+                        q0 = hl_vkeep_scalar(hl_vload_scalar(qc + 0 * QS + L));
+                        s0_0 = hl_vfma_scalar(w0, q0, s0_0);
+                        s0_1 = hl_vfma_scalar(w1, q0, s0_1);
+                        q0 = hl_vkeep_scalar(hl_vload_scalar(qc + 1 * QS + L));
+                        s1_0 = hl_vfma_scalar(w0, q0, s1_0);
+                        s1_1 = hl_vfma_scalar(w1, q0, s1_1);
+                        q0 = hl_vkeep_scalar(hl_vload_scalar(qc + 2 * QS + L));
+                        s2_0 = hl_vfma_scalar(w0, q0, s2_0);
+                        s2_1 = hl_vfma_scalar(w1, q0, s2_1);
+                        q0 = hl_vkeep_scalar(hl_vload_scalar(qc + 3 * QS + L));
+                        s3_0 = hl_vfma_scalar(w0, q0, s3_0);
+                        s3_1 = hl_vfma_scalar(w1, q0, s3_1);
+                    }
+                }
+            }
+        }
+        all[(j + 0) * 4 + 0] = s0_0;
+        all[(j + 1) * 4 + 0] = s0_1;
+        all[(j + 0) * 4 + 1] = s1_0;
+        all[(j + 1) * 4 + 1] = s1_1;
+        all[(j + 0) * 4 + 2] = s2_0;
+        all[(j + 1) * 4 + 2] = s2_1;
+        all[(j + 0) * 4 + 3] = s3_0;
+        all[(j + 1) * 4 + 3] = s3_1;
+    }
+    for (int32_t i = 0; i < 8; i += L) {
+        hl_vstore_scalar(s + i, hl_vmul_scalar(hl_vsums_scalar(all + i), hl_vset_scalar(scale)));
     }
 }
 
-/* Keys of the next tile: the largest that still fits. */
-HL_KERNEL_SCALAR int32_t hl_sfa_bf16_d128_rope64_tile_rows_scalar(int32_t left)
+/* 2 heads by 4 keys, read where they are stored, 4 rows at a time: channels are in
+ * the lanes, and sums are formed across them once a tile, for many dot products together. Behind
+ * the last key its row is taken again, so that every tile is whole. Meanwhile lines of later keys
+ * (next) are asked for, if there are any. */
+HL_KERNEL_SCALAR void hl_sfa_bf16_d128_rope64_dot_2x4_scalar(const float *q, const hl_row *row,
+    int32_t last, float *s, float scale, const hl_row *next)
 {
-    if (left >= 4) {
-        return 4;
+    enum { L = 1, QS = 192 };
+    hl_vf_scalar all[8];
+    for (int32_t j = 0; j < 4; j += 4) {
+        const hl_row *const row0 = row + (last < j + 0 ? last : j + 0);
+        const hl_row *const row1 = row + (last < j + 1 ? last : j + 1);
+        const hl_row *const row2 = row + (last < j + 2 ? last : j + 2);
+        const hl_row *const row3 = row + (last < j + 3 ? last : j + 3);
+        hl_vf_scalar s0_0 = hl_vzero_scalar();
+        hl_vf_scalar s0_1 = hl_vzero_scalar();
+        hl_vf_scalar s0_2 = hl_vzero_scalar();
+        hl_vf_scalar s0_3 = hl_vzero_scalar();
+        hl_vf_scalar s1_0 = hl_vzero_scalar();
+        hl_vf_scalar s1_1 = hl_vzero_scalar();
+        hl_vf_scalar s1_2 = hl_vzero_scalar();
+        hl_vf_scalar s1_3 = hl_vzero_scalar();
+        {
+            const float *const from = q + 0;
+            const uint16_t *const k0 = (const uint16_t *)row0->key;
+            const uint16_t *const k1 = (const uint16_t *)row1->key;
+            const uint16_t *const k2 = (const uint16_t *)row2->key;
+            const uint16_t *const k3 = (const uint16_t *)row3->key;
+            for (int32_t start = 0; start < 128; start += 64) {
+                if (next != NULL) {
+                    HL_FETCH((const uint16_t *)next[j + 0].key + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 1].key + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 2].key + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 3].key + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 0].key + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 1].key + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 2].key + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 3].key + start + 32);
+                }
+                for (int32_t c = start; c < start + 64; c += 2) {
+                    {
+                        const float *const qc = from + c + 0;
+                        hl_vf_scalar v;
+                        hl_vf_scalar w;
+                        const hl_vf_scalar q0 = hl_vload_scalar(qc + 0 * QS);
+                        const hl_vf_scalar p0 = hl_vload_scalar(qc + 0 * QS + L);
+                        const hl_vf_scalar q1 = hl_vload_scalar(qc + 1 * QS);
+                        const hl_vf_scalar p1 = hl_vload_scalar(qc + 1 * QS + L);
+                        hl_vpair_bf16_scalar(k0 + c + 0, &v, &w);
+                        s0_0 = hl_vfma_scalar(v, q0, s0_0);
+                        s1_0 = hl_vfma_scalar(v, q1, s1_0);
+                        s0_0 = hl_vfma_scalar(w, p0, s0_0);
+                        s1_0 = hl_vfma_scalar(w, p1, s1_0);
+                        hl_vpair_bf16_scalar(k1 + c + 0, &v, &w);
+                        s0_1 = hl_vfma_scalar(v, q0, s0_1);
+                        s1_1 = hl_vfma_scalar(v, q1, s1_1);
+                        s0_1 = hl_vfma_scalar(w, p0, s0_1);
+                        s1_1 = hl_vfma_scalar(w, p1, s1_1);
+                        hl_vpair_bf16_scalar(k2 + c + 0, &v, &w);
+                        s0_2 = hl_vfma_scalar(v, q0, s0_2);
+                        s1_2 = hl_vfma_scalar(v, q1, s1_2);
+                        s0_2 = hl_vfma_scalar(w, p0, s0_2);
+                        s1_2 = hl_vfma_scalar(w, p1, s1_2);
+                        hl_vpair_bf16_scalar(k3 + c + 0, &v, &w);
+                        s0_3 = hl_vfma_scalar(v, q0, s0_3);
+                        s1_3 = hl_vfma_scalar(v, q1, s1_3);
+                        s0_3 = hl_vfma_scalar(w, p0, s0_3);
+                        s1_3 = hl_vfma_scalar(w, p1, s1_3);
+                    }
+                }
+            }
+        }
+        {
+            const float *const from = q + 128;
+            const uint16_t *const k0 = (const uint16_t *)row0->rope;
+            const uint16_t *const k1 = (const uint16_t *)row1->rope;
+            const uint16_t *const k2 = (const uint16_t *)row2->rope;
+            const uint16_t *const k3 = (const uint16_t *)row3->rope;
+            for (int32_t start = 0; start < 64; start += 64) {
+                if (next != NULL) {
+                    HL_FETCH((const uint16_t *)next[j + 0].rope + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 1].rope + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 2].rope + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 3].rope + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 0].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 1].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 2].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 3].rope + start + 32);
+                }
+                for (int32_t c = start; c < start + 64; c += 2) {
+                    {
+                        const float *const qc = from + c + 0;
+                        hl_vf_scalar v;
+                        hl_vf_scalar w;
+                        const hl_vf_scalar q0 = hl_vload_scalar(qc + 0 * QS);
+                        const hl_vf_scalar p0 = hl_vload_scalar(qc + 0 * QS + L);
+                        const hl_vf_scalar q1 = hl_vload_scalar(qc + 1 * QS);
+                        const hl_vf_scalar p1 = hl_vload_scalar(qc + 1 * QS + L);
+                        hl_vpair_bf16_scalar(k0 + c + 0, &v, &w);
+                        s0_0 = hl_vfma_scalar(v, q0, s0_0);
+                        s1_0 = hl_vfma_scalar(v, q1, s1_0);
+                        s0_0 = hl_vfma_scalar(w, p0, s0_0);
+                        s1_0 = hl_vfma_scalar(w, p1, s1_0);
+                        hl_vpair_bf16_scalar(k1 + c + 0, &v, &w);
+                        s0_1 = hl_vfma_scalar(v, q0, s0_1);
+                        s1_1 = hl_vfma_scalar(v, q1, s1_1);
+                        s0_1 = hl_vfma_scalar(w, p0, s0_1);
+                        s1_1 = hl_vfma_scalar(w, p1, s1_1);
+                        hl_vpair_bf16_scalar(k2 + c + 0, &v, &w);
+                        s0_2 = hl_vfma_scalar(v, q0, s0_2);
+                        s1_2 = hl_vfma_scalar(v, q1, s1_2);
+                        s0_2 = hl_vfma_scalar(w, p0, s0_2);
+                        s1_2 = hl_vfma_scalar(w, p1, s1_2);
+                        hl_vpair_bf16_scalar(k3 + c + 0, &v, &w);
+                        s0_3 = hl_vfma_scalar(v, q0, s0_3);
+                        s1_3 = hl_vfma_scalar(v, q1, s1_3);
+                        s0_3 = hl_vfma_scalar(w, p0, s0_3);
+                        s1_3 = hl_vfma_scalar(w, p1, s1_3);
+                    }
+                }
+            }
+        }
+        all[(j + 0) * 2 + 0] = s0_0;
+        all[(j + 1) * 2 + 0] = s0_1;
+        all[(j + 2) * 2 + 0] = s0_2;
+        all[(j + 3) * 2 + 0] = s0_3;
+        all[(j + 0) * 2 + 1] = s1_0;
+        all[(j + 1) * 2 + 1] = s1_1;
+        all[(j + 2) * 2 + 1] = s1_2;
+        all[(j + 3) * 2 + 1] = s1_3;
     }
-    return 1;
+    for (int32_t i = 0; i < 8; i += L) {
+        hl_vstore_scalar(s + i, hl_vmul_scalar(hl_vsums_scalar(all + i), hl_vset_scalar(scale)));
+    }
 }
-/* Few heads: 4 keys at a time are loaded, a slice of channels at a time, and used
- * at once, so that they never leave the first-level cache as float32: writing a block of them would
- * cost more. */
+
+/* 1 head by 8 keys, read where they are stored, 8 rows at a time: channels are in
+ * the lanes, and sums are formed across them once a tile, for many dot products together. Behind
+ * the last key its row is taken again, so that every tile is whole. Meanwhile lines of later keys
+ * (next) are asked for, if there are any. */
+HL_KERNEL_SCALAR void hl_sfa_bf16_d128_rope64_dot_1x8_scalar(const float *q, const hl_row *row,
+    int32_t last, float *s, float scale, const hl_row *next)
+{
+    enum { L = 1, QS = 192 };
+    hl_vf_scalar all[8];
+    for (int32_t j = 0; j < 8; j += 8) {
+        const hl_row *const row0 = row + (last < j + 0 ? last : j + 0);
+        const hl_row *const row1 = row + (last < j + 1 ? last : j + 1);
+        const hl_row *const row2 = row + (last < j + 2 ? last : j + 2);
+        const hl_row *const row3 = row + (last < j + 3 ? last : j + 3);
+        const hl_row *const row4 = row + (last < j + 4 ? last : j + 4);
+        const hl_row *const row5 = row + (last < j + 5 ? last : j + 5);
+        const hl_row *const row6 = row + (last < j + 6 ? last : j + 6);
+        const hl_row *const row7 = row + (last < j + 7 ? last : j + 7);
+        hl_vf_scalar s0_0 = hl_vzero_scalar();
+        hl_vf_scalar s0_1 = hl_vzero_scalar();
+        hl_vf_scalar s0_2 = hl_vzero_scalar();
+        hl_vf_scalar s0_3 = hl_vzero_scalar();
+        hl_vf_scalar s0_4 = hl_vzero_scalar();
+        hl_vf_scalar s0_5 = hl_vzero_scalar();
+        hl_vf_scalar s0_6 = hl_vzero_scalar();
+        hl_vf_scalar s0_7 = hl_vzero_scalar();
+        {
+            const float *const from = q + 0;
+            const uint16_t *const k0 = (const uint16_t *)row0->key;
+            const uint16_t *const k1 = (const uint16_t *)row1->key;
+            const uint16_t *const k2 = (const uint16_t *)row2->key;
+            const uint16_t *const k3 = (const uint16_t *)row3->key;
+            const uint16_t *const k4 = (const uint16_t *)row4->key;
+            const uint16_t *const k5 = (const uint16_t *)row5->key;
+            const uint16_t *const k6 = (const uint16_t *)row6->key;
+            const uint16_t *const k7 = (const uint16_t *)row7->key;
+            for (int32_t start = 0; start < 128; start += 64) {
+                if (next != NULL) {
+                    HL_FETCH((const uint16_t *)next[j + 0].key + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 1].key + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 2].key + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 3].key + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 4].key + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 5].key + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 6].key + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 7].key + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 0].key + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 1].key + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 2].key + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 3].key + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 4].key + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 5].key + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 6].key + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 7].key + start + 32);
+                }
+                for (int32_t c = start; c < start + 64; c += 2) {
+                    {
+                        const float *const qc = from + c + 0;
+                        hl_vf_scalar v;
+                        hl_vf_scalar w;
+                        const hl_vf_scalar q0 = hl_vload_scalar(qc + 0 * QS);
+                        const hl_vf_scalar p0 = hl_vload_scalar(qc + 0 * QS + L);
+                        hl_vpair_bf16_scalar(k0 + c + 0, &v, &w);
+                        s0_0 = hl_vfma_scalar(v, q0, s0_0);
+                        s0_0 = hl_vfma_scalar(w, p0, s0_0);
+                        hl_vpair_bf16_scalar(k1 + c + 0, &v, &w);
+                        s0_1 = hl_vfma_scalar(v, q0, s0_1);
+                        s0_1 = hl_vfma_scalar(w, p0, s0_1);
+                        hl_vpair_bf16_scalar(k2 + c + 0, &v, &w);
+                        s0_2 = hl_vfma_scalar(v, q0, s0_2);
+                        s0_2 = hl_vfma_scalar(w, p0, s0_2);
+                        hl_vpair_bf16_scalar(k3 + c + 0, &v, &w);
+                        s0_3 = hl_vfma_scalar(v, q0, s0_3);
+                        s0_3 = hl_vfma_scalar(w, p0, s0_3);
+                        hl_vpair_bf16_scalar(k4 + c + 0, &v, &w);
+                        s0_4 = hl_vfma_scalar(v, q0, s0_4);
+                        s0_4 = hl_vfma_scalar(w, p0, s0_4);
+                        hl_vpair_bf16_scalar(k5 + c + 0, &v, &w);
+                        s0_5 = hl_vfma_scalar(v, q0, s0_5);
+                        s0_5 = hl_vfma_scalar(w, p0, s0_5);
+                        hl_vpair_bf16_scalar(k6 + c + 0, &v, &w);
+                        s0_6 = hl_vfma_scalar(v, q0, s0_6);
+                        s0_6 = hl_vfma_scalar(w, p0, s0_6);
+                        hl_vpair_bf16_scalar(k7 + c + 0, &v, &w);
+                        s0_7 = hl_vfma_scalar(v, q0, s0_7);
+                        s0_7 = hl_vfma_scalar(w, p0, s0_7);
+                    }
+                }
+            }
+        }
+        {
+            const float *const from = q + 128;
+            const uint16_t *const k0 = (const uint16_t *)row0->rope;
+            const uint16_t *const k1 = (const uint16_t *)row1->rope;
+            const uint16_t *const k2 = (const uint16_t *)row2->rope;
+            const uint16_t *const k3 = (const uint16_t *)row3->rope;
+            const uint16_t *const k4 = (const uint16_t *)row4->rope;
+            const uint16_t *const k5 = (const uint16_t *)row5->rope;
+            const uint16_t *const k6 = (const uint16_t *)row6->rope;
+            const uint16_t *const k7 = (const uint16_t *)row7->rope;
+            for (int32_t start = 0; start < 64; start += 64) {
+                if (next != NULL) {
+                    HL_FETCH((const uint16_t *)next[j + 0].rope + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 1].rope + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 2].rope + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 3].rope + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 4].rope + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 5].rope + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 6].rope + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 7].rope + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 0].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 1].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 2].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 3].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 4].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 5].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 6].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 7].rope + start + 32);
+                }
+                for (int32_t c = start; c < start + 64; c += 2) {
+                    {
+                        const float *const qc = from + c + 0;
+                        hl_vf_scalar v;
+                        hl_vf_scalar w;
+                        const hl_vf_scalar q0 = hl_vload_scalar(qc + 0 * QS);
+                        const hl_vf_scalar p0 = hl_vload_scalar(qc + 0 * QS + L);
+                        hl_vpair_bf16_scalar(k0 + c + 0, &v, &w);
+                        s0_0 = hl_vfma_scalar(v, q0, s0_0);
+                        s0_0 = hl_vfma_scalar(w, p0, s0_0);
+                        hl_vpair_bf16_scalar(k1 + c + 0, &v, &w);
+                        s0_1 = hl_vfma_scalar(v, q0, s0_1);
+                        s0_1 = hl_vfma_scalar(w, p0, s0_1);
+                        hl_vpair_bf16_scalar(k2 + c + 0, &v, &w);
+                        s0_2 = hl_vfma_scalar(v, q0, s0_2);
+                        s0_2 = hl_vfma_scalar(w, p0, s0_2);
+                        hl_vpair_bf16_scalar(k3 + c + 0, &v, &w);
+                        s0_3 = hl_vfma_scalar(v, q0, s0_3);
+                        s0_3 = hl_vfma_scalar(w, p0, s0_3);
+                        hl_vpair_bf16_scalar(k4 + c + 0, &v, &w);
+                        s0_4 = hl_vfma_scalar(v, q0, s0_4);
+                        s0_4 = hl_vfma_scalar(w, p0, s0_4);
+                        hl_vpair_bf16_scalar(k5 + c + 0, &v, &w);
+                        s0_5 = hl_vfma_scalar(v, q0, s0_5);
+                        s0_5 = hl_vfma_scalar(w, p0, s0_5);
+                        hl_vpair_bf16_scalar(k6 + c + 0, &v, &w);
+                        s0_6 = hl_vfma_scalar(v, q0, s0_6);
+                        s0_6 = hl_vfma_scalar(w, p0, s0_6);
+                        hl_vpair_bf16_scalar(k7 + c + 0, &v, &w);
+                        s0_7 = hl_vfma_scalar(v, q0, s0_7);
+                        s0_7 = hl_vfma_scalar(w, p0, s0_7);
+                    }
+                }
+            }
+        }
+        all[(j + 0) * 1 + 0] = s0_0;
+        all[(j + 1) * 1 + 0] = s0_1;
+        all[(j + 2) * 1 + 0] = s0_2;
+        all[(j + 3) * 1 + 0] = s0_3;
+        all[(j + 4) * 1 + 0] = s0_4;
+        all[(j + 5) * 1 + 0] = s0_5;
+        all[(j + 6) * 1 + 0] = s0_6;
+        all[(j + 7) * 1 + 0] = s0_7;
+    }
+    for (int32_t i = 0; i < 8; i += L) {
+        hl_vstore_scalar(s + i, hl_vmul_scalar(hl_vsums_scalar(all + i), hl_vset_scalar(scale)));
+    }
+}
+
+/* Few heads: scores lie as [key][head], for the heads of one tile together. */
 HL_KERNEL_SCALAR void hl_sfa_bf16_d128_rope64_score_few_scalar(const hl_space *w, const hl_block *b,
-    int32_t heads, float scale)
+    int32_t group, float scale)
 {
-    enum { KS = 192, D = 192 };
-    enum { SLICE = 192, KEYS = 4 };
+    enum { QS = 192, BLOCK = 16, AHEAD = 24 };
     const int32_t known = b->n + b->n_later;
-    for (int32_t j = 0; j < b->n; j += KEYS) {
-        const int32_t keys = b->n - j < KEYS ? b->n - j : KEYS;
-        for (int32_t c0 = 0; c0 < D; c0 += SLICE) {
-            const int32_t left = D - c0;
-            const int32_t n = left < SLICE ? left : SLICE;
-            int32_t rows = 0;
-            hl_sfa_bf16_d128_rope64_load_keys_scalar(b->row + j, keys, c0, n, w->k);
-            for (int32_t r = 0; r < keys; r += rows) {
-                const int32_t later = j + KEYS + r;
-                rows = hl_sfa_bf16_d128_rope64_tile_rows_scalar(keys - r);
-                hl_sfa_bf16_d128_rope64_score_keys_scalar(w, w->k + (ptrdiff_t)r * KS, w->s
-                    + (ptrdiff_t)(j + r) * heads, heads, rows, 0, heads, c0, n, left > SLICE ? 1.0f
-                    : scale, later + rows <= known ? b->row + later : NULL);
-            }
+    int32_t h = 0;
+    for (; h + 4 <= group; h += 4) {
+        for (int32_t j = 0; j < b->n; j += 2) {
+            const int32_t later = j + AHEAD;
+            hl_sfa_bf16_d128_rope64_dot_4x2_scalar(w->q + (ptrdiff_t)h * QS, b->row + j,
+                                                   b->n - 1 - j, w->s + h * BLOCK + j * 4, scale,
+                                                   h == 0 && later + 2 <= known ? b->row + later
+                                                   : NULL);
+        }
+    }
+    for (; h + 2 <= group; h += 2) {
+        for (int32_t j = 0; j < b->n; j += 4) {
+            const int32_t later = j + AHEAD;
+            hl_sfa_bf16_d128_rope64_dot_2x4_scalar(w->q + (ptrdiff_t)h * QS, b->row + j,
+                                                   b->n - 1 - j, w->s + h * BLOCK + j * 2, scale,
+                                                   h == 0 && later + 4 <= known ? b->row + later
+                                                   : NULL);
+        }
+    }
+    for (; h + 1 <= group; h += 1) {
+        for (int32_t j = 0; j < b->n; j += 8) {
+            const int32_t later = j + AHEAD;
+            hl_sfa_bf16_d128_rope64_dot_1x8_scalar(w->q + (ptrdiff_t)h * QS, b->row + j,
+                                                   b->n - 1 - j, w->s + h * BLOCK + j * 1, scale,
+                                                   h == 0 && later + 8 <= known ? b->row + later
+                                                   : NULL);
         }
     }
 }
 
 /* ---- softmax: m' = max(m, rowmax S);  P = 2^(S - m');  l = alpha l + rowsum P ---- */
 
-/* Online softmax (Milakov and Gimelshein, algorithm 3), a vector of heads at a time, keys down the
- * columns. A block is summed by itself before it joins l: the rounding error of l then grows with
- * the number of blocks, not of keys. */
-HL_KERNEL_SCALAR void hl_sfa_bf16_d128_rope64_softmax_scalar(float *s, const hl_state *t,
-    int32_t heads, int32_t n)
+/* Few heads: the same for the heads of one tile, whose scores lie as [key][head]: all lanes are in
+ * use, whole tiles at a time. What is summed across them is summed once a block. */
+HL_KERNEL_SCALAR void hl_sfa_bf16_d128_rope64_softmax_few_scalar(float *s, const hl_state *t,
+    int32_t h0, int32_t heads, int32_t n)
 {
-    enum { L = 1 };
-    for (int32_t h = 0; h < heads; h += L) {
-        const hl_vf_scalar before = hl_vload_scalar(t->m + h);
-        hl_vf_scalar m = before;
+    enum { L = 1, DOTS = 8 };
+    const int32_t end = (n * heads + DOTS - 1) / DOTS * DOTS;
+    float each[DOTS];
+    float less[DOTS];
+    for (int32_t i = n * heads; i < end; ++i) { /* no keys: below all scores */
+        s[i] = hl_float_of(0xff800000u);
+    }
+    for (int32_t i = 0; i < DOTS; i += L) {
+        hl_vf_scalar m = hl_vset_scalar(-3.402823466e+38f);
+        for (int32_t at = i; at < end; at += DOTS) {
+            m = hl_vmax_scalar(hl_vload_scalar(s + at), m);
+        }
+        hl_vstore_scalar(each + i, m);
+    }
+    for (int32_t h = 0; h < heads; ++h) {
+        const float before = t->m[h0 + h];
+        float m = before;
+        for (int32_t i = h; i < DOTS; i += heads) {
+            m = each[i] > m ? each[i] : m;
+        }
+        for (int32_t i = h; i < DOTS; i += heads) {
+            each[i] = m;
+            less[i] = before - m;
+        }
+        t->m[h0 + h] = m;
+    }
+    for (int32_t i = 0; i < DOTS; i += L) {
+        const hl_vf_scalar m = hl_vload_scalar(each + i);
         hl_vf_scalar sum = hl_vzero_scalar();
-        for (int32_t j = 0; j < n; ++j) {
-            m = hl_vmax_scalar(hl_vload_scalar(s + (ptrdiff_t)j * heads + h), m);
-        }
-        for (int32_t j = 0; j < n; ++j) {
-            float *const at = s + (ptrdiff_t)j * heads + h;
-            const hl_vf_scalar p = hl_vexp2_scalar(hl_vsub_scalar(hl_vload_scalar(at), m));
+        for (int32_t at = i; at < end; at += DOTS) {
+            const hl_vf_scalar p = hl_vexp2_scalar(hl_vsub_scalar(hl_vload_scalar(s + at), m));
             sum = hl_vadd_scalar(sum, p);
-            hl_vstore_scalar(at, p);
+            hl_vstore_scalar(s + at, p);
         }
-        {
-            const hl_vf_scalar alpha = hl_vexp2_scalar(hl_vsub_scalar(before, m));
-            hl_vstore_scalar(t->m + h, m);
-            hl_vstore_scalar(t->l + h, hl_vfma_scalar(alpha, hl_vload_scalar(t->l + h), sum));
-            hl_vstore_scalar(t->alpha + h, alpha);
+        hl_vstore_scalar(each + i, sum);
+        hl_vstore_scalar(less + i, hl_vexp2_scalar(hl_vload_scalar(less + i)));
+    }
+    for (int32_t h = 0; h < heads; ++h) {
+        float sum = 0.0f;
+        for (int32_t i = h; i < DOTS; i += heads) {
+            sum += each[i];
         }
+        t->alpha[h0 + h] = less[h];
+        t->l[h0 + h] = less[h] * t->l[h0 + h] + sum;
+    }
+}
+
+HL_KERNEL_SCALAR void hl_sfa_bf16_d128_rope64_softmaxes_few_scalar(const hl_space *w,
+    const hl_state *t, int32_t group, int32_t n)
+{
+    enum { BLOCK = 16 };
+    int32_t h = 0;
+    for (; h + 4 <= group; h += 4) {
+        hl_sfa_bf16_d128_rope64_softmax_few_scalar(w->s + h * BLOCK, t, h, 4, n);
+    }
+    for (; h + 2 <= group; h += 2) {
+        hl_sfa_bf16_d128_rope64_softmax_few_scalar(w->s + h * BLOCK, t, h, 2, n);
+    }
+    for (; h + 1 <= group; h += 1) {
+        hl_sfa_bf16_d128_rope64_softmax_few_scalar(w->s + h * BLOCK, t, h, 1, n);
     }
 }
 
 /* ---- value: O = alpha O + P V ---- */
 
-/* 4 heads by 2 vectors of channels, read where they are
- * stored. */
-HL_KERNEL_SCALAR void hl_sfa_bf16_d128_rope64_pr_4x2_scalar(const float *p, ptrdiff_t ps,
-    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n)
+/* 4 heads by 2 vectors of channels, read where they are stored. Of 24 keys
+ * further on lines are asked for meanwhile, as long as j < later. */
+HL_KERNEL_SCALAR void hl_sfa_bf16_d128_rope64_pr_4x2_scalar(const float *p, const hl_row *row,
+    int32_t c, float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
 {
     enum { L = 1, OS = 128 };
     hl_vf_scalar o0_0 = hl_vzero_scalar();
@@ -2604,20 +2987,28 @@ HL_KERNEL_SCALAR void hl_sfa_bf16_d128_rope64_pr_4x2_scalar(const float *p, ptrd
     hl_vf_scalar o3_0 = hl_vzero_scalar();
     hl_vf_scalar o3_1 = hl_vzero_scalar();
     for (int32_t j = 0; j < n; ++j) {
-        const uint16_t *const value = (const uint16_t *)row[j].value;
-        const hl_vf_scalar v0 = hl_vload_bf16_scalar(value + c + 0 * L);
-        const hl_vf_scalar v1 = hl_vload_bf16_scalar(value + c + 1 * L);
+        const uint16_t *const value = (const uint16_t *)row[j].value + c;
+        if (j < later) {
+            const uint16_t *const next =
+                (const uint16_t *)row[j + 24].value + c;
+            if (apart) {
+                HL_FETCH(next + 0);
+            }
+        }
         hl_vf_scalar x;
-        x = hl_vset_scalar(p[j * ps + 0]);
+        hl_vf_scalar v0;
+        hl_vf_scalar v1;
+        hl_vpair_bf16_scalar(value + 0, &v0, &v1);
+        x = hl_vset_scalar(p[j * 4 + 0]);
         o0_0 = hl_vfma_scalar(x, v0, o0_0);
         o0_1 = hl_vfma_scalar(x, v1, o0_1);
-        x = hl_vset_scalar(p[j * ps + 1]);
+        x = hl_vset_scalar(p[j * 4 + 1]);
         o1_0 = hl_vfma_scalar(x, v0, o1_0);
         o1_1 = hl_vfma_scalar(x, v1, o1_1);
-        x = hl_vset_scalar(p[j * ps + 2]);
+        x = hl_vset_scalar(p[j * 4 + 2]);
         o2_0 = hl_vfma_scalar(x, v0, o2_0);
         o2_1 = hl_vfma_scalar(x, v1, o2_1);
-        x = hl_vset_scalar(p[j * ps + 3]);
+        x = hl_vset_scalar(p[j * 4 + 3]);
         o3_0 = hl_vfma_scalar(x, v0, o3_0);
         o3_1 = hl_vfma_scalar(x, v1, o3_1);
     }
@@ -2647,65 +3038,46 @@ HL_KERNEL_SCALAR void hl_sfa_bf16_d128_rope64_pr_4x2_scalar(const float *p, ptrd
                                     o3_1));
 }
 
-/* 4 heads by 1 vector of channels, read where they are
- * stored. */
-HL_KERNEL_SCALAR void hl_sfa_bf16_d128_rope64_pr_4x1_scalar(const float *p, ptrdiff_t ps,
-    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n)
-{
-    enum { L = 1, OS = 128 };
-    hl_vf_scalar o0_0 = hl_vzero_scalar();
-    hl_vf_scalar o1_0 = hl_vzero_scalar();
-    hl_vf_scalar o2_0 = hl_vzero_scalar();
-    hl_vf_scalar o3_0 = hl_vzero_scalar();
-    for (int32_t j = 0; j < n; ++j) {
-        const uint16_t *const value = (const uint16_t *)row[j].value;
-        const hl_vf_scalar v0 = hl_vload_bf16_scalar(value + c + 0 * L);
-        hl_vf_scalar x;
-        x = hl_vset_scalar(p[j * ps + 0]);
-        o0_0 = hl_vfma_scalar(x, v0, o0_0);
-        x = hl_vset_scalar(p[j * ps + 1]);
-        o1_0 = hl_vfma_scalar(x, v0, o1_0);
-        x = hl_vset_scalar(p[j * ps + 2]);
-        o2_0 = hl_vfma_scalar(x, v0, o2_0);
-        x = hl_vset_scalar(p[j * ps + 3]);
-        o3_0 = hl_vfma_scalar(x, v0, o3_0);
-    }
-    hl_vstore_scalar(o + 0 * OS + 0 * L,
-                     hl_vfma_scalar(hl_vset_scalar(alpha[0]), hl_vload_scalar(o + 0 * OS + 0 * L),
-                                    o0_0));
-    hl_vstore_scalar(o + 1 * OS + 0 * L,
-                     hl_vfma_scalar(hl_vset_scalar(alpha[1]), hl_vload_scalar(o + 1 * OS + 0 * L),
-                                    o1_0));
-    hl_vstore_scalar(o + 2 * OS + 0 * L,
-                     hl_vfma_scalar(hl_vset_scalar(alpha[2]), hl_vload_scalar(o + 2 * OS + 0 * L),
-                                    o2_0));
-    hl_vstore_scalar(o + 3 * OS + 0 * L,
-                     hl_vfma_scalar(hl_vset_scalar(alpha[3]), hl_vload_scalar(o + 3 * OS + 0 * L),
-                                    o3_0));
-}
-
-/* 1 head by 4 vectors of channels, read where they are
- * stored. */
-HL_KERNEL_SCALAR void hl_sfa_bf16_d128_rope64_pr_1x4_scalar(const float *p, ptrdiff_t ps,
-    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n)
+/* 2 heads by 4 vectors of channels, read where they are stored. Of 24 keys
+ * further on lines are asked for meanwhile, as long as j < later. */
+HL_KERNEL_SCALAR void hl_sfa_bf16_d128_rope64_pr_2x4_scalar(const float *p, const hl_row *row,
+    int32_t c, float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
 {
     enum { L = 1, OS = 128 };
     hl_vf_scalar o0_0 = hl_vzero_scalar();
     hl_vf_scalar o0_1 = hl_vzero_scalar();
     hl_vf_scalar o0_2 = hl_vzero_scalar();
     hl_vf_scalar o0_3 = hl_vzero_scalar();
+    hl_vf_scalar o1_0 = hl_vzero_scalar();
+    hl_vf_scalar o1_1 = hl_vzero_scalar();
+    hl_vf_scalar o1_2 = hl_vzero_scalar();
+    hl_vf_scalar o1_3 = hl_vzero_scalar();
     for (int32_t j = 0; j < n; ++j) {
-        const uint16_t *const value = (const uint16_t *)row[j].value;
-        const hl_vf_scalar v0 = hl_vload_bf16_scalar(value + c + 0 * L);
-        const hl_vf_scalar v1 = hl_vload_bf16_scalar(value + c + 1 * L);
-        const hl_vf_scalar v2 = hl_vload_bf16_scalar(value + c + 2 * L);
-        const hl_vf_scalar v3 = hl_vload_bf16_scalar(value + c + 3 * L);
+        const uint16_t *const value = (const uint16_t *)row[j].value + c;
+        if (j < later) {
+            const uint16_t *const next =
+                (const uint16_t *)row[j + 24].value + c;
+            if (apart) {
+                HL_FETCH(next + 0);
+            }
+        }
         hl_vf_scalar x;
-        x = hl_vset_scalar(p[j * ps + 0]);
+        hl_vf_scalar v0;
+        hl_vf_scalar v1;
+        hl_vf_scalar v2;
+        hl_vf_scalar v3;
+        hl_vpair_bf16_scalar(value + 0, &v0, &v1);
+        hl_vpair_bf16_scalar(value + 2, &v2, &v3);
+        x = hl_vset_scalar(p[j * 2 + 0]);
         o0_0 = hl_vfma_scalar(x, v0, o0_0);
         o0_1 = hl_vfma_scalar(x, v1, o0_1);
         o0_2 = hl_vfma_scalar(x, v2, o0_2);
         o0_3 = hl_vfma_scalar(x, v3, o0_3);
+        x = hl_vset_scalar(p[j * 2 + 1]);
+        o1_0 = hl_vfma_scalar(x, v0, o1_0);
+        o1_1 = hl_vfma_scalar(x, v1, o1_1);
+        o1_2 = hl_vfma_scalar(x, v2, o1_2);
+        o1_3 = hl_vfma_scalar(x, v3, o1_3);
     }
     hl_vstore_scalar(o + 0 * OS + 0 * L,
                      hl_vfma_scalar(hl_vset_scalar(alpha[0]), hl_vload_scalar(o + 0 * OS + 0 * L),
@@ -2719,55 +3091,120 @@ HL_KERNEL_SCALAR void hl_sfa_bf16_d128_rope64_pr_1x4_scalar(const float *p, ptrd
     hl_vstore_scalar(o + 0 * OS + 3 * L,
                      hl_vfma_scalar(hl_vset_scalar(alpha[0]), hl_vload_scalar(o + 0 * OS + 3 * L),
                                     o0_3));
+    hl_vstore_scalar(o + 1 * OS + 0 * L,
+                     hl_vfma_scalar(hl_vset_scalar(alpha[1]), hl_vload_scalar(o + 1 * OS + 0 * L),
+                                    o1_0));
+    hl_vstore_scalar(o + 1 * OS + 1 * L,
+                     hl_vfma_scalar(hl_vset_scalar(alpha[1]), hl_vload_scalar(o + 1 * OS + 1 * L),
+                                    o1_1));
+    hl_vstore_scalar(o + 1 * OS + 2 * L,
+                     hl_vfma_scalar(hl_vset_scalar(alpha[1]), hl_vload_scalar(o + 1 * OS + 2 * L),
+                                    o1_2));
+    hl_vstore_scalar(o + 1 * OS + 3 * L,
+                     hl_vfma_scalar(hl_vset_scalar(alpha[1]), hl_vload_scalar(o + 1 * OS + 3 * L),
+                                    o1_3));
 }
 
-/* 1 head by 1 vector of channels, read where they are
- * stored. */
-HL_KERNEL_SCALAR void hl_sfa_bf16_d128_rope64_pr_1x1_scalar(const float *p, ptrdiff_t ps,
-    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n)
+/* 1 head by 8 vectors of channels, read where they are stored. Of 24 keys
+ * further on lines are asked for meanwhile, as long as j < later. */
+HL_KERNEL_SCALAR void hl_sfa_bf16_d128_rope64_pr_1x8_scalar(const float *p, const hl_row *row,
+    int32_t c, float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
 {
     enum { L = 1, OS = 128 };
     hl_vf_scalar o0_0 = hl_vzero_scalar();
+    hl_vf_scalar o0_1 = hl_vzero_scalar();
+    hl_vf_scalar o0_2 = hl_vzero_scalar();
+    hl_vf_scalar o0_3 = hl_vzero_scalar();
+    hl_vf_scalar o0_4 = hl_vzero_scalar();
+    hl_vf_scalar o0_5 = hl_vzero_scalar();
+    hl_vf_scalar o0_6 = hl_vzero_scalar();
+    hl_vf_scalar o0_7 = hl_vzero_scalar();
     for (int32_t j = 0; j < n; ++j) {
-        const uint16_t *const value = (const uint16_t *)row[j].value;
-        const hl_vf_scalar v0 = hl_vload_bf16_scalar(value + c + 0 * L);
-        hl_vf_scalar x;
-        x = hl_vset_scalar(p[j * ps + 0]);
-        o0_0 = hl_vfma_scalar(x, v0, o0_0);
+        const uint16_t *const value = (const uint16_t *)row[j].value + c;
+        if (j < later) {
+            const uint16_t *const next =
+                (const uint16_t *)row[j + 24].value + c;
+            if (apart) {
+                HL_FETCH(next + 0);
+            }
+        }
+        const hl_vf_scalar x = hl_vset_scalar(p[j]);
+        hl_vf_scalar v;
+        hl_vf_scalar w;
+        hl_vpair_bf16_scalar(value + 0, &v, &w);
+        o0_0 = hl_vfma_scalar(x, v, o0_0);
+        o0_1 = hl_vfma_scalar(x, w, o0_1);
+        hl_vpair_bf16_scalar(value + 2, &v, &w);
+        o0_2 = hl_vfma_scalar(x, v, o0_2);
+        o0_3 = hl_vfma_scalar(x, w, o0_3);
+        hl_vpair_bf16_scalar(value + 4, &v, &w);
+        o0_4 = hl_vfma_scalar(x, v, o0_4);
+        o0_5 = hl_vfma_scalar(x, w, o0_5);
+        hl_vpair_bf16_scalar(value + 6, &v, &w);
+        o0_6 = hl_vfma_scalar(x, v, o0_6);
+        o0_7 = hl_vfma_scalar(x, w, o0_7);
     }
     hl_vstore_scalar(o + 0 * OS + 0 * L,
                      hl_vfma_scalar(hl_vset_scalar(alpha[0]), hl_vload_scalar(o + 0 * OS + 0 * L),
                                     o0_0));
+    hl_vstore_scalar(o + 0 * OS + 1 * L,
+                     hl_vfma_scalar(hl_vset_scalar(alpha[0]), hl_vload_scalar(o + 0 * OS + 1 * L),
+                                    o0_1));
+    hl_vstore_scalar(o + 0 * OS + 2 * L,
+                     hl_vfma_scalar(hl_vset_scalar(alpha[0]), hl_vload_scalar(o + 0 * OS + 2 * L),
+                                    o0_2));
+    hl_vstore_scalar(o + 0 * OS + 3 * L,
+                     hl_vfma_scalar(hl_vset_scalar(alpha[0]), hl_vload_scalar(o + 0 * OS + 3 * L),
+                                    o0_3));
+    hl_vstore_scalar(o + 0 * OS + 4 * L,
+                     hl_vfma_scalar(hl_vset_scalar(alpha[0]), hl_vload_scalar(o + 0 * OS + 4 * L),
+                                    o0_4));
+    hl_vstore_scalar(o + 0 * OS + 5 * L,
+                     hl_vfma_scalar(hl_vset_scalar(alpha[0]), hl_vload_scalar(o + 0 * OS + 5 * L),
+                                    o0_5));
+    hl_vstore_scalar(o + 0 * OS + 6 * L,
+                     hl_vfma_scalar(hl_vset_scalar(alpha[0]), hl_vload_scalar(o + 0 * OS + 6 * L),
+                                    o0_6));
+    hl_vstore_scalar(o + 0 * OS + 7 * L,
+                     hl_vfma_scalar(hl_vset_scalar(alpha[0]), hl_vload_scalar(o + 0 * OS + 7 * L),
+                                    o0_7));
 }
 
-/* Few heads: the values are not worth a copy. */
+/* Few heads: values are not worth a copy. */
 HL_KERNEL_SCALAR void hl_sfa_bf16_d128_rope64_value_few_scalar(const hl_space *w, const hl_state *t,
-    const hl_block *b, int32_t padded, int32_t group)
+    const hl_block *b, int32_t group)
 {
-    enum { L = 1, OS = 128, DV = 128 };
+    enum { OS = 128, BLOCK = 16 };
+    const int32_t left = b->n + b->n_later - 24;
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
+        const int32_t later = h == 0 ? left : 0;
+        const int32_t later_apart = b->value_apart ? later : 0;
+        const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
-        int32_t c = 0;
-        for (; c + 2 * L <= DV; c += 2 * L) {
-            hl_sfa_bf16_d128_rope64_pr_4x2_scalar(w->s + h, padded, b->row, c, o + c, t->alpha + h,
-                                                  b->n);
+        for (int32_t c = 0; c < 128; c += 2) {
+            hl_sfa_bf16_d128_rope64_pr_4x2_scalar(p, b->row, c, o + c, t->alpha + h, b->n,
+                                                  later_apart, b->value_apart);
         }
-        for (; c + 1 * L <= DV; c += 1 * L) {
-            hl_sfa_bf16_d128_rope64_pr_4x1_scalar(w->s + h, padded, b->row, c, o + c, t->alpha + h,
-                                                  b->n);
+    }
+    for (; h + 2 <= group; h += 2) {
+        const int32_t later = h == 0 ? left : 0;
+        const int32_t later_apart = b->value_apart ? later : 0;
+        const float *const p = w->s + h * BLOCK;
+        float *const o = t->o + (ptrdiff_t)h * OS;
+        for (int32_t c = 0; c < 128; c += 4) {
+            hl_sfa_bf16_d128_rope64_pr_2x4_scalar(p, b->row, c, o + c, t->alpha + h, b->n,
+                                                  later_apart, b->value_apart);
         }
     }
     for (; h + 1 <= group; h += 1) {
+        const int32_t later = h == 0 ? left : 0;
+        const int32_t later_apart = b->value_apart ? later : 0;
+        const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
-        int32_t c = 0;
-        for (; c + 4 * L <= DV; c += 4 * L) {
-            hl_sfa_bf16_d128_rope64_pr_1x4_scalar(w->s + h, padded, b->row, c, o + c, t->alpha + h,
-                                                  b->n);
-        }
-        for (; c + 1 * L <= DV; c += 1 * L) {
-            hl_sfa_bf16_d128_rope64_pr_1x1_scalar(w->s + h, padded, b->row, c, o + c, t->alpha + h,
-                                                  b->n);
+        for (int32_t c = 0; c < 128; c += 8) {
+            hl_sfa_bf16_d128_rope64_pr_1x8_scalar(p, b->row, c, o + c, t->alpha + h, b->n,
+                                                  later_apart, b->value_apart);
         }
     }
 }
@@ -2854,7 +3291,7 @@ HL_KERNEL_SCALAR void hl_sfa_bf16_d128_rope64_finish_scalar(
         const float l = t->l[h];
         const float max = t->m[h] * 0.693147181f;
         const int32_t none = *t->seen == 0.0f; /* no key: O = 0, and only the sink in the sum */
-        const float *const o = t->o + (ptrdiff_t)h * OS;
+        float *const o = t->o + (ptrdiff_t)h * OS;
         hl_sfa_bf16_d128_rope64_store_out_scalar(a, at, o, none && l == l ? 0.0f : t->alpha[h] / l);
         if (a->softmax_max != NULL) {
             a->softmax_max[g->stats + h] = l != l ? l
@@ -2955,30 +3392,42 @@ HL_KERNEL_SCALAR void hl_sfa_bf16_d128_rope64_block_scalar(
     const hl_sparse_flash_attention_plan *plan, const hl_space *w, const hl_state *t,
     const hl_block *b, int32_t padded)
 {
-    /* rows -> numbers, a tile at a time; S = scale Q K^T, in units of log2 */
-    hl_sfa_bf16_d128_rope64_score_few_scalar(w, b, padded, plan->scale_log2);
+    (void)padded;
+    /* S = scale Q K^T, in units of log2 */
+    hl_sfa_bf16_d128_rope64_score_few_scalar(w, b, plan->group, plan->scale_log2);
     /* m' = max(m, rowmax S);  P = 2^(S - m');  l, alpha */
-    hl_sfa_bf16_d128_rope64_softmax_scalar(w->s, t, padded, b->n);
+    hl_sfa_bf16_d128_rope64_softmaxes_few_scalar(w, t, plan->group, b->n);
     /* O = alpha O + P V */
-    hl_sfa_bf16_d128_rope64_value_few_scalar(w, t, b, padded, plan->group);
+    hl_sfa_bf16_d128_rope64_value_few_scalar(w, t, b, plan->group);
 }
 /* One chunk of a group's keys (FlashAttention-2, algorithm 1, with K and V in blocks). */
 HL_KERNEL_SCALAR void hl_sfa_bf16_d128_rope64_forward_scalar(
     const hl_sparse_flash_attention_plan *plan, const hl_group *g, const hl_space *w,
     const hl_state *t, hl_cursor c, int32_t padded)
 {
+    enum { CAP = 80, AHEAD = 24 };
     const int32_t block = 16;
     const hl_sparse_flash_attention_args *const a = &plan->args;
+    int32_t known = hl_sfa_bf16_d128_rope64_next(a, g, &c, w->row, CAP);
+    int32_t more = known == CAP;
     hl_block b;
     b.row = w->row;
-    b.n = hl_sfa_bf16_d128_rope64_next(a, g, &c, b.row, block);
+    b.value_apart = a->value != NULL;
     hl_sfa_bf16_d128_rope64_start_scalar(t, padded, plan->group);
-    while (b.n > 0) {
-        b.n_later = b.n < block ? 0 : hl_sfa_bf16_d128_rope64_next(a, g, &c, b.row + block, block);
+    while (known > 0) {
+        b.n = known < block ? known : block;
+        b.n_later = known - b.n;
         hl_sfa_bf16_d128_rope64_block_scalar(plan, w, t, &b, padded);
         *t->seen = 1.0f;
-        HL_COPY(b.row, b.row + block, (size_t)b.n_later * sizeof *b.row);
-        b.n = b.n_later;
+        b.row += b.n;
+        known = b.n_later;
+        /* the rows to come move to the front; others follow */
+        if (more && known <= CAP / 2 && known < block + AHEAD) {
+            HL_COPY(w->row, b.row, (size_t)known * sizeof *b.row);
+            b.row = w->row;
+            known += hl_sfa_bf16_d128_rope64_next(a, g, &c, b.row + known, CAP - known);
+            more = known == CAP;
+        }
     }
 }
 
@@ -3006,7 +3455,7 @@ static inline void hl_sfa_bf16_d128_rope64_task_scalar(const hl_sparse_flash_att
     if (chunk >= chunks) {
         return;
     }
-    hl_sfa_bf16_d128_rope64_load_q_scalar(a, &g, plan->group, w.k, w.q);
+    hl_sfa_bf16_d128_rope64_load_q_few_scalar(a, &g, plan->group, w.q);
     if (split) { /* leave the partial result for merge */
         const hl_state part = hl_sfa_bf16_d128_rope64_partial(plan, task);
         hl_sfa_bf16_d128_rope64_forward_scalar(plan, &g, &w, &part,
@@ -3053,6 +3502,34 @@ static inline void hl_sfa_bf16_d128_rope64_merge_scalar(const hl_sparse_flash_at
 
 /* ---- load: rows -> numbers, once for the whole group ---- */
 
+/* Few heads: Q as rows, each section of a row cut into vectors just as those of a key are. */
+HL_KERNEL_NEON void hl_sfa_bf16_d128_rope64_load_q_few_neon(const hl_sparse_flash_attention_args *a,
+    const hl_group *g, int32_t group, float *to)
+{
+    enum { L = 4 };
+    for (int32_t h = 0; h < group; ++h) {
+        const uint16_t *const key =
+            (const uint16_t *)a->query + g->query + h * a->query_stride.head;
+        const uint16_t *const rope =
+            a->query_rope == NULL ? key + 128
+            : (const uint16_t *)a->query_rope + g->query_rope
+                + h * a->query_rope_stride.head;
+        float *const q = to + (ptrdiff_t)h * 192;
+        hl_vf_neon x;
+        hl_vf_neon y;
+        for (int32_t c = 0; c < 128; c += 2 * L) {
+            hl_vpair_bf16_neon(key + c, &x, &y);
+            hl_vstore_neon(q + 0 + c, x);
+            hl_vstore_neon(q + 0 + c + L, y);
+        }
+        for (int32_t c = 0; c < 64; c += 2 * L) {
+            hl_vpair_bf16_neon(rope + c, &x, &y);
+            hl_vstore_neon(q + 128 + c, x);
+            hl_vstore_neon(q + 128 + c + L, y);
+        }
+        (void)y;
+    }
+}
 /* Q^T as panels of 2 vectors of heads, [panel][channel][head]; the last may be
  * narrower. Heads past the group are 0. `row` is scratch for one row. */
 HL_KERNEL_NEON void hl_sfa_bf16_d128_rope64_load_q_neon(const hl_sparse_flash_attention_args *a,
@@ -3094,42 +3571,10 @@ HL_KERNEL_NEON void hl_sfa_bf16_d128_rope64_load_key_neon(const hl_row *row, flo
     hl_vrow_bf16_neon(to, (const uint16_t *)row->key, DK);
     hl_vrow_bf16_neon(to + DK, (const uint16_t *)row->rope, ROPE);
 }
-/* Channels c0 .. c0+n-1 of some keys, channel by channel over all of them: so many pages are under
- * way at once, and each of them is read in order. */
-HL_KERNEL_NEON void hl_sfa_bf16_d128_rope64_load_keys_neon(const hl_row *row, int32_t keys,
-    int32_t c0, int32_t n, float *to)
-{
-    enum { L = 4, KS = 192, DK = 128 };
-    const int32_t end = c0 + n < DK ? c0 + n : DK;
-    int32_t c = c0;
-    for (; c + L <= end; c += L) {
-        for (int32_t r = 0; r < keys; ++r) {
-            const uint16_t *const key = (const uint16_t *)row[r].key;
-            hl_vstore_neon(to + (ptrdiff_t)r * KS + (c - c0), hl_vload_bf16_neon(key + c));
-        }
-    }
-    if (c0 + n > DK) {
-        c = c0 > DK ? c0 : DK;
-        for (int32_t r = 0; r < keys; ++r) {
-            const uint16_t *const rope = (const uint16_t *)row[r].rope;
-            hl_vrow_bf16_neon(to + (ptrdiff_t)r * KS + (c - c0), rope + (c - DK), c0 + n - c);
-        }
-    }
-}
 
-/* Asks for one line of each of some rows before it is needed: rows that a list names lie anywhere,
- * which no hardware can guess. A word, not a function: GCC takes a function that does nothing but
- * prefetch for one without effect, and drops its calls. */
-HL_WORD_NEON void hl_sfa_bf16_d128_rope64_fetch_channels_neon(const hl_row *row, int32_t rows,
-    int32_t c)
-{
-    enum { DK = 128 };
-    for (int32_t r = 0; r < rows; ++r) {
-        HL_FETCH(c < DK ? (const uint16_t *)row[r].key + c : (const uint16_t *)row[r].rope
-                 + (c - DK));
-    }
-}
-/* The same for all lines of one row. */
+/* Asks for all lines of one row before it is needed: rows that a list names lie anywhere, which no
+ * hardware can guess. A word, not a function: GCC takes a function that does nothing but prefetch
+ * for one without effect, and drops its calls. */
 HL_WORD_NEON void hl_sfa_bf16_d128_rope64_fetch_row_neon(const hl_row *row, int32_t value_apart)
 {
     for (int32_t c = 0; c < 128; c += 32) {
@@ -3145,16 +3590,15 @@ HL_WORD_NEON void hl_sfa_bf16_d128_rope64_fetch_row_neon(const hl_row *row, int3
 
 /* The whole block's keys, and its values where they are apart; meanwhile rows are asked for that
  * lie 8 further on, in this block or in the next. */
-HL_KERNEL_NEON void hl_sfa_bf16_d128_rope64_load_neon(const hl_space *w, const hl_block *b,
-    int32_t value_apart)
+HL_KERNEL_NEON void hl_sfa_bf16_d128_rope64_load_neon(const hl_space *w, const hl_block *b)
 {
     enum { DV = 128, KS = 192, VS = 128 };
     for (int32_t j = 0; j < b->n; ++j) {
         if (j + 8 < b->n + b->n_later) {
-            hl_sfa_bf16_d128_rope64_fetch_row_neon(&b->row[j + 8], value_apart);
+            hl_sfa_bf16_d128_rope64_fetch_row_neon(&b->row[j + 8], b->value_apart);
         }
         hl_sfa_bf16_d128_rope64_load_key_neon(&b->row[j], w->k + (ptrdiff_t)j * KS);
-        if (value_apart) {
+        if (b->value_apart) {
             hl_vrow_bf16_neon(w->v + (ptrdiff_t)j * VS, (const uint16_t *)b->row[j].value, DV);
         }
     }
@@ -3164,12 +3608,11 @@ HL_KERNEL_NEON void hl_sfa_bf16_d128_rope64_load_neon(const hl_space *w, const h
 
 /* 8 keys by 2 vectors of heads, over n channels.
  * Heads are in the lanes, so that no number ever has to be summed across them. With add, the result
- * is added to what earlier channels left in s. Meanwhile the same channels of later keys (next,
- * from channel c0) are asked for, if there are any. */
+ * is added to what earlier channels left in s. */
 HL_KERNEL_NEON void hl_sfa_bf16_d128_rope64_qk_8x2_neon(const float *q, const float *k, float *s,
-    ptrdiff_t ss, int32_t n, int32_t add, float scale, const hl_row *next, int32_t c0)
+    ptrdiff_t ss, int32_t n, int32_t add, float scale)
 {
-    enum { L = 4, W = 2 * L, KS = 192, LINE = 32 };
+    enum { L = 4, W = 2 * L, KS = 192 };
     hl_vf_neon s0_0 = hl_vzero_neon();
     hl_vf_neon s0_1 = hl_vzero_neon();
     hl_vf_neon s1_0 = hl_vzero_neon();
@@ -3186,40 +3629,34 @@ HL_KERNEL_NEON void hl_sfa_bf16_d128_rope64_qk_8x2_neon(const float *q, const fl
     hl_vf_neon s6_1 = hl_vzero_neon();
     hl_vf_neon s7_0 = hl_vzero_neon();
     hl_vf_neon s7_1 = hl_vzero_neon();
-    for (int32_t start = 0; start < n; start += LINE) {
-        const int32_t stop = n - start > LINE ? start + LINE : n;
-        if (next != NULL) {
-            hl_sfa_bf16_d128_rope64_fetch_channels_neon(next, 8, c0 + start);
-        }
-        for (int32_t c = start; c < stop; ++c) {
-            const hl_vf_neon q0 = hl_vload_neon(q + (ptrdiff_t)c * W + 0 * L);
-            const hl_vf_neon q1 = hl_vload_neon(q + (ptrdiff_t)c * W + 1 * L);
-            hl_vf_neon x;
-            x = hl_vset_neon(k[0 * KS + c]);
-            s0_0 = hl_vfma_neon(x, q0, s0_0);
-            s0_1 = hl_vfma_neon(x, q1, s0_1);
-            x = hl_vset_neon(k[1 * KS + c]);
-            s1_0 = hl_vfma_neon(x, q0, s1_0);
-            s1_1 = hl_vfma_neon(x, q1, s1_1);
-            x = hl_vset_neon(k[2 * KS + c]);
-            s2_0 = hl_vfma_neon(x, q0, s2_0);
-            s2_1 = hl_vfma_neon(x, q1, s2_1);
-            x = hl_vset_neon(k[3 * KS + c]);
-            s3_0 = hl_vfma_neon(x, q0, s3_0);
-            s3_1 = hl_vfma_neon(x, q1, s3_1);
-            x = hl_vset_neon(k[4 * KS + c]);
-            s4_0 = hl_vfma_neon(x, q0, s4_0);
-            s4_1 = hl_vfma_neon(x, q1, s4_1);
-            x = hl_vset_neon(k[5 * KS + c]);
-            s5_0 = hl_vfma_neon(x, q0, s5_0);
-            s5_1 = hl_vfma_neon(x, q1, s5_1);
-            x = hl_vset_neon(k[6 * KS + c]);
-            s6_0 = hl_vfma_neon(x, q0, s6_0);
-            s6_1 = hl_vfma_neon(x, q1, s6_1);
-            x = hl_vset_neon(k[7 * KS + c]);
-            s7_0 = hl_vfma_neon(x, q0, s7_0);
-            s7_1 = hl_vfma_neon(x, q1, s7_1);
-        }
+    for (int32_t c = 0; c < n; ++c) {
+        const hl_vf_neon q0 = hl_vload_neon(q + (ptrdiff_t)c * W + 0 * L);
+        const hl_vf_neon q1 = hl_vload_neon(q + (ptrdiff_t)c * W + 1 * L);
+        hl_vf_neon x;
+        x = hl_vset_neon(k[0 * KS + c]);
+        s0_0 = hl_vfma_neon(x, q0, s0_0);
+        s0_1 = hl_vfma_neon(x, q1, s0_1);
+        x = hl_vset_neon(k[1 * KS + c]);
+        s1_0 = hl_vfma_neon(x, q0, s1_0);
+        s1_1 = hl_vfma_neon(x, q1, s1_1);
+        x = hl_vset_neon(k[2 * KS + c]);
+        s2_0 = hl_vfma_neon(x, q0, s2_0);
+        s2_1 = hl_vfma_neon(x, q1, s2_1);
+        x = hl_vset_neon(k[3 * KS + c]);
+        s3_0 = hl_vfma_neon(x, q0, s3_0);
+        s3_1 = hl_vfma_neon(x, q1, s3_1);
+        x = hl_vset_neon(k[4 * KS + c]);
+        s4_0 = hl_vfma_neon(x, q0, s4_0);
+        s4_1 = hl_vfma_neon(x, q1, s4_1);
+        x = hl_vset_neon(k[5 * KS + c]);
+        s5_0 = hl_vfma_neon(x, q0, s5_0);
+        s5_1 = hl_vfma_neon(x, q1, s5_1);
+        x = hl_vset_neon(k[6 * KS + c]);
+        s6_0 = hl_vfma_neon(x, q0, s6_0);
+        s6_1 = hl_vfma_neon(x, q1, s6_1);
+        x = hl_vset_neon(k[7 * KS + c]);
+        s7_0 = hl_vfma_neon(x, q0, s7_0);
+        s7_1 = hl_vfma_neon(x, q1, s7_1);
     }
     if (add) {
         s0_0 = hl_vadd_neon(hl_vload_neon(s + 0 * ss + 0 * L), s0_0);
@@ -3259,27 +3696,20 @@ HL_KERNEL_NEON void hl_sfa_bf16_d128_rope64_qk_8x2_neon(const float *q, const fl
 
 /* 1 key by 2 vectors of heads, over n channels.
  * Heads are in the lanes, so that no number ever has to be summed across them. With add, the result
- * is added to what earlier channels left in s. Meanwhile the same channels of later keys (next,
- * from channel c0) are asked for, if there are any. */
+ * is added to what earlier channels left in s. */
 HL_KERNEL_NEON void hl_sfa_bf16_d128_rope64_qk_1x2_neon(const float *q, const float *k, float *s,
-    ptrdiff_t ss, int32_t n, int32_t add, float scale, const hl_row *next, int32_t c0)
+    ptrdiff_t ss, int32_t n, int32_t add, float scale)
 {
-    enum { L = 4, W = 2 * L, KS = 192, LINE = 32 };
+    enum { L = 4, W = 2 * L, KS = 192 };
     hl_vf_neon s0_0 = hl_vzero_neon();
     hl_vf_neon s0_1 = hl_vzero_neon();
-    for (int32_t start = 0; start < n; start += LINE) {
-        const int32_t stop = n - start > LINE ? start + LINE : n;
-        if (next != NULL) {
-            hl_sfa_bf16_d128_rope64_fetch_channels_neon(next, 1, c0 + start);
-        }
-        for (int32_t c = start; c < stop; ++c) {
-            const hl_vf_neon q0 = hl_vload_neon(q + (ptrdiff_t)c * W + 0 * L);
-            const hl_vf_neon q1 = hl_vload_neon(q + (ptrdiff_t)c * W + 1 * L);
-            hl_vf_neon x;
-            x = hl_vset_neon(k[0 * KS + c]);
-            s0_0 = hl_vfma_neon(x, q0, s0_0);
-            s0_1 = hl_vfma_neon(x, q1, s0_1);
-        }
+    for (int32_t c = 0; c < n; ++c) {
+        const hl_vf_neon q0 = hl_vload_neon(q + (ptrdiff_t)c * W + 0 * L);
+        const hl_vf_neon q1 = hl_vload_neon(q + (ptrdiff_t)c * W + 1 * L);
+        hl_vf_neon x;
+        x = hl_vset_neon(k[0 * KS + c]);
+        s0_0 = hl_vfma_neon(x, q0, s0_0);
+        s0_1 = hl_vfma_neon(x, q1, s0_1);
     }
     if (add) {
         s0_0 = hl_vadd_neon(hl_vload_neon(s + 0 * ss + 0 * L), s0_0);
@@ -3291,12 +3721,11 @@ HL_KERNEL_NEON void hl_sfa_bf16_d128_rope64_qk_1x2_neon(const float *q, const fl
 
 /* 8 keys by 1 vector of heads, over n channels.
  * Heads are in the lanes, so that no number ever has to be summed across them. With add, the result
- * is added to what earlier channels left in s. Meanwhile the same channels of later keys (next,
- * from channel c0) are asked for, if there are any. */
+ * is added to what earlier channels left in s. */
 HL_KERNEL_NEON void hl_sfa_bf16_d128_rope64_qk_8x1_neon(const float *q, const float *k, float *s,
-    ptrdiff_t ss, int32_t n, int32_t add, float scale, const hl_row *next, int32_t c0)
+    ptrdiff_t ss, int32_t n, int32_t add, float scale)
 {
-    enum { L = 4, W = 1 * L, KS = 192, LINE = 32 };
+    enum { L = 4, W = 1 * L, KS = 192 };
     hl_vf_neon s0_0 = hl_vzero_neon();
     hl_vf_neon s1_0 = hl_vzero_neon();
     hl_vf_neon s2_0 = hl_vzero_neon();
@@ -3305,31 +3734,25 @@ HL_KERNEL_NEON void hl_sfa_bf16_d128_rope64_qk_8x1_neon(const float *q, const fl
     hl_vf_neon s5_0 = hl_vzero_neon();
     hl_vf_neon s6_0 = hl_vzero_neon();
     hl_vf_neon s7_0 = hl_vzero_neon();
-    for (int32_t start = 0; start < n; start += LINE) {
-        const int32_t stop = n - start > LINE ? start + LINE : n;
-        if (next != NULL) {
-            hl_sfa_bf16_d128_rope64_fetch_channels_neon(next, 8, c0 + start);
-        }
-        for (int32_t c = start; c < stop; ++c) {
-            const hl_vf_neon q0 = hl_vload_neon(q + (ptrdiff_t)c * W + 0 * L);
-            hl_vf_neon x;
-            x = hl_vset_neon(k[0 * KS + c]);
-            s0_0 = hl_vfma_neon(x, q0, s0_0);
-            x = hl_vset_neon(k[1 * KS + c]);
-            s1_0 = hl_vfma_neon(x, q0, s1_0);
-            x = hl_vset_neon(k[2 * KS + c]);
-            s2_0 = hl_vfma_neon(x, q0, s2_0);
-            x = hl_vset_neon(k[3 * KS + c]);
-            s3_0 = hl_vfma_neon(x, q0, s3_0);
-            x = hl_vset_neon(k[4 * KS + c]);
-            s4_0 = hl_vfma_neon(x, q0, s4_0);
-            x = hl_vset_neon(k[5 * KS + c]);
-            s5_0 = hl_vfma_neon(x, q0, s5_0);
-            x = hl_vset_neon(k[6 * KS + c]);
-            s6_0 = hl_vfma_neon(x, q0, s6_0);
-            x = hl_vset_neon(k[7 * KS + c]);
-            s7_0 = hl_vfma_neon(x, q0, s7_0);
-        }
+    for (int32_t c = 0; c < n; ++c) {
+        const hl_vf_neon q0 = hl_vload_neon(q + (ptrdiff_t)c * W + 0 * L);
+        hl_vf_neon x;
+        x = hl_vset_neon(k[0 * KS + c]);
+        s0_0 = hl_vfma_neon(x, q0, s0_0);
+        x = hl_vset_neon(k[1 * KS + c]);
+        s1_0 = hl_vfma_neon(x, q0, s1_0);
+        x = hl_vset_neon(k[2 * KS + c]);
+        s2_0 = hl_vfma_neon(x, q0, s2_0);
+        x = hl_vset_neon(k[3 * KS + c]);
+        s3_0 = hl_vfma_neon(x, q0, s3_0);
+        x = hl_vset_neon(k[4 * KS + c]);
+        s4_0 = hl_vfma_neon(x, q0, s4_0);
+        x = hl_vset_neon(k[5 * KS + c]);
+        s5_0 = hl_vfma_neon(x, q0, s5_0);
+        x = hl_vset_neon(k[6 * KS + c]);
+        s6_0 = hl_vfma_neon(x, q0, s6_0);
+        x = hl_vset_neon(k[7 * KS + c]);
+        s7_0 = hl_vfma_neon(x, q0, s7_0);
     }
     if (add) {
         s0_0 = hl_vadd_neon(hl_vload_neon(s + 0 * ss + 0 * L), s0_0);
@@ -3353,24 +3776,17 @@ HL_KERNEL_NEON void hl_sfa_bf16_d128_rope64_qk_8x1_neon(const float *q, const fl
 
 /* 1 key by 1 vector of heads, over n channels.
  * Heads are in the lanes, so that no number ever has to be summed across them. With add, the result
- * is added to what earlier channels left in s. Meanwhile the same channels of later keys (next,
- * from channel c0) are asked for, if there are any. */
+ * is added to what earlier channels left in s. */
 HL_KERNEL_NEON void hl_sfa_bf16_d128_rope64_qk_1x1_neon(const float *q, const float *k, float *s,
-    ptrdiff_t ss, int32_t n, int32_t add, float scale, const hl_row *next, int32_t c0)
+    ptrdiff_t ss, int32_t n, int32_t add, float scale)
 {
-    enum { L = 4, W = 1 * L, KS = 192, LINE = 32 };
+    enum { L = 4, W = 1 * L, KS = 192 };
     hl_vf_neon s0_0 = hl_vzero_neon();
-    for (int32_t start = 0; start < n; start += LINE) {
-        const int32_t stop = n - start > LINE ? start + LINE : n;
-        if (next != NULL) {
-            hl_sfa_bf16_d128_rope64_fetch_channels_neon(next, 1, c0 + start);
-        }
-        for (int32_t c = start; c < stop; ++c) {
-            const hl_vf_neon q0 = hl_vload_neon(q + (ptrdiff_t)c * W + 0 * L);
-            hl_vf_neon x;
-            x = hl_vset_neon(k[0 * KS + c]);
-            s0_0 = hl_vfma_neon(x, q0, s0_0);
-        }
+    for (int32_t c = 0; c < n; ++c) {
+        const hl_vf_neon q0 = hl_vload_neon(q + (ptrdiff_t)c * W + 0 * L);
+        hl_vf_neon x;
+        x = hl_vset_neon(k[0 * KS + c]);
+        s0_0 = hl_vfma_neon(x, q0, s0_0);
     }
     if (add) {
         s0_0 = hl_vadd_neon(hl_vload_neon(s + 0 * ss + 0 * L), s0_0);
@@ -3378,84 +3794,549 @@ HL_KERNEL_NEON void hl_sfa_bf16_d128_rope64_qk_1x1_neon(const float *q, const fl
     hl_vstore_neon(s + 0 * ss + 0 * L, hl_vmul_neon(s0_0, hl_vset_neon(scale)));
 }
 
-/* Some heads of the group against the `rows` keys that lie in k, over n channels from c0. */
-HL_KERNEL_NEON void hl_sfa_bf16_d128_rope64_score_keys_neon(const hl_space *w, const float *k,
-    float *s, int32_t heads, int32_t rows, int32_t h0, int32_t h1, int32_t c0, int32_t n,
-    float scale, const hl_row *next)
+/* One panel of Q, or what is left of its last, against keys of the block: channels from c0. */
+HL_KERNEL_NEON void hl_sfa_bf16_d128_rope64_score_panel_neon(const float *q, const float *k,
+    float *s, int32_t heads, int32_t width, int32_t keys, int32_t c0, int32_t n, float scale)
 {
-    enum { L = 4, W = 2 * L, D = 192 };
+    enum { W = 2 * 4, KS = 192 };
     const int32_t add = c0 > 0;
-    for (int32_t h = h0; h < h1; h += W) {
-        const int32_t width = heads - h < W ? heads - h : W;
-        const float *const q = w->q + (ptrdiff_t)h * D + (ptrdiff_t)c0 * width;
-        if (rows == 8) {
-            if (width == W) {
-                hl_sfa_bf16_d128_rope64_qk_8x2_neon(q, k, s + h, heads, n, add, scale, next, c0);
-            } else {
-                hl_sfa_bf16_d128_rope64_qk_8x1_neon(q, k, s + h, heads, n, add, scale, next, c0);
-            }
+    int32_t j = 0;
+    for (; j + 8 <= keys; j += 8) {
+        const float *const row = k + (ptrdiff_t)j * KS;
+        float *const to = s + (ptrdiff_t)j * heads;
+        if (width == W) {
+            hl_sfa_bf16_d128_rope64_qk_8x2_neon(q, row, to, heads, n, add, scale);
         } else {
-            if (width == W) {
-                hl_sfa_bf16_d128_rope64_qk_1x2_neon(q, k, s + h, heads, n, add, scale, next, c0);
-            } else {
-                hl_sfa_bf16_d128_rope64_qk_1x1_neon(q, k, s + h, heads, n, add, scale, next, c0);
-            }
+            hl_sfa_bf16_d128_rope64_qk_8x1_neon(q, row, to, heads, n, add, scale);
         }
-        next = NULL;
+    }
+    for (; j + 1 <= keys; j += 1) {
+        const float *const row = k + (ptrdiff_t)j * KS;
+        float *const to = s + (ptrdiff_t)j * heads;
+        if (width == W) {
+            hl_sfa_bf16_d128_rope64_qk_1x2_neon(q, row, to, heads, n, add, scale);
+        } else {
+            hl_sfa_bf16_d128_rope64_qk_1x1_neon(q, row, to, heads, n, add, scale);
+        }
     }
 }
 
-/* Keys of the next tile: the largest that still fits. */
-HL_KERNEL_NEON int32_t hl_sfa_bf16_d128_rope64_tile_rows_neon(int32_t left)
-{
-    if (left >= 8) {
-        return 8;
-    }
-    return 1;
-}
 /* Many heads: the whole block is loaded. Channels in slices of 192, so that a
  * slice of a Q panel stays in the first-level cache while the keys pass by. */
 HL_KERNEL_NEON void hl_sfa_bf16_d128_rope64_score_neon(const hl_space *w, int32_t heads, int32_t n,
     float scale)
 {
-    enum { W = 2 * 4, D = 192, KS = 192 };
-    enum { SLICE = 192 };
+    enum { W = 2 * 4, D = 192, SLICE = 192 };
     for (int32_t h = 0; h < heads; h += W) {
+        const int32_t width = heads - h < W ? heads - h : W;
         for (int32_t c0 = 0; c0 < D; c0 += SLICE) {
             const int32_t left = D - c0;
-            int32_t rows = 0;
-            for (int32_t j = 0; j < n; j += rows) {
-                rows = hl_sfa_bf16_d128_rope64_tile_rows_neon(n - j);
-                hl_sfa_bf16_d128_rope64_score_keys_neon(w, w->k + (ptrdiff_t)j * KS + c0, w->s
-                    + (ptrdiff_t)j * heads, heads, rows, h, h + 1, c0, left < SLICE ? left : SLICE,
-                    left > SLICE ? 1.0f : scale, NULL);
-            }
+            hl_sfa_bf16_d128_rope64_score_panel_neon(w->q + (ptrdiff_t)h * D + (ptrdiff_t)c0
+                * width, w->k + c0, w->s + h, heads, width, n, c0, left < SLICE ? left : SLICE,
+                left > SLICE ? 1.0f : scale);
         }
     }
 }
-/* Few heads: 16 keys at a time are loaded, a slice of channels at a time, and used
- * at once, so that they never leave the first-level cache as float32: writing a block of them would
- * cost more. */
-HL_KERNEL_NEON void hl_sfa_bf16_d128_rope64_score_few_neon(const hl_space *w, const hl_block *b,
-    int32_t heads, float scale)
+
+/* 4 heads by 4 keys, read where they are stored, 4 rows at a time: channels are in
+ * the lanes, and sums are formed across them once a tile, for many dot products together. Behind
+ * the last key its row is taken again, so that every tile is whole. Meanwhile lines of later keys
+ * (next) are asked for, if there are any. */
+HL_KERNEL_NEON void hl_sfa_bf16_d128_rope64_dot_4x4_neon(const float *q, const hl_row *row,
+    int32_t last, float *s, float scale, const hl_row *next)
 {
-    enum { KS = 192, D = 192 };
-    enum { SLICE = 192, KEYS = 16 };
-    const int32_t known = b->n + b->n_later;
-    for (int32_t j = 0; j < b->n; j += KEYS) {
-        const int32_t keys = b->n - j < KEYS ? b->n - j : KEYS;
-        for (int32_t c0 = 0; c0 < D; c0 += SLICE) {
-            const int32_t left = D - c0;
-            const int32_t n = left < SLICE ? left : SLICE;
-            int32_t rows = 0;
-            hl_sfa_bf16_d128_rope64_load_keys_neon(b->row + j, keys, c0, n, w->k);
-            for (int32_t r = 0; r < keys; r += rows) {
-                const int32_t later = j + KEYS + r;
-                rows = hl_sfa_bf16_d128_rope64_tile_rows_neon(keys - r);
-                hl_sfa_bf16_d128_rope64_score_keys_neon(w, w->k + (ptrdiff_t)r * KS, w->s
-                    + (ptrdiff_t)(j + r) * heads, heads, rows, 0, heads, c0, n, left > SLICE ? 1.0f
-                    : scale, later + rows <= known ? b->row + later : NULL);
+    enum { L = 4, QS = 192 };
+    hl_vf_neon all[16];
+    for (int32_t j = 0; j < 4; j += 4) {
+        const hl_row *const row0 = row + (last < j + 0 ? last : j + 0);
+        const hl_row *const row1 = row + (last < j + 1 ? last : j + 1);
+        const hl_row *const row2 = row + (last < j + 2 ? last : j + 2);
+        const hl_row *const row3 = row + (last < j + 3 ? last : j + 3);
+        hl_vf_neon s0_0 = hl_vzero_neon();
+        hl_vf_neon s0_1 = hl_vzero_neon();
+        hl_vf_neon s0_2 = hl_vzero_neon();
+        hl_vf_neon s0_3 = hl_vzero_neon();
+        hl_vf_neon s1_0 = hl_vzero_neon();
+        hl_vf_neon s1_1 = hl_vzero_neon();
+        hl_vf_neon s1_2 = hl_vzero_neon();
+        hl_vf_neon s1_3 = hl_vzero_neon();
+        hl_vf_neon s2_0 = hl_vzero_neon();
+        hl_vf_neon s2_1 = hl_vzero_neon();
+        hl_vf_neon s2_2 = hl_vzero_neon();
+        hl_vf_neon s2_3 = hl_vzero_neon();
+        hl_vf_neon s3_0 = hl_vzero_neon();
+        hl_vf_neon s3_1 = hl_vzero_neon();
+        hl_vf_neon s3_2 = hl_vzero_neon();
+        hl_vf_neon s3_3 = hl_vzero_neon();
+        {
+            const float *const from = q + 0;
+            const uint16_t *const k0 = (const uint16_t *)row0->key;
+            const uint16_t *const k1 = (const uint16_t *)row1->key;
+            const uint16_t *const k2 = (const uint16_t *)row2->key;
+            const uint16_t *const k3 = (const uint16_t *)row3->key;
+            for (int32_t start = 0; start < 128; start += 64) {
+                if (next != NULL) {
+                    HL_FETCH((const uint16_t *)next[j + 0].key + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 1].key + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 2].key + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 3].key + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 0].key + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 1].key + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 2].key + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 3].key + start + 32);
+                }
+                for (int32_t c = start; c < start + 64; c += 8) {
+                    {
+                        const float *const qc = from + c + 0;
+                        hl_vf_neon q0;
+                        hl_vf_neon v0;
+                        hl_vf_neon w0;
+                        hl_vpair_bf16_neon(k0 + c + 0, &v0, &w0);
+                        hl_vf_neon v1;
+                        hl_vf_neon w1;
+                        hl_vpair_bf16_neon(k1 + c + 0, &v1, &w1);
+                        hl_vf_neon v2;
+                        hl_vf_neon w2;
+                        hl_vpair_bf16_neon(k2 + c + 0, &v2, &w2);
+                        hl_vf_neon v3;
+                        hl_vf_neon w3;
+                        hl_vpair_bf16_neon(k3 + c + 0, &v3, &w3);
+                        q0 = hl_vkeep_neon(hl_vload_neon(qc + 0 * QS));
+                        s0_0 = hl_vfma_neon(v0, q0, s0_0);
+                        s0_1 = hl_vfma_neon(v1, q0, s0_1);
+                        s0_2 = hl_vfma_neon(v2, q0, s0_2);
+                        s0_3 = hl_vfma_neon(v3, q0, s0_3);
+                        q0 = hl_vkeep_neon(hl_vload_neon(qc + 1 * QS));
+                        s1_0 = hl_vfma_neon(v0, q0, s1_0);
+                        s1_1 = hl_vfma_neon(v1, q0, s1_1);
+                        s1_2 = hl_vfma_neon(v2, q0, s1_2);
+                        s1_3 = hl_vfma_neon(v3, q0, s1_3);
+                        q0 = hl_vkeep_neon(hl_vload_neon(qc + 2 * QS));
+                        s2_0 = hl_vfma_neon(v0, q0, s2_0);
+                        s2_1 = hl_vfma_neon(v1, q0, s2_1);
+                        s2_2 = hl_vfma_neon(v2, q0, s2_2);
+                        s2_3 = hl_vfma_neon(v3, q0, s2_3);
+                        q0 = hl_vkeep_neon(hl_vload_neon(qc + 3 * QS));
+                        s3_0 = hl_vfma_neon(v0, q0, s3_0);
+                        s3_1 = hl_vfma_neon(v1, q0, s3_1);
+                        s3_2 = hl_vfma_neon(v2, q0, s3_2);
+                        s3_3 = hl_vfma_neon(v3, q0, s3_3);
+                        q0 = hl_vkeep_neon(hl_vload_neon(qc + 0 * QS + L));
+                        s0_0 = hl_vfma_neon(w0, q0, s0_0);
+                        s0_1 = hl_vfma_neon(w1, q0, s0_1);
+                        s0_2 = hl_vfma_neon(w2, q0, s0_2);
+                        s0_3 = hl_vfma_neon(w3, q0, s0_3);
+                        q0 = hl_vkeep_neon(hl_vload_neon(qc + 1 * QS + L));
+                        s1_0 = hl_vfma_neon(w0, q0, s1_0);
+                        s1_1 = hl_vfma_neon(w1, q0, s1_1);
+                        s1_2 = hl_vfma_neon(w2, q0, s1_2);
+                        s1_3 = hl_vfma_neon(w3, q0, s1_3);
+                        q0 = hl_vkeep_neon(hl_vload_neon(qc + 2 * QS + L));
+                        s2_0 = hl_vfma_neon(w0, q0, s2_0);
+                        s2_1 = hl_vfma_neon(w1, q0, s2_1);
+                        s2_2 = hl_vfma_neon(w2, q0, s2_2);
+                        s2_3 = hl_vfma_neon(w3, q0, s2_3);
+                        q0 = hl_vkeep_neon(hl_vload_neon(qc + 3 * QS + L));
+                        s3_0 = hl_vfma_neon(w0, q0, s3_0);
+                        s3_1 = hl_vfma_neon(w1, q0, s3_1);
+                        s3_2 = hl_vfma_neon(w2, q0, s3_2);
+                        s3_3 = hl_vfma_neon(w3, q0, s3_3);
+                    }
+                }
             }
+        }
+        {
+            const float *const from = q + 128;
+            const uint16_t *const k0 = (const uint16_t *)row0->rope;
+            const uint16_t *const k1 = (const uint16_t *)row1->rope;
+            const uint16_t *const k2 = (const uint16_t *)row2->rope;
+            const uint16_t *const k3 = (const uint16_t *)row3->rope;
+            for (int32_t start = 0; start < 64; start += 64) {
+                if (next != NULL) {
+                    HL_FETCH((const uint16_t *)next[j + 0].rope + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 1].rope + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 2].rope + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 3].rope + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 0].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 1].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 2].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 3].rope + start + 32);
+                }
+                for (int32_t c = start; c < start + 64; c += 8) {
+                    {
+                        const float *const qc = from + c + 0;
+                        hl_vf_neon q0;
+                        hl_vf_neon v0;
+                        hl_vf_neon w0;
+                        hl_vpair_bf16_neon(k0 + c + 0, &v0, &w0);
+                        hl_vf_neon v1;
+                        hl_vf_neon w1;
+                        hl_vpair_bf16_neon(k1 + c + 0, &v1, &w1);
+                        hl_vf_neon v2;
+                        hl_vf_neon w2;
+                        hl_vpair_bf16_neon(k2 + c + 0, &v2, &w2);
+                        hl_vf_neon v3;
+                        hl_vf_neon w3;
+                        hl_vpair_bf16_neon(k3 + c + 0, &v3, &w3);
+                        q0 = hl_vkeep_neon(hl_vload_neon(qc + 0 * QS));
+                        s0_0 = hl_vfma_neon(v0, q0, s0_0);
+                        s0_1 = hl_vfma_neon(v1, q0, s0_1);
+                        s0_2 = hl_vfma_neon(v2, q0, s0_2);
+                        s0_3 = hl_vfma_neon(v3, q0, s0_3);
+                        q0 = hl_vkeep_neon(hl_vload_neon(qc + 1 * QS));
+                        s1_0 = hl_vfma_neon(v0, q0, s1_0);
+                        s1_1 = hl_vfma_neon(v1, q0, s1_1);
+                        s1_2 = hl_vfma_neon(v2, q0, s1_2);
+                        s1_3 = hl_vfma_neon(v3, q0, s1_3);
+                        q0 = hl_vkeep_neon(hl_vload_neon(qc + 2 * QS));
+                        s2_0 = hl_vfma_neon(v0, q0, s2_0);
+                        s2_1 = hl_vfma_neon(v1, q0, s2_1);
+                        s2_2 = hl_vfma_neon(v2, q0, s2_2);
+                        s2_3 = hl_vfma_neon(v3, q0, s2_3);
+                        q0 = hl_vkeep_neon(hl_vload_neon(qc + 3 * QS));
+                        s3_0 = hl_vfma_neon(v0, q0, s3_0);
+                        s3_1 = hl_vfma_neon(v1, q0, s3_1);
+                        s3_2 = hl_vfma_neon(v2, q0, s3_2);
+                        s3_3 = hl_vfma_neon(v3, q0, s3_3);
+                        q0 = hl_vkeep_neon(hl_vload_neon(qc + 0 * QS + L));
+                        s0_0 = hl_vfma_neon(w0, q0, s0_0);
+                        s0_1 = hl_vfma_neon(w1, q0, s0_1);
+                        s0_2 = hl_vfma_neon(w2, q0, s0_2);
+                        s0_3 = hl_vfma_neon(w3, q0, s0_3);
+                        q0 = hl_vkeep_neon(hl_vload_neon(qc + 1 * QS + L));
+                        s1_0 = hl_vfma_neon(w0, q0, s1_0);
+                        s1_1 = hl_vfma_neon(w1, q0, s1_1);
+                        s1_2 = hl_vfma_neon(w2, q0, s1_2);
+                        s1_3 = hl_vfma_neon(w3, q0, s1_3);
+                        q0 = hl_vkeep_neon(hl_vload_neon(qc + 2 * QS + L));
+                        s2_0 = hl_vfma_neon(w0, q0, s2_0);
+                        s2_1 = hl_vfma_neon(w1, q0, s2_1);
+                        s2_2 = hl_vfma_neon(w2, q0, s2_2);
+                        s2_3 = hl_vfma_neon(w3, q0, s2_3);
+                        q0 = hl_vkeep_neon(hl_vload_neon(qc + 3 * QS + L));
+                        s3_0 = hl_vfma_neon(w0, q0, s3_0);
+                        s3_1 = hl_vfma_neon(w1, q0, s3_1);
+                        s3_2 = hl_vfma_neon(w2, q0, s3_2);
+                        s3_3 = hl_vfma_neon(w3, q0, s3_3);
+                    }
+                }
+            }
+        }
+        all[(j + 0) * 4 + 0] = s0_0;
+        all[(j + 1) * 4 + 0] = s0_1;
+        all[(j + 2) * 4 + 0] = s0_2;
+        all[(j + 3) * 4 + 0] = s0_3;
+        all[(j + 0) * 4 + 1] = s1_0;
+        all[(j + 1) * 4 + 1] = s1_1;
+        all[(j + 2) * 4 + 1] = s1_2;
+        all[(j + 3) * 4 + 1] = s1_3;
+        all[(j + 0) * 4 + 2] = s2_0;
+        all[(j + 1) * 4 + 2] = s2_1;
+        all[(j + 2) * 4 + 2] = s2_2;
+        all[(j + 3) * 4 + 2] = s2_3;
+        all[(j + 0) * 4 + 3] = s3_0;
+        all[(j + 1) * 4 + 3] = s3_1;
+        all[(j + 2) * 4 + 3] = s3_2;
+        all[(j + 3) * 4 + 3] = s3_3;
+    }
+    for (int32_t i = 0; i < 16; i += L) {
+        hl_vstore_neon(s + i, hl_vmul_neon(hl_vsums_neon(all + i), hl_vset_neon(scale)));
+    }
+}
+
+/* 2 heads by 8 keys, read where they are stored, 4 rows at a time: channels are in
+ * the lanes, and sums are formed across them once a tile, for many dot products together. Behind
+ * the last key its row is taken again, so that every tile is whole. Meanwhile lines of later keys
+ * (next) are asked for, if there are any; but for those that value tiles ask for. */
+HL_KERNEL_NEON void hl_sfa_bf16_d128_rope64_dot_2x8_neon(const float *q, const hl_row *row,
+    int32_t last, float *s, float scale, const hl_row *next, int32_t apart)
+{
+    enum { L = 4, QS = 192 };
+    hl_vf_neon all[16];
+    for (int32_t j = 0; j < 8; j += 4) {
+        const hl_row *const row0 = row + (last < j + 0 ? last : j + 0);
+        const hl_row *const row1 = row + (last < j + 1 ? last : j + 1);
+        const hl_row *const row2 = row + (last < j + 2 ? last : j + 2);
+        const hl_row *const row3 = row + (last < j + 3 ? last : j + 3);
+        hl_vf_neon s0_0x = hl_vzero_neon();
+        hl_vf_neon s0_0y = hl_vzero_neon();
+        hl_vf_neon s0_1x = hl_vzero_neon();
+        hl_vf_neon s0_1y = hl_vzero_neon();
+        hl_vf_neon s0_2x = hl_vzero_neon();
+        hl_vf_neon s0_2y = hl_vzero_neon();
+        hl_vf_neon s0_3x = hl_vzero_neon();
+        hl_vf_neon s0_3y = hl_vzero_neon();
+        hl_vf_neon s1_0x = hl_vzero_neon();
+        hl_vf_neon s1_0y = hl_vzero_neon();
+        hl_vf_neon s1_1x = hl_vzero_neon();
+        hl_vf_neon s1_1y = hl_vzero_neon();
+        hl_vf_neon s1_2x = hl_vzero_neon();
+        hl_vf_neon s1_2y = hl_vzero_neon();
+        hl_vf_neon s1_3x = hl_vzero_neon();
+        hl_vf_neon s1_3y = hl_vzero_neon();
+        {
+            const float *const from = q + 0;
+            const uint16_t *const k0 = (const uint16_t *)row0->key;
+            const uint16_t *const k1 = (const uint16_t *)row1->key;
+            const uint16_t *const k2 = (const uint16_t *)row2->key;
+            const uint16_t *const k3 = (const uint16_t *)row3->key;
+            for (int32_t start = 0; start < 128; start += 64) {
+                if (next != NULL) {
+                    if (apart) {
+                        HL_FETCH((const uint16_t *)next[j + 0].key + start + 0);
+                        HL_FETCH((const uint16_t *)next[j + 1].key + start + 0);
+                        HL_FETCH((const uint16_t *)next[j + 2].key + start + 0);
+                        HL_FETCH((const uint16_t *)next[j + 3].key + start + 0);
+                    }
+                    if (apart) {
+                        HL_FETCH((const uint16_t *)next[j + 0].key + start + 32);
+                        HL_FETCH((const uint16_t *)next[j + 1].key + start + 32);
+                        HL_FETCH((const uint16_t *)next[j + 2].key + start + 32);
+                        HL_FETCH((const uint16_t *)next[j + 3].key + start + 32);
+                    }
+                }
+                for (int32_t c = start; c < start + 64; c += 8) {
+                    {
+                        const float *const qc = from + c + 0;
+                        hl_vf_neon v;
+                        hl_vf_neon w;
+                        const hl_vf_neon q0 = hl_vload_neon(qc + 0 * QS);
+                        const hl_vf_neon p0 = hl_vload_neon(qc + 0 * QS + L);
+                        const hl_vf_neon q1 = hl_vload_neon(qc + 1 * QS);
+                        const hl_vf_neon p1 = hl_vload_neon(qc + 1 * QS + L);
+                        hl_vpair_bf16_neon(k0 + c + 0, &v, &w);
+                        s0_0x = hl_vfma_neon(v, q0, s0_0x);
+                        s1_0x = hl_vfma_neon(v, q1, s1_0x);
+                        s0_0y = hl_vfma_neon(w, p0, s0_0y);
+                        s1_0y = hl_vfma_neon(w, p1, s1_0y);
+                        hl_vpair_bf16_neon(k1 + c + 0, &v, &w);
+                        s0_1x = hl_vfma_neon(v, q0, s0_1x);
+                        s1_1x = hl_vfma_neon(v, q1, s1_1x);
+                        s0_1y = hl_vfma_neon(w, p0, s0_1y);
+                        s1_1y = hl_vfma_neon(w, p1, s1_1y);
+                        hl_vpair_bf16_neon(k2 + c + 0, &v, &w);
+                        s0_2x = hl_vfma_neon(v, q0, s0_2x);
+                        s1_2x = hl_vfma_neon(v, q1, s1_2x);
+                        s0_2y = hl_vfma_neon(w, p0, s0_2y);
+                        s1_2y = hl_vfma_neon(w, p1, s1_2y);
+                        hl_vpair_bf16_neon(k3 + c + 0, &v, &w);
+                        s0_3x = hl_vfma_neon(v, q0, s0_3x);
+                        s1_3x = hl_vfma_neon(v, q1, s1_3x);
+                        s0_3y = hl_vfma_neon(w, p0, s0_3y);
+                        s1_3y = hl_vfma_neon(w, p1, s1_3y);
+                    }
+                }
+            }
+        }
+        {
+            const float *const from = q + 128;
+            const uint16_t *const k0 = (const uint16_t *)row0->rope;
+            const uint16_t *const k1 = (const uint16_t *)row1->rope;
+            const uint16_t *const k2 = (const uint16_t *)row2->rope;
+            const uint16_t *const k3 = (const uint16_t *)row3->rope;
+            for (int32_t start = 0; start < 64; start += 64) {
+                if (next != NULL) {
+                    HL_FETCH((const uint16_t *)next[j + 0].rope + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 1].rope + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 2].rope + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 3].rope + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 0].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 1].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 2].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 3].rope + start + 32);
+                }
+                for (int32_t c = start; c < start + 64; c += 8) {
+                    {
+                        const float *const qc = from + c + 0;
+                        hl_vf_neon v;
+                        hl_vf_neon w;
+                        const hl_vf_neon q0 = hl_vload_neon(qc + 0 * QS);
+                        const hl_vf_neon p0 = hl_vload_neon(qc + 0 * QS + L);
+                        const hl_vf_neon q1 = hl_vload_neon(qc + 1 * QS);
+                        const hl_vf_neon p1 = hl_vload_neon(qc + 1 * QS + L);
+                        hl_vpair_bf16_neon(k0 + c + 0, &v, &w);
+                        s0_0x = hl_vfma_neon(v, q0, s0_0x);
+                        s1_0x = hl_vfma_neon(v, q1, s1_0x);
+                        s0_0y = hl_vfma_neon(w, p0, s0_0y);
+                        s1_0y = hl_vfma_neon(w, p1, s1_0y);
+                        hl_vpair_bf16_neon(k1 + c + 0, &v, &w);
+                        s0_1x = hl_vfma_neon(v, q0, s0_1x);
+                        s1_1x = hl_vfma_neon(v, q1, s1_1x);
+                        s0_1y = hl_vfma_neon(w, p0, s0_1y);
+                        s1_1y = hl_vfma_neon(w, p1, s1_1y);
+                        hl_vpair_bf16_neon(k2 + c + 0, &v, &w);
+                        s0_2x = hl_vfma_neon(v, q0, s0_2x);
+                        s1_2x = hl_vfma_neon(v, q1, s1_2x);
+                        s0_2y = hl_vfma_neon(w, p0, s0_2y);
+                        s1_2y = hl_vfma_neon(w, p1, s1_2y);
+                        hl_vpair_bf16_neon(k3 + c + 0, &v, &w);
+                        s0_3x = hl_vfma_neon(v, q0, s0_3x);
+                        s1_3x = hl_vfma_neon(v, q1, s1_3x);
+                        s0_3y = hl_vfma_neon(w, p0, s0_3y);
+                        s1_3y = hl_vfma_neon(w, p1, s1_3y);
+                    }
+                }
+            }
+        }
+        all[(j + 0) * 2 + 0] = hl_vadd_neon(s0_0x, s0_0y);
+        all[(j + 1) * 2 + 0] = hl_vadd_neon(s0_1x, s0_1y);
+        all[(j + 2) * 2 + 0] = hl_vadd_neon(s0_2x, s0_2y);
+        all[(j + 3) * 2 + 0] = hl_vadd_neon(s0_3x, s0_3y);
+        all[(j + 0) * 2 + 1] = hl_vadd_neon(s1_0x, s1_0y);
+        all[(j + 1) * 2 + 1] = hl_vadd_neon(s1_1x, s1_1y);
+        all[(j + 2) * 2 + 1] = hl_vadd_neon(s1_2x, s1_2y);
+        all[(j + 3) * 2 + 1] = hl_vadd_neon(s1_3x, s1_3y);
+    }
+    for (int32_t i = 0; i < 16; i += L) {
+        hl_vstore_neon(s + i, hl_vmul_neon(hl_vsums_neon(all + i), hl_vset_neon(scale)));
+    }
+}
+
+/* 1 head by 16 keys, read where they are stored, 4 rows at a time: channels are in
+ * the lanes, and sums are formed across them once a tile, for many dot products together. Behind
+ * the last key its row is taken again, so that every tile is whole. Meanwhile lines of later keys
+ * (next) are asked for, if there are any; but for those that value tiles ask for. */
+HL_KERNEL_NEON void hl_sfa_bf16_d128_rope64_dot_1x16_neon(const float *q, const hl_row *row,
+    int32_t last, float *s, float scale, const hl_row *next, int32_t apart)
+{
+    enum { L = 4, QS = 192 };
+    hl_vf_neon all[16];
+    for (int32_t j = 0; j < 16; j += 4) {
+        const hl_row *const row0 = row + (last < j + 0 ? last : j + 0);
+        const hl_row *const row1 = row + (last < j + 1 ? last : j + 1);
+        const hl_row *const row2 = row + (last < j + 2 ? last : j + 2);
+        const hl_row *const row3 = row + (last < j + 3 ? last : j + 3);
+        hl_vf_neon s0_0x = hl_vzero_neon();
+        hl_vf_neon s0_0y = hl_vzero_neon();
+        hl_vf_neon s0_1x = hl_vzero_neon();
+        hl_vf_neon s0_1y = hl_vzero_neon();
+        hl_vf_neon s0_2x = hl_vzero_neon();
+        hl_vf_neon s0_2y = hl_vzero_neon();
+        hl_vf_neon s0_3x = hl_vzero_neon();
+        hl_vf_neon s0_3y = hl_vzero_neon();
+        {
+            const float *const from = q + 0;
+            const uint16_t *const k0 = (const uint16_t *)row0->key;
+            const uint16_t *const k1 = (const uint16_t *)row1->key;
+            const uint16_t *const k2 = (const uint16_t *)row2->key;
+            const uint16_t *const k3 = (const uint16_t *)row3->key;
+            for (int32_t start = 0; start < 128; start += 64) {
+                if (next != NULL) {
+                    HL_FETCH((const uint16_t *)next[j + 0].key + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 1].key + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 2].key + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 3].key + start + 0);
+                    if (apart) {
+                        HL_FETCH((const uint16_t *)next[j + 0].key + start + 32);
+                        HL_FETCH((const uint16_t *)next[j + 1].key + start + 32);
+                        HL_FETCH((const uint16_t *)next[j + 2].key + start + 32);
+                        HL_FETCH((const uint16_t *)next[j + 3].key + start + 32);
+                    }
+                }
+                for (int32_t c = start; c < start + 64; c += 8) {
+                    {
+                        const float *const qc = from + c + 0;
+                        hl_vf_neon v;
+                        hl_vf_neon w;
+                        const hl_vf_neon q0 = hl_vload_neon(qc + 0 * QS);
+                        const hl_vf_neon p0 = hl_vload_neon(qc + 0 * QS + L);
+                        hl_vpair_bf16_neon(k0 + c + 0, &v, &w);
+                        s0_0x = hl_vfma_neon(v, q0, s0_0x);
+                        s0_0y = hl_vfma_neon(w, p0, s0_0y);
+                        hl_vpair_bf16_neon(k1 + c + 0, &v, &w);
+                        s0_1x = hl_vfma_neon(v, q0, s0_1x);
+                        s0_1y = hl_vfma_neon(w, p0, s0_1y);
+                        hl_vpair_bf16_neon(k2 + c + 0, &v, &w);
+                        s0_2x = hl_vfma_neon(v, q0, s0_2x);
+                        s0_2y = hl_vfma_neon(w, p0, s0_2y);
+                        hl_vpair_bf16_neon(k3 + c + 0, &v, &w);
+                        s0_3x = hl_vfma_neon(v, q0, s0_3x);
+                        s0_3y = hl_vfma_neon(w, p0, s0_3y);
+                    }
+                }
+            }
+        }
+        {
+            const float *const from = q + 128;
+            const uint16_t *const k0 = (const uint16_t *)row0->rope;
+            const uint16_t *const k1 = (const uint16_t *)row1->rope;
+            const uint16_t *const k2 = (const uint16_t *)row2->rope;
+            const uint16_t *const k3 = (const uint16_t *)row3->rope;
+            for (int32_t start = 0; start < 64; start += 64) {
+                if (next != NULL) {
+                    HL_FETCH((const uint16_t *)next[j + 0].rope + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 1].rope + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 2].rope + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 3].rope + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 0].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 1].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 2].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 3].rope + start + 32);
+                }
+                for (int32_t c = start; c < start + 64; c += 8) {
+                    {
+                        const float *const qc = from + c + 0;
+                        hl_vf_neon v;
+                        hl_vf_neon w;
+                        const hl_vf_neon q0 = hl_vload_neon(qc + 0 * QS);
+                        const hl_vf_neon p0 = hl_vload_neon(qc + 0 * QS + L);
+                        hl_vpair_bf16_neon(k0 + c + 0, &v, &w);
+                        s0_0x = hl_vfma_neon(v, q0, s0_0x);
+                        s0_0y = hl_vfma_neon(w, p0, s0_0y);
+                        hl_vpair_bf16_neon(k1 + c + 0, &v, &w);
+                        s0_1x = hl_vfma_neon(v, q0, s0_1x);
+                        s0_1y = hl_vfma_neon(w, p0, s0_1y);
+                        hl_vpair_bf16_neon(k2 + c + 0, &v, &w);
+                        s0_2x = hl_vfma_neon(v, q0, s0_2x);
+                        s0_2y = hl_vfma_neon(w, p0, s0_2y);
+                        hl_vpair_bf16_neon(k3 + c + 0, &v, &w);
+                        s0_3x = hl_vfma_neon(v, q0, s0_3x);
+                        s0_3y = hl_vfma_neon(w, p0, s0_3y);
+                    }
+                }
+            }
+        }
+        all[(j + 0) * 1 + 0] = hl_vadd_neon(s0_0x, s0_0y);
+        all[(j + 1) * 1 + 0] = hl_vadd_neon(s0_1x, s0_1y);
+        all[(j + 2) * 1 + 0] = hl_vadd_neon(s0_2x, s0_2y);
+        all[(j + 3) * 1 + 0] = hl_vadd_neon(s0_3x, s0_3y);
+    }
+    for (int32_t i = 0; i < 16; i += L) {
+        hl_vstore_neon(s + i, hl_vmul_neon(hl_vsums_neon(all + i), hl_vset_neon(scale)));
+    }
+}
+
+/* Few heads: scores lie as [key][head], for the heads of one tile together. */
+HL_KERNEL_NEON void hl_sfa_bf16_d128_rope64_score_few_neon(const hl_space *w, const hl_block *b,
+    int32_t group, float scale)
+{
+    enum { QS = 192, BLOCK = 64, AHEAD = 24 };
+    const int32_t known = b->n + b->n_later;
+    int32_t h = 0;
+    for (; h + 4 <= group; h += 4) {
+        for (int32_t j = 0; j < b->n; j += 4) {
+            const int32_t later = j + AHEAD;
+            hl_sfa_bf16_d128_rope64_dot_4x4_neon(w->q + (ptrdiff_t)h * QS, b->row + j, b->n - 1 - j,
+                                                 w->s + h * BLOCK + j * 4, scale, h == 0 && later
+                                                 + 4 <= known ? b->row + later : NULL);
+        }
+    }
+    for (; h + 2 <= group; h += 2) {
+        for (int32_t j = 0; j < b->n; j += 8) {
+            const int32_t later = j + AHEAD;
+            hl_sfa_bf16_d128_rope64_dot_2x8_neon(w->q + (ptrdiff_t)h * QS, b->row + j, b->n - 1 - j,
+                                                 w->s + h * BLOCK + j * 2, scale, h == 0 && later
+                                                 + 8 <= known ? b->row + later : NULL,
+                                                 b->value_apart);
+        }
+    }
+    for (; h + 1 <= group; h += 1) {
+        for (int32_t j = 0; j < b->n; j += 16) {
+            const int32_t later = j + AHEAD;
+            hl_sfa_bf16_d128_rope64_dot_1x16_neon(w->q + (ptrdiff_t)h * QS, b->row + j,
+                                                  b->n - 1 - j, w->s + h * BLOCK + j * 1, scale,
+                                                  h == 0 && later + 16 <= known ? b->row + later
+                                                  : NULL, b->value_apart);
         }
     }
 }
@@ -3488,6 +4369,74 @@ HL_KERNEL_NEON void hl_sfa_bf16_d128_rope64_softmax_neon(float *s, const hl_stat
             hl_vstore_neon(t->l + h, hl_vfma_neon(alpha, hl_vload_neon(t->l + h), sum));
             hl_vstore_neon(t->alpha + h, alpha);
         }
+    }
+}
+
+/* Few heads: the same for the heads of one tile, whose scores lie as [key][head]: all lanes are in
+ * use, whole tiles at a time. What is summed across them is summed once a block. */
+HL_KERNEL_NEON void hl_sfa_bf16_d128_rope64_softmax_few_neon(float *s, const hl_state *t,
+    int32_t h0, int32_t heads, int32_t n)
+{
+    enum { L = 4, DOTS = 16 };
+    const int32_t end = (n * heads + DOTS - 1) / DOTS * DOTS;
+    float each[DOTS];
+    float less[DOTS];
+    for (int32_t i = n * heads; i < end; ++i) { /* no keys: below all scores */
+        s[i] = hl_float_of(0xff800000u);
+    }
+    for (int32_t i = 0; i < DOTS; i += L) {
+        hl_vf_neon m = hl_vset_neon(-3.402823466e+38f);
+        for (int32_t at = i; at < end; at += DOTS) {
+            m = hl_vmax_neon(hl_vload_neon(s + at), m);
+        }
+        hl_vstore_neon(each + i, m);
+    }
+    for (int32_t h = 0; h < heads; ++h) {
+        const float before = t->m[h0 + h];
+        float m = before;
+        for (int32_t i = h; i < DOTS; i += heads) {
+            m = each[i] > m ? each[i] : m;
+        }
+        for (int32_t i = h; i < DOTS; i += heads) {
+            each[i] = m;
+            less[i] = before - m;
+        }
+        t->m[h0 + h] = m;
+    }
+    for (int32_t i = 0; i < DOTS; i += L) {
+        const hl_vf_neon m = hl_vload_neon(each + i);
+        hl_vf_neon sum = hl_vzero_neon();
+        for (int32_t at = i; at < end; at += DOTS) {
+            const hl_vf_neon p = hl_vexp2_neon(hl_vsub_neon(hl_vload_neon(s + at), m));
+            sum = hl_vadd_neon(sum, p);
+            hl_vstore_neon(s + at, p);
+        }
+        hl_vstore_neon(each + i, sum);
+        hl_vstore_neon(less + i, hl_vexp2_neon(hl_vload_neon(less + i)));
+    }
+    for (int32_t h = 0; h < heads; ++h) {
+        float sum = 0.0f;
+        for (int32_t i = h; i < DOTS; i += heads) {
+            sum += each[i];
+        }
+        t->alpha[h0 + h] = less[h];
+        t->l[h0 + h] = less[h] * t->l[h0 + h] + sum;
+    }
+}
+
+HL_KERNEL_NEON void hl_sfa_bf16_d128_rope64_softmaxes_few_neon(const hl_space *w, const hl_state *t,
+    int32_t group, int32_t n)
+{
+    enum { BLOCK = 64 };
+    int32_t h = 0;
+    for (; h + 4 <= group; h += 4) {
+        hl_sfa_bf16_d128_rope64_softmax_few_neon(w->s + h * BLOCK, t, h, 4, n);
+    }
+    for (; h + 2 <= group; h += 2) {
+        hl_sfa_bf16_d128_rope64_softmax_few_neon(w->s + h * BLOCK, t, h, 2, n);
+    }
+    for (; h + 1 <= group; h += 1) {
+        hl_sfa_bf16_d128_rope64_softmax_few_neon(w->s + h * BLOCK, t, h, 1, n);
     }
 }
 
@@ -3694,167 +4643,65 @@ HL_KERNEL_NEON void hl_sfa_bf16_d128_rope64_value_neon(const hl_space *w, const 
         }
     }
 }
-/* 8 heads by 2 vectors of channels, read where they are
- * stored. */
-HL_KERNEL_NEON void hl_sfa_bf16_d128_rope64_pr_8x2_neon(const float *p, ptrdiff_t ps,
-    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n)
-{
-    enum { L = 4, OS = 128 };
-    hl_vf_neon o0_0 = hl_vzero_neon();
-    hl_vf_neon o0_1 = hl_vzero_neon();
-    hl_vf_neon o1_0 = hl_vzero_neon();
-    hl_vf_neon o1_1 = hl_vzero_neon();
-    hl_vf_neon o2_0 = hl_vzero_neon();
-    hl_vf_neon o2_1 = hl_vzero_neon();
-    hl_vf_neon o3_0 = hl_vzero_neon();
-    hl_vf_neon o3_1 = hl_vzero_neon();
-    hl_vf_neon o4_0 = hl_vzero_neon();
-    hl_vf_neon o4_1 = hl_vzero_neon();
-    hl_vf_neon o5_0 = hl_vzero_neon();
-    hl_vf_neon o5_1 = hl_vzero_neon();
-    hl_vf_neon o6_0 = hl_vzero_neon();
-    hl_vf_neon o6_1 = hl_vzero_neon();
-    hl_vf_neon o7_0 = hl_vzero_neon();
-    hl_vf_neon o7_1 = hl_vzero_neon();
-    for (int32_t j = 0; j < n; ++j) {
-        const uint16_t *const value = (const uint16_t *)row[j].value;
-        const hl_vf_neon v0 = hl_vload_bf16_neon(value + c + 0 * L);
-        const hl_vf_neon v1 = hl_vload_bf16_neon(value + c + 1 * L);
-        hl_vf_neon x;
-        x = hl_vset_neon(p[j * ps + 0]);
-        o0_0 = hl_vfma_neon(x, v0, o0_0);
-        o0_1 = hl_vfma_neon(x, v1, o0_1);
-        x = hl_vset_neon(p[j * ps + 1]);
-        o1_0 = hl_vfma_neon(x, v0, o1_0);
-        o1_1 = hl_vfma_neon(x, v1, o1_1);
-        x = hl_vset_neon(p[j * ps + 2]);
-        o2_0 = hl_vfma_neon(x, v0, o2_0);
-        o2_1 = hl_vfma_neon(x, v1, o2_1);
-        x = hl_vset_neon(p[j * ps + 3]);
-        o3_0 = hl_vfma_neon(x, v0, o3_0);
-        o3_1 = hl_vfma_neon(x, v1, o3_1);
-        x = hl_vset_neon(p[j * ps + 4]);
-        o4_0 = hl_vfma_neon(x, v0, o4_0);
-        o4_1 = hl_vfma_neon(x, v1, o4_1);
-        x = hl_vset_neon(p[j * ps + 5]);
-        o5_0 = hl_vfma_neon(x, v0, o5_0);
-        o5_1 = hl_vfma_neon(x, v1, o5_1);
-        x = hl_vset_neon(p[j * ps + 6]);
-        o6_0 = hl_vfma_neon(x, v0, o6_0);
-        o6_1 = hl_vfma_neon(x, v1, o6_1);
-        x = hl_vset_neon(p[j * ps + 7]);
-        o7_0 = hl_vfma_neon(x, v0, o7_0);
-        o7_1 = hl_vfma_neon(x, v1, o7_1);
-    }
-    hl_vstore_neon(o + 0 * OS + 0 * L,
-                   hl_vfma_neon(hl_vset_neon(alpha[0]), hl_vload_neon(o + 0 * OS + 0 * L), o0_0));
-    hl_vstore_neon(o + 0 * OS + 1 * L,
-                   hl_vfma_neon(hl_vset_neon(alpha[0]), hl_vload_neon(o + 0 * OS + 1 * L), o0_1));
-    hl_vstore_neon(o + 1 * OS + 0 * L,
-                   hl_vfma_neon(hl_vset_neon(alpha[1]), hl_vload_neon(o + 1 * OS + 0 * L), o1_0));
-    hl_vstore_neon(o + 1 * OS + 1 * L,
-                   hl_vfma_neon(hl_vset_neon(alpha[1]), hl_vload_neon(o + 1 * OS + 1 * L), o1_1));
-    hl_vstore_neon(o + 2 * OS + 0 * L,
-                   hl_vfma_neon(hl_vset_neon(alpha[2]), hl_vload_neon(o + 2 * OS + 0 * L), o2_0));
-    hl_vstore_neon(o + 2 * OS + 1 * L,
-                   hl_vfma_neon(hl_vset_neon(alpha[2]), hl_vload_neon(o + 2 * OS + 1 * L), o2_1));
-    hl_vstore_neon(o + 3 * OS + 0 * L,
-                   hl_vfma_neon(hl_vset_neon(alpha[3]), hl_vload_neon(o + 3 * OS + 0 * L), o3_0));
-    hl_vstore_neon(o + 3 * OS + 1 * L,
-                   hl_vfma_neon(hl_vset_neon(alpha[3]), hl_vload_neon(o + 3 * OS + 1 * L), o3_1));
-    hl_vstore_neon(o + 4 * OS + 0 * L,
-                   hl_vfma_neon(hl_vset_neon(alpha[4]), hl_vload_neon(o + 4 * OS + 0 * L), o4_0));
-    hl_vstore_neon(o + 4 * OS + 1 * L,
-                   hl_vfma_neon(hl_vset_neon(alpha[4]), hl_vload_neon(o + 4 * OS + 1 * L), o4_1));
-    hl_vstore_neon(o + 5 * OS + 0 * L,
-                   hl_vfma_neon(hl_vset_neon(alpha[5]), hl_vload_neon(o + 5 * OS + 0 * L), o5_0));
-    hl_vstore_neon(o + 5 * OS + 1 * L,
-                   hl_vfma_neon(hl_vset_neon(alpha[5]), hl_vload_neon(o + 5 * OS + 1 * L), o5_1));
-    hl_vstore_neon(o + 6 * OS + 0 * L,
-                   hl_vfma_neon(hl_vset_neon(alpha[6]), hl_vload_neon(o + 6 * OS + 0 * L), o6_0));
-    hl_vstore_neon(o + 6 * OS + 1 * L,
-                   hl_vfma_neon(hl_vset_neon(alpha[6]), hl_vload_neon(o + 6 * OS + 1 * L), o6_1));
-    hl_vstore_neon(o + 7 * OS + 0 * L,
-                   hl_vfma_neon(hl_vset_neon(alpha[7]), hl_vload_neon(o + 7 * OS + 0 * L), o7_0));
-    hl_vstore_neon(o + 7 * OS + 1 * L,
-                   hl_vfma_neon(hl_vset_neon(alpha[7]), hl_vload_neon(o + 7 * OS + 1 * L), o7_1));
-}
 
-/* 8 heads by 1 vector of channels, read where they are
- * stored. */
-HL_KERNEL_NEON void hl_sfa_bf16_d128_rope64_pr_8x1_neon(const float *p, ptrdiff_t ps,
-    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n)
-{
-    enum { L = 4, OS = 128 };
-    hl_vf_neon o0_0 = hl_vzero_neon();
-    hl_vf_neon o1_0 = hl_vzero_neon();
-    hl_vf_neon o2_0 = hl_vzero_neon();
-    hl_vf_neon o3_0 = hl_vzero_neon();
-    hl_vf_neon o4_0 = hl_vzero_neon();
-    hl_vf_neon o5_0 = hl_vzero_neon();
-    hl_vf_neon o6_0 = hl_vzero_neon();
-    hl_vf_neon o7_0 = hl_vzero_neon();
-    for (int32_t j = 0; j < n; ++j) {
-        const uint16_t *const value = (const uint16_t *)row[j].value;
-        const hl_vf_neon v0 = hl_vload_bf16_neon(value + c + 0 * L);
-        hl_vf_neon x;
-        x = hl_vset_neon(p[j * ps + 0]);
-        o0_0 = hl_vfma_neon(x, v0, o0_0);
-        x = hl_vset_neon(p[j * ps + 1]);
-        o1_0 = hl_vfma_neon(x, v0, o1_0);
-        x = hl_vset_neon(p[j * ps + 2]);
-        o2_0 = hl_vfma_neon(x, v0, o2_0);
-        x = hl_vset_neon(p[j * ps + 3]);
-        o3_0 = hl_vfma_neon(x, v0, o3_0);
-        x = hl_vset_neon(p[j * ps + 4]);
-        o4_0 = hl_vfma_neon(x, v0, o4_0);
-        x = hl_vset_neon(p[j * ps + 5]);
-        o5_0 = hl_vfma_neon(x, v0, o5_0);
-        x = hl_vset_neon(p[j * ps + 6]);
-        o6_0 = hl_vfma_neon(x, v0, o6_0);
-        x = hl_vset_neon(p[j * ps + 7]);
-        o7_0 = hl_vfma_neon(x, v0, o7_0);
-    }
-    hl_vstore_neon(o + 0 * OS + 0 * L,
-                   hl_vfma_neon(hl_vset_neon(alpha[0]), hl_vload_neon(o + 0 * OS + 0 * L), o0_0));
-    hl_vstore_neon(o + 1 * OS + 0 * L,
-                   hl_vfma_neon(hl_vset_neon(alpha[1]), hl_vload_neon(o + 1 * OS + 0 * L), o1_0));
-    hl_vstore_neon(o + 2 * OS + 0 * L,
-                   hl_vfma_neon(hl_vset_neon(alpha[2]), hl_vload_neon(o + 2 * OS + 0 * L), o2_0));
-    hl_vstore_neon(o + 3 * OS + 0 * L,
-                   hl_vfma_neon(hl_vset_neon(alpha[3]), hl_vload_neon(o + 3 * OS + 0 * L), o3_0));
-    hl_vstore_neon(o + 4 * OS + 0 * L,
-                   hl_vfma_neon(hl_vset_neon(alpha[4]), hl_vload_neon(o + 4 * OS + 0 * L), o4_0));
-    hl_vstore_neon(o + 5 * OS + 0 * L,
-                   hl_vfma_neon(hl_vset_neon(alpha[5]), hl_vload_neon(o + 5 * OS + 0 * L), o5_0));
-    hl_vstore_neon(o + 6 * OS + 0 * L,
-                   hl_vfma_neon(hl_vset_neon(alpha[6]), hl_vload_neon(o + 6 * OS + 0 * L), o6_0));
-    hl_vstore_neon(o + 7 * OS + 0 * L,
-                   hl_vfma_neon(hl_vset_neon(alpha[7]), hl_vload_neon(o + 7 * OS + 0 * L), o7_0));
-}
-
-/* 1 head by 4 vectors of channels, read where they are
- * stored. */
-HL_KERNEL_NEON void hl_sfa_bf16_d128_rope64_pr_1x4_neon(const float *p, ptrdiff_t ps,
-    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n)
+/* 4 heads by 4 vectors of channels, read where they are stored. Of 24 keys
+ * further on lines are asked for meanwhile, as long as j < later. */
+HL_KERNEL_NEON void hl_sfa_bf16_d128_rope64_pr_4x4_neon(const float *p, const hl_row *row,
+    int32_t c, float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
 {
     enum { L = 4, OS = 128 };
     hl_vf_neon o0_0 = hl_vzero_neon();
     hl_vf_neon o0_1 = hl_vzero_neon();
     hl_vf_neon o0_2 = hl_vzero_neon();
     hl_vf_neon o0_3 = hl_vzero_neon();
+    hl_vf_neon o1_0 = hl_vzero_neon();
+    hl_vf_neon o1_1 = hl_vzero_neon();
+    hl_vf_neon o1_2 = hl_vzero_neon();
+    hl_vf_neon o1_3 = hl_vzero_neon();
+    hl_vf_neon o2_0 = hl_vzero_neon();
+    hl_vf_neon o2_1 = hl_vzero_neon();
+    hl_vf_neon o2_2 = hl_vzero_neon();
+    hl_vf_neon o2_3 = hl_vzero_neon();
+    hl_vf_neon o3_0 = hl_vzero_neon();
+    hl_vf_neon o3_1 = hl_vzero_neon();
+    hl_vf_neon o3_2 = hl_vzero_neon();
+    hl_vf_neon o3_3 = hl_vzero_neon();
     for (int32_t j = 0; j < n; ++j) {
-        const uint16_t *const value = (const uint16_t *)row[j].value;
-        const hl_vf_neon v0 = hl_vload_bf16_neon(value + c + 0 * L);
-        const hl_vf_neon v1 = hl_vload_bf16_neon(value + c + 1 * L);
-        const hl_vf_neon v2 = hl_vload_bf16_neon(value + c + 2 * L);
-        const hl_vf_neon v3 = hl_vload_bf16_neon(value + c + 3 * L);
+        const uint16_t *const value = (const uint16_t *)row[j].value + c;
+        if (j < later) {
+            const uint16_t *const next =
+                (const uint16_t *)row[j + 24].value + c;
+            if (apart) {
+                HL_FETCH(next + 0);
+            }
+        }
         hl_vf_neon x;
-        x = hl_vset_neon(p[j * ps + 0]);
+        hl_vf_neon v0;
+        hl_vf_neon v1;
+        hl_vf_neon v2;
+        hl_vf_neon v3;
+        hl_vpair_bf16_neon(value + 0, &v0, &v1);
+        hl_vpair_bf16_neon(value + 8, &v2, &v3);
+        x = hl_vset_neon(p[j * 4 + 0]);
         o0_0 = hl_vfma_neon(x, v0, o0_0);
         o0_1 = hl_vfma_neon(x, v1, o0_1);
         o0_2 = hl_vfma_neon(x, v2, o0_2);
         o0_3 = hl_vfma_neon(x, v3, o0_3);
+        x = hl_vset_neon(p[j * 4 + 1]);
+        o1_0 = hl_vfma_neon(x, v0, o1_0);
+        o1_1 = hl_vfma_neon(x, v1, o1_1);
+        o1_2 = hl_vfma_neon(x, v2, o1_2);
+        o1_3 = hl_vfma_neon(x, v3, o1_3);
+        x = hl_vset_neon(p[j * 4 + 2]);
+        o2_0 = hl_vfma_neon(x, v0, o2_0);
+        o2_1 = hl_vfma_neon(x, v1, o2_1);
+        o2_2 = hl_vfma_neon(x, v2, o2_2);
+        o2_3 = hl_vfma_neon(x, v3, o2_3);
+        x = hl_vset_neon(p[j * 4 + 3]);
+        o3_0 = hl_vfma_neon(x, v0, o3_0);
+        o3_1 = hl_vfma_neon(x, v1, o3_1);
+        o3_2 = hl_vfma_neon(x, v2, o3_2);
+        o3_3 = hl_vfma_neon(x, v3, o3_3);
     }
     hl_vstore_neon(o + 0 * OS + 0 * L,
                    hl_vfma_neon(hl_vset_neon(alpha[0]), hl_vload_neon(o + 0 * OS + 0 * L), o0_0));
@@ -3864,54 +4711,255 @@ HL_KERNEL_NEON void hl_sfa_bf16_d128_rope64_pr_1x4_neon(const float *p, ptrdiff_
                    hl_vfma_neon(hl_vset_neon(alpha[0]), hl_vload_neon(o + 0 * OS + 2 * L), o0_2));
     hl_vstore_neon(o + 0 * OS + 3 * L,
                    hl_vfma_neon(hl_vset_neon(alpha[0]), hl_vload_neon(o + 0 * OS + 3 * L), o0_3));
+    hl_vstore_neon(o + 1 * OS + 0 * L,
+                   hl_vfma_neon(hl_vset_neon(alpha[1]), hl_vload_neon(o + 1 * OS + 0 * L), o1_0));
+    hl_vstore_neon(o + 1 * OS + 1 * L,
+                   hl_vfma_neon(hl_vset_neon(alpha[1]), hl_vload_neon(o + 1 * OS + 1 * L), o1_1));
+    hl_vstore_neon(o + 1 * OS + 2 * L,
+                   hl_vfma_neon(hl_vset_neon(alpha[1]), hl_vload_neon(o + 1 * OS + 2 * L), o1_2));
+    hl_vstore_neon(o + 1 * OS + 3 * L,
+                   hl_vfma_neon(hl_vset_neon(alpha[1]), hl_vload_neon(o + 1 * OS + 3 * L), o1_3));
+    hl_vstore_neon(o + 2 * OS + 0 * L,
+                   hl_vfma_neon(hl_vset_neon(alpha[2]), hl_vload_neon(o + 2 * OS + 0 * L), o2_0));
+    hl_vstore_neon(o + 2 * OS + 1 * L,
+                   hl_vfma_neon(hl_vset_neon(alpha[2]), hl_vload_neon(o + 2 * OS + 1 * L), o2_1));
+    hl_vstore_neon(o + 2 * OS + 2 * L,
+                   hl_vfma_neon(hl_vset_neon(alpha[2]), hl_vload_neon(o + 2 * OS + 2 * L), o2_2));
+    hl_vstore_neon(o + 2 * OS + 3 * L,
+                   hl_vfma_neon(hl_vset_neon(alpha[2]), hl_vload_neon(o + 2 * OS + 3 * L), o2_3));
+    hl_vstore_neon(o + 3 * OS + 0 * L,
+                   hl_vfma_neon(hl_vset_neon(alpha[3]), hl_vload_neon(o + 3 * OS + 0 * L), o3_0));
+    hl_vstore_neon(o + 3 * OS + 1 * L,
+                   hl_vfma_neon(hl_vset_neon(alpha[3]), hl_vload_neon(o + 3 * OS + 1 * L), o3_1));
+    hl_vstore_neon(o + 3 * OS + 2 * L,
+                   hl_vfma_neon(hl_vset_neon(alpha[3]), hl_vload_neon(o + 3 * OS + 2 * L), o3_2));
+    hl_vstore_neon(o + 3 * OS + 3 * L,
+                   hl_vfma_neon(hl_vset_neon(alpha[3]), hl_vload_neon(o + 3 * OS + 3 * L), o3_3));
 }
 
-/* 1 head by 1 vector of channels, read where they are
- * stored. */
-HL_KERNEL_NEON void hl_sfa_bf16_d128_rope64_pr_1x1_neon(const float *p, ptrdiff_t ps,
-    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n)
+/* 2 heads by 8 vectors of channels, read where they are stored. Of 24 keys
+ * further on lines are asked for meanwhile, as long as j < later. */
+HL_KERNEL_NEON void hl_sfa_bf16_d128_rope64_pr_2x8_neon(const float *p, const hl_row *row,
+    int32_t c, float *o, const float *alpha, int32_t n, int32_t later)
 {
     enum { L = 4, OS = 128 };
     hl_vf_neon o0_0 = hl_vzero_neon();
+    hl_vf_neon o0_1 = hl_vzero_neon();
+    hl_vf_neon o0_2 = hl_vzero_neon();
+    hl_vf_neon o0_3 = hl_vzero_neon();
+    hl_vf_neon o0_4 = hl_vzero_neon();
+    hl_vf_neon o0_5 = hl_vzero_neon();
+    hl_vf_neon o0_6 = hl_vzero_neon();
+    hl_vf_neon o0_7 = hl_vzero_neon();
+    hl_vf_neon o1_0 = hl_vzero_neon();
+    hl_vf_neon o1_1 = hl_vzero_neon();
+    hl_vf_neon o1_2 = hl_vzero_neon();
+    hl_vf_neon o1_3 = hl_vzero_neon();
+    hl_vf_neon o1_4 = hl_vzero_neon();
+    hl_vf_neon o1_5 = hl_vzero_neon();
+    hl_vf_neon o1_6 = hl_vzero_neon();
+    hl_vf_neon o1_7 = hl_vzero_neon();
     for (int32_t j = 0; j < n; ++j) {
-        const uint16_t *const value = (const uint16_t *)row[j].value;
-        const hl_vf_neon v0 = hl_vload_bf16_neon(value + c + 0 * L);
+        const uint16_t *const value = (const uint16_t *)row[j].value + c;
+        if (j < later) {
+            const uint16_t *const next =
+                (const uint16_t *)row[j + 24].value + c;
+            HL_FETCH(next + 0);
+        }
         hl_vf_neon x;
-        x = hl_vset_neon(p[j * ps + 0]);
+        hl_vf_neon v0;
+        hl_vf_neon v1;
+        hl_vf_neon v2;
+        hl_vf_neon v3;
+        hl_vf_neon v4;
+        hl_vf_neon v5;
+        hl_vf_neon v6;
+        hl_vf_neon v7;
+        hl_vpair_bf16_neon(value + 0, &v0, &v1);
+        hl_vpair_bf16_neon(value + 8, &v2, &v3);
+        hl_vpair_bf16_neon(value + 16, &v4, &v5);
+        hl_vpair_bf16_neon(value + 24, &v6, &v7);
+        x = hl_vset_neon(p[j * 2 + 0]);
         o0_0 = hl_vfma_neon(x, v0, o0_0);
+        o0_1 = hl_vfma_neon(x, v1, o0_1);
+        o0_2 = hl_vfma_neon(x, v2, o0_2);
+        o0_3 = hl_vfma_neon(x, v3, o0_3);
+        o0_4 = hl_vfma_neon(x, v4, o0_4);
+        o0_5 = hl_vfma_neon(x, v5, o0_5);
+        o0_6 = hl_vfma_neon(x, v6, o0_6);
+        o0_7 = hl_vfma_neon(x, v7, o0_7);
+        x = hl_vset_neon(p[j * 2 + 1]);
+        o1_0 = hl_vfma_neon(x, v0, o1_0);
+        o1_1 = hl_vfma_neon(x, v1, o1_1);
+        o1_2 = hl_vfma_neon(x, v2, o1_2);
+        o1_3 = hl_vfma_neon(x, v3, o1_3);
+        o1_4 = hl_vfma_neon(x, v4, o1_4);
+        o1_5 = hl_vfma_neon(x, v5, o1_5);
+        o1_6 = hl_vfma_neon(x, v6, o1_6);
+        o1_7 = hl_vfma_neon(x, v7, o1_7);
     }
     hl_vstore_neon(o + 0 * OS + 0 * L,
                    hl_vfma_neon(hl_vset_neon(alpha[0]), hl_vload_neon(o + 0 * OS + 0 * L), o0_0));
+    hl_vstore_neon(o + 0 * OS + 1 * L,
+                   hl_vfma_neon(hl_vset_neon(alpha[0]), hl_vload_neon(o + 0 * OS + 1 * L), o0_1));
+    hl_vstore_neon(o + 0 * OS + 2 * L,
+                   hl_vfma_neon(hl_vset_neon(alpha[0]), hl_vload_neon(o + 0 * OS + 2 * L), o0_2));
+    hl_vstore_neon(o + 0 * OS + 3 * L,
+                   hl_vfma_neon(hl_vset_neon(alpha[0]), hl_vload_neon(o + 0 * OS + 3 * L), o0_3));
+    hl_vstore_neon(o + 0 * OS + 4 * L,
+                   hl_vfma_neon(hl_vset_neon(alpha[0]), hl_vload_neon(o + 0 * OS + 4 * L), o0_4));
+    hl_vstore_neon(o + 0 * OS + 5 * L,
+                   hl_vfma_neon(hl_vset_neon(alpha[0]), hl_vload_neon(o + 0 * OS + 5 * L), o0_5));
+    hl_vstore_neon(o + 0 * OS + 6 * L,
+                   hl_vfma_neon(hl_vset_neon(alpha[0]), hl_vload_neon(o + 0 * OS + 6 * L), o0_6));
+    hl_vstore_neon(o + 0 * OS + 7 * L,
+                   hl_vfma_neon(hl_vset_neon(alpha[0]), hl_vload_neon(o + 0 * OS + 7 * L), o0_7));
+    hl_vstore_neon(o + 1 * OS + 0 * L,
+                   hl_vfma_neon(hl_vset_neon(alpha[1]), hl_vload_neon(o + 1 * OS + 0 * L), o1_0));
+    hl_vstore_neon(o + 1 * OS + 1 * L,
+                   hl_vfma_neon(hl_vset_neon(alpha[1]), hl_vload_neon(o + 1 * OS + 1 * L), o1_1));
+    hl_vstore_neon(o + 1 * OS + 2 * L,
+                   hl_vfma_neon(hl_vset_neon(alpha[1]), hl_vload_neon(o + 1 * OS + 2 * L), o1_2));
+    hl_vstore_neon(o + 1 * OS + 3 * L,
+                   hl_vfma_neon(hl_vset_neon(alpha[1]), hl_vload_neon(o + 1 * OS + 3 * L), o1_3));
+    hl_vstore_neon(o + 1 * OS + 4 * L,
+                   hl_vfma_neon(hl_vset_neon(alpha[1]), hl_vload_neon(o + 1 * OS + 4 * L), o1_4));
+    hl_vstore_neon(o + 1 * OS + 5 * L,
+                   hl_vfma_neon(hl_vset_neon(alpha[1]), hl_vload_neon(o + 1 * OS + 5 * L), o1_5));
+    hl_vstore_neon(o + 1 * OS + 6 * L,
+                   hl_vfma_neon(hl_vset_neon(alpha[1]), hl_vload_neon(o + 1 * OS + 6 * L), o1_6));
+    hl_vstore_neon(o + 1 * OS + 7 * L,
+                   hl_vfma_neon(hl_vset_neon(alpha[1]), hl_vload_neon(o + 1 * OS + 7 * L), o1_7));
 }
 
-/* Few heads: the values are not worth a copy. */
-HL_KERNEL_NEON void hl_sfa_bf16_d128_rope64_value_few_neon(const hl_space *w, const hl_state *t,
-    const hl_block *b, int32_t padded, int32_t group)
+/* 1 head by 16 vectors of channels, read where they are stored. Of 24 keys
+ * further on lines are asked for meanwhile, as long as j < later. */
+HL_KERNEL_NEON void hl_sfa_bf16_d128_rope64_pr_1x16_neon(const float *p, const hl_row *row,
+    int32_t c, float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
 {
-    enum { L = 4, OS = 128, DV = 128 };
-    int32_t h = 0;
-    for (; h + 8 <= group; h += 8) {
-        float *const o = t->o + (ptrdiff_t)h * OS;
-        int32_t c = 0;
-        for (; c + 2 * L <= DV; c += 2 * L) {
-            hl_sfa_bf16_d128_rope64_pr_8x2_neon(w->s + h, padded, b->row, c, o + c, t->alpha + h,
-                                                b->n);
+    enum { L = 4, OS = 128 };
+    hl_vf_neon o0_0 = hl_vzero_neon();
+    hl_vf_neon o0_1 = hl_vzero_neon();
+    hl_vf_neon o0_2 = hl_vzero_neon();
+    hl_vf_neon o0_3 = hl_vzero_neon();
+    hl_vf_neon o0_4 = hl_vzero_neon();
+    hl_vf_neon o0_5 = hl_vzero_neon();
+    hl_vf_neon o0_6 = hl_vzero_neon();
+    hl_vf_neon o0_7 = hl_vzero_neon();
+    hl_vf_neon o0_8 = hl_vzero_neon();
+    hl_vf_neon o0_9 = hl_vzero_neon();
+    hl_vf_neon o0_10 = hl_vzero_neon();
+    hl_vf_neon o0_11 = hl_vzero_neon();
+    hl_vf_neon o0_12 = hl_vzero_neon();
+    hl_vf_neon o0_13 = hl_vzero_neon();
+    hl_vf_neon o0_14 = hl_vzero_neon();
+    hl_vf_neon o0_15 = hl_vzero_neon();
+    for (int32_t j = 0; j < n; ++j) {
+        const uint16_t *const value = (const uint16_t *)row[j].value + c;
+        if (j < later) {
+            const uint16_t *const next =
+                (const uint16_t *)row[j + 24].value + c;
+            if (apart) {
+                HL_FETCH(next + 0);
+            }
+            HL_FETCH(next + 32);
         }
-        for (; c + 1 * L <= DV; c += 1 * L) {
-            hl_sfa_bf16_d128_rope64_pr_8x1_neon(w->s + h, padded, b->row, c, o + c, t->alpha + h,
-                                                b->n);
+        const hl_vf_neon x = hl_vset_neon(p[j]);
+        hl_vf_neon v;
+        hl_vf_neon w;
+        hl_vpair_bf16_neon(value + 0, &v, &w);
+        o0_0 = hl_vfma_neon(x, v, o0_0);
+        o0_1 = hl_vfma_neon(x, w, o0_1);
+        hl_vpair_bf16_neon(value + 8, &v, &w);
+        o0_2 = hl_vfma_neon(x, v, o0_2);
+        o0_3 = hl_vfma_neon(x, w, o0_3);
+        hl_vpair_bf16_neon(value + 16, &v, &w);
+        o0_4 = hl_vfma_neon(x, v, o0_4);
+        o0_5 = hl_vfma_neon(x, w, o0_5);
+        hl_vpair_bf16_neon(value + 24, &v, &w);
+        o0_6 = hl_vfma_neon(x, v, o0_6);
+        o0_7 = hl_vfma_neon(x, w, o0_7);
+        hl_vpair_bf16_neon(value + 32, &v, &w);
+        o0_8 = hl_vfma_neon(x, v, o0_8);
+        o0_9 = hl_vfma_neon(x, w, o0_9);
+        hl_vpair_bf16_neon(value + 40, &v, &w);
+        o0_10 = hl_vfma_neon(x, v, o0_10);
+        o0_11 = hl_vfma_neon(x, w, o0_11);
+        hl_vpair_bf16_neon(value + 48, &v, &w);
+        o0_12 = hl_vfma_neon(x, v, o0_12);
+        o0_13 = hl_vfma_neon(x, w, o0_13);
+        hl_vpair_bf16_neon(value + 56, &v, &w);
+        o0_14 = hl_vfma_neon(x, v, o0_14);
+        o0_15 = hl_vfma_neon(x, w, o0_15);
+    }
+    hl_vstore_neon(o + 0 * OS + 0 * L,
+                   hl_vfma_neon(hl_vset_neon(alpha[0]), hl_vload_neon(o + 0 * OS + 0 * L), o0_0));
+    hl_vstore_neon(o + 0 * OS + 1 * L,
+                   hl_vfma_neon(hl_vset_neon(alpha[0]), hl_vload_neon(o + 0 * OS + 1 * L), o0_1));
+    hl_vstore_neon(o + 0 * OS + 2 * L,
+                   hl_vfma_neon(hl_vset_neon(alpha[0]), hl_vload_neon(o + 0 * OS + 2 * L), o0_2));
+    hl_vstore_neon(o + 0 * OS + 3 * L,
+                   hl_vfma_neon(hl_vset_neon(alpha[0]), hl_vload_neon(o + 0 * OS + 3 * L), o0_3));
+    hl_vstore_neon(o + 0 * OS + 4 * L,
+                   hl_vfma_neon(hl_vset_neon(alpha[0]), hl_vload_neon(o + 0 * OS + 4 * L), o0_4));
+    hl_vstore_neon(o + 0 * OS + 5 * L,
+                   hl_vfma_neon(hl_vset_neon(alpha[0]), hl_vload_neon(o + 0 * OS + 5 * L), o0_5));
+    hl_vstore_neon(o + 0 * OS + 6 * L,
+                   hl_vfma_neon(hl_vset_neon(alpha[0]), hl_vload_neon(o + 0 * OS + 6 * L), o0_6));
+    hl_vstore_neon(o + 0 * OS + 7 * L,
+                   hl_vfma_neon(hl_vset_neon(alpha[0]), hl_vload_neon(o + 0 * OS + 7 * L), o0_7));
+    hl_vstore_neon(o + 0 * OS + 8 * L,
+                   hl_vfma_neon(hl_vset_neon(alpha[0]), hl_vload_neon(o + 0 * OS + 8 * L), o0_8));
+    hl_vstore_neon(o + 0 * OS + 9 * L,
+                   hl_vfma_neon(hl_vset_neon(alpha[0]), hl_vload_neon(o + 0 * OS + 9 * L), o0_9));
+    hl_vstore_neon(o + 0 * OS + 10 * L,
+                   hl_vfma_neon(hl_vset_neon(alpha[0]), hl_vload_neon(o + 0 * OS + 10 * L), o0_10));
+    hl_vstore_neon(o + 0 * OS + 11 * L,
+                   hl_vfma_neon(hl_vset_neon(alpha[0]), hl_vload_neon(o + 0 * OS + 11 * L), o0_11));
+    hl_vstore_neon(o + 0 * OS + 12 * L,
+                   hl_vfma_neon(hl_vset_neon(alpha[0]), hl_vload_neon(o + 0 * OS + 12 * L), o0_12));
+    hl_vstore_neon(o + 0 * OS + 13 * L,
+                   hl_vfma_neon(hl_vset_neon(alpha[0]), hl_vload_neon(o + 0 * OS + 13 * L), o0_13));
+    hl_vstore_neon(o + 0 * OS + 14 * L,
+                   hl_vfma_neon(hl_vset_neon(alpha[0]), hl_vload_neon(o + 0 * OS + 14 * L), o0_14));
+    hl_vstore_neon(o + 0 * OS + 15 * L,
+                   hl_vfma_neon(hl_vset_neon(alpha[0]), hl_vload_neon(o + 0 * OS + 15 * L), o0_15));
+}
+
+/* Few heads: values are not worth a copy. */
+HL_KERNEL_NEON void hl_sfa_bf16_d128_rope64_value_few_neon(const hl_space *w, const hl_state *t,
+    const hl_block *b, int32_t group)
+{
+    enum { OS = 128, BLOCK = 64 };
+    const int32_t left = b->n + b->n_later - 24;
+    int32_t h = 0;
+    for (; h + 4 <= group; h += 4) {
+        const int32_t later = h == 0 ? left : 0;
+        const int32_t later_apart = b->value_apart ? later : 0;
+        const float *const p = w->s + h * BLOCK;
+        float *const o = t->o + (ptrdiff_t)h * OS;
+        for (int32_t c = 0; c < 128; c += 16) {
+            hl_sfa_bf16_d128_rope64_pr_4x4_neon(p, b->row, c, o + c, t->alpha + h, b->n,
+                                                later_apart, b->value_apart);
+        }
+    }
+    for (; h + 2 <= group; h += 2) {
+        const int32_t later = h == 0 ? left : 0;
+        const int32_t later_apart = b->value_apart ? later : 0;
+        const float *const p = w->s + h * BLOCK;
+        float *const o = t->o + (ptrdiff_t)h * OS;
+        for (int32_t c = 0; c < 128; c += 32) {
+            hl_sfa_bf16_d128_rope64_pr_2x8_neon(p, b->row, c, o + c, t->alpha + h, b->n, later);
         }
     }
     for (; h + 1 <= group; h += 1) {
+        const int32_t later = h == 0 ? left : 0;
+        const int32_t later_apart = b->value_apart ? later : 0;
+        const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
-        int32_t c = 0;
-        for (; c + 4 * L <= DV; c += 4 * L) {
-            hl_sfa_bf16_d128_rope64_pr_1x4_neon(w->s + h, padded, b->row, c, o + c, t->alpha + h,
-                                                b->n);
-        }
-        for (; c + 1 * L <= DV; c += 1 * L) {
-            hl_sfa_bf16_d128_rope64_pr_1x1_neon(w->s + h, padded, b->row, c, o + c, t->alpha + h,
-                                                b->n);
+        for (int32_t c = 0; c < 128; c += 64) {
+            hl_sfa_bf16_d128_rope64_pr_1x16_neon(p, b->row, c, o + c, t->alpha + h, b->n, later,
+                                                 b->value_apart);
         }
     }
 }
@@ -3997,7 +5045,7 @@ HL_KERNEL_NEON void hl_sfa_bf16_d128_rope64_finish_neon(const hl_sparse_flash_at
         const float l = t->l[h];
         const float max = t->m[h] * 0.693147181f;
         const int32_t none = *t->seen == 0.0f; /* no key: O = 0, and only the sink in the sum */
-        const float *const o = t->o + (ptrdiff_t)h * OS;
+        float *const o = t->o + (ptrdiff_t)h * OS;
         hl_sfa_bf16_d128_rope64_store_out_neon(a, at, o, none && l == l ? 0.0f : t->alpha[h] / l);
         if (a->softmax_max != NULL) {
             a->softmax_max[g->stats + h] = l != l ? l
@@ -4097,41 +5145,51 @@ HL_KERNEL_NEON void hl_sfa_bf16_d128_rope64_merge_state_neon(const hl_state *t, 
 HL_KERNEL_NEON void hl_sfa_bf16_d128_rope64_block_neon(const hl_sparse_flash_attention_plan *plan,
     const hl_space *w, const hl_state *t, const hl_block *b, int32_t padded)
 {
-    const int32_t value_apart = plan->args.value != NULL;
     if (plan->group <= 16) {
-        /* rows -> numbers, a tile at a time; S = scale Q K^T, in units of log2 */
-        hl_sfa_bf16_d128_rope64_score_few_neon(w, b, padded, plan->scale_log2);
+        /* S = scale Q K^T, in units of log2 */
+        hl_sfa_bf16_d128_rope64_score_few_neon(w, b, plan->group, plan->scale_log2);
         /* m' = max(m, rowmax S);  P = 2^(S - m');  l, alpha */
-        hl_sfa_bf16_d128_rope64_softmax_neon(w->s, t, padded, b->n);
+        hl_sfa_bf16_d128_rope64_softmaxes_few_neon(w, t, plan->group, b->n);
         /* O = alpha O + P V */
-        hl_sfa_bf16_d128_rope64_value_few_neon(w, t, b, padded, plan->group);
+        hl_sfa_bf16_d128_rope64_value_few_neon(w, t, b, plan->group);
         return;
     }
     /* rows -> numbers, once for the whole group */
-    hl_sfa_bf16_d128_rope64_load_neon(w, b, value_apart);
+    hl_sfa_bf16_d128_rope64_load_neon(w, b);
     /* S = scale Q K^T, in units of log2 */
     hl_sfa_bf16_d128_rope64_score_neon(w, padded, b->n, plan->scale_log2);
     /* m' = max(m, rowmax S);  P = 2^(S - m');  l, alpha */
     hl_sfa_bf16_d128_rope64_softmax_neon(w->s, t, padded, b->n);
     /* O = alpha O + P V */
-    hl_sfa_bf16_d128_rope64_value_neon(w, t, padded, plan->group, value_apart ? 128 : 192, b->n);
+    hl_sfa_bf16_d128_rope64_value_neon(w, t, padded, plan->group, b->value_apart ? 128 : 192, b->n);
 }
 /* One chunk of a group's keys (FlashAttention-2, algorithm 1, with K and V in blocks). */
 HL_KERNEL_NEON void hl_sfa_bf16_d128_rope64_forward_neon(const hl_sparse_flash_attention_plan *plan,
     const hl_group *g, const hl_space *w, const hl_state *t, hl_cursor c, int32_t padded)
 {
-    const int32_t block = plan->group <= 16 ? 64 : 64;
+    enum { CAP = 176, AHEAD = 24 };
+    const int32_t block = plan->group > 16 ? 64 : plan->group <= 3 ? 48 : 64;
     const hl_sparse_flash_attention_args *const a = &plan->args;
+    int32_t known = hl_sfa_bf16_d128_rope64_next(a, g, &c, w->row, CAP);
+    int32_t more = known == CAP;
     hl_block b;
     b.row = w->row;
-    b.n = hl_sfa_bf16_d128_rope64_next(a, g, &c, b.row, block);
+    b.value_apart = a->value != NULL;
     hl_sfa_bf16_d128_rope64_start_neon(t, padded, plan->group);
-    while (b.n > 0) {
-        b.n_later = b.n < block ? 0 : hl_sfa_bf16_d128_rope64_next(a, g, &c, b.row + block, block);
+    while (known > 0) {
+        b.n = known < block ? known : block;
+        b.n_later = known - b.n;
         hl_sfa_bf16_d128_rope64_block_neon(plan, w, t, &b, padded);
         *t->seen = 1.0f;
-        HL_COPY(b.row, b.row + block, (size_t)b.n_later * sizeof *b.row);
-        b.n = b.n_later;
+        b.row += b.n;
+        known = b.n_later;
+        /* the rows to come move to the front; others follow */
+        if (more && known <= CAP / 2 && known < block + AHEAD) {
+            HL_COPY(w->row, b.row, (size_t)known * sizeof *b.row);
+            b.row = w->row;
+            known += hl_sfa_bf16_d128_rope64_next(a, g, &c, b.row + known, CAP - known);
+            more = known == CAP;
+        }
     }
 }
 
@@ -4159,7 +5217,11 @@ static inline void hl_sfa_bf16_d128_rope64_task_neon(const hl_sparse_flash_atten
     if (chunk >= chunks) {
         return;
     }
-    hl_sfa_bf16_d128_rope64_load_q_neon(a, &g, plan->group, w.k, w.q);
+    if (plan->group <= 16) {
+        hl_sfa_bf16_d128_rope64_load_q_few_neon(a, &g, plan->group, w.q);
+    } else {
+        hl_sfa_bf16_d128_rope64_load_q_neon(a, &g, plan->group, w.k, w.q);
+    }
     if (split) { /* leave the partial result for merge */
         const hl_state part = hl_sfa_bf16_d128_rope64_partial(plan, task);
         hl_sfa_bf16_d128_rope64_forward_neon(plan, &g, &w, &part,
@@ -4208,6 +5270,34 @@ static inline void hl_sfa_bf16_d128_rope64_merge_neon(const hl_sparse_flash_atte
 
 /* ---- load: rows -> numbers, once for the whole group ---- */
 
+/* Few heads: Q as rows, each section of a row cut into vectors just as those of a key are. */
+HL_KERNEL_AVX2 void hl_sfa_bf16_d128_rope64_load_q_few_avx2(const hl_sparse_flash_attention_args *a,
+    const hl_group *g, int32_t group, float *to)
+{
+    enum { L = 8 };
+    for (int32_t h = 0; h < group; ++h) {
+        const uint16_t *const key =
+            (const uint16_t *)a->query + g->query + h * a->query_stride.head;
+        const uint16_t *const rope =
+            a->query_rope == NULL ? key + 128
+            : (const uint16_t *)a->query_rope + g->query_rope
+                + h * a->query_rope_stride.head;
+        float *const q = to + (ptrdiff_t)h * 192;
+        hl_vf_avx2 x;
+        hl_vf_avx2 y;
+        for (int32_t c = 0; c < 128; c += 2 * L) {
+            hl_vpair_bf16_avx2(key + c, &x, &y);
+            hl_vstore_avx2(q + 0 + c, x);
+            hl_vstore_avx2(q + 0 + c + L, y);
+        }
+        for (int32_t c = 0; c < 64; c += 2 * L) {
+            hl_vpair_bf16_avx2(rope + c, &x, &y);
+            hl_vstore_avx2(q + 128 + c, x);
+            hl_vstore_avx2(q + 128 + c + L, y);
+        }
+        (void)y;
+    }
+}
 /* Q^T as panels of 2 vectors of heads, [panel][channel][head]; the last may be
  * narrower. Heads past the group are 0. `row` is scratch for one row. */
 HL_KERNEL_AVX2 void hl_sfa_bf16_d128_rope64_load_q_avx2(const hl_sparse_flash_attention_args *a,
@@ -4249,42 +5339,10 @@ HL_KERNEL_AVX2 void hl_sfa_bf16_d128_rope64_load_key_avx2(const hl_row *row, flo
     hl_vrow_bf16_avx2(to, (const uint16_t *)row->key, DK);
     hl_vrow_bf16_avx2(to + DK, (const uint16_t *)row->rope, ROPE);
 }
-/* Channels c0 .. c0+n-1 of some keys, channel by channel over all of them: so many pages are under
- * way at once, and each of them is read in order. */
-HL_KERNEL_AVX2 void hl_sfa_bf16_d128_rope64_load_keys_avx2(const hl_row *row, int32_t keys,
-    int32_t c0, int32_t n, float *to)
-{
-    enum { L = 8, KS = 192, DK = 128 };
-    const int32_t end = c0 + n < DK ? c0 + n : DK;
-    int32_t c = c0;
-    for (; c + L <= end; c += L) {
-        for (int32_t r = 0; r < keys; ++r) {
-            const uint16_t *const key = (const uint16_t *)row[r].key;
-            hl_vstore_avx2(to + (ptrdiff_t)r * KS + (c - c0), hl_vload_bf16_avx2(key + c));
-        }
-    }
-    if (c0 + n > DK) {
-        c = c0 > DK ? c0 : DK;
-        for (int32_t r = 0; r < keys; ++r) {
-            const uint16_t *const rope = (const uint16_t *)row[r].rope;
-            hl_vrow_bf16_avx2(to + (ptrdiff_t)r * KS + (c - c0), rope + (c - DK), c0 + n - c);
-        }
-    }
-}
 
-/* Asks for one line of each of some rows before it is needed: rows that a list names lie anywhere,
- * which no hardware can guess. A word, not a function: GCC takes a function that does nothing but
- * prefetch for one without effect, and drops its calls. */
-HL_WORD_AVX2 void hl_sfa_bf16_d128_rope64_fetch_channels_avx2(const hl_row *row, int32_t rows,
-    int32_t c)
-{
-    enum { DK = 128 };
-    for (int32_t r = 0; r < rows; ++r) {
-        HL_FETCH(c < DK ? (const uint16_t *)row[r].key + c : (const uint16_t *)row[r].rope
-                 + (c - DK));
-    }
-}
-/* The same for all lines of one row. */
+/* Asks for all lines of one row before it is needed: rows that a list names lie anywhere, which no
+ * hardware can guess. A word, not a function: GCC takes a function that does nothing but prefetch
+ * for one without effect, and drops its calls. */
 HL_WORD_AVX2 void hl_sfa_bf16_d128_rope64_fetch_row_avx2(const hl_row *row, int32_t value_apart)
 {
     for (int32_t c = 0; c < 128; c += 32) {
@@ -4300,16 +5358,15 @@ HL_WORD_AVX2 void hl_sfa_bf16_d128_rope64_fetch_row_avx2(const hl_row *row, int3
 
 /* The whole block's keys, and its values where they are apart; meanwhile rows are asked for that
  * lie 8 further on, in this block or in the next. */
-HL_KERNEL_AVX2 void hl_sfa_bf16_d128_rope64_load_avx2(const hl_space *w, const hl_block *b,
-    int32_t value_apart)
+HL_KERNEL_AVX2 void hl_sfa_bf16_d128_rope64_load_avx2(const hl_space *w, const hl_block *b)
 {
     enum { DV = 128, KS = 192, VS = 128 };
     for (int32_t j = 0; j < b->n; ++j) {
         if (j + 8 < b->n + b->n_later) {
-            hl_sfa_bf16_d128_rope64_fetch_row_avx2(&b->row[j + 8], value_apart);
+            hl_sfa_bf16_d128_rope64_fetch_row_avx2(&b->row[j + 8], b->value_apart);
         }
         hl_sfa_bf16_d128_rope64_load_key_avx2(&b->row[j], w->k + (ptrdiff_t)j * KS);
-        if (value_apart) {
+        if (b->value_apart) {
             hl_vrow_bf16_avx2(w->v + (ptrdiff_t)j * VS, (const uint16_t *)b->row[j].value, DV);
         }
     }
@@ -4319,12 +5376,11 @@ HL_KERNEL_AVX2 void hl_sfa_bf16_d128_rope64_load_avx2(const hl_space *w, const h
 
 /* 6 keys by 2 vectors of heads, over n channels.
  * Heads are in the lanes, so that no number ever has to be summed across them. With add, the result
- * is added to what earlier channels left in s. Meanwhile the same channels of later keys (next,
- * from channel c0) are asked for, if there are any. */
+ * is added to what earlier channels left in s. */
 HL_KERNEL_AVX2 void hl_sfa_bf16_d128_rope64_qk_6x2_avx2(const float *q, const float *k, float *s,
-    ptrdiff_t ss, int32_t n, int32_t add, float scale, const hl_row *next, int32_t c0)
+    ptrdiff_t ss, int32_t n, int32_t add, float scale)
 {
-    enum { L = 8, W = 2 * L, KS = 192, LINE = 32 };
+    enum { L = 8, W = 2 * L, KS = 192 };
     hl_vf_avx2 s0_0 = hl_vzero_avx2();
     hl_vf_avx2 s0_1 = hl_vzero_avx2();
     hl_vf_avx2 s1_0 = hl_vzero_avx2();
@@ -4337,34 +5393,28 @@ HL_KERNEL_AVX2 void hl_sfa_bf16_d128_rope64_qk_6x2_avx2(const float *q, const fl
     hl_vf_avx2 s4_1 = hl_vzero_avx2();
     hl_vf_avx2 s5_0 = hl_vzero_avx2();
     hl_vf_avx2 s5_1 = hl_vzero_avx2();
-    for (int32_t start = 0; start < n; start += LINE) {
-        const int32_t stop = n - start > LINE ? start + LINE : n;
-        if (next != NULL) {
-            hl_sfa_bf16_d128_rope64_fetch_channels_avx2(next, 6, c0 + start);
-        }
-        for (int32_t c = start; c < stop; ++c) {
-            const hl_vf_avx2 q0 = hl_vload_avx2(q + (ptrdiff_t)c * W + 0 * L);
-            const hl_vf_avx2 q1 = hl_vload_avx2(q + (ptrdiff_t)c * W + 1 * L);
-            hl_vf_avx2 x;
-            x = hl_vset_avx2(k[0 * KS + c]);
-            s0_0 = hl_vfma_avx2(x, q0, s0_0);
-            s0_1 = hl_vfma_avx2(x, q1, s0_1);
-            x = hl_vset_avx2(k[1 * KS + c]);
-            s1_0 = hl_vfma_avx2(x, q0, s1_0);
-            s1_1 = hl_vfma_avx2(x, q1, s1_1);
-            x = hl_vset_avx2(k[2 * KS + c]);
-            s2_0 = hl_vfma_avx2(x, q0, s2_0);
-            s2_1 = hl_vfma_avx2(x, q1, s2_1);
-            x = hl_vset_avx2(k[3 * KS + c]);
-            s3_0 = hl_vfma_avx2(x, q0, s3_0);
-            s3_1 = hl_vfma_avx2(x, q1, s3_1);
-            x = hl_vset_avx2(k[4 * KS + c]);
-            s4_0 = hl_vfma_avx2(x, q0, s4_0);
-            s4_1 = hl_vfma_avx2(x, q1, s4_1);
-            x = hl_vset_avx2(k[5 * KS + c]);
-            s5_0 = hl_vfma_avx2(x, q0, s5_0);
-            s5_1 = hl_vfma_avx2(x, q1, s5_1);
-        }
+    for (int32_t c = 0; c < n; ++c) {
+        const hl_vf_avx2 q0 = hl_vload_avx2(q + (ptrdiff_t)c * W + 0 * L);
+        const hl_vf_avx2 q1 = hl_vload_avx2(q + (ptrdiff_t)c * W + 1 * L);
+        hl_vf_avx2 x;
+        x = hl_vset_avx2(k[0 * KS + c]);
+        s0_0 = hl_vfma_avx2(x, q0, s0_0);
+        s0_1 = hl_vfma_avx2(x, q1, s0_1);
+        x = hl_vset_avx2(k[1 * KS + c]);
+        s1_0 = hl_vfma_avx2(x, q0, s1_0);
+        s1_1 = hl_vfma_avx2(x, q1, s1_1);
+        x = hl_vset_avx2(k[2 * KS + c]);
+        s2_0 = hl_vfma_avx2(x, q0, s2_0);
+        s2_1 = hl_vfma_avx2(x, q1, s2_1);
+        x = hl_vset_avx2(k[3 * KS + c]);
+        s3_0 = hl_vfma_avx2(x, q0, s3_0);
+        s3_1 = hl_vfma_avx2(x, q1, s3_1);
+        x = hl_vset_avx2(k[4 * KS + c]);
+        s4_0 = hl_vfma_avx2(x, q0, s4_0);
+        s4_1 = hl_vfma_avx2(x, q1, s4_1);
+        x = hl_vset_avx2(k[5 * KS + c]);
+        s5_0 = hl_vfma_avx2(x, q0, s5_0);
+        s5_1 = hl_vfma_avx2(x, q1, s5_1);
     }
     if (add) {
         s0_0 = hl_vadd_avx2(hl_vload_avx2(s + 0 * ss + 0 * L), s0_0);
@@ -4396,27 +5446,20 @@ HL_KERNEL_AVX2 void hl_sfa_bf16_d128_rope64_qk_6x2_avx2(const float *q, const fl
 
 /* 1 key by 2 vectors of heads, over n channels.
  * Heads are in the lanes, so that no number ever has to be summed across them. With add, the result
- * is added to what earlier channels left in s. Meanwhile the same channels of later keys (next,
- * from channel c0) are asked for, if there are any. */
+ * is added to what earlier channels left in s. */
 HL_KERNEL_AVX2 void hl_sfa_bf16_d128_rope64_qk_1x2_avx2(const float *q, const float *k, float *s,
-    ptrdiff_t ss, int32_t n, int32_t add, float scale, const hl_row *next, int32_t c0)
+    ptrdiff_t ss, int32_t n, int32_t add, float scale)
 {
-    enum { L = 8, W = 2 * L, KS = 192, LINE = 32 };
+    enum { L = 8, W = 2 * L, KS = 192 };
     hl_vf_avx2 s0_0 = hl_vzero_avx2();
     hl_vf_avx2 s0_1 = hl_vzero_avx2();
-    for (int32_t start = 0; start < n; start += LINE) {
-        const int32_t stop = n - start > LINE ? start + LINE : n;
-        if (next != NULL) {
-            hl_sfa_bf16_d128_rope64_fetch_channels_avx2(next, 1, c0 + start);
-        }
-        for (int32_t c = start; c < stop; ++c) {
-            const hl_vf_avx2 q0 = hl_vload_avx2(q + (ptrdiff_t)c * W + 0 * L);
-            const hl_vf_avx2 q1 = hl_vload_avx2(q + (ptrdiff_t)c * W + 1 * L);
-            hl_vf_avx2 x;
-            x = hl_vset_avx2(k[0 * KS + c]);
-            s0_0 = hl_vfma_avx2(x, q0, s0_0);
-            s0_1 = hl_vfma_avx2(x, q1, s0_1);
-        }
+    for (int32_t c = 0; c < n; ++c) {
+        const hl_vf_avx2 q0 = hl_vload_avx2(q + (ptrdiff_t)c * W + 0 * L);
+        const hl_vf_avx2 q1 = hl_vload_avx2(q + (ptrdiff_t)c * W + 1 * L);
+        hl_vf_avx2 x;
+        x = hl_vset_avx2(k[0 * KS + c]);
+        s0_0 = hl_vfma_avx2(x, q0, s0_0);
+        s0_1 = hl_vfma_avx2(x, q1, s0_1);
     }
     if (add) {
         s0_0 = hl_vadd_avx2(hl_vload_avx2(s + 0 * ss + 0 * L), s0_0);
@@ -4428,39 +5471,32 @@ HL_KERNEL_AVX2 void hl_sfa_bf16_d128_rope64_qk_1x2_avx2(const float *q, const fl
 
 /* 6 keys by 1 vector of heads, over n channels.
  * Heads are in the lanes, so that no number ever has to be summed across them. With add, the result
- * is added to what earlier channels left in s. Meanwhile the same channels of later keys (next,
- * from channel c0) are asked for, if there are any. */
+ * is added to what earlier channels left in s. */
 HL_KERNEL_AVX2 void hl_sfa_bf16_d128_rope64_qk_6x1_avx2(const float *q, const float *k, float *s,
-    ptrdiff_t ss, int32_t n, int32_t add, float scale, const hl_row *next, int32_t c0)
+    ptrdiff_t ss, int32_t n, int32_t add, float scale)
 {
-    enum { L = 8, W = 1 * L, KS = 192, LINE = 32 };
+    enum { L = 8, W = 1 * L, KS = 192 };
     hl_vf_avx2 s0_0 = hl_vzero_avx2();
     hl_vf_avx2 s1_0 = hl_vzero_avx2();
     hl_vf_avx2 s2_0 = hl_vzero_avx2();
     hl_vf_avx2 s3_0 = hl_vzero_avx2();
     hl_vf_avx2 s4_0 = hl_vzero_avx2();
     hl_vf_avx2 s5_0 = hl_vzero_avx2();
-    for (int32_t start = 0; start < n; start += LINE) {
-        const int32_t stop = n - start > LINE ? start + LINE : n;
-        if (next != NULL) {
-            hl_sfa_bf16_d128_rope64_fetch_channels_avx2(next, 6, c0 + start);
-        }
-        for (int32_t c = start; c < stop; ++c) {
-            const hl_vf_avx2 q0 = hl_vload_avx2(q + (ptrdiff_t)c * W + 0 * L);
-            hl_vf_avx2 x;
-            x = hl_vset_avx2(k[0 * KS + c]);
-            s0_0 = hl_vfma_avx2(x, q0, s0_0);
-            x = hl_vset_avx2(k[1 * KS + c]);
-            s1_0 = hl_vfma_avx2(x, q0, s1_0);
-            x = hl_vset_avx2(k[2 * KS + c]);
-            s2_0 = hl_vfma_avx2(x, q0, s2_0);
-            x = hl_vset_avx2(k[3 * KS + c]);
-            s3_0 = hl_vfma_avx2(x, q0, s3_0);
-            x = hl_vset_avx2(k[4 * KS + c]);
-            s4_0 = hl_vfma_avx2(x, q0, s4_0);
-            x = hl_vset_avx2(k[5 * KS + c]);
-            s5_0 = hl_vfma_avx2(x, q0, s5_0);
-        }
+    for (int32_t c = 0; c < n; ++c) {
+        const hl_vf_avx2 q0 = hl_vload_avx2(q + (ptrdiff_t)c * W + 0 * L);
+        hl_vf_avx2 x;
+        x = hl_vset_avx2(k[0 * KS + c]);
+        s0_0 = hl_vfma_avx2(x, q0, s0_0);
+        x = hl_vset_avx2(k[1 * KS + c]);
+        s1_0 = hl_vfma_avx2(x, q0, s1_0);
+        x = hl_vset_avx2(k[2 * KS + c]);
+        s2_0 = hl_vfma_avx2(x, q0, s2_0);
+        x = hl_vset_avx2(k[3 * KS + c]);
+        s3_0 = hl_vfma_avx2(x, q0, s3_0);
+        x = hl_vset_avx2(k[4 * KS + c]);
+        s4_0 = hl_vfma_avx2(x, q0, s4_0);
+        x = hl_vset_avx2(k[5 * KS + c]);
+        s5_0 = hl_vfma_avx2(x, q0, s5_0);
     }
     if (add) {
         s0_0 = hl_vadd_avx2(hl_vload_avx2(s + 0 * ss + 0 * L), s0_0);
@@ -4480,24 +5516,17 @@ HL_KERNEL_AVX2 void hl_sfa_bf16_d128_rope64_qk_6x1_avx2(const float *q, const fl
 
 /* 1 key by 1 vector of heads, over n channels.
  * Heads are in the lanes, so that no number ever has to be summed across them. With add, the result
- * is added to what earlier channels left in s. Meanwhile the same channels of later keys (next,
- * from channel c0) are asked for, if there are any. */
+ * is added to what earlier channels left in s. */
 HL_KERNEL_AVX2 void hl_sfa_bf16_d128_rope64_qk_1x1_avx2(const float *q, const float *k, float *s,
-    ptrdiff_t ss, int32_t n, int32_t add, float scale, const hl_row *next, int32_t c0)
+    ptrdiff_t ss, int32_t n, int32_t add, float scale)
 {
-    enum { L = 8, W = 1 * L, KS = 192, LINE = 32 };
+    enum { L = 8, W = 1 * L, KS = 192 };
     hl_vf_avx2 s0_0 = hl_vzero_avx2();
-    for (int32_t start = 0; start < n; start += LINE) {
-        const int32_t stop = n - start > LINE ? start + LINE : n;
-        if (next != NULL) {
-            hl_sfa_bf16_d128_rope64_fetch_channels_avx2(next, 1, c0 + start);
-        }
-        for (int32_t c = start; c < stop; ++c) {
-            const hl_vf_avx2 q0 = hl_vload_avx2(q + (ptrdiff_t)c * W + 0 * L);
-            hl_vf_avx2 x;
-            x = hl_vset_avx2(k[0 * KS + c]);
-            s0_0 = hl_vfma_avx2(x, q0, s0_0);
-        }
+    for (int32_t c = 0; c < n; ++c) {
+        const hl_vf_avx2 q0 = hl_vload_avx2(q + (ptrdiff_t)c * W + 0 * L);
+        hl_vf_avx2 x;
+        x = hl_vset_avx2(k[0 * KS + c]);
+        s0_0 = hl_vfma_avx2(x, q0, s0_0);
     }
     if (add) {
         s0_0 = hl_vadd_avx2(hl_vload_avx2(s + 0 * ss + 0 * L), s0_0);
@@ -4505,84 +5534,523 @@ HL_KERNEL_AVX2 void hl_sfa_bf16_d128_rope64_qk_1x1_avx2(const float *q, const fl
     hl_vstore_avx2(s + 0 * ss + 0 * L, hl_vmul_avx2(s0_0, hl_vset_avx2(scale)));
 }
 
-/* Some heads of the group against the `rows` keys that lie in k, over n channels from c0. */
-HL_KERNEL_AVX2 void hl_sfa_bf16_d128_rope64_score_keys_avx2(const hl_space *w, const float *k,
-    float *s, int32_t heads, int32_t rows, int32_t h0, int32_t h1, int32_t c0, int32_t n,
-    float scale, const hl_row *next)
+/* One panel of Q, or what is left of its last, against keys of the block: channels from c0. */
+HL_KERNEL_AVX2 void hl_sfa_bf16_d128_rope64_score_panel_avx2(const float *q, const float *k,
+    float *s, int32_t heads, int32_t width, int32_t keys, int32_t c0, int32_t n, float scale)
 {
-    enum { L = 8, W = 2 * L, D = 192 };
+    enum { W = 2 * 8, KS = 192 };
     const int32_t add = c0 > 0;
-    for (int32_t h = h0; h < h1; h += W) {
-        const int32_t width = heads - h < W ? heads - h : W;
-        const float *const q = w->q + (ptrdiff_t)h * D + (ptrdiff_t)c0 * width;
-        if (rows == 6) {
-            if (width == W) {
-                hl_sfa_bf16_d128_rope64_qk_6x2_avx2(q, k, s + h, heads, n, add, scale, next, c0);
-            } else {
-                hl_sfa_bf16_d128_rope64_qk_6x1_avx2(q, k, s + h, heads, n, add, scale, next, c0);
-            }
+    int32_t j = 0;
+    for (; j + 6 <= keys; j += 6) {
+        const float *const row = k + (ptrdiff_t)j * KS;
+        float *const to = s + (ptrdiff_t)j * heads;
+        if (width == W) {
+            hl_sfa_bf16_d128_rope64_qk_6x2_avx2(q, row, to, heads, n, add, scale);
         } else {
-            if (width == W) {
-                hl_sfa_bf16_d128_rope64_qk_1x2_avx2(q, k, s + h, heads, n, add, scale, next, c0);
-            } else {
-                hl_sfa_bf16_d128_rope64_qk_1x1_avx2(q, k, s + h, heads, n, add, scale, next, c0);
-            }
+            hl_sfa_bf16_d128_rope64_qk_6x1_avx2(q, row, to, heads, n, add, scale);
         }
-        next = NULL;
+    }
+    for (; j + 1 <= keys; j += 1) {
+        const float *const row = k + (ptrdiff_t)j * KS;
+        float *const to = s + (ptrdiff_t)j * heads;
+        if (width == W) {
+            hl_sfa_bf16_d128_rope64_qk_1x2_avx2(q, row, to, heads, n, add, scale);
+        } else {
+            hl_sfa_bf16_d128_rope64_qk_1x1_avx2(q, row, to, heads, n, add, scale);
+        }
     }
 }
 
-/* Keys of the next tile: the largest that still fits. */
-HL_KERNEL_AVX2 int32_t hl_sfa_bf16_d128_rope64_tile_rows_avx2(int32_t left)
-{
-    if (left >= 6) {
-        return 6;
-    }
-    return 1;
-}
 /* Many heads: the whole block is loaded. Channels in slices of 192, so that a
  * slice of a Q panel stays in the first-level cache while the keys pass by. */
 HL_KERNEL_AVX2 void hl_sfa_bf16_d128_rope64_score_avx2(const hl_space *w, int32_t heads, int32_t n,
     float scale)
 {
-    enum { W = 2 * 8, D = 192, KS = 192 };
-    enum { SLICE = 192 };
+    enum { W = 2 * 8, D = 192, SLICE = 192 };
     for (int32_t h = 0; h < heads; h += W) {
+        const int32_t width = heads - h < W ? heads - h : W;
         for (int32_t c0 = 0; c0 < D; c0 += SLICE) {
             const int32_t left = D - c0;
-            int32_t rows = 0;
-            for (int32_t j = 0; j < n; j += rows) {
-                rows = hl_sfa_bf16_d128_rope64_tile_rows_avx2(n - j);
-                hl_sfa_bf16_d128_rope64_score_keys_avx2(w, w->k + (ptrdiff_t)j * KS + c0, w->s
-                    + (ptrdiff_t)j * heads, heads, rows, h, h + 1, c0, left < SLICE ? left : SLICE,
-                    left > SLICE ? 1.0f : scale, NULL);
-            }
+            hl_sfa_bf16_d128_rope64_score_panel_avx2(w->q + (ptrdiff_t)h * D + (ptrdiff_t)c0
+                * width, w->k + c0, w->s + h, heads, width, n, c0, left < SLICE ? left : SLICE,
+                left > SLICE ? 1.0f : scale);
         }
     }
 }
-/* Few heads: 24 keys at a time are loaded, a slice of channels at a time, and used
- * at once, so that they never leave the first-level cache as float32: writing a block of them would
- * cost more. */
-HL_KERNEL_AVX2 void hl_sfa_bf16_d128_rope64_score_few_avx2(const hl_space *w, const hl_block *b,
-    int32_t heads, float scale)
+
+/* 4 heads by 2 keys, read where they are stored, 2 rows at a time: channels are in
+ * the lanes, and sums are formed across them once a tile, for many dot products together. Behind
+ * the last key its row is taken again, so that every tile is whole. Meanwhile lines of later keys
+ * (next) are asked for, if there are any. */
+HL_KERNEL_AVX2 void hl_sfa_bf16_d128_rope64_dot_4x2_avx2(const float *q, const hl_row *row,
+    int32_t last, float *s, float scale, const hl_row *next)
 {
-    enum { KS = 192, D = 192 };
-    enum { SLICE = 192, KEYS = 24 };
-    const int32_t known = b->n + b->n_later;
-    for (int32_t j = 0; j < b->n; j += KEYS) {
-        const int32_t keys = b->n - j < KEYS ? b->n - j : KEYS;
-        for (int32_t c0 = 0; c0 < D; c0 += SLICE) {
-            const int32_t left = D - c0;
-            const int32_t n = left < SLICE ? left : SLICE;
-            int32_t rows = 0;
-            hl_sfa_bf16_d128_rope64_load_keys_avx2(b->row + j, keys, c0, n, w->k);
-            for (int32_t r = 0; r < keys; r += rows) {
-                const int32_t later = j + KEYS + r;
-                rows = hl_sfa_bf16_d128_rope64_tile_rows_avx2(keys - r);
-                hl_sfa_bf16_d128_rope64_score_keys_avx2(w, w->k + (ptrdiff_t)r * KS, w->s
-                    + (ptrdiff_t)(j + r) * heads, heads, rows, 0, heads, c0, n, left > SLICE ? 1.0f
-                    : scale, later + rows <= known ? b->row + later : NULL);
+    enum { L = 8, QS = 192 };
+    hl_vf_avx2 all[8];
+    for (int32_t j = 0; j < 2; j += 2) {
+        const hl_row *const row0 = row + (last < j + 0 ? last : j + 0);
+        const hl_row *const row1 = row + (last < j + 1 ? last : j + 1);
+        hl_vf_avx2 s0_0 = hl_vzero_avx2();
+        hl_vf_avx2 s0_1 = hl_vzero_avx2();
+        hl_vf_avx2 s1_0 = hl_vzero_avx2();
+        hl_vf_avx2 s1_1 = hl_vzero_avx2();
+        hl_vf_avx2 s2_0 = hl_vzero_avx2();
+        hl_vf_avx2 s2_1 = hl_vzero_avx2();
+        hl_vf_avx2 s3_0 = hl_vzero_avx2();
+        hl_vf_avx2 s3_1 = hl_vzero_avx2();
+        {
+            const float *const from = q + 0;
+            const uint16_t *const k0 = (const uint16_t *)row0->key;
+            const uint16_t *const k1 = (const uint16_t *)row1->key;
+            for (int32_t start = 0; start < 128; start += 64) {
+                if (next != NULL) {
+                    HL_FETCH((const uint16_t *)next[j + 0].key + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 1].key + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 0].key + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 1].key + start + 32);
+                }
+                for (int32_t c = start; c < start + 64; c += 16) {
+                    {
+                        const float *const qc = from + c + 0;
+                        hl_vf_avx2 q0;
+                        hl_vf_avx2 v0;
+                        hl_vf_avx2 w0;
+                        hl_vpair_bf16_avx2(k0 + c + 0, &v0, &w0);
+                        hl_vf_avx2 v1;
+                        hl_vf_avx2 w1;
+                        hl_vpair_bf16_avx2(k1 + c + 0, &v1, &w1);
+                        q0 = hl_vkeep_avx2(hl_vload_avx2(qc + 0 * QS));
+                        s0_0 = hl_vfma_avx2(v0, q0, s0_0);
+                        s0_1 = hl_vfma_avx2(v1, q0, s0_1);
+                        q0 = hl_vkeep_avx2(hl_vload_avx2(qc + 1 * QS));
+                        s1_0 = hl_vfma_avx2(v0, q0, s1_0);
+                        s1_1 = hl_vfma_avx2(v1, q0, s1_1);
+                        q0 = hl_vkeep_avx2(hl_vload_avx2(qc + 2 * QS));
+                        s2_0 = hl_vfma_avx2(v0, q0, s2_0);
+                        s2_1 = hl_vfma_avx2(v1, q0, s2_1);
+                        q0 = hl_vkeep_avx2(hl_vload_avx2(qc + 3 * QS));
+                        s3_0 = hl_vfma_avx2(v0, q0, s3_0);
+                        s3_1 = hl_vfma_avx2(v1, q0, s3_1);
+                        q0 = hl_vkeep_avx2(hl_vload_avx2(qc + 0 * QS + L));
+                        s0_0 = hl_vfma_avx2(w0, q0, s0_0);
+                        s0_1 = hl_vfma_avx2(w1, q0, s0_1);
+                        q0 = hl_vkeep_avx2(hl_vload_avx2(qc + 1 * QS + L));
+                        s1_0 = hl_vfma_avx2(w0, q0, s1_0);
+                        s1_1 = hl_vfma_avx2(w1, q0, s1_1);
+                        q0 = hl_vkeep_avx2(hl_vload_avx2(qc + 2 * QS + L));
+                        s2_0 = hl_vfma_avx2(w0, q0, s2_0);
+                        s2_1 = hl_vfma_avx2(w1, q0, s2_1);
+                        q0 = hl_vkeep_avx2(hl_vload_avx2(qc + 3 * QS + L));
+                        s3_0 = hl_vfma_avx2(w0, q0, s3_0);
+                        s3_1 = hl_vfma_avx2(w1, q0, s3_1);
+                    }
+                }
             }
+        }
+        {
+            const float *const from = q + 128;
+            const uint16_t *const k0 = (const uint16_t *)row0->rope;
+            const uint16_t *const k1 = (const uint16_t *)row1->rope;
+            for (int32_t start = 0; start < 64; start += 64) {
+                if (next != NULL) {
+                    HL_FETCH((const uint16_t *)next[j + 0].rope + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 1].rope + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 0].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 1].rope + start + 32);
+                }
+                for (int32_t c = start; c < start + 64; c += 16) {
+                    {
+                        const float *const qc = from + c + 0;
+                        hl_vf_avx2 q0;
+                        hl_vf_avx2 v0;
+                        hl_vf_avx2 w0;
+                        hl_vpair_bf16_avx2(k0 + c + 0, &v0, &w0);
+                        hl_vf_avx2 v1;
+                        hl_vf_avx2 w1;
+                        hl_vpair_bf16_avx2(k1 + c + 0, &v1, &w1);
+                        q0 = hl_vkeep_avx2(hl_vload_avx2(qc + 0 * QS));
+                        s0_0 = hl_vfma_avx2(v0, q0, s0_0);
+                        s0_1 = hl_vfma_avx2(v1, q0, s0_1);
+                        q0 = hl_vkeep_avx2(hl_vload_avx2(qc + 1 * QS));
+                        s1_0 = hl_vfma_avx2(v0, q0, s1_0);
+                        s1_1 = hl_vfma_avx2(v1, q0, s1_1);
+                        q0 = hl_vkeep_avx2(hl_vload_avx2(qc + 2 * QS));
+                        s2_0 = hl_vfma_avx2(v0, q0, s2_0);
+                        s2_1 = hl_vfma_avx2(v1, q0, s2_1);
+                        q0 = hl_vkeep_avx2(hl_vload_avx2(qc + 3 * QS));
+                        s3_0 = hl_vfma_avx2(v0, q0, s3_0);
+                        s3_1 = hl_vfma_avx2(v1, q0, s3_1);
+                        q0 = hl_vkeep_avx2(hl_vload_avx2(qc + 0 * QS + L));
+                        s0_0 = hl_vfma_avx2(w0, q0, s0_0);
+                        s0_1 = hl_vfma_avx2(w1, q0, s0_1);
+                        q0 = hl_vkeep_avx2(hl_vload_avx2(qc + 1 * QS + L));
+                        s1_0 = hl_vfma_avx2(w0, q0, s1_0);
+                        s1_1 = hl_vfma_avx2(w1, q0, s1_1);
+                        q0 = hl_vkeep_avx2(hl_vload_avx2(qc + 2 * QS + L));
+                        s2_0 = hl_vfma_avx2(w0, q0, s2_0);
+                        s2_1 = hl_vfma_avx2(w1, q0, s2_1);
+                        q0 = hl_vkeep_avx2(hl_vload_avx2(qc + 3 * QS + L));
+                        s3_0 = hl_vfma_avx2(w0, q0, s3_0);
+                        s3_1 = hl_vfma_avx2(w1, q0, s3_1);
+                    }
+                }
+            }
+        }
+        all[(j + 0) * 4 + 0] = s0_0;
+        all[(j + 1) * 4 + 0] = s0_1;
+        all[(j + 0) * 4 + 1] = s1_0;
+        all[(j + 1) * 4 + 1] = s1_1;
+        all[(j + 0) * 4 + 2] = s2_0;
+        all[(j + 1) * 4 + 2] = s2_1;
+        all[(j + 0) * 4 + 3] = s3_0;
+        all[(j + 1) * 4 + 3] = s3_1;
+    }
+    for (int32_t i = 0; i < 8; i += L) {
+        hl_vstore_avx2(s + i, hl_vmul_avx2(hl_vsums_avx2(all + i), hl_vset_avx2(scale)));
+    }
+}
+
+/* 2 heads by 4 keys, read where they are stored, 4 rows at a time: channels are in
+ * the lanes, and sums are formed across them once a tile, for many dot products together. Behind
+ * the last key its row is taken again, so that every tile is whole. Meanwhile lines of later keys
+ * (next) are asked for, if there are any; but for those that value tiles ask for. */
+HL_KERNEL_AVX2 void hl_sfa_bf16_d128_rope64_dot_2x4_avx2(const float *q, const hl_row *row,
+    int32_t last, float *s, float scale, const hl_row *next, int32_t apart)
+{
+    enum { L = 8, QS = 192 };
+    hl_vf_avx2 all[8];
+    for (int32_t j = 0; j < 4; j += 4) {
+        const hl_row *const row0 = row + (last < j + 0 ? last : j + 0);
+        const hl_row *const row1 = row + (last < j + 1 ? last : j + 1);
+        const hl_row *const row2 = row + (last < j + 2 ? last : j + 2);
+        const hl_row *const row3 = row + (last < j + 3 ? last : j + 3);
+        hl_vf_avx2 s0_0 = hl_vzero_avx2();
+        hl_vf_avx2 s0_1 = hl_vzero_avx2();
+        hl_vf_avx2 s0_2 = hl_vzero_avx2();
+        hl_vf_avx2 s0_3 = hl_vzero_avx2();
+        hl_vf_avx2 s1_0 = hl_vzero_avx2();
+        hl_vf_avx2 s1_1 = hl_vzero_avx2();
+        hl_vf_avx2 s1_2 = hl_vzero_avx2();
+        hl_vf_avx2 s1_3 = hl_vzero_avx2();
+        {
+            const float *const from = q + 0;
+            const uint16_t *const k0 = (const uint16_t *)row0->key;
+            const uint16_t *const k1 = (const uint16_t *)row1->key;
+            const uint16_t *const k2 = (const uint16_t *)row2->key;
+            const uint16_t *const k3 = (const uint16_t *)row3->key;
+            for (int32_t start = 0; start < 128; start += 64) {
+                if (next != NULL) {
+                    if (apart) {
+                        HL_FETCH((const uint16_t *)next[j + 0].key + start + 0);
+                        HL_FETCH((const uint16_t *)next[j + 1].key + start + 0);
+                        HL_FETCH((const uint16_t *)next[j + 2].key + start + 0);
+                        HL_FETCH((const uint16_t *)next[j + 3].key + start + 0);
+                    }
+                    if (apart) {
+                        HL_FETCH((const uint16_t *)next[j + 0].key + start + 32);
+                        HL_FETCH((const uint16_t *)next[j + 1].key + start + 32);
+                        HL_FETCH((const uint16_t *)next[j + 2].key + start + 32);
+                        HL_FETCH((const uint16_t *)next[j + 3].key + start + 32);
+                    }
+                }
+                for (int32_t c = start; c < start + 64; c += 16) {
+                    {
+                        const float *const qc = from + c + 0;
+                        hl_vf_avx2 v;
+                        hl_vf_avx2 w;
+                        const hl_vf_avx2 q0 = hl_vload_avx2(qc + 0 * QS);
+                        const hl_vf_avx2 p0 = hl_vload_avx2(qc + 0 * QS + L);
+                        const hl_vf_avx2 q1 = hl_vload_avx2(qc + 1 * QS);
+                        const hl_vf_avx2 p1 = hl_vload_avx2(qc + 1 * QS + L);
+                        hl_vpair_bf16_avx2(k0 + c + 0, &v, &w);
+                        s0_0 = hl_vfma_avx2(v, q0, s0_0);
+                        s1_0 = hl_vfma_avx2(v, q1, s1_0);
+                        s0_0 = hl_vfma_avx2(w, p0, s0_0);
+                        s1_0 = hl_vfma_avx2(w, p1, s1_0);
+                        hl_vpair_bf16_avx2(k1 + c + 0, &v, &w);
+                        s0_1 = hl_vfma_avx2(v, q0, s0_1);
+                        s1_1 = hl_vfma_avx2(v, q1, s1_1);
+                        s0_1 = hl_vfma_avx2(w, p0, s0_1);
+                        s1_1 = hl_vfma_avx2(w, p1, s1_1);
+                        hl_vpair_bf16_avx2(k2 + c + 0, &v, &w);
+                        s0_2 = hl_vfma_avx2(v, q0, s0_2);
+                        s1_2 = hl_vfma_avx2(v, q1, s1_2);
+                        s0_2 = hl_vfma_avx2(w, p0, s0_2);
+                        s1_2 = hl_vfma_avx2(w, p1, s1_2);
+                        hl_vpair_bf16_avx2(k3 + c + 0, &v, &w);
+                        s0_3 = hl_vfma_avx2(v, q0, s0_3);
+                        s1_3 = hl_vfma_avx2(v, q1, s1_3);
+                        s0_3 = hl_vfma_avx2(w, p0, s0_3);
+                        s1_3 = hl_vfma_avx2(w, p1, s1_3);
+                    }
+                }
+            }
+        }
+        {
+            const float *const from = q + 128;
+            const uint16_t *const k0 = (const uint16_t *)row0->rope;
+            const uint16_t *const k1 = (const uint16_t *)row1->rope;
+            const uint16_t *const k2 = (const uint16_t *)row2->rope;
+            const uint16_t *const k3 = (const uint16_t *)row3->rope;
+            for (int32_t start = 0; start < 64; start += 64) {
+                if (next != NULL) {
+                    HL_FETCH((const uint16_t *)next[j + 0].rope + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 1].rope + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 2].rope + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 3].rope + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 0].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 1].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 2].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 3].rope + start + 32);
+                }
+                for (int32_t c = start; c < start + 64; c += 16) {
+                    {
+                        const float *const qc = from + c + 0;
+                        hl_vf_avx2 v;
+                        hl_vf_avx2 w;
+                        const hl_vf_avx2 q0 = hl_vload_avx2(qc + 0 * QS);
+                        const hl_vf_avx2 p0 = hl_vload_avx2(qc + 0 * QS + L);
+                        const hl_vf_avx2 q1 = hl_vload_avx2(qc + 1 * QS);
+                        const hl_vf_avx2 p1 = hl_vload_avx2(qc + 1 * QS + L);
+                        hl_vpair_bf16_avx2(k0 + c + 0, &v, &w);
+                        s0_0 = hl_vfma_avx2(v, q0, s0_0);
+                        s1_0 = hl_vfma_avx2(v, q1, s1_0);
+                        s0_0 = hl_vfma_avx2(w, p0, s0_0);
+                        s1_0 = hl_vfma_avx2(w, p1, s1_0);
+                        hl_vpair_bf16_avx2(k1 + c + 0, &v, &w);
+                        s0_1 = hl_vfma_avx2(v, q0, s0_1);
+                        s1_1 = hl_vfma_avx2(v, q1, s1_1);
+                        s0_1 = hl_vfma_avx2(w, p0, s0_1);
+                        s1_1 = hl_vfma_avx2(w, p1, s1_1);
+                        hl_vpair_bf16_avx2(k2 + c + 0, &v, &w);
+                        s0_2 = hl_vfma_avx2(v, q0, s0_2);
+                        s1_2 = hl_vfma_avx2(v, q1, s1_2);
+                        s0_2 = hl_vfma_avx2(w, p0, s0_2);
+                        s1_2 = hl_vfma_avx2(w, p1, s1_2);
+                        hl_vpair_bf16_avx2(k3 + c + 0, &v, &w);
+                        s0_3 = hl_vfma_avx2(v, q0, s0_3);
+                        s1_3 = hl_vfma_avx2(v, q1, s1_3);
+                        s0_3 = hl_vfma_avx2(w, p0, s0_3);
+                        s1_3 = hl_vfma_avx2(w, p1, s1_3);
+                    }
+                }
+            }
+        }
+        all[(j + 0) * 2 + 0] = s0_0;
+        all[(j + 1) * 2 + 0] = s0_1;
+        all[(j + 2) * 2 + 0] = s0_2;
+        all[(j + 3) * 2 + 0] = s0_3;
+        all[(j + 0) * 2 + 1] = s1_0;
+        all[(j + 1) * 2 + 1] = s1_1;
+        all[(j + 2) * 2 + 1] = s1_2;
+        all[(j + 3) * 2 + 1] = s1_3;
+    }
+    for (int32_t i = 0; i < 8; i += L) {
+        hl_vstore_avx2(s + i, hl_vmul_avx2(hl_vsums_avx2(all + i), hl_vset_avx2(scale)));
+    }
+}
+
+/* 1 head by 8 keys, read where they are stored, 8 rows at a time: channels are in
+ * the lanes, and sums are formed across them once a tile, for many dot products together. Behind
+ * the last key its row is taken again, so that every tile is whole. Meanwhile lines of later keys
+ * (next) are asked for, if there are any; but for those that value tiles ask for. */
+HL_KERNEL_AVX2 void hl_sfa_bf16_d128_rope64_dot_1x8_avx2(const float *q, const hl_row *row,
+    int32_t last, float *s, float scale, const hl_row *next, int32_t apart)
+{
+    enum { L = 8, QS = 192 };
+    hl_vf_avx2 all[8];
+    for (int32_t j = 0; j < 8; j += 8) {
+        const hl_row *const row0 = row + (last < j + 0 ? last : j + 0);
+        const hl_row *const row1 = row + (last < j + 1 ? last : j + 1);
+        const hl_row *const row2 = row + (last < j + 2 ? last : j + 2);
+        const hl_row *const row3 = row + (last < j + 3 ? last : j + 3);
+        const hl_row *const row4 = row + (last < j + 4 ? last : j + 4);
+        const hl_row *const row5 = row + (last < j + 5 ? last : j + 5);
+        const hl_row *const row6 = row + (last < j + 6 ? last : j + 6);
+        const hl_row *const row7 = row + (last < j + 7 ? last : j + 7);
+        hl_vf_avx2 s0_0 = hl_vzero_avx2();
+        hl_vf_avx2 s0_1 = hl_vzero_avx2();
+        hl_vf_avx2 s0_2 = hl_vzero_avx2();
+        hl_vf_avx2 s0_3 = hl_vzero_avx2();
+        hl_vf_avx2 s0_4 = hl_vzero_avx2();
+        hl_vf_avx2 s0_5 = hl_vzero_avx2();
+        hl_vf_avx2 s0_6 = hl_vzero_avx2();
+        hl_vf_avx2 s0_7 = hl_vzero_avx2();
+        {
+            const float *const from = q + 0;
+            const uint16_t *const k0 = (const uint16_t *)row0->key;
+            const uint16_t *const k1 = (const uint16_t *)row1->key;
+            const uint16_t *const k2 = (const uint16_t *)row2->key;
+            const uint16_t *const k3 = (const uint16_t *)row3->key;
+            const uint16_t *const k4 = (const uint16_t *)row4->key;
+            const uint16_t *const k5 = (const uint16_t *)row5->key;
+            const uint16_t *const k6 = (const uint16_t *)row6->key;
+            const uint16_t *const k7 = (const uint16_t *)row7->key;
+            for (int32_t start = 0; start < 128; start += 64) {
+                if (next != NULL) {
+                    HL_FETCH((const uint16_t *)next[j + 0].key + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 1].key + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 2].key + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 3].key + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 4].key + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 5].key + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 6].key + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 7].key + start + 0);
+                    if (apart) {
+                        HL_FETCH((const uint16_t *)next[j + 0].key + start + 32);
+                        HL_FETCH((const uint16_t *)next[j + 1].key + start + 32);
+                        HL_FETCH((const uint16_t *)next[j + 2].key + start + 32);
+                        HL_FETCH((const uint16_t *)next[j + 3].key + start + 32);
+                        HL_FETCH((const uint16_t *)next[j + 4].key + start + 32);
+                        HL_FETCH((const uint16_t *)next[j + 5].key + start + 32);
+                        HL_FETCH((const uint16_t *)next[j + 6].key + start + 32);
+                        HL_FETCH((const uint16_t *)next[j + 7].key + start + 32);
+                    }
+                }
+                for (int32_t c = start; c < start + 64; c += 16) {
+                    {
+                        const float *const qc = from + c + 0;
+                        hl_vf_avx2 v;
+                        hl_vf_avx2 w;
+                        const hl_vf_avx2 q0 = hl_vload_avx2(qc + 0 * QS);
+                        const hl_vf_avx2 p0 = hl_vload_avx2(qc + 0 * QS + L);
+                        hl_vpair_bf16_avx2(k0 + c + 0, &v, &w);
+                        s0_0 = hl_vfma_avx2(v, q0, s0_0);
+                        s0_0 = hl_vfma_avx2(w, p0, s0_0);
+                        hl_vpair_bf16_avx2(k1 + c + 0, &v, &w);
+                        s0_1 = hl_vfma_avx2(v, q0, s0_1);
+                        s0_1 = hl_vfma_avx2(w, p0, s0_1);
+                        hl_vpair_bf16_avx2(k2 + c + 0, &v, &w);
+                        s0_2 = hl_vfma_avx2(v, q0, s0_2);
+                        s0_2 = hl_vfma_avx2(w, p0, s0_2);
+                        hl_vpair_bf16_avx2(k3 + c + 0, &v, &w);
+                        s0_3 = hl_vfma_avx2(v, q0, s0_3);
+                        s0_3 = hl_vfma_avx2(w, p0, s0_3);
+                        hl_vpair_bf16_avx2(k4 + c + 0, &v, &w);
+                        s0_4 = hl_vfma_avx2(v, q0, s0_4);
+                        s0_4 = hl_vfma_avx2(w, p0, s0_4);
+                        hl_vpair_bf16_avx2(k5 + c + 0, &v, &w);
+                        s0_5 = hl_vfma_avx2(v, q0, s0_5);
+                        s0_5 = hl_vfma_avx2(w, p0, s0_5);
+                        hl_vpair_bf16_avx2(k6 + c + 0, &v, &w);
+                        s0_6 = hl_vfma_avx2(v, q0, s0_6);
+                        s0_6 = hl_vfma_avx2(w, p0, s0_6);
+                        hl_vpair_bf16_avx2(k7 + c + 0, &v, &w);
+                        s0_7 = hl_vfma_avx2(v, q0, s0_7);
+                        s0_7 = hl_vfma_avx2(w, p0, s0_7);
+                    }
+                }
+            }
+        }
+        {
+            const float *const from = q + 128;
+            const uint16_t *const k0 = (const uint16_t *)row0->rope;
+            const uint16_t *const k1 = (const uint16_t *)row1->rope;
+            const uint16_t *const k2 = (const uint16_t *)row2->rope;
+            const uint16_t *const k3 = (const uint16_t *)row3->rope;
+            const uint16_t *const k4 = (const uint16_t *)row4->rope;
+            const uint16_t *const k5 = (const uint16_t *)row5->rope;
+            const uint16_t *const k6 = (const uint16_t *)row6->rope;
+            const uint16_t *const k7 = (const uint16_t *)row7->rope;
+            for (int32_t start = 0; start < 64; start += 64) {
+                if (next != NULL) {
+                    HL_FETCH((const uint16_t *)next[j + 0].rope + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 1].rope + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 2].rope + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 3].rope + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 4].rope + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 5].rope + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 6].rope + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 7].rope + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 0].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 1].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 2].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 3].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 4].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 5].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 6].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 7].rope + start + 32);
+                }
+                for (int32_t c = start; c < start + 64; c += 16) {
+                    {
+                        const float *const qc = from + c + 0;
+                        hl_vf_avx2 v;
+                        hl_vf_avx2 w;
+                        const hl_vf_avx2 q0 = hl_vload_avx2(qc + 0 * QS);
+                        const hl_vf_avx2 p0 = hl_vload_avx2(qc + 0 * QS + L);
+                        hl_vpair_bf16_avx2(k0 + c + 0, &v, &w);
+                        s0_0 = hl_vfma_avx2(v, q0, s0_0);
+                        s0_0 = hl_vfma_avx2(w, p0, s0_0);
+                        hl_vpair_bf16_avx2(k1 + c + 0, &v, &w);
+                        s0_1 = hl_vfma_avx2(v, q0, s0_1);
+                        s0_1 = hl_vfma_avx2(w, p0, s0_1);
+                        hl_vpair_bf16_avx2(k2 + c + 0, &v, &w);
+                        s0_2 = hl_vfma_avx2(v, q0, s0_2);
+                        s0_2 = hl_vfma_avx2(w, p0, s0_2);
+                        hl_vpair_bf16_avx2(k3 + c + 0, &v, &w);
+                        s0_3 = hl_vfma_avx2(v, q0, s0_3);
+                        s0_3 = hl_vfma_avx2(w, p0, s0_3);
+                        hl_vpair_bf16_avx2(k4 + c + 0, &v, &w);
+                        s0_4 = hl_vfma_avx2(v, q0, s0_4);
+                        s0_4 = hl_vfma_avx2(w, p0, s0_4);
+                        hl_vpair_bf16_avx2(k5 + c + 0, &v, &w);
+                        s0_5 = hl_vfma_avx2(v, q0, s0_5);
+                        s0_5 = hl_vfma_avx2(w, p0, s0_5);
+                        hl_vpair_bf16_avx2(k6 + c + 0, &v, &w);
+                        s0_6 = hl_vfma_avx2(v, q0, s0_6);
+                        s0_6 = hl_vfma_avx2(w, p0, s0_6);
+                        hl_vpair_bf16_avx2(k7 + c + 0, &v, &w);
+                        s0_7 = hl_vfma_avx2(v, q0, s0_7);
+                        s0_7 = hl_vfma_avx2(w, p0, s0_7);
+                    }
+                }
+            }
+        }
+        all[(j + 0) * 1 + 0] = s0_0;
+        all[(j + 1) * 1 + 0] = s0_1;
+        all[(j + 2) * 1 + 0] = s0_2;
+        all[(j + 3) * 1 + 0] = s0_3;
+        all[(j + 4) * 1 + 0] = s0_4;
+        all[(j + 5) * 1 + 0] = s0_5;
+        all[(j + 6) * 1 + 0] = s0_6;
+        all[(j + 7) * 1 + 0] = s0_7;
+    }
+    for (int32_t i = 0; i < 8; i += L) {
+        hl_vstore_avx2(s + i, hl_vmul_avx2(hl_vsums_avx2(all + i), hl_vset_avx2(scale)));
+    }
+}
+
+/* Few heads: scores lie as [key][head], for the heads of one tile together. */
+HL_KERNEL_AVX2 void hl_sfa_bf16_d128_rope64_score_few_avx2(const hl_space *w, const hl_block *b,
+    int32_t group, float scale)
+{
+    enum { QS = 192, BLOCK = 48, AHEAD = 24 };
+    const int32_t known = b->n + b->n_later;
+    int32_t h = 0;
+    for (; h + 4 <= group; h += 4) {
+        for (int32_t j = 0; j < b->n; j += 2) {
+            const int32_t later = j + AHEAD;
+            hl_sfa_bf16_d128_rope64_dot_4x2_avx2(w->q + (ptrdiff_t)h * QS, b->row + j, b->n - 1 - j,
+                                                 w->s + h * BLOCK + j * 4, scale, h == 0 && later
+                                                 + 2 <= known ? b->row + later : NULL);
+        }
+    }
+    for (; h + 2 <= group; h += 2) {
+        for (int32_t j = 0; j < b->n; j += 4) {
+            const int32_t later = j + AHEAD;
+            hl_sfa_bf16_d128_rope64_dot_2x4_avx2(w->q + (ptrdiff_t)h * QS, b->row + j, b->n - 1 - j,
+                                                 w->s + h * BLOCK + j * 2, scale, h == 0 && later
+                                                 + 4 <= known ? b->row + later : NULL,
+                                                 b->value_apart);
+        }
+    }
+    for (; h + 1 <= group; h += 1) {
+        for (int32_t j = 0; j < b->n; j += 8) {
+            const int32_t later = j + AHEAD;
+            hl_sfa_bf16_d128_rope64_dot_1x8_avx2(w->q + (ptrdiff_t)h * QS, b->row + j, b->n - 1 - j,
+                                                 w->s + h * BLOCK + j * 1, scale, h == 0 && later
+                                                 + 8 <= known ? b->row + later : NULL,
+                                                 b->value_apart);
         }
     }
 }
@@ -4615,6 +6083,110 @@ HL_KERNEL_AVX2 void hl_sfa_bf16_d128_rope64_softmax_avx2(float *s, const hl_stat
             hl_vstore_avx2(t->l + h, hl_vfma_avx2(alpha, hl_vload_avx2(t->l + h), sum));
             hl_vstore_avx2(t->alpha + h, alpha);
         }
+    }
+}
+
+/* Few heads: the same for the heads of one tile, whose scores lie as [key][head]: all lanes are in
+ * use, whole tiles at a time. What is summed across them is summed once a block. */
+HL_KERNEL_AVX2 void hl_sfa_bf16_d128_rope64_softmax_few_avx2(float *s, const hl_state *t,
+    int32_t h0, int32_t heads, int32_t n)
+{
+    enum { L = 8, DOTS = 8 };
+    const int32_t end = (n * heads + DOTS - 1) / DOTS * DOTS;
+    float each[DOTS];
+    float less[DOTS];
+    for (int32_t i = n * heads; i < end; ++i) { /* no keys: below all scores */
+        s[i] = hl_float_of(0xff800000u);
+    }
+    for (int32_t i = 0; i < DOTS; i += L) {
+        hl_vf_avx2 m = hl_vset_avx2(-3.402823466e+38f);
+        for (int32_t at = i; at < end; at += DOTS) {
+            m = hl_vmax_avx2(hl_vload_avx2(s + at), m);
+        }
+        hl_vstore_avx2(each + i, m);
+    }
+    for (int32_t h = 0; h < heads; ++h) {
+        const float before = t->m[h0 + h];
+        float m = before;
+        for (int32_t i = h; i < DOTS; i += heads) {
+            m = each[i] > m ? each[i] : m;
+        }
+        for (int32_t i = h; i < DOTS; i += heads) {
+            each[i] = m;
+            less[i] = before - m;
+        }
+        t->m[h0 + h] = m;
+    }
+    for (int32_t i = 0; i < DOTS; i += L) {
+        const hl_vf_avx2 m = hl_vload_avx2(each + i);
+        hl_vf_avx2 sum = hl_vzero_avx2();
+        for (int32_t at = i; at < end; at += DOTS) {
+            const hl_vf_avx2 p = hl_vexp2_avx2(hl_vsub_avx2(hl_vload_avx2(s + at), m));
+            sum = hl_vadd_avx2(sum, p);
+            hl_vstore_avx2(s + at, p);
+        }
+        hl_vstore_avx2(each + i, sum);
+        hl_vstore_avx2(less + i, hl_vexp2_avx2(hl_vload_avx2(less + i)));
+    }
+    for (int32_t h = 0; h < heads; ++h) {
+        float sum = 0.0f;
+        for (int32_t i = h; i < DOTS; i += heads) {
+            sum += each[i];
+        }
+        t->alpha[h0 + h] = less[h];
+        t->l[h0 + h] = less[h] * t->l[h0 + h] + sum;
+    }
+}
+
+/* One head: all lanes are its own, and nothing has to leave the registers. */
+HL_KERNEL_AVX2 void hl_sfa_bf16_d128_rope64_softmax_one_avx2(float *s, const hl_state *t, int32_t h,
+    int32_t n)
+{
+    enum { L = 8 };
+    const hl_vf_avx2 before = hl_vset_avx2(t->m[h]);
+    hl_vf_avx2 m = before;
+    hl_vf_avx2 sum = hl_vzero_avx2();
+    hl_vf_avx2 alpha;
+    float lane[L];
+    for (int32_t j = n; j % L != 0; ++j) { /* no keys: below all scores */
+        s[j] = hl_float_of(0xff800000u);
+    }
+    for (int32_t j = 0; j < n; j += L) {
+        m = hl_vmax_avx2(hl_vload_avx2(s + j), m);
+    }
+    m = hl_vmax_avx2(hl_vswap_avx2(m, 1), m);
+    m = hl_vmax_avx2(hl_vswap_avx2(m, 2), m);
+    m = hl_vmax_avx2(hl_vswap_avx2(m, 4), m);
+    for (int32_t j = 0; j < n; j += L) {
+        const hl_vf_avx2 p = hl_vexp2_avx2(hl_vsub_avx2(hl_vload_avx2(s + j), m));
+        sum = hl_vadd_avx2(sum, p);
+        hl_vstore_avx2(s + j, p);
+    }
+    sum = hl_vadd_avx2(hl_vswap_avx2(sum, 1), sum);
+    sum = hl_vadd_avx2(hl_vswap_avx2(sum, 2), sum);
+    sum = hl_vadd_avx2(hl_vswap_avx2(sum, 4), sum);
+    alpha = hl_vexp2_avx2(hl_vsub_avx2(before, m));
+    hl_vstore_avx2(lane, m);
+    t->m[h] = lane[0];
+    hl_vstore_avx2(lane, alpha);
+    t->alpha[h] = lane[0];
+    hl_vstore_avx2(lane, hl_vfma_avx2(alpha, hl_vset_avx2(t->l[h]), sum));
+    t->l[h] = lane[0];
+}
+
+HL_KERNEL_AVX2 void hl_sfa_bf16_d128_rope64_softmaxes_few_avx2(const hl_space *w, const hl_state *t,
+    int32_t group, int32_t n)
+{
+    enum { BLOCK = 48 };
+    int32_t h = 0;
+    for (; h + 4 <= group; h += 4) {
+        hl_sfa_bf16_d128_rope64_softmax_few_avx2(w->s + h * BLOCK, t, h, 4, n);
+    }
+    for (; h + 2 <= group; h += 2) {
+        hl_sfa_bf16_d128_rope64_softmax_few_avx2(w->s + h * BLOCK, t, h, 2, n);
+    }
+    for (; h + 1 <= group; h += 1) {
+        hl_sfa_bf16_d128_rope64_softmax_one_avx2(w->s + h * BLOCK, t, h, n);
     }
 }
 
@@ -4787,63 +6359,11 @@ HL_KERNEL_AVX2 void hl_sfa_bf16_d128_rope64_value_avx2(const hl_space *w, const 
         }
     }
 }
-/* 8 heads by 1 vector of channels, read where they are
- * stored. */
-HL_KERNEL_AVX2 void hl_sfa_bf16_d128_rope64_pr_8x1_avx2(const float *p, ptrdiff_t ps,
-    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n)
-{
-    enum { L = 8, OS = 128 };
-    hl_vf_avx2 o0_0 = hl_vzero_avx2();
-    hl_vf_avx2 o1_0 = hl_vzero_avx2();
-    hl_vf_avx2 o2_0 = hl_vzero_avx2();
-    hl_vf_avx2 o3_0 = hl_vzero_avx2();
-    hl_vf_avx2 o4_0 = hl_vzero_avx2();
-    hl_vf_avx2 o5_0 = hl_vzero_avx2();
-    hl_vf_avx2 o6_0 = hl_vzero_avx2();
-    hl_vf_avx2 o7_0 = hl_vzero_avx2();
-    for (int32_t j = 0; j < n; ++j) {
-        const uint16_t *const value = (const uint16_t *)row[j].value;
-        const hl_vf_avx2 v0 = hl_vload_bf16_avx2(value + c + 0 * L);
-        hl_vf_avx2 x;
-        x = hl_vset_avx2(p[j * ps + 0]);
-        o0_0 = hl_vfma_avx2(x, v0, o0_0);
-        x = hl_vset_avx2(p[j * ps + 1]);
-        o1_0 = hl_vfma_avx2(x, v0, o1_0);
-        x = hl_vset_avx2(p[j * ps + 2]);
-        o2_0 = hl_vfma_avx2(x, v0, o2_0);
-        x = hl_vset_avx2(p[j * ps + 3]);
-        o3_0 = hl_vfma_avx2(x, v0, o3_0);
-        x = hl_vset_avx2(p[j * ps + 4]);
-        o4_0 = hl_vfma_avx2(x, v0, o4_0);
-        x = hl_vset_avx2(p[j * ps + 5]);
-        o5_0 = hl_vfma_avx2(x, v0, o5_0);
-        x = hl_vset_avx2(p[j * ps + 6]);
-        o6_0 = hl_vfma_avx2(x, v0, o6_0);
-        x = hl_vset_avx2(p[j * ps + 7]);
-        o7_0 = hl_vfma_avx2(x, v0, o7_0);
-    }
-    hl_vstore_avx2(o + 0 * OS + 0 * L,
-                   hl_vfma_avx2(hl_vset_avx2(alpha[0]), hl_vload_avx2(o + 0 * OS + 0 * L), o0_0));
-    hl_vstore_avx2(o + 1 * OS + 0 * L,
-                   hl_vfma_avx2(hl_vset_avx2(alpha[1]), hl_vload_avx2(o + 1 * OS + 0 * L), o1_0));
-    hl_vstore_avx2(o + 2 * OS + 0 * L,
-                   hl_vfma_avx2(hl_vset_avx2(alpha[2]), hl_vload_avx2(o + 2 * OS + 0 * L), o2_0));
-    hl_vstore_avx2(o + 3 * OS + 0 * L,
-                   hl_vfma_avx2(hl_vset_avx2(alpha[3]), hl_vload_avx2(o + 3 * OS + 0 * L), o3_0));
-    hl_vstore_avx2(o + 4 * OS + 0 * L,
-                   hl_vfma_avx2(hl_vset_avx2(alpha[4]), hl_vload_avx2(o + 4 * OS + 0 * L), o4_0));
-    hl_vstore_avx2(o + 5 * OS + 0 * L,
-                   hl_vfma_avx2(hl_vset_avx2(alpha[5]), hl_vload_avx2(o + 5 * OS + 0 * L), o5_0));
-    hl_vstore_avx2(o + 6 * OS + 0 * L,
-                   hl_vfma_avx2(hl_vset_avx2(alpha[6]), hl_vload_avx2(o + 6 * OS + 0 * L), o6_0));
-    hl_vstore_avx2(o + 7 * OS + 0 * L,
-                   hl_vfma_avx2(hl_vset_avx2(alpha[7]), hl_vload_avx2(o + 7 * OS + 0 * L), o7_0));
-}
 
-/* 4 heads by 2 vectors of channels, read where they are
- * stored. */
-HL_KERNEL_AVX2 void hl_sfa_bf16_d128_rope64_pr_4x2_avx2(const float *p, ptrdiff_t ps,
-    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n)
+/* 4 heads by 2 vectors of channels, read where they are stored. Of 24 keys
+ * further on lines are asked for meanwhile, as long as j < later. */
+HL_KERNEL_AVX2 void hl_sfa_bf16_d128_rope64_pr_4x2_avx2(const float *p, const hl_row *row,
+    int32_t c, float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
 {
     enum { L = 8, OS = 128 };
     hl_vf_avx2 o0_0 = hl_vzero_avx2();
@@ -4855,20 +6375,28 @@ HL_KERNEL_AVX2 void hl_sfa_bf16_d128_rope64_pr_4x2_avx2(const float *p, ptrdiff_
     hl_vf_avx2 o3_0 = hl_vzero_avx2();
     hl_vf_avx2 o3_1 = hl_vzero_avx2();
     for (int32_t j = 0; j < n; ++j) {
-        const uint16_t *const value = (const uint16_t *)row[j].value;
-        const hl_vf_avx2 v0 = hl_vload_bf16_avx2(value + c + 0 * L);
-        const hl_vf_avx2 v1 = hl_vload_bf16_avx2(value + c + 1 * L);
+        const uint16_t *const value = (const uint16_t *)row[j].value + c;
+        if (j < later) {
+            const uint16_t *const next =
+                (const uint16_t *)row[j + 24].value + c;
+            if (apart) {
+                HL_FETCH(next + 0);
+            }
+        }
         hl_vf_avx2 x;
-        x = hl_vset_avx2(p[j * ps + 0]);
+        hl_vf_avx2 v0;
+        hl_vf_avx2 v1;
+        hl_vpair_bf16_avx2(value + 0, &v0, &v1);
+        x = hl_vset_avx2(p[j * 4 + 0]);
         o0_0 = hl_vfma_avx2(x, v0, o0_0);
         o0_1 = hl_vfma_avx2(x, v1, o0_1);
-        x = hl_vset_avx2(p[j * ps + 1]);
+        x = hl_vset_avx2(p[j * 4 + 1]);
         o1_0 = hl_vfma_avx2(x, v0, o1_0);
         o1_1 = hl_vfma_avx2(x, v1, o1_1);
-        x = hl_vset_avx2(p[j * ps + 2]);
+        x = hl_vset_avx2(p[j * 4 + 2]);
         o2_0 = hl_vfma_avx2(x, v0, o2_0);
         o2_1 = hl_vfma_avx2(x, v1, o2_1);
-        x = hl_vset_avx2(p[j * ps + 3]);
+        x = hl_vset_avx2(p[j * 4 + 3]);
         o3_0 = hl_vfma_avx2(x, v0, o3_0);
         o3_1 = hl_vfma_avx2(x, v1, o3_1);
     }
@@ -4890,61 +6418,44 @@ HL_KERNEL_AVX2 void hl_sfa_bf16_d128_rope64_pr_4x2_avx2(const float *p, ptrdiff_
                    hl_vfma_avx2(hl_vset_avx2(alpha[3]), hl_vload_avx2(o + 3 * OS + 1 * L), o3_1));
 }
 
-/* 4 heads by 1 vector of channels, read where they are
- * stored. */
-HL_KERNEL_AVX2 void hl_sfa_bf16_d128_rope64_pr_4x1_avx2(const float *p, ptrdiff_t ps,
-    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n)
-{
-    enum { L = 8, OS = 128 };
-    hl_vf_avx2 o0_0 = hl_vzero_avx2();
-    hl_vf_avx2 o1_0 = hl_vzero_avx2();
-    hl_vf_avx2 o2_0 = hl_vzero_avx2();
-    hl_vf_avx2 o3_0 = hl_vzero_avx2();
-    for (int32_t j = 0; j < n; ++j) {
-        const uint16_t *const value = (const uint16_t *)row[j].value;
-        const hl_vf_avx2 v0 = hl_vload_bf16_avx2(value + c + 0 * L);
-        hl_vf_avx2 x;
-        x = hl_vset_avx2(p[j * ps + 0]);
-        o0_0 = hl_vfma_avx2(x, v0, o0_0);
-        x = hl_vset_avx2(p[j * ps + 1]);
-        o1_0 = hl_vfma_avx2(x, v0, o1_0);
-        x = hl_vset_avx2(p[j * ps + 2]);
-        o2_0 = hl_vfma_avx2(x, v0, o2_0);
-        x = hl_vset_avx2(p[j * ps + 3]);
-        o3_0 = hl_vfma_avx2(x, v0, o3_0);
-    }
-    hl_vstore_avx2(o + 0 * OS + 0 * L,
-                   hl_vfma_avx2(hl_vset_avx2(alpha[0]), hl_vload_avx2(o + 0 * OS + 0 * L), o0_0));
-    hl_vstore_avx2(o + 1 * OS + 0 * L,
-                   hl_vfma_avx2(hl_vset_avx2(alpha[1]), hl_vload_avx2(o + 1 * OS + 0 * L), o1_0));
-    hl_vstore_avx2(o + 2 * OS + 0 * L,
-                   hl_vfma_avx2(hl_vset_avx2(alpha[2]), hl_vload_avx2(o + 2 * OS + 0 * L), o2_0));
-    hl_vstore_avx2(o + 3 * OS + 0 * L,
-                   hl_vfma_avx2(hl_vset_avx2(alpha[3]), hl_vload_avx2(o + 3 * OS + 0 * L), o3_0));
-}
-
-/* 1 head by 4 vectors of channels, read where they are
- * stored. */
-HL_KERNEL_AVX2 void hl_sfa_bf16_d128_rope64_pr_1x4_avx2(const float *p, ptrdiff_t ps,
-    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n)
+/* 2 heads by 4 vectors of channels, read where they are stored. Of 24 keys
+ * further on lines are asked for meanwhile, as long as j < later. */
+HL_KERNEL_AVX2 void hl_sfa_bf16_d128_rope64_pr_2x4_avx2(const float *p, const hl_row *row,
+    int32_t c, float *o, const float *alpha, int32_t n, int32_t later)
 {
     enum { L = 8, OS = 128 };
     hl_vf_avx2 o0_0 = hl_vzero_avx2();
     hl_vf_avx2 o0_1 = hl_vzero_avx2();
     hl_vf_avx2 o0_2 = hl_vzero_avx2();
     hl_vf_avx2 o0_3 = hl_vzero_avx2();
+    hl_vf_avx2 o1_0 = hl_vzero_avx2();
+    hl_vf_avx2 o1_1 = hl_vzero_avx2();
+    hl_vf_avx2 o1_2 = hl_vzero_avx2();
+    hl_vf_avx2 o1_3 = hl_vzero_avx2();
     for (int32_t j = 0; j < n; ++j) {
-        const uint16_t *const value = (const uint16_t *)row[j].value;
-        const hl_vf_avx2 v0 = hl_vload_bf16_avx2(value + c + 0 * L);
-        const hl_vf_avx2 v1 = hl_vload_bf16_avx2(value + c + 1 * L);
-        const hl_vf_avx2 v2 = hl_vload_bf16_avx2(value + c + 2 * L);
-        const hl_vf_avx2 v3 = hl_vload_bf16_avx2(value + c + 3 * L);
+        const uint16_t *const value = (const uint16_t *)row[j].value + c;
+        if (j < later) {
+            const uint16_t *const next =
+                (const uint16_t *)row[j + 24].value + c;
+            HL_FETCH(next + 0);
+        }
         hl_vf_avx2 x;
-        x = hl_vset_avx2(p[j * ps + 0]);
+        hl_vf_avx2 v0;
+        hl_vf_avx2 v1;
+        hl_vf_avx2 v2;
+        hl_vf_avx2 v3;
+        hl_vpair_bf16_avx2(value + 0, &v0, &v1);
+        hl_vpair_bf16_avx2(value + 16, &v2, &v3);
+        x = hl_vset_avx2(p[j * 2 + 0]);
         o0_0 = hl_vfma_avx2(x, v0, o0_0);
         o0_1 = hl_vfma_avx2(x, v1, o0_1);
         o0_2 = hl_vfma_avx2(x, v2, o0_2);
         o0_3 = hl_vfma_avx2(x, v3, o0_3);
+        x = hl_vset_avx2(p[j * 2 + 1]);
+        o1_0 = hl_vfma_avx2(x, v0, o1_0);
+        o1_1 = hl_vfma_avx2(x, v1, o1_1);
+        o1_2 = hl_vfma_avx2(x, v2, o1_2);
+        o1_3 = hl_vfma_avx2(x, v3, o1_3);
     }
     hl_vstore_avx2(o + 0 * OS + 0 * L,
                    hl_vfma_avx2(hl_vset_avx2(alpha[0]), hl_vload_avx2(o + 0 * OS + 0 * L), o0_0));
@@ -4954,62 +6465,108 @@ HL_KERNEL_AVX2 void hl_sfa_bf16_d128_rope64_pr_1x4_avx2(const float *p, ptrdiff_
                    hl_vfma_avx2(hl_vset_avx2(alpha[0]), hl_vload_avx2(o + 0 * OS + 2 * L), o0_2));
     hl_vstore_avx2(o + 0 * OS + 3 * L,
                    hl_vfma_avx2(hl_vset_avx2(alpha[0]), hl_vload_avx2(o + 0 * OS + 3 * L), o0_3));
+    hl_vstore_avx2(o + 1 * OS + 0 * L,
+                   hl_vfma_avx2(hl_vset_avx2(alpha[1]), hl_vload_avx2(o + 1 * OS + 0 * L), o1_0));
+    hl_vstore_avx2(o + 1 * OS + 1 * L,
+                   hl_vfma_avx2(hl_vset_avx2(alpha[1]), hl_vload_avx2(o + 1 * OS + 1 * L), o1_1));
+    hl_vstore_avx2(o + 1 * OS + 2 * L,
+                   hl_vfma_avx2(hl_vset_avx2(alpha[1]), hl_vload_avx2(o + 1 * OS + 2 * L), o1_2));
+    hl_vstore_avx2(o + 1 * OS + 3 * L,
+                   hl_vfma_avx2(hl_vset_avx2(alpha[1]), hl_vload_avx2(o + 1 * OS + 3 * L), o1_3));
 }
 
-/* 1 head by 1 vector of channels, read where they are
- * stored. */
-HL_KERNEL_AVX2 void hl_sfa_bf16_d128_rope64_pr_1x1_avx2(const float *p, ptrdiff_t ps,
-    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n)
+/* 1 head by 8 vectors of channels, read where they are stored. Of 24 keys
+ * further on lines are asked for meanwhile, as long as j < later. */
+HL_KERNEL_AVX2 void hl_sfa_bf16_d128_rope64_pr_1x8_avx2(const float *p, const hl_row *row,
+    int32_t c, float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
 {
     enum { L = 8, OS = 128 };
     hl_vf_avx2 o0_0 = hl_vzero_avx2();
+    hl_vf_avx2 o0_1 = hl_vzero_avx2();
+    hl_vf_avx2 o0_2 = hl_vzero_avx2();
+    hl_vf_avx2 o0_3 = hl_vzero_avx2();
+    hl_vf_avx2 o0_4 = hl_vzero_avx2();
+    hl_vf_avx2 o0_5 = hl_vzero_avx2();
+    hl_vf_avx2 o0_6 = hl_vzero_avx2();
+    hl_vf_avx2 o0_7 = hl_vzero_avx2();
     for (int32_t j = 0; j < n; ++j) {
-        const uint16_t *const value = (const uint16_t *)row[j].value;
-        const hl_vf_avx2 v0 = hl_vload_bf16_avx2(value + c + 0 * L);
-        hl_vf_avx2 x;
-        x = hl_vset_avx2(p[j * ps + 0]);
-        o0_0 = hl_vfma_avx2(x, v0, o0_0);
+        const uint16_t *const value = (const uint16_t *)row[j].value + c;
+        if (j < later) {
+            const uint16_t *const next =
+                (const uint16_t *)row[j + 24].value + c;
+            if (apart) {
+                HL_FETCH(next + 0);
+            }
+            HL_FETCH(next + 32);
+        }
+        const hl_vf_avx2 x = hl_vset_avx2(p[j]);
+        hl_vf_avx2 v;
+        hl_vf_avx2 w;
+        hl_vpair_bf16_avx2(value + 0, &v, &w);
+        o0_0 = hl_vfma_avx2(x, v, o0_0);
+        o0_1 = hl_vfma_avx2(x, w, o0_1);
+        hl_vpair_bf16_avx2(value + 16, &v, &w);
+        o0_2 = hl_vfma_avx2(x, v, o0_2);
+        o0_3 = hl_vfma_avx2(x, w, o0_3);
+        hl_vpair_bf16_avx2(value + 32, &v, &w);
+        o0_4 = hl_vfma_avx2(x, v, o0_4);
+        o0_5 = hl_vfma_avx2(x, w, o0_5);
+        hl_vpair_bf16_avx2(value + 48, &v, &w);
+        o0_6 = hl_vfma_avx2(x, v, o0_6);
+        o0_7 = hl_vfma_avx2(x, w, o0_7);
     }
     hl_vstore_avx2(o + 0 * OS + 0 * L,
                    hl_vfma_avx2(hl_vset_avx2(alpha[0]), hl_vload_avx2(o + 0 * OS + 0 * L), o0_0));
+    hl_vstore_avx2(o + 0 * OS + 1 * L,
+                   hl_vfma_avx2(hl_vset_avx2(alpha[0]), hl_vload_avx2(o + 0 * OS + 1 * L), o0_1));
+    hl_vstore_avx2(o + 0 * OS + 2 * L,
+                   hl_vfma_avx2(hl_vset_avx2(alpha[0]), hl_vload_avx2(o + 0 * OS + 2 * L), o0_2));
+    hl_vstore_avx2(o + 0 * OS + 3 * L,
+                   hl_vfma_avx2(hl_vset_avx2(alpha[0]), hl_vload_avx2(o + 0 * OS + 3 * L), o0_3));
+    hl_vstore_avx2(o + 0 * OS + 4 * L,
+                   hl_vfma_avx2(hl_vset_avx2(alpha[0]), hl_vload_avx2(o + 0 * OS + 4 * L), o0_4));
+    hl_vstore_avx2(o + 0 * OS + 5 * L,
+                   hl_vfma_avx2(hl_vset_avx2(alpha[0]), hl_vload_avx2(o + 0 * OS + 5 * L), o0_5));
+    hl_vstore_avx2(o + 0 * OS + 6 * L,
+                   hl_vfma_avx2(hl_vset_avx2(alpha[0]), hl_vload_avx2(o + 0 * OS + 6 * L), o0_6));
+    hl_vstore_avx2(o + 0 * OS + 7 * L,
+                   hl_vfma_avx2(hl_vset_avx2(alpha[0]), hl_vload_avx2(o + 0 * OS + 7 * L), o0_7));
 }
 
-/* Few heads: the values are not worth a copy. */
+/* Few heads: values are not worth a copy. */
 HL_KERNEL_AVX2 void hl_sfa_bf16_d128_rope64_value_few_avx2(const hl_space *w, const hl_state *t,
-    const hl_block *b, int32_t padded, int32_t group)
+    const hl_block *b, int32_t group)
 {
-    enum { L = 8, OS = 128, DV = 128 };
+    enum { OS = 128, BLOCK = 48 };
+    const int32_t left = b->n + b->n_later - 24;
     int32_t h = 0;
-    for (; h + 8 <= group; h += 8) {
+    for (; h + 4 <= group; h += 4) {
+        const int32_t later = h == 0 ? left : 0;
+        const int32_t later_apart = b->value_apart ? later : 0;
+        const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
-        int32_t c = 0;
-        for (; c + 1 * L <= DV; c += 1 * L) {
-            hl_sfa_bf16_d128_rope64_pr_8x1_avx2(w->s + h, padded, b->row, c, o + c, t->alpha + h,
-                                                b->n);
+        for (int32_t c = 0; c < 128; c += 16) {
+            hl_sfa_bf16_d128_rope64_pr_4x2_avx2(p, b->row, c, o + c, t->alpha + h, b->n,
+                                                later_apart, b->value_apart);
         }
     }
-    for (; h + 4 <= group; h += 4) {
+    for (; h + 2 <= group; h += 2) {
+        const int32_t later = h == 0 ? left : 0;
+        const int32_t later_apart = b->value_apart ? later : 0;
+        const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
-        int32_t c = 0;
-        for (; c + 2 * L <= DV; c += 2 * L) {
-            hl_sfa_bf16_d128_rope64_pr_4x2_avx2(w->s + h, padded, b->row, c, o + c, t->alpha + h,
-                                                b->n);
-        }
-        for (; c + 1 * L <= DV; c += 1 * L) {
-            hl_sfa_bf16_d128_rope64_pr_4x1_avx2(w->s + h, padded, b->row, c, o + c, t->alpha + h,
-                                                b->n);
+        for (int32_t c = 0; c < 128; c += 32) {
+            hl_sfa_bf16_d128_rope64_pr_2x4_avx2(p, b->row, c, o + c, t->alpha + h, b->n, later);
         }
     }
     for (; h + 1 <= group; h += 1) {
+        const int32_t later = h == 0 ? left : 0;
+        const int32_t later_apart = b->value_apart ? later : 0;
+        const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
-        int32_t c = 0;
-        for (; c + 4 * L <= DV; c += 4 * L) {
-            hl_sfa_bf16_d128_rope64_pr_1x4_avx2(w->s + h, padded, b->row, c, o + c, t->alpha + h,
-                                                b->n);
-        }
-        for (; c + 1 * L <= DV; c += 1 * L) {
-            hl_sfa_bf16_d128_rope64_pr_1x1_avx2(w->s + h, padded, b->row, c, o + c, t->alpha + h,
-                                                b->n);
+        for (int32_t c = 0; c < 128; c += 64) {
+            hl_sfa_bf16_d128_rope64_pr_1x8_avx2(p, b->row, c, o + c, t->alpha + h, b->n, later,
+                                                b->value_apart);
         }
     }
 }
@@ -5076,6 +6633,20 @@ HL_KERNEL_AVX2 void hl_sfa_bf16_d128_rope64_sink_avx2(const float *sinks, const 
     }
 }
 
+/* Values were read with even and odd channels apart: puts a row of O back in order. */
+HL_KERNEL_AVX2 void hl_sfa_bf16_d128_rope64_in_order_avx2(float *o)
+{
+    enum { L = 8 };
+    for (int32_t c = 0; c < 128; c += 2 * L) {
+        float both[2 * L];
+        for (int32_t i = 0; i < L; ++i) {
+            both[2 * i] = o[c + i];
+            both[2 * i + 1] = o[c + L + i];
+        }
+        HL_COPY(o + c, both, sizeof both);
+    }
+}
+
 HL_KERNEL_AVX2 void hl_sfa_bf16_d128_rope64_finish_avx2(const hl_sparse_flash_attention_plan *plan,
     const hl_group *g, const hl_state *t, int32_t padded)
 {
@@ -5095,7 +6666,10 @@ HL_KERNEL_AVX2 void hl_sfa_bf16_d128_rope64_finish_avx2(const hl_sparse_flash_at
         const float l = t->l[h];
         const float max = t->m[h] * 0.693147181f;
         const int32_t none = *t->seen == 0.0f; /* no key: O = 0, and only the sink in the sum */
-        const float *const o = t->o + (ptrdiff_t)h * OS;
+        float *const o = t->o + (ptrdiff_t)h * OS;
+        if (plan->group <= 16) {
+            hl_sfa_bf16_d128_rope64_in_order_avx2(o);
+        }
         hl_sfa_bf16_d128_rope64_store_out_avx2(a, at, o, none && l == l ? 0.0f : t->alpha[h] / l);
         if (a->softmax_max != NULL) {
             a->softmax_max[g->stats + h] = l != l ? l
@@ -5195,41 +6769,51 @@ HL_KERNEL_AVX2 void hl_sfa_bf16_d128_rope64_merge_state_avx2(const hl_state *t, 
 HL_KERNEL_AVX2 void hl_sfa_bf16_d128_rope64_block_avx2(const hl_sparse_flash_attention_plan *plan,
     const hl_space *w, const hl_state *t, const hl_block *b, int32_t padded)
 {
-    const int32_t value_apart = plan->args.value != NULL;
     if (plan->group <= 16) {
-        /* rows -> numbers, a tile at a time; S = scale Q K^T, in units of log2 */
-        hl_sfa_bf16_d128_rope64_score_few_avx2(w, b, padded, plan->scale_log2);
+        /* S = scale Q K^T, in units of log2 */
+        hl_sfa_bf16_d128_rope64_score_few_avx2(w, b, plan->group, plan->scale_log2);
         /* m' = max(m, rowmax S);  P = 2^(S - m');  l, alpha */
-        hl_sfa_bf16_d128_rope64_softmax_avx2(w->s, t, padded, b->n);
+        hl_sfa_bf16_d128_rope64_softmaxes_few_avx2(w, t, plan->group, b->n);
         /* O = alpha O + P V */
-        hl_sfa_bf16_d128_rope64_value_few_avx2(w, t, b, padded, plan->group);
+        hl_sfa_bf16_d128_rope64_value_few_avx2(w, t, b, plan->group);
         return;
     }
     /* rows -> numbers, once for the whole group */
-    hl_sfa_bf16_d128_rope64_load_avx2(w, b, value_apart);
+    hl_sfa_bf16_d128_rope64_load_avx2(w, b);
     /* S = scale Q K^T, in units of log2 */
     hl_sfa_bf16_d128_rope64_score_avx2(w, padded, b->n, plan->scale_log2);
     /* m' = max(m, rowmax S);  P = 2^(S - m');  l, alpha */
     hl_sfa_bf16_d128_rope64_softmax_avx2(w->s, t, padded, b->n);
     /* O = alpha O + P V */
-    hl_sfa_bf16_d128_rope64_value_avx2(w, t, padded, plan->group, value_apart ? 128 : 192, b->n);
+    hl_sfa_bf16_d128_rope64_value_avx2(w, t, padded, plan->group, b->value_apart ? 128 : 192, b->n);
 }
 /* One chunk of a group's keys (FlashAttention-2, algorithm 1, with K and V in blocks). */
 HL_KERNEL_AVX2 void hl_sfa_bf16_d128_rope64_forward_avx2(const hl_sparse_flash_attention_plan *plan,
     const hl_group *g, const hl_space *w, const hl_state *t, hl_cursor c, int32_t padded)
 {
-    const int32_t block = plan->group <= 16 ? 48 : 96;
+    enum { CAP = 192, AHEAD = 24 };
+    const int32_t block = plan->group > 16 ? 96 : 48;
     const hl_sparse_flash_attention_args *const a = &plan->args;
+    int32_t known = hl_sfa_bf16_d128_rope64_next(a, g, &c, w->row, CAP);
+    int32_t more = known == CAP;
     hl_block b;
     b.row = w->row;
-    b.n = hl_sfa_bf16_d128_rope64_next(a, g, &c, b.row, block);
+    b.value_apart = a->value != NULL;
     hl_sfa_bf16_d128_rope64_start_avx2(t, padded, plan->group);
-    while (b.n > 0) {
-        b.n_later = b.n < block ? 0 : hl_sfa_bf16_d128_rope64_next(a, g, &c, b.row + block, block);
+    while (known > 0) {
+        b.n = known < block ? known : block;
+        b.n_later = known - b.n;
         hl_sfa_bf16_d128_rope64_block_avx2(plan, w, t, &b, padded);
         *t->seen = 1.0f;
-        HL_COPY(b.row, b.row + block, (size_t)b.n_later * sizeof *b.row);
-        b.n = b.n_later;
+        b.row += b.n;
+        known = b.n_later;
+        /* the rows to come move to the front; others follow */
+        if (more && known <= CAP / 2 && known < block + AHEAD) {
+            HL_COPY(w->row, b.row, (size_t)known * sizeof *b.row);
+            b.row = w->row;
+            known += hl_sfa_bf16_d128_rope64_next(a, g, &c, b.row + known, CAP - known);
+            more = known == CAP;
+        }
     }
 }
 
@@ -5258,7 +6842,11 @@ static inline void hl_sfa_bf16_d128_rope64_task_avx2(const hl_sparse_flash_atten
     if (chunk >= chunks) {
         return;
     }
-    hl_sfa_bf16_d128_rope64_load_q_avx2(a, &g, plan->group, w.k, w.q);
+    if (plan->group <= 16) {
+        hl_sfa_bf16_d128_rope64_load_q_few_avx2(a, &g, plan->group, w.q);
+    } else {
+        hl_sfa_bf16_d128_rope64_load_q_avx2(a, &g, plan->group, w.k, w.q);
+    }
     if (split) { /* leave the partial result for merge */
         const hl_state part = hl_sfa_bf16_d128_rope64_partial(plan, task);
         hl_sfa_bf16_d128_rope64_forward_avx2(plan, &g, &w, &part,
@@ -5308,6 +6896,34 @@ static inline void hl_sfa_bf16_d128_rope64_merge_avx2(const hl_sparse_flash_atte
 
 /* ---- load: rows -> numbers, once for the whole group ---- */
 
+/* Few heads: Q as rows, each section of a row cut into vectors just as those of a key are. */
+HL_KERNEL_AVX512 void hl_sfa_bf16_d128_rope64_load_q_few_avx512(
+    const hl_sparse_flash_attention_args *a, const hl_group *g, int32_t group, float *to)
+{
+    enum { L = 16 };
+    for (int32_t h = 0; h < group; ++h) {
+        const uint16_t *const key =
+            (const uint16_t *)a->query + g->query + h * a->query_stride.head;
+        const uint16_t *const rope =
+            a->query_rope == NULL ? key + 128
+            : (const uint16_t *)a->query_rope + g->query_rope
+                + h * a->query_rope_stride.head;
+        float *const q = to + (ptrdiff_t)h * 192;
+        hl_vf_avx512 x;
+        hl_vf_avx512 y;
+        for (int32_t c = 0; c < 128; c += 2 * L) {
+            hl_vpair_bf16_avx512(key + c, &x, &y);
+            hl_vstore_avx512(q + 0 + c, x);
+            hl_vstore_avx512(q + 0 + c + L, y);
+        }
+        for (int32_t c = 0; c < 64; c += 2 * L) {
+            hl_vpair_bf16_avx512(rope + c, &x, &y);
+            hl_vstore_avx512(q + 128 + c, x);
+            hl_vstore_avx512(q + 128 + c + L, y);
+        }
+        (void)y;
+    }
+}
 /* Q^T as panels of 2 vectors of heads, [panel][channel][head]; the last may be
  * narrower. Heads past the group are 0. `row` is scratch for one row. */
 HL_KERNEL_AVX512 void hl_sfa_bf16_d128_rope64_load_q_avx512(const hl_sparse_flash_attention_args *a,
@@ -5349,42 +6965,10 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d128_rope64_load_key_avx512(const hl_row *row,
     hl_vrow_bf16_avx512(to, (const uint16_t *)row->key, DK);
     hl_vrow_bf16_avx512(to + DK, (const uint16_t *)row->rope, ROPE);
 }
-/* Channels c0 .. c0+n-1 of some keys, channel by channel over all of them: so many pages are under
- * way at once, and each of them is read in order. */
-HL_KERNEL_AVX512 void hl_sfa_bf16_d128_rope64_load_keys_avx512(const hl_row *row, int32_t keys,
-    int32_t c0, int32_t n, float *to)
-{
-    enum { L = 16, KS = 192, DK = 128 };
-    const int32_t end = c0 + n < DK ? c0 + n : DK;
-    int32_t c = c0;
-    for (; c + L <= end; c += L) {
-        for (int32_t r = 0; r < keys; ++r) {
-            const uint16_t *const key = (const uint16_t *)row[r].key;
-            hl_vstore_avx512(to + (ptrdiff_t)r * KS + (c - c0), hl_vload_bf16_avx512(key + c));
-        }
-    }
-    if (c0 + n > DK) {
-        c = c0 > DK ? c0 : DK;
-        for (int32_t r = 0; r < keys; ++r) {
-            const uint16_t *const rope = (const uint16_t *)row[r].rope;
-            hl_vrow_bf16_avx512(to + (ptrdiff_t)r * KS + (c - c0), rope + (c - DK), c0 + n - c);
-        }
-    }
-}
 
-/* Asks for one line of each of some rows before it is needed: rows that a list names lie anywhere,
- * which no hardware can guess. A word, not a function: GCC takes a function that does nothing but
- * prefetch for one without effect, and drops its calls. */
-HL_WORD_AVX512 void hl_sfa_bf16_d128_rope64_fetch_channels_avx512(const hl_row *row, int32_t rows,
-    int32_t c)
-{
-    enum { DK = 128 };
-    for (int32_t r = 0; r < rows; ++r) {
-        HL_FETCH(c < DK ? (const uint16_t *)row[r].key + c : (const uint16_t *)row[r].rope
-                 + (c - DK));
-    }
-}
-/* The same for all lines of one row. */
+/* Asks for all lines of one row before it is needed: rows that a list names lie anywhere, which no
+ * hardware can guess. A word, not a function: GCC takes a function that does nothing but prefetch
+ * for one without effect, and drops its calls. */
 HL_WORD_AVX512 void hl_sfa_bf16_d128_rope64_fetch_row_avx512(const hl_row *row, int32_t value_apart)
 {
     for (int32_t c = 0; c < 128; c += 32) {
@@ -5400,16 +6984,15 @@ HL_WORD_AVX512 void hl_sfa_bf16_d128_rope64_fetch_row_avx512(const hl_row *row, 
 
 /* The whole block's keys, and its values where they are apart; meanwhile rows are asked for that
  * lie 8 further on, in this block or in the next. */
-HL_KERNEL_AVX512 void hl_sfa_bf16_d128_rope64_load_avx512(const hl_space *w, const hl_block *b,
-    int32_t value_apart)
+HL_KERNEL_AVX512 void hl_sfa_bf16_d128_rope64_load_avx512(const hl_space *w, const hl_block *b)
 {
     enum { DV = 128, KS = 192, VS = 128 };
     for (int32_t j = 0; j < b->n; ++j) {
         if (j + 8 < b->n + b->n_later) {
-            hl_sfa_bf16_d128_rope64_fetch_row_avx512(&b->row[j + 8], value_apart);
+            hl_sfa_bf16_d128_rope64_fetch_row_avx512(&b->row[j + 8], b->value_apart);
         }
         hl_sfa_bf16_d128_rope64_load_key_avx512(&b->row[j], w->k + (ptrdiff_t)j * KS);
-        if (value_apart) {
+        if (b->value_apart) {
             hl_vrow_bf16_avx512(w->v + (ptrdiff_t)j * VS, (const uint16_t *)b->row[j].value, DV);
         }
     }
@@ -5419,12 +7002,11 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d128_rope64_load_avx512(const hl_space *w, con
 
 /* 12 keys by 2 vectors of heads, over n channels.
  * Heads are in the lanes, so that no number ever has to be summed across them. With add, the result
- * is added to what earlier channels left in s. Meanwhile the same channels of later keys (next,
- * from channel c0) are asked for, if there are any. */
+ * is added to what earlier channels left in s. */
 HL_KERNEL_AVX512 void hl_sfa_bf16_d128_rope64_qk_12x2_avx512(const float *q, const float *k,
-    float *s, ptrdiff_t ss, int32_t n, int32_t add, float scale, const hl_row *next, int32_t c0)
+    float *s, ptrdiff_t ss, int32_t n, int32_t add, float scale)
 {
-    enum { L = 16, W = 2 * L, KS = 192, LINE = 32 };
+    enum { L = 16, W = 2 * L, KS = 192 };
     hl_vf_avx512 s0_0 = hl_vzero_avx512();
     hl_vf_avx512 s0_1 = hl_vzero_avx512();
     hl_vf_avx512 s1_0 = hl_vzero_avx512();
@@ -5449,52 +7031,46 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d128_rope64_qk_12x2_avx512(const float *q, con
     hl_vf_avx512 s10_1 = hl_vzero_avx512();
     hl_vf_avx512 s11_0 = hl_vzero_avx512();
     hl_vf_avx512 s11_1 = hl_vzero_avx512();
-    for (int32_t start = 0; start < n; start += LINE) {
-        const int32_t stop = n - start > LINE ? start + LINE : n;
-        if (next != NULL) {
-            hl_sfa_bf16_d128_rope64_fetch_channels_avx512(next, 12, c0 + start);
-        }
-        for (int32_t c = start; c < stop; ++c) {
-            const hl_vf_avx512 q0 = hl_vload_avx512(q + (ptrdiff_t)c * W + 0 * L);
-            const hl_vf_avx512 q1 = hl_vload_avx512(q + (ptrdiff_t)c * W + 1 * L);
-            hl_vf_avx512 x;
-            x = hl_vset_avx512(k[0 * KS + c]);
-            s0_0 = hl_vfma_avx512(x, q0, s0_0);
-            s0_1 = hl_vfma_avx512(x, q1, s0_1);
-            x = hl_vset_avx512(k[1 * KS + c]);
-            s1_0 = hl_vfma_avx512(x, q0, s1_0);
-            s1_1 = hl_vfma_avx512(x, q1, s1_1);
-            x = hl_vset_avx512(k[2 * KS + c]);
-            s2_0 = hl_vfma_avx512(x, q0, s2_0);
-            s2_1 = hl_vfma_avx512(x, q1, s2_1);
-            x = hl_vset_avx512(k[3 * KS + c]);
-            s3_0 = hl_vfma_avx512(x, q0, s3_0);
-            s3_1 = hl_vfma_avx512(x, q1, s3_1);
-            x = hl_vset_avx512(k[4 * KS + c]);
-            s4_0 = hl_vfma_avx512(x, q0, s4_0);
-            s4_1 = hl_vfma_avx512(x, q1, s4_1);
-            x = hl_vset_avx512(k[5 * KS + c]);
-            s5_0 = hl_vfma_avx512(x, q0, s5_0);
-            s5_1 = hl_vfma_avx512(x, q1, s5_1);
-            x = hl_vset_avx512(k[6 * KS + c]);
-            s6_0 = hl_vfma_avx512(x, q0, s6_0);
-            s6_1 = hl_vfma_avx512(x, q1, s6_1);
-            x = hl_vset_avx512(k[7 * KS + c]);
-            s7_0 = hl_vfma_avx512(x, q0, s7_0);
-            s7_1 = hl_vfma_avx512(x, q1, s7_1);
-            x = hl_vset_avx512(k[8 * KS + c]);
-            s8_0 = hl_vfma_avx512(x, q0, s8_0);
-            s8_1 = hl_vfma_avx512(x, q1, s8_1);
-            x = hl_vset_avx512(k[9 * KS + c]);
-            s9_0 = hl_vfma_avx512(x, q0, s9_0);
-            s9_1 = hl_vfma_avx512(x, q1, s9_1);
-            x = hl_vset_avx512(k[10 * KS + c]);
-            s10_0 = hl_vfma_avx512(x, q0, s10_0);
-            s10_1 = hl_vfma_avx512(x, q1, s10_1);
-            x = hl_vset_avx512(k[11 * KS + c]);
-            s11_0 = hl_vfma_avx512(x, q0, s11_0);
-            s11_1 = hl_vfma_avx512(x, q1, s11_1);
-        }
+    for (int32_t c = 0; c < n; ++c) {
+        const hl_vf_avx512 q0 = hl_vload_avx512(q + (ptrdiff_t)c * W + 0 * L);
+        const hl_vf_avx512 q1 = hl_vload_avx512(q + (ptrdiff_t)c * W + 1 * L);
+        hl_vf_avx512 x;
+        x = hl_vset_avx512(k[0 * KS + c]);
+        s0_0 = hl_vfma_avx512(x, q0, s0_0);
+        s0_1 = hl_vfma_avx512(x, q1, s0_1);
+        x = hl_vset_avx512(k[1 * KS + c]);
+        s1_0 = hl_vfma_avx512(x, q0, s1_0);
+        s1_1 = hl_vfma_avx512(x, q1, s1_1);
+        x = hl_vset_avx512(k[2 * KS + c]);
+        s2_0 = hl_vfma_avx512(x, q0, s2_0);
+        s2_1 = hl_vfma_avx512(x, q1, s2_1);
+        x = hl_vset_avx512(k[3 * KS + c]);
+        s3_0 = hl_vfma_avx512(x, q0, s3_0);
+        s3_1 = hl_vfma_avx512(x, q1, s3_1);
+        x = hl_vset_avx512(k[4 * KS + c]);
+        s4_0 = hl_vfma_avx512(x, q0, s4_0);
+        s4_1 = hl_vfma_avx512(x, q1, s4_1);
+        x = hl_vset_avx512(k[5 * KS + c]);
+        s5_0 = hl_vfma_avx512(x, q0, s5_0);
+        s5_1 = hl_vfma_avx512(x, q1, s5_1);
+        x = hl_vset_avx512(k[6 * KS + c]);
+        s6_0 = hl_vfma_avx512(x, q0, s6_0);
+        s6_1 = hl_vfma_avx512(x, q1, s6_1);
+        x = hl_vset_avx512(k[7 * KS + c]);
+        s7_0 = hl_vfma_avx512(x, q0, s7_0);
+        s7_1 = hl_vfma_avx512(x, q1, s7_1);
+        x = hl_vset_avx512(k[8 * KS + c]);
+        s8_0 = hl_vfma_avx512(x, q0, s8_0);
+        s8_1 = hl_vfma_avx512(x, q1, s8_1);
+        x = hl_vset_avx512(k[9 * KS + c]);
+        s9_0 = hl_vfma_avx512(x, q0, s9_0);
+        s9_1 = hl_vfma_avx512(x, q1, s9_1);
+        x = hl_vset_avx512(k[10 * KS + c]);
+        s10_0 = hl_vfma_avx512(x, q0, s10_0);
+        s10_1 = hl_vfma_avx512(x, q1, s10_1);
+        x = hl_vset_avx512(k[11 * KS + c]);
+        s11_0 = hl_vfma_avx512(x, q0, s11_0);
+        s11_1 = hl_vfma_avx512(x, q1, s11_1);
     }
     if (add) {
         s0_0 = hl_vadd_avx512(hl_vload_avx512(s + 0 * ss + 0 * L), s0_0);
@@ -5550,12 +7126,11 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d128_rope64_qk_12x2_avx512(const float *q, con
 
 /* 4 keys by 2 vectors of heads, over n channels.
  * Heads are in the lanes, so that no number ever has to be summed across them. With add, the result
- * is added to what earlier channels left in s. Meanwhile the same channels of later keys (next,
- * from channel c0) are asked for, if there are any. */
+ * is added to what earlier channels left in s. */
 HL_KERNEL_AVX512 void hl_sfa_bf16_d128_rope64_qk_4x2_avx512(const float *q, const float *k,
-    float *s, ptrdiff_t ss, int32_t n, int32_t add, float scale, const hl_row *next, int32_t c0)
+    float *s, ptrdiff_t ss, int32_t n, int32_t add, float scale)
 {
-    enum { L = 16, W = 2 * L, KS = 192, LINE = 32 };
+    enum { L = 16, W = 2 * L, KS = 192 };
     hl_vf_avx512 s0_0 = hl_vzero_avx512();
     hl_vf_avx512 s0_1 = hl_vzero_avx512();
     hl_vf_avx512 s1_0 = hl_vzero_avx512();
@@ -5564,28 +7139,22 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d128_rope64_qk_4x2_avx512(const float *q, cons
     hl_vf_avx512 s2_1 = hl_vzero_avx512();
     hl_vf_avx512 s3_0 = hl_vzero_avx512();
     hl_vf_avx512 s3_1 = hl_vzero_avx512();
-    for (int32_t start = 0; start < n; start += LINE) {
-        const int32_t stop = n - start > LINE ? start + LINE : n;
-        if (next != NULL) {
-            hl_sfa_bf16_d128_rope64_fetch_channels_avx512(next, 4, c0 + start);
-        }
-        for (int32_t c = start; c < stop; ++c) {
-            const hl_vf_avx512 q0 = hl_vload_avx512(q + (ptrdiff_t)c * W + 0 * L);
-            const hl_vf_avx512 q1 = hl_vload_avx512(q + (ptrdiff_t)c * W + 1 * L);
-            hl_vf_avx512 x;
-            x = hl_vset_avx512(k[0 * KS + c]);
-            s0_0 = hl_vfma_avx512(x, q0, s0_0);
-            s0_1 = hl_vfma_avx512(x, q1, s0_1);
-            x = hl_vset_avx512(k[1 * KS + c]);
-            s1_0 = hl_vfma_avx512(x, q0, s1_0);
-            s1_1 = hl_vfma_avx512(x, q1, s1_1);
-            x = hl_vset_avx512(k[2 * KS + c]);
-            s2_0 = hl_vfma_avx512(x, q0, s2_0);
-            s2_1 = hl_vfma_avx512(x, q1, s2_1);
-            x = hl_vset_avx512(k[3 * KS + c]);
-            s3_0 = hl_vfma_avx512(x, q0, s3_0);
-            s3_1 = hl_vfma_avx512(x, q1, s3_1);
-        }
+    for (int32_t c = 0; c < n; ++c) {
+        const hl_vf_avx512 q0 = hl_vload_avx512(q + (ptrdiff_t)c * W + 0 * L);
+        const hl_vf_avx512 q1 = hl_vload_avx512(q + (ptrdiff_t)c * W + 1 * L);
+        hl_vf_avx512 x;
+        x = hl_vset_avx512(k[0 * KS + c]);
+        s0_0 = hl_vfma_avx512(x, q0, s0_0);
+        s0_1 = hl_vfma_avx512(x, q1, s0_1);
+        x = hl_vset_avx512(k[1 * KS + c]);
+        s1_0 = hl_vfma_avx512(x, q0, s1_0);
+        s1_1 = hl_vfma_avx512(x, q1, s1_1);
+        x = hl_vset_avx512(k[2 * KS + c]);
+        s2_0 = hl_vfma_avx512(x, q0, s2_0);
+        s2_1 = hl_vfma_avx512(x, q1, s2_1);
+        x = hl_vset_avx512(k[3 * KS + c]);
+        s3_0 = hl_vfma_avx512(x, q0, s3_0);
+        s3_1 = hl_vfma_avx512(x, q1, s3_1);
     }
     if (add) {
         s0_0 = hl_vadd_avx512(hl_vload_avx512(s + 0 * ss + 0 * L), s0_0);
@@ -5609,27 +7178,20 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d128_rope64_qk_4x2_avx512(const float *q, cons
 
 /* 1 key by 2 vectors of heads, over n channels.
  * Heads are in the lanes, so that no number ever has to be summed across them. With add, the result
- * is added to what earlier channels left in s. Meanwhile the same channels of later keys (next,
- * from channel c0) are asked for, if there are any. */
+ * is added to what earlier channels left in s. */
 HL_KERNEL_AVX512 void hl_sfa_bf16_d128_rope64_qk_1x2_avx512(const float *q, const float *k,
-    float *s, ptrdiff_t ss, int32_t n, int32_t add, float scale, const hl_row *next, int32_t c0)
+    float *s, ptrdiff_t ss, int32_t n, int32_t add, float scale)
 {
-    enum { L = 16, W = 2 * L, KS = 192, LINE = 32 };
+    enum { L = 16, W = 2 * L, KS = 192 };
     hl_vf_avx512 s0_0 = hl_vzero_avx512();
     hl_vf_avx512 s0_1 = hl_vzero_avx512();
-    for (int32_t start = 0; start < n; start += LINE) {
-        const int32_t stop = n - start > LINE ? start + LINE : n;
-        if (next != NULL) {
-            hl_sfa_bf16_d128_rope64_fetch_channels_avx512(next, 1, c0 + start);
-        }
-        for (int32_t c = start; c < stop; ++c) {
-            const hl_vf_avx512 q0 = hl_vload_avx512(q + (ptrdiff_t)c * W + 0 * L);
-            const hl_vf_avx512 q1 = hl_vload_avx512(q + (ptrdiff_t)c * W + 1 * L);
-            hl_vf_avx512 x;
-            x = hl_vset_avx512(k[0 * KS + c]);
-            s0_0 = hl_vfma_avx512(x, q0, s0_0);
-            s0_1 = hl_vfma_avx512(x, q1, s0_1);
-        }
+    for (int32_t c = 0; c < n; ++c) {
+        const hl_vf_avx512 q0 = hl_vload_avx512(q + (ptrdiff_t)c * W + 0 * L);
+        const hl_vf_avx512 q1 = hl_vload_avx512(q + (ptrdiff_t)c * W + 1 * L);
+        hl_vf_avx512 x;
+        x = hl_vset_avx512(k[0 * KS + c]);
+        s0_0 = hl_vfma_avx512(x, q0, s0_0);
+        s0_1 = hl_vfma_avx512(x, q1, s0_1);
     }
     if (add) {
         s0_0 = hl_vadd_avx512(hl_vload_avx512(s + 0 * ss + 0 * L), s0_0);
@@ -5641,12 +7203,11 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d128_rope64_qk_1x2_avx512(const float *q, cons
 
 /* 12 keys by 1 vector of heads, over n channels.
  * Heads are in the lanes, so that no number ever has to be summed across them. With add, the result
- * is added to what earlier channels left in s. Meanwhile the same channels of later keys (next,
- * from channel c0) are asked for, if there are any. */
+ * is added to what earlier channels left in s. */
 HL_KERNEL_AVX512 void hl_sfa_bf16_d128_rope64_qk_12x1_avx512(const float *q, const float *k,
-    float *s, ptrdiff_t ss, int32_t n, int32_t add, float scale, const hl_row *next, int32_t c0)
+    float *s, ptrdiff_t ss, int32_t n, int32_t add, float scale)
 {
-    enum { L = 16, W = 1 * L, KS = 192, LINE = 32 };
+    enum { L = 16, W = 1 * L, KS = 192 };
     hl_vf_avx512 s0_0 = hl_vzero_avx512();
     hl_vf_avx512 s1_0 = hl_vzero_avx512();
     hl_vf_avx512 s2_0 = hl_vzero_avx512();
@@ -5659,39 +7220,33 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d128_rope64_qk_12x1_avx512(const float *q, con
     hl_vf_avx512 s9_0 = hl_vzero_avx512();
     hl_vf_avx512 s10_0 = hl_vzero_avx512();
     hl_vf_avx512 s11_0 = hl_vzero_avx512();
-    for (int32_t start = 0; start < n; start += LINE) {
-        const int32_t stop = n - start > LINE ? start + LINE : n;
-        if (next != NULL) {
-            hl_sfa_bf16_d128_rope64_fetch_channels_avx512(next, 12, c0 + start);
-        }
-        for (int32_t c = start; c < stop; ++c) {
-            const hl_vf_avx512 q0 = hl_vload_avx512(q + (ptrdiff_t)c * W + 0 * L);
-            hl_vf_avx512 x;
-            x = hl_vset_avx512(k[0 * KS + c]);
-            s0_0 = hl_vfma_avx512(x, q0, s0_0);
-            x = hl_vset_avx512(k[1 * KS + c]);
-            s1_0 = hl_vfma_avx512(x, q0, s1_0);
-            x = hl_vset_avx512(k[2 * KS + c]);
-            s2_0 = hl_vfma_avx512(x, q0, s2_0);
-            x = hl_vset_avx512(k[3 * KS + c]);
-            s3_0 = hl_vfma_avx512(x, q0, s3_0);
-            x = hl_vset_avx512(k[4 * KS + c]);
-            s4_0 = hl_vfma_avx512(x, q0, s4_0);
-            x = hl_vset_avx512(k[5 * KS + c]);
-            s5_0 = hl_vfma_avx512(x, q0, s5_0);
-            x = hl_vset_avx512(k[6 * KS + c]);
-            s6_0 = hl_vfma_avx512(x, q0, s6_0);
-            x = hl_vset_avx512(k[7 * KS + c]);
-            s7_0 = hl_vfma_avx512(x, q0, s7_0);
-            x = hl_vset_avx512(k[8 * KS + c]);
-            s8_0 = hl_vfma_avx512(x, q0, s8_0);
-            x = hl_vset_avx512(k[9 * KS + c]);
-            s9_0 = hl_vfma_avx512(x, q0, s9_0);
-            x = hl_vset_avx512(k[10 * KS + c]);
-            s10_0 = hl_vfma_avx512(x, q0, s10_0);
-            x = hl_vset_avx512(k[11 * KS + c]);
-            s11_0 = hl_vfma_avx512(x, q0, s11_0);
-        }
+    for (int32_t c = 0; c < n; ++c) {
+        const hl_vf_avx512 q0 = hl_vload_avx512(q + (ptrdiff_t)c * W + 0 * L);
+        hl_vf_avx512 x;
+        x = hl_vset_avx512(k[0 * KS + c]);
+        s0_0 = hl_vfma_avx512(x, q0, s0_0);
+        x = hl_vset_avx512(k[1 * KS + c]);
+        s1_0 = hl_vfma_avx512(x, q0, s1_0);
+        x = hl_vset_avx512(k[2 * KS + c]);
+        s2_0 = hl_vfma_avx512(x, q0, s2_0);
+        x = hl_vset_avx512(k[3 * KS + c]);
+        s3_0 = hl_vfma_avx512(x, q0, s3_0);
+        x = hl_vset_avx512(k[4 * KS + c]);
+        s4_0 = hl_vfma_avx512(x, q0, s4_0);
+        x = hl_vset_avx512(k[5 * KS + c]);
+        s5_0 = hl_vfma_avx512(x, q0, s5_0);
+        x = hl_vset_avx512(k[6 * KS + c]);
+        s6_0 = hl_vfma_avx512(x, q0, s6_0);
+        x = hl_vset_avx512(k[7 * KS + c]);
+        s7_0 = hl_vfma_avx512(x, q0, s7_0);
+        x = hl_vset_avx512(k[8 * KS + c]);
+        s8_0 = hl_vfma_avx512(x, q0, s8_0);
+        x = hl_vset_avx512(k[9 * KS + c]);
+        s9_0 = hl_vfma_avx512(x, q0, s9_0);
+        x = hl_vset_avx512(k[10 * KS + c]);
+        s10_0 = hl_vfma_avx512(x, q0, s10_0);
+        x = hl_vset_avx512(k[11 * KS + c]);
+        s11_0 = hl_vfma_avx512(x, q0, s11_0);
     }
     if (add) {
         s0_0 = hl_vadd_avx512(hl_vload_avx512(s + 0 * ss + 0 * L), s0_0);
@@ -5723,33 +7278,26 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d128_rope64_qk_12x1_avx512(const float *q, con
 
 /* 4 keys by 1 vector of heads, over n channels.
  * Heads are in the lanes, so that no number ever has to be summed across them. With add, the result
- * is added to what earlier channels left in s. Meanwhile the same channels of later keys (next,
- * from channel c0) are asked for, if there are any. */
+ * is added to what earlier channels left in s. */
 HL_KERNEL_AVX512 void hl_sfa_bf16_d128_rope64_qk_4x1_avx512(const float *q, const float *k,
-    float *s, ptrdiff_t ss, int32_t n, int32_t add, float scale, const hl_row *next, int32_t c0)
+    float *s, ptrdiff_t ss, int32_t n, int32_t add, float scale)
 {
-    enum { L = 16, W = 1 * L, KS = 192, LINE = 32 };
+    enum { L = 16, W = 1 * L, KS = 192 };
     hl_vf_avx512 s0_0 = hl_vzero_avx512();
     hl_vf_avx512 s1_0 = hl_vzero_avx512();
     hl_vf_avx512 s2_0 = hl_vzero_avx512();
     hl_vf_avx512 s3_0 = hl_vzero_avx512();
-    for (int32_t start = 0; start < n; start += LINE) {
-        const int32_t stop = n - start > LINE ? start + LINE : n;
-        if (next != NULL) {
-            hl_sfa_bf16_d128_rope64_fetch_channels_avx512(next, 4, c0 + start);
-        }
-        for (int32_t c = start; c < stop; ++c) {
-            const hl_vf_avx512 q0 = hl_vload_avx512(q + (ptrdiff_t)c * W + 0 * L);
-            hl_vf_avx512 x;
-            x = hl_vset_avx512(k[0 * KS + c]);
-            s0_0 = hl_vfma_avx512(x, q0, s0_0);
-            x = hl_vset_avx512(k[1 * KS + c]);
-            s1_0 = hl_vfma_avx512(x, q0, s1_0);
-            x = hl_vset_avx512(k[2 * KS + c]);
-            s2_0 = hl_vfma_avx512(x, q0, s2_0);
-            x = hl_vset_avx512(k[3 * KS + c]);
-            s3_0 = hl_vfma_avx512(x, q0, s3_0);
-        }
+    for (int32_t c = 0; c < n; ++c) {
+        const hl_vf_avx512 q0 = hl_vload_avx512(q + (ptrdiff_t)c * W + 0 * L);
+        hl_vf_avx512 x;
+        x = hl_vset_avx512(k[0 * KS + c]);
+        s0_0 = hl_vfma_avx512(x, q0, s0_0);
+        x = hl_vset_avx512(k[1 * KS + c]);
+        s1_0 = hl_vfma_avx512(x, q0, s1_0);
+        x = hl_vset_avx512(k[2 * KS + c]);
+        s2_0 = hl_vfma_avx512(x, q0, s2_0);
+        x = hl_vset_avx512(k[3 * KS + c]);
+        s3_0 = hl_vfma_avx512(x, q0, s3_0);
     }
     if (add) {
         s0_0 = hl_vadd_avx512(hl_vload_avx512(s + 0 * ss + 0 * L), s0_0);
@@ -5765,24 +7313,17 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d128_rope64_qk_4x1_avx512(const float *q, cons
 
 /* 1 key by 1 vector of heads, over n channels.
  * Heads are in the lanes, so that no number ever has to be summed across them. With add, the result
- * is added to what earlier channels left in s. Meanwhile the same channels of later keys (next,
- * from channel c0) are asked for, if there are any. */
+ * is added to what earlier channels left in s. */
 HL_KERNEL_AVX512 void hl_sfa_bf16_d128_rope64_qk_1x1_avx512(const float *q, const float *k,
-    float *s, ptrdiff_t ss, int32_t n, int32_t add, float scale, const hl_row *next, int32_t c0)
+    float *s, ptrdiff_t ss, int32_t n, int32_t add, float scale)
 {
-    enum { L = 16, W = 1 * L, KS = 192, LINE = 32 };
+    enum { L = 16, W = 1 * L, KS = 192 };
     hl_vf_avx512 s0_0 = hl_vzero_avx512();
-    for (int32_t start = 0; start < n; start += LINE) {
-        const int32_t stop = n - start > LINE ? start + LINE : n;
-        if (next != NULL) {
-            hl_sfa_bf16_d128_rope64_fetch_channels_avx512(next, 1, c0 + start);
-        }
-        for (int32_t c = start; c < stop; ++c) {
-            const hl_vf_avx512 q0 = hl_vload_avx512(q + (ptrdiff_t)c * W + 0 * L);
-            hl_vf_avx512 x;
-            x = hl_vset_avx512(k[0 * KS + c]);
-            s0_0 = hl_vfma_avx512(x, q0, s0_0);
-        }
+    for (int32_t c = 0; c < n; ++c) {
+        const hl_vf_avx512 q0 = hl_vload_avx512(q + (ptrdiff_t)c * W + 0 * L);
+        hl_vf_avx512 x;
+        x = hl_vset_avx512(k[0 * KS + c]);
+        s0_0 = hl_vfma_avx512(x, q0, s0_0);
     }
     if (add) {
         s0_0 = hl_vadd_avx512(hl_vload_avx512(s + 0 * ss + 0 * L), s0_0);
@@ -5790,93 +7331,559 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d128_rope64_qk_1x1_avx512(const float *q, cons
     hl_vstore_avx512(s + 0 * ss + 0 * L, hl_vmul_avx512(s0_0, hl_vset_avx512(scale)));
 }
 
-/* Some heads of the group against the `rows` keys that lie in k, over n channels from c0. */
-HL_KERNEL_AVX512 void hl_sfa_bf16_d128_rope64_score_keys_avx512(const hl_space *w, const float *k,
-    float *s, int32_t heads, int32_t rows, int32_t h0, int32_t h1, int32_t c0, int32_t n,
-    float scale, const hl_row *next)
+/* One panel of Q, or what is left of its last, against keys of the block: channels from c0. */
+HL_KERNEL_AVX512 void hl_sfa_bf16_d128_rope64_score_panel_avx512(const float *q, const float *k,
+    float *s, int32_t heads, int32_t width, int32_t keys, int32_t c0, int32_t n, float scale)
 {
-    enum { L = 16, W = 2 * L, D = 192 };
+    enum { W = 2 * 16, KS = 192 };
     const int32_t add = c0 > 0;
-    for (int32_t h = h0; h < h1; h += W) {
-        const int32_t width = heads - h < W ? heads - h : W;
-        const float *const q = w->q + (ptrdiff_t)h * D + (ptrdiff_t)c0 * width;
-        if (rows == 12) {
-            if (width == W) {
-                hl_sfa_bf16_d128_rope64_qk_12x2_avx512(q, k, s + h, heads, n, add, scale, next, c0);
-            } else {
-                hl_sfa_bf16_d128_rope64_qk_12x1_avx512(q, k, s + h, heads, n, add, scale, next, c0);
-            }
-        } else if (rows == 4) {
-            if (width == W) {
-                hl_sfa_bf16_d128_rope64_qk_4x2_avx512(q, k, s + h, heads, n, add, scale, next, c0);
-            } else {
-                hl_sfa_bf16_d128_rope64_qk_4x1_avx512(q, k, s + h, heads, n, add, scale, next, c0);
-            }
+    int32_t j = 0;
+    for (; j + 12 <= keys; j += 12) {
+        const float *const row = k + (ptrdiff_t)j * KS;
+        float *const to = s + (ptrdiff_t)j * heads;
+        if (width == W) {
+            hl_sfa_bf16_d128_rope64_qk_12x2_avx512(q, row, to, heads, n, add, scale);
         } else {
-            if (width == W) {
-                hl_sfa_bf16_d128_rope64_qk_1x2_avx512(q, k, s + h, heads, n, add, scale, next, c0);
-            } else {
-                hl_sfa_bf16_d128_rope64_qk_1x1_avx512(q, k, s + h, heads, n, add, scale, next, c0);
-            }
+            hl_sfa_bf16_d128_rope64_qk_12x1_avx512(q, row, to, heads, n, add, scale);
         }
-        next = NULL;
+    }
+    for (; j + 4 <= keys; j += 4) {
+        const float *const row = k + (ptrdiff_t)j * KS;
+        float *const to = s + (ptrdiff_t)j * heads;
+        if (width == W) {
+            hl_sfa_bf16_d128_rope64_qk_4x2_avx512(q, row, to, heads, n, add, scale);
+        } else {
+            hl_sfa_bf16_d128_rope64_qk_4x1_avx512(q, row, to, heads, n, add, scale);
+        }
+    }
+    for (; j + 1 <= keys; j += 1) {
+        const float *const row = k + (ptrdiff_t)j * KS;
+        float *const to = s + (ptrdiff_t)j * heads;
+        if (width == W) {
+            hl_sfa_bf16_d128_rope64_qk_1x2_avx512(q, row, to, heads, n, add, scale);
+        } else {
+            hl_sfa_bf16_d128_rope64_qk_1x1_avx512(q, row, to, heads, n, add, scale);
+        }
     }
 }
 
-/* Keys of the next tile: the largest that still fits. */
-HL_KERNEL_AVX512 int32_t hl_sfa_bf16_d128_rope64_tile_rows_avx512(int32_t left)
-{
-    if (left >= 12) {
-        return 12;
-    }
-    if (left >= 4) {
-        return 4;
-    }
-    return 1;
-}
 /* Many heads: the whole block is loaded. Channels in slices of 96, so that a
  * slice of a Q panel stays in the first-level cache while the keys pass by. */
 HL_KERNEL_AVX512 void hl_sfa_bf16_d128_rope64_score_avx512(const hl_space *w, int32_t heads,
     int32_t n, float scale)
 {
-    enum { W = 2 * 16, D = 192, KS = 192 };
-    enum { SLICE = 96 };
+    enum { W = 2 * 16, D = 192, SLICE = 96 };
     for (int32_t h = 0; h < heads; h += W) {
+        const int32_t width = heads - h < W ? heads - h : W;
         for (int32_t c0 = 0; c0 < D; c0 += SLICE) {
             const int32_t left = D - c0;
-            int32_t rows = 0;
-            for (int32_t j = 0; j < n; j += rows) {
-                rows = hl_sfa_bf16_d128_rope64_tile_rows_avx512(n - j);
-                hl_sfa_bf16_d128_rope64_score_keys_avx512(w, w->k + (ptrdiff_t)j * KS + c0, w->s
-                    + (ptrdiff_t)j * heads, heads, rows, h, h + 1, c0, left < SLICE ? left : SLICE,
-                    left > SLICE ? 1.0f : scale, NULL);
-            }
+            hl_sfa_bf16_d128_rope64_score_panel_avx512(w->q + (ptrdiff_t)h * D + (ptrdiff_t)c0
+                * width, w->k + c0, w->s + h, heads, width, n, c0, left < SLICE ? left : SLICE,
+                left > SLICE ? 1.0f : scale);
         }
     }
 }
-/* Few heads: 12 keys at a time are loaded, a slice of channels at a time, and used
- * at once, so that they never leave the first-level cache as float32: writing a block of them would
- * cost more. */
-HL_KERNEL_AVX512 void hl_sfa_bf16_d128_rope64_score_few_avx512(const hl_space *w, const hl_block *b,
-    int32_t heads, float scale)
+
+/* 4 heads by 4 keys, read where they are stored, 4 rows at a time: channels are in
+ * the lanes, and sums are formed across them once a tile, for many dot products together. Behind
+ * the last key its row is taken again, so that every tile is whole. Meanwhile lines of later keys
+ * (next) are asked for, if there are any. */
+HL_KERNEL_AVX512 void hl_sfa_bf16_d128_rope64_dot_4x4_avx512(const float *q, const hl_row *row,
+    int32_t last, float *s, float scale, const hl_row *next)
 {
-    enum { KS = 192, D = 192 };
-    enum { SLICE = 192, KEYS = 12 };
-    const int32_t known = b->n + b->n_later;
-    for (int32_t j = 0; j < b->n; j += KEYS) {
-        const int32_t keys = b->n - j < KEYS ? b->n - j : KEYS;
-        for (int32_t c0 = 0; c0 < D; c0 += SLICE) {
-            const int32_t left = D - c0;
-            const int32_t n = left < SLICE ? left : SLICE;
-            int32_t rows = 0;
-            hl_sfa_bf16_d128_rope64_load_keys_avx512(b->row + j, keys, c0, n, w->k);
-            for (int32_t r = 0; r < keys; r += rows) {
-                const int32_t later = j + KEYS + r;
-                rows = hl_sfa_bf16_d128_rope64_tile_rows_avx512(keys - r);
-                hl_sfa_bf16_d128_rope64_score_keys_avx512(w, w->k + (ptrdiff_t)r * KS, w->s
-                    + (ptrdiff_t)(j + r) * heads, heads, rows, 0, heads, c0, n, left > SLICE ? 1.0f
-                    : scale, later + rows <= known ? b->row + later : NULL);
+    enum { L = 16, QS = 192 };
+    hl_vf_avx512 all[16];
+    for (int32_t j = 0; j < 4; j += 4) {
+        const hl_row *const row0 = row + (last < j + 0 ? last : j + 0);
+        const hl_row *const row1 = row + (last < j + 1 ? last : j + 1);
+        const hl_row *const row2 = row + (last < j + 2 ? last : j + 2);
+        const hl_row *const row3 = row + (last < j + 3 ? last : j + 3);
+        hl_vf_avx512 s0_0 = hl_vzero_avx512();
+        hl_vf_avx512 s0_1 = hl_vzero_avx512();
+        hl_vf_avx512 s0_2 = hl_vzero_avx512();
+        hl_vf_avx512 s0_3 = hl_vzero_avx512();
+        hl_vf_avx512 s1_0 = hl_vzero_avx512();
+        hl_vf_avx512 s1_1 = hl_vzero_avx512();
+        hl_vf_avx512 s1_2 = hl_vzero_avx512();
+        hl_vf_avx512 s1_3 = hl_vzero_avx512();
+        hl_vf_avx512 s2_0 = hl_vzero_avx512();
+        hl_vf_avx512 s2_1 = hl_vzero_avx512();
+        hl_vf_avx512 s2_2 = hl_vzero_avx512();
+        hl_vf_avx512 s2_3 = hl_vzero_avx512();
+        hl_vf_avx512 s3_0 = hl_vzero_avx512();
+        hl_vf_avx512 s3_1 = hl_vzero_avx512();
+        hl_vf_avx512 s3_2 = hl_vzero_avx512();
+        hl_vf_avx512 s3_3 = hl_vzero_avx512();
+        {
+            const float *const from = q + 0;
+            const uint16_t *const k0 = (const uint16_t *)row0->key;
+            const uint16_t *const k1 = (const uint16_t *)row1->key;
+            const uint16_t *const k2 = (const uint16_t *)row2->key;
+            const uint16_t *const k3 = (const uint16_t *)row3->key;
+            for (int32_t start = 0; start < 128; start += 64) {
+                if (next != NULL) {
+                    HL_FETCH((const uint16_t *)next[j + 0].key + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 1].key + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 2].key + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 3].key + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 0].key + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 1].key + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 2].key + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 3].key + start + 32);
+                }
+                for (int32_t c = start; c < start + 64; c += 32) {
+                    {
+                        const float *const qc = from + c + 0;
+                        hl_vf_avx512 q0;
+                        hl_vf_avx512 v0;
+                        hl_vf_avx512 w0;
+                        hl_vpair_bf16_avx512(k0 + c + 0, &v0, &w0);
+                        hl_vf_avx512 v1;
+                        hl_vf_avx512 w1;
+                        hl_vpair_bf16_avx512(k1 + c + 0, &v1, &w1);
+                        hl_vf_avx512 v2;
+                        hl_vf_avx512 w2;
+                        hl_vpair_bf16_avx512(k2 + c + 0, &v2, &w2);
+                        hl_vf_avx512 v3;
+                        hl_vf_avx512 w3;
+                        hl_vpair_bf16_avx512(k3 + c + 0, &v3, &w3);
+                        q0 = hl_vkeep_avx512(hl_vload_avx512(qc + 0 * QS));
+                        s0_0 = hl_vfma_avx512(v0, q0, s0_0);
+                        s0_1 = hl_vfma_avx512(v1, q0, s0_1);
+                        s0_2 = hl_vfma_avx512(v2, q0, s0_2);
+                        s0_3 = hl_vfma_avx512(v3, q0, s0_3);
+                        q0 = hl_vkeep_avx512(hl_vload_avx512(qc + 1 * QS));
+                        s1_0 = hl_vfma_avx512(v0, q0, s1_0);
+                        s1_1 = hl_vfma_avx512(v1, q0, s1_1);
+                        s1_2 = hl_vfma_avx512(v2, q0, s1_2);
+                        s1_3 = hl_vfma_avx512(v3, q0, s1_3);
+                        q0 = hl_vkeep_avx512(hl_vload_avx512(qc + 2 * QS));
+                        s2_0 = hl_vfma_avx512(v0, q0, s2_0);
+                        s2_1 = hl_vfma_avx512(v1, q0, s2_1);
+                        s2_2 = hl_vfma_avx512(v2, q0, s2_2);
+                        s2_3 = hl_vfma_avx512(v3, q0, s2_3);
+                        q0 = hl_vkeep_avx512(hl_vload_avx512(qc + 3 * QS));
+                        s3_0 = hl_vfma_avx512(v0, q0, s3_0);
+                        s3_1 = hl_vfma_avx512(v1, q0, s3_1);
+                        s3_2 = hl_vfma_avx512(v2, q0, s3_2);
+                        s3_3 = hl_vfma_avx512(v3, q0, s3_3);
+                        q0 = hl_vkeep_avx512(hl_vload_avx512(qc + 0 * QS + L));
+                        s0_0 = hl_vfma_avx512(w0, q0, s0_0);
+                        s0_1 = hl_vfma_avx512(w1, q0, s0_1);
+                        s0_2 = hl_vfma_avx512(w2, q0, s0_2);
+                        s0_3 = hl_vfma_avx512(w3, q0, s0_3);
+                        q0 = hl_vkeep_avx512(hl_vload_avx512(qc + 1 * QS + L));
+                        s1_0 = hl_vfma_avx512(w0, q0, s1_0);
+                        s1_1 = hl_vfma_avx512(w1, q0, s1_1);
+                        s1_2 = hl_vfma_avx512(w2, q0, s1_2);
+                        s1_3 = hl_vfma_avx512(w3, q0, s1_3);
+                        q0 = hl_vkeep_avx512(hl_vload_avx512(qc + 2 * QS + L));
+                        s2_0 = hl_vfma_avx512(w0, q0, s2_0);
+                        s2_1 = hl_vfma_avx512(w1, q0, s2_1);
+                        s2_2 = hl_vfma_avx512(w2, q0, s2_2);
+                        s2_3 = hl_vfma_avx512(w3, q0, s2_3);
+                        q0 = hl_vkeep_avx512(hl_vload_avx512(qc + 3 * QS + L));
+                        s3_0 = hl_vfma_avx512(w0, q0, s3_0);
+                        s3_1 = hl_vfma_avx512(w1, q0, s3_1);
+                        s3_2 = hl_vfma_avx512(w2, q0, s3_2);
+                        s3_3 = hl_vfma_avx512(w3, q0, s3_3);
+                    }
+                }
             }
+        }
+        {
+            const float *const from = q + 128;
+            const uint16_t *const k0 = (const uint16_t *)row0->rope;
+            const uint16_t *const k1 = (const uint16_t *)row1->rope;
+            const uint16_t *const k2 = (const uint16_t *)row2->rope;
+            const uint16_t *const k3 = (const uint16_t *)row3->rope;
+            for (int32_t start = 0; start < 64; start += 64) {
+                if (next != NULL) {
+                    HL_FETCH((const uint16_t *)next[j + 0].rope + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 1].rope + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 2].rope + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 3].rope + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 0].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 1].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 2].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 3].rope + start + 32);
+                }
+                for (int32_t c = start; c < start + 64; c += 32) {
+                    {
+                        const float *const qc = from + c + 0;
+                        hl_vf_avx512 q0;
+                        hl_vf_avx512 v0;
+                        hl_vf_avx512 w0;
+                        hl_vpair_bf16_avx512(k0 + c + 0, &v0, &w0);
+                        hl_vf_avx512 v1;
+                        hl_vf_avx512 w1;
+                        hl_vpair_bf16_avx512(k1 + c + 0, &v1, &w1);
+                        hl_vf_avx512 v2;
+                        hl_vf_avx512 w2;
+                        hl_vpair_bf16_avx512(k2 + c + 0, &v2, &w2);
+                        hl_vf_avx512 v3;
+                        hl_vf_avx512 w3;
+                        hl_vpair_bf16_avx512(k3 + c + 0, &v3, &w3);
+                        q0 = hl_vkeep_avx512(hl_vload_avx512(qc + 0 * QS));
+                        s0_0 = hl_vfma_avx512(v0, q0, s0_0);
+                        s0_1 = hl_vfma_avx512(v1, q0, s0_1);
+                        s0_2 = hl_vfma_avx512(v2, q0, s0_2);
+                        s0_3 = hl_vfma_avx512(v3, q0, s0_3);
+                        q0 = hl_vkeep_avx512(hl_vload_avx512(qc + 1 * QS));
+                        s1_0 = hl_vfma_avx512(v0, q0, s1_0);
+                        s1_1 = hl_vfma_avx512(v1, q0, s1_1);
+                        s1_2 = hl_vfma_avx512(v2, q0, s1_2);
+                        s1_3 = hl_vfma_avx512(v3, q0, s1_3);
+                        q0 = hl_vkeep_avx512(hl_vload_avx512(qc + 2 * QS));
+                        s2_0 = hl_vfma_avx512(v0, q0, s2_0);
+                        s2_1 = hl_vfma_avx512(v1, q0, s2_1);
+                        s2_2 = hl_vfma_avx512(v2, q0, s2_2);
+                        s2_3 = hl_vfma_avx512(v3, q0, s2_3);
+                        q0 = hl_vkeep_avx512(hl_vload_avx512(qc + 3 * QS));
+                        s3_0 = hl_vfma_avx512(v0, q0, s3_0);
+                        s3_1 = hl_vfma_avx512(v1, q0, s3_1);
+                        s3_2 = hl_vfma_avx512(v2, q0, s3_2);
+                        s3_3 = hl_vfma_avx512(v3, q0, s3_3);
+                        q0 = hl_vkeep_avx512(hl_vload_avx512(qc + 0 * QS + L));
+                        s0_0 = hl_vfma_avx512(w0, q0, s0_0);
+                        s0_1 = hl_vfma_avx512(w1, q0, s0_1);
+                        s0_2 = hl_vfma_avx512(w2, q0, s0_2);
+                        s0_3 = hl_vfma_avx512(w3, q0, s0_3);
+                        q0 = hl_vkeep_avx512(hl_vload_avx512(qc + 1 * QS + L));
+                        s1_0 = hl_vfma_avx512(w0, q0, s1_0);
+                        s1_1 = hl_vfma_avx512(w1, q0, s1_1);
+                        s1_2 = hl_vfma_avx512(w2, q0, s1_2);
+                        s1_3 = hl_vfma_avx512(w3, q0, s1_3);
+                        q0 = hl_vkeep_avx512(hl_vload_avx512(qc + 2 * QS + L));
+                        s2_0 = hl_vfma_avx512(w0, q0, s2_0);
+                        s2_1 = hl_vfma_avx512(w1, q0, s2_1);
+                        s2_2 = hl_vfma_avx512(w2, q0, s2_2);
+                        s2_3 = hl_vfma_avx512(w3, q0, s2_3);
+                        q0 = hl_vkeep_avx512(hl_vload_avx512(qc + 3 * QS + L));
+                        s3_0 = hl_vfma_avx512(w0, q0, s3_0);
+                        s3_1 = hl_vfma_avx512(w1, q0, s3_1);
+                        s3_2 = hl_vfma_avx512(w2, q0, s3_2);
+                        s3_3 = hl_vfma_avx512(w3, q0, s3_3);
+                    }
+                }
+            }
+        }
+        all[(j + 0) * 4 + 0] = s0_0;
+        all[(j + 1) * 4 + 0] = s0_1;
+        all[(j + 2) * 4 + 0] = s0_2;
+        all[(j + 3) * 4 + 0] = s0_3;
+        all[(j + 0) * 4 + 1] = s1_0;
+        all[(j + 1) * 4 + 1] = s1_1;
+        all[(j + 2) * 4 + 1] = s1_2;
+        all[(j + 3) * 4 + 1] = s1_3;
+        all[(j + 0) * 4 + 2] = s2_0;
+        all[(j + 1) * 4 + 2] = s2_1;
+        all[(j + 2) * 4 + 2] = s2_2;
+        all[(j + 3) * 4 + 2] = s2_3;
+        all[(j + 0) * 4 + 3] = s3_0;
+        all[(j + 1) * 4 + 3] = s3_1;
+        all[(j + 2) * 4 + 3] = s3_2;
+        all[(j + 3) * 4 + 3] = s3_3;
+    }
+    for (int32_t i = 0; i < 16; i += L) {
+        hl_vstore_avx512(s + i, hl_vmul_avx512(hl_vsums_avx512(all + i), hl_vset_avx512(scale)));
+    }
+}
+
+/* 2 heads by 8 keys, read where they are stored, 4 rows at a time: channels are in
+ * the lanes, and sums are formed across them once a tile, for many dot products together. Behind
+ * the last key its row is taken again, so that every tile is whole. Meanwhile lines of later keys
+ * (next) are asked for, if there are any; but for those that value tiles ask for. */
+HL_KERNEL_AVX512 void hl_sfa_bf16_d128_rope64_dot_2x8_avx512(const float *q, const hl_row *row,
+    int32_t last, float *s, float scale, const hl_row *next, int32_t apart)
+{
+    enum { L = 16, QS = 192 };
+    hl_vf_avx512 all[16];
+    for (int32_t j = 0; j < 8; j += 4) {
+        const hl_row *const row0 = row + (last < j + 0 ? last : j + 0);
+        const hl_row *const row1 = row + (last < j + 1 ? last : j + 1);
+        const hl_row *const row2 = row + (last < j + 2 ? last : j + 2);
+        const hl_row *const row3 = row + (last < j + 3 ? last : j + 3);
+        hl_vf_avx512 s0_0x = hl_vzero_avx512();
+        hl_vf_avx512 s0_0y = hl_vzero_avx512();
+        hl_vf_avx512 s0_1x = hl_vzero_avx512();
+        hl_vf_avx512 s0_1y = hl_vzero_avx512();
+        hl_vf_avx512 s0_2x = hl_vzero_avx512();
+        hl_vf_avx512 s0_2y = hl_vzero_avx512();
+        hl_vf_avx512 s0_3x = hl_vzero_avx512();
+        hl_vf_avx512 s0_3y = hl_vzero_avx512();
+        hl_vf_avx512 s1_0x = hl_vzero_avx512();
+        hl_vf_avx512 s1_0y = hl_vzero_avx512();
+        hl_vf_avx512 s1_1x = hl_vzero_avx512();
+        hl_vf_avx512 s1_1y = hl_vzero_avx512();
+        hl_vf_avx512 s1_2x = hl_vzero_avx512();
+        hl_vf_avx512 s1_2y = hl_vzero_avx512();
+        hl_vf_avx512 s1_3x = hl_vzero_avx512();
+        hl_vf_avx512 s1_3y = hl_vzero_avx512();
+        {
+            const float *const from = q + 0;
+            const uint16_t *const k0 = (const uint16_t *)row0->key;
+            const uint16_t *const k1 = (const uint16_t *)row1->key;
+            const uint16_t *const k2 = (const uint16_t *)row2->key;
+            const uint16_t *const k3 = (const uint16_t *)row3->key;
+            for (int32_t start = 0; start < 128; start += 64) {
+                if (next != NULL) {
+                    if (apart) {
+                        HL_FETCH((const uint16_t *)next[j + 0].key + start + 0);
+                        HL_FETCH((const uint16_t *)next[j + 1].key + start + 0);
+                        HL_FETCH((const uint16_t *)next[j + 2].key + start + 0);
+                        HL_FETCH((const uint16_t *)next[j + 3].key + start + 0);
+                    }
+                    if (apart) {
+                        HL_FETCH((const uint16_t *)next[j + 0].key + start + 32);
+                        HL_FETCH((const uint16_t *)next[j + 1].key + start + 32);
+                        HL_FETCH((const uint16_t *)next[j + 2].key + start + 32);
+                        HL_FETCH((const uint16_t *)next[j + 3].key + start + 32);
+                    }
+                }
+                for (int32_t c = start; c < start + 64; c += 32) {
+                    {
+                        const float *const qc = from + c + 0;
+                        hl_vf_avx512 v;
+                        hl_vf_avx512 w;
+                        const hl_vf_avx512 q0 = hl_vload_avx512(qc + 0 * QS);
+                        const hl_vf_avx512 p0 = hl_vload_avx512(qc + 0 * QS + L);
+                        const hl_vf_avx512 q1 = hl_vload_avx512(qc + 1 * QS);
+                        const hl_vf_avx512 p1 = hl_vload_avx512(qc + 1 * QS + L);
+                        hl_vpair_bf16_avx512(k0 + c + 0, &v, &w);
+                        s0_0x = hl_vfma_avx512(v, q0, s0_0x);
+                        s1_0x = hl_vfma_avx512(v, q1, s1_0x);
+                        s0_0y = hl_vfma_avx512(w, p0, s0_0y);
+                        s1_0y = hl_vfma_avx512(w, p1, s1_0y);
+                        hl_vpair_bf16_avx512(k1 + c + 0, &v, &w);
+                        s0_1x = hl_vfma_avx512(v, q0, s0_1x);
+                        s1_1x = hl_vfma_avx512(v, q1, s1_1x);
+                        s0_1y = hl_vfma_avx512(w, p0, s0_1y);
+                        s1_1y = hl_vfma_avx512(w, p1, s1_1y);
+                        hl_vpair_bf16_avx512(k2 + c + 0, &v, &w);
+                        s0_2x = hl_vfma_avx512(v, q0, s0_2x);
+                        s1_2x = hl_vfma_avx512(v, q1, s1_2x);
+                        s0_2y = hl_vfma_avx512(w, p0, s0_2y);
+                        s1_2y = hl_vfma_avx512(w, p1, s1_2y);
+                        hl_vpair_bf16_avx512(k3 + c + 0, &v, &w);
+                        s0_3x = hl_vfma_avx512(v, q0, s0_3x);
+                        s1_3x = hl_vfma_avx512(v, q1, s1_3x);
+                        s0_3y = hl_vfma_avx512(w, p0, s0_3y);
+                        s1_3y = hl_vfma_avx512(w, p1, s1_3y);
+                    }
+                }
+            }
+        }
+        {
+            const float *const from = q + 128;
+            const uint16_t *const k0 = (const uint16_t *)row0->rope;
+            const uint16_t *const k1 = (const uint16_t *)row1->rope;
+            const uint16_t *const k2 = (const uint16_t *)row2->rope;
+            const uint16_t *const k3 = (const uint16_t *)row3->rope;
+            for (int32_t start = 0; start < 64; start += 64) {
+                if (next != NULL) {
+                    HL_FETCH((const uint16_t *)next[j + 0].rope + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 1].rope + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 2].rope + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 3].rope + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 0].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 1].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 2].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 3].rope + start + 32);
+                }
+                for (int32_t c = start; c < start + 64; c += 32) {
+                    {
+                        const float *const qc = from + c + 0;
+                        hl_vf_avx512 v;
+                        hl_vf_avx512 w;
+                        const hl_vf_avx512 q0 = hl_vload_avx512(qc + 0 * QS);
+                        const hl_vf_avx512 p0 = hl_vload_avx512(qc + 0 * QS + L);
+                        const hl_vf_avx512 q1 = hl_vload_avx512(qc + 1 * QS);
+                        const hl_vf_avx512 p1 = hl_vload_avx512(qc + 1 * QS + L);
+                        hl_vpair_bf16_avx512(k0 + c + 0, &v, &w);
+                        s0_0x = hl_vfma_avx512(v, q0, s0_0x);
+                        s1_0x = hl_vfma_avx512(v, q1, s1_0x);
+                        s0_0y = hl_vfma_avx512(w, p0, s0_0y);
+                        s1_0y = hl_vfma_avx512(w, p1, s1_0y);
+                        hl_vpair_bf16_avx512(k1 + c + 0, &v, &w);
+                        s0_1x = hl_vfma_avx512(v, q0, s0_1x);
+                        s1_1x = hl_vfma_avx512(v, q1, s1_1x);
+                        s0_1y = hl_vfma_avx512(w, p0, s0_1y);
+                        s1_1y = hl_vfma_avx512(w, p1, s1_1y);
+                        hl_vpair_bf16_avx512(k2 + c + 0, &v, &w);
+                        s0_2x = hl_vfma_avx512(v, q0, s0_2x);
+                        s1_2x = hl_vfma_avx512(v, q1, s1_2x);
+                        s0_2y = hl_vfma_avx512(w, p0, s0_2y);
+                        s1_2y = hl_vfma_avx512(w, p1, s1_2y);
+                        hl_vpair_bf16_avx512(k3 + c + 0, &v, &w);
+                        s0_3x = hl_vfma_avx512(v, q0, s0_3x);
+                        s1_3x = hl_vfma_avx512(v, q1, s1_3x);
+                        s0_3y = hl_vfma_avx512(w, p0, s0_3y);
+                        s1_3y = hl_vfma_avx512(w, p1, s1_3y);
+                    }
+                }
+            }
+        }
+        all[(j + 0) * 2 + 0] = hl_vadd_avx512(s0_0x, s0_0y);
+        all[(j + 1) * 2 + 0] = hl_vadd_avx512(s0_1x, s0_1y);
+        all[(j + 2) * 2 + 0] = hl_vadd_avx512(s0_2x, s0_2y);
+        all[(j + 3) * 2 + 0] = hl_vadd_avx512(s0_3x, s0_3y);
+        all[(j + 0) * 2 + 1] = hl_vadd_avx512(s1_0x, s1_0y);
+        all[(j + 1) * 2 + 1] = hl_vadd_avx512(s1_1x, s1_1y);
+        all[(j + 2) * 2 + 1] = hl_vadd_avx512(s1_2x, s1_2y);
+        all[(j + 3) * 2 + 1] = hl_vadd_avx512(s1_3x, s1_3y);
+    }
+    for (int32_t i = 0; i < 16; i += L) {
+        hl_vstore_avx512(s + i, hl_vmul_avx512(hl_vsums_avx512(all + i), hl_vset_avx512(scale)));
+    }
+}
+
+/* 1 head by 16 keys, read where they are stored, 4 rows at a time: channels are in
+ * the lanes, and sums are formed across them once a tile, for many dot products together. Behind
+ * the last key its row is taken again, so that every tile is whole. Meanwhile lines of later keys
+ * (next) are asked for, if there are any; but for those that value tiles ask for. */
+HL_KERNEL_AVX512 void hl_sfa_bf16_d128_rope64_dot_1x16_avx512(const float *q, const hl_row *row,
+    int32_t last, float *s, float scale, const hl_row *next, int32_t apart)
+{
+    enum { L = 16, QS = 192 };
+    hl_vf_avx512 all[16];
+    for (int32_t j = 0; j < 16; j += 4) {
+        const hl_row *const row0 = row + (last < j + 0 ? last : j + 0);
+        const hl_row *const row1 = row + (last < j + 1 ? last : j + 1);
+        const hl_row *const row2 = row + (last < j + 2 ? last : j + 2);
+        const hl_row *const row3 = row + (last < j + 3 ? last : j + 3);
+        hl_vf_avx512 s0_0x = hl_vzero_avx512();
+        hl_vf_avx512 s0_0y = hl_vzero_avx512();
+        hl_vf_avx512 s0_1x = hl_vzero_avx512();
+        hl_vf_avx512 s0_1y = hl_vzero_avx512();
+        hl_vf_avx512 s0_2x = hl_vzero_avx512();
+        hl_vf_avx512 s0_2y = hl_vzero_avx512();
+        hl_vf_avx512 s0_3x = hl_vzero_avx512();
+        hl_vf_avx512 s0_3y = hl_vzero_avx512();
+        {
+            const float *const from = q + 0;
+            const uint16_t *const k0 = (const uint16_t *)row0->key;
+            const uint16_t *const k1 = (const uint16_t *)row1->key;
+            const uint16_t *const k2 = (const uint16_t *)row2->key;
+            const uint16_t *const k3 = (const uint16_t *)row3->key;
+            for (int32_t start = 0; start < 128; start += 64) {
+                if (next != NULL) {
+                    HL_FETCH((const uint16_t *)next[j + 0].key + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 1].key + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 2].key + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 3].key + start + 0);
+                    if (apart) {
+                        HL_FETCH((const uint16_t *)next[j + 0].key + start + 32);
+                        HL_FETCH((const uint16_t *)next[j + 1].key + start + 32);
+                        HL_FETCH((const uint16_t *)next[j + 2].key + start + 32);
+                        HL_FETCH((const uint16_t *)next[j + 3].key + start + 32);
+                    }
+                }
+                for (int32_t c = start; c < start + 64; c += 32) {
+                    {
+                        const float *const qc = from + c + 0;
+                        hl_vf_avx512 v;
+                        hl_vf_avx512 w;
+                        const hl_vf_avx512 q0 = hl_vload_avx512(qc + 0 * QS);
+                        const hl_vf_avx512 p0 = hl_vload_avx512(qc + 0 * QS + L);
+                        hl_vpair_bf16_avx512(k0 + c + 0, &v, &w);
+                        s0_0x = hl_vfma_avx512(v, q0, s0_0x);
+                        s0_0y = hl_vfma_avx512(w, p0, s0_0y);
+                        hl_vpair_bf16_avx512(k1 + c + 0, &v, &w);
+                        s0_1x = hl_vfma_avx512(v, q0, s0_1x);
+                        s0_1y = hl_vfma_avx512(w, p0, s0_1y);
+                        hl_vpair_bf16_avx512(k2 + c + 0, &v, &w);
+                        s0_2x = hl_vfma_avx512(v, q0, s0_2x);
+                        s0_2y = hl_vfma_avx512(w, p0, s0_2y);
+                        hl_vpair_bf16_avx512(k3 + c + 0, &v, &w);
+                        s0_3x = hl_vfma_avx512(v, q0, s0_3x);
+                        s0_3y = hl_vfma_avx512(w, p0, s0_3y);
+                    }
+                }
+            }
+        }
+        {
+            const float *const from = q + 128;
+            const uint16_t *const k0 = (const uint16_t *)row0->rope;
+            const uint16_t *const k1 = (const uint16_t *)row1->rope;
+            const uint16_t *const k2 = (const uint16_t *)row2->rope;
+            const uint16_t *const k3 = (const uint16_t *)row3->rope;
+            for (int32_t start = 0; start < 64; start += 64) {
+                if (next != NULL) {
+                    HL_FETCH((const uint16_t *)next[j + 0].rope + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 1].rope + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 2].rope + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 3].rope + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 0].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 1].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 2].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 3].rope + start + 32);
+                }
+                for (int32_t c = start; c < start + 64; c += 32) {
+                    {
+                        const float *const qc = from + c + 0;
+                        hl_vf_avx512 v;
+                        hl_vf_avx512 w;
+                        const hl_vf_avx512 q0 = hl_vload_avx512(qc + 0 * QS);
+                        const hl_vf_avx512 p0 = hl_vload_avx512(qc + 0 * QS + L);
+                        hl_vpair_bf16_avx512(k0 + c + 0, &v, &w);
+                        s0_0x = hl_vfma_avx512(v, q0, s0_0x);
+                        s0_0y = hl_vfma_avx512(w, p0, s0_0y);
+                        hl_vpair_bf16_avx512(k1 + c + 0, &v, &w);
+                        s0_1x = hl_vfma_avx512(v, q0, s0_1x);
+                        s0_1y = hl_vfma_avx512(w, p0, s0_1y);
+                        hl_vpair_bf16_avx512(k2 + c + 0, &v, &w);
+                        s0_2x = hl_vfma_avx512(v, q0, s0_2x);
+                        s0_2y = hl_vfma_avx512(w, p0, s0_2y);
+                        hl_vpair_bf16_avx512(k3 + c + 0, &v, &w);
+                        s0_3x = hl_vfma_avx512(v, q0, s0_3x);
+                        s0_3y = hl_vfma_avx512(w, p0, s0_3y);
+                    }
+                }
+            }
+        }
+        all[(j + 0) * 1 + 0] = hl_vadd_avx512(s0_0x, s0_0y);
+        all[(j + 1) * 1 + 0] = hl_vadd_avx512(s0_1x, s0_1y);
+        all[(j + 2) * 1 + 0] = hl_vadd_avx512(s0_2x, s0_2y);
+        all[(j + 3) * 1 + 0] = hl_vadd_avx512(s0_3x, s0_3y);
+    }
+    for (int32_t i = 0; i < 16; i += L) {
+        hl_vstore_avx512(s + i, hl_vmul_avx512(hl_vsums_avx512(all + i), hl_vset_avx512(scale)));
+    }
+}
+
+/* Few heads: scores lie as [key][head], for the heads of one tile together. */
+HL_KERNEL_AVX512 void hl_sfa_bf16_d128_rope64_score_few_avx512(const hl_space *w, const hl_block *b,
+    int32_t group, float scale)
+{
+    enum { QS = 192, BLOCK = 48, AHEAD = 24 };
+    const int32_t known = b->n + b->n_later;
+    int32_t h = 0;
+    for (; h + 4 <= group; h += 4) {
+        for (int32_t j = 0; j < b->n; j += 4) {
+            const int32_t later = j + AHEAD;
+            hl_sfa_bf16_d128_rope64_dot_4x4_avx512(w->q + (ptrdiff_t)h * QS, b->row + j,
+                                                   b->n - 1 - j, w->s + h * BLOCK + j * 4, scale,
+                                                   h == 0 && later + 4 <= known ? b->row + later
+                                                   : NULL);
+        }
+    }
+    for (; h + 2 <= group; h += 2) {
+        for (int32_t j = 0; j < b->n; j += 8) {
+            const int32_t later = j + AHEAD;
+            hl_sfa_bf16_d128_rope64_dot_2x8_avx512(w->q + (ptrdiff_t)h * QS, b->row + j,
+                                                   b->n - 1 - j, w->s + h * BLOCK + j * 2, scale,
+                                                   h == 0 && later + 8 <= known ? b->row + later
+                                                   : NULL, b->value_apart);
+        }
+    }
+    for (; h + 1 <= group; h += 1) {
+        for (int32_t j = 0; j < b->n; j += 16) {
+            const int32_t later = j + AHEAD;
+            hl_sfa_bf16_d128_rope64_dot_1x16_avx512(w->q + (ptrdiff_t)h * QS, b->row + j,
+                                                    b->n - 1 - j, w->s + h * BLOCK + j * 1, scale,
+                                                    h == 0 && later + 16 <= known ? b->row + later
+                                                    : NULL, b->value_apart);
         }
     }
 }
@@ -5909,6 +7916,112 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d128_rope64_softmax_avx512(float *s, const hl_
             hl_vstore_avx512(t->l + h, hl_vfma_avx512(alpha, hl_vload_avx512(t->l + h), sum));
             hl_vstore_avx512(t->alpha + h, alpha);
         }
+    }
+}
+
+/* Few heads: the same for the heads of one tile, whose scores lie as [key][head]: all lanes are in
+ * use, whole tiles at a time. What is summed across them is summed once a block. */
+HL_KERNEL_AVX512 void hl_sfa_bf16_d128_rope64_softmax_few_avx512(float *s, const hl_state *t,
+    int32_t h0, int32_t heads, int32_t n)
+{
+    enum { L = 16, DOTS = 16 };
+    const int32_t end = (n * heads + DOTS - 1) / DOTS * DOTS;
+    float each[DOTS];
+    float less[DOTS];
+    for (int32_t i = n * heads; i < end; ++i) { /* no keys: below all scores */
+        s[i] = hl_float_of(0xff800000u);
+    }
+    for (int32_t i = 0; i < DOTS; i += L) {
+        hl_vf_avx512 m = hl_vset_avx512(-3.402823466e+38f);
+        for (int32_t at = i; at < end; at += DOTS) {
+            m = hl_vmax_avx512(hl_vload_avx512(s + at), m);
+        }
+        hl_vstore_avx512(each + i, m);
+    }
+    for (int32_t h = 0; h < heads; ++h) {
+        const float before = t->m[h0 + h];
+        float m = before;
+        for (int32_t i = h; i < DOTS; i += heads) {
+            m = each[i] > m ? each[i] : m;
+        }
+        for (int32_t i = h; i < DOTS; i += heads) {
+            each[i] = m;
+            less[i] = before - m;
+        }
+        t->m[h0 + h] = m;
+    }
+    for (int32_t i = 0; i < DOTS; i += L) {
+        const hl_vf_avx512 m = hl_vload_avx512(each + i);
+        hl_vf_avx512 sum = hl_vzero_avx512();
+        for (int32_t at = i; at < end; at += DOTS) {
+            const hl_vf_avx512 p = hl_vexp2_avx512(hl_vsub_avx512(hl_vload_avx512(s + at), m));
+            sum = hl_vadd_avx512(sum, p);
+            hl_vstore_avx512(s + at, p);
+        }
+        hl_vstore_avx512(each + i, sum);
+        hl_vstore_avx512(less + i, hl_vexp2_avx512(hl_vload_avx512(less + i)));
+    }
+    for (int32_t h = 0; h < heads; ++h) {
+        float sum = 0.0f;
+        for (int32_t i = h; i < DOTS; i += heads) {
+            sum += each[i];
+        }
+        t->alpha[h0 + h] = less[h];
+        t->l[h0 + h] = less[h] * t->l[h0 + h] + sum;
+    }
+}
+
+/* One head: all lanes are its own, and nothing has to leave the registers. */
+HL_KERNEL_AVX512 void hl_sfa_bf16_d128_rope64_softmax_one_avx512(float *s, const hl_state *t,
+    int32_t h, int32_t n)
+{
+    enum { L = 16 };
+    const hl_vf_avx512 before = hl_vset_avx512(t->m[h]);
+    hl_vf_avx512 m = before;
+    hl_vf_avx512 sum = hl_vzero_avx512();
+    hl_vf_avx512 alpha;
+    float lane[L];
+    for (int32_t j = n; j % L != 0; ++j) { /* no keys: below all scores */
+        s[j] = hl_float_of(0xff800000u);
+    }
+    for (int32_t j = 0; j < n; j += L) {
+        m = hl_vmax_avx512(hl_vload_avx512(s + j), m);
+    }
+    m = hl_vmax_avx512(hl_vswap_avx512(m, 1), m);
+    m = hl_vmax_avx512(hl_vswap_avx512(m, 2), m);
+    m = hl_vmax_avx512(hl_vswap_avx512(m, 4), m);
+    m = hl_vmax_avx512(hl_vswap_avx512(m, 8), m);
+    for (int32_t j = 0; j < n; j += L) {
+        const hl_vf_avx512 p = hl_vexp2_avx512(hl_vsub_avx512(hl_vload_avx512(s + j), m));
+        sum = hl_vadd_avx512(sum, p);
+        hl_vstore_avx512(s + j, p);
+    }
+    sum = hl_vadd_avx512(hl_vswap_avx512(sum, 1), sum);
+    sum = hl_vadd_avx512(hl_vswap_avx512(sum, 2), sum);
+    sum = hl_vadd_avx512(hl_vswap_avx512(sum, 4), sum);
+    sum = hl_vadd_avx512(hl_vswap_avx512(sum, 8), sum);
+    alpha = hl_vexp2_avx512(hl_vsub_avx512(before, m));
+    hl_vstore_avx512(lane, m);
+    t->m[h] = lane[0];
+    hl_vstore_avx512(lane, alpha);
+    t->alpha[h] = lane[0];
+    hl_vstore_avx512(lane, hl_vfma_avx512(alpha, hl_vset_avx512(t->l[h]), sum));
+    t->l[h] = lane[0];
+}
+
+HL_KERNEL_AVX512 void hl_sfa_bf16_d128_rope64_softmaxes_few_avx512(const hl_space *w,
+    const hl_state *t, int32_t group, int32_t n)
+{
+    enum { BLOCK = 48 };
+    int32_t h = 0;
+    for (; h + 4 <= group; h += 4) {
+        hl_sfa_bf16_d128_rope64_softmax_few_avx512(w->s + h * BLOCK, t, h, 4, n);
+    }
+    for (; h + 2 <= group; h += 2) {
+        hl_sfa_bf16_d128_rope64_softmax_few_avx512(w->s + h * BLOCK, t, h, 2, n);
+    }
+    for (; h + 1 <= group; h += 1) {
+        hl_sfa_bf16_d128_rope64_softmax_one_avx512(w->s + h * BLOCK, t, h, n);
     }
 }
 
@@ -6503,119 +8616,11 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d128_rope64_value_avx512(const hl_space *w, co
         }
     }
 }
-/* 16 heads by 1 vector of channels, read where they are
- * stored. */
-HL_KERNEL_AVX512 void hl_sfa_bf16_d128_rope64_pr_16x1_avx512(const float *p, ptrdiff_t ps,
-    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n)
-{
-    enum { L = 16, OS = 128 };
-    hl_vf_avx512 o0_0 = hl_vzero_avx512();
-    hl_vf_avx512 o1_0 = hl_vzero_avx512();
-    hl_vf_avx512 o2_0 = hl_vzero_avx512();
-    hl_vf_avx512 o3_0 = hl_vzero_avx512();
-    hl_vf_avx512 o4_0 = hl_vzero_avx512();
-    hl_vf_avx512 o5_0 = hl_vzero_avx512();
-    hl_vf_avx512 o6_0 = hl_vzero_avx512();
-    hl_vf_avx512 o7_0 = hl_vzero_avx512();
-    hl_vf_avx512 o8_0 = hl_vzero_avx512();
-    hl_vf_avx512 o9_0 = hl_vzero_avx512();
-    hl_vf_avx512 o10_0 = hl_vzero_avx512();
-    hl_vf_avx512 o11_0 = hl_vzero_avx512();
-    hl_vf_avx512 o12_0 = hl_vzero_avx512();
-    hl_vf_avx512 o13_0 = hl_vzero_avx512();
-    hl_vf_avx512 o14_0 = hl_vzero_avx512();
-    hl_vf_avx512 o15_0 = hl_vzero_avx512();
-    for (int32_t j = 0; j < n; ++j) {
-        const uint16_t *const value = (const uint16_t *)row[j].value;
-        const hl_vf_avx512 v0 = hl_vload_bf16_avx512(value + c + 0 * L);
-        hl_vf_avx512 x;
-        x = hl_vset_avx512(p[j * ps + 0]);
-        o0_0 = hl_vfma_avx512(x, v0, o0_0);
-        x = hl_vset_avx512(p[j * ps + 1]);
-        o1_0 = hl_vfma_avx512(x, v0, o1_0);
-        x = hl_vset_avx512(p[j * ps + 2]);
-        o2_0 = hl_vfma_avx512(x, v0, o2_0);
-        x = hl_vset_avx512(p[j * ps + 3]);
-        o3_0 = hl_vfma_avx512(x, v0, o3_0);
-        x = hl_vset_avx512(p[j * ps + 4]);
-        o4_0 = hl_vfma_avx512(x, v0, o4_0);
-        x = hl_vset_avx512(p[j * ps + 5]);
-        o5_0 = hl_vfma_avx512(x, v0, o5_0);
-        x = hl_vset_avx512(p[j * ps + 6]);
-        o6_0 = hl_vfma_avx512(x, v0, o6_0);
-        x = hl_vset_avx512(p[j * ps + 7]);
-        o7_0 = hl_vfma_avx512(x, v0, o7_0);
-        x = hl_vset_avx512(p[j * ps + 8]);
-        o8_0 = hl_vfma_avx512(x, v0, o8_0);
-        x = hl_vset_avx512(p[j * ps + 9]);
-        o9_0 = hl_vfma_avx512(x, v0, o9_0);
-        x = hl_vset_avx512(p[j * ps + 10]);
-        o10_0 = hl_vfma_avx512(x, v0, o10_0);
-        x = hl_vset_avx512(p[j * ps + 11]);
-        o11_0 = hl_vfma_avx512(x, v0, o11_0);
-        x = hl_vset_avx512(p[j * ps + 12]);
-        o12_0 = hl_vfma_avx512(x, v0, o12_0);
-        x = hl_vset_avx512(p[j * ps + 13]);
-        o13_0 = hl_vfma_avx512(x, v0, o13_0);
-        x = hl_vset_avx512(p[j * ps + 14]);
-        o14_0 = hl_vfma_avx512(x, v0, o14_0);
-        x = hl_vset_avx512(p[j * ps + 15]);
-        o15_0 = hl_vfma_avx512(x, v0, o15_0);
-    }
-    hl_vstore_avx512(o + 0 * OS + 0 * L,
-                     hl_vfma_avx512(hl_vset_avx512(alpha[0]), hl_vload_avx512(o + 0 * OS + 0 * L),
-                                    o0_0));
-    hl_vstore_avx512(o + 1 * OS + 0 * L,
-                     hl_vfma_avx512(hl_vset_avx512(alpha[1]), hl_vload_avx512(o + 1 * OS + 0 * L),
-                                    o1_0));
-    hl_vstore_avx512(o + 2 * OS + 0 * L,
-                     hl_vfma_avx512(hl_vset_avx512(alpha[2]), hl_vload_avx512(o + 2 * OS + 0 * L),
-                                    o2_0));
-    hl_vstore_avx512(o + 3 * OS + 0 * L,
-                     hl_vfma_avx512(hl_vset_avx512(alpha[3]), hl_vload_avx512(o + 3 * OS + 0 * L),
-                                    o3_0));
-    hl_vstore_avx512(o + 4 * OS + 0 * L,
-                     hl_vfma_avx512(hl_vset_avx512(alpha[4]), hl_vload_avx512(o + 4 * OS + 0 * L),
-                                    o4_0));
-    hl_vstore_avx512(o + 5 * OS + 0 * L,
-                     hl_vfma_avx512(hl_vset_avx512(alpha[5]), hl_vload_avx512(o + 5 * OS + 0 * L),
-                                    o5_0));
-    hl_vstore_avx512(o + 6 * OS + 0 * L,
-                     hl_vfma_avx512(hl_vset_avx512(alpha[6]), hl_vload_avx512(o + 6 * OS + 0 * L),
-                                    o6_0));
-    hl_vstore_avx512(o + 7 * OS + 0 * L,
-                     hl_vfma_avx512(hl_vset_avx512(alpha[7]), hl_vload_avx512(o + 7 * OS + 0 * L),
-                                    o7_0));
-    hl_vstore_avx512(o + 8 * OS + 0 * L,
-                     hl_vfma_avx512(hl_vset_avx512(alpha[8]), hl_vload_avx512(o + 8 * OS + 0 * L),
-                                    o8_0));
-    hl_vstore_avx512(o + 9 * OS + 0 * L,
-                     hl_vfma_avx512(hl_vset_avx512(alpha[9]), hl_vload_avx512(o + 9 * OS + 0 * L),
-                                    o9_0));
-    hl_vstore_avx512(o + 10 * OS + 0 * L,
-                     hl_vfma_avx512(hl_vset_avx512(alpha[10]), hl_vload_avx512(o + 10 * OS + 0 * L),
-                                    o10_0));
-    hl_vstore_avx512(o + 11 * OS + 0 * L,
-                     hl_vfma_avx512(hl_vset_avx512(alpha[11]), hl_vload_avx512(o + 11 * OS + 0 * L),
-                                    o11_0));
-    hl_vstore_avx512(o + 12 * OS + 0 * L,
-                     hl_vfma_avx512(hl_vset_avx512(alpha[12]), hl_vload_avx512(o + 12 * OS + 0 * L),
-                                    o12_0));
-    hl_vstore_avx512(o + 13 * OS + 0 * L,
-                     hl_vfma_avx512(hl_vset_avx512(alpha[13]), hl_vload_avx512(o + 13 * OS + 0 * L),
-                                    o13_0));
-    hl_vstore_avx512(o + 14 * OS + 0 * L,
-                     hl_vfma_avx512(hl_vset_avx512(alpha[14]), hl_vload_avx512(o + 14 * OS + 0 * L),
-                                    o14_0));
-    hl_vstore_avx512(o + 15 * OS + 0 * L,
-                     hl_vfma_avx512(hl_vset_avx512(alpha[15]), hl_vload_avx512(o + 15 * OS + 0 * L),
-                                    o15_0));
-}
 
-/* 4 heads by 4 vectors of channels, read where they are
- * stored. */
-HL_KERNEL_AVX512 void hl_sfa_bf16_d128_rope64_pr_4x4_avx512(const float *p, ptrdiff_t ps,
-    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n)
+/* 4 heads by 4 vectors of channels, read where they are stored. Of 24 keys
+ * further on lines are asked for meanwhile, as long as j < later. */
+HL_KERNEL_AVX512 void hl_sfa_bf16_d128_rope64_pr_4x4_avx512(const float *p, const hl_row *row,
+    int32_t c, float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
 {
     enum { L = 16, OS = 128 };
     hl_vf_avx512 o0_0 = hl_vzero_avx512();
@@ -6635,28 +8640,40 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d128_rope64_pr_4x4_avx512(const float *p, ptrd
     hl_vf_avx512 o3_2 = hl_vzero_avx512();
     hl_vf_avx512 o3_3 = hl_vzero_avx512();
     for (int32_t j = 0; j < n; ++j) {
-        const uint16_t *const value = (const uint16_t *)row[j].value;
-        const hl_vf_avx512 v0 = hl_vload_bf16_avx512(value + c + 0 * L);
-        const hl_vf_avx512 v1 = hl_vload_bf16_avx512(value + c + 1 * L);
-        const hl_vf_avx512 v2 = hl_vload_bf16_avx512(value + c + 2 * L);
-        const hl_vf_avx512 v3 = hl_vload_bf16_avx512(value + c + 3 * L);
+        const uint16_t *const value = (const uint16_t *)row[j].value + c;
+        if (j < later) {
+            const uint16_t *const next =
+                (const uint16_t *)row[j + 24].value + c;
+            if (apart) {
+                HL_FETCH(next + 0);
+            }
+            if (apart) {
+                HL_FETCH(next + 32);
+            }
+        }
         hl_vf_avx512 x;
-        x = hl_vset_avx512(p[j * ps + 0]);
+        hl_vf_avx512 v0;
+        hl_vf_avx512 v1;
+        hl_vf_avx512 v2;
+        hl_vf_avx512 v3;
+        hl_vpair_bf16_avx512(value + 0, &v0, &v1);
+        hl_vpair_bf16_avx512(value + 32, &v2, &v3);
+        x = hl_vset_avx512(p[j * 4 + 0]);
         o0_0 = hl_vfma_avx512(x, v0, o0_0);
         o0_1 = hl_vfma_avx512(x, v1, o0_1);
         o0_2 = hl_vfma_avx512(x, v2, o0_2);
         o0_3 = hl_vfma_avx512(x, v3, o0_3);
-        x = hl_vset_avx512(p[j * ps + 1]);
+        x = hl_vset_avx512(p[j * 4 + 1]);
         o1_0 = hl_vfma_avx512(x, v0, o1_0);
         o1_1 = hl_vfma_avx512(x, v1, o1_1);
         o1_2 = hl_vfma_avx512(x, v2, o1_2);
         o1_3 = hl_vfma_avx512(x, v3, o1_3);
-        x = hl_vset_avx512(p[j * ps + 2]);
+        x = hl_vset_avx512(p[j * 4 + 2]);
         o2_0 = hl_vfma_avx512(x, v0, o2_0);
         o2_1 = hl_vfma_avx512(x, v1, o2_1);
         o2_2 = hl_vfma_avx512(x, v2, o2_2);
         o2_3 = hl_vfma_avx512(x, v3, o2_3);
-        x = hl_vset_avx512(p[j * ps + 3]);
+        x = hl_vset_avx512(p[j * 4 + 3]);
         o3_0 = hl_vfma_avx512(x, v0, o3_0);
         o3_1 = hl_vfma_avx512(x, v1, o3_1);
         o3_2 = hl_vfma_avx512(x, v2, o3_2);
@@ -6712,47 +8729,124 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d128_rope64_pr_4x4_avx512(const float *p, ptrd
                                     o3_3));
 }
 
-/* 4 heads by 1 vector of channels, read where they are
- * stored. */
-HL_KERNEL_AVX512 void hl_sfa_bf16_d128_rope64_pr_4x1_avx512(const float *p, ptrdiff_t ps,
-    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n)
+/* 2 heads by 8 vectors of channels, read where they are stored. Of 24 keys
+ * further on lines are asked for meanwhile, as long as j < later. */
+HL_KERNEL_AVX512 void hl_sfa_bf16_d128_rope64_pr_2x8_avx512(const float *p, const hl_row *row,
+    int32_t c, float *o, const float *alpha, int32_t n, int32_t later)
 {
     enum { L = 16, OS = 128 };
     hl_vf_avx512 o0_0 = hl_vzero_avx512();
+    hl_vf_avx512 o0_1 = hl_vzero_avx512();
+    hl_vf_avx512 o0_2 = hl_vzero_avx512();
+    hl_vf_avx512 o0_3 = hl_vzero_avx512();
+    hl_vf_avx512 o0_4 = hl_vzero_avx512();
+    hl_vf_avx512 o0_5 = hl_vzero_avx512();
+    hl_vf_avx512 o0_6 = hl_vzero_avx512();
+    hl_vf_avx512 o0_7 = hl_vzero_avx512();
     hl_vf_avx512 o1_0 = hl_vzero_avx512();
-    hl_vf_avx512 o2_0 = hl_vzero_avx512();
-    hl_vf_avx512 o3_0 = hl_vzero_avx512();
+    hl_vf_avx512 o1_1 = hl_vzero_avx512();
+    hl_vf_avx512 o1_2 = hl_vzero_avx512();
+    hl_vf_avx512 o1_3 = hl_vzero_avx512();
+    hl_vf_avx512 o1_4 = hl_vzero_avx512();
+    hl_vf_avx512 o1_5 = hl_vzero_avx512();
+    hl_vf_avx512 o1_6 = hl_vzero_avx512();
+    hl_vf_avx512 o1_7 = hl_vzero_avx512();
     for (int32_t j = 0; j < n; ++j) {
-        const uint16_t *const value = (const uint16_t *)row[j].value;
-        const hl_vf_avx512 v0 = hl_vload_bf16_avx512(value + c + 0 * L);
+        const uint16_t *const value = (const uint16_t *)row[j].value + c;
+        if (j < later) {
+            const uint16_t *const next =
+                (const uint16_t *)row[j + 24].value + c;
+            HL_FETCH(next + 0);
+            HL_FETCH(next + 32);
+            HL_FETCH(next + 64);
+            HL_FETCH(next + 96);
+        }
         hl_vf_avx512 x;
-        x = hl_vset_avx512(p[j * ps + 0]);
+        hl_vf_avx512 v0;
+        hl_vf_avx512 v1;
+        hl_vf_avx512 v2;
+        hl_vf_avx512 v3;
+        hl_vf_avx512 v4;
+        hl_vf_avx512 v5;
+        hl_vf_avx512 v6;
+        hl_vf_avx512 v7;
+        hl_vpair_bf16_avx512(value + 0, &v0, &v1);
+        hl_vpair_bf16_avx512(value + 32, &v2, &v3);
+        hl_vpair_bf16_avx512(value + 64, &v4, &v5);
+        hl_vpair_bf16_avx512(value + 96, &v6, &v7);
+        x = hl_vset_avx512(p[j * 2 + 0]);
         o0_0 = hl_vfma_avx512(x, v0, o0_0);
-        x = hl_vset_avx512(p[j * ps + 1]);
+        o0_1 = hl_vfma_avx512(x, v1, o0_1);
+        o0_2 = hl_vfma_avx512(x, v2, o0_2);
+        o0_3 = hl_vfma_avx512(x, v3, o0_3);
+        o0_4 = hl_vfma_avx512(x, v4, o0_4);
+        o0_5 = hl_vfma_avx512(x, v5, o0_5);
+        o0_6 = hl_vfma_avx512(x, v6, o0_6);
+        o0_7 = hl_vfma_avx512(x, v7, o0_7);
+        x = hl_vset_avx512(p[j * 2 + 1]);
         o1_0 = hl_vfma_avx512(x, v0, o1_0);
-        x = hl_vset_avx512(p[j * ps + 2]);
-        o2_0 = hl_vfma_avx512(x, v0, o2_0);
-        x = hl_vset_avx512(p[j * ps + 3]);
-        o3_0 = hl_vfma_avx512(x, v0, o3_0);
+        o1_1 = hl_vfma_avx512(x, v1, o1_1);
+        o1_2 = hl_vfma_avx512(x, v2, o1_2);
+        o1_3 = hl_vfma_avx512(x, v3, o1_3);
+        o1_4 = hl_vfma_avx512(x, v4, o1_4);
+        o1_5 = hl_vfma_avx512(x, v5, o1_5);
+        o1_6 = hl_vfma_avx512(x, v6, o1_6);
+        o1_7 = hl_vfma_avx512(x, v7, o1_7);
     }
     hl_vstore_avx512(o + 0 * OS + 0 * L,
                      hl_vfma_avx512(hl_vset_avx512(alpha[0]), hl_vload_avx512(o + 0 * OS + 0 * L),
                                     o0_0));
+    hl_vstore_avx512(o + 0 * OS + 1 * L,
+                     hl_vfma_avx512(hl_vset_avx512(alpha[0]), hl_vload_avx512(o + 0 * OS + 1 * L),
+                                    o0_1));
+    hl_vstore_avx512(o + 0 * OS + 2 * L,
+                     hl_vfma_avx512(hl_vset_avx512(alpha[0]), hl_vload_avx512(o + 0 * OS + 2 * L),
+                                    o0_2));
+    hl_vstore_avx512(o + 0 * OS + 3 * L,
+                     hl_vfma_avx512(hl_vset_avx512(alpha[0]), hl_vload_avx512(o + 0 * OS + 3 * L),
+                                    o0_3));
+    hl_vstore_avx512(o + 0 * OS + 4 * L,
+                     hl_vfma_avx512(hl_vset_avx512(alpha[0]), hl_vload_avx512(o + 0 * OS + 4 * L),
+                                    o0_4));
+    hl_vstore_avx512(o + 0 * OS + 5 * L,
+                     hl_vfma_avx512(hl_vset_avx512(alpha[0]), hl_vload_avx512(o + 0 * OS + 5 * L),
+                                    o0_5));
+    hl_vstore_avx512(o + 0 * OS + 6 * L,
+                     hl_vfma_avx512(hl_vset_avx512(alpha[0]), hl_vload_avx512(o + 0 * OS + 6 * L),
+                                    o0_6));
+    hl_vstore_avx512(o + 0 * OS + 7 * L,
+                     hl_vfma_avx512(hl_vset_avx512(alpha[0]), hl_vload_avx512(o + 0 * OS + 7 * L),
+                                    o0_7));
     hl_vstore_avx512(o + 1 * OS + 0 * L,
                      hl_vfma_avx512(hl_vset_avx512(alpha[1]), hl_vload_avx512(o + 1 * OS + 0 * L),
                                     o1_0));
-    hl_vstore_avx512(o + 2 * OS + 0 * L,
-                     hl_vfma_avx512(hl_vset_avx512(alpha[2]), hl_vload_avx512(o + 2 * OS + 0 * L),
-                                    o2_0));
-    hl_vstore_avx512(o + 3 * OS + 0 * L,
-                     hl_vfma_avx512(hl_vset_avx512(alpha[3]), hl_vload_avx512(o + 3 * OS + 0 * L),
-                                    o3_0));
+    hl_vstore_avx512(o + 1 * OS + 1 * L,
+                     hl_vfma_avx512(hl_vset_avx512(alpha[1]), hl_vload_avx512(o + 1 * OS + 1 * L),
+                                    o1_1));
+    hl_vstore_avx512(o + 1 * OS + 2 * L,
+                     hl_vfma_avx512(hl_vset_avx512(alpha[1]), hl_vload_avx512(o + 1 * OS + 2 * L),
+                                    o1_2));
+    hl_vstore_avx512(o + 1 * OS + 3 * L,
+                     hl_vfma_avx512(hl_vset_avx512(alpha[1]), hl_vload_avx512(o + 1 * OS + 3 * L),
+                                    o1_3));
+    hl_vstore_avx512(o + 1 * OS + 4 * L,
+                     hl_vfma_avx512(hl_vset_avx512(alpha[1]), hl_vload_avx512(o + 1 * OS + 4 * L),
+                                    o1_4));
+    hl_vstore_avx512(o + 1 * OS + 5 * L,
+                     hl_vfma_avx512(hl_vset_avx512(alpha[1]), hl_vload_avx512(o + 1 * OS + 5 * L),
+                                    o1_5));
+    hl_vstore_avx512(o + 1 * OS + 6 * L,
+                     hl_vfma_avx512(hl_vset_avx512(alpha[1]), hl_vload_avx512(o + 1 * OS + 6 * L),
+                                    o1_6));
+    hl_vstore_avx512(o + 1 * OS + 7 * L,
+                     hl_vfma_avx512(hl_vset_avx512(alpha[1]), hl_vload_avx512(o + 1 * OS + 7 * L),
+                                    o1_7));
 }
 
-/* 1 head by 8 vectors of channels, read where they are
- * stored. */
-HL_KERNEL_AVX512 void hl_sfa_bf16_d128_rope64_pr_1x8_avx512(const float *p, ptrdiff_t ps,
-    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n)
+/* 1 head by 8 vectors of channels, read where they are stored. Of 24 keys
+ * further on lines are asked for meanwhile, as long as j < later. */
+HL_KERNEL_AVX512 void hl_sfa_bf16_d128_rope64_pr_1x8_avx512(const float *p, const hl_row *row,
+    int32_t c, float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
 {
     enum { L = 16, OS = 128 };
     hl_vf_avx512 o0_0 = hl_vzero_avx512();
@@ -6764,25 +8858,34 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d128_rope64_pr_1x8_avx512(const float *p, ptrd
     hl_vf_avx512 o0_6 = hl_vzero_avx512();
     hl_vf_avx512 o0_7 = hl_vzero_avx512();
     for (int32_t j = 0; j < n; ++j) {
-        const uint16_t *const value = (const uint16_t *)row[j].value;
-        const hl_vf_avx512 v0 = hl_vload_bf16_avx512(value + c + 0 * L);
-        const hl_vf_avx512 v1 = hl_vload_bf16_avx512(value + c + 1 * L);
-        const hl_vf_avx512 v2 = hl_vload_bf16_avx512(value + c + 2 * L);
-        const hl_vf_avx512 v3 = hl_vload_bf16_avx512(value + c + 3 * L);
-        const hl_vf_avx512 v4 = hl_vload_bf16_avx512(value + c + 4 * L);
-        const hl_vf_avx512 v5 = hl_vload_bf16_avx512(value + c + 5 * L);
-        const hl_vf_avx512 v6 = hl_vload_bf16_avx512(value + c + 6 * L);
-        const hl_vf_avx512 v7 = hl_vload_bf16_avx512(value + c + 7 * L);
-        hl_vf_avx512 x;
-        x = hl_vset_avx512(p[j * ps + 0]);
-        o0_0 = hl_vfma_avx512(x, v0, o0_0);
-        o0_1 = hl_vfma_avx512(x, v1, o0_1);
-        o0_2 = hl_vfma_avx512(x, v2, o0_2);
-        o0_3 = hl_vfma_avx512(x, v3, o0_3);
-        o0_4 = hl_vfma_avx512(x, v4, o0_4);
-        o0_5 = hl_vfma_avx512(x, v5, o0_5);
-        o0_6 = hl_vfma_avx512(x, v6, o0_6);
-        o0_7 = hl_vfma_avx512(x, v7, o0_7);
+        const uint16_t *const value = (const uint16_t *)row[j].value + c;
+        if (j < later) {
+            const uint16_t *const next =
+                (const uint16_t *)row[j + 24].value + c;
+            if (apart) {
+                HL_FETCH(next + 0);
+            }
+            HL_FETCH(next + 32);
+            if (apart) {
+                HL_FETCH(next + 64);
+            }
+            HL_FETCH(next + 96);
+        }
+        const hl_vf_avx512 x = hl_vset_avx512(p[j]);
+        hl_vf_avx512 v;
+        hl_vf_avx512 w;
+        hl_vpair_bf16_avx512(value + 0, &v, &w);
+        o0_0 = hl_vfma_avx512(x, v, o0_0);
+        o0_1 = hl_vfma_avx512(x, w, o0_1);
+        hl_vpair_bf16_avx512(value + 32, &v, &w);
+        o0_2 = hl_vfma_avx512(x, v, o0_2);
+        o0_3 = hl_vfma_avx512(x, w, o0_3);
+        hl_vpair_bf16_avx512(value + 64, &v, &w);
+        o0_4 = hl_vfma_avx512(x, v, o0_4);
+        o0_5 = hl_vfma_avx512(x, w, o0_5);
+        hl_vpair_bf16_avx512(value + 96, &v, &w);
+        o0_6 = hl_vfma_avx512(x, v, o0_6);
+        o0_7 = hl_vfma_avx512(x, w, o0_7);
     }
     hl_vstore_avx512(o + 0 * OS + 0 * L,
                      hl_vfma_avx512(hl_vset_avx512(alpha[0]), hl_vload_avx512(o + 0 * OS + 0 * L),
@@ -6810,61 +8913,40 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d128_rope64_pr_1x8_avx512(const float *p, ptrd
                                     o0_7));
 }
 
-/* 1 head by 1 vector of channels, read where they are
- * stored. */
-HL_KERNEL_AVX512 void hl_sfa_bf16_d128_rope64_pr_1x1_avx512(const float *p, ptrdiff_t ps,
-    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n)
-{
-    enum { L = 16, OS = 128 };
-    hl_vf_avx512 o0_0 = hl_vzero_avx512();
-    for (int32_t j = 0; j < n; ++j) {
-        const uint16_t *const value = (const uint16_t *)row[j].value;
-        const hl_vf_avx512 v0 = hl_vload_bf16_avx512(value + c + 0 * L);
-        hl_vf_avx512 x;
-        x = hl_vset_avx512(p[j * ps + 0]);
-        o0_0 = hl_vfma_avx512(x, v0, o0_0);
-    }
-    hl_vstore_avx512(o + 0 * OS + 0 * L,
-                     hl_vfma_avx512(hl_vset_avx512(alpha[0]), hl_vload_avx512(o + 0 * OS + 0 * L),
-                                    o0_0));
-}
-
-/* Few heads: the values are not worth a copy. */
+/* Few heads: values are not worth a copy. */
 HL_KERNEL_AVX512 void hl_sfa_bf16_d128_rope64_value_few_avx512(const hl_space *w, const hl_state *t,
-    const hl_block *b, int32_t padded, int32_t group)
+    const hl_block *b, int32_t group)
 {
-    enum { L = 16, OS = 128, DV = 128 };
+    enum { OS = 128, BLOCK = 48 };
+    const int32_t left = b->n + b->n_later - 24;
     int32_t h = 0;
-    for (; h + 16 <= group; h += 16) {
+    for (; h + 4 <= group; h += 4) {
+        const int32_t later = h == 0 ? left : 0;
+        const int32_t later_apart = b->value_apart ? later : 0;
+        const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
-        int32_t c = 0;
-        for (; c + 1 * L <= DV; c += 1 * L) {
-            hl_sfa_bf16_d128_rope64_pr_16x1_avx512(w->s + h, padded, b->row, c, o + c, t->alpha + h,
-                                                   b->n);
+        for (int32_t c = 0; c < 128; c += 64) {
+            hl_sfa_bf16_d128_rope64_pr_4x4_avx512(p, b->row, c, o + c, t->alpha + h, b->n,
+                                                  later_apart, b->value_apart);
         }
     }
-    for (; h + 4 <= group; h += 4) {
+    for (; h + 2 <= group; h += 2) {
+        const int32_t later = h == 0 ? left : 0;
+        const int32_t later_apart = b->value_apart ? later : 0;
+        const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
-        int32_t c = 0;
-        for (; c + 4 * L <= DV; c += 4 * L) {
-            hl_sfa_bf16_d128_rope64_pr_4x4_avx512(w->s + h, padded, b->row, c, o + c, t->alpha + h,
-                                                  b->n);
-        }
-        for (; c + 1 * L <= DV; c += 1 * L) {
-            hl_sfa_bf16_d128_rope64_pr_4x1_avx512(w->s + h, padded, b->row, c, o + c, t->alpha + h,
-                                                  b->n);
+        for (int32_t c = 0; c < 128; c += 128) {
+            hl_sfa_bf16_d128_rope64_pr_2x8_avx512(p, b->row, c, o + c, t->alpha + h, b->n, later);
         }
     }
     for (; h + 1 <= group; h += 1) {
+        const int32_t later = h == 0 ? left : 0;
+        const int32_t later_apart = b->value_apart ? later : 0;
+        const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
-        int32_t c = 0;
-        for (; c + 8 * L <= DV; c += 8 * L) {
-            hl_sfa_bf16_d128_rope64_pr_1x8_avx512(w->s + h, padded, b->row, c, o + c, t->alpha + h,
-                                                  b->n);
-        }
-        for (; c + 1 * L <= DV; c += 1 * L) {
-            hl_sfa_bf16_d128_rope64_pr_1x1_avx512(w->s + h, padded, b->row, c, o + c, t->alpha + h,
-                                                  b->n);
+        for (int32_t c = 0; c < 128; c += 128) {
+            hl_sfa_bf16_d128_rope64_pr_1x8_avx512(p, b->row, c, o + c, t->alpha + h, b->n, later,
+                                                  b->value_apart);
         }
     }
 }
@@ -6931,6 +9013,20 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d128_rope64_sink_avx512(const float *sinks, co
     }
 }
 
+/* Values were read with even and odd channels apart: puts a row of O back in order. */
+HL_KERNEL_AVX512 void hl_sfa_bf16_d128_rope64_in_order_avx512(float *o)
+{
+    enum { L = 16 };
+    for (int32_t c = 0; c < 128; c += 2 * L) {
+        float both[2 * L];
+        for (int32_t i = 0; i < L; ++i) {
+            both[2 * i] = o[c + i];
+            both[2 * i + 1] = o[c + L + i];
+        }
+        HL_COPY(o + c, both, sizeof both);
+    }
+}
+
 HL_KERNEL_AVX512 void hl_sfa_bf16_d128_rope64_finish_avx512(
     const hl_sparse_flash_attention_plan *plan, const hl_group *g, const hl_state *t,
     int32_t padded)
@@ -6951,7 +9047,10 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d128_rope64_finish_avx512(
         const float l = t->l[h];
         const float max = t->m[h] * 0.693147181f;
         const int32_t none = *t->seen == 0.0f; /* no key: O = 0, and only the sink in the sum */
-        const float *const o = t->o + (ptrdiff_t)h * OS;
+        float *const o = t->o + (ptrdiff_t)h * OS;
+        if (plan->group <= 32) {
+            hl_sfa_bf16_d128_rope64_in_order_avx512(o);
+        }
         hl_sfa_bf16_d128_rope64_store_out_avx512(a, at, o, none && l == l ? 0.0f : t->alpha[h] / l);
         if (a->softmax_max != NULL) {
             a->softmax_max[g->stats + h] = l != l ? l
@@ -7052,42 +9151,53 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d128_rope64_block_avx512(
     const hl_sparse_flash_attention_plan *plan, const hl_space *w, const hl_state *t,
     const hl_block *b, int32_t padded)
 {
-    const int32_t value_apart = plan->args.value != NULL;
     if (plan->group <= 32) {
-        /* rows -> numbers, a tile at a time; S = scale Q K^T, in units of log2 */
-        hl_sfa_bf16_d128_rope64_score_few_avx512(w, b, padded, plan->scale_log2);
+        /* S = scale Q K^T, in units of log2 */
+        hl_sfa_bf16_d128_rope64_score_few_avx512(w, b, plan->group, plan->scale_log2);
         /* m' = max(m, rowmax S);  P = 2^(S - m');  l, alpha */
-        hl_sfa_bf16_d128_rope64_softmax_avx512(w->s, t, padded, b->n);
+        hl_sfa_bf16_d128_rope64_softmaxes_few_avx512(w, t, plan->group, b->n);
         /* O = alpha O + P V */
-        hl_sfa_bf16_d128_rope64_value_few_avx512(w, t, b, padded, plan->group);
+        hl_sfa_bf16_d128_rope64_value_few_avx512(w, t, b, plan->group);
         return;
     }
     /* rows -> numbers, once for the whole group */
-    hl_sfa_bf16_d128_rope64_load_avx512(w, b, value_apart);
+    hl_sfa_bf16_d128_rope64_load_avx512(w, b);
     /* S = scale Q K^T, in units of log2 */
     hl_sfa_bf16_d128_rope64_score_avx512(w, padded, b->n, plan->scale_log2);
     /* m' = max(m, rowmax S);  P = 2^(S - m');  l, alpha */
     hl_sfa_bf16_d128_rope64_softmax_avx512(w->s, t, padded, b->n);
     /* O = alpha O + P V */
-    hl_sfa_bf16_d128_rope64_value_avx512(w, t, padded, plan->group, value_apart ? 128 : 192, b->n);
+    hl_sfa_bf16_d128_rope64_value_avx512(w, t, padded, plan->group, b->value_apart ? 128 : 192,
+                                         b->n);
 }
 /* One chunk of a group's keys (FlashAttention-2, algorithm 1, with K and V in blocks). */
 HL_KERNEL_AVX512 void hl_sfa_bf16_d128_rope64_forward_avx512(
     const hl_sparse_flash_attention_plan *plan, const hl_group *g, const hl_space *w,
     const hl_state *t, hl_cursor c, int32_t padded)
 {
-    const int32_t block = plan->group <= 32 ? 48 : 96;
+    enum { CAP = 192, AHEAD = 24 };
+    const int32_t block = plan->group > 32 ? 96 : 48;
     const hl_sparse_flash_attention_args *const a = &plan->args;
+    int32_t known = hl_sfa_bf16_d128_rope64_next(a, g, &c, w->row, CAP);
+    int32_t more = known == CAP;
     hl_block b;
     b.row = w->row;
-    b.n = hl_sfa_bf16_d128_rope64_next(a, g, &c, b.row, block);
+    b.value_apart = a->value != NULL;
     hl_sfa_bf16_d128_rope64_start_avx512(t, padded, plan->group);
-    while (b.n > 0) {
-        b.n_later = b.n < block ? 0 : hl_sfa_bf16_d128_rope64_next(a, g, &c, b.row + block, block);
+    while (known > 0) {
+        b.n = known < block ? known : block;
+        b.n_later = known - b.n;
         hl_sfa_bf16_d128_rope64_block_avx512(plan, w, t, &b, padded);
         *t->seen = 1.0f;
-        HL_COPY(b.row, b.row + block, (size_t)b.n_later * sizeof *b.row);
-        b.n = b.n_later;
+        b.row += b.n;
+        known = b.n_later;
+        /* the rows to come move to the front; others follow */
+        if (more && known <= CAP / 2 && known < block + AHEAD) {
+            HL_COPY(w->row, b.row, (size_t)known * sizeof *b.row);
+            b.row = w->row;
+            known += hl_sfa_bf16_d128_rope64_next(a, g, &c, b.row + known, CAP - known);
+            more = known == CAP;
+        }
     }
 }
 
@@ -7116,7 +9226,11 @@ static inline void hl_sfa_bf16_d128_rope64_task_avx512(const hl_sparse_flash_att
     if (chunk >= chunks) {
         return;
     }
-    hl_sfa_bf16_d128_rope64_load_q_avx512(a, &g, plan->group, w.k, w.q);
+    if (plan->group <= 32) {
+        hl_sfa_bf16_d128_rope64_load_q_few_avx512(a, &g, plan->group, w.q);
+    } else {
+        hl_sfa_bf16_d128_rope64_load_q_avx512(a, &g, plan->group, w.k, w.q);
+    }
     if (split) { /* leave the partial result for merge */
         const hl_state part = hl_sfa_bf16_d128_rope64_partial(plan, task);
         hl_sfa_bf16_d128_rope64_forward_avx512(plan, &g, &w, &part,
@@ -8486,18 +10600,29 @@ HL_KERNEL_AMX void hl_sfa_bf16_d128_rope64_block_amx(const hl_sparse_flash_atten
 HL_KERNEL_AMX void hl_sfa_bf16_d128_rope64_forward_amx(const hl_sparse_flash_attention_plan *plan,
     const hl_group *g, const hl_space *w, const hl_state *t, hl_cursor c, int32_t padded)
 {
+    enum { CAP = 512, AHEAD = 256 };
     const int32_t block = 256;
     const hl_sparse_flash_attention_args *const a = &plan->args;
+    int32_t known = hl_sfa_bf16_d128_rope64_next(a, g, &c, w->row, CAP);
+    int32_t more = known == CAP;
     hl_block b;
     b.row = w->row;
-    b.n = hl_sfa_bf16_d128_rope64_next(a, g, &c, b.row, block);
+    b.value_apart = a->value != NULL;
     hl_sfa_bf16_d128_rope64_start_amx(t, padded, plan->group);
-    while (b.n > 0) {
-        b.n_later = b.n < block ? 0 : hl_sfa_bf16_d128_rope64_next(a, g, &c, b.row + block, block);
+    while (known > 0) {
+        b.n = known < block ? known : block;
+        b.n_later = known - b.n;
         hl_sfa_bf16_d128_rope64_block_amx(plan, w, t, &b, padded);
         *t->seen = 1.0f;
-        HL_COPY(b.row, b.row + block, (size_t)b.n_later * sizeof *b.row);
-        b.n = b.n_later;
+        b.row += b.n;
+        known = b.n_later;
+        /* the rows to come move to the front; others follow */
+        if (more && known <= CAP / 2 && known < block + AHEAD) {
+            HL_COPY(w->row, b.row, (size_t)known * sizeof *b.row);
+            b.row = w->row;
+            known += hl_sfa_bf16_d128_rope64_next(a, g, &c, b.row + known, CAP - known);
+            more = known == CAP;
+        }
     }
     if (*t->seen == 0.0f) {
         hl_sfa_bf16_d128_rope64_clear_amx(t, plan->group);

@@ -52,7 +52,7 @@
  *
  * MEMORY
  *   One task needs HL_SPARSE_FLASH_ATTENTION_F32_D32_ROPE8_WORKSPACE_BYTES(G),
- *   5632 bytes for G = 8, whatever the lengths.
+ *   6144 bytes for G = 8, whatever the lengths.
  *   Nothing is read outside the rows that a list (or a length) names, and nothing before or behind
  *   a row; unused memory may hold NaN.
  *
@@ -476,11 +476,12 @@ typedef struct hl_row {
     const void *value;
 } hl_row;
 
-/* One block of keys; behind its rows those of the next block, which are asked for meanwhile. */
+/* One block of keys; behind its rows lie those of later keys, which are asked for meanwhile. */
 typedef struct hl_block {
     hl_row *row;
     int32_t n;
     int32_t n_later;
+    int32_t value_apart; /* values are not the keys' first channels                            */
 } hl_block;
 
 /* The workspace of one task, cut into its named slices. */
@@ -894,7 +895,7 @@ enum {
  * `group` query heads on a kv head (heads_q / heads_kv). Sequence lengths do not matter. */
 #define HL_SPARSE_FLASH_ATTENTION_F32_D32_ROPE8_WORKSPACE_BYTES(group) \
     (64 + 4 * (62 * (((size_t)(group) + 0) / 1 * 1) \
-     + 64 * (size_t)(group) + 384))
+     + 64 * (size_t)(group) + 512))
 
 /* Bytes of args.partials that are enough to split r query rows of `heads` query heads into `chunks`
  * each; plan->split_bytes is the exact figure. */
@@ -951,6 +952,11 @@ HL_WORD_SCALAR hl_vf_scalar hl_vload_n_scalar(const float *p, int32_t n)
     return n > 0 ? *p : 0.0f;
 }
 HL_WORD_SCALAR void hl_vstore_n_scalar(float *p, int32_t n, hl_vf_scalar x) { if (n > 0) *p = x; }
+HL_WORD_SCALAR void hl_vpair_scalar(const float *p, hl_vf_scalar *x, hl_vf_scalar *y)
+{
+    *x = p[0]; *y = p[1];
+}
+HL_WORD_SCALAR hl_vf_scalar hl_vkeep_scalar(hl_vf_scalar x) { return x; }
 HL_WORD_SCALAR hl_vf_scalar hl_vadd_scalar(hl_vf_scalar x, hl_vf_scalar y) { return x + y; }
 HL_WORD_SCALAR hl_vf_scalar hl_vsub_scalar(hl_vf_scalar x, hl_vf_scalar y) { return x - y; }
 HL_WORD_SCALAR hl_vf_scalar hl_vmul_scalar(hl_vf_scalar x, hl_vf_scalar y) { return x * y; }
@@ -963,6 +969,8 @@ HL_WORD_SCALAR hl_vf_scalar hl_vflush_scalar(hl_vf_scalar x, float limit, hl_vf_
 {
     return x < limit ? 0.0f : y;
 }
+HL_WORD_SCALAR hl_vf_scalar hl_vswap_scalar(hl_vf_scalar x, int32_t n) { (void)n; return x; }
+HL_WORD_SCALAR hl_vf_scalar hl_vsums_scalar(const hl_vf_scalar *x) { return *x; }
 
 /* A NaN has no whole number: it fails the comparison and is passed on as it is. */
 HL_WORD_SCALAR hl_vf_scalar hl_vround_scalar(hl_vf_scalar x)
@@ -1035,16 +1043,16 @@ static inline void hl_sfa_f32_d32_rope8_space(hl_space *w, void *workspace, int3
     const ptrdiff_t heads = (((ptrdiff_t)group + 0) / 1 * 1);
     const ptrdiff_t rows = group; /* of O */
     float *at = hl_sfa_f32_d32_rope8_align(workspace);
-    w->q = at; /* Q^T in panels */
+    w->q = at; /* Q^T in panels, or Q in rows */
     at += 40 * heads;
     w->k = at; /* the block's keys as float32 */
-    at += 160;
+    at += 0;
     w->v = at; /* the block's values, where they are apart */
     at += 0;
     w->s = at; /* S^T, then P^T */
     at += 16 * heads;
-    w->row = (hl_row *)(void *)at; /* where two blocks' keys lie */
-    at += 192;
+    w->row = (hl_row *)(void *)at; /* where keys lie */
+    at += 480;
     w->state.m = at; /* running maxima, in log2 units */
     at += heads;
     w->state.l = at; /* running sums */
@@ -1505,6 +1513,27 @@ static inline int32_t hl_sfa_f32_d32_rope8_find(const hl_sparse_flash_attention_
     return 1;
 }
 
+/* The next keys of a dense row that is not paged: their addresses are not worked out one by one. */
+static inline int32_t hl_sfa_f32_d32_rope8_run(const hl_sparse_flash_attention_args *a,
+                                               const hl_group *g, hl_cursor *c, hl_row *row,
+                                               int32_t cap)
+{
+    const int32_t n = c->end - c->at < cap ? c->end - c->at : cap;
+    const ptrdiff_t key = a->key_stride.row;
+    const ptrdiff_t rope = a->key_rope != NULL ? a->key_rope_stride.row : key;
+    const ptrdiff_t value = a->value != NULL ? a->value_stride.row : key;
+    if (n <= 0 || !hl_sfa_f32_d32_rope8_find(a, g, c->at, row)) {
+        return 0;
+    }
+    for (int32_t j = 1; j < n; ++j) {
+        row[j].key = (const float *)row->key + j * key;
+        row[j].rope = (const float *)row->rope + j * rope;
+        row[j].value = (const float *)row->value + j * value;
+    }
+    c->at += n;
+    return n;
+}
+
 /* The next keys of a group, at most `cap` of them, in the order of the list: semantics of
  * sparse_flash_attention, selection. Returns how many; 0: the cursor is at its end. */
 static inline int32_t hl_sfa_f32_d32_rope8_next(const hl_sparse_flash_attention_args *a,
@@ -1512,6 +1541,9 @@ static inline int32_t hl_sfa_f32_d32_rope8_next(const hl_sparse_flash_attention_
                                                 int32_t cap)
 {
     int32_t n = 0;
+    if (g->list == NULL && a->layout_kv != HL_LAYOUT_PA_BSND) { /* dense, rows at even steps */
+        return hl_sfa_f32_d32_rope8_run(a, g, c, row, cap);
+    }
     if (g->list == NULL) { /* dense: keys at .. end-1 */
         for (; n < cap && c->at < c->end; ++c->at) {
             n += hl_sfa_f32_d32_rope8_find(a, g, c->at, &row[n]);
@@ -1564,349 +1596,574 @@ static inline hl_cursor hl_sfa_f32_d32_rope8_chunk(const hl_sparse_flash_attenti
 }
 /* ==== hl_sparse_flash_attention_f32_d32_rope8 ====
  * plain C99 (scalar).
- * Tiles: 4 x 2 numbers fit the 16 float registers of a small core with room for operands.
+ * Tiles: 8 sums fit the 16 float registers of a small core with room for operands.
  * 16 keys a block: P of a tile of heads stays in the first-level cache.
  * 40 channels of 2 heads are 0 KiB: they stay in the first-level cache. */
 
 /* ---- load: rows -> numbers, once for the whole group ---- */
 
-/* Q^T as panels of 2 vectors of heads, [panel][channel][head]; the last may be
- * narrower. Heads past the group are 0. `row` is scratch for one row. */
-HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_load_q_scalar(const hl_sparse_flash_attention_args *a,
-    const hl_group *g, int32_t group, float *row, float *to)
+/* Few heads: Q as rows, each section of a row cut into vectors just as those of a key are. */
+HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_load_q_few_scalar(
+    const hl_sparse_flash_attention_args *a, const hl_group *g, int32_t group, float *to)
 {
-    enum { L = 1, W = 2 * L, D = 40, DK = 32 };
-    const int32_t padded = (group + L - 1) / L * L;
-    for (int32_t h = 0; h < padded; ++h) {
-        const int32_t panel = h / W * W;
-        const int32_t width = padded - panel < W ? padded - panel : W;
-        float *at = to + (ptrdiff_t)panel * D + (h - panel);
-        if (h >= group) {
-            for (int32_t c = 0; c < D; ++c) {
-                at[(ptrdiff_t)c * width] = 0.0f;
-            }
-            continue;
+    enum { L = 1 };
+    for (int32_t h = 0; h < group; ++h) {
+        const float *const key =
+            (const float *)a->query + g->query + h * a->query_stride.head;
+        const float *const rope =
+            a->query_rope == NULL ? key + 32
+            : (const float *)a->query_rope + g->query_rope
+                + h * a->query_rope_stride.head;
+        float *const q = to + (ptrdiff_t)h * 40;
+        hl_vf_scalar x;
+        hl_vf_scalar y;
+        for (int32_t c = 0; c < 32; c += 2 * L) {
+            hl_vpair_scalar(key + c, &x, &y);
+            hl_vstore_scalar(q + 0 + c, x);
+            hl_vstore_scalar(q + 0 + c + L, y);
         }
-        {
-            const float *const q =
-                (const float *)a->query + g->query + h * a->query_stride.head;
-            if (a->query_rope != NULL) {
-                hl_vrow_f32_scalar(row, q, DK);
-                hl_vrow_f32_scalar(row + DK, (const float *)a->query_rope + g->query_rope + h
-                                   * a->query_rope_stride.head, D - DK);
-            } else {
-                hl_vrow_f32_scalar(row, q, D);
-            }
+        for (int32_t c = 0; c < 8; c += 2 * L) {
+            hl_vpair_scalar(rope + c, &x, &y);
+            hl_vstore_scalar(q + 32 + c, x);
+            hl_vstore_scalar(q + 32 + c + L, y);
         }
-        for (int32_t c = 0; c < D; ++c) {
-            at[(ptrdiff_t)c * width] = row[c];
-        }
-    }
-}
-
-/* One key's row as float32. */
-HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_load_key_scalar(const hl_row *row, float *to)
-{
-    enum { DK = 32, ROPE = 8 };
-    hl_vrow_f32_scalar(to, (const float *)row->key, DK);
-    hl_vrow_f32_scalar(to + DK, (const float *)row->rope, ROPE);
-}
-/* Channels c0 .. c0+n-1 of some keys, channel by channel over all of them: so many pages are under
- * way at once, and each of them is read in order. */
-HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_load_keys_scalar(const hl_row *row, int32_t keys,
-    int32_t c0, int32_t n, float *to)
-{
-    enum { L = 1, KS = 40, DK = 32 };
-    const int32_t end = c0 + n < DK ? c0 + n : DK;
-    int32_t c = c0;
-    for (; c + L <= end; c += L) {
-        for (int32_t r = 0; r < keys; ++r) {
-            const float *const key = (const float *)row[r].key;
-            hl_vstore_scalar(to + (ptrdiff_t)r * KS + (c - c0), hl_vload_scalar(key + c));
-        }
-    }
-    if (c0 + n > DK) {
-        c = c0 > DK ? c0 : DK;
-        for (int32_t r = 0; r < keys; ++r) {
-            const float *const rope = (const float *)row[r].rope;
-            hl_vrow_f32_scalar(to + (ptrdiff_t)r * KS + (c - c0), rope + (c - DK), c0 + n - c);
-        }
-    }
-}
-
-/* Asks for one line of each of some rows before it is needed: rows that a list names lie anywhere,
- * which no hardware can guess. A word, not a function: GCC takes a function that does nothing but
- * prefetch for one without effect, and drops its calls. */
-HL_WORD_SCALAR void hl_sfa_f32_d32_rope8_fetch_channels_scalar(const hl_row *row, int32_t rows,
-    int32_t c)
-{
-    enum { DK = 32 };
-    for (int32_t r = 0; r < rows; ++r) {
-        HL_FETCH(c < DK ? (const float *)row[r].key + c : (const float *)row[r].rope + (c - DK));
+        (void)y;
     }
 }
 
 /* ---- score: S = scale Q K^T, in units of log2 ---- */
 
-/* 4 keys by 2 vectors of heads, over n channels.
- * Heads are in the lanes, so that no number ever has to be summed across them. With add, the result
- * is added to what earlier channels left in s. Meanwhile the same channels of later keys (next,
- * from channel c0) are asked for, if there are any. */
-HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_qk_4x2_scalar(const float *q, const float *k, float *s,
-    ptrdiff_t ss, int32_t n, int32_t add, float scale, const hl_row *next, int32_t c0)
+/* 4 heads by 2 keys, read where they are stored, 2 rows at a time: channels are in
+ * the lanes, and sums are formed across them once a tile, for many dot products together. Behind
+ * the last key its row is taken again, so that every tile is whole. Meanwhile lines of later keys
+ * (next) are asked for, if there are any. */
+HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_dot_4x2_scalar(const float *q, const hl_row *row,
+    int32_t last, float *s, float scale, const hl_row *next)
 {
-    enum { L = 1, W = 2 * L, KS = 40, LINE = 16 };
-    hl_vf_scalar s0_0 = hl_vzero_scalar();
-    hl_vf_scalar s0_1 = hl_vzero_scalar();
-    hl_vf_scalar s1_0 = hl_vzero_scalar();
-    hl_vf_scalar s1_1 = hl_vzero_scalar();
-    hl_vf_scalar s2_0 = hl_vzero_scalar();
-    hl_vf_scalar s2_1 = hl_vzero_scalar();
-    hl_vf_scalar s3_0 = hl_vzero_scalar();
-    hl_vf_scalar s3_1 = hl_vzero_scalar();
-    for (int32_t start = 0; start < n; start += LINE) {
-        const int32_t stop = n - start > LINE ? start + LINE : n;
-        if (next != NULL) {
-            hl_sfa_f32_d32_rope8_fetch_channels_scalar(next, 4, c0 + start);
-        }
-        for (int32_t c = start; c < stop; ++c) {
-            const hl_vf_scalar q0 = hl_vload_scalar(q + (ptrdiff_t)c * W + 0 * L);
-            const hl_vf_scalar q1 = hl_vload_scalar(q + (ptrdiff_t)c * W + 1 * L);
-            hl_vf_scalar x;
-            x = hl_vset_scalar(k[0 * KS + c]);
-            s0_0 = hl_vfma_scalar(x, q0, s0_0);
-            s0_1 = hl_vfma_scalar(x, q1, s0_1);
-            x = hl_vset_scalar(k[1 * KS + c]);
-            s1_0 = hl_vfma_scalar(x, q0, s1_0);
-            s1_1 = hl_vfma_scalar(x, q1, s1_1);
-            x = hl_vset_scalar(k[2 * KS + c]);
-            s2_0 = hl_vfma_scalar(x, q0, s2_0);
-            s2_1 = hl_vfma_scalar(x, q1, s2_1);
-            x = hl_vset_scalar(k[3 * KS + c]);
-            s3_0 = hl_vfma_scalar(x, q0, s3_0);
-            s3_1 = hl_vfma_scalar(x, q1, s3_1);
-        }
-    }
-    if (add) {
-        s0_0 = hl_vadd_scalar(hl_vload_scalar(s + 0 * ss + 0 * L), s0_0);
-        s0_1 = hl_vadd_scalar(hl_vload_scalar(s + 0 * ss + 1 * L), s0_1);
-        s1_0 = hl_vadd_scalar(hl_vload_scalar(s + 1 * ss + 0 * L), s1_0);
-        s1_1 = hl_vadd_scalar(hl_vload_scalar(s + 1 * ss + 1 * L), s1_1);
-        s2_0 = hl_vadd_scalar(hl_vload_scalar(s + 2 * ss + 0 * L), s2_0);
-        s2_1 = hl_vadd_scalar(hl_vload_scalar(s + 2 * ss + 1 * L), s2_1);
-        s3_0 = hl_vadd_scalar(hl_vload_scalar(s + 3 * ss + 0 * L), s3_0);
-        s3_1 = hl_vadd_scalar(hl_vload_scalar(s + 3 * ss + 1 * L), s3_1);
-    }
-    hl_vstore_scalar(s + 0 * ss + 0 * L, hl_vmul_scalar(s0_0, hl_vset_scalar(scale)));
-    hl_vstore_scalar(s + 0 * ss + 1 * L, hl_vmul_scalar(s0_1, hl_vset_scalar(scale)));
-    hl_vstore_scalar(s + 1 * ss + 0 * L, hl_vmul_scalar(s1_0, hl_vset_scalar(scale)));
-    hl_vstore_scalar(s + 1 * ss + 1 * L, hl_vmul_scalar(s1_1, hl_vset_scalar(scale)));
-    hl_vstore_scalar(s + 2 * ss + 0 * L, hl_vmul_scalar(s2_0, hl_vset_scalar(scale)));
-    hl_vstore_scalar(s + 2 * ss + 1 * L, hl_vmul_scalar(s2_1, hl_vset_scalar(scale)));
-    hl_vstore_scalar(s + 3 * ss + 0 * L, hl_vmul_scalar(s3_0, hl_vset_scalar(scale)));
-    hl_vstore_scalar(s + 3 * ss + 1 * L, hl_vmul_scalar(s3_1, hl_vset_scalar(scale)));
-}
-
-/* 1 key by 2 vectors of heads, over n channels.
- * Heads are in the lanes, so that no number ever has to be summed across them. With add, the result
- * is added to what earlier channels left in s. Meanwhile the same channels of later keys (next,
- * from channel c0) are asked for, if there are any. */
-HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_qk_1x2_scalar(const float *q, const float *k, float *s,
-    ptrdiff_t ss, int32_t n, int32_t add, float scale, const hl_row *next, int32_t c0)
-{
-    enum { L = 1, W = 2 * L, KS = 40, LINE = 16 };
-    hl_vf_scalar s0_0 = hl_vzero_scalar();
-    hl_vf_scalar s0_1 = hl_vzero_scalar();
-    for (int32_t start = 0; start < n; start += LINE) {
-        const int32_t stop = n - start > LINE ? start + LINE : n;
-        if (next != NULL) {
-            hl_sfa_f32_d32_rope8_fetch_channels_scalar(next, 1, c0 + start);
-        }
-        for (int32_t c = start; c < stop; ++c) {
-            const hl_vf_scalar q0 = hl_vload_scalar(q + (ptrdiff_t)c * W + 0 * L);
-            const hl_vf_scalar q1 = hl_vload_scalar(q + (ptrdiff_t)c * W + 1 * L);
-            hl_vf_scalar x;
-            x = hl_vset_scalar(k[0 * KS + c]);
-            s0_0 = hl_vfma_scalar(x, q0, s0_0);
-            s0_1 = hl_vfma_scalar(x, q1, s0_1);
-        }
-    }
-    if (add) {
-        s0_0 = hl_vadd_scalar(hl_vload_scalar(s + 0 * ss + 0 * L), s0_0);
-        s0_1 = hl_vadd_scalar(hl_vload_scalar(s + 0 * ss + 1 * L), s0_1);
-    }
-    hl_vstore_scalar(s + 0 * ss + 0 * L, hl_vmul_scalar(s0_0, hl_vset_scalar(scale)));
-    hl_vstore_scalar(s + 0 * ss + 1 * L, hl_vmul_scalar(s0_1, hl_vset_scalar(scale)));
-}
-
-/* 4 keys by 1 vector of heads, over n channels.
- * Heads are in the lanes, so that no number ever has to be summed across them. With add, the result
- * is added to what earlier channels left in s. Meanwhile the same channels of later keys (next,
- * from channel c0) are asked for, if there are any. */
-HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_qk_4x1_scalar(const float *q, const float *k, float *s,
-    ptrdiff_t ss, int32_t n, int32_t add, float scale, const hl_row *next, int32_t c0)
-{
-    enum { L = 1, W = 1 * L, KS = 40, LINE = 16 };
-    hl_vf_scalar s0_0 = hl_vzero_scalar();
-    hl_vf_scalar s1_0 = hl_vzero_scalar();
-    hl_vf_scalar s2_0 = hl_vzero_scalar();
-    hl_vf_scalar s3_0 = hl_vzero_scalar();
-    for (int32_t start = 0; start < n; start += LINE) {
-        const int32_t stop = n - start > LINE ? start + LINE : n;
-        if (next != NULL) {
-            hl_sfa_f32_d32_rope8_fetch_channels_scalar(next, 4, c0 + start);
-        }
-        for (int32_t c = start; c < stop; ++c) {
-            const hl_vf_scalar q0 = hl_vload_scalar(q + (ptrdiff_t)c * W + 0 * L);
-            hl_vf_scalar x;
-            x = hl_vset_scalar(k[0 * KS + c]);
-            s0_0 = hl_vfma_scalar(x, q0, s0_0);
-            x = hl_vset_scalar(k[1 * KS + c]);
-            s1_0 = hl_vfma_scalar(x, q0, s1_0);
-            x = hl_vset_scalar(k[2 * KS + c]);
-            s2_0 = hl_vfma_scalar(x, q0, s2_0);
-            x = hl_vset_scalar(k[3 * KS + c]);
-            s3_0 = hl_vfma_scalar(x, q0, s3_0);
-        }
-    }
-    if (add) {
-        s0_0 = hl_vadd_scalar(hl_vload_scalar(s + 0 * ss + 0 * L), s0_0);
-        s1_0 = hl_vadd_scalar(hl_vload_scalar(s + 1 * ss + 0 * L), s1_0);
-        s2_0 = hl_vadd_scalar(hl_vload_scalar(s + 2 * ss + 0 * L), s2_0);
-        s3_0 = hl_vadd_scalar(hl_vload_scalar(s + 3 * ss + 0 * L), s3_0);
-    }
-    hl_vstore_scalar(s + 0 * ss + 0 * L, hl_vmul_scalar(s0_0, hl_vset_scalar(scale)));
-    hl_vstore_scalar(s + 1 * ss + 0 * L, hl_vmul_scalar(s1_0, hl_vset_scalar(scale)));
-    hl_vstore_scalar(s + 2 * ss + 0 * L, hl_vmul_scalar(s2_0, hl_vset_scalar(scale)));
-    hl_vstore_scalar(s + 3 * ss + 0 * L, hl_vmul_scalar(s3_0, hl_vset_scalar(scale)));
-}
-
-/* 1 key by 1 vector of heads, over n channels.
- * Heads are in the lanes, so that no number ever has to be summed across them. With add, the result
- * is added to what earlier channels left in s. Meanwhile the same channels of later keys (next,
- * from channel c0) are asked for, if there are any. */
-HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_qk_1x1_scalar(const float *q, const float *k, float *s,
-    ptrdiff_t ss, int32_t n, int32_t add, float scale, const hl_row *next, int32_t c0)
-{
-    enum { L = 1, W = 1 * L, KS = 40, LINE = 16 };
-    hl_vf_scalar s0_0 = hl_vzero_scalar();
-    for (int32_t start = 0; start < n; start += LINE) {
-        const int32_t stop = n - start > LINE ? start + LINE : n;
-        if (next != NULL) {
-            hl_sfa_f32_d32_rope8_fetch_channels_scalar(next, 1, c0 + start);
-        }
-        for (int32_t c = start; c < stop; ++c) {
-            const hl_vf_scalar q0 = hl_vload_scalar(q + (ptrdiff_t)c * W + 0 * L);
-            hl_vf_scalar x;
-            x = hl_vset_scalar(k[0 * KS + c]);
-            s0_0 = hl_vfma_scalar(x, q0, s0_0);
-        }
-    }
-    if (add) {
-        s0_0 = hl_vadd_scalar(hl_vload_scalar(s + 0 * ss + 0 * L), s0_0);
-    }
-    hl_vstore_scalar(s + 0 * ss + 0 * L, hl_vmul_scalar(s0_0, hl_vset_scalar(scale)));
-}
-
-/* Some heads of the group against the `rows` keys that lie in k, over n channels from c0. */
-HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_score_keys_scalar(const hl_space *w, const float *k,
-    float *s, int32_t heads, int32_t rows, int32_t h0, int32_t h1, int32_t c0, int32_t n,
-    float scale, const hl_row *next)
-{
-    enum { L = 1, W = 2 * L, D = 40 };
-    const int32_t add = c0 > 0;
-    for (int32_t h = h0; h < h1; h += W) {
-        const int32_t width = heads - h < W ? heads - h : W;
-        const float *const q = w->q + (ptrdiff_t)h * D + (ptrdiff_t)c0 * width;
-        if (rows == 4) {
-            if (width == W) {
-                hl_sfa_f32_d32_rope8_qk_4x2_scalar(q, k, s + h, heads, n, add, scale, next, c0);
-            } else {
-                hl_sfa_f32_d32_rope8_qk_4x1_scalar(q, k, s + h, heads, n, add, scale, next, c0);
-            }
-        } else {
-            if (width == W) {
-                hl_sfa_f32_d32_rope8_qk_1x2_scalar(q, k, s + h, heads, n, add, scale, next, c0);
-            } else {
-                hl_sfa_f32_d32_rope8_qk_1x1_scalar(q, k, s + h, heads, n, add, scale, next, c0);
+    enum { L = 1, QS = 40 };
+    hl_vf_scalar all[8];
+    for (int32_t j = 0; j < 2; j += 2) {
+        const hl_row *const row0 = row + (last < j + 0 ? last : j + 0);
+        const hl_row *const row1 = row + (last < j + 1 ? last : j + 1);
+        hl_vf_scalar s0_0 = hl_vzero_scalar();
+        hl_vf_scalar s0_1 = hl_vzero_scalar();
+        hl_vf_scalar s1_0 = hl_vzero_scalar();
+        hl_vf_scalar s1_1 = hl_vzero_scalar();
+        hl_vf_scalar s2_0 = hl_vzero_scalar();
+        hl_vf_scalar s2_1 = hl_vzero_scalar();
+        hl_vf_scalar s3_0 = hl_vzero_scalar();
+        hl_vf_scalar s3_1 = hl_vzero_scalar();
+        {
+            const float *const from = q + 0;
+            const float *const k0 = (const float *)row0->key;
+            const float *const k1 = (const float *)row1->key;
+            for (int32_t start = 0; start < 32; start += 32) {
+                if (next != NULL) {
+                    HL_FETCH((const float *)next[j + 0].key + start + 0);
+                    HL_FETCH((const float *)next[j + 1].key + start + 0);
+                    HL_FETCH((const float *)next[j + 0].key + start + 16);
+                    HL_FETCH((const float *)next[j + 1].key + start + 16);
+                }
+                for (int32_t c = start; c < start + 32; c += 2) {
+                    {
+                        const float *const qc = from + c + 0;
+                        hl_vf_scalar q0;
+                        hl_vf_scalar v0;
+                        hl_vf_scalar w0;
+                        hl_vpair_scalar(k0 + c + 0, &v0, &w0);
+                        hl_vf_scalar v1;
+                        hl_vf_scalar w1;
+                        hl_vpair_scalar(k1 + c + 0, &v1, &w1);
+                        q0 = hl_vkeep_scalar(hl_vload_scalar(qc + 0 * QS));
+                        s0_0 = hl_vfma_scalar(v0, q0, s0_0);
+                        s0_1 = hl_vfma_scalar(v1, q0, s0_1);
+                        q0 = hl_vkeep_scalar(hl_vload_scalar(qc + 1 * QS));
+                        s1_0 = hl_vfma_scalar(v0, q0, s1_0);
+                        s1_1 = hl_vfma_scalar(v1, q0, s1_1);
+                        q0 = hl_vkeep_scalar(hl_vload_scalar(qc + 2 * QS));
+                        s2_0 = hl_vfma_scalar(v0, q0, s2_0);
+                        s2_1 = hl_vfma_scalar(v1, q0, s2_1);
+                        q0 = hl_vkeep_scalar(hl_vload_scalar(qc + 3 * QS));
+                        s3_0 = hl_vfma_scalar(v0, q0, s3_0);
+                        s3_1 = hl_vfma_scalar(v1, q0, s3_1);
+                        q0 = hl_vkeep_scalar(hl_vload_scalar(qc + 0 * QS + L));
+                        s0_0 = hl_vfma_scalar(w0, q0, s0_0);
+                        s0_1 = hl_vfma_scalar(w1, q0, s0_1);
+                        q0 = hl_vkeep_scalar(hl_vload_scalar(qc + 1 * QS + L));
+                        s1_0 = hl_vfma_scalar(w0, q0, s1_0);
+                        s1_1 = hl_vfma_scalar(w1, q0, s1_1);
+                        q0 = hl_vkeep_scalar(hl_vload_scalar(qc + 2 * QS + L));
+                        s2_0 = hl_vfma_scalar(w0, q0, s2_0);
+                        s2_1 = hl_vfma_scalar(w1, q0, s2_1);
+                        q0 = hl_vkeep_scalar(hl_vload_scalar(qc + 3 * QS + L));
+                        s3_0 = hl_vfma_scalar(w0, q0, s3_0);
+                        s3_1 = hl_vfma_scalar(w1, q0, s3_1);
+                    }
+                }
             }
         }
-        next = NULL;
+        {
+            const float *const from = q + 32;
+            const float *const k0 = (const float *)row0->rope;
+            const float *const k1 = (const float *)row1->rope;
+            for (int32_t start = 0; start < 8; start += 2) {
+                if (next != NULL) {
+                    HL_FETCH((const float *)next[j + 0].rope + start + 0);
+                    HL_FETCH((const float *)next[j + 1].rope + start + 0);
+                }
+                for (int32_t c = start; c < start + 2; c += 2) {
+                    {
+                        const float *const qc = from + c + 0;
+                        hl_vf_scalar q0;
+                        hl_vf_scalar v0;
+                        hl_vf_scalar w0;
+                        hl_vpair_scalar(k0 + c + 0, &v0, &w0);
+                        hl_vf_scalar v1;
+                        hl_vf_scalar w1;
+                        hl_vpair_scalar(k1 + c + 0, &v1, &w1);
+                        q0 = hl_vkeep_scalar(hl_vload_scalar(qc + 0 * QS));
+                        s0_0 = hl_vfma_scalar(v0, q0, s0_0);
+                        s0_1 = hl_vfma_scalar(v1, q0, s0_1);
+                        q0 = hl_vkeep_scalar(hl_vload_scalar(qc + 1 * QS));
+                        s1_0 = hl_vfma_scalar(v0, q0, s1_0);
+                        s1_1 = hl_vfma_scalar(v1, q0, s1_1);
+                        q0 = hl_vkeep_scalar(hl_vload_scalar(qc + 2 * QS));
+                        s2_0 = hl_vfma_scalar(v0, q0, s2_0);
+                        s2_1 = hl_vfma_scalar(v1, q0, s2_1);
+                        q0 = hl_vkeep_scalar(hl_vload_scalar(qc + 3 * QS));
+                        s3_0 = hl_vfma_scalar(v0, q0, s3_0);
+                        s3_1 = hl_vfma_scalar(v1, q0, s3_1);
+                        q0 = hl_vkeep_scalar(hl_vload_scalar(qc + 0 * QS + L));
+                        s0_0 = hl_vfma_scalar(w0, q0, s0_0);
+                        s0_1 = hl_vfma_scalar(w1, q0, s0_1);
+                        q0 = hl_vkeep_scalar(hl_vload_scalar(qc + 1 * QS + L));
+                        s1_0 = hl_vfma_scalar(w0, q0, s1_0);
+                        s1_1 = hl_vfma_scalar(w1, q0, s1_1);
+                        q0 = hl_vkeep_scalar(hl_vload_scalar(qc + 2 * QS + L));
+                        s2_0 = hl_vfma_scalar(w0, q0, s2_0);
+                        s2_1 = hl_vfma_scalar(w1, q0, s2_1);
+                        q0 = hl_vkeep_scalar(hl_vload_scalar(qc + 3 * QS + L));
+                        s3_0 = hl_vfma_scalar(w0, q0, s3_0);
+                        s3_1 = hl_vfma_scalar(w1, q0, s3_1);
+                    }
+                }
+            }
+        }
+        all[(j + 0) * 4 + 0] = s0_0;
+        all[(j + 1) * 4 + 0] = s0_1;
+        all[(j + 0) * 4 + 1] = s1_0;
+        all[(j + 1) * 4 + 1] = s1_1;
+        all[(j + 0) * 4 + 2] = s2_0;
+        all[(j + 1) * 4 + 2] = s2_1;
+        all[(j + 0) * 4 + 3] = s3_0;
+        all[(j + 1) * 4 + 3] = s3_1;
+    }
+    for (int32_t i = 0; i < 8; i += L) {
+        hl_vstore_scalar(s + i, hl_vmul_scalar(hl_vsums_scalar(all + i), hl_vset_scalar(scale)));
     }
 }
 
-/* Keys of the next tile: the largest that still fits. */
-HL_KERNEL_SCALAR int32_t hl_sfa_f32_d32_rope8_tile_rows_scalar(int32_t left)
+/* 2 heads by 4 keys, read where they are stored, 4 rows at a time: channels are in
+ * the lanes, and sums are formed across them once a tile, for many dot products together. Behind
+ * the last key its row is taken again, so that every tile is whole. Meanwhile lines of later keys
+ * (next) are asked for, if there are any. */
+HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_dot_2x4_scalar(const float *q, const hl_row *row,
+    int32_t last, float *s, float scale, const hl_row *next)
 {
-    if (left >= 4) {
-        return 4;
+    enum { L = 1, QS = 40 };
+    hl_vf_scalar all[8];
+    for (int32_t j = 0; j < 4; j += 4) {
+        const hl_row *const row0 = row + (last < j + 0 ? last : j + 0);
+        const hl_row *const row1 = row + (last < j + 1 ? last : j + 1);
+        const hl_row *const row2 = row + (last < j + 2 ? last : j + 2);
+        const hl_row *const row3 = row + (last < j + 3 ? last : j + 3);
+        hl_vf_scalar s0_0 = hl_vzero_scalar();
+        hl_vf_scalar s0_1 = hl_vzero_scalar();
+        hl_vf_scalar s0_2 = hl_vzero_scalar();
+        hl_vf_scalar s0_3 = hl_vzero_scalar();
+        hl_vf_scalar s1_0 = hl_vzero_scalar();
+        hl_vf_scalar s1_1 = hl_vzero_scalar();
+        hl_vf_scalar s1_2 = hl_vzero_scalar();
+        hl_vf_scalar s1_3 = hl_vzero_scalar();
+        {
+            const float *const from = q + 0;
+            const float *const k0 = (const float *)row0->key;
+            const float *const k1 = (const float *)row1->key;
+            const float *const k2 = (const float *)row2->key;
+            const float *const k3 = (const float *)row3->key;
+            for (int32_t start = 0; start < 32; start += 32) {
+                if (next != NULL) {
+                    HL_FETCH((const float *)next[j + 0].key + start + 0);
+                    HL_FETCH((const float *)next[j + 1].key + start + 0);
+                    HL_FETCH((const float *)next[j + 2].key + start + 0);
+                    HL_FETCH((const float *)next[j + 3].key + start + 0);
+                    HL_FETCH((const float *)next[j + 0].key + start + 16);
+                    HL_FETCH((const float *)next[j + 1].key + start + 16);
+                    HL_FETCH((const float *)next[j + 2].key + start + 16);
+                    HL_FETCH((const float *)next[j + 3].key + start + 16);
+                }
+                for (int32_t c = start; c < start + 32; c += 2) {
+                    {
+                        const float *const qc = from + c + 0;
+                        hl_vf_scalar v;
+                        hl_vf_scalar w;
+                        const hl_vf_scalar q0 = hl_vload_scalar(qc + 0 * QS);
+                        const hl_vf_scalar p0 = hl_vload_scalar(qc + 0 * QS + L);
+                        const hl_vf_scalar q1 = hl_vload_scalar(qc + 1 * QS);
+                        const hl_vf_scalar p1 = hl_vload_scalar(qc + 1 * QS + L);
+                        hl_vpair_scalar(k0 + c + 0, &v, &w);
+                        s0_0 = hl_vfma_scalar(v, q0, s0_0);
+                        s1_0 = hl_vfma_scalar(v, q1, s1_0);
+                        s0_0 = hl_vfma_scalar(w, p0, s0_0);
+                        s1_0 = hl_vfma_scalar(w, p1, s1_0);
+                        hl_vpair_scalar(k1 + c + 0, &v, &w);
+                        s0_1 = hl_vfma_scalar(v, q0, s0_1);
+                        s1_1 = hl_vfma_scalar(v, q1, s1_1);
+                        s0_1 = hl_vfma_scalar(w, p0, s0_1);
+                        s1_1 = hl_vfma_scalar(w, p1, s1_1);
+                        hl_vpair_scalar(k2 + c + 0, &v, &w);
+                        s0_2 = hl_vfma_scalar(v, q0, s0_2);
+                        s1_2 = hl_vfma_scalar(v, q1, s1_2);
+                        s0_2 = hl_vfma_scalar(w, p0, s0_2);
+                        s1_2 = hl_vfma_scalar(w, p1, s1_2);
+                        hl_vpair_scalar(k3 + c + 0, &v, &w);
+                        s0_3 = hl_vfma_scalar(v, q0, s0_3);
+                        s1_3 = hl_vfma_scalar(v, q1, s1_3);
+                        s0_3 = hl_vfma_scalar(w, p0, s0_3);
+                        s1_3 = hl_vfma_scalar(w, p1, s1_3);
+                    }
+                }
+            }
+        }
+        {
+            const float *const from = q + 32;
+            const float *const k0 = (const float *)row0->rope;
+            const float *const k1 = (const float *)row1->rope;
+            const float *const k2 = (const float *)row2->rope;
+            const float *const k3 = (const float *)row3->rope;
+            for (int32_t start = 0; start < 8; start += 2) {
+                if (next != NULL) {
+                    HL_FETCH((const float *)next[j + 0].rope + start + 0);
+                    HL_FETCH((const float *)next[j + 1].rope + start + 0);
+                    HL_FETCH((const float *)next[j + 2].rope + start + 0);
+                    HL_FETCH((const float *)next[j + 3].rope + start + 0);
+                }
+                for (int32_t c = start; c < start + 2; c += 2) {
+                    {
+                        const float *const qc = from + c + 0;
+                        hl_vf_scalar v;
+                        hl_vf_scalar w;
+                        const hl_vf_scalar q0 = hl_vload_scalar(qc + 0 * QS);
+                        const hl_vf_scalar p0 = hl_vload_scalar(qc + 0 * QS + L);
+                        const hl_vf_scalar q1 = hl_vload_scalar(qc + 1 * QS);
+                        const hl_vf_scalar p1 = hl_vload_scalar(qc + 1 * QS + L);
+                        hl_vpair_scalar(k0 + c + 0, &v, &w);
+                        s0_0 = hl_vfma_scalar(v, q0, s0_0);
+                        s1_0 = hl_vfma_scalar(v, q1, s1_0);
+                        s0_0 = hl_vfma_scalar(w, p0, s0_0);
+                        s1_0 = hl_vfma_scalar(w, p1, s1_0);
+                        hl_vpair_scalar(k1 + c + 0, &v, &w);
+                        s0_1 = hl_vfma_scalar(v, q0, s0_1);
+                        s1_1 = hl_vfma_scalar(v, q1, s1_1);
+                        s0_1 = hl_vfma_scalar(w, p0, s0_1);
+                        s1_1 = hl_vfma_scalar(w, p1, s1_1);
+                        hl_vpair_scalar(k2 + c + 0, &v, &w);
+                        s0_2 = hl_vfma_scalar(v, q0, s0_2);
+                        s1_2 = hl_vfma_scalar(v, q1, s1_2);
+                        s0_2 = hl_vfma_scalar(w, p0, s0_2);
+                        s1_2 = hl_vfma_scalar(w, p1, s1_2);
+                        hl_vpair_scalar(k3 + c + 0, &v, &w);
+                        s0_3 = hl_vfma_scalar(v, q0, s0_3);
+                        s1_3 = hl_vfma_scalar(v, q1, s1_3);
+                        s0_3 = hl_vfma_scalar(w, p0, s0_3);
+                        s1_3 = hl_vfma_scalar(w, p1, s1_3);
+                    }
+                }
+            }
+        }
+        all[(j + 0) * 2 + 0] = s0_0;
+        all[(j + 1) * 2 + 0] = s0_1;
+        all[(j + 2) * 2 + 0] = s0_2;
+        all[(j + 3) * 2 + 0] = s0_3;
+        all[(j + 0) * 2 + 1] = s1_0;
+        all[(j + 1) * 2 + 1] = s1_1;
+        all[(j + 2) * 2 + 1] = s1_2;
+        all[(j + 3) * 2 + 1] = s1_3;
     }
-    return 1;
+    for (int32_t i = 0; i < 8; i += L) {
+        hl_vstore_scalar(s + i, hl_vmul_scalar(hl_vsums_scalar(all + i), hl_vset_scalar(scale)));
+    }
 }
-/* Few heads: 4 keys at a time are loaded, a slice of channels at a time, and used
- * at once, so that they never leave the first-level cache as float32: writing a block of them would
- * cost more. */
+
+/* 1 head by 8 keys, read where they are stored, 8 rows at a time: channels are in
+ * the lanes, and sums are formed across them once a tile, for many dot products together. Behind
+ * the last key its row is taken again, so that every tile is whole. Meanwhile lines of later keys
+ * (next) are asked for, if there are any. */
+HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_dot_1x8_scalar(const float *q, const hl_row *row,
+    int32_t last, float *s, float scale, const hl_row *next)
+{
+    enum { L = 1, QS = 40 };
+    hl_vf_scalar all[8];
+    for (int32_t j = 0; j < 8; j += 8) {
+        const hl_row *const row0 = row + (last < j + 0 ? last : j + 0);
+        const hl_row *const row1 = row + (last < j + 1 ? last : j + 1);
+        const hl_row *const row2 = row + (last < j + 2 ? last : j + 2);
+        const hl_row *const row3 = row + (last < j + 3 ? last : j + 3);
+        const hl_row *const row4 = row + (last < j + 4 ? last : j + 4);
+        const hl_row *const row5 = row + (last < j + 5 ? last : j + 5);
+        const hl_row *const row6 = row + (last < j + 6 ? last : j + 6);
+        const hl_row *const row7 = row + (last < j + 7 ? last : j + 7);
+        hl_vf_scalar s0_0 = hl_vzero_scalar();
+        hl_vf_scalar s0_1 = hl_vzero_scalar();
+        hl_vf_scalar s0_2 = hl_vzero_scalar();
+        hl_vf_scalar s0_3 = hl_vzero_scalar();
+        hl_vf_scalar s0_4 = hl_vzero_scalar();
+        hl_vf_scalar s0_5 = hl_vzero_scalar();
+        hl_vf_scalar s0_6 = hl_vzero_scalar();
+        hl_vf_scalar s0_7 = hl_vzero_scalar();
+        {
+            const float *const from = q + 0;
+            const float *const k0 = (const float *)row0->key;
+            const float *const k1 = (const float *)row1->key;
+            const float *const k2 = (const float *)row2->key;
+            const float *const k3 = (const float *)row3->key;
+            const float *const k4 = (const float *)row4->key;
+            const float *const k5 = (const float *)row5->key;
+            const float *const k6 = (const float *)row6->key;
+            const float *const k7 = (const float *)row7->key;
+            for (int32_t start = 0; start < 32; start += 32) {
+                if (next != NULL) {
+                    HL_FETCH((const float *)next[j + 0].key + start + 0);
+                    HL_FETCH((const float *)next[j + 1].key + start + 0);
+                    HL_FETCH((const float *)next[j + 2].key + start + 0);
+                    HL_FETCH((const float *)next[j + 3].key + start + 0);
+                    HL_FETCH((const float *)next[j + 4].key + start + 0);
+                    HL_FETCH((const float *)next[j + 5].key + start + 0);
+                    HL_FETCH((const float *)next[j + 6].key + start + 0);
+                    HL_FETCH((const float *)next[j + 7].key + start + 0);
+                    HL_FETCH((const float *)next[j + 0].key + start + 16);
+                    HL_FETCH((const float *)next[j + 1].key + start + 16);
+                    HL_FETCH((const float *)next[j + 2].key + start + 16);
+                    HL_FETCH((const float *)next[j + 3].key + start + 16);
+                    HL_FETCH((const float *)next[j + 4].key + start + 16);
+                    HL_FETCH((const float *)next[j + 5].key + start + 16);
+                    HL_FETCH((const float *)next[j + 6].key + start + 16);
+                    HL_FETCH((const float *)next[j + 7].key + start + 16);
+                }
+                for (int32_t c = start; c < start + 32; c += 2) {
+                    {
+                        const float *const qc = from + c + 0;
+                        hl_vf_scalar v;
+                        hl_vf_scalar w;
+                        const hl_vf_scalar q0 = hl_vload_scalar(qc + 0 * QS);
+                        const hl_vf_scalar p0 = hl_vload_scalar(qc + 0 * QS + L);
+                        hl_vpair_scalar(k0 + c + 0, &v, &w);
+                        s0_0 = hl_vfma_scalar(v, q0, s0_0);
+                        s0_0 = hl_vfma_scalar(w, p0, s0_0);
+                        hl_vpair_scalar(k1 + c + 0, &v, &w);
+                        s0_1 = hl_vfma_scalar(v, q0, s0_1);
+                        s0_1 = hl_vfma_scalar(w, p0, s0_1);
+                        hl_vpair_scalar(k2 + c + 0, &v, &w);
+                        s0_2 = hl_vfma_scalar(v, q0, s0_2);
+                        s0_2 = hl_vfma_scalar(w, p0, s0_2);
+                        hl_vpair_scalar(k3 + c + 0, &v, &w);
+                        s0_3 = hl_vfma_scalar(v, q0, s0_3);
+                        s0_3 = hl_vfma_scalar(w, p0, s0_3);
+                        hl_vpair_scalar(k4 + c + 0, &v, &w);
+                        s0_4 = hl_vfma_scalar(v, q0, s0_4);
+                        s0_4 = hl_vfma_scalar(w, p0, s0_4);
+                        hl_vpair_scalar(k5 + c + 0, &v, &w);
+                        s0_5 = hl_vfma_scalar(v, q0, s0_5);
+                        s0_5 = hl_vfma_scalar(w, p0, s0_5);
+                        hl_vpair_scalar(k6 + c + 0, &v, &w);
+                        s0_6 = hl_vfma_scalar(v, q0, s0_6);
+                        s0_6 = hl_vfma_scalar(w, p0, s0_6);
+                        hl_vpair_scalar(k7 + c + 0, &v, &w);
+                        s0_7 = hl_vfma_scalar(v, q0, s0_7);
+                        s0_7 = hl_vfma_scalar(w, p0, s0_7);
+                    }
+                }
+            }
+        }
+        {
+            const float *const from = q + 32;
+            const float *const k0 = (const float *)row0->rope;
+            const float *const k1 = (const float *)row1->rope;
+            const float *const k2 = (const float *)row2->rope;
+            const float *const k3 = (const float *)row3->rope;
+            const float *const k4 = (const float *)row4->rope;
+            const float *const k5 = (const float *)row5->rope;
+            const float *const k6 = (const float *)row6->rope;
+            const float *const k7 = (const float *)row7->rope;
+            for (int32_t start = 0; start < 8; start += 2) {
+                if (next != NULL) {
+                    HL_FETCH((const float *)next[j + 0].rope + start + 0);
+                    HL_FETCH((const float *)next[j + 1].rope + start + 0);
+                    HL_FETCH((const float *)next[j + 2].rope + start + 0);
+                    HL_FETCH((const float *)next[j + 3].rope + start + 0);
+                    HL_FETCH((const float *)next[j + 4].rope + start + 0);
+                    HL_FETCH((const float *)next[j + 5].rope + start + 0);
+                    HL_FETCH((const float *)next[j + 6].rope + start + 0);
+                    HL_FETCH((const float *)next[j + 7].rope + start + 0);
+                }
+                for (int32_t c = start; c < start + 2; c += 2) {
+                    {
+                        const float *const qc = from + c + 0;
+                        hl_vf_scalar v;
+                        hl_vf_scalar w;
+                        const hl_vf_scalar q0 = hl_vload_scalar(qc + 0 * QS);
+                        const hl_vf_scalar p0 = hl_vload_scalar(qc + 0 * QS + L);
+                        hl_vpair_scalar(k0 + c + 0, &v, &w);
+                        s0_0 = hl_vfma_scalar(v, q0, s0_0);
+                        s0_0 = hl_vfma_scalar(w, p0, s0_0);
+                        hl_vpair_scalar(k1 + c + 0, &v, &w);
+                        s0_1 = hl_vfma_scalar(v, q0, s0_1);
+                        s0_1 = hl_vfma_scalar(w, p0, s0_1);
+                        hl_vpair_scalar(k2 + c + 0, &v, &w);
+                        s0_2 = hl_vfma_scalar(v, q0, s0_2);
+                        s0_2 = hl_vfma_scalar(w, p0, s0_2);
+                        hl_vpair_scalar(k3 + c + 0, &v, &w);
+                        s0_3 = hl_vfma_scalar(v, q0, s0_3);
+                        s0_3 = hl_vfma_scalar(w, p0, s0_3);
+                        hl_vpair_scalar(k4 + c + 0, &v, &w);
+                        s0_4 = hl_vfma_scalar(v, q0, s0_4);
+                        s0_4 = hl_vfma_scalar(w, p0, s0_4);
+                        hl_vpair_scalar(k5 + c + 0, &v, &w);
+                        s0_5 = hl_vfma_scalar(v, q0, s0_5);
+                        s0_5 = hl_vfma_scalar(w, p0, s0_5);
+                        hl_vpair_scalar(k6 + c + 0, &v, &w);
+                        s0_6 = hl_vfma_scalar(v, q0, s0_6);
+                        s0_6 = hl_vfma_scalar(w, p0, s0_6);
+                        hl_vpair_scalar(k7 + c + 0, &v, &w);
+                        s0_7 = hl_vfma_scalar(v, q0, s0_7);
+                        s0_7 = hl_vfma_scalar(w, p0, s0_7);
+                    }
+                }
+            }
+        }
+        all[(j + 0) * 1 + 0] = s0_0;
+        all[(j + 1) * 1 + 0] = s0_1;
+        all[(j + 2) * 1 + 0] = s0_2;
+        all[(j + 3) * 1 + 0] = s0_3;
+        all[(j + 4) * 1 + 0] = s0_4;
+        all[(j + 5) * 1 + 0] = s0_5;
+        all[(j + 6) * 1 + 0] = s0_6;
+        all[(j + 7) * 1 + 0] = s0_7;
+    }
+    for (int32_t i = 0; i < 8; i += L) {
+        hl_vstore_scalar(s + i, hl_vmul_scalar(hl_vsums_scalar(all + i), hl_vset_scalar(scale)));
+    }
+}
+
+/* Few heads: scores lie as [key][head], for the heads of one tile together. */
 HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_score_few_scalar(const hl_space *w, const hl_block *b,
-    int32_t heads, float scale)
+    int32_t group, float scale)
 {
-    enum { KS = 40, D = 40 };
-    enum { SLICE = 40, KEYS = 4 };
+    enum { QS = 40, BLOCK = 16, AHEAD = 24 };
     const int32_t known = b->n + b->n_later;
-    for (int32_t j = 0; j < b->n; j += KEYS) {
-        const int32_t keys = b->n - j < KEYS ? b->n - j : KEYS;
-        for (int32_t c0 = 0; c0 < D; c0 += SLICE) {
-            const int32_t left = D - c0;
-            const int32_t n = left < SLICE ? left : SLICE;
-            int32_t rows = 0;
-            hl_sfa_f32_d32_rope8_load_keys_scalar(b->row + j, keys, c0, n, w->k);
-            for (int32_t r = 0; r < keys; r += rows) {
-                const int32_t later = j + KEYS + r;
-                rows = hl_sfa_f32_d32_rope8_tile_rows_scalar(keys - r);
-                hl_sfa_f32_d32_rope8_score_keys_scalar(w, w->k + (ptrdiff_t)r * KS, w->s
-                    + (ptrdiff_t)(j + r) * heads, heads, rows, 0, heads, c0, n, left > SLICE ? 1.0f
-                    : scale, later + rows <= known ? b->row + later : NULL);
-            }
+    int32_t h = 0;
+    for (; h + 4 <= group; h += 4) {
+        for (int32_t j = 0; j < b->n; j += 2) {
+            const int32_t later = j + AHEAD;
+            hl_sfa_f32_d32_rope8_dot_4x2_scalar(w->q + (ptrdiff_t)h * QS, b->row + j, b->n - 1 - j,
+                                                w->s + h * BLOCK + j * 4, scale, h == 0 && later
+                                                + 2 <= known ? b->row + later : NULL);
+        }
+    }
+    for (; h + 2 <= group; h += 2) {
+        for (int32_t j = 0; j < b->n; j += 4) {
+            const int32_t later = j + AHEAD;
+            hl_sfa_f32_d32_rope8_dot_2x4_scalar(w->q + (ptrdiff_t)h * QS, b->row + j, b->n - 1 - j,
+                                                w->s + h * BLOCK + j * 2, scale, h == 0 && later
+                                                + 4 <= known ? b->row + later : NULL);
+        }
+    }
+    for (; h + 1 <= group; h += 1) {
+        for (int32_t j = 0; j < b->n; j += 8) {
+            const int32_t later = j + AHEAD;
+            hl_sfa_f32_d32_rope8_dot_1x8_scalar(w->q + (ptrdiff_t)h * QS, b->row + j, b->n - 1 - j,
+                                                w->s + h * BLOCK + j * 1, scale, h == 0 && later
+                                                + 8 <= known ? b->row + later : NULL);
         }
     }
 }
 
 /* ---- softmax: m' = max(m, rowmax S);  P = 2^(S - m');  l = alpha l + rowsum P ---- */
 
-/* Online softmax (Milakov and Gimelshein, algorithm 3), a vector of heads at a time, keys down the
- * columns. A block is summed by itself before it joins l: the rounding error of l then grows with
- * the number of blocks, not of keys. */
-HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_softmax_scalar(float *s, const hl_state *t,
-    int32_t heads, int32_t n)
+/* Few heads: the same for the heads of one tile, whose scores lie as [key][head]: all lanes are in
+ * use, whole tiles at a time. What is summed across them is summed once a block. */
+HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_softmax_few_scalar(float *s, const hl_state *t,
+    int32_t h0, int32_t heads, int32_t n)
 {
-    enum { L = 1 };
-    for (int32_t h = 0; h < heads; h += L) {
-        const hl_vf_scalar before = hl_vload_scalar(t->m + h);
-        hl_vf_scalar m = before;
+    enum { L = 1, DOTS = 8 };
+    const int32_t end = (n * heads + DOTS - 1) / DOTS * DOTS;
+    float each[DOTS];
+    float less[DOTS];
+    for (int32_t i = n * heads; i < end; ++i) { /* no keys: below all scores */
+        s[i] = hl_float_of(0xff800000u);
+    }
+    for (int32_t i = 0; i < DOTS; i += L) {
+        hl_vf_scalar m = hl_vset_scalar(-3.402823466e+38f);
+        for (int32_t at = i; at < end; at += DOTS) {
+            m = hl_vmax_scalar(hl_vload_scalar(s + at), m);
+        }
+        hl_vstore_scalar(each + i, m);
+    }
+    for (int32_t h = 0; h < heads; ++h) {
+        const float before = t->m[h0 + h];
+        float m = before;
+        for (int32_t i = h; i < DOTS; i += heads) {
+            m = each[i] > m ? each[i] : m;
+        }
+        for (int32_t i = h; i < DOTS; i += heads) {
+            each[i] = m;
+            less[i] = before - m;
+        }
+        t->m[h0 + h] = m;
+    }
+    for (int32_t i = 0; i < DOTS; i += L) {
+        const hl_vf_scalar m = hl_vload_scalar(each + i);
         hl_vf_scalar sum = hl_vzero_scalar();
-        for (int32_t j = 0; j < n; ++j) {
-            m = hl_vmax_scalar(hl_vload_scalar(s + (ptrdiff_t)j * heads + h), m);
-        }
-        for (int32_t j = 0; j < n; ++j) {
-            float *const at = s + (ptrdiff_t)j * heads + h;
-            const hl_vf_scalar p = hl_vexp2_scalar(hl_vsub_scalar(hl_vload_scalar(at), m));
+        for (int32_t at = i; at < end; at += DOTS) {
+            const hl_vf_scalar p = hl_vexp2_scalar(hl_vsub_scalar(hl_vload_scalar(s + at), m));
             sum = hl_vadd_scalar(sum, p);
-            hl_vstore_scalar(at, p);
+            hl_vstore_scalar(s + at, p);
         }
-        {
-            const hl_vf_scalar alpha = hl_vexp2_scalar(hl_vsub_scalar(before, m));
-            hl_vstore_scalar(t->m + h, m);
-            hl_vstore_scalar(t->l + h, hl_vfma_scalar(alpha, hl_vload_scalar(t->l + h), sum));
-            hl_vstore_scalar(t->alpha + h, alpha);
+        hl_vstore_scalar(each + i, sum);
+        hl_vstore_scalar(less + i, hl_vexp2_scalar(hl_vload_scalar(less + i)));
+    }
+    for (int32_t h = 0; h < heads; ++h) {
+        float sum = 0.0f;
+        for (int32_t i = h; i < DOTS; i += heads) {
+            sum += each[i];
         }
+        t->alpha[h0 + h] = less[h];
+        t->l[h0 + h] = less[h] * t->l[h0 + h] + sum;
+    }
+}
+
+HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_softmaxes_few_scalar(const hl_space *w,
+    const hl_state *t, int32_t group, int32_t n)
+{
+    enum { BLOCK = 16 };
+    int32_t h = 0;
+    for (; h + 4 <= group; h += 4) {
+        hl_sfa_f32_d32_rope8_softmax_few_scalar(w->s + h * BLOCK, t, h, 4, n);
+    }
+    for (; h + 2 <= group; h += 2) {
+        hl_sfa_f32_d32_rope8_softmax_few_scalar(w->s + h * BLOCK, t, h, 2, n);
+    }
+    for (; h + 1 <= group; h += 1) {
+        hl_sfa_f32_d32_rope8_softmax_few_scalar(w->s + h * BLOCK, t, h, 1, n);
     }
 }
 
 /* ---- value: O = alpha O + P V ---- */
 
-/* 4 heads by 2 vectors of channels, read where they are
- * stored. */
-HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_pr_4x2_scalar(const float *p, ptrdiff_t ps,
-    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n)
+/* 4 heads by 2 vectors of channels, read where they are stored. Of 24 keys
+ * further on lines are asked for meanwhile, as long as j < later. */
+HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_pr_4x2_scalar(const float *p, const hl_row *row,
+    int32_t c, float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
 {
     enum { L = 1, OS = 32 };
     hl_vf_scalar o0_0 = hl_vzero_scalar();
@@ -1918,20 +2175,28 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_pr_4x2_scalar(const float *p, ptrdiff
     hl_vf_scalar o3_0 = hl_vzero_scalar();
     hl_vf_scalar o3_1 = hl_vzero_scalar();
     for (int32_t j = 0; j < n; ++j) {
-        const float *const value = (const float *)row[j].value;
-        const hl_vf_scalar v0 = hl_vload_scalar(value + c + 0 * L);
-        const hl_vf_scalar v1 = hl_vload_scalar(value + c + 1 * L);
+        const float *const value = (const float *)row[j].value + c;
+        if (j < later) {
+            const float *const next =
+                (const float *)row[j + 24].value + c;
+            if (apart) {
+                HL_FETCH(next + 0);
+            }
+        }
         hl_vf_scalar x;
-        x = hl_vset_scalar(p[j * ps + 0]);
+        hl_vf_scalar v0;
+        hl_vf_scalar v1;
+        hl_vpair_scalar(value + 0, &v0, &v1);
+        x = hl_vset_scalar(p[j * 4 + 0]);
         o0_0 = hl_vfma_scalar(x, v0, o0_0);
         o0_1 = hl_vfma_scalar(x, v1, o0_1);
-        x = hl_vset_scalar(p[j * ps + 1]);
+        x = hl_vset_scalar(p[j * 4 + 1]);
         o1_0 = hl_vfma_scalar(x, v0, o1_0);
         o1_1 = hl_vfma_scalar(x, v1, o1_1);
-        x = hl_vset_scalar(p[j * ps + 2]);
+        x = hl_vset_scalar(p[j * 4 + 2]);
         o2_0 = hl_vfma_scalar(x, v0, o2_0);
         o2_1 = hl_vfma_scalar(x, v1, o2_1);
-        x = hl_vset_scalar(p[j * ps + 3]);
+        x = hl_vset_scalar(p[j * 4 + 3]);
         o3_0 = hl_vfma_scalar(x, v0, o3_0);
         o3_1 = hl_vfma_scalar(x, v1, o3_1);
     }
@@ -1961,65 +2226,46 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_pr_4x2_scalar(const float *p, ptrdiff
                                     o3_1));
 }
 
-/* 4 heads by 1 vector of channels, read where they are
- * stored. */
-HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_pr_4x1_scalar(const float *p, ptrdiff_t ps,
-    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n)
-{
-    enum { L = 1, OS = 32 };
-    hl_vf_scalar o0_0 = hl_vzero_scalar();
-    hl_vf_scalar o1_0 = hl_vzero_scalar();
-    hl_vf_scalar o2_0 = hl_vzero_scalar();
-    hl_vf_scalar o3_0 = hl_vzero_scalar();
-    for (int32_t j = 0; j < n; ++j) {
-        const float *const value = (const float *)row[j].value;
-        const hl_vf_scalar v0 = hl_vload_scalar(value + c + 0 * L);
-        hl_vf_scalar x;
-        x = hl_vset_scalar(p[j * ps + 0]);
-        o0_0 = hl_vfma_scalar(x, v0, o0_0);
-        x = hl_vset_scalar(p[j * ps + 1]);
-        o1_0 = hl_vfma_scalar(x, v0, o1_0);
-        x = hl_vset_scalar(p[j * ps + 2]);
-        o2_0 = hl_vfma_scalar(x, v0, o2_0);
-        x = hl_vset_scalar(p[j * ps + 3]);
-        o3_0 = hl_vfma_scalar(x, v0, o3_0);
-    }
-    hl_vstore_scalar(o + 0 * OS + 0 * L,
-                     hl_vfma_scalar(hl_vset_scalar(alpha[0]), hl_vload_scalar(o + 0 * OS + 0 * L),
-                                    o0_0));
-    hl_vstore_scalar(o + 1 * OS + 0 * L,
-                     hl_vfma_scalar(hl_vset_scalar(alpha[1]), hl_vload_scalar(o + 1 * OS + 0 * L),
-                                    o1_0));
-    hl_vstore_scalar(o + 2 * OS + 0 * L,
-                     hl_vfma_scalar(hl_vset_scalar(alpha[2]), hl_vload_scalar(o + 2 * OS + 0 * L),
-                                    o2_0));
-    hl_vstore_scalar(o + 3 * OS + 0 * L,
-                     hl_vfma_scalar(hl_vset_scalar(alpha[3]), hl_vload_scalar(o + 3 * OS + 0 * L),
-                                    o3_0));
-}
-
-/* 1 head by 4 vectors of channels, read where they are
- * stored. */
-HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_pr_1x4_scalar(const float *p, ptrdiff_t ps,
-    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n)
+/* 2 heads by 4 vectors of channels, read where they are stored. Of 24 keys
+ * further on lines are asked for meanwhile, as long as j < later. */
+HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_pr_2x4_scalar(const float *p, const hl_row *row,
+    int32_t c, float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
 {
     enum { L = 1, OS = 32 };
     hl_vf_scalar o0_0 = hl_vzero_scalar();
     hl_vf_scalar o0_1 = hl_vzero_scalar();
     hl_vf_scalar o0_2 = hl_vzero_scalar();
     hl_vf_scalar o0_3 = hl_vzero_scalar();
+    hl_vf_scalar o1_0 = hl_vzero_scalar();
+    hl_vf_scalar o1_1 = hl_vzero_scalar();
+    hl_vf_scalar o1_2 = hl_vzero_scalar();
+    hl_vf_scalar o1_3 = hl_vzero_scalar();
     for (int32_t j = 0; j < n; ++j) {
-        const float *const value = (const float *)row[j].value;
-        const hl_vf_scalar v0 = hl_vload_scalar(value + c + 0 * L);
-        const hl_vf_scalar v1 = hl_vload_scalar(value + c + 1 * L);
-        const hl_vf_scalar v2 = hl_vload_scalar(value + c + 2 * L);
-        const hl_vf_scalar v3 = hl_vload_scalar(value + c + 3 * L);
+        const float *const value = (const float *)row[j].value + c;
+        if (j < later) {
+            const float *const next =
+                (const float *)row[j + 24].value + c;
+            if (apart) {
+                HL_FETCH(next + 0);
+            }
+        }
         hl_vf_scalar x;
-        x = hl_vset_scalar(p[j * ps + 0]);
+        hl_vf_scalar v0;
+        hl_vf_scalar v1;
+        hl_vf_scalar v2;
+        hl_vf_scalar v3;
+        hl_vpair_scalar(value + 0, &v0, &v1);
+        hl_vpair_scalar(value + 2, &v2, &v3);
+        x = hl_vset_scalar(p[j * 2 + 0]);
         o0_0 = hl_vfma_scalar(x, v0, o0_0);
         o0_1 = hl_vfma_scalar(x, v1, o0_1);
         o0_2 = hl_vfma_scalar(x, v2, o0_2);
         o0_3 = hl_vfma_scalar(x, v3, o0_3);
+        x = hl_vset_scalar(p[j * 2 + 1]);
+        o1_0 = hl_vfma_scalar(x, v0, o1_0);
+        o1_1 = hl_vfma_scalar(x, v1, o1_1);
+        o1_2 = hl_vfma_scalar(x, v2, o1_2);
+        o1_3 = hl_vfma_scalar(x, v3, o1_3);
     }
     hl_vstore_scalar(o + 0 * OS + 0 * L,
                      hl_vfma_scalar(hl_vset_scalar(alpha[0]), hl_vload_scalar(o + 0 * OS + 0 * L),
@@ -2033,55 +2279,120 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_pr_1x4_scalar(const float *p, ptrdiff
     hl_vstore_scalar(o + 0 * OS + 3 * L,
                      hl_vfma_scalar(hl_vset_scalar(alpha[0]), hl_vload_scalar(o + 0 * OS + 3 * L),
                                     o0_3));
+    hl_vstore_scalar(o + 1 * OS + 0 * L,
+                     hl_vfma_scalar(hl_vset_scalar(alpha[1]), hl_vload_scalar(o + 1 * OS + 0 * L),
+                                    o1_0));
+    hl_vstore_scalar(o + 1 * OS + 1 * L,
+                     hl_vfma_scalar(hl_vset_scalar(alpha[1]), hl_vload_scalar(o + 1 * OS + 1 * L),
+                                    o1_1));
+    hl_vstore_scalar(o + 1 * OS + 2 * L,
+                     hl_vfma_scalar(hl_vset_scalar(alpha[1]), hl_vload_scalar(o + 1 * OS + 2 * L),
+                                    o1_2));
+    hl_vstore_scalar(o + 1 * OS + 3 * L,
+                     hl_vfma_scalar(hl_vset_scalar(alpha[1]), hl_vload_scalar(o + 1 * OS + 3 * L),
+                                    o1_3));
 }
 
-/* 1 head by 1 vector of channels, read where they are
- * stored. */
-HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_pr_1x1_scalar(const float *p, ptrdiff_t ps,
-    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n)
+/* 1 head by 8 vectors of channels, read where they are stored. Of 24 keys
+ * further on lines are asked for meanwhile, as long as j < later. */
+HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_pr_1x8_scalar(const float *p, const hl_row *row,
+    int32_t c, float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
 {
     enum { L = 1, OS = 32 };
     hl_vf_scalar o0_0 = hl_vzero_scalar();
+    hl_vf_scalar o0_1 = hl_vzero_scalar();
+    hl_vf_scalar o0_2 = hl_vzero_scalar();
+    hl_vf_scalar o0_3 = hl_vzero_scalar();
+    hl_vf_scalar o0_4 = hl_vzero_scalar();
+    hl_vf_scalar o0_5 = hl_vzero_scalar();
+    hl_vf_scalar o0_6 = hl_vzero_scalar();
+    hl_vf_scalar o0_7 = hl_vzero_scalar();
     for (int32_t j = 0; j < n; ++j) {
-        const float *const value = (const float *)row[j].value;
-        const hl_vf_scalar v0 = hl_vload_scalar(value + c + 0 * L);
-        hl_vf_scalar x;
-        x = hl_vset_scalar(p[j * ps + 0]);
-        o0_0 = hl_vfma_scalar(x, v0, o0_0);
+        const float *const value = (const float *)row[j].value + c;
+        if (j < later) {
+            const float *const next =
+                (const float *)row[j + 24].value + c;
+            if (apart) {
+                HL_FETCH(next + 0);
+            }
+        }
+        const hl_vf_scalar x = hl_vset_scalar(p[j]);
+        hl_vf_scalar v;
+        hl_vf_scalar w;
+        hl_vpair_scalar(value + 0, &v, &w);
+        o0_0 = hl_vfma_scalar(x, v, o0_0);
+        o0_1 = hl_vfma_scalar(x, w, o0_1);
+        hl_vpair_scalar(value + 2, &v, &w);
+        o0_2 = hl_vfma_scalar(x, v, o0_2);
+        o0_3 = hl_vfma_scalar(x, w, o0_3);
+        hl_vpair_scalar(value + 4, &v, &w);
+        o0_4 = hl_vfma_scalar(x, v, o0_4);
+        o0_5 = hl_vfma_scalar(x, w, o0_5);
+        hl_vpair_scalar(value + 6, &v, &w);
+        o0_6 = hl_vfma_scalar(x, v, o0_6);
+        o0_7 = hl_vfma_scalar(x, w, o0_7);
     }
     hl_vstore_scalar(o + 0 * OS + 0 * L,
                      hl_vfma_scalar(hl_vset_scalar(alpha[0]), hl_vload_scalar(o + 0 * OS + 0 * L),
                                     o0_0));
+    hl_vstore_scalar(o + 0 * OS + 1 * L,
+                     hl_vfma_scalar(hl_vset_scalar(alpha[0]), hl_vload_scalar(o + 0 * OS + 1 * L),
+                                    o0_1));
+    hl_vstore_scalar(o + 0 * OS + 2 * L,
+                     hl_vfma_scalar(hl_vset_scalar(alpha[0]), hl_vload_scalar(o + 0 * OS + 2 * L),
+                                    o0_2));
+    hl_vstore_scalar(o + 0 * OS + 3 * L,
+                     hl_vfma_scalar(hl_vset_scalar(alpha[0]), hl_vload_scalar(o + 0 * OS + 3 * L),
+                                    o0_3));
+    hl_vstore_scalar(o + 0 * OS + 4 * L,
+                     hl_vfma_scalar(hl_vset_scalar(alpha[0]), hl_vload_scalar(o + 0 * OS + 4 * L),
+                                    o0_4));
+    hl_vstore_scalar(o + 0 * OS + 5 * L,
+                     hl_vfma_scalar(hl_vset_scalar(alpha[0]), hl_vload_scalar(o + 0 * OS + 5 * L),
+                                    o0_5));
+    hl_vstore_scalar(o + 0 * OS + 6 * L,
+                     hl_vfma_scalar(hl_vset_scalar(alpha[0]), hl_vload_scalar(o + 0 * OS + 6 * L),
+                                    o0_6));
+    hl_vstore_scalar(o + 0 * OS + 7 * L,
+                     hl_vfma_scalar(hl_vset_scalar(alpha[0]), hl_vload_scalar(o + 0 * OS + 7 * L),
+                                    o0_7));
 }
 
-/* Few heads: the values are not worth a copy. */
+/* Few heads: values are not worth a copy. */
 HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_value_few_scalar(const hl_space *w, const hl_state *t,
-    const hl_block *b, int32_t padded, int32_t group)
+    const hl_block *b, int32_t group)
 {
-    enum { L = 1, OS = 32, DV = 32 };
+    enum { OS = 32, BLOCK = 16 };
+    const int32_t left = b->n + b->n_later - 24;
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
+        const int32_t later = h == 0 ? left : 0;
+        const int32_t later_apart = b->value_apart ? later : 0;
+        const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
-        int32_t c = 0;
-        for (; c + 2 * L <= DV; c += 2 * L) {
-            hl_sfa_f32_d32_rope8_pr_4x2_scalar(w->s + h, padded, b->row, c, o + c, t->alpha + h,
-                                               b->n);
+        for (int32_t c = 0; c < 32; c += 2) {
+            hl_sfa_f32_d32_rope8_pr_4x2_scalar(p, b->row, c, o + c, t->alpha + h, b->n, later_apart,
+                                               b->value_apart);
         }
-        for (; c + 1 * L <= DV; c += 1 * L) {
-            hl_sfa_f32_d32_rope8_pr_4x1_scalar(w->s + h, padded, b->row, c, o + c, t->alpha + h,
-                                               b->n);
+    }
+    for (; h + 2 <= group; h += 2) {
+        const int32_t later = h == 0 ? left : 0;
+        const int32_t later_apart = b->value_apart ? later : 0;
+        const float *const p = w->s + h * BLOCK;
+        float *const o = t->o + (ptrdiff_t)h * OS;
+        for (int32_t c = 0; c < 32; c += 4) {
+            hl_sfa_f32_d32_rope8_pr_2x4_scalar(p, b->row, c, o + c, t->alpha + h, b->n, later_apart,
+                                               b->value_apart);
         }
     }
     for (; h + 1 <= group; h += 1) {
+        const int32_t later = h == 0 ? left : 0;
+        const int32_t later_apart = b->value_apart ? later : 0;
+        const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
-        int32_t c = 0;
-        for (; c + 4 * L <= DV; c += 4 * L) {
-            hl_sfa_f32_d32_rope8_pr_1x4_scalar(w->s + h, padded, b->row, c, o + c, t->alpha + h,
-                                               b->n);
-        }
-        for (; c + 1 * L <= DV; c += 1 * L) {
-            hl_sfa_f32_d32_rope8_pr_1x1_scalar(w->s + h, padded, b->row, c, o + c, t->alpha + h,
-                                               b->n);
+        for (int32_t c = 0; c < 32; c += 8) {
+            hl_sfa_f32_d32_rope8_pr_1x8_scalar(p, b->row, c, o + c, t->alpha + h, b->n, later_apart,
+                                               b->value_apart);
         }
     }
 }
@@ -2160,7 +2471,7 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_finish_scalar(const hl_sparse_flash_a
         const float l = t->l[h];
         const float max = t->m[h] * 0.693147181f;
         const int32_t none = *t->seen == 0.0f; /* no key: O = 0, and only the sink in the sum */
-        const float *const o = t->o + (ptrdiff_t)h * OS;
+        float *const o = t->o + (ptrdiff_t)h * OS;
         hl_sfa_f32_d32_rope8_store_out_scalar(a, at, o, none && l == l ? 0.0f : t->alpha[h] / l);
         if (a->softmax_max != NULL) {
             a->softmax_max[g->stats + h] = l != l ? l
@@ -2260,30 +2571,42 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_merge_state_scalar(const hl_state *t,
 HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_block_scalar(const hl_sparse_flash_attention_plan *plan,
     const hl_space *w, const hl_state *t, const hl_block *b, int32_t padded)
 {
-    /* rows -> numbers, a tile at a time; S = scale Q K^T, in units of log2 */
-    hl_sfa_f32_d32_rope8_score_few_scalar(w, b, padded, plan->scale_log2);
+    (void)padded;
+    /* S = scale Q K^T, in units of log2 */
+    hl_sfa_f32_d32_rope8_score_few_scalar(w, b, plan->group, plan->scale_log2);
     /* m' = max(m, rowmax S);  P = 2^(S - m');  l, alpha */
-    hl_sfa_f32_d32_rope8_softmax_scalar(w->s, t, padded, b->n);
+    hl_sfa_f32_d32_rope8_softmaxes_few_scalar(w, t, plan->group, b->n);
     /* O = alpha O + P V */
-    hl_sfa_f32_d32_rope8_value_few_scalar(w, t, b, padded, plan->group);
+    hl_sfa_f32_d32_rope8_value_few_scalar(w, t, b, plan->group);
 }
 /* One chunk of a group's keys (FlashAttention-2, algorithm 1, with K and V in blocks). */
 HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_forward_scalar(
     const hl_sparse_flash_attention_plan *plan, const hl_group *g, const hl_space *w,
     const hl_state *t, hl_cursor c, int32_t padded)
 {
+    enum { CAP = 80, AHEAD = 24 };
     const int32_t block = 16;
     const hl_sparse_flash_attention_args *const a = &plan->args;
+    int32_t known = hl_sfa_f32_d32_rope8_next(a, g, &c, w->row, CAP);
+    int32_t more = known == CAP;
     hl_block b;
     b.row = w->row;
-    b.n = hl_sfa_f32_d32_rope8_next(a, g, &c, b.row, block);
+    b.value_apart = a->value != NULL;
     hl_sfa_f32_d32_rope8_start_scalar(t, padded, plan->group);
-    while (b.n > 0) {
-        b.n_later = b.n < block ? 0 : hl_sfa_f32_d32_rope8_next(a, g, &c, b.row + block, block);
+    while (known > 0) {
+        b.n = known < block ? known : block;
+        b.n_later = known - b.n;
         hl_sfa_f32_d32_rope8_block_scalar(plan, w, t, &b, padded);
         *t->seen = 1.0f;
-        HL_COPY(b.row, b.row + block, (size_t)b.n_later * sizeof *b.row);
-        b.n = b.n_later;
+        b.row += b.n;
+        known = b.n_later;
+        /* the rows to come move to the front; others follow */
+        if (more && known <= CAP / 2 && known < block + AHEAD) {
+            HL_COPY(w->row, b.row, (size_t)known * sizeof *b.row);
+            b.row = w->row;
+            known += hl_sfa_f32_d32_rope8_next(a, g, &c, b.row + known, CAP - known);
+            more = known == CAP;
+        }
     }
 }
 
@@ -2311,7 +2634,7 @@ static inline void hl_sfa_f32_d32_rope8_task_scalar(const hl_sparse_flash_attent
     if (chunk >= chunks) {
         return;
     }
-    hl_sfa_f32_d32_rope8_load_q_scalar(a, &g, plan->group, w.k, w.q);
+    hl_sfa_f32_d32_rope8_load_q_few_scalar(a, &g, plan->group, w.q);
     if (split) { /* leave the partial result for merge */
         const hl_state part = hl_sfa_f32_d32_rope8_partial(plan, task);
         hl_sfa_f32_d32_rope8_forward_scalar(plan, &g, &w, &part,
