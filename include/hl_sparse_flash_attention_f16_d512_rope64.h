@@ -5835,7 +5835,7 @@ HL_KERNEL_AVX2 void hl_sfa_f16_d512_rope64_dot_2x4_avx2(const float *q, const hl
     }
 }
 
-/* 1 head by 8 keys, read where they are stored, 8 rows at a time: channels are in
+/* 1 head by 8 keys, read where they are stored, 4 rows at a time: channels are in
  * the lanes, and sums are formed across them once a tile, for many dot products together. Behind
  * the last key its row is taken again, so that every tile is whole. Meanwhile lines of later keys
  * (next) are asked for, if there are any; but for those that value tiles ask for. */
@@ -5844,52 +5844,36 @@ HL_KERNEL_AVX2 void hl_sfa_f16_d512_rope64_dot_1x8_avx2(const float *q, const hl
 {
     enum { L = 8, QS = 576 };
     hl_vf_avx2 all[8];
-    for (int32_t j = 0; j < 8; j += 8) {
+    for (int32_t j = 0; j < 8; j += 4) {
         const hl_row *const row0 = row + (last < j + 0 ? last : j + 0);
         const hl_row *const row1 = row + (last < j + 1 ? last : j + 1);
         const hl_row *const row2 = row + (last < j + 2 ? last : j + 2);
         const hl_row *const row3 = row + (last < j + 3 ? last : j + 3);
-        const hl_row *const row4 = row + (last < j + 4 ? last : j + 4);
-        const hl_row *const row5 = row + (last < j + 5 ? last : j + 5);
-        const hl_row *const row6 = row + (last < j + 6 ? last : j + 6);
-        const hl_row *const row7 = row + (last < j + 7 ? last : j + 7);
-        hl_vf_avx2 s0_0 = hl_vzero_avx2();
-        hl_vf_avx2 s0_1 = hl_vzero_avx2();
-        hl_vf_avx2 s0_2 = hl_vzero_avx2();
-        hl_vf_avx2 s0_3 = hl_vzero_avx2();
-        hl_vf_avx2 s0_4 = hl_vzero_avx2();
-        hl_vf_avx2 s0_5 = hl_vzero_avx2();
-        hl_vf_avx2 s0_6 = hl_vzero_avx2();
-        hl_vf_avx2 s0_7 = hl_vzero_avx2();
+        hl_vf_avx2 s0_0x = hl_vzero_avx2();
+        hl_vf_avx2 s0_0y = hl_vzero_avx2();
+        hl_vf_avx2 s0_1x = hl_vzero_avx2();
+        hl_vf_avx2 s0_1y = hl_vzero_avx2();
+        hl_vf_avx2 s0_2x = hl_vzero_avx2();
+        hl_vf_avx2 s0_2y = hl_vzero_avx2();
+        hl_vf_avx2 s0_3x = hl_vzero_avx2();
+        hl_vf_avx2 s0_3y = hl_vzero_avx2();
         {
             const float *const from = q + 0;
             const uint16_t *const k0 = (const uint16_t *)row0->key;
             const uint16_t *const k1 = (const uint16_t *)row1->key;
             const uint16_t *const k2 = (const uint16_t *)row2->key;
             const uint16_t *const k3 = (const uint16_t *)row3->key;
-            const uint16_t *const k4 = (const uint16_t *)row4->key;
-            const uint16_t *const k5 = (const uint16_t *)row5->key;
-            const uint16_t *const k6 = (const uint16_t *)row6->key;
-            const uint16_t *const k7 = (const uint16_t *)row7->key;
             for (int32_t start = 0; start < 512; start += 64) {
                 if (next != NULL) {
                     HL_FETCH((const uint16_t *)next[j + 0].key + start + 0);
                     HL_FETCH((const uint16_t *)next[j + 1].key + start + 0);
                     HL_FETCH((const uint16_t *)next[j + 2].key + start + 0);
                     HL_FETCH((const uint16_t *)next[j + 3].key + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 4].key + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 5].key + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 6].key + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 7].key + start + 0);
                     if (apart) {
                         HL_FETCH((const uint16_t *)next[j + 0].key + start + 32);
                         HL_FETCH((const uint16_t *)next[j + 1].key + start + 32);
                         HL_FETCH((const uint16_t *)next[j + 2].key + start + 32);
                         HL_FETCH((const uint16_t *)next[j + 3].key + start + 32);
-                        HL_FETCH((const uint16_t *)next[j + 4].key + start + 32);
-                        HL_FETCH((const uint16_t *)next[j + 5].key + start + 32);
-                        HL_FETCH((const uint16_t *)next[j + 6].key + start + 32);
-                        HL_FETCH((const uint16_t *)next[j + 7].key + start + 32);
                     }
                 }
                 for (int32_t c = start; c < start + 64; c += 16) {
@@ -5900,29 +5884,17 @@ HL_KERNEL_AVX2 void hl_sfa_f16_d512_rope64_dot_1x8_avx2(const float *q, const hl
                         const hl_vf_avx2 q0 = hl_vload_avx2(qc + 0 * QS);
                         const hl_vf_avx2 p0 = hl_vload_avx2(qc + 0 * QS + L);
                         hl_vpair_f16_avx2(k0 + c + 0, &v, &w);
-                        s0_0 = hl_vfma_avx2(v, q0, s0_0);
-                        s0_0 = hl_vfma_avx2(w, p0, s0_0);
+                        s0_0x = hl_vfma_avx2(v, q0, s0_0x);
+                        s0_0y = hl_vfma_avx2(w, p0, s0_0y);
                         hl_vpair_f16_avx2(k1 + c + 0, &v, &w);
-                        s0_1 = hl_vfma_avx2(v, q0, s0_1);
-                        s0_1 = hl_vfma_avx2(w, p0, s0_1);
+                        s0_1x = hl_vfma_avx2(v, q0, s0_1x);
+                        s0_1y = hl_vfma_avx2(w, p0, s0_1y);
                         hl_vpair_f16_avx2(k2 + c + 0, &v, &w);
-                        s0_2 = hl_vfma_avx2(v, q0, s0_2);
-                        s0_2 = hl_vfma_avx2(w, p0, s0_2);
+                        s0_2x = hl_vfma_avx2(v, q0, s0_2x);
+                        s0_2y = hl_vfma_avx2(w, p0, s0_2y);
                         hl_vpair_f16_avx2(k3 + c + 0, &v, &w);
-                        s0_3 = hl_vfma_avx2(v, q0, s0_3);
-                        s0_3 = hl_vfma_avx2(w, p0, s0_3);
-                        hl_vpair_f16_avx2(k4 + c + 0, &v, &w);
-                        s0_4 = hl_vfma_avx2(v, q0, s0_4);
-                        s0_4 = hl_vfma_avx2(w, p0, s0_4);
-                        hl_vpair_f16_avx2(k5 + c + 0, &v, &w);
-                        s0_5 = hl_vfma_avx2(v, q0, s0_5);
-                        s0_5 = hl_vfma_avx2(w, p0, s0_5);
-                        hl_vpair_f16_avx2(k6 + c + 0, &v, &w);
-                        s0_6 = hl_vfma_avx2(v, q0, s0_6);
-                        s0_6 = hl_vfma_avx2(w, p0, s0_6);
-                        hl_vpair_f16_avx2(k7 + c + 0, &v, &w);
-                        s0_7 = hl_vfma_avx2(v, q0, s0_7);
-                        s0_7 = hl_vfma_avx2(w, p0, s0_7);
+                        s0_3x = hl_vfma_avx2(v, q0, s0_3x);
+                        s0_3y = hl_vfma_avx2(w, p0, s0_3y);
                     }
                 }
             }
@@ -5933,28 +5905,16 @@ HL_KERNEL_AVX2 void hl_sfa_f16_d512_rope64_dot_1x8_avx2(const float *q, const hl
             const uint16_t *const k1 = (const uint16_t *)row1->rope;
             const uint16_t *const k2 = (const uint16_t *)row2->rope;
             const uint16_t *const k3 = (const uint16_t *)row3->rope;
-            const uint16_t *const k4 = (const uint16_t *)row4->rope;
-            const uint16_t *const k5 = (const uint16_t *)row5->rope;
-            const uint16_t *const k6 = (const uint16_t *)row6->rope;
-            const uint16_t *const k7 = (const uint16_t *)row7->rope;
             for (int32_t start = 0; start < 64; start += 64) {
                 if (next != NULL) {
                     HL_FETCH((const uint16_t *)next[j + 0].rope + start + 0);
                     HL_FETCH((const uint16_t *)next[j + 1].rope + start + 0);
                     HL_FETCH((const uint16_t *)next[j + 2].rope + start + 0);
                     HL_FETCH((const uint16_t *)next[j + 3].rope + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 4].rope + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 5].rope + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 6].rope + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 7].rope + start + 0);
                     HL_FETCH((const uint16_t *)next[j + 0].rope + start + 32);
                     HL_FETCH((const uint16_t *)next[j + 1].rope + start + 32);
                     HL_FETCH((const uint16_t *)next[j + 2].rope + start + 32);
                     HL_FETCH((const uint16_t *)next[j + 3].rope + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 4].rope + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 5].rope + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 6].rope + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 7].rope + start + 32);
                 }
                 for (int32_t c = start; c < start + 64; c += 16) {
                     {
@@ -5964,41 +5924,25 @@ HL_KERNEL_AVX2 void hl_sfa_f16_d512_rope64_dot_1x8_avx2(const float *q, const hl
                         const hl_vf_avx2 q0 = hl_vload_avx2(qc + 0 * QS);
                         const hl_vf_avx2 p0 = hl_vload_avx2(qc + 0 * QS + L);
                         hl_vpair_f16_avx2(k0 + c + 0, &v, &w);
-                        s0_0 = hl_vfma_avx2(v, q0, s0_0);
-                        s0_0 = hl_vfma_avx2(w, p0, s0_0);
+                        s0_0x = hl_vfma_avx2(v, q0, s0_0x);
+                        s0_0y = hl_vfma_avx2(w, p0, s0_0y);
                         hl_vpair_f16_avx2(k1 + c + 0, &v, &w);
-                        s0_1 = hl_vfma_avx2(v, q0, s0_1);
-                        s0_1 = hl_vfma_avx2(w, p0, s0_1);
+                        s0_1x = hl_vfma_avx2(v, q0, s0_1x);
+                        s0_1y = hl_vfma_avx2(w, p0, s0_1y);
                         hl_vpair_f16_avx2(k2 + c + 0, &v, &w);
-                        s0_2 = hl_vfma_avx2(v, q0, s0_2);
-                        s0_2 = hl_vfma_avx2(w, p0, s0_2);
+                        s0_2x = hl_vfma_avx2(v, q0, s0_2x);
+                        s0_2y = hl_vfma_avx2(w, p0, s0_2y);
                         hl_vpair_f16_avx2(k3 + c + 0, &v, &w);
-                        s0_3 = hl_vfma_avx2(v, q0, s0_3);
-                        s0_3 = hl_vfma_avx2(w, p0, s0_3);
-                        hl_vpair_f16_avx2(k4 + c + 0, &v, &w);
-                        s0_4 = hl_vfma_avx2(v, q0, s0_4);
-                        s0_4 = hl_vfma_avx2(w, p0, s0_4);
-                        hl_vpair_f16_avx2(k5 + c + 0, &v, &w);
-                        s0_5 = hl_vfma_avx2(v, q0, s0_5);
-                        s0_5 = hl_vfma_avx2(w, p0, s0_5);
-                        hl_vpair_f16_avx2(k6 + c + 0, &v, &w);
-                        s0_6 = hl_vfma_avx2(v, q0, s0_6);
-                        s0_6 = hl_vfma_avx2(w, p0, s0_6);
-                        hl_vpair_f16_avx2(k7 + c + 0, &v, &w);
-                        s0_7 = hl_vfma_avx2(v, q0, s0_7);
-                        s0_7 = hl_vfma_avx2(w, p0, s0_7);
+                        s0_3x = hl_vfma_avx2(v, q0, s0_3x);
+                        s0_3y = hl_vfma_avx2(w, p0, s0_3y);
                     }
                 }
             }
         }
-        all[(j + 0) * 1 + 0] = s0_0;
-        all[(j + 1) * 1 + 0] = s0_1;
-        all[(j + 2) * 1 + 0] = s0_2;
-        all[(j + 3) * 1 + 0] = s0_3;
-        all[(j + 4) * 1 + 0] = s0_4;
-        all[(j + 5) * 1 + 0] = s0_5;
-        all[(j + 6) * 1 + 0] = s0_6;
-        all[(j + 7) * 1 + 0] = s0_7;
+        all[(j + 0) * 1 + 0] = hl_vadd_avx2(s0_0x, s0_0y);
+        all[(j + 1) * 1 + 0] = hl_vadd_avx2(s0_1x, s0_1y);
+        all[(j + 2) * 1 + 0] = hl_vadd_avx2(s0_2x, s0_2y);
+        all[(j + 3) * 1 + 0] = hl_vadd_avx2(s0_3x, s0_3y);
     }
     for (int32_t i = 0; i < 8; i += L) {
         hl_vstore_avx2(s + i, hl_vmul_avx2(hl_vsums_avx2(all + i), hl_vset_avx2(scale)));
@@ -7558,7 +7502,7 @@ HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_dot_4x4_avx512(const float *q, cons
     }
 }
 
-/* 2 heads by 8 keys, read where they are stored, 4 rows at a time: channels are in
+/* 2 heads by 8 keys, read where they are stored, 8 rows at a time: channels are in
  * the lanes, and sums are formed across them once a tile, for many dot products together. Behind
  * the last key its row is taken again, so that every tile is whole. Meanwhile lines of later keys
  * (next) are asked for, if there are any; but for those that value tiles ask for. */
@@ -7567,33 +7511,41 @@ HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_dot_2x8_avx512(const float *q, cons
 {
     enum { L = 16, QS = 576 };
     hl_vf_avx512 all[16];
-    for (int32_t j = 0; j < 8; j += 4) {
+    for (int32_t j = 0; j < 8; j += 8) {
         const hl_row *const row0 = row + (last < j + 0 ? last : j + 0);
         const hl_row *const row1 = row + (last < j + 1 ? last : j + 1);
         const hl_row *const row2 = row + (last < j + 2 ? last : j + 2);
         const hl_row *const row3 = row + (last < j + 3 ? last : j + 3);
-        hl_vf_avx512 s0_0x = hl_vzero_avx512();
-        hl_vf_avx512 s0_0y = hl_vzero_avx512();
-        hl_vf_avx512 s0_1x = hl_vzero_avx512();
-        hl_vf_avx512 s0_1y = hl_vzero_avx512();
-        hl_vf_avx512 s0_2x = hl_vzero_avx512();
-        hl_vf_avx512 s0_2y = hl_vzero_avx512();
-        hl_vf_avx512 s0_3x = hl_vzero_avx512();
-        hl_vf_avx512 s0_3y = hl_vzero_avx512();
-        hl_vf_avx512 s1_0x = hl_vzero_avx512();
-        hl_vf_avx512 s1_0y = hl_vzero_avx512();
-        hl_vf_avx512 s1_1x = hl_vzero_avx512();
-        hl_vf_avx512 s1_1y = hl_vzero_avx512();
-        hl_vf_avx512 s1_2x = hl_vzero_avx512();
-        hl_vf_avx512 s1_2y = hl_vzero_avx512();
-        hl_vf_avx512 s1_3x = hl_vzero_avx512();
-        hl_vf_avx512 s1_3y = hl_vzero_avx512();
+        const hl_row *const row4 = row + (last < j + 4 ? last : j + 4);
+        const hl_row *const row5 = row + (last < j + 5 ? last : j + 5);
+        const hl_row *const row6 = row + (last < j + 6 ? last : j + 6);
+        const hl_row *const row7 = row + (last < j + 7 ? last : j + 7);
+        hl_vf_avx512 s0_0 = hl_vzero_avx512();
+        hl_vf_avx512 s0_1 = hl_vzero_avx512();
+        hl_vf_avx512 s0_2 = hl_vzero_avx512();
+        hl_vf_avx512 s0_3 = hl_vzero_avx512();
+        hl_vf_avx512 s0_4 = hl_vzero_avx512();
+        hl_vf_avx512 s0_5 = hl_vzero_avx512();
+        hl_vf_avx512 s0_6 = hl_vzero_avx512();
+        hl_vf_avx512 s0_7 = hl_vzero_avx512();
+        hl_vf_avx512 s1_0 = hl_vzero_avx512();
+        hl_vf_avx512 s1_1 = hl_vzero_avx512();
+        hl_vf_avx512 s1_2 = hl_vzero_avx512();
+        hl_vf_avx512 s1_3 = hl_vzero_avx512();
+        hl_vf_avx512 s1_4 = hl_vzero_avx512();
+        hl_vf_avx512 s1_5 = hl_vzero_avx512();
+        hl_vf_avx512 s1_6 = hl_vzero_avx512();
+        hl_vf_avx512 s1_7 = hl_vzero_avx512();
         {
             const float *const from = q + 0;
             const uint16_t *const k0 = (const uint16_t *)row0->key;
             const uint16_t *const k1 = (const uint16_t *)row1->key;
             const uint16_t *const k2 = (const uint16_t *)row2->key;
             const uint16_t *const k3 = (const uint16_t *)row3->key;
+            const uint16_t *const k4 = (const uint16_t *)row4->key;
+            const uint16_t *const k5 = (const uint16_t *)row5->key;
+            const uint16_t *const k6 = (const uint16_t *)row6->key;
+            const uint16_t *const k7 = (const uint16_t *)row7->key;
             for (int32_t start = 0; start < 512; start += 64) {
                 if (next != NULL) {
                     if (apart) {
@@ -7601,12 +7553,20 @@ HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_dot_2x8_avx512(const float *q, cons
                         HL_FETCH((const uint16_t *)next[j + 1].key + start + 0);
                         HL_FETCH((const uint16_t *)next[j + 2].key + start + 0);
                         HL_FETCH((const uint16_t *)next[j + 3].key + start + 0);
+                        HL_FETCH((const uint16_t *)next[j + 4].key + start + 0);
+                        HL_FETCH((const uint16_t *)next[j + 5].key + start + 0);
+                        HL_FETCH((const uint16_t *)next[j + 6].key + start + 0);
+                        HL_FETCH((const uint16_t *)next[j + 7].key + start + 0);
                     }
                     if (apart) {
                         HL_FETCH((const uint16_t *)next[j + 0].key + start + 32);
                         HL_FETCH((const uint16_t *)next[j + 1].key + start + 32);
                         HL_FETCH((const uint16_t *)next[j + 2].key + start + 32);
                         HL_FETCH((const uint16_t *)next[j + 3].key + start + 32);
+                        HL_FETCH((const uint16_t *)next[j + 4].key + start + 32);
+                        HL_FETCH((const uint16_t *)next[j + 5].key + start + 32);
+                        HL_FETCH((const uint16_t *)next[j + 6].key + start + 32);
+                        HL_FETCH((const uint16_t *)next[j + 7].key + start + 32);
                     }
                 }
                 for (int32_t c = start; c < start + 64; c += 32) {
@@ -7619,25 +7579,45 @@ HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_dot_2x8_avx512(const float *q, cons
                         const hl_vf_avx512 q1 = hl_vload_avx512(qc + 1 * QS);
                         const hl_vf_avx512 p1 = hl_vload_avx512(qc + 1 * QS + L);
                         hl_vpair_f16_avx512(k0 + c + 0, &v, &w);
-                        s0_0x = hl_vfma_avx512(v, q0, s0_0x);
-                        s1_0x = hl_vfma_avx512(v, q1, s1_0x);
-                        s0_0y = hl_vfma_avx512(w, p0, s0_0y);
-                        s1_0y = hl_vfma_avx512(w, p1, s1_0y);
+                        s0_0 = hl_vfma_avx512(v, q0, s0_0);
+                        s1_0 = hl_vfma_avx512(v, q1, s1_0);
+                        s0_0 = hl_vfma_avx512(w, p0, s0_0);
+                        s1_0 = hl_vfma_avx512(w, p1, s1_0);
                         hl_vpair_f16_avx512(k1 + c + 0, &v, &w);
-                        s0_1x = hl_vfma_avx512(v, q0, s0_1x);
-                        s1_1x = hl_vfma_avx512(v, q1, s1_1x);
-                        s0_1y = hl_vfma_avx512(w, p0, s0_1y);
-                        s1_1y = hl_vfma_avx512(w, p1, s1_1y);
+                        s0_1 = hl_vfma_avx512(v, q0, s0_1);
+                        s1_1 = hl_vfma_avx512(v, q1, s1_1);
+                        s0_1 = hl_vfma_avx512(w, p0, s0_1);
+                        s1_1 = hl_vfma_avx512(w, p1, s1_1);
                         hl_vpair_f16_avx512(k2 + c + 0, &v, &w);
-                        s0_2x = hl_vfma_avx512(v, q0, s0_2x);
-                        s1_2x = hl_vfma_avx512(v, q1, s1_2x);
-                        s0_2y = hl_vfma_avx512(w, p0, s0_2y);
-                        s1_2y = hl_vfma_avx512(w, p1, s1_2y);
+                        s0_2 = hl_vfma_avx512(v, q0, s0_2);
+                        s1_2 = hl_vfma_avx512(v, q1, s1_2);
+                        s0_2 = hl_vfma_avx512(w, p0, s0_2);
+                        s1_2 = hl_vfma_avx512(w, p1, s1_2);
                         hl_vpair_f16_avx512(k3 + c + 0, &v, &w);
-                        s0_3x = hl_vfma_avx512(v, q0, s0_3x);
-                        s1_3x = hl_vfma_avx512(v, q1, s1_3x);
-                        s0_3y = hl_vfma_avx512(w, p0, s0_3y);
-                        s1_3y = hl_vfma_avx512(w, p1, s1_3y);
+                        s0_3 = hl_vfma_avx512(v, q0, s0_3);
+                        s1_3 = hl_vfma_avx512(v, q1, s1_3);
+                        s0_3 = hl_vfma_avx512(w, p0, s0_3);
+                        s1_3 = hl_vfma_avx512(w, p1, s1_3);
+                        hl_vpair_f16_avx512(k4 + c + 0, &v, &w);
+                        s0_4 = hl_vfma_avx512(v, q0, s0_4);
+                        s1_4 = hl_vfma_avx512(v, q1, s1_4);
+                        s0_4 = hl_vfma_avx512(w, p0, s0_4);
+                        s1_4 = hl_vfma_avx512(w, p1, s1_4);
+                        hl_vpair_f16_avx512(k5 + c + 0, &v, &w);
+                        s0_5 = hl_vfma_avx512(v, q0, s0_5);
+                        s1_5 = hl_vfma_avx512(v, q1, s1_5);
+                        s0_5 = hl_vfma_avx512(w, p0, s0_5);
+                        s1_5 = hl_vfma_avx512(w, p1, s1_5);
+                        hl_vpair_f16_avx512(k6 + c + 0, &v, &w);
+                        s0_6 = hl_vfma_avx512(v, q0, s0_6);
+                        s1_6 = hl_vfma_avx512(v, q1, s1_6);
+                        s0_6 = hl_vfma_avx512(w, p0, s0_6);
+                        s1_6 = hl_vfma_avx512(w, p1, s1_6);
+                        hl_vpair_f16_avx512(k7 + c + 0, &v, &w);
+                        s0_7 = hl_vfma_avx512(v, q0, s0_7);
+                        s1_7 = hl_vfma_avx512(v, q1, s1_7);
+                        s0_7 = hl_vfma_avx512(w, p0, s0_7);
+                        s1_7 = hl_vfma_avx512(w, p1, s1_7);
                     }
                 }
             }
@@ -7648,16 +7628,28 @@ HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_dot_2x8_avx512(const float *q, cons
             const uint16_t *const k1 = (const uint16_t *)row1->rope;
             const uint16_t *const k2 = (const uint16_t *)row2->rope;
             const uint16_t *const k3 = (const uint16_t *)row3->rope;
+            const uint16_t *const k4 = (const uint16_t *)row4->rope;
+            const uint16_t *const k5 = (const uint16_t *)row5->rope;
+            const uint16_t *const k6 = (const uint16_t *)row6->rope;
+            const uint16_t *const k7 = (const uint16_t *)row7->rope;
             for (int32_t start = 0; start < 64; start += 64) {
                 if (next != NULL) {
                     HL_FETCH((const uint16_t *)next[j + 0].rope + start + 0);
                     HL_FETCH((const uint16_t *)next[j + 1].rope + start + 0);
                     HL_FETCH((const uint16_t *)next[j + 2].rope + start + 0);
                     HL_FETCH((const uint16_t *)next[j + 3].rope + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 4].rope + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 5].rope + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 6].rope + start + 0);
+                    HL_FETCH((const uint16_t *)next[j + 7].rope + start + 0);
                     HL_FETCH((const uint16_t *)next[j + 0].rope + start + 32);
                     HL_FETCH((const uint16_t *)next[j + 1].rope + start + 32);
                     HL_FETCH((const uint16_t *)next[j + 2].rope + start + 32);
                     HL_FETCH((const uint16_t *)next[j + 3].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 4].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 5].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 6].rope + start + 32);
+                    HL_FETCH((const uint16_t *)next[j + 7].rope + start + 32);
                 }
                 for (int32_t c = start; c < start + 64; c += 32) {
                     {
@@ -7669,44 +7661,72 @@ HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_dot_2x8_avx512(const float *q, cons
                         const hl_vf_avx512 q1 = hl_vload_avx512(qc + 1 * QS);
                         const hl_vf_avx512 p1 = hl_vload_avx512(qc + 1 * QS + L);
                         hl_vpair_f16_avx512(k0 + c + 0, &v, &w);
-                        s0_0x = hl_vfma_avx512(v, q0, s0_0x);
-                        s1_0x = hl_vfma_avx512(v, q1, s1_0x);
-                        s0_0y = hl_vfma_avx512(w, p0, s0_0y);
-                        s1_0y = hl_vfma_avx512(w, p1, s1_0y);
+                        s0_0 = hl_vfma_avx512(v, q0, s0_0);
+                        s1_0 = hl_vfma_avx512(v, q1, s1_0);
+                        s0_0 = hl_vfma_avx512(w, p0, s0_0);
+                        s1_0 = hl_vfma_avx512(w, p1, s1_0);
                         hl_vpair_f16_avx512(k1 + c + 0, &v, &w);
-                        s0_1x = hl_vfma_avx512(v, q0, s0_1x);
-                        s1_1x = hl_vfma_avx512(v, q1, s1_1x);
-                        s0_1y = hl_vfma_avx512(w, p0, s0_1y);
-                        s1_1y = hl_vfma_avx512(w, p1, s1_1y);
+                        s0_1 = hl_vfma_avx512(v, q0, s0_1);
+                        s1_1 = hl_vfma_avx512(v, q1, s1_1);
+                        s0_1 = hl_vfma_avx512(w, p0, s0_1);
+                        s1_1 = hl_vfma_avx512(w, p1, s1_1);
                         hl_vpair_f16_avx512(k2 + c + 0, &v, &w);
-                        s0_2x = hl_vfma_avx512(v, q0, s0_2x);
-                        s1_2x = hl_vfma_avx512(v, q1, s1_2x);
-                        s0_2y = hl_vfma_avx512(w, p0, s0_2y);
-                        s1_2y = hl_vfma_avx512(w, p1, s1_2y);
+                        s0_2 = hl_vfma_avx512(v, q0, s0_2);
+                        s1_2 = hl_vfma_avx512(v, q1, s1_2);
+                        s0_2 = hl_vfma_avx512(w, p0, s0_2);
+                        s1_2 = hl_vfma_avx512(w, p1, s1_2);
                         hl_vpair_f16_avx512(k3 + c + 0, &v, &w);
-                        s0_3x = hl_vfma_avx512(v, q0, s0_3x);
-                        s1_3x = hl_vfma_avx512(v, q1, s1_3x);
-                        s0_3y = hl_vfma_avx512(w, p0, s0_3y);
-                        s1_3y = hl_vfma_avx512(w, p1, s1_3y);
+                        s0_3 = hl_vfma_avx512(v, q0, s0_3);
+                        s1_3 = hl_vfma_avx512(v, q1, s1_3);
+                        s0_3 = hl_vfma_avx512(w, p0, s0_3);
+                        s1_3 = hl_vfma_avx512(w, p1, s1_3);
+                        hl_vpair_f16_avx512(k4 + c + 0, &v, &w);
+                        s0_4 = hl_vfma_avx512(v, q0, s0_4);
+                        s1_4 = hl_vfma_avx512(v, q1, s1_4);
+                        s0_4 = hl_vfma_avx512(w, p0, s0_4);
+                        s1_4 = hl_vfma_avx512(w, p1, s1_4);
+                        hl_vpair_f16_avx512(k5 + c + 0, &v, &w);
+                        s0_5 = hl_vfma_avx512(v, q0, s0_5);
+                        s1_5 = hl_vfma_avx512(v, q1, s1_5);
+                        s0_5 = hl_vfma_avx512(w, p0, s0_5);
+                        s1_5 = hl_vfma_avx512(w, p1, s1_5);
+                        hl_vpair_f16_avx512(k6 + c + 0, &v, &w);
+                        s0_6 = hl_vfma_avx512(v, q0, s0_6);
+                        s1_6 = hl_vfma_avx512(v, q1, s1_6);
+                        s0_6 = hl_vfma_avx512(w, p0, s0_6);
+                        s1_6 = hl_vfma_avx512(w, p1, s1_6);
+                        hl_vpair_f16_avx512(k7 + c + 0, &v, &w);
+                        s0_7 = hl_vfma_avx512(v, q0, s0_7);
+                        s1_7 = hl_vfma_avx512(v, q1, s1_7);
+                        s0_7 = hl_vfma_avx512(w, p0, s0_7);
+                        s1_7 = hl_vfma_avx512(w, p1, s1_7);
                     }
                 }
             }
         }
-        all[(j + 0) * 2 + 0] = hl_vadd_avx512(s0_0x, s0_0y);
-        all[(j + 1) * 2 + 0] = hl_vadd_avx512(s0_1x, s0_1y);
-        all[(j + 2) * 2 + 0] = hl_vadd_avx512(s0_2x, s0_2y);
-        all[(j + 3) * 2 + 0] = hl_vadd_avx512(s0_3x, s0_3y);
-        all[(j + 0) * 2 + 1] = hl_vadd_avx512(s1_0x, s1_0y);
-        all[(j + 1) * 2 + 1] = hl_vadd_avx512(s1_1x, s1_1y);
-        all[(j + 2) * 2 + 1] = hl_vadd_avx512(s1_2x, s1_2y);
-        all[(j + 3) * 2 + 1] = hl_vadd_avx512(s1_3x, s1_3y);
+        all[(j + 0) * 2 + 0] = s0_0;
+        all[(j + 1) * 2 + 0] = s0_1;
+        all[(j + 2) * 2 + 0] = s0_2;
+        all[(j + 3) * 2 + 0] = s0_3;
+        all[(j + 4) * 2 + 0] = s0_4;
+        all[(j + 5) * 2 + 0] = s0_5;
+        all[(j + 6) * 2 + 0] = s0_6;
+        all[(j + 7) * 2 + 0] = s0_7;
+        all[(j + 0) * 2 + 1] = s1_0;
+        all[(j + 1) * 2 + 1] = s1_1;
+        all[(j + 2) * 2 + 1] = s1_2;
+        all[(j + 3) * 2 + 1] = s1_3;
+        all[(j + 4) * 2 + 1] = s1_4;
+        all[(j + 5) * 2 + 1] = s1_5;
+        all[(j + 6) * 2 + 1] = s1_6;
+        all[(j + 7) * 2 + 1] = s1_7;
     }
     for (int32_t i = 0; i < 16; i += L) {
         hl_vstore_avx512(s + i, hl_vmul_avx512(hl_vsums_avx512(all + i), hl_vset_avx512(scale)));
     }
 }
 
-/* 1 head by 16 keys, read where they are stored, 4 rows at a time: channels are in
+/* 1 head by 16 keys, read where they are stored, 1 row at a time: channels are in
  * the lanes, and sums are formed across them once a tile, for many dot products together. Behind
  * the last key its row is taken again, so that every tile is whole. Meanwhile lines of later keys
  * (next) are asked for, if there are any; but for those that value tiles ask for. */
@@ -7715,57 +7735,44 @@ HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_dot_1x16_avx512(const float *q, con
 {
     enum { L = 16, QS = 576 };
     hl_vf_avx512 all[16];
-    for (int32_t j = 0; j < 16; j += 4) {
+    for (int32_t j = 0; j < 16; j += 1) {
         const hl_row *const row0 = row + (last < j + 0 ? last : j + 0);
-        const hl_row *const row1 = row + (last < j + 1 ? last : j + 1);
-        const hl_row *const row2 = row + (last < j + 2 ? last : j + 2);
-        const hl_row *const row3 = row + (last < j + 3 ? last : j + 3);
         hl_vf_avx512 s0_0x = hl_vzero_avx512();
         hl_vf_avx512 s0_0y = hl_vzero_avx512();
-        hl_vf_avx512 s0_1x = hl_vzero_avx512();
-        hl_vf_avx512 s0_1y = hl_vzero_avx512();
-        hl_vf_avx512 s0_2x = hl_vzero_avx512();
-        hl_vf_avx512 s0_2y = hl_vzero_avx512();
-        hl_vf_avx512 s0_3x = hl_vzero_avx512();
-        hl_vf_avx512 s0_3y = hl_vzero_avx512();
+        hl_vf_avx512 s0_0z = hl_vzero_avx512();
+        hl_vf_avx512 s0_0w = hl_vzero_avx512();
         {
             const float *const from = q + 0;
             const uint16_t *const k0 = (const uint16_t *)row0->key;
-            const uint16_t *const k1 = (const uint16_t *)row1->key;
-            const uint16_t *const k2 = (const uint16_t *)row2->key;
-            const uint16_t *const k3 = (const uint16_t *)row3->key;
             for (int32_t start = 0; start < 512; start += 64) {
                 if (next != NULL) {
                     HL_FETCH((const uint16_t *)next[j + 0].key + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 1].key + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 2].key + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 3].key + start + 0);
                     if (apart) {
                         HL_FETCH((const uint16_t *)next[j + 0].key + start + 32);
-                        HL_FETCH((const uint16_t *)next[j + 1].key + start + 32);
-                        HL_FETCH((const uint16_t *)next[j + 2].key + start + 32);
-                        HL_FETCH((const uint16_t *)next[j + 3].key + start + 32);
                     }
                 }
-                for (int32_t c = start; c < start + 64; c += 32) {
+                for (int32_t c = start; c < start + 64; c += 64) {
                     {
                         const float *const qc = from + c + 0;
-                        hl_vf_avx512 v;
-                        hl_vf_avx512 w;
-                        const hl_vf_avx512 q0 = hl_vload_avx512(qc + 0 * QS);
-                        const hl_vf_avx512 p0 = hl_vload_avx512(qc + 0 * QS + L);
-                        hl_vpair_f16_avx512(k0 + c + 0, &v, &w);
-                        s0_0x = hl_vfma_avx512(v, q0, s0_0x);
-                        s0_0y = hl_vfma_avx512(w, p0, s0_0y);
-                        hl_vpair_f16_avx512(k1 + c + 0, &v, &w);
-                        s0_1x = hl_vfma_avx512(v, q0, s0_1x);
-                        s0_1y = hl_vfma_avx512(w, p0, s0_1y);
-                        hl_vpair_f16_avx512(k2 + c + 0, &v, &w);
-                        s0_2x = hl_vfma_avx512(v, q0, s0_2x);
-                        s0_2y = hl_vfma_avx512(w, p0, s0_2y);
-                        hl_vpair_f16_avx512(k3 + c + 0, &v, &w);
-                        s0_3x = hl_vfma_avx512(v, q0, s0_3x);
-                        s0_3y = hl_vfma_avx512(w, p0, s0_3y);
+                        hl_vf_avx512 q0;
+                        hl_vf_avx512 v0;
+                        hl_vf_avx512 w0;
+                        hl_vpair_f16_avx512(k0 + c + 0, &v0, &w0);
+                        q0 = hl_vload_avx512(qc + 0 * QS);
+                        s0_0x = hl_vfma_avx512(v0, q0, s0_0x);
+                        q0 = hl_vload_avx512(qc + 0 * QS + L);
+                        s0_0y = hl_vfma_avx512(w0, q0, s0_0y);
+                    }
+                    {
+                        const float *const qc = from + c + 32;
+                        hl_vf_avx512 q0;
+                        hl_vf_avx512 v0;
+                        hl_vf_avx512 w0;
+                        hl_vpair_f16_avx512(k0 + c + 32, &v0, &w0);
+                        q0 = hl_vload_avx512(qc + 0 * QS);
+                        s0_0z = hl_vfma_avx512(v0, q0, s0_0z);
+                        q0 = hl_vload_avx512(qc + 0 * QS + L);
+                        s0_0w = hl_vfma_avx512(w0, q0, s0_0w);
                     }
                 }
             }
@@ -7773,47 +7780,39 @@ HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_dot_1x16_avx512(const float *q, con
         {
             const float *const from = q + 512;
             const uint16_t *const k0 = (const uint16_t *)row0->rope;
-            const uint16_t *const k1 = (const uint16_t *)row1->rope;
-            const uint16_t *const k2 = (const uint16_t *)row2->rope;
-            const uint16_t *const k3 = (const uint16_t *)row3->rope;
             for (int32_t start = 0; start < 64; start += 64) {
                 if (next != NULL) {
                     HL_FETCH((const uint16_t *)next[j + 0].rope + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 1].rope + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 2].rope + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 3].rope + start + 0);
                     HL_FETCH((const uint16_t *)next[j + 0].rope + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 1].rope + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 2].rope + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 3].rope + start + 32);
                 }
-                for (int32_t c = start; c < start + 64; c += 32) {
+                for (int32_t c = start; c < start + 64; c += 64) {
                     {
                         const float *const qc = from + c + 0;
-                        hl_vf_avx512 v;
-                        hl_vf_avx512 w;
-                        const hl_vf_avx512 q0 = hl_vload_avx512(qc + 0 * QS);
-                        const hl_vf_avx512 p0 = hl_vload_avx512(qc + 0 * QS + L);
-                        hl_vpair_f16_avx512(k0 + c + 0, &v, &w);
-                        s0_0x = hl_vfma_avx512(v, q0, s0_0x);
-                        s0_0y = hl_vfma_avx512(w, p0, s0_0y);
-                        hl_vpair_f16_avx512(k1 + c + 0, &v, &w);
-                        s0_1x = hl_vfma_avx512(v, q0, s0_1x);
-                        s0_1y = hl_vfma_avx512(w, p0, s0_1y);
-                        hl_vpair_f16_avx512(k2 + c + 0, &v, &w);
-                        s0_2x = hl_vfma_avx512(v, q0, s0_2x);
-                        s0_2y = hl_vfma_avx512(w, p0, s0_2y);
-                        hl_vpair_f16_avx512(k3 + c + 0, &v, &w);
-                        s0_3x = hl_vfma_avx512(v, q0, s0_3x);
-                        s0_3y = hl_vfma_avx512(w, p0, s0_3y);
+                        hl_vf_avx512 q0;
+                        hl_vf_avx512 v0;
+                        hl_vf_avx512 w0;
+                        hl_vpair_f16_avx512(k0 + c + 0, &v0, &w0);
+                        q0 = hl_vload_avx512(qc + 0 * QS);
+                        s0_0x = hl_vfma_avx512(v0, q0, s0_0x);
+                        q0 = hl_vload_avx512(qc + 0 * QS + L);
+                        s0_0y = hl_vfma_avx512(w0, q0, s0_0y);
+                    }
+                    {
+                        const float *const qc = from + c + 32;
+                        hl_vf_avx512 q0;
+                        hl_vf_avx512 v0;
+                        hl_vf_avx512 w0;
+                        hl_vpair_f16_avx512(k0 + c + 32, &v0, &w0);
+                        q0 = hl_vload_avx512(qc + 0 * QS);
+                        s0_0z = hl_vfma_avx512(v0, q0, s0_0z);
+                        q0 = hl_vload_avx512(qc + 0 * QS + L);
+                        s0_0w = hl_vfma_avx512(w0, q0, s0_0w);
                     }
                 }
             }
         }
-        all[(j + 0) * 1 + 0] = hl_vadd_avx512(s0_0x, s0_0y);
-        all[(j + 1) * 1 + 0] = hl_vadd_avx512(s0_1x, s0_1y);
-        all[(j + 2) * 1 + 0] = hl_vadd_avx512(s0_2x, s0_2y);
-        all[(j + 3) * 1 + 0] = hl_vadd_avx512(s0_3x, s0_3y);
+        all[(j + 0) * 1 + 0] =
+            hl_vadd_avx512(hl_vadd_avx512(s0_0x, s0_0y), hl_vadd_avx512(s0_0z, s0_0w));
     }
     for (int32_t i = 0; i < 16; i += L) {
         hl_vstore_avx512(s + i, hl_vmul_avx512(hl_vsums_avx512(all + i), hl_vset_avx512(scale)));
@@ -7824,7 +7823,7 @@ HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_dot_1x16_avx512(const float *q, con
 HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_score_few_avx512(const hl_space *w, const hl_block *b,
     int32_t group, float scale)
 {
-    enum { QS = 576, BLOCK = 48, AHEAD = 24 };
+    enum { QS = 576, BLOCK = 96, AHEAD = 24 };
     const int32_t known = b->n + b->n_later;
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
@@ -7980,7 +7979,7 @@ HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_softmax_one_avx512(float *s, const 
 HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_softmaxes_few_avx512(const hl_space *w,
     const hl_state *t, int32_t group, int32_t n)
 {
-    enum { BLOCK = 48 };
+    enum { BLOCK = 96 };
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
         hl_sfa_f16_d512_rope64_softmax_few_avx512(w->s + h * BLOCK, t, h, 4, n);
@@ -8937,7 +8936,7 @@ HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_pr_1x16_avx512(const float *p, cons
 HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_value_few_avx512(const hl_space *w, const hl_state *t,
     const hl_block *b, int32_t group)
 {
-    enum { OS = 512, BLOCK = 48 };
+    enum { OS = 512, BLOCK = 96 };
     const int32_t left = b->n + b->n_later - 24;
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
@@ -9178,8 +9177,8 @@ HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_forward_avx512(
     const hl_sparse_flash_attention_plan *plan, const hl_group *g, const hl_space *w,
     const hl_state *t, hl_cursor c, int32_t padded)
 {
-    enum { CAP = 192, AHEAD = 24 };
-    const int32_t block = plan->group > 32 ? 96 : plan->group <= 3 ? 16 : 48;
+    enum { CAP = 240, AHEAD = 24 };
+    const int32_t block = plan->group > 32 ? 96 : plan->group <= 3 ? 16 : 96;
     const hl_sparse_flash_attention_args *const a = &plan->args;
     int32_t known = hl_sfa_f16_d512_rope64_next(a, g, &c, w->row, CAP);
     int32_t more = known == CAP;

@@ -55,7 +55,7 @@
  *
  * MEMORY
  *   One task needs HL_SPARSE_FLASH_ATTENTION_F32_D64_WORKSPACE_BYTES(G),
- *   68672 bytes for G = 8, whatever the lengths.
+ *   69824 bytes for G = 8, whatever the lengths.
  *   Nothing is read outside the rows that a list (or a length) names, and nothing before or behind
  *   a row; unused memory may hold NaN.
  *
@@ -939,7 +939,7 @@ enum {
  * `group` query heads on a kv head (heads_q / heads_kv). Sequence lengths do not matter. */
 #define HL_SPARSE_FLASH_ATTENTION_F32_D64_WORKSPACE_BYTES(group) \
     (64 + 4 * (166 * (((size_t)(group) + 15) / 16 * 16) \
-     + 128 * (size_t)(group) + 13472))
+     + 128 * (size_t)(group) + 13760))
 
 /* Bytes of args.partials that are enough to split r query rows of `heads` query heads into `chunks`
  * each; plan->split_bytes is the exact figure. */
@@ -1452,7 +1452,7 @@ static inline void hl_sfa_f32_d64_space(hl_space *w, void *workspace, int32_t gr
     w->s = at; /* S^T, then P^T */
     at += 96 * heads;
     w->row = (hl_row *)(void *)at; /* where keys lie */
-    at += 1152;
+    at += 1440;
     w->state.m = at; /* running maxima, in log2 units */
     at += heads;
     w->state.l = at; /* running sums */
@@ -4981,7 +4981,7 @@ HL_KERNEL_AVX2 void hl_sfa_f32_d64_dot_2x4_avx2(const float *q, const hl_row *ro
     }
 }
 
-/* 1 head by 8 keys, read where they are stored, 8 rows at a time: channels are in
+/* 1 head by 8 keys, read where they are stored, 4 rows at a time: channels are in
  * the lanes, and sums are formed across them once a tile, for many dot products together. Behind
  * the last key its row is taken again, so that every tile is whole. Meanwhile lines of later keys
  * (next) are asked for, if there are any; but for those that value tiles ask for. */
@@ -4991,52 +4991,36 @@ HL_KERNEL_AVX2 void hl_sfa_f32_d64_dot_1x8_avx2(const float *q, const hl_row *ro
 {
     enum { L = 8, QS = 64 };
     hl_vf_avx2 all[8];
-    for (int32_t j = 0; j < 8; j += 8) {
+    for (int32_t j = 0; j < 8; j += 4) {
         const hl_row *const row0 = row + (last < j + 0 ? last : j + 0);
         const hl_row *const row1 = row + (last < j + 1 ? last : j + 1);
         const hl_row *const row2 = row + (last < j + 2 ? last : j + 2);
         const hl_row *const row3 = row + (last < j + 3 ? last : j + 3);
-        const hl_row *const row4 = row + (last < j + 4 ? last : j + 4);
-        const hl_row *const row5 = row + (last < j + 5 ? last : j + 5);
-        const hl_row *const row6 = row + (last < j + 6 ? last : j + 6);
-        const hl_row *const row7 = row + (last < j + 7 ? last : j + 7);
-        hl_vf_avx2 s0_0 = hl_vzero_avx2();
-        hl_vf_avx2 s0_1 = hl_vzero_avx2();
-        hl_vf_avx2 s0_2 = hl_vzero_avx2();
-        hl_vf_avx2 s0_3 = hl_vzero_avx2();
-        hl_vf_avx2 s0_4 = hl_vzero_avx2();
-        hl_vf_avx2 s0_5 = hl_vzero_avx2();
-        hl_vf_avx2 s0_6 = hl_vzero_avx2();
-        hl_vf_avx2 s0_7 = hl_vzero_avx2();
+        hl_vf_avx2 s0_0x = hl_vzero_avx2();
+        hl_vf_avx2 s0_0y = hl_vzero_avx2();
+        hl_vf_avx2 s0_1x = hl_vzero_avx2();
+        hl_vf_avx2 s0_1y = hl_vzero_avx2();
+        hl_vf_avx2 s0_2x = hl_vzero_avx2();
+        hl_vf_avx2 s0_2y = hl_vzero_avx2();
+        hl_vf_avx2 s0_3x = hl_vzero_avx2();
+        hl_vf_avx2 s0_3y = hl_vzero_avx2();
         {
             const float *const from = q + 0;
             const float *const k0 = (const float *)row0->key;
             const float *const k1 = (const float *)row1->key;
             const float *const k2 = (const float *)row2->key;
             const float *const k3 = (const float *)row3->key;
-            const float *const k4 = (const float *)row4->key;
-            const float *const k5 = (const float *)row5->key;
-            const float *const k6 = (const float *)row6->key;
-            const float *const k7 = (const float *)row7->key;
             for (int32_t start = 0; start < 64; start += 32) {
                 if (next != NULL) {
                     HL_FETCH((const float *)next[j + 0].key + start + 0);
                     HL_FETCH((const float *)next[j + 1].key + start + 0);
                     HL_FETCH((const float *)next[j + 2].key + start + 0);
                     HL_FETCH((const float *)next[j + 3].key + start + 0);
-                    HL_FETCH((const float *)next[j + 4].key + start + 0);
-                    HL_FETCH((const float *)next[j + 5].key + start + 0);
-                    HL_FETCH((const float *)next[j + 6].key + start + 0);
-                    HL_FETCH((const float *)next[j + 7].key + start + 0);
                     if (apart) {
                         HL_FETCH((const float *)next[j + 0].key + start + 16);
                         HL_FETCH((const float *)next[j + 1].key + start + 16);
                         HL_FETCH((const float *)next[j + 2].key + start + 16);
                         HL_FETCH((const float *)next[j + 3].key + start + 16);
-                        HL_FETCH((const float *)next[j + 4].key + start + 16);
-                        HL_FETCH((const float *)next[j + 5].key + start + 16);
-                        HL_FETCH((const float *)next[j + 6].key + start + 16);
-                        HL_FETCH((const float *)next[j + 7].key + start + 16);
                     }
                 }
                 for (int32_t c = start; c < start + 32; c += 16) {
@@ -5047,41 +5031,25 @@ HL_KERNEL_AVX2 void hl_sfa_f32_d64_dot_1x8_avx2(const float *q, const hl_row *ro
                         const hl_vf_avx2 q0 = hl_vload_avx2(qc + 0 * QS);
                         const hl_vf_avx2 p0 = hl_vload_avx2(qc + 0 * QS + L);
                         hl_vpair_avx2(k0 + c + 0, &v, &w);
-                        s0_0 = hl_vfma_avx2(v, q0, s0_0);
-                        s0_0 = hl_vfma_avx2(w, p0, s0_0);
+                        s0_0x = hl_vfma_avx2(v, q0, s0_0x);
+                        s0_0y = hl_vfma_avx2(w, p0, s0_0y);
                         hl_vpair_avx2(k1 + c + 0, &v, &w);
-                        s0_1 = hl_vfma_avx2(v, q0, s0_1);
-                        s0_1 = hl_vfma_avx2(w, p0, s0_1);
+                        s0_1x = hl_vfma_avx2(v, q0, s0_1x);
+                        s0_1y = hl_vfma_avx2(w, p0, s0_1y);
                         hl_vpair_avx2(k2 + c + 0, &v, &w);
-                        s0_2 = hl_vfma_avx2(v, q0, s0_2);
-                        s0_2 = hl_vfma_avx2(w, p0, s0_2);
+                        s0_2x = hl_vfma_avx2(v, q0, s0_2x);
+                        s0_2y = hl_vfma_avx2(w, p0, s0_2y);
                         hl_vpair_avx2(k3 + c + 0, &v, &w);
-                        s0_3 = hl_vfma_avx2(v, q0, s0_3);
-                        s0_3 = hl_vfma_avx2(w, p0, s0_3);
-                        hl_vpair_avx2(k4 + c + 0, &v, &w);
-                        s0_4 = hl_vfma_avx2(v, q0, s0_4);
-                        s0_4 = hl_vfma_avx2(w, p0, s0_4);
-                        hl_vpair_avx2(k5 + c + 0, &v, &w);
-                        s0_5 = hl_vfma_avx2(v, q0, s0_5);
-                        s0_5 = hl_vfma_avx2(w, p0, s0_5);
-                        hl_vpair_avx2(k6 + c + 0, &v, &w);
-                        s0_6 = hl_vfma_avx2(v, q0, s0_6);
-                        s0_6 = hl_vfma_avx2(w, p0, s0_6);
-                        hl_vpair_avx2(k7 + c + 0, &v, &w);
-                        s0_7 = hl_vfma_avx2(v, q0, s0_7);
-                        s0_7 = hl_vfma_avx2(w, p0, s0_7);
+                        s0_3x = hl_vfma_avx2(v, q0, s0_3x);
+                        s0_3y = hl_vfma_avx2(w, p0, s0_3y);
                     }
                 }
             }
         }
-        all[(j + 0) * 1 + 0] = s0_0;
-        all[(j + 1) * 1 + 0] = s0_1;
-        all[(j + 2) * 1 + 0] = s0_2;
-        all[(j + 3) * 1 + 0] = s0_3;
-        all[(j + 4) * 1 + 0] = s0_4;
-        all[(j + 5) * 1 + 0] = s0_5;
-        all[(j + 6) * 1 + 0] = s0_6;
-        all[(j + 7) * 1 + 0] = s0_7;
+        all[(j + 0) * 1 + 0] = hl_vadd_avx2(s0_0x, s0_0y);
+        all[(j + 1) * 1 + 0] = hl_vadd_avx2(s0_1x, s0_1y);
+        all[(j + 2) * 1 + 0] = hl_vadd_avx2(s0_2x, s0_2y);
+        all[(j + 3) * 1 + 0] = hl_vadd_avx2(s0_3x, s0_3y);
     }
     for (int32_t i = 0; i < 8; i += L) {
         hl_vstore_avx2(s + i, hl_vmul_avx2(hl_vsums_avx2(all + i), hl_vset_avx2(scale)));
@@ -6556,7 +6524,7 @@ HL_KERNEL_AVX512 void hl_sfa_f32_d64_dot_4x4_avx512(const float *q, const hl_row
     }
 }
 
-/* 2 heads by 8 keys, read where they are stored, 4 rows at a time: channels are in
+/* 2 heads by 8 keys, read where they are stored, 8 rows at a time: channels are in
  * the lanes, and sums are formed across them once a tile, for many dot products together. Behind
  * the last key its row is taken again, so that every tile is whole. Meanwhile lines of later keys
  * (next) are asked for, if there are any; but for those that value tiles ask for. */
@@ -6566,33 +6534,41 @@ HL_KERNEL_AVX512 void hl_sfa_f32_d64_dot_2x8_avx512(const float *q, const hl_row
 {
     enum { L = 16, QS = 64 };
     hl_vf_avx512 all[16];
-    for (int32_t j = 0; j < 8; j += 4) {
+    for (int32_t j = 0; j < 8; j += 8) {
         const hl_row *const row0 = row + (last < j + 0 ? last : j + 0);
         const hl_row *const row1 = row + (last < j + 1 ? last : j + 1);
         const hl_row *const row2 = row + (last < j + 2 ? last : j + 2);
         const hl_row *const row3 = row + (last < j + 3 ? last : j + 3);
-        hl_vf_avx512 s0_0x = hl_vzero_avx512();
-        hl_vf_avx512 s0_0y = hl_vzero_avx512();
-        hl_vf_avx512 s0_1x = hl_vzero_avx512();
-        hl_vf_avx512 s0_1y = hl_vzero_avx512();
-        hl_vf_avx512 s0_2x = hl_vzero_avx512();
-        hl_vf_avx512 s0_2y = hl_vzero_avx512();
-        hl_vf_avx512 s0_3x = hl_vzero_avx512();
-        hl_vf_avx512 s0_3y = hl_vzero_avx512();
-        hl_vf_avx512 s1_0x = hl_vzero_avx512();
-        hl_vf_avx512 s1_0y = hl_vzero_avx512();
-        hl_vf_avx512 s1_1x = hl_vzero_avx512();
-        hl_vf_avx512 s1_1y = hl_vzero_avx512();
-        hl_vf_avx512 s1_2x = hl_vzero_avx512();
-        hl_vf_avx512 s1_2y = hl_vzero_avx512();
-        hl_vf_avx512 s1_3x = hl_vzero_avx512();
-        hl_vf_avx512 s1_3y = hl_vzero_avx512();
+        const hl_row *const row4 = row + (last < j + 4 ? last : j + 4);
+        const hl_row *const row5 = row + (last < j + 5 ? last : j + 5);
+        const hl_row *const row6 = row + (last < j + 6 ? last : j + 6);
+        const hl_row *const row7 = row + (last < j + 7 ? last : j + 7);
+        hl_vf_avx512 s0_0 = hl_vzero_avx512();
+        hl_vf_avx512 s0_1 = hl_vzero_avx512();
+        hl_vf_avx512 s0_2 = hl_vzero_avx512();
+        hl_vf_avx512 s0_3 = hl_vzero_avx512();
+        hl_vf_avx512 s0_4 = hl_vzero_avx512();
+        hl_vf_avx512 s0_5 = hl_vzero_avx512();
+        hl_vf_avx512 s0_6 = hl_vzero_avx512();
+        hl_vf_avx512 s0_7 = hl_vzero_avx512();
+        hl_vf_avx512 s1_0 = hl_vzero_avx512();
+        hl_vf_avx512 s1_1 = hl_vzero_avx512();
+        hl_vf_avx512 s1_2 = hl_vzero_avx512();
+        hl_vf_avx512 s1_3 = hl_vzero_avx512();
+        hl_vf_avx512 s1_4 = hl_vzero_avx512();
+        hl_vf_avx512 s1_5 = hl_vzero_avx512();
+        hl_vf_avx512 s1_6 = hl_vzero_avx512();
+        hl_vf_avx512 s1_7 = hl_vzero_avx512();
         {
             const float *const from = q + 0;
             const float *const k0 = (const float *)row0->key;
             const float *const k1 = (const float *)row1->key;
             const float *const k2 = (const float *)row2->key;
             const float *const k3 = (const float *)row3->key;
+            const float *const k4 = (const float *)row4->key;
+            const float *const k5 = (const float *)row5->key;
+            const float *const k6 = (const float *)row6->key;
+            const float *const k7 = (const float *)row7->key;
             for (int32_t start = 0; start < 64; start += 32) {
                 if (next != NULL) {
                     if (apart) {
@@ -6600,12 +6576,20 @@ HL_KERNEL_AVX512 void hl_sfa_f32_d64_dot_2x8_avx512(const float *q, const hl_row
                         HL_FETCH((const float *)next[j + 1].key + start + 0);
                         HL_FETCH((const float *)next[j + 2].key + start + 0);
                         HL_FETCH((const float *)next[j + 3].key + start + 0);
+                        HL_FETCH((const float *)next[j + 4].key + start + 0);
+                        HL_FETCH((const float *)next[j + 5].key + start + 0);
+                        HL_FETCH((const float *)next[j + 6].key + start + 0);
+                        HL_FETCH((const float *)next[j + 7].key + start + 0);
                     }
                     if (apart) {
                         HL_FETCH((const float *)next[j + 0].key + start + 16);
                         HL_FETCH((const float *)next[j + 1].key + start + 16);
                         HL_FETCH((const float *)next[j + 2].key + start + 16);
                         HL_FETCH((const float *)next[j + 3].key + start + 16);
+                        HL_FETCH((const float *)next[j + 4].key + start + 16);
+                        HL_FETCH((const float *)next[j + 5].key + start + 16);
+                        HL_FETCH((const float *)next[j + 6].key + start + 16);
+                        HL_FETCH((const float *)next[j + 7].key + start + 16);
                     }
                 }
                 for (int32_t c = start; c < start + 32; c += 32) {
@@ -6618,44 +6602,72 @@ HL_KERNEL_AVX512 void hl_sfa_f32_d64_dot_2x8_avx512(const float *q, const hl_row
                         const hl_vf_avx512 q1 = hl_vload_avx512(qc + 1 * QS);
                         const hl_vf_avx512 p1 = hl_vload_avx512(qc + 1 * QS + L);
                         hl_vpair_avx512(k0 + c + 0, &v, &w);
-                        s0_0x = hl_vfma_avx512(v, q0, s0_0x);
-                        s1_0x = hl_vfma_avx512(v, q1, s1_0x);
-                        s0_0y = hl_vfma_avx512(w, p0, s0_0y);
-                        s1_0y = hl_vfma_avx512(w, p1, s1_0y);
+                        s0_0 = hl_vfma_avx512(v, q0, s0_0);
+                        s1_0 = hl_vfma_avx512(v, q1, s1_0);
+                        s0_0 = hl_vfma_avx512(w, p0, s0_0);
+                        s1_0 = hl_vfma_avx512(w, p1, s1_0);
                         hl_vpair_avx512(k1 + c + 0, &v, &w);
-                        s0_1x = hl_vfma_avx512(v, q0, s0_1x);
-                        s1_1x = hl_vfma_avx512(v, q1, s1_1x);
-                        s0_1y = hl_vfma_avx512(w, p0, s0_1y);
-                        s1_1y = hl_vfma_avx512(w, p1, s1_1y);
+                        s0_1 = hl_vfma_avx512(v, q0, s0_1);
+                        s1_1 = hl_vfma_avx512(v, q1, s1_1);
+                        s0_1 = hl_vfma_avx512(w, p0, s0_1);
+                        s1_1 = hl_vfma_avx512(w, p1, s1_1);
                         hl_vpair_avx512(k2 + c + 0, &v, &w);
-                        s0_2x = hl_vfma_avx512(v, q0, s0_2x);
-                        s1_2x = hl_vfma_avx512(v, q1, s1_2x);
-                        s0_2y = hl_vfma_avx512(w, p0, s0_2y);
-                        s1_2y = hl_vfma_avx512(w, p1, s1_2y);
+                        s0_2 = hl_vfma_avx512(v, q0, s0_2);
+                        s1_2 = hl_vfma_avx512(v, q1, s1_2);
+                        s0_2 = hl_vfma_avx512(w, p0, s0_2);
+                        s1_2 = hl_vfma_avx512(w, p1, s1_2);
                         hl_vpair_avx512(k3 + c + 0, &v, &w);
-                        s0_3x = hl_vfma_avx512(v, q0, s0_3x);
-                        s1_3x = hl_vfma_avx512(v, q1, s1_3x);
-                        s0_3y = hl_vfma_avx512(w, p0, s0_3y);
-                        s1_3y = hl_vfma_avx512(w, p1, s1_3y);
+                        s0_3 = hl_vfma_avx512(v, q0, s0_3);
+                        s1_3 = hl_vfma_avx512(v, q1, s1_3);
+                        s0_3 = hl_vfma_avx512(w, p0, s0_3);
+                        s1_3 = hl_vfma_avx512(w, p1, s1_3);
+                        hl_vpair_avx512(k4 + c + 0, &v, &w);
+                        s0_4 = hl_vfma_avx512(v, q0, s0_4);
+                        s1_4 = hl_vfma_avx512(v, q1, s1_4);
+                        s0_4 = hl_vfma_avx512(w, p0, s0_4);
+                        s1_4 = hl_vfma_avx512(w, p1, s1_4);
+                        hl_vpair_avx512(k5 + c + 0, &v, &w);
+                        s0_5 = hl_vfma_avx512(v, q0, s0_5);
+                        s1_5 = hl_vfma_avx512(v, q1, s1_5);
+                        s0_5 = hl_vfma_avx512(w, p0, s0_5);
+                        s1_5 = hl_vfma_avx512(w, p1, s1_5);
+                        hl_vpair_avx512(k6 + c + 0, &v, &w);
+                        s0_6 = hl_vfma_avx512(v, q0, s0_6);
+                        s1_6 = hl_vfma_avx512(v, q1, s1_6);
+                        s0_6 = hl_vfma_avx512(w, p0, s0_6);
+                        s1_6 = hl_vfma_avx512(w, p1, s1_6);
+                        hl_vpair_avx512(k7 + c + 0, &v, &w);
+                        s0_7 = hl_vfma_avx512(v, q0, s0_7);
+                        s1_7 = hl_vfma_avx512(v, q1, s1_7);
+                        s0_7 = hl_vfma_avx512(w, p0, s0_7);
+                        s1_7 = hl_vfma_avx512(w, p1, s1_7);
                     }
                 }
             }
         }
-        all[(j + 0) * 2 + 0] = hl_vadd_avx512(s0_0x, s0_0y);
-        all[(j + 1) * 2 + 0] = hl_vadd_avx512(s0_1x, s0_1y);
-        all[(j + 2) * 2 + 0] = hl_vadd_avx512(s0_2x, s0_2y);
-        all[(j + 3) * 2 + 0] = hl_vadd_avx512(s0_3x, s0_3y);
-        all[(j + 0) * 2 + 1] = hl_vadd_avx512(s1_0x, s1_0y);
-        all[(j + 1) * 2 + 1] = hl_vadd_avx512(s1_1x, s1_1y);
-        all[(j + 2) * 2 + 1] = hl_vadd_avx512(s1_2x, s1_2y);
-        all[(j + 3) * 2 + 1] = hl_vadd_avx512(s1_3x, s1_3y);
+        all[(j + 0) * 2 + 0] = s0_0;
+        all[(j + 1) * 2 + 0] = s0_1;
+        all[(j + 2) * 2 + 0] = s0_2;
+        all[(j + 3) * 2 + 0] = s0_3;
+        all[(j + 4) * 2 + 0] = s0_4;
+        all[(j + 5) * 2 + 0] = s0_5;
+        all[(j + 6) * 2 + 0] = s0_6;
+        all[(j + 7) * 2 + 0] = s0_7;
+        all[(j + 0) * 2 + 1] = s1_0;
+        all[(j + 1) * 2 + 1] = s1_1;
+        all[(j + 2) * 2 + 1] = s1_2;
+        all[(j + 3) * 2 + 1] = s1_3;
+        all[(j + 4) * 2 + 1] = s1_4;
+        all[(j + 5) * 2 + 1] = s1_5;
+        all[(j + 6) * 2 + 1] = s1_6;
+        all[(j + 7) * 2 + 1] = s1_7;
     }
     for (int32_t i = 0; i < 16; i += L) {
         hl_vstore_avx512(s + i, hl_vmul_avx512(hl_vsums_avx512(all + i), hl_vset_avx512(scale)));
     }
 }
 
-/* 1 head by 16 keys, read where they are stored, 4 rows at a time: channels are in
+/* 1 head by 16 keys, read where they are stored, 1 row at a time: channels are in
  * the lanes, and sums are formed across them once a tile, for many dot products together. Behind
  * the last key its row is taken again, so that every tile is whole. Meanwhile lines of later keys
  * (next) are asked for, if there are any; but for those that value tiles ask for. */
@@ -6664,65 +6676,54 @@ HL_KERNEL_AVX512 void hl_sfa_f32_d64_dot_1x16_avx512(const float *q, const hl_ro
 {
     enum { L = 16, QS = 64 };
     hl_vf_avx512 all[16];
-    for (int32_t j = 0; j < 16; j += 4) {
+    for (int32_t j = 0; j < 16; j += 1) {
         const hl_row *const row0 = row + (last < j + 0 ? last : j + 0);
-        const hl_row *const row1 = row + (last < j + 1 ? last : j + 1);
-        const hl_row *const row2 = row + (last < j + 2 ? last : j + 2);
-        const hl_row *const row3 = row + (last < j + 3 ? last : j + 3);
         hl_vf_avx512 s0_0x = hl_vzero_avx512();
         hl_vf_avx512 s0_0y = hl_vzero_avx512();
-        hl_vf_avx512 s0_1x = hl_vzero_avx512();
-        hl_vf_avx512 s0_1y = hl_vzero_avx512();
-        hl_vf_avx512 s0_2x = hl_vzero_avx512();
-        hl_vf_avx512 s0_2y = hl_vzero_avx512();
-        hl_vf_avx512 s0_3x = hl_vzero_avx512();
-        hl_vf_avx512 s0_3y = hl_vzero_avx512();
+        hl_vf_avx512 s0_0z = hl_vzero_avx512();
+        hl_vf_avx512 s0_0w = hl_vzero_avx512();
         {
             const float *const from = q + 0;
             const float *const k0 = (const float *)row0->key;
-            const float *const k1 = (const float *)row1->key;
-            const float *const k2 = (const float *)row2->key;
-            const float *const k3 = (const float *)row3->key;
-            for (int32_t start = 0; start < 64; start += 32) {
+            for (int32_t start = 0; start < 64; start += 64) {
                 if (next != NULL) {
                     HL_FETCH((const float *)next[j + 0].key + start + 0);
-                    HL_FETCH((const float *)next[j + 1].key + start + 0);
-                    HL_FETCH((const float *)next[j + 2].key + start + 0);
-                    HL_FETCH((const float *)next[j + 3].key + start + 0);
                     if (apart) {
                         HL_FETCH((const float *)next[j + 0].key + start + 16);
-                        HL_FETCH((const float *)next[j + 1].key + start + 16);
-                        HL_FETCH((const float *)next[j + 2].key + start + 16);
-                        HL_FETCH((const float *)next[j + 3].key + start + 16);
+                    }
+                    HL_FETCH((const float *)next[j + 0].key + start + 32);
+                    if (apart) {
+                        HL_FETCH((const float *)next[j + 0].key + start + 48);
                     }
                 }
-                for (int32_t c = start; c < start + 32; c += 32) {
+                for (int32_t c = start; c < start + 64; c += 64) {
                     {
                         const float *const qc = from + c + 0;
-                        hl_vf_avx512 v;
-                        hl_vf_avx512 w;
-                        const hl_vf_avx512 q0 = hl_vload_avx512(qc + 0 * QS);
-                        const hl_vf_avx512 p0 = hl_vload_avx512(qc + 0 * QS + L);
-                        hl_vpair_avx512(k0 + c + 0, &v, &w);
-                        s0_0x = hl_vfma_avx512(v, q0, s0_0x);
-                        s0_0y = hl_vfma_avx512(w, p0, s0_0y);
-                        hl_vpair_avx512(k1 + c + 0, &v, &w);
-                        s0_1x = hl_vfma_avx512(v, q0, s0_1x);
-                        s0_1y = hl_vfma_avx512(w, p0, s0_1y);
-                        hl_vpair_avx512(k2 + c + 0, &v, &w);
-                        s0_2x = hl_vfma_avx512(v, q0, s0_2x);
-                        s0_2y = hl_vfma_avx512(w, p0, s0_2y);
-                        hl_vpair_avx512(k3 + c + 0, &v, &w);
-                        s0_3x = hl_vfma_avx512(v, q0, s0_3x);
-                        s0_3y = hl_vfma_avx512(w, p0, s0_3y);
+                        hl_vf_avx512 q0;
+                        hl_vf_avx512 v0;
+                        hl_vf_avx512 w0;
+                        hl_vpair_avx512(k0 + c + 0, &v0, &w0);
+                        q0 = hl_vload_avx512(qc + 0 * QS);
+                        s0_0x = hl_vfma_avx512(v0, q0, s0_0x);
+                        q0 = hl_vload_avx512(qc + 0 * QS + L);
+                        s0_0y = hl_vfma_avx512(w0, q0, s0_0y);
+                    }
+                    {
+                        const float *const qc = from + c + 32;
+                        hl_vf_avx512 q0;
+                        hl_vf_avx512 v0;
+                        hl_vf_avx512 w0;
+                        hl_vpair_avx512(k0 + c + 32, &v0, &w0);
+                        q0 = hl_vload_avx512(qc + 0 * QS);
+                        s0_0z = hl_vfma_avx512(v0, q0, s0_0z);
+                        q0 = hl_vload_avx512(qc + 0 * QS + L);
+                        s0_0w = hl_vfma_avx512(w0, q0, s0_0w);
                     }
                 }
             }
         }
-        all[(j + 0) * 1 + 0] = hl_vadd_avx512(s0_0x, s0_0y);
-        all[(j + 1) * 1 + 0] = hl_vadd_avx512(s0_1x, s0_1y);
-        all[(j + 2) * 1 + 0] = hl_vadd_avx512(s0_2x, s0_2y);
-        all[(j + 3) * 1 + 0] = hl_vadd_avx512(s0_3x, s0_3y);
+        all[(j + 0) * 1 + 0] =
+            hl_vadd_avx512(hl_vadd_avx512(s0_0x, s0_0y), hl_vadd_avx512(s0_0z, s0_0w));
     }
     for (int32_t i = 0; i < 16; i += L) {
         hl_vstore_avx512(s + i, hl_vmul_avx512(hl_vsums_avx512(all + i), hl_vset_avx512(scale)));
@@ -6733,7 +6734,7 @@ HL_KERNEL_AVX512 void hl_sfa_f32_d64_dot_1x16_avx512(const float *q, const hl_ro
 HL_KERNEL_AVX512 void hl_sfa_f32_d64_score_few_avx512(const hl_space *w, const hl_block *b,
     int32_t group, float scale)
 {
-    enum { QS = 64, BLOCK = 48, AHEAD = 24 };
+    enum { QS = 64, BLOCK = 96, AHEAD = 24 };
     const int32_t known = b->n + b->n_later;
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
@@ -6886,7 +6887,7 @@ HL_KERNEL_AVX512 void hl_sfa_f32_d64_softmax_one_avx512(float *s, const hl_state
 HL_KERNEL_AVX512 void hl_sfa_f32_d64_softmaxes_few_avx512(const hl_space *w, const hl_state *t,
     int32_t group, int32_t n)
 {
-    enum { BLOCK = 48 };
+    enum { BLOCK = 96 };
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
         hl_sfa_f32_d64_softmax_few_avx512(w->s + h * BLOCK, t, h, 4, n);
@@ -7742,7 +7743,7 @@ HL_KERNEL_AVX512 void hl_sfa_f32_d64_pr_1x4_avx512(const float *p, const hl_row 
 HL_KERNEL_AVX512 void hl_sfa_f32_d64_value_few_avx512(const hl_space *w, const hl_state *t,
     const hl_block *b, int32_t group)
 {
-    enum { OS = 64, BLOCK = 48 };
+    enum { OS = 64, BLOCK = 96 };
     const int32_t left = b->n + b->n_later - 24;
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
@@ -7974,8 +7975,8 @@ HL_KERNEL_AVX512 void hl_sfa_f32_d64_forward_avx512(const hl_sparse_flash_attent
                                                     const hl_group *g, const hl_space *w,
                                                     const hl_state *t, hl_cursor c, int32_t padded)
 {
-    enum { CAP = 192, AHEAD = 24 };
-    const int32_t block = plan->group > 32 ? 96 : 48;
+    enum { CAP = 240, AHEAD = 24 };
+    const int32_t block = plan->group > 32 ? 96 : plan->group <= 3 ? 80 : 96;
     const hl_sparse_flash_attention_args *const a = &plan->args;
     int32_t known = hl_sfa_f32_d64_next(a, g, &c, w->row, CAP);
     int32_t more = known == CAP;
