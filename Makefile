@@ -10,7 +10,7 @@ DEMO_NAME := hl_sparse_flash_attention_bf16_d512_rope64
 DEMO_SPEC := --op sparse_flash_attention --dtype bf16 --dk 512 --rope 64
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-embedded test check bench examples headers clean
+.PHONY: help demo demo-embedded test check bench bench-peers examples headers clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -37,9 +37,14 @@ check: ## what must hold of the product: same bytes, strict compiles, names, sta
 	@$(SETUP) python cc cxx arm64 arm lint
 	@$(PYTHON) tests/check.py --jobs $(JOBS)
 
-bench: ## time the shipped headers against this machine's own limits
+bench: ## time the shipped headers against this machine's own limits; ONLY=<pattern> for some
 	@$(SETUP) python cc sleef
-	$(PYTHON) bench/run.py
+	$(PYTHON) bench/run.py --only '$(ONLY)'
+
+bench-peers: ## the same shapes beside other libraries, which it installs (a gigabyte or more)
+	@$(SETUP) python cc
+	$(PYTHON) bench/peers/install.py
+	$(PYTHON) bench/run.py --peers --only '$(ONLY)'
 
 examples: ## compile every example by the line at its top, and run it
 	@$(SETUP) python cc

@@ -4,43 +4,50 @@ Clocks wander, so a figure is never a time alone: `alternate` runs all steps one
 many times over, and ratios are formed inside one round, between neighbours.
 """
 
+import contextlib
 import ctypes
 import functools
-import subprocess
-import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+import mmap
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from gen import bind
 
 BENCH = Path(__file__).resolve().parent
 ROOT = BENCH.parent
-MADE = ROOT / "build" / "bench"
-
-NAME = "hl_sparse_flash_attention_bf16_d512_rope64"
-SPEC = ["--op", "sparse_flash_attention", "--dtype", "bf16", "--dk", "512", "--rope", "64"]
-LIBS = {"builtin": (), "sleef": ("-lsleef", "-lm"), "libm": ("-lm",)}
-DV, WIDTH = 512, 576  # value channels, and those of a joined row
-ROW_BYTES = 2 * WIDTH
-SCALE = 192**-0.5  # the model's own: 128 + 64 channels before absorption
+HUGE_PAGE = 2 << 20
+MOST_HEADS = 128
 LARGEST = 131072  # keys of the largest cache
-WARM = 32768  # keys that the samples of one table row wander over
-READ_AHEAD = 4  # rows; beyond that nothing is gained
+READ_AHEAD = 1024  # bytes; beyond that nothing is gained
+ROWS_AHEAD = 4  # of a gather
+SAMPLE_NS = 2e6  # a sample of a kernel is as many calls as fill this
+READ_SAMPLE_NS = 3e5
+SWEPT = 1 << 30  # bytes read before a call that is to find cold caches
 VECTOR_BYTES = {"scalar": 16, "neon": 16, "avx2": 32, "avx512": 64}
+MATRIX_ISAS = ("amx",)  # whose limit is the matrix unit, not a vector's multiply-adds
+SCORE_DEVIATION = 1.7  # of the scores of standard normal tensors, as in trained models
 
 Step = Callable[[], float]
 Times = dict[str, np.ndarray]
 
 
-def alternate(steps: dict[str, Step], rounds: int) -> Times:
-    """Every step once a round, in the given order, after one round that does not count."""
+# ---- figures ------------------------------------------------------------------------------------
+
+
+def alternate(steps: dict[str, Step], rounds: int, seconds: float = 0) -> Times:
+    """Every step once a round, in the given order, after one round that does not count. With
+    `seconds`, rounds stop once they are over, but not before there are five."""
     made: dict[str, list[float]] = {name: [] for name in steps}
+    begin = time.monotonic()
     for i in range(rounds + 1):
+        if seconds and i > 5 and time.monotonic() - begin > seconds:
+            break
         for name, step in steps.items():
             value = step()
             if i > 0:
@@ -48,31 +55,81 @@ def alternate(steps: dict[str, Step], rounds: int) -> Times:
     return {name: np.array(values) for name, values in made.items()}
 
 
+def spread(values: Sequence[float] | np.ndarray) -> float:
+    """How far the middle four fifths of the samples are apart, relative to their median."""
+    low, high = np.percentile(values, [10, 90])
+    return float((high - low) / np.median(values))
+
+
+def limit_kind(isa: str, flops: float, read_bytes: float, peak: float, bandwidth: float) -> str:
+    """Which limit binds work of so many operations and bytes, given GFLOP/s and GB/s."""
+    if flops / read_bytes < peak / bandwidth:
+        return "read"
+    return "matrix" if isa in MATRIX_ISAS else "fma"
+
+
+def checked(ns: float) -> float:
+    """Nanoseconds as C returned them; a negative number is a status."""
+    if ns < 0:
+        raise RuntimeError(f"the kernel refused the call with status {ns:.0f}")
+    return ns
+
+
+C_LETTERS = {"p": ctypes.c_void_p, "i": ctypes.c_int, "z": ctypes.c_size_t, "l": ctypes.c_int64,
+             "f": ctypes.c_float, "d": ctypes.c_double, "v": None}
+
+
+def declare(function: Any, parameters: str, result: str) -> Any:
+    """The function of a C library with its types said, a letter each."""
+    function.argtypes = [C_LETTERS[letter] for letter in parameters]
+    function.restype = C_LETTERS[result]
+    return function
+
+
+# ---- shapes -------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class Shape:
-    """One query row over `read` of `keys` keys; all of them: dense. again: the same ones in every
-    call, else others."""
+    """`rows` query rows of one sequence over `keys` of `cache_keys` keys. selection: dense, causal,
+    list (logical ids), slots (physical rows). value: a tensor of its own, not part of the key."""
 
     heads: int
-    read: int
+    kv_heads: int
     keys: int
-    again: bool = False
+    cache_keys: int
+    selection: str = "dense"
+    rows: int = 1
+    value: bool = False
+
+    @property
+    def listed(self) -> bool:
+        return self.selection in ("list", "slots")
 
     @property
     def title(self) -> str:
-        keys = f"{self.read} of {self.keys}" if self.read < self.keys else f"dense {self.keys}"
-        return f"{keys}, again" if self.again else keys
+        heads = f"{self.heads} head{'s' if self.heads > 1 else ''}"
+        if self.kv_heads > 1:
+            heads = f"{self.heads}/{self.kv_heads} heads"
+        rows = f"{self.rows} rows, " if self.rows > 1 else ""
+        of = f" of {self.cache_keys}" if self.listed else ""
+        return f"{heads}, {rows}{self.selection} {self.keys}{of}"
 
-    @property
-    def flops(self) -> int:
-        return 2 * self.heads * (WIDTH + DV) * self.read
+    def seen(self) -> int:
+        """Pairs of query row and key that are computed, for one head."""
+        if self.selection == "causal":
+            return sum(self.keys - self.rows + i + 1 for i in range(self.rows))
+        return self.rows * self.keys
 
-    @property
-    def bytes(self) -> int:
-        return ROW_BYTES * self.read
+    def flops(self, dk: int, dv: int) -> int:
+        return 2 * self.heads * (dk + dv) * self.seen()
+
+    def bytes(self, dk: int, dv: int, itemsize: int) -> int:
+        """Of the cache, each row read once."""
+        return self.kv_heads * self.keys * (dk + (dv if self.value else 0)) * itemsize
 
 
-# ---- tensors ------------------------------------------------------------------------------------
+# ---- memory -------------------------------------------------------------------------------------
 
 
 @functools.cache
@@ -81,38 +138,64 @@ def rng() -> np.random.Generator:
     return np.random.default_rng(20261121)
 
 
-def aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """An array that starts a cache line, as an engine's allocator gives."""
-    count = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    raw = np.zeros(count + 64, np.uint8)
-    start = -raw.ctypes.data % 64
-    return raw[start : start + count].view(dtype).reshape(shape)
+MAPPED: set[int] = set()  # addresses of the memory that `allocate` made and that is still there
 
 
-def normal(*shape: int) -> np.ndarray:
-    """Standard normal bf16. Scores have a deviation of 1.7, as in trained models: a few keys of
-    2048 carry most of the weight, and no weight is so small that it is not computed."""
-    made = aligned(shape, ml_dtypes.bfloat16)
+def allocate(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """Memory as an engine takes it for its caches: pages of 2 MiB asked for by madvise, aligned to
+    them. What is smaller than such a page starts a page of the usual size."""
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    room = mmap.mmap(-1, size + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a system without them
+            room.madvise(mmap.MADV_HUGEPAGE)
+    raw = np.frombuffer(room, np.uint8)
+    start = -raw.ctypes.data % HUGE_PAGE
+    MAPPED.add(raw.ctypes.data + start)
+    weakref.finalize(room, MAPPED.discard, raw.ctypes.data + start)
+    return raw[start : start + size].view(dtype).reshape(shape)
+
+
+def in_huge_pages() -> float | None:
+    """The share of the memory that `allocate` made, and that was touched, in huge pages; None if
+    the system does not say."""
+    try:
+        lines = Path("/proc/self/smaps").read_text().splitlines()
+    except OSError:
+        return None
+    sums = {"Rss:": 0, "AnonHugePages:": 0}
+    ours = False
+    for line in lines:
+        first, second = line.split()[:2]
+        if not first.endswith(":"):  # a mapping: 7f0000000000-7f0000200000 rw-p ..
+            begin, end = (int(part, 16) for part in first.split("-"))
+            ours = any(begin <= address < end for address in MAPPED)
+        elif ours and first in sums:
+            sums[first] += int(second)
+    return sums["AnonHugePages:"] / sums["Rss:"] if sums["Rss:"] else None
+
+
+def normal(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """Standard normal numbers, rounded to a type."""
+    made = allocate(shape, dtype)
+    flat = made.reshape(shape[0], -1)
     for row in range(0, shape[0], 8192):
-        part = made[row : row + 8192]
-        part[:] = rng().standard_normal(part.shape, np.float32).astype(ml_dtypes.bfloat16)
+        part = flat[row : row + 8192]
+        part[:] = rng().standard_normal(part.shape, np.float32).astype(dtype)
     return made
 
 
 @functools.cache
-def cache() -> np.ndarray:
-    """Latent rows, nope and rope channels joined."""
-    return normal(LARGEST, WIDTH)
+def normal_once(kind: str, rows: int, heads: int, width: int, dtype: Any) -> np.ndarray:
+    """One tensor of each kind, width and type, so that shapes share their memory."""
+    return normal((rows, heads, width), dtype)
 
 
 @functools.cache
-def queries() -> np.ndarray:
-    return normal(128, WIDTH)
-
-
-def lists(keys: int, read: int) -> np.ndarray:
+def lists(cache_keys: int, keys: int) -> np.ndarray:
     """Disjoint lists over all keys, in no order: an indexer's come by score, not by place."""
-    return rng().permutation(keys).astype(np.int32)[: keys // read * read].reshape(-1, read)
+    ids = rng().permutation(cache_keys).astype(np.int32)
+    return ids[: cache_keys // keys * keys].reshape(-1, keys)
 
 
 @functools.cache
@@ -122,41 +205,90 @@ def pages(keys: int, block_size: int) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class Case:
-    """What one call reads: rows of a piece of the cache, those in `list`, or all."""
+class Tensors:
+    """What calls of one shape read. lists: one a call, in turn; together they touch the whole
+    cache, so that a call finds its rows where they lie when other layers ran in between."""
 
-    keys: np.ndarray
-    list: np.ndarray | None
+    query: np.ndarray  # [rows][heads][dk]
+    key: np.ndarray  # [cache_keys][kv_heads][dk]
+    value: np.ndarray | None  # [cache_keys][kv_heads][dv]
+    lists: np.ndarray | None
+    dv: int
+    scale: float
+
+    def ids(self, turn: int) -> np.ndarray | slice:
+        """The rows of the cache that call number `turn` reads."""
+        return slice(None) if self.lists is None else self.lists[turn]
 
 
-class Rotation:
-    """Cases that together touch every row of a cache (dense: of WARM keys). Whoever asks gets the
-    next ones, so that a call finds its rows where they lie when other layers ran in between: in
-    L3 or memory, not in L2."""
+def held_keys(shape: Shape) -> int:
+    """Keys of the tensor that holds a shape's cache: caches of one kv head share theirs."""
+    if shape.kv_heads > 1:
+        return shape.cache_keys
+    return next(keys for keys in (4096, 32768, LARGEST, shape.cache_keys)
+                if keys >= shape.cache_keys)
 
-    def __init__(self, cases: list[Case]) -> None:
-        self.cases, self.at = cases, 0
 
-    def take(self, count: int = 1) -> int:
-        """The index of the first of the next `count` cases, modulo their number."""
-        first = self.at
-        self.at = (first + count) % len(self.cases)
-        return first
+def tensors(shape: Shape, dk: int, dv: int, dtype: Any) -> Tensors:
+    """The tensors of a shape: dk channels with those of the position."""
+    most = max(MOST_HEADS, shape.heads) if shape.kv_heads == 1 else shape.heads
+    held = held_keys(shape)
+    query = normal_once("query", shape.rows, most, dk, dtype)[:, : shape.heads]
+    key = normal_once("key", held, shape.kv_heads, dk, dtype)[: shape.cache_keys]
+    value = None
+    if shape.value:
+        value = normal_once("value", held, shape.kv_heads, dv, dtype)[: shape.cache_keys]
+    entries = lists(shape.cache_keys, shape.keys) if shape.listed else None
+    return Tensors(np.ascontiguousarray(query), key, value, entries, dv,
+                   SCORE_DEVIATION / dk**0.5)
+
+
+def exact(q: np.ndarray, k: np.ndarray, v: np.ndarray, scale: float,
+          causal: bool) -> np.ndarray:
+    """Attention in float64: q [rows][heads][dk] over one kv head's k [keys][dk], v [keys][dv]."""
+    q, k, v = (x.astype(np.float64) for x in (q, k, v))
+    s = np.einsum("rhd,kd->rhk", q, k, optimize=True) * scale
+    if causal:
+        last = len(k) - len(q) + np.arange(len(q))
+        s[np.broadcast_to(np.arange(len(k)) > last[:, None, None], s.shape)] = -np.inf
+    p = np.exp(s - s.max(axis=-1, keepdims=True))
+    return np.einsum("rhk,kd->rhd", p, v, optimize=True) / p.sum(axis=-1, keepdims=True)
 
 
 @functools.cache
-def rotation_over(keys: int, read: int, again: bool) -> Rotation:
-    if read < keys:
-        cases = [Case(cache()[:keys], entries) for entries in lists(keys, read)]
-    else:
-        starts = range(0, max(WARM, keys), keys)
-        cases = [Case(cache()[start : start + keys], None) for start in starts]
-    return Rotation(cases[:1] if again else cases)
+def reference(shape: Shape, dk: int, dv: int, dtype: Any, turn: int = 0) -> np.ndarray:
+    """[rows][heads][dv] in float64, of call number `turn`."""
+    if shape.kv_heads == 1 and shape.rows == 1 and shape.heads < MOST_HEADS:
+        most = replace(shape, heads=MOST_HEADS)  # of the same keys: computed once for all heads
+        return reference(most, dk, dv, dtype, turn)[:, : shape.heads]
+    t = tensors(shape, dk, dv, dtype)
+    k = t.key[t.ids(turn)]
+    v = k[..., :dv] if t.value is None else t.value[t.ids(turn)]
+    group = shape.heads // shape.kv_heads
+    return np.concatenate([
+        exact(t.query[:, n * group : (n + 1) * group], k[:, n], v[:, n], t.scale,
+              shape.selection == "causal")
+        for n in range(shape.kv_heads)], axis=1)
 
 
-def rotation(shape: Shape) -> Rotation:
-    """The one rotation over a cache for all that read as many rows at a time."""
-    return rotation_over(shape.keys, shape.read, shape.again)
+def relative_error(out: np.ndarray, want: np.ndarray) -> float:
+    """Of the L2 norm."""
+    difference = out.astype(np.float64).reshape(want.shape) - want
+    return float(np.linalg.norm(difference) / np.linalg.norm(want))
+
+
+class Turn:
+    """Hands out call numbers 0 .. count-1 again and again. Steps that are compared share one, or
+    each would find in a cache what the one before it has just read."""
+
+    def __init__(self, count: int) -> None:
+        self.count, self.at = count, 0
+
+    def take(self, many: int = 1) -> int:
+        """The first of the next `many`, modulo their number."""
+        first = self.at
+        self.at = (first + many) % self.count
+        return first
 
 
 # ---- limits -------------------------------------------------------------------------------------
@@ -166,173 +298,267 @@ def rotation(shape: Shape) -> Rotation:
 def limits_library() -> ctypes.CDLL:
     path = bind.compile_c({"limits.c": (BENCH / "limits.c").read_text()})
     library = ctypes.CDLL(str(path))
-    library.bench_peak.argtypes = (ctypes.c_int, ctypes.c_int64)
-    library.bench_read.argtypes = (
-        ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p, ctypes.c_int32, ctypes.c_int)
-    library.bench_peak.restype = library.bench_read.restype = ctypes.c_double
+    declare(library.bench_has_tiles, "", "i")
+    declare(library.bench_fma_peak, "il", "d")
+    declare(library.bench_tile_peak, "il", "d")
+    declare(library.bench_read, "ppiiiiz", "d")
+    declare(library.bench_gather, "pzpiiiii", "d")
+    declare(library.bench_sweep, "pz", "v")
     return library
 
 
+@functools.cache
+def has_tiles() -> bool:
+    """Whether this machine and system have AMX."""
+    return bool(limits_library().bench_has_tiles())
+
+
+def tile_peak(int8: bool, steps: int = 4000) -> Step:
+    """GFLOP/s of bf16 (GOP/s of int8) tile products with four accumulators."""
+    return lambda: limits_library().bench_tile_peak(int(int8), steps)
+
+
 def peak(isa: str, steps: int = 200_000) -> Step:
-    """GFLOP/s of float32 multiply-adds in registers."""
-    return lambda: limits_library().bench_peak(VECTOR_BYTES[isa], steps)
+    """GFLOP/s that bound an instruction set: its float32 multiply-adds in registers, or bf16 tile
+    products."""
+    if isa in MATRIX_ISAS:
+        return tile_peak(False)
+    return lambda: limits_library().bench_fma_peak(VECTOR_BYTES[isa], steps)
 
 
-def read(shape: Shape, ahead: int) -> Step:
-    """GB/s of reading the rows of a shape's cases in turn, in the order of their lists."""
-    turn = rotation(shape)
+class Read:
+    """GB/s of reading groups of whole ranges, one group after the other."""
 
-    def step() -> float:
-        case = turn.cases[turn.take()]
-        entries = None if case.list is None else case.list.ctypes.data
-        return shape.bytes / limits_library().bench_read(
-            case.keys.ctypes.data, ROW_BYTES, entries, shape.read, ahead)
+    def __init__(self, groups: list[list[np.ndarray]], ahead: int,
+                 turn: Turn | None = None) -> None:
+        ranges = [part for group in groups for part in group]
+        self.bases = (ctypes.c_void_p * len(ranges))(*(part.ctypes.data for part in ranges))
+        self.sizes = (ctypes.c_size_t * len(ranges))(*(part.nbytes for part in ranges))
+        self.each, self.ahead = len(groups[0]), ahead
+        self.turn = turn or Turn(len(groups))
+        self.bytes = sum(part.nbytes for part in groups[0])
+        self.count, self.kept = 1, groups
+        self.count = max(1, round(READ_SAMPLE_NS * self() / self.bytes))
 
-    return step
+    def __call__(self) -> float:
+        ns = limits_library().bench_read(self.bases, self.sizes, self.each, self.turn.count,
+                                         self.turn.take(self.count), self.count, self.ahead)
+        return self.bytes * self.count / ns
+
+
+def ranges_of(shape: Shape, t: Tensors) -> list[list[np.ndarray]]:
+    """Whole ranges as large as what a call reads. A list's rows: consecutive ones in their place,
+    over the whole cache in turn, so that they come out of the same level of caches."""
+    held = [x for x in (t.key, t.value) if x is not None]
+    starts = range(0, shape.cache_keys - shape.keys + 1, shape.keys) if shape.listed else [0]
+    return [[x[start : start + shape.keys] for x in held] for start in starts]
+
+
+def reads(shape: Shape, t: Tensors, turn: Turn) -> dict[str, Step]:
+    """Reading what a call reads, as the hardware prefetches it and with prefetches."""
+    groups = ranges_of(shape, t)
+    return {"plain": Read(groups, 0, turn), "ahead": Read(groups, READ_AHEAD, turn)}
+
+
+class Gather:
+    """GB/s of reading listed rows."""
+
+    def __init__(self, key: np.ndarray, entries: np.ndarray, ahead: int,
+                 turn: Turn | None = None, sample_ns: float = READ_SAMPLE_NS) -> None:
+        self.key, self.entries, self.ahead = key, entries, ahead
+        self.lists = (ctypes.c_void_p * len(entries))(*(e.ctypes.data for e in entries))
+        self.row_bytes = key[0].nbytes
+        if self.row_bytes % 64:
+            raise ValueError(f"rows of {self.row_bytes} bytes; fix: a multiple of 64")
+        self.turn, self.count = turn or Turn(len(entries)), 1
+        self.bytes = entries.shape[1] * self.row_bytes
+        self.count = max(1, round(sample_ns * self() / self.bytes))
+
+    def __call__(self) -> float:
+        ns = limits_library().bench_gather(
+            self.key.ctypes.data, self.row_bytes, self.lists, self.entries.shape[1],
+            self.turn.count, self.turn.take(self.count), self.count, self.ahead)
+        return self.bytes * self.count / ns
+
+
+@functools.cache
+def swept_memory(size: int) -> np.ndarray:
+    memory = allocate((size,), np.uint8)
+    memory[:] = 1  # or all of it would be the one page of zeros
+    return memory
+
+
+def after_sweep(step: Step, size: int) -> Step:
+    """A step that finds none of its memory in a cache."""
+    memory = swept_memory(size)
+
+    def run() -> float:
+        limits_library().bench_sweep(memory.ctypes.data, memory.nbytes)
+        return step()
+
+    return run
 
 
 # ---- kernels ------------------------------------------------------------------------------------
 
 
+@functools.cache
+def driver() -> ctypes.CDLL:
+    path = bind.compile_c({"driver.c": (BENCH / "driver.c").read_text()},
+                          flags=("-O2", "-pthread"))
+    library = ctypes.CDLL(str(path))
+    declare(library.bench_calls, "ppziiipz", "d")
+    declare(library.bench_plans, "pppi", "d")
+    declare(library.bench_threads, "pppllzip", "d")
+    return library
+
+
+@dataclass(frozen=True)
 class Build:
-    """A header compiled with the driver behind it: plain -O2, as a user would."""
+    """A kernel of a header, compiled as a user would: plain -O2."""
 
-    def __init__(self, math: str = "builtin") -> None:
-        path = ROOT / "include" / f"{NAME}.h"
-        if math != "builtin":
-            MADE.mkdir(parents=True, exist_ok=True)
-            path = MADE / f"{NAME}_{math}.h"
-            command = [sys.executable, "-m", "gen", "header", *SPEC, "--math", math, "-o", path]
-            subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-        name = bind.parse(path.read_text()).kernels[0]
-        self.kernel = bind.load(
-            path, name, flags=("-O2", "-pthread", f"-I{BENCH}"), libs=LIBS[math],
-            defines=(f"KERNEL {name}",), extra=(BENCH / "driver.c").read_text())
-        self.isas = self.kernel.isas()
-        p, i, size = ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t
-        self.run = self.function("run", p, i, i, i, p, size)
-        self.plan = self.function("plan", p, i, i, i)
-        self.threads = self.function("threads", p, i, p, size)
-        self.exp2 = self.function("exp2", i, p, p, size, i)
+    kernel: bind.Kernel
 
-    def function(self, name: str, *types: Any) -> Callable[..., float]:
-        """A function of bench/driver.c."""
-        function = self.kernel.library[f"bench_{name}"]
-        function.argtypes, function.restype = types, ctypes.c_double
-        return function
+    @property
+    def dk(self) -> int:
+        """Channels of a score, with those of the position."""
+        return self.kernel.dk + self.kernel.rope
 
-    def calls(self, shape: Shape, isa: str, **options: Any) -> "Calls":
-        """Decode steps of one shape; options are fields of the arguments."""
-        return Calls(self, shape, self.isas[isa], options)
+    @property
+    def dv(self) -> int:
+        return self.kernel.dv
 
-    def exp2_alone(self, isa: str, count: int = 4000) -> Step:
-        """Nanoseconds an element of 2^x alone, in L1, over the range of real scores."""
-        x = -rng().exponential(4.0, 1024).astype(np.float32)
-        y = np.empty_like(x)
-        return lambda: checked(
-            self.exp2(self.isas[isa], x.ctypes.data, y.ctypes.data, x.size, count)
-        ) / (x.size * count)
+    @property
+    def kv_format(self) -> str:
+        """The element type of the cache: f32, f16, bf16."""
+        return next(name for name, dtype in bind.DTYPES.items() if dtype == self.kernel.dtype)
+
+    @functools.cached_property
+    def isas(self) -> dict[str, int]:
+        """The instruction sets that header and machine have, the best first."""
+        found = self.kernel.isas()
+        return dict(sorted(found.items(), key=lambda item: -item[1]))
+
+    def tensors(self, shape: Shape) -> Tensors:
+        return tensors(shape, self.dk, self.dv, self.kernel.dtype)
+
+    def reference(self, shape: Shape, turn: int = 0) -> np.ndarray:
+        return reference(shape, self.dk, self.dv, self.kernel.dtype, turn)
+
+    def flops(self, shape: Shape) -> int:
+        return shape.flops(self.dk, self.dv)
+
+    def bytes(self, shape: Shape) -> int:
+        return shape.bytes(self.dk, self.dv, self.kernel.dtype.itemsize)
+
+    def address(self, suffix: str) -> int:
+        """Of a function of the kernel."""
+        return ctypes.cast(self.kernel.library[self.kernel.name + suffix], ctypes.c_void_p).value
 
 
-def checked(ns: float) -> float:
-    if ns < 0:
-        raise RuntimeError(f"the kernel refused the call with status {ns:.0f}")
-    return ns
+@functools.cache
+def build(path: Path) -> Build:
+    """The only kernel of a header."""
+    return Build(bind.load(path))
+
+
+# The relative error beyond which a result is wrong and not worth timing.
+WRONG = {"f32": 1e-4, "f16": 4e-3, "bf16": 6e-3}
 
 
 class Calls:
-    """Calls of one kernel on the cases of a shape, in turn. As a step: nanoseconds a call, over as
-    many calls as fill two milliseconds."""
+    """Calls of one kernel on one shape, with list after list. As a step: nanoseconds a call, over
+    as many calls as fill SAMPLE_NS."""
 
-    def __init__(self, build: Build, shape: Shape, isa: int, options: dict[str, Any]) -> None:
-        self.build, self.shape = build, shape
-        self.turn = rotation(shape)
-        self.out = aligned((shape.heads, DV), ml_dtypes.bfloat16)
-        self.fields = [self.fields_of(case, isa, options) for case in self.turn.cases]
-        self.kept = [build.kernel.args(**fields) for fields in self.fields]
-        self.args = (build.kernel.Args * len(self.kept))(*self.kept)
-        bytes_ = build.kernel.workspace_bytes(**self.fields[0])
-        self.workspace = aligned((max(bytes_, 1),), np.uint8)
+    def __init__(self, made: Build, shape: Shape, isa: str, **options: Any) -> None:
+        self.build, self.shape, self.tensors = made, shape, made.tensors(shape)
+        kernel, t = made.kernel, self.tensors
+        self.out = allocate((shape.rows, shape.heads, made.dv), kernel.dtype)
+        self.turn = Turn(1 if t.lists is None else len(t.lists))
+        self.fields = [self.fields_of(turn, made.isas[isa], options)
+                       for turn in range(self.turn.count)]
+        self.kept = [kernel.args(**fields) for fields in self.fields]
+        self.args = (kernel.Args * len(self.kept))(*self.kept)
+        needed = kernel.workspace_bytes(**self.fields[0])
+        self.workspace = allocate((max(needed, 64),), np.uint8)
         self.count = 1
-        self.check()
-        self.count = max(1, round(2e6 / self()))
+        self.error = self.check(options)
+        self.count = max(1, round(SAMPLE_NS / self()))
 
-    def fields_of(self, case: Case, isa: int, options: dict[str, Any]) -> dict[str, Any]:
+    def fields_of(self, turn: int, isa: int, options: dict[str, Any]) -> dict[str, Any]:
         """The arguments of one call; block_size in the options makes the cache a paged one."""
-        keys = self.shape.keys
+        shape, t, constants = self.shape, self.tensors, self.build.kernel.constants
+        if self.build.kernel.op != "hl_sparse_flash_attention":
+            raise NotImplementedError(f"arguments of {self.build.kernel.op}; fix: add them here")
         fields: dict[str, Any] = {
-            "query": queries(), "key": case.keys, "attention_out": self.out, "batch": 1,
-            "seq_q": 1, "heads_q": self.shape.heads, "seq_kv": keys, "scale_value": SCALE,
-            "isa": isa}
-        if case.list is not None:
-            fields |= {"sparse_indices": case.list, "list_length": len(case.list)}
+            "query": t.query, "key": t.key, "value": t.value, "attention_out": self.out,
+            "batch": 1, "seq_q": shape.rows, "heads_q": shape.heads, "heads_kv": shape.kv_heads,
+            "seq_kv": shape.cache_keys, "scale_value": t.scale, "isa": isa,
+            "sparse_mode": 3 if shape.selection == "causal" else 0}
+        if t.lists is not None:
+            fields |= {"sparse_indices": t.lists[turn], "list_length": shape.keys}
+        if shape.selection == "slots":
+            fields["index_kind"] = constants["HL_INDEX_SLOTS"]
         if "block_size" in options:
-            table = pages(keys, options["block_size"])
+            table = pages(shape.cache_keys, options["block_size"])
             fields |= {
-                "layout_kv": self.build.kernel.constants["HL_LAYOUT_PA_BSND"],
-                "block_table": table, "num_blocks": table.size, "max_blocks": table.size,
-                "actual_seq_lengths_kv": np.array([keys], np.int32)}
+                "layout_kv": constants["HL_LAYOUT_PA_BSND"], "block_table": table,
+                "num_blocks": table.size, "max_blocks": table.size,
+                "actual_seq_lengths_kv": np.array([shape.cache_keys], np.int32)}
         return fields | options
 
-    def check(self) -> None:
-        """Wrong results are not worth timing: one case against float64."""
-        first = self.turn.at
+    def check(self, options: dict[str, Any]) -> float:
+        """The error of the first call, which every other one is like. (The rows of a paged cache
+        are others than the reference's; tests hold such calls against the contiguous ones.)"""
         self()
-        fields, case = self.fields[first], self.turn.cases[first]
-        ids = np.arange(self.shape.keys) if case.list is None else case.list
-        if "block_table" in fields:
-            size = fields["block_size"]
-            ids = fields["block_table"][0, ids // size] * size + ids % size
-        q = queries()[: self.shape.heads].astype(np.float64)
-        want = attend(q, case.keys[ids].astype(np.float64))
-        self.error = np.linalg.norm(self.out.astype(np.float64) - want) / np.linalg.norm(want)
-        if not self.error < 4e-3:
-            raise RuntimeError(f"{self.shape}: the output is off by {self.error:.2g} of its norm")
+        self.turn.at = 0
+        if "block_size" in options:
+            return 0.0
+        error = relative_error(self.out, self.build.reference(self.shape))
+        if not error < WRONG[self.build.kv_format]:
+            raise RuntimeError(f"{self.build.kernel.name}, {self.shape.title}: the output is off "
+                               f"by {error:.2g} of its norm")
+        return error
 
     def __call__(self) -> float:
-        ns = self.build.run(self.args, len(self.args), self.turn.take(self.count), self.count,
-                            self.workspace.ctypes.data, self.workspace.nbytes)
-        return checked(ns) / self.count
+        return self.timed(self.count)
+
+    def timed(self, count: int) -> float:
+        """Nanoseconds a call, of `count` calls."""
+        ns = driver().bench_calls(
+            self.build.address(""), self.args, ctypes.sizeof(self.build.kernel.Args),
+            len(self.args), self.turn.take(count), count, self.workspace.ctypes.data,
+            self.workspace.nbytes)
+        return checked(ns) / count
+
+    def once(self) -> float:
+        """Nanoseconds of a single call."""
+        return self.timed(1)
 
     def plan(self, count: int = 200) -> Step:
         """Nanoseconds of the checks alone."""
-        return lambda: checked(self.build.plan(self.args, len(self.args), 0, count)) / count
+        plan = self.build.kernel.Plan()
+        return lambda: checked(driver().bench_plans(
+            self.build.address("_plan"), ctypes.byref(plan), self.args, count)) / count
+
+    def planned(self) -> ctypes.Structure:
+        plan, result = self.build.kernel.plan(**self.fields[0])
+        result.check()
+        return plan
 
     def partials(self) -> dict[str, Any]:
         """Options that split a row over tasks; none if it is one task anyway."""
-        plan, result = self.build.kernel.plan(**self.fields[0])
-        result.check()
-        memory = aligned((plan.split_bytes,), np.uint8)
-        return {"partials": memory, "partials_bytes": memory.nbytes} if memory.size else {}
+        memory = allocate((max(self.planned().split_bytes, 1),), np.uint8)
+        return {"partials": memory, "partials_bytes": memory.nbytes} if memory.size > 1 else {}
 
     def tasks(self) -> int:
         """How many tasks a call is."""
-        return self.build.kernel.plan(**self.fields[0])[0].n_tasks
+        return self.planned().n_tasks
 
     def on_threads(self, threads: int) -> Step:
         """Nanoseconds on the wall of one call's tasks and merges on so many threads."""
-        each = self.build.kernel.plan(**self.fields[0])[0].task_bytes
-        memory = aligned((each * threads,), np.uint8)
-
-        def step() -> float:
-            case = ctypes.byref(self.args[self.turn.take()])
-            return checked(
-                self.build.threads(case, threads, memory.ctypes.data, memory.nbytes))
-
-        return step
-
-
-# ---- a peer -------------------------------------------------------------------------------------
-
-
-def attend(q: np.ndarray, k: np.ndarray) -> np.ndarray:
-    """Attention as one composes it from NumPy, in the type of its arguments."""
-    s = (q @ k.T) * np.asarray(SCALE, q.dtype)
-    s -= s.max(axis=1, keepdims=True)
-    p = np.exp(s, out=s)
-    return (p @ k[:, :DV]) / p.sum(axis=1, keepdims=True)
-
-
-def widen(x: np.ndarray) -> np.ndarray:
-    """bf16 to float32 by a shift: several times as fast as astype."""
-    return (x.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+        plan = self.planned()
+        memory = allocate((max(plan.task_bytes, 1) * threads,), np.uint8)
+        return lambda: checked(driver().bench_threads(
+            ctypes.byref(plan), self.build.address("_task"), self.build.address("_merge"),
+            plan.n_tasks, plan.n_merges, plan.task_bytes, threads, memory.ctypes.data))

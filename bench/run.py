@@ -1,11 +1,13 @@
-"""Times the DeepSeek-shaped kernel against this machine's own limits, and against NumPy.
+"""Times the shipped headers against this machine's own limits.
 
-    make bench    or    build/venv/bin/python bench/run.py [--quick] [--json FILE] [--plot DIR]
+    make bench [ONLY=<pattern>]    or    build/venv/bin/python bench/run.py [--quick] [--only ..]
+    make bench-peers [ONLY=<pattern>]    the same shapes through other libraries (bench/peers)
 
-Everything runs in one process on one core (but for the column on two threads): what is compared
+Everything runs in one process on one core (but for the table of two threads): what is compared
 takes turns, ratios are formed between neighbours, and medians are printed. Times are processor
 time, so that other work on the machine does not count; it still takes caches and bandwidth, and
-clocks away. Tables are Markdown.
+clocks away. Tables are Markdown; the main one is in build/bench/results.json too, whose fields are
+those of cases.Record, and in build/bench/*.png.
 """
 
 # ruff: noqa: E402 (the number of BLAS threads has to be set before NumPy is loaded)
@@ -15,367 +17,188 @@ for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ[name] = "1"
 
 import argparse
-import functools
 import json
-import platform
 import sys
-import time
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-import numpy as np
+sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import cases
+import side
+import tables
+from cases import LETTERS, Measured
+from measure import ROOT
+from tables import machine, number, percent
 
-import measure as m
-from measure import Shape, alternate
-
-SPARSE, SAME = (2048, 32768), (2048, 32768, True)
-DENSE_2K, DENSE_8K = (2048, 2048), (8192, 8192)
-FLOORS = (("avx512", 128, 0.60), ("avx2", 128, 0.60), ("avx512", 16, 0.55), ("avx2", 16, 0.55))
-GROWTH_FLOOR = 1.15
-BLOCK_SIZE = 64  # of paged caches
-
-
-@dataclass
-class Table:
-    """One table; `records` holds the same, unrounded, for --json."""
-
-    title: str
-    columns: list[str]
-    note: str = ""
-    rows: list[list[str]] = field(default_factory=list)
-    records: list[dict[str, Any]] = field(default_factory=list)
-
-    def add(self, cells: list[str], **record: Any) -> None:
-        self.rows.append(cells)
-        self.records.append(record)
-
-    def markdown(self) -> str:
-        """Columns of equal width, readable as text too; the first to the left."""
-        lines = [self.columns, *self.rows]
-        widths = [max(len(line[i]) for line in lines) for i in range(len(self.columns))]
-
-        def line(cells: list[str]) -> str:
-            padded = [c.ljust(w) if i == 0 else c.rjust(w)
-                      for i, (c, w) in enumerate(zip(cells, widths, strict=True))]
-            return f"| {' | '.join(padded)} |"
-
-        rule = [("-" if i == 0 else "-:").rjust(w, "-") for i, w in enumerate(widths)]
-        note = [self.note, ""] if self.note else []
-        return "\n".join([f"### {self.title}", "", *note, line(self.columns), line(rule),
-                          *map(line, self.rows), ""])
+COLUMNS = ["kernel", "shape", "isa", "ms", "spread", "GFLOP/s", "of compute", "GB/s", "of read",
+           "gather GB/s", "bound", "error", "target"]
+NOTE = """\
+ms: median of one call, plan included. spread: (90th - 10th percentile) / median. of compute: share
+of the peak of bf16 tile products (amx) or of that instruction set's float32 multiply-adds. of read:
+share of the bandwidth R of reading as many consecutive bytes out of the same level of caches.
+gather GB/s: reading the listed rows alone. bound: the limit that binds, by this row's own figures.
+error: relative L2 against float64, with the rounding of the output. Dense: the same rows in every
+call; listed: others in each call, all over the cache. target: for the reference machine, an Intel
+Xeon with AMX; P: the peak of bf16 tile products."""
+ROUNDS, QUICK_ROUNDS = 31, 5
+SECONDS, QUICK_SECONDS = 8.0, 0.4  # for one row; no fewer than five rounds
 
 
-@dataclass
-class Bench:
-    """What is measured, how often."""
-
-    quick: bool
-    rounds: int
-
-    @functools.cached_property
-    def build(self) -> m.Build:
-        return m.Build()
-
-    @functools.cached_property
-    def isas(self) -> list[str]:
-        """The vector instruction sets here, the best first."""
-        return [isa for isa in ("avx512", "avx2", "neon") if isa in self.build.isas]
-
-    @functools.cached_property
-    def heads(self) -> list[int]:
-        return [128, 16, 1] if self.quick else [128, 64, 16, 8, 1]
+def line(row: Measured) -> list[str]:
+    """The cells of one row of the main table."""
+    r = row.record
+    target = ""
+    if row.target:
+        target = (f"{100 * row.target.share:.0f} % {LETTERS[row.target.kind]}: "
+                  f"{'yes' if row.reached else 'NO'}")
+    return [cases.short(r.kernel), shape_of(row).title, r.isa,
+            tables.ms(r.ms * 1e6), percent(r.spread), number(r.gflops), percent(row.of_compute),
+            f"{r.gbps:.1f}", percent(row.of_read), f"{row.gather:.1f}" if row.gather else "",
+            r.limit_kind, f"{r.rel_err:.1e}", target]
 
 
-def ms(ns: np.ndarray | float) -> str:
-    return f"{np.median(ns) / 1e6:.3f}"
+def shape_of(row: Measured) -> cases.Shape:
+    r = row.record
+    return cases.Shape(r.heads, r.kv_heads, r.keys, r.cache_keys, r.selection, r.rows)
 
 
-def percent(share: float) -> str:
-    return f"{100 * share:.1f} %"
+def main_table(chosen: list[cases.Case], bench: side.Bench) -> list[Measured]:
+    """Prints the table line by line, for it takes minutes."""
+    made = []
+    labels = [max(len(cells[i]) for cells in (
+        ["kernel", "shape", "isa"], *([case.header, case.shape.title, case.isa]
+                                      for case in chosen))) for i in range(3)]
+    widths = [*labels, 9, 8, 7, 10, 6, 8, 11, 6, 7, 13]
+
+    def show(cells: list[str]) -> None:
+        print("| " + " | ".join(c.ljust(w) if i < 3 else c.rjust(w) for i, (c, w) in enumerate(
+            zip(cells, widths, strict=True))) + " |", flush=True)
+
+    print(f"### Kernels\n\n{NOTE}\n")
+    show(COLUMNS)
+    show([("-" if i < 3 else "-:").rjust(w, "-") for i, w in enumerate(widths)])
+    for case in chosen:
+        row = cases.measure(case, bench.rounds, QUICK_SECONDS if bench.quick else SECONDS)
+        made.append(row)
+        show(line(row))
+    print()
+    return made
 
 
-def heads_of(count: int) -> str:
-    return f"{count} head{'s' if count > 1 else ''}"
+def remarks(rows: list[Measured], lacking: list[str]) -> list[str]:
+    """The lines under the main table."""
+    made = []
+    if lacking:
+        made.append(f"Instruction sets that this machine lacks, left out: {', '.join(lacking)}.")
+    held = [row for row in rows if row.target]
+    if held:
+        made.append(f"Targets reached: {sum(row.reached for row in held)} of {len(held)} that can "
+                    "be asked of this machine.")
+    f16 = {(row.record.selection, row.record.keys, row.record.isa): row.record.ms for row in rows
+           if cases.short(row.record.kernel) == "f16_d512_rope64" and row.record.heads == 128}
+    ratios = {f"{selection} {keys}": f16[selection, keys, "avx512"] / ms
+              for (selection, keys, isa), ms in f16.items()
+              if isa == "amx" and (selection, keys, "avx512") in f16}
+    if ratios:
+        figures = ", ".join(f"{ratio:.1f} ({what})" for what, ratio in ratios.items())
+        made.append(f"float16, 128 heads, the matrix unit over AVX-512, target "
+                    f"{cases.F16_TIMES:.0f}: {figures}.")
+    made.append(f"Caches and workspaces: {tables.pages()}.")
+    return made
 
 
-def machine() -> str:
-    """The processor's name, for the reader."""
+# ---- results ------------------------------------------------------------------------------------
+
+
+def load(path: Path) -> list[dict]:
+    """The results of runs before; none that are not of today's fields."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    name = names[0] if names else platform.machine()
-    return f"{name}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} before"
+        records = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return []
+    fields = set(cases.Record.__dataclass_fields__)
+    return [record for record in records if set(record) == fields]
 
 
-# ---- the tables ---------------------------------------------------------------------------------
+def save(path: Path, records: list[dict]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("[\n" + ",\n".join(map(json.dumps, records)) + "\n]\n")
 
 
-def limits(bench: Bench) -> Table:
-    """Peaks of arithmetic and of reading."""
-    table = Table("Limits of this machine", ["what", "median", "lowest", "highest"],
-                  "Measured as the kernels are: between other work, on one core.")
-    steps = {f"float32 multiply-add, {isa}": m.peak(isa) for isa in [*bench.isas, "scalar"]}
-    units = dict.fromkeys(steps, "GFLOP/s")
-    for keys in (SPARSE, SAME, DENSE_2K, DENSE_8K, (2048, m.LARGEST)):
-        of = Shape(1, *keys)
-        for ahead, how in ((0, "plain"), (m.READ_AHEAD, "prefetched")):
-            steps[f"read, {of.title}, {how}"] = m.read(of, ahead)
-    for what, values in alternate(steps, bench.rounds).items():
-        unit = units.get(what, "GB/s")
-        cells = [f"{f(values):.1f} {unit}" for f in (np.median, np.min, np.max)]
-        table.add([what, *cells], what=what, unit=unit, values=values.tolist())
-    return table
+def own(options: argparse.Namespace, bench: side.Bench) -> int:
+    """Our kernels against the limits."""
+    every, lacking = cases.cases(bench.include, bench.quick)
+    chosen = [case for case in every if cases.matches(options.only, case.label)]
+    if not chosen:
+        print(f"no row matches {options.only!r}; fix: a part of a label, for example "
+              f"{every[0].label!r}; * and ? stand for anything", file=sys.stderr)
+        return 1
+    if not options.only:
+        print(side.limits(bench).markdown(), flush=True)
+    rows = main_table(chosen, bench)
+    print("\n".join(remarks(rows, lacking)), end="\n\n")
+    measured = list(rows)
+    if not options.only:
+        for make in (side.cold, side.threads):
+            table, more = make(bench)
+            measured += more
+            print(table.markdown(), flush=True)
+        if not bench.quick:
+            for table in side.tables(bench):
+                print(table.markdown(), flush=True)
+    path = options.out / "results.json"
+    old = [record for record in load(path) if options.only or record["peer"] is not None]
+    records = cases.merged(old, [row.record.json() for row in measured])
+    finish(path, records, rows)
+    return 0
 
 
-def decode_row(bench: Bench, shape: Shape, isa: str) -> dict[str, Any]:
-    """One kernel between two looks at its limits."""
-    calls = bench.build.calls(shape, isa)
-    t = alternate({
-        "before": m.peak(isa), "ns": calls, "after": m.peak(isa),
-        "plain": m.read(shape, 0), "ahead": m.read(shape, m.READ_AHEAD),
-    }, bench.rounds)
-    of_fma = shape.flops / t["ns"] / ((t["before"] + t["after"]) / 2)
-    of_read = shape.bytes / t["ns"] / np.maximum(t["plain"], t["ahead"])
-    low, high = np.percentile(of_fma, [25, 75])
-    return {
-        "heads": shape.heads, "keys": shape.title, "isa": isa, "ns": float(np.median(t["ns"])),
-        "of_fma": float(np.median(of_fma)), "of_fma_quartiles": [float(low), float(high)],
-        "of_read": float(np.median(of_read)), "error": float(calls.error),
-    }
+def finish(path: Path, records: list[dict], rows: list[Measured]) -> None:
+    """Writes results and pictures."""
+    import plots
+
+    save(path, records)
+    made = [path]
+    if rows:
+        plots.roofline(records, rows, path.parent / "roofline.png")
+        made.append(path.parent / "roofline.png")
+    if plots.peers(records, path.parent / "peers.png"):
+        made.append(path.parent / "peers.png")
+    print("written:", *(os.path.relpath(file) for file in made))
 
 
-def decode(bench: Bench) -> Table:
-    """Decode against the limits, instruction sets side by side."""
-    columns = ["heads", "keys"]
-    for isa in bench.isas:
-        columns += [f"{isa} ms", "of FMA", "of R"]
-    table = Table(
-        "MLA decode, one query row, bf16, 512+64 channels", columns,
-        "of FMA: share of the float32 multiply-add peak of that instruction set. of R: share of "
-        "the bandwidth of\nreading such rows, plain or prefetched, whichever is better. Every call "
-        "reads other rows than those before it,\nwhich then lie in L3 or memory; again: the same "
-        "rows in every call.")
-    for heads in bench.heads:
-        for keys in (SPARSE, SAME) if bench.quick else (SPARSE, SAME, DENSE_2K, DENSE_8K):
-            shape = Shape(heads, *keys)
-            cells = [str(heads), shape.title]
-            for isa in bench.isas:
-                row = decode_row(bench, shape, isa)
-                cells += [ms(row["ns"]), percent(row["of_fma"]), percent(row["of_read"])]
-                table.records.append(row)
-            table.rows.append(cells)
-    row = decode_row(bench, Shape(8, *SPARSE), "scalar")
-    table.records.append(row)
-    table.note += (f"\nscalar (plain C), 8 heads, {row['keys']}: {ms(row['ns'])} ms, "
-                   f"{percent(row['of_fma'])} of the compiler's baseline vectors.")
-    return table
+def against_peers(options: argparse.Namespace, bench: side.Bench) -> int:
+    """Our kernels and others' libraries on the same shapes, in turn."""
+    import peers
 
-
-def list_cost(bench: Bench) -> Table:
-    """The same list length out of ever larger caches."""
-    sizes = (8192, 32768, m.LARGEST)
-    table = Table("Cost follows the list: 2048 keys selected of ever more",
-                  ["what", *(f"of {keys}, ms" for keys in sizes), "growth"],
-                  "Growth: the largest cache over the smallest. Reading alone: the same rows.")
-
-    def add(what: str, t: m.Times, **record: Any) -> None:
-        growth = float(np.median(t[str(sizes[-1])] / t[str(sizes[0])]))
-        table.add([what, *map(ms, t.values()), f"{growth:.3f}"], what=what, growth=growth, **record)
-
-    for heads in (128, 16, 1):
-        for isa in bench.isas:
-            add(f"{heads_of(heads)}, {isa}", alternate(
-                {str(keys): bench.build.calls(Shape(heads, 2048, keys), isa) for keys in sizes},
-                bench.rounds), heads=heads, isa=isa)
-    reads = alternate({str(keys): m.read(Shape(1, 2048, keys), m.READ_AHEAD)
-                       for keys in sizes}, bench.rounds)
-    add("reading alone", {keys: 2048 * m.ROW_BYTES / speed for keys, speed in reads.items()})
-    return table
-
-
-def maths(bench: Bench) -> Table:
-    """The choices of --math: whole calls, and 2^x alone."""
-    builds = {math: bench.build if math == "builtin" else m.Build(math) for math in m.LIBS}
-    table = Table("--math: whole calls relative to builtin, and 2^x alone",
-                  ["isa, heads", *builds, *(f"2^x {math}" for math in builds)],
-                  "Calls: 2048 of 32768 keys. 2^x: ns an element, out of L1 and back.")
-    for isa, heads in [*((isa, h) for isa in bench.isas for h in (128, 16)), ("scalar", 8)]:
-        t = alternate({math: build.calls(Shape(heads, *SPARSE), isa)
-                       for math, build in builds.items()}, bench.rounds)
-        alone = alternate({math: b.exp2_alone(isa) for math, b in builds.items()}, bench.rounds)
-        ratios = {math: float(np.median(t[math] / t["builtin"])) for math in builds}
-        ns = {math: float(np.median(alone[math])) for math in builds}
-        table.add([f"{isa}, {heads}", *(f"{r:.3f}" for r in ratios.values()),
-                   *(f"{x:.3f}" for x in ns.values())],
-                  isa=isa, heads=heads, calls=ratios, exp2_ns=ns)
-    return table
-
-
-def ways(bench: Bench) -> Table:
-    """Paging, threads and checks, each relative to the plain call."""
-    isa = bench.isas[0]
-    table = Table(f"Relative to the plain call on one thread ({isa})",
-                  ["heads", "keys", "paged", "checks", "share", "tasks", "split", "two threads"],
-                  f"paged: blocks of {BLOCK_SIZE} anywhere. checks: plan, and its share of a call. "
-                  "split: the row is cut into\ntasks and merged, on one thread. two threads: the "
-                  "same on two over one, by the clock on the wall.")
-    for heads in (128, 16, 1):
-        for keys in (SPARSE, DENSE_8K):
-            shape = Shape(heads, *keys)
-            plain = bench.build.calls(shape, isa)
-            steps = {"plain": plain, "plan": plain.plan(),
-                     "paged": bench.build.calls(shape, isa, block_size=BLOCK_SIZE)}
-            if options := plain.partials():
-                steps["split"] = split = bench.build.calls(shape, isa, **options)
-                steps |= {f"on {n}": split.on_threads(n) for n in (1, 2)}
-            t = alternate(steps, bench.rounds)
-            ns = float(np.median(t["plan"]))
-            r = {name: float(np.median(t[name] / t["plain"])) for name in ("paged", "plan")}
-            cells = [str(heads), shape.title, f"{r['paged']:.3f}", f"{ns:.0f} ns",
-                     f"{100 * r['plan']:.2f} %"]
-            if options:
-                r["split"] = float(np.median(t["split"] / t["plain"]))
-                r["two threads"] = float(np.median(t["on 2"] / t["on 1"]))
-                cells += [str(split.tasks()), f"{r['split']:.3f}", f"{r['two threads']:.3f}"]
-            table.add([*cells, "1", "", ""][:8], heads=heads, keys=shape.title, plan_ns=ns, **r)
-    return table
-
-
-def numpy_step(shape: Shape, widened: bool) -> m.Step:
-    """NumPy on the same tensors; widened: on rows that lie ready in float32."""
-    q = m.widen(m.queries()[: shape.heads])
-    turn = m.rotation(shape)
-
-    def gather() -> np.ndarray:
-        case = turn.cases[turn.take()]
-        return m.widen(case.keys[case.list])
-
-    ready = gather()
-
-    def step() -> float:
-        begin = time.thread_time_ns()
-        m.attend(q, ready if widened else gather())
-        return float(time.thread_time_ns() - begin)
-
-    return step
-
-
-def peers(bench: Bench) -> Table:
-    """What one composes without a kernel. PyTorch is not among them: it would be the same
-    composition from a package of hundreds of megabytes."""
-    isa = bench.isas[0]
-    table = Table("Against NumPy (OpenBLAS, one thread), 2048 of 32768 keys",
-                  ["heads", f"{isa} ms", "NumPy ms", "times", "of float32 rows ms", "times"],
-                  "NumPy: gather, bf16 to float32, sgemm, softmax, sgemm. of float32 rows: sgemm, "
-                  "softmax, sgemm alone,\non rows that lie ready in float32.")
-    for heads in bench.heads:
-        shape = Shape(heads, *SPARSE)
-        t = alternate({"ours": bench.build.calls(shape, isa), "numpy": numpy_step(shape, False),
-                       "ready": numpy_step(shape, True)}, bench.rounds)
-        r = {name: float(np.median(t[name] / t["ours"])) for name in ("numpy", "ready")}
-        table.add([str(heads), ms(t["ours"]), ms(t["numpy"]), f"{r['numpy']:.1f}",
-                   ms(t["ready"]), f"{r['ready']:.1f}"],
-                  heads=heads, **{k: float(np.median(v)) for k, v in t.items()}, ratios=r)
-    return table
-
-
-def floors(tables: dict[str, Table]) -> Table:
-    """What was promised, held against what was measured."""
-    table = Table("Floors", ["what", "floor", "measured", "reached"])
-    shares = {(r["isa"], r["heads"]): r["of_fma"] for r in tables["decode"].records
-              if r["keys"] == Shape(1, *SPARSE).title}
-    for isa, heads, floor in FLOORS:
-        if (isa, heads) in shares:
-            got = shares[isa, heads]
-            over = f"{'yes' if got >= floor else 'NO'}, by {100 * (got - floor):+.1f} points"
-            table.add([f"{heads} heads, 2048 of 32768, share of the {isa} FMA peak",
-                       f">= {percent(floor)}", percent(got), over],
-                      isa=isa, heads=heads, floor=floor, measured=got, reached=got >= floor)
-    floored = {heads for _, heads, _ in FLOORS}
-    for r in tables["list_cost"].records:
-        if r.get("heads") not in floored:
-            continue
-        growth = r["growth"]
-        over = f"{'yes' if growth < GROWTH_FLOOR else 'NO'}, by {growth - GROWTH_FLOOR:+.3f}"
-        table.add([f"{r['what']}, 2048 of 8192 to of {m.LARGEST}, growth of time",
-                   f"< {GROWTH_FLOOR}", f"{growth:.3f}", over], **r, floor=GROWTH_FLOOR,
-                  reached=growth < GROWTH_FLOOR)
-    return table
-
-
-# ---- putting it out -----------------------------------------------------------------------------
-
-
-def plot(tables: dict[str, Table], folder: Path) -> None:
-    """Bar charts: the share of whichever limit binds, and the times of NumPy over ours."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    folder.mkdir(parents=True, exist_ok=True)
-    records = [r for r in tables["decode"].records if r["isa"] != "scalar"]
-    kinds = list(dict.fromkeys(r["keys"] for r in records))
-    isas = list(dict.fromkeys(r["isa"] for r in records))
-    width = 0.8 / len(isas)
-    figure, panels = plt.subplots(1, len(kinds), figsize=(3.2 * len(kinds), 3.5), sharey=True,
-                                  layout="constrained")
-    for axes, kind in zip(panels, kinds, strict=True):
-        for i, isa in enumerate(isas):
-            bars = [r for r in records if (r["isa"], r["keys"]) == (isa, kind)]
-            shares = [100 * max(r["of_fma"], r["of_read"]) for r in bars]
-            names = ["FMA" if r["of_fma"] >= r["of_read"] else "read" for r in bars]
-            drawn = axes.bar(np.arange(len(bars)) + (i - (len(isas) - 1) / 2) * width, shares,
-                             width, label=isa)
-            axes.bar_label(drawn, [f"{s:.0f}\n{n}" for s, n in zip(shares, names, strict=True)],
-                           fontsize=6)
-            axes.set_xticks(range(len(bars)), [heads_of(r["heads"]) for r in bars], fontsize=7)
-        axes.set_title(kind, fontsize=9)
-        axes.set_ylim(0, 110)
-    panels[0].set_ylabel("% of the limit that binds:\nmultiply-add peak or bandwidth", fontsize=8)
-    panels[0].legend(fontsize=8)
-    figure.savefig(folder / "decode.png", dpi=150)
-
-    figure, axes = plt.subplots(figsize=(6, 3.5), layout="constrained")
-    records = tables["peers"].records
-    for i, (name, title) in enumerate((("numpy", "from the bf16 cache"),
-                                       ("ready", "rows ready in float32"))):
-        drawn = axes.bar(np.arange(len(records)) + (i - 0.5) * 0.4,
-                         [r["ratios"][name] for r in records], 0.4, label=f"NumPy, {title}")
-        axes.bar_label(drawn, fmt="%.1f", fontsize=7)
-    axes.axhline(1, color="black", linewidth=0.8)
-    axes.set_xticks(range(len(records)), [heads_of(r["heads"]) for r in records], fontsize=8)
-    axes.set_ylabel("time, this kernel = 1")
-    axes.legend(fontsize=8)
-    figure.savefig(folder / "peers.png", dpi=150)
+    table, records = peers.compare(bench, options.only)
+    if not records:
+        print(f"no shape matches {options.only!r}; fix: a part of, for example, "
+              f"'{cases.MLA} 16 heads, dense 8192'", file=sys.stderr)
+        return 1
+    path = options.out / "results.json"
+    old = [record for record in load(path) if options.only or record["peer"] is None]
+    print(table.markdown())
+    print(f"Caches and workspaces: {tables.pages()}.\n")
+    finish(path, cases.merged(old, records), [])
+    return 0
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="fewer shapes and rounds: a minute")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
-    parser.add_argument("--plot", type=Path, metavar="DIR", help="draw bar charts into DIR")
+    parser.add_argument("--quick", action="store_true",
+                        help="small shapes, few rounds: does it run at all? under a minute")
+    parser.add_argument("--only", default="", metavar="PATTERN",
+                        help="rows whose 'kernel shape isa' has this in it; * ? and |")
+    parser.add_argument("--peers", action="store_true", help="against other libraries")
+    parser.add_argument("--out", type=Path, default=ROOT / "build" / "bench", metavar="DIR",
+                        help="where results.json and pictures go (build/bench)")
     options = parser.parse_args()
-    bench = Bench(options.quick, 11 if options.quick else 31)
-    print(f"{machine()}; {bench.rounds} rounds, medians\n")
-    tables: dict[str, Table] = {}
-    for make in (limits, decode, list_cost, maths, ways, peers):
-        tables[make.__name__] = make(bench)
-        print(tables[make.__name__].markdown(), flush=True)
-    tables["floors"] = floors(tables)
-    print(tables["floors"].markdown())
-    if options.json:
-        figures = {name: table.records for name, table in tables.items()}
-        text = json.dumps({"machine": machine(), "rounds": bench.rounds, **figures}, indent=1)
-        options.json.write_text(text + "\n")
-    if options.plot:
-        plot(tables, options.plot)
-    return 0
+    bench = side.Bench(ROOT / "include", options.quick,
+                       QUICK_ROUNDS if options.quick else ROUNDS)
+    print(f"{machine()}; up to {bench.rounds} rounds, medians\n")
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # one core, also for others' pools
+    return against_peers(options, bench) if options.peers else own(options, bench)
 
 
 if __name__ == "__main__":

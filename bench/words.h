@@ -1,5 +1,5 @@
 /* 2^x over an array, through the words of each instruction set that the header before it has:
- * bench/driver.c times it, tests/exp2_sweep.c looks at every float. n is a multiple of 16. */
+ * bench/exp2_time.c times it, tests/exp2_sweep.c looks at every float. n is a multiple of 16. */
 #ifndef BENCH_WORDS_H
 #define BENCH_WORDS_H
 

@@ -1,0 +1,105 @@
+"""ggml, the library under llama.cpp: its operator flash_attn_ext, through the package
+ggml-python."""
+
+import ctypes
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from measure import Shape, Tensors, allocate
+
+from peers.base import MissingError, Peer, Prepared, fastest, repeated
+
+SCRATCH = 64 << 20  # for what a graph makes besides its tensors
+
+
+class Ggml(Peer):
+    name = "ggml"
+    lacks = "no list: get_rows copies rows, into float32"
+
+    def __init__(self) -> None:
+        try:
+            import ggml
+        except (ImportError, OSError, RuntimeError) as error:
+            raise MissingError(str(error).splitlines()[-1][:160]) from error
+        self.ggml = ggml
+        self.name = f"ggml-python {ggml.__version__}"
+        # The package does not bind the functions of the plan.
+        library = ctypes.CDLL(str(Path(ggml.__file__).parent / "lib" / "libggml-cpu.so"))
+        library.ggml_graph_plan.restype = ggml.ggml_cplan
+        library.ggml_graph_plan.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p]
+        library.ggml_graph_compute.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
+        self.library = library
+        ggml.ggml_cpu_init()
+
+    def prepare(self, shape: Shape, t: Tensors, kv_format: str) -> Prepared:
+        """The faster of: heads as they are, and heads that share a cache folded into rows."""
+        ways = {"heads": self.graph(shape, t, kv_format, False)}
+        if shape.heads > shape.kv_heads:
+            ways["folded"] = self.graph(shape, t, kv_format, True)
+        return fastest(ways)
+
+    def graph(self, shape: Shape, t: Tensors, kv_format: str, folded: bool) -> Prepared:
+        """flash_attn_ext over copies of the tensors. folded: q is [kv_heads][group] instead of
+        [heads][1]."""
+        g = self.ggml
+        kind = getattr(g, f"GGML_TYPE_{kv_format.upper()}")
+        dk, kv_heads = t.query.shape[-1], shape.kv_heads
+        held = [t.query.astype(np.float32), t.key, *([] if t.value is None else [t.value])]
+        size = sum(x.nbytes for x in held) + SCRATCH
+        if shape.listed:
+            size += 4 * shape.keys * dk
+        memory = allocate((size,), np.uint8)
+        context = g.ggml_init(g.ggml_init_params(size, memory.ctypes.data, False))
+        group = shape.heads // kv_heads if folded else 1
+        q = g.ggml_new_tensor_3d(context, g.GGML_TYPE_F32, dk, group, shape.heads // group)
+        k = filled(g, context, kind, t.key)
+        fill(g, q, held[0])
+        ids = None
+        if shape.listed:
+            ids = g.ggml_new_tensor_1d(context, g.GGML_TYPE_I32, shape.keys)
+            flat = g.ggml_reshape_2d(context, k, dk, shape.cache_keys)
+            k = g.ggml_reshape_3d(context, g.ggml_get_rows(context, flat, ids), dk, 1, shape.keys)
+        keys = g.ggml_permute(context, k, 0, 2, 1, 3)
+        if t.value is None:
+            part = keys.contents
+            v = g.ggml_view_3d(context, keys, t.dv, shape.keys, kv_heads, part.nb[1], part.nb[2], 0)
+        else:
+            v = g.ggml_permute(context, filled(g, context, kind, t.value), 0, 2, 1, 3)
+        result = g.ggml_flash_attn_ext(context, q, keys, v, None, t.scale, 0.0, 0.0)
+        graph = g.ggml_new_graph(context)
+        g.ggml_build_forward_expand(graph, result)
+        plan = self.library.ggml_graph_plan(ctypes.addressof(graph.contents), 1, None)
+        work = allocate((max(plan.work_size, 1),), np.uint8)
+        plan.work_data = ctypes.cast(work.ctypes.data, ctypes.POINTER(ctypes.c_ubyte))
+        address, plan_address = ctypes.addressof(graph.contents), ctypes.addressof(plan)
+
+        def call(entries: np.ndarray | None) -> None:
+            if entries is not None:
+                ctypes.memmove(g.ggml_get_data(ids), entries.ctypes.data, entries.nbytes)
+            if self.library.ggml_graph_compute(address, plan_address):
+                raise RuntimeError("ggml failed")
+
+        def out() -> np.ndarray:
+            made = np.empty((1, shape.heads, t.dv), np.float32)
+            ctypes.memmove(made.ctypes.data, g.ggml_get_data(result), made.nbytes)
+            # [row][head][channel], where folded: row and head changed places
+            if folded:
+                made = made.reshape(group, kv_heads, t.dv).transpose(1, 0, 2)
+            return np.ascontiguousarray(made).reshape(1, shape.heads, t.dv)
+
+        lists = [None] if t.lists is None else list(t.lists)
+        return Prepared(repeated([lambda x=x: call(x) for x in lists]), out,
+                        (memory, work, plan, graph), lambda: g.ggml_free(context))
+
+
+def fill(g: Any, tensor: Any, x: np.ndarray) -> None:
+    """Copies an array into a tensor of ggml."""
+    ctypes.memmove(g.ggml_get_data(tensor), x.ctypes.data, x.nbytes)
+
+
+def filled(g: Any, context: int, kind: int, x: np.ndarray) -> Any:
+    """A cache [keys][heads][channels] as a tensor of ggml, copied."""
+    made = g.ggml_new_tensor_3d(context, kind, x.shape[2], x.shape[1], x.shape[0])
+    fill(g, made, x)
+    return made

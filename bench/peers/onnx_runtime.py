@@ -1,0 +1,86 @@
+"""ONNX Runtime on the processor: the operator Attention of ONNX."""
+
+from typing import Any
+
+import numpy as np
+from measure import Shape, Tensors
+
+from peers.base import MissingError, Peer, Prepared, repeated
+from peers.openblas import widened
+
+OPSET, IR_VERSION = 23, 10  # the first with Attention
+
+
+class OnnxRuntime(Peer):
+    name = "ONNX Runtime"
+    lacks = "float32 only: 16-bit caches lie ready in float32, twice the bytes; lists by a Gather"
+
+    def __init__(self) -> None:
+        try:
+            import onnx
+            import onnxruntime
+        except (ImportError, OSError) as error:
+            raise MissingError(str(error).splitlines()[-1][:160]) from error
+        self.onnx, self.runtime = onnx, onnxruntime
+        self.name = f"ONNX Runtime {onnxruntime.__version__}"
+
+    def prepare(self, shape: Shape, t: Tensors, kv_format: str) -> Prepared:
+        held = {"query": widened(t.query), "key": widened(t.key)}
+        if t.value is not None:
+            held["value"] = widened(t.value)
+        session = self.session(shape, t, held)
+        out = np.empty((1, shape.kv_heads, shape.heads // shape.kv_heads, t.dv), np.float32)
+        lists = [None] if t.lists is None else list(t.lists)
+        bindings = []
+        for ids in lists:
+            binding = session.io_binding()
+            for name, x in (held if ids is None else {**held, "ids": ids}).items():
+                binding.bind_input(name, "cpu", 0, x.dtype, x.shape, x.ctypes.data)
+            binding.bind_output("out", "cpu", 0, np.float32, out.shape, out.ctypes.data)
+            bindings.append(binding)
+        calls = [lambda binding=binding: session.run_with_iobinding(binding)
+                 for binding in bindings]
+        return Prepared(repeated(calls), lambda: out.reshape(1, shape.heads, t.dv),
+                        (session, held, bindings))
+
+    def session(self, shape: Shape, t: Tensors, held: dict[str, np.ndarray]) -> Any:
+        """A model of one Attention; heads that share a cache are the rows of one head."""
+        helper, kinds = self.onnx.helper, self.onnx.TensorProto
+        group = shape.heads // shape.kv_heads
+        nodes, constants = [], []
+
+        def node(kind: str, inputs: list[str], out: str, **attributes: Any) -> str:
+            nodes.append(helper.make_node(kind, inputs, [out], **attributes))
+            return out
+
+        def constant(name: str, values: list[int]) -> str:
+            constants.append(helper.make_tensor(name, kinds.INT64, [len(values)], values))
+            return name
+
+        def heads_first(name: str) -> str:
+            turned = node("Transpose", [name], f"{name}_turned", perm=[1, 0, 2])
+            return node("Unsqueeze", [turned, constant(f"{name}_axes", [0])], f"{name}_heads")
+
+        folded = constant("folded", [1, shape.kv_heads, group, t.query.shape[-1]])
+        query = node("Reshape", ["query", folded], "query_heads")
+        rows = node("Gather", ["key", "ids"], "rows", axis=0) if shape.listed else "key"
+        key = heads_first(rows)
+        if t.value is None:
+            ends = [constant(name, [n]) for name, n in (("v0", 0), ("v1", t.dv), ("axis", 3))]
+            value = node("Slice", [key, *ends], "values")
+        else:
+            value = heads_first("value")
+        node("Attention", [query, key, value], "out", scale=t.scale)
+        inputs = [helper.make_tensor_value_info(name, kinds.FLOAT, x.shape)
+                  for name, x in held.items()]
+        if shape.listed:
+            inputs.append(helper.make_tensor_value_info("ids", kinds.INT32, [shape.keys]))
+        result = helper.make_tensor_value_info(
+            "out", kinds.FLOAT, [1, shape.kv_heads, group, t.dv])
+        graph = helper.make_graph(nodes, "attention", inputs, [result], constants)
+        model = helper.make_model(graph, ir_version=IR_VERSION,
+                                  opset_imports=[helper.make_opsetid("", OPSET)])
+        options = self.runtime.SessionOptions()
+        options.intra_op_num_threads = options.inter_op_num_threads = 1
+        return self.runtime.InferenceSession(model.SerializeToString(), options,
+                                             providers=["CPUExecutionProvider"])
