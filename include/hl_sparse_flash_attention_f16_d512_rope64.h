@@ -1541,7 +1541,7 @@ static inline void hl_sfa_f16_d512_rope64_space(hl_space *w, void *workspace, in
     at += 49152;
     w->s = at; /* S^T, then P^T */
     at += 96 * heads;
-    w->row = (hl_row *)(void *)at; /* where these keys and later ones lie */
+    w->row = (hl_row *)(void *)at; /* where keys lie, known ahead */
     at += 1440;
     w->state.m = at; /* running maxima, in log2 units */
     at += heads;
@@ -2116,12 +2116,12 @@ HL_KERNEL_SCALAR void hl_sfa_f16_d512_rope64_load_q_few_scalar(
 
 /* ---- score: S = scale Q K^T, in units of log2 ---- */
 
-/* 4 heads by 2 keys, read where they are stored, 2 rows at a time: channels are in
- * the lanes, and sums are formed across them once a tile, for many dot products together. Behind
- * the last key its row is taken again, so that every tile is whole. Meanwhile lines of later keys
- * (next) are asked for, if there are any. */
+/* 4 heads by 2 keys, all at once, read where they are stored.
+ * Channels are in the lanes; sums across them are formed once a tile, of all dot products together.
+ * Behind the last key its row is taken again, so that every tile is whole. Meanwhile lines of later
+ * keys (next) are asked for, if there are any. */
 HL_KERNEL_SCALAR void hl_sfa_f16_d512_rope64_dot_4x2_scalar(const float *q, const hl_row *row,
-    int32_t last, float *s, float scale, const hl_row *next)
+    int32_t last, float *s, float scale, const hl_row *next, int32_t apart)
 {
     enum { L = 1, QS = 576 };
     hl_vf_scalar all[8];
@@ -2138,14 +2138,19 @@ HL_KERNEL_SCALAR void hl_sfa_f16_d512_rope64_dot_4x2_scalar(const float *q, cons
         hl_vf_scalar s3_1 = hl_vzero_scalar();
         {
             const float *const from = q + 0;
-            const uint16_t *const k0 = (const uint16_t *)row0->key;
-            const uint16_t *const k1 = (const uint16_t *)row1->key;
+            const uint16_t *const k0 =
+                (const uint16_t *)row0->key;
+            const uint16_t *const k1 =
+                (const uint16_t *)row1->key;
             for (int32_t start = 0; start < 512; start += 64) {
                 if (next != NULL) {
-                    HL_FETCH((const uint16_t *)next[j + 0].key + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 1].key + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 0].key + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 1].key + start + 32);
+                    const uint16_t *line;
+                    line = (const uint16_t *)next[j + 0].key + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 1].key + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
                 }
                 for (int32_t c = start; c < start + 64; c += 2) {
                     {
@@ -2187,14 +2192,19 @@ HL_KERNEL_SCALAR void hl_sfa_f16_d512_rope64_dot_4x2_scalar(const float *q, cons
         }
         {
             const float *const from = q + 512;
-            const uint16_t *const k0 = (const uint16_t *)row0->rope;
-            const uint16_t *const k1 = (const uint16_t *)row1->rope;
+            const uint16_t *const k0 =
+                (const uint16_t *)row0->rope;
+            const uint16_t *const k1 =
+                (const uint16_t *)row1->rope;
             for (int32_t start = 0; start < 64; start += 64) {
                 if (next != NULL) {
-                    HL_FETCH((const uint16_t *)next[j + 0].rope + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 1].rope + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 0].rope + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 1].rope + start + 32);
+                    const uint16_t *line;
+                    line = (const uint16_t *)next[j + 0].rope + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 1].rope + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
                 }
                 for (int32_t c = start; c < start + 64; c += 2) {
                     {
@@ -2243,17 +2253,18 @@ HL_KERNEL_SCALAR void hl_sfa_f16_d512_rope64_dot_4x2_scalar(const float *q, cons
         all[(j + 0) * 4 + 3] = s3_0;
         all[(j + 1) * 4 + 3] = s3_1;
     }
+    (void)apart;
     for (int32_t i = 0; i < 8; i += L) {
         hl_vstore_scalar(s + i, hl_vmul_scalar(hl_vsums_scalar(all + i), hl_vset_scalar(scale)));
     }
 }
 
-/* 2 heads by 4 keys, read where they are stored, 4 rows at a time: channels are in
- * the lanes, and sums are formed across them once a tile, for many dot products together. Behind
- * the last key its row is taken again, so that every tile is whole. Meanwhile lines of later keys
- * (next) are asked for, if there are any. */
+/* 2 heads by 4 keys, all at once, read where they are stored.
+ * Channels are in the lanes; sums across them are formed once a tile, of all dot products together.
+ * Behind the last key its row is taken again, so that every tile is whole. Meanwhile lines of later
+ * keys (next) are asked for, if there are any. */
 HL_KERNEL_SCALAR void hl_sfa_f16_d512_rope64_dot_2x4_scalar(const float *q, const hl_row *row,
-    int32_t last, float *s, float scale, const hl_row *next)
+    int32_t last, float *s, float scale, const hl_row *next, int32_t apart)
 {
     enum { L = 1, QS = 576 };
     hl_vf_scalar all[8];
@@ -2272,20 +2283,29 @@ HL_KERNEL_SCALAR void hl_sfa_f16_d512_rope64_dot_2x4_scalar(const float *q, cons
         hl_vf_scalar s1_3 = hl_vzero_scalar();
         {
             const float *const from = q + 0;
-            const uint16_t *const k0 = (const uint16_t *)row0->key;
-            const uint16_t *const k1 = (const uint16_t *)row1->key;
-            const uint16_t *const k2 = (const uint16_t *)row2->key;
-            const uint16_t *const k3 = (const uint16_t *)row3->key;
+            const uint16_t *const k0 =
+                (const uint16_t *)row0->key;
+            const uint16_t *const k1 =
+                (const uint16_t *)row1->key;
+            const uint16_t *const k2 =
+                (const uint16_t *)row2->key;
+            const uint16_t *const k3 =
+                (const uint16_t *)row3->key;
             for (int32_t start = 0; start < 512; start += 64) {
                 if (next != NULL) {
-                    HL_FETCH((const uint16_t *)next[j + 0].key + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 1].key + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 2].key + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 3].key + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 0].key + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 1].key + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 2].key + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 3].key + start + 32);
+                    const uint16_t *line;
+                    line = (const uint16_t *)next[j + 0].key + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 1].key + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 2].key + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 3].key + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
                 }
                 for (int32_t c = start; c < start + 64; c += 2) {
                     {
@@ -2322,20 +2342,29 @@ HL_KERNEL_SCALAR void hl_sfa_f16_d512_rope64_dot_2x4_scalar(const float *q, cons
         }
         {
             const float *const from = q + 512;
-            const uint16_t *const k0 = (const uint16_t *)row0->rope;
-            const uint16_t *const k1 = (const uint16_t *)row1->rope;
-            const uint16_t *const k2 = (const uint16_t *)row2->rope;
-            const uint16_t *const k3 = (const uint16_t *)row3->rope;
+            const uint16_t *const k0 =
+                (const uint16_t *)row0->rope;
+            const uint16_t *const k1 =
+                (const uint16_t *)row1->rope;
+            const uint16_t *const k2 =
+                (const uint16_t *)row2->rope;
+            const uint16_t *const k3 =
+                (const uint16_t *)row3->rope;
             for (int32_t start = 0; start < 64; start += 64) {
                 if (next != NULL) {
-                    HL_FETCH((const uint16_t *)next[j + 0].rope + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 1].rope + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 2].rope + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 3].rope + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 0].rope + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 1].rope + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 2].rope + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 3].rope + start + 32);
+                    const uint16_t *line;
+                    line = (const uint16_t *)next[j + 0].rope + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 1].rope + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 2].rope + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 3].rope + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
                 }
                 for (int32_t c = start; c < start + 64; c += 2) {
                     {
@@ -2379,17 +2408,18 @@ HL_KERNEL_SCALAR void hl_sfa_f16_d512_rope64_dot_2x4_scalar(const float *q, cons
         all[(j + 2) * 2 + 1] = s1_2;
         all[(j + 3) * 2 + 1] = s1_3;
     }
+    (void)apart;
     for (int32_t i = 0; i < 8; i += L) {
         hl_vstore_scalar(s + i, hl_vmul_scalar(hl_vsums_scalar(all + i), hl_vset_scalar(scale)));
     }
 }
 
-/* 1 head by 8 keys, read where they are stored, 8 rows at a time: channels are in
- * the lanes, and sums are formed across them once a tile, for many dot products together. Behind
- * the last key its row is taken again, so that every tile is whole. Meanwhile lines of later keys
- * (next) are asked for, if there are any. */
+/* 1 head by 8 keys, all at once, read where they are stored.
+ * Channels are in the lanes; sums across them are formed once a tile, of all dot products together.
+ * Behind the last key its row is taken again, so that every tile is whole. Meanwhile lines of later
+ * keys (next) are asked for, if there are any. */
 HL_KERNEL_SCALAR void hl_sfa_f16_d512_rope64_dot_1x8_scalar(const float *q, const hl_row *row,
-    int32_t last, float *s, float scale, const hl_row *next)
+    int32_t last, float *s, float scale, const hl_row *next, int32_t apart)
 {
     enum { L = 1, QS = 576 };
     hl_vf_scalar all[8];
@@ -2412,32 +2442,49 @@ HL_KERNEL_SCALAR void hl_sfa_f16_d512_rope64_dot_1x8_scalar(const float *q, cons
         hl_vf_scalar s0_7 = hl_vzero_scalar();
         {
             const float *const from = q + 0;
-            const uint16_t *const k0 = (const uint16_t *)row0->key;
-            const uint16_t *const k1 = (const uint16_t *)row1->key;
-            const uint16_t *const k2 = (const uint16_t *)row2->key;
-            const uint16_t *const k3 = (const uint16_t *)row3->key;
-            const uint16_t *const k4 = (const uint16_t *)row4->key;
-            const uint16_t *const k5 = (const uint16_t *)row5->key;
-            const uint16_t *const k6 = (const uint16_t *)row6->key;
-            const uint16_t *const k7 = (const uint16_t *)row7->key;
+            const uint16_t *const k0 =
+                (const uint16_t *)row0->key;
+            const uint16_t *const k1 =
+                (const uint16_t *)row1->key;
+            const uint16_t *const k2 =
+                (const uint16_t *)row2->key;
+            const uint16_t *const k3 =
+                (const uint16_t *)row3->key;
+            const uint16_t *const k4 =
+                (const uint16_t *)row4->key;
+            const uint16_t *const k5 =
+                (const uint16_t *)row5->key;
+            const uint16_t *const k6 =
+                (const uint16_t *)row6->key;
+            const uint16_t *const k7 =
+                (const uint16_t *)row7->key;
             for (int32_t start = 0; start < 512; start += 64) {
                 if (next != NULL) {
-                    HL_FETCH((const uint16_t *)next[j + 0].key + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 1].key + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 2].key + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 3].key + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 4].key + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 5].key + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 6].key + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 7].key + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 0].key + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 1].key + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 2].key + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 3].key + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 4].key + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 5].key + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 6].key + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 7].key + start + 32);
+                    const uint16_t *line;
+                    line = (const uint16_t *)next[j + 0].key + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 1].key + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 2].key + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 3].key + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 4].key + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 5].key + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 6].key + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 7].key + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
                 }
                 for (int32_t c = start; c < start + 64; c += 2) {
                     {
@@ -2476,32 +2523,49 @@ HL_KERNEL_SCALAR void hl_sfa_f16_d512_rope64_dot_1x8_scalar(const float *q, cons
         }
         {
             const float *const from = q + 512;
-            const uint16_t *const k0 = (const uint16_t *)row0->rope;
-            const uint16_t *const k1 = (const uint16_t *)row1->rope;
-            const uint16_t *const k2 = (const uint16_t *)row2->rope;
-            const uint16_t *const k3 = (const uint16_t *)row3->rope;
-            const uint16_t *const k4 = (const uint16_t *)row4->rope;
-            const uint16_t *const k5 = (const uint16_t *)row5->rope;
-            const uint16_t *const k6 = (const uint16_t *)row6->rope;
-            const uint16_t *const k7 = (const uint16_t *)row7->rope;
+            const uint16_t *const k0 =
+                (const uint16_t *)row0->rope;
+            const uint16_t *const k1 =
+                (const uint16_t *)row1->rope;
+            const uint16_t *const k2 =
+                (const uint16_t *)row2->rope;
+            const uint16_t *const k3 =
+                (const uint16_t *)row3->rope;
+            const uint16_t *const k4 =
+                (const uint16_t *)row4->rope;
+            const uint16_t *const k5 =
+                (const uint16_t *)row5->rope;
+            const uint16_t *const k6 =
+                (const uint16_t *)row6->rope;
+            const uint16_t *const k7 =
+                (const uint16_t *)row7->rope;
             for (int32_t start = 0; start < 64; start += 64) {
                 if (next != NULL) {
-                    HL_FETCH((const uint16_t *)next[j + 0].rope + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 1].rope + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 2].rope + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 3].rope + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 4].rope + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 5].rope + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 6].rope + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 7].rope + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 0].rope + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 1].rope + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 2].rope + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 3].rope + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 4].rope + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 5].rope + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 6].rope + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 7].rope + start + 32);
+                    const uint16_t *line;
+                    line = (const uint16_t *)next[j + 0].rope + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 1].rope + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 2].rope + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 3].rope + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 4].rope + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 5].rope + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 6].rope + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 7].rope + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
                 }
                 for (int32_t c = start; c < start + 64; c += 2) {
                     {
@@ -2547,6 +2611,7 @@ HL_KERNEL_SCALAR void hl_sfa_f16_d512_rope64_dot_1x8_scalar(const float *q, cons
         all[(j + 6) * 1 + 0] = s0_6;
         all[(j + 7) * 1 + 0] = s0_7;
     }
+    (void)apart;
     for (int32_t i = 0; i < 8; i += L) {
         hl_vstore_scalar(s + i, hl_vmul_scalar(hl_vsums_scalar(all + i), hl_vset_scalar(scale)));
     }
@@ -2565,7 +2630,7 @@ HL_KERNEL_SCALAR void hl_sfa_f16_d512_rope64_score_few_scalar(const hl_space *w,
             hl_sfa_f16_d512_rope64_dot_4x2_scalar(w->q + (ptrdiff_t)h * QS, b->row + j,
                                                   b->n - 1 - j, w->s + h * BLOCK + j * 4, scale,
                                                   h == 0 && later + 2 <= known ? b->row + later
-                                                  : NULL);
+                                                  : NULL, b->value_apart);
         }
     }
     for (; h + 2 <= group; h += 2) {
@@ -2574,7 +2639,7 @@ HL_KERNEL_SCALAR void hl_sfa_f16_d512_rope64_score_few_scalar(const hl_space *w,
             hl_sfa_f16_d512_rope64_dot_2x4_scalar(w->q + (ptrdiff_t)h * QS, b->row + j,
                                                   b->n - 1 - j, w->s + h * BLOCK + j * 2, scale,
                                                   h == 0 && later + 4 <= known ? b->row + later
-                                                  : NULL);
+                                                  : NULL, b->value_apart);
         }
     }
     for (; h + 1 <= group; h += 1) {
@@ -2583,7 +2648,7 @@ HL_KERNEL_SCALAR void hl_sfa_f16_d512_rope64_score_few_scalar(const hl_space *w,
             hl_sfa_f16_d512_rope64_dot_1x8_scalar(w->q + (ptrdiff_t)h * QS, b->row + j,
                                                   b->n - 1 - j, w->s + h * BLOCK + j * 1, scale,
                                                   h == 0 && later + 8 <= known ? b->row + later
-                                                  : NULL);
+                                                  : NULL, b->value_apart);
         }
     }
 }
@@ -2660,8 +2725,8 @@ HL_KERNEL_SCALAR void hl_sfa_f16_d512_rope64_softmaxes_few_scalar(const hl_space
 
 /* ---- value: O = alpha O + P V ---- */
 
-/* 4 heads by 2 vectors of channels, read where they are stored. Of 24 keys
- * further on lines are asked for meanwhile, as long as j < later. */
+/* 4 heads by 2 vectors of channels, read where they are stored. Meanwhile lines
+ * of values 24 keys further on are asked for, as long as j < later. */
 HL_KERNEL_SCALAR void hl_sfa_f16_d512_rope64_pr_4x2_scalar(const float *p, const hl_row *row,
     int32_t c, float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
 {
@@ -2679,9 +2744,7 @@ HL_KERNEL_SCALAR void hl_sfa_f16_d512_rope64_pr_4x2_scalar(const float *p, const
         if (j < later) {
             const uint16_t *const next =
                 (const uint16_t *)row[j + 24].value + c;
-            if (apart) {
-                HL_FETCH(next + 0);
-            }
+            HL_FETCH(next + 0);
         }
         hl_vf_scalar x;
         hl_vf_scalar v0;
@@ -2700,6 +2763,7 @@ HL_KERNEL_SCALAR void hl_sfa_f16_d512_rope64_pr_4x2_scalar(const float *p, const
         o3_0 = hl_vfma_scalar(x, v0, o3_0);
         o3_1 = hl_vfma_scalar(x, v1, o3_1);
     }
+    (void)apart;
     hl_vstore_scalar(o + 0 * OS + 0 * L,
                      hl_vfma_scalar(hl_vset_scalar(alpha[0]), hl_vload_scalar(o + 0 * OS + 0 * L),
                                     o0_0));
@@ -2726,8 +2790,8 @@ HL_KERNEL_SCALAR void hl_sfa_f16_d512_rope64_pr_4x2_scalar(const float *p, const
                                     o3_1));
 }
 
-/* 2 heads by 4 vectors of channels, read where they are stored. Of 24 keys
- * further on lines are asked for meanwhile, as long as j < later. */
+/* 2 heads by 4 vectors of channels, read where they are stored. Meanwhile lines
+ * of values 24 keys further on are asked for, as long as j < later. */
 HL_KERNEL_SCALAR void hl_sfa_f16_d512_rope64_pr_2x4_scalar(const float *p, const hl_row *row,
     int32_t c, float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
 {
@@ -2745,9 +2809,7 @@ HL_KERNEL_SCALAR void hl_sfa_f16_d512_rope64_pr_2x4_scalar(const float *p, const
         if (j < later) {
             const uint16_t *const next =
                 (const uint16_t *)row[j + 24].value + c;
-            if (apart) {
-                HL_FETCH(next + 0);
-            }
+            HL_FETCH(next + 0);
         }
         hl_vf_scalar x;
         hl_vf_scalar v0;
@@ -2767,6 +2829,7 @@ HL_KERNEL_SCALAR void hl_sfa_f16_d512_rope64_pr_2x4_scalar(const float *p, const
         o1_2 = hl_vfma_scalar(x, v2, o1_2);
         o1_3 = hl_vfma_scalar(x, v3, o1_3);
     }
+    (void)apart;
     hl_vstore_scalar(o + 0 * OS + 0 * L,
                      hl_vfma_scalar(hl_vset_scalar(alpha[0]), hl_vload_scalar(o + 0 * OS + 0 * L),
                                     o0_0));
@@ -2793,8 +2856,8 @@ HL_KERNEL_SCALAR void hl_sfa_f16_d512_rope64_pr_2x4_scalar(const float *p, const
                                     o1_3));
 }
 
-/* 1 head by 8 vectors of channels, read where they are stored. Of 24 keys
- * further on lines are asked for meanwhile, as long as j < later. */
+/* 1 head by 8 vectors of channels, read where they are stored. Meanwhile lines
+ * of values 24 keys further on are asked for, as long as j < later. */
 HL_KERNEL_SCALAR void hl_sfa_f16_d512_rope64_pr_1x8_scalar(const float *p, const hl_row *row,
     int32_t c, float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
 {
@@ -2812,9 +2875,7 @@ HL_KERNEL_SCALAR void hl_sfa_f16_d512_rope64_pr_1x8_scalar(const float *p, const
         if (j < later) {
             const uint16_t *const next =
                 (const uint16_t *)row[j + 24].value + c;
-            if (apart) {
-                HL_FETCH(next + 0);
-            }
+            HL_FETCH(next + 0);
         }
         const hl_vf_scalar x = hl_vset_scalar(p[j]);
         hl_vf_scalar v;
@@ -2832,6 +2893,7 @@ HL_KERNEL_SCALAR void hl_sfa_f16_d512_rope64_pr_1x8_scalar(const float *p, const
         o0_6 = hl_vfma_scalar(x, v, o0_6);
         o0_7 = hl_vfma_scalar(x, w, o0_7);
     }
+    (void)apart;
     hl_vstore_scalar(o + 0 * OS + 0 * L,
                      hl_vfma_scalar(hl_vset_scalar(alpha[0]), hl_vload_scalar(o + 0 * OS + 0 * L),
                                     o0_0));
@@ -2867,32 +2929,29 @@ HL_KERNEL_SCALAR void hl_sfa_f16_d512_rope64_value_few_scalar(const hl_space *w,
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
         const int32_t later = h == 0 ? left : 0;
-        const int32_t later_apart = b->value_apart ? later : 0;
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 512; c += 2) {
             hl_sfa_f16_d512_rope64_pr_4x2_scalar(p, b->row, c, o + c, t->alpha + h, b->n,
-                                                 later_apart, b->value_apart);
+                                                 b->value_apart ? later : 0, b->value_apart);
         }
     }
     for (; h + 2 <= group; h += 2) {
         const int32_t later = h == 0 ? left : 0;
-        const int32_t later_apart = b->value_apart ? later : 0;
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 512; c += 4) {
             hl_sfa_f16_d512_rope64_pr_2x4_scalar(p, b->row, c, o + c, t->alpha + h, b->n,
-                                                 later_apart, b->value_apart);
+                                                 b->value_apart ? later : 0, b->value_apart);
         }
     }
     for (; h + 1 <= group; h += 1) {
         const int32_t later = h == 0 ? left : 0;
-        const int32_t later_apart = b->value_apart ? later : 0;
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 512; c += 8) {
             hl_sfa_f16_d512_rope64_pr_1x8_scalar(p, b->row, c, o + c, t->alpha + h, b->n,
-                                                 later_apart, b->value_apart);
+                                                 b->value_apart ? later : 0, b->value_apart);
         }
     }
 }
@@ -3104,8 +3163,8 @@ HL_KERNEL_SCALAR void hl_sfa_f16_d512_rope64_forward_scalar(
         *t->seen = 1.0f;
         b.row += b.n;
         known = b.n_later;
-        /* the rows to come move to the front; others follow */
         if (more && known <= CAP / 2 && known < block + AHEAD) {
+            /* What is known of the rows to come moves to the front; others follow. */
             HL_COPY(w->row, b.row, (size_t)known * sizeof *b.row);
             b.row = w->row;
             known += hl_sfa_f16_d512_rope64_next(a, g, &c, b.row + known, CAP - known);
@@ -3522,12 +3581,12 @@ HL_KERNEL_NEON void hl_sfa_f16_d512_rope64_score_neon(const hl_space *w, int32_t
     }
 }
 
-/* 4 heads by 4 keys, read where they are stored, 4 rows at a time: channels are in
- * the lanes, and sums are formed across them once a tile, for many dot products together. Behind
- * the last key its row is taken again, so that every tile is whole. Meanwhile lines of later keys
- * (next) are asked for, if there are any. */
+/* 4 heads by 4 keys, all at once, read where they are stored.
+ * Channels are in the lanes; sums across them are formed once a tile, of all dot products together.
+ * Behind the last key its row is taken again, so that every tile is whole. Meanwhile lines of later
+ * keys (next) are asked for, if there are any. */
 HL_KERNEL_NEON void hl_sfa_f16_d512_rope64_dot_4x4_neon(const float *q, const hl_row *row,
-    int32_t last, float *s, float scale, const hl_row *next)
+    int32_t last, float *s, float scale, const hl_row *next, int32_t apart)
 {
     enum { L = 4, QS = 576 };
     hl_vf_neon all[16];
@@ -3554,20 +3613,29 @@ HL_KERNEL_NEON void hl_sfa_f16_d512_rope64_dot_4x4_neon(const float *q, const hl
         hl_vf_neon s3_3 = hl_vzero_neon();
         {
             const float *const from = q + 0;
-            const uint16_t *const k0 = (const uint16_t *)row0->key;
-            const uint16_t *const k1 = (const uint16_t *)row1->key;
-            const uint16_t *const k2 = (const uint16_t *)row2->key;
-            const uint16_t *const k3 = (const uint16_t *)row3->key;
+            const uint16_t *const k0 =
+                (const uint16_t *)row0->key;
+            const uint16_t *const k1 =
+                (const uint16_t *)row1->key;
+            const uint16_t *const k2 =
+                (const uint16_t *)row2->key;
+            const uint16_t *const k3 =
+                (const uint16_t *)row3->key;
             for (int32_t start = 0; start < 512; start += 64) {
                 if (next != NULL) {
-                    HL_FETCH((const uint16_t *)next[j + 0].key + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 1].key + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 2].key + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 3].key + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 0].key + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 1].key + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 2].key + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 3].key + start + 32);
+                    const uint16_t *line;
+                    line = (const uint16_t *)next[j + 0].key + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 1].key + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 2].key + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 3].key + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
                 }
                 for (int32_t c = start; c < start + 64; c += 8) {
                     {
@@ -3631,20 +3699,29 @@ HL_KERNEL_NEON void hl_sfa_f16_d512_rope64_dot_4x4_neon(const float *q, const hl
         }
         {
             const float *const from = q + 512;
-            const uint16_t *const k0 = (const uint16_t *)row0->rope;
-            const uint16_t *const k1 = (const uint16_t *)row1->rope;
-            const uint16_t *const k2 = (const uint16_t *)row2->rope;
-            const uint16_t *const k3 = (const uint16_t *)row3->rope;
+            const uint16_t *const k0 =
+                (const uint16_t *)row0->rope;
+            const uint16_t *const k1 =
+                (const uint16_t *)row1->rope;
+            const uint16_t *const k2 =
+                (const uint16_t *)row2->rope;
+            const uint16_t *const k3 =
+                (const uint16_t *)row3->rope;
             for (int32_t start = 0; start < 64; start += 64) {
                 if (next != NULL) {
-                    HL_FETCH((const uint16_t *)next[j + 0].rope + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 1].rope + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 2].rope + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 3].rope + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 0].rope + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 1].rope + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 2].rope + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 3].rope + start + 32);
+                    const uint16_t *line;
+                    line = (const uint16_t *)next[j + 0].rope + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 1].rope + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 2].rope + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 3].rope + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
                 }
                 for (int32_t c = start; c < start + 64; c += 8) {
                     {
@@ -3723,15 +3800,16 @@ HL_KERNEL_NEON void hl_sfa_f16_d512_rope64_dot_4x4_neon(const float *q, const hl
         all[(j + 2) * 4 + 3] = s3_2;
         all[(j + 3) * 4 + 3] = s3_3;
     }
+    (void)apart;
     for (int32_t i = 0; i < 16; i += L) {
         hl_vstore_neon(s + i, hl_vmul_neon(hl_vsums_neon(all + i), hl_vset_neon(scale)));
     }
 }
 
-/* 2 heads by 8 keys, read where they are stored, 4 rows at a time: channels are in
- * the lanes, and sums are formed across them once a tile, for many dot products together. Behind
- * the last key its row is taken again, so that every tile is whole. Meanwhile lines of later keys
- * (next) are asked for, if there are any; but for those that value tiles ask for. */
+/* 2 heads by 8 keys, 4 at a time, read where they are stored.
+ * Channels are in the lanes; sums across them are formed once a tile, of all dot products together.
+ * Behind the last key its row is taken again, so that every tile is whole. Meanwhile lines of later
+ * keys (next) are asked for, if there are any; but for those that value tiles ask for. */
 HL_KERNEL_NEON void hl_sfa_f16_d512_rope64_dot_2x8_neon(const float *q, const hl_row *row,
     int32_t last, float *s, float scale, const hl_row *next, int32_t apart)
 {
@@ -3760,23 +3838,36 @@ HL_KERNEL_NEON void hl_sfa_f16_d512_rope64_dot_2x8_neon(const float *q, const hl
         hl_vf_neon s1_3y = hl_vzero_neon();
         {
             const float *const from = q + 0;
-            const uint16_t *const k0 = (const uint16_t *)row0->key;
-            const uint16_t *const k1 = (const uint16_t *)row1->key;
-            const uint16_t *const k2 = (const uint16_t *)row2->key;
-            const uint16_t *const k3 = (const uint16_t *)row3->key;
+            const uint16_t *const k0 =
+                (const uint16_t *)row0->key;
+            const uint16_t *const k1 =
+                (const uint16_t *)row1->key;
+            const uint16_t *const k2 =
+                (const uint16_t *)row2->key;
+            const uint16_t *const k3 =
+                (const uint16_t *)row3->key;
             for (int32_t start = 0; start < 512; start += 64) {
                 if (next != NULL) {
+                    const uint16_t *line;
+                    line = (const uint16_t *)next[j + 0].key + start;
                     if (apart) {
-                        HL_FETCH((const uint16_t *)next[j + 0].key + start + 0);
-                        HL_FETCH((const uint16_t *)next[j + 1].key + start + 0);
-                        HL_FETCH((const uint16_t *)next[j + 2].key + start + 0);
-                        HL_FETCH((const uint16_t *)next[j + 3].key + start + 0);
+                        HL_FETCH(line + 0);
+                        HL_FETCH(line + 32);
                     }
+                    line = (const uint16_t *)next[j + 1].key + start;
                     if (apart) {
-                        HL_FETCH((const uint16_t *)next[j + 0].key + start + 32);
-                        HL_FETCH((const uint16_t *)next[j + 1].key + start + 32);
-                        HL_FETCH((const uint16_t *)next[j + 2].key + start + 32);
-                        HL_FETCH((const uint16_t *)next[j + 3].key + start + 32);
+                        HL_FETCH(line + 0);
+                        HL_FETCH(line + 32);
+                    }
+                    line = (const uint16_t *)next[j + 2].key + start;
+                    if (apart) {
+                        HL_FETCH(line + 0);
+                        HL_FETCH(line + 32);
+                    }
+                    line = (const uint16_t *)next[j + 3].key + start;
+                    if (apart) {
+                        HL_FETCH(line + 0);
+                        HL_FETCH(line + 32);
                     }
                 }
                 for (int32_t c = start; c < start + 64; c += 8) {
@@ -3814,20 +3905,29 @@ HL_KERNEL_NEON void hl_sfa_f16_d512_rope64_dot_2x8_neon(const float *q, const hl
         }
         {
             const float *const from = q + 512;
-            const uint16_t *const k0 = (const uint16_t *)row0->rope;
-            const uint16_t *const k1 = (const uint16_t *)row1->rope;
-            const uint16_t *const k2 = (const uint16_t *)row2->rope;
-            const uint16_t *const k3 = (const uint16_t *)row3->rope;
+            const uint16_t *const k0 =
+                (const uint16_t *)row0->rope;
+            const uint16_t *const k1 =
+                (const uint16_t *)row1->rope;
+            const uint16_t *const k2 =
+                (const uint16_t *)row2->rope;
+            const uint16_t *const k3 =
+                (const uint16_t *)row3->rope;
             for (int32_t start = 0; start < 64; start += 64) {
                 if (next != NULL) {
-                    HL_FETCH((const uint16_t *)next[j + 0].rope + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 1].rope + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 2].rope + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 3].rope + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 0].rope + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 1].rope + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 2].rope + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 3].rope + start + 32);
+                    const uint16_t *line;
+                    line = (const uint16_t *)next[j + 0].rope + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 1].rope + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 2].rope + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 3].rope + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
                 }
                 for (int32_t c = start; c < start + 64; c += 8) {
                     {
@@ -3871,15 +3971,16 @@ HL_KERNEL_NEON void hl_sfa_f16_d512_rope64_dot_2x8_neon(const float *q, const hl
         all[(j + 2) * 2 + 1] = hl_vadd_neon(s1_2x, s1_2y);
         all[(j + 3) * 2 + 1] = hl_vadd_neon(s1_3x, s1_3y);
     }
+    (void)apart;
     for (int32_t i = 0; i < 16; i += L) {
         hl_vstore_neon(s + i, hl_vmul_neon(hl_vsums_neon(all + i), hl_vset_neon(scale)));
     }
 }
 
-/* 1 head by 16 keys, read where they are stored, 4 rows at a time: channels are in
- * the lanes, and sums are formed across them once a tile, for many dot products together. Behind
- * the last key its row is taken again, so that every tile is whole. Meanwhile lines of later keys
- * (next) are asked for, if there are any; but for those that value tiles ask for. */
+/* 1 head by 16 keys, 4 at a time, read where they are stored.
+ * Channels are in the lanes; sums across them are formed once a tile, of all dot products together.
+ * Behind the last key its row is taken again, so that every tile is whole. Meanwhile lines of later
+ * keys (next) are asked for, if there are any; but for those that value tiles ask for. */
 HL_KERNEL_NEON void hl_sfa_f16_d512_rope64_dot_1x16_neon(const float *q, const hl_row *row,
     int32_t last, float *s, float scale, const hl_row *next, int32_t apart)
 {
@@ -3900,21 +4001,36 @@ HL_KERNEL_NEON void hl_sfa_f16_d512_rope64_dot_1x16_neon(const float *q, const h
         hl_vf_neon s0_3y = hl_vzero_neon();
         {
             const float *const from = q + 0;
-            const uint16_t *const k0 = (const uint16_t *)row0->key;
-            const uint16_t *const k1 = (const uint16_t *)row1->key;
-            const uint16_t *const k2 = (const uint16_t *)row2->key;
-            const uint16_t *const k3 = (const uint16_t *)row3->key;
+            const uint16_t *const k0 =
+                (const uint16_t *)row0->key;
+            const uint16_t *const k1 =
+                (const uint16_t *)row1->key;
+            const uint16_t *const k2 =
+                (const uint16_t *)row2->key;
+            const uint16_t *const k3 =
+                (const uint16_t *)row3->key;
             for (int32_t start = 0; start < 512; start += 64) {
                 if (next != NULL) {
-                    HL_FETCH((const uint16_t *)next[j + 0].key + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 1].key + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 2].key + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 3].key + start + 0);
+                    const uint16_t *line;
+                    line = (const uint16_t *)next[j + 0].key + start;
+                    HL_FETCH(line + 0);
                     if (apart) {
-                        HL_FETCH((const uint16_t *)next[j + 0].key + start + 32);
-                        HL_FETCH((const uint16_t *)next[j + 1].key + start + 32);
-                        HL_FETCH((const uint16_t *)next[j + 2].key + start + 32);
-                        HL_FETCH((const uint16_t *)next[j + 3].key + start + 32);
+                        HL_FETCH(line + 32);
+                    }
+                    line = (const uint16_t *)next[j + 1].key + start;
+                    HL_FETCH(line + 0);
+                    if (apart) {
+                        HL_FETCH(line + 32);
+                    }
+                    line = (const uint16_t *)next[j + 2].key + start;
+                    HL_FETCH(line + 0);
+                    if (apart) {
+                        HL_FETCH(line + 32);
+                    }
+                    line = (const uint16_t *)next[j + 3].key + start;
+                    HL_FETCH(line + 0);
+                    if (apart) {
+                        HL_FETCH(line + 32);
                     }
                 }
                 for (int32_t c = start; c < start + 64; c += 8) {
@@ -3942,20 +4058,29 @@ HL_KERNEL_NEON void hl_sfa_f16_d512_rope64_dot_1x16_neon(const float *q, const h
         }
         {
             const float *const from = q + 512;
-            const uint16_t *const k0 = (const uint16_t *)row0->rope;
-            const uint16_t *const k1 = (const uint16_t *)row1->rope;
-            const uint16_t *const k2 = (const uint16_t *)row2->rope;
-            const uint16_t *const k3 = (const uint16_t *)row3->rope;
+            const uint16_t *const k0 =
+                (const uint16_t *)row0->rope;
+            const uint16_t *const k1 =
+                (const uint16_t *)row1->rope;
+            const uint16_t *const k2 =
+                (const uint16_t *)row2->rope;
+            const uint16_t *const k3 =
+                (const uint16_t *)row3->rope;
             for (int32_t start = 0; start < 64; start += 64) {
                 if (next != NULL) {
-                    HL_FETCH((const uint16_t *)next[j + 0].rope + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 1].rope + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 2].rope + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 3].rope + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 0].rope + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 1].rope + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 2].rope + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 3].rope + start + 32);
+                    const uint16_t *line;
+                    line = (const uint16_t *)next[j + 0].rope + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 1].rope + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 2].rope + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 3].rope + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
                 }
                 for (int32_t c = start; c < start + 64; c += 8) {
                     {
@@ -3985,6 +4110,7 @@ HL_KERNEL_NEON void hl_sfa_f16_d512_rope64_dot_1x16_neon(const float *q, const h
         all[(j + 2) * 1 + 0] = hl_vadd_neon(s0_2x, s0_2y);
         all[(j + 3) * 1 + 0] = hl_vadd_neon(s0_3x, s0_3y);
     }
+    (void)apart;
     for (int32_t i = 0; i < 16; i += L) {
         hl_vstore_neon(s + i, hl_vmul_neon(hl_vsums_neon(all + i), hl_vset_neon(scale)));
     }
@@ -4002,7 +4128,8 @@ HL_KERNEL_NEON void hl_sfa_f16_d512_rope64_score_few_neon(const hl_space *w, con
             const int32_t later = j + AHEAD;
             hl_sfa_f16_d512_rope64_dot_4x4_neon(w->q + (ptrdiff_t)h * QS, b->row + j, b->n - 1 - j,
                                                 w->s + h * BLOCK + j * 4, scale, h == 0 && later
-                                                + 4 <= known ? b->row + later : NULL);
+                                                + 4 <= known ? b->row + later : NULL,
+                                                b->value_apart);
         }
     }
     for (; h + 2 <= group; h += 2) {
@@ -4328,8 +4455,8 @@ HL_KERNEL_NEON void hl_sfa_f16_d512_rope64_value_neon(const hl_space *w, const h
     }
 }
 
-/* 4 heads by 4 vectors of channels, read where they are stored. Of 24 keys
- * further on lines are asked for meanwhile, as long as j < later. */
+/* 4 heads by 4 vectors of channels, read where they are stored. Meanwhile lines
+ * of values 24 keys further on are asked for, as long as j < later. */
 HL_KERNEL_NEON void hl_sfa_f16_d512_rope64_pr_4x4_neon(const float *p, const hl_row *row, int32_t c,
     float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
 {
@@ -4355,9 +4482,7 @@ HL_KERNEL_NEON void hl_sfa_f16_d512_rope64_pr_4x4_neon(const float *p, const hl_
         if (j < later) {
             const uint16_t *const next =
                 (const uint16_t *)row[j + 24].value + c;
-            if (apart) {
-                HL_FETCH(next + 0);
-            }
+            HL_FETCH(next + 0);
         }
         hl_vf_neon x;
         hl_vf_neon v0;
@@ -4387,6 +4512,7 @@ HL_KERNEL_NEON void hl_sfa_f16_d512_rope64_pr_4x4_neon(const float *p, const hl_
         o3_2 = hl_vfma_neon(x, v2, o3_2);
         o3_3 = hl_vfma_neon(x, v3, o3_3);
     }
+    (void)apart;
     hl_vstore_neon(o + 0 * OS + 0 * L,
                    hl_vfma_neon(hl_vset_neon(alpha[0]), hl_vload_neon(o + 0 * OS + 0 * L), o0_0));
     hl_vstore_neon(o + 0 * OS + 1 * L,
@@ -4421,10 +4547,10 @@ HL_KERNEL_NEON void hl_sfa_f16_d512_rope64_pr_4x4_neon(const float *p, const hl_
                    hl_vfma_neon(hl_vset_neon(alpha[3]), hl_vload_neon(o + 3 * OS + 3 * L), o3_3));
 }
 
-/* 2 heads by 8 vectors of channels, read where they are stored. Of 24 keys
- * further on lines are asked for meanwhile, as long as j < later. */
+/* 2 heads by 8 vectors of channels, read where they are stored. Meanwhile lines
+ * of values 24 keys further on are asked for, as long as j < later. */
 HL_KERNEL_NEON void hl_sfa_f16_d512_rope64_pr_2x8_neon(const float *p, const hl_row *row, int32_t c,
-    float *o, const float *alpha, int32_t n, int32_t later)
+    float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
 {
     enum { L = 4, OS = 512 };
     hl_vf_neon o0_0 = hl_vzero_neon();
@@ -4482,6 +4608,7 @@ HL_KERNEL_NEON void hl_sfa_f16_d512_rope64_pr_2x8_neon(const float *p, const hl_
         o1_6 = hl_vfma_neon(x, v6, o1_6);
         o1_7 = hl_vfma_neon(x, v7, o1_7);
     }
+    (void)apart;
     hl_vstore_neon(o + 0 * OS + 0 * L,
                    hl_vfma_neon(hl_vset_neon(alpha[0]), hl_vload_neon(o + 0 * OS + 0 * L), o0_0));
     hl_vstore_neon(o + 0 * OS + 1 * L,
@@ -4516,8 +4643,8 @@ HL_KERNEL_NEON void hl_sfa_f16_d512_rope64_pr_2x8_neon(const float *p, const hl_
                    hl_vfma_neon(hl_vset_neon(alpha[1]), hl_vload_neon(o + 1 * OS + 7 * L), o1_7));
 }
 
-/* 1 head by 16 vectors of channels, read where they are stored. Of 24 keys
- * further on lines are asked for meanwhile, as long as j < later. */
+/* 1 head by 16 vectors of channels, read where they are stored. Meanwhile lines
+ * of values 24 keys further on are asked for, as long as j < later. */
 HL_KERNEL_NEON void hl_sfa_f16_d512_rope64_pr_1x16_neon(const float *p, const hl_row *row,
     int32_t c, float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
 {
@@ -4543,10 +4670,10 @@ HL_KERNEL_NEON void hl_sfa_f16_d512_rope64_pr_1x16_neon(const float *p, const hl
         if (j < later) {
             const uint16_t *const next =
                 (const uint16_t *)row[j + 24].value + c;
+            HL_FETCH(next + 32);
             if (apart) {
                 HL_FETCH(next + 0);
             }
-            HL_FETCH(next + 32);
         }
         const hl_vf_neon x = hl_vset_neon(p[j]);
         hl_vf_neon v;
@@ -4576,6 +4703,7 @@ HL_KERNEL_NEON void hl_sfa_f16_d512_rope64_pr_1x16_neon(const float *p, const hl
         o0_14 = hl_vfma_neon(x, v, o0_14);
         o0_15 = hl_vfma_neon(x, w, o0_15);
     }
+    (void)apart;
     hl_vstore_neon(o + 0 * OS + 0 * L,
                    hl_vfma_neon(hl_vset_neon(alpha[0]), hl_vload_neon(o + 0 * OS + 0 * L), o0_0));
     hl_vstore_neon(o + 0 * OS + 1 * L,
@@ -4619,26 +4747,24 @@ HL_KERNEL_NEON void hl_sfa_f16_d512_rope64_value_few_neon(const hl_space *w, con
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
         const int32_t later = h == 0 ? left : 0;
-        const int32_t later_apart = b->value_apart ? later : 0;
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 512; c += 16) {
-            hl_sfa_f16_d512_rope64_pr_4x4_neon(p, b->row, c, o + c, t->alpha + h, b->n, later_apart,
-                                               b->value_apart);
+            hl_sfa_f16_d512_rope64_pr_4x4_neon(p, b->row, c, o + c, t->alpha + h, b->n,
+                                               b->value_apart ? later : 0, b->value_apart);
         }
     }
     for (; h + 2 <= group; h += 2) {
         const int32_t later = h == 0 ? left : 0;
-        const int32_t later_apart = b->value_apart ? later : 0;
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 512; c += 32) {
-            hl_sfa_f16_d512_rope64_pr_2x8_neon(p, b->row, c, o + c, t->alpha + h, b->n, later);
+            hl_sfa_f16_d512_rope64_pr_2x8_neon(p, b->row, c, o + c, t->alpha + h, b->n, later,
+                                               b->value_apart);
         }
     }
     for (; h + 1 <= group; h += 1) {
         const int32_t later = h == 0 ? left : 0;
-        const int32_t later_apart = b->value_apart ? later : 0;
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 512; c += 64) {
@@ -4862,8 +4988,8 @@ HL_KERNEL_NEON void hl_sfa_f16_d512_rope64_forward_neon(const hl_sparse_flash_at
         *t->seen = 1.0f;
         b.row += b.n;
         known = b.n_later;
-        /* the rows to come move to the front; others follow */
         if (more && known <= CAP / 2 && known < block + AHEAD) {
+            /* What is known of the rows to come moves to the front; others follow. */
             HL_COPY(w->row, b.row, (size_t)known * sizeof *b.row);
             b.row = w->row;
             known += hl_sfa_f16_d512_rope64_next(a, g, &c, b.row + known, CAP - known);
@@ -5258,12 +5384,12 @@ HL_KERNEL_AVX2 void hl_sfa_f16_d512_rope64_score_avx2(const hl_space *w, int32_t
     }
 }
 
-/* 4 heads by 2 keys, read where they are stored, 2 rows at a time: channels are in
- * the lanes, and sums are formed across them once a tile, for many dot products together. Behind
- * the last key its row is taken again, so that every tile is whole. Meanwhile lines of later keys
- * (next) are asked for, if there are any. */
+/* 4 heads by 2 keys, all at once, read where they are stored.
+ * Channels are in the lanes; sums across them are formed once a tile, of all dot products together.
+ * Behind the last key its row is taken again, so that every tile is whole. Meanwhile lines of later
+ * keys (next) are asked for, if there are any. */
 HL_KERNEL_AVX2 void hl_sfa_f16_d512_rope64_dot_4x2_avx2(const float *q, const hl_row *row,
-    int32_t last, float *s, float scale, const hl_row *next)
+    int32_t last, float *s, float scale, const hl_row *next, int32_t apart)
 {
     enum { L = 8, QS = 576 };
     hl_vf_avx2 all[8];
@@ -5280,14 +5406,19 @@ HL_KERNEL_AVX2 void hl_sfa_f16_d512_rope64_dot_4x2_avx2(const float *q, const hl
         hl_vf_avx2 s3_1 = hl_vzero_avx2();
         {
             const float *const from = q + 0;
-            const uint16_t *const k0 = (const uint16_t *)row0->key;
-            const uint16_t *const k1 = (const uint16_t *)row1->key;
+            const uint16_t *const k0 =
+                (const uint16_t *)row0->key;
+            const uint16_t *const k1 =
+                (const uint16_t *)row1->key;
             for (int32_t start = 0; start < 512; start += 64) {
                 if (next != NULL) {
-                    HL_FETCH((const uint16_t *)next[j + 0].key + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 1].key + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 0].key + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 1].key + start + 32);
+                    const uint16_t *line;
+                    line = (const uint16_t *)next[j + 0].key + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 1].key + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
                 }
                 for (int32_t c = start; c < start + 64; c += 16) {
                     {
@@ -5329,14 +5460,19 @@ HL_KERNEL_AVX2 void hl_sfa_f16_d512_rope64_dot_4x2_avx2(const float *q, const hl
         }
         {
             const float *const from = q + 512;
-            const uint16_t *const k0 = (const uint16_t *)row0->rope;
-            const uint16_t *const k1 = (const uint16_t *)row1->rope;
+            const uint16_t *const k0 =
+                (const uint16_t *)row0->rope;
+            const uint16_t *const k1 =
+                (const uint16_t *)row1->rope;
             for (int32_t start = 0; start < 64; start += 64) {
                 if (next != NULL) {
-                    HL_FETCH((const uint16_t *)next[j + 0].rope + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 1].rope + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 0].rope + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 1].rope + start + 32);
+                    const uint16_t *line;
+                    line = (const uint16_t *)next[j + 0].rope + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 1].rope + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
                 }
                 for (int32_t c = start; c < start + 64; c += 16) {
                     {
@@ -5385,15 +5521,16 @@ HL_KERNEL_AVX2 void hl_sfa_f16_d512_rope64_dot_4x2_avx2(const float *q, const hl
         all[(j + 0) * 4 + 3] = s3_0;
         all[(j + 1) * 4 + 3] = s3_1;
     }
+    (void)apart;
     for (int32_t i = 0; i < 8; i += L) {
         hl_vstore_avx2(s + i, hl_vmul_avx2(hl_vsums_avx2(all + i), hl_vset_avx2(scale)));
     }
 }
 
-/* 2 heads by 4 keys, read where they are stored, 4 rows at a time: channels are in
- * the lanes, and sums are formed across them once a tile, for many dot products together. Behind
- * the last key its row is taken again, so that every tile is whole. Meanwhile lines of later keys
- * (next) are asked for, if there are any; but for those that value tiles ask for. */
+/* 2 heads by 4 keys, all at once, read where they are stored.
+ * Channels are in the lanes; sums across them are formed once a tile, of all dot products together.
+ * Behind the last key its row is taken again, so that every tile is whole. Meanwhile lines of later
+ * keys (next) are asked for, if there are any; but for those that value tiles ask for. */
 HL_KERNEL_AVX2 void hl_sfa_f16_d512_rope64_dot_2x4_avx2(const float *q, const hl_row *row,
     int32_t last, float *s, float scale, const hl_row *next, int32_t apart)
 {
@@ -5414,23 +5551,36 @@ HL_KERNEL_AVX2 void hl_sfa_f16_d512_rope64_dot_2x4_avx2(const float *q, const hl
         hl_vf_avx2 s1_3 = hl_vzero_avx2();
         {
             const float *const from = q + 0;
-            const uint16_t *const k0 = (const uint16_t *)row0->key;
-            const uint16_t *const k1 = (const uint16_t *)row1->key;
-            const uint16_t *const k2 = (const uint16_t *)row2->key;
-            const uint16_t *const k3 = (const uint16_t *)row3->key;
+            const uint16_t *const k0 =
+                (const uint16_t *)row0->key;
+            const uint16_t *const k1 =
+                (const uint16_t *)row1->key;
+            const uint16_t *const k2 =
+                (const uint16_t *)row2->key;
+            const uint16_t *const k3 =
+                (const uint16_t *)row3->key;
             for (int32_t start = 0; start < 512; start += 64) {
                 if (next != NULL) {
+                    const uint16_t *line;
+                    line = (const uint16_t *)next[j + 0].key + start;
                     if (apart) {
-                        HL_FETCH((const uint16_t *)next[j + 0].key + start + 0);
-                        HL_FETCH((const uint16_t *)next[j + 1].key + start + 0);
-                        HL_FETCH((const uint16_t *)next[j + 2].key + start + 0);
-                        HL_FETCH((const uint16_t *)next[j + 3].key + start + 0);
+                        HL_FETCH(line + 0);
+                        HL_FETCH(line + 32);
                     }
+                    line = (const uint16_t *)next[j + 1].key + start;
                     if (apart) {
-                        HL_FETCH((const uint16_t *)next[j + 0].key + start + 32);
-                        HL_FETCH((const uint16_t *)next[j + 1].key + start + 32);
-                        HL_FETCH((const uint16_t *)next[j + 2].key + start + 32);
-                        HL_FETCH((const uint16_t *)next[j + 3].key + start + 32);
+                        HL_FETCH(line + 0);
+                        HL_FETCH(line + 32);
+                    }
+                    line = (const uint16_t *)next[j + 2].key + start;
+                    if (apart) {
+                        HL_FETCH(line + 0);
+                        HL_FETCH(line + 32);
+                    }
+                    line = (const uint16_t *)next[j + 3].key + start;
+                    if (apart) {
+                        HL_FETCH(line + 0);
+                        HL_FETCH(line + 32);
                     }
                 }
                 for (int32_t c = start; c < start + 64; c += 16) {
@@ -5468,20 +5618,29 @@ HL_KERNEL_AVX2 void hl_sfa_f16_d512_rope64_dot_2x4_avx2(const float *q, const hl
         }
         {
             const float *const from = q + 512;
-            const uint16_t *const k0 = (const uint16_t *)row0->rope;
-            const uint16_t *const k1 = (const uint16_t *)row1->rope;
-            const uint16_t *const k2 = (const uint16_t *)row2->rope;
-            const uint16_t *const k3 = (const uint16_t *)row3->rope;
+            const uint16_t *const k0 =
+                (const uint16_t *)row0->rope;
+            const uint16_t *const k1 =
+                (const uint16_t *)row1->rope;
+            const uint16_t *const k2 =
+                (const uint16_t *)row2->rope;
+            const uint16_t *const k3 =
+                (const uint16_t *)row3->rope;
             for (int32_t start = 0; start < 64; start += 64) {
                 if (next != NULL) {
-                    HL_FETCH((const uint16_t *)next[j + 0].rope + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 1].rope + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 2].rope + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 3].rope + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 0].rope + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 1].rope + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 2].rope + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 3].rope + start + 32);
+                    const uint16_t *line;
+                    line = (const uint16_t *)next[j + 0].rope + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 1].rope + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 2].rope + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 3].rope + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
                 }
                 for (int32_t c = start; c < start + 64; c += 16) {
                     {
@@ -5525,15 +5684,16 @@ HL_KERNEL_AVX2 void hl_sfa_f16_d512_rope64_dot_2x4_avx2(const float *q, const hl
         all[(j + 2) * 2 + 1] = s1_2;
         all[(j + 3) * 2 + 1] = s1_3;
     }
+    (void)apart;
     for (int32_t i = 0; i < 8; i += L) {
         hl_vstore_avx2(s + i, hl_vmul_avx2(hl_vsums_avx2(all + i), hl_vset_avx2(scale)));
     }
 }
 
-/* 1 head by 8 keys, read where they are stored, 4 rows at a time: channels are in
- * the lanes, and sums are formed across them once a tile, for many dot products together. Behind
- * the last key its row is taken again, so that every tile is whole. Meanwhile lines of later keys
- * (next) are asked for, if there are any; but for those that value tiles ask for. */
+/* 1 head by 8 keys, 4 at a time, read where they are stored.
+ * Channels are in the lanes; sums across them are formed once a tile, of all dot products together.
+ * Behind the last key its row is taken again, so that every tile is whole. Meanwhile lines of later
+ * keys (next) are asked for, if there are any; but for those that value tiles ask for. */
 HL_KERNEL_AVX2 void hl_sfa_f16_d512_rope64_dot_1x8_avx2(const float *q, const hl_row *row,
     int32_t last, float *s, float scale, const hl_row *next, int32_t apart)
 {
@@ -5554,21 +5714,36 @@ HL_KERNEL_AVX2 void hl_sfa_f16_d512_rope64_dot_1x8_avx2(const float *q, const hl
         hl_vf_avx2 s0_3y = hl_vzero_avx2();
         {
             const float *const from = q + 0;
-            const uint16_t *const k0 = (const uint16_t *)row0->key;
-            const uint16_t *const k1 = (const uint16_t *)row1->key;
-            const uint16_t *const k2 = (const uint16_t *)row2->key;
-            const uint16_t *const k3 = (const uint16_t *)row3->key;
+            const uint16_t *const k0 =
+                (const uint16_t *)row0->key;
+            const uint16_t *const k1 =
+                (const uint16_t *)row1->key;
+            const uint16_t *const k2 =
+                (const uint16_t *)row2->key;
+            const uint16_t *const k3 =
+                (const uint16_t *)row3->key;
             for (int32_t start = 0; start < 512; start += 64) {
                 if (next != NULL) {
-                    HL_FETCH((const uint16_t *)next[j + 0].key + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 1].key + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 2].key + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 3].key + start + 0);
+                    const uint16_t *line;
+                    line = (const uint16_t *)next[j + 0].key + start;
+                    HL_FETCH(line + 0);
                     if (apart) {
-                        HL_FETCH((const uint16_t *)next[j + 0].key + start + 32);
-                        HL_FETCH((const uint16_t *)next[j + 1].key + start + 32);
-                        HL_FETCH((const uint16_t *)next[j + 2].key + start + 32);
-                        HL_FETCH((const uint16_t *)next[j + 3].key + start + 32);
+                        HL_FETCH(line + 32);
+                    }
+                    line = (const uint16_t *)next[j + 1].key + start;
+                    HL_FETCH(line + 0);
+                    if (apart) {
+                        HL_FETCH(line + 32);
+                    }
+                    line = (const uint16_t *)next[j + 2].key + start;
+                    HL_FETCH(line + 0);
+                    if (apart) {
+                        HL_FETCH(line + 32);
+                    }
+                    line = (const uint16_t *)next[j + 3].key + start;
+                    HL_FETCH(line + 0);
+                    if (apart) {
+                        HL_FETCH(line + 32);
                     }
                 }
                 for (int32_t c = start; c < start + 64; c += 16) {
@@ -5596,20 +5771,29 @@ HL_KERNEL_AVX2 void hl_sfa_f16_d512_rope64_dot_1x8_avx2(const float *q, const hl
         }
         {
             const float *const from = q + 512;
-            const uint16_t *const k0 = (const uint16_t *)row0->rope;
-            const uint16_t *const k1 = (const uint16_t *)row1->rope;
-            const uint16_t *const k2 = (const uint16_t *)row2->rope;
-            const uint16_t *const k3 = (const uint16_t *)row3->rope;
+            const uint16_t *const k0 =
+                (const uint16_t *)row0->rope;
+            const uint16_t *const k1 =
+                (const uint16_t *)row1->rope;
+            const uint16_t *const k2 =
+                (const uint16_t *)row2->rope;
+            const uint16_t *const k3 =
+                (const uint16_t *)row3->rope;
             for (int32_t start = 0; start < 64; start += 64) {
                 if (next != NULL) {
-                    HL_FETCH((const uint16_t *)next[j + 0].rope + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 1].rope + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 2].rope + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 3].rope + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 0].rope + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 1].rope + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 2].rope + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 3].rope + start + 32);
+                    const uint16_t *line;
+                    line = (const uint16_t *)next[j + 0].rope + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 1].rope + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 2].rope + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 3].rope + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
                 }
                 for (int32_t c = start; c < start + 64; c += 16) {
                     {
@@ -5639,6 +5823,7 @@ HL_KERNEL_AVX2 void hl_sfa_f16_d512_rope64_dot_1x8_avx2(const float *q, const hl
         all[(j + 2) * 1 + 0] = hl_vadd_avx2(s0_2x, s0_2y);
         all[(j + 3) * 1 + 0] = hl_vadd_avx2(s0_3x, s0_3y);
     }
+    (void)apart;
     for (int32_t i = 0; i < 8; i += L) {
         hl_vstore_avx2(s + i, hl_vmul_avx2(hl_vsums_avx2(all + i), hl_vset_avx2(scale)));
     }
@@ -5656,7 +5841,8 @@ HL_KERNEL_AVX2 void hl_sfa_f16_d512_rope64_score_few_avx2(const hl_space *w, con
             const int32_t later = j + AHEAD;
             hl_sfa_f16_d512_rope64_dot_4x2_avx2(w->q + (ptrdiff_t)h * QS, b->row + j, b->n - 1 - j,
                                                 w->s + h * BLOCK + j * 4, scale, h == 0 && later
-                                                + 2 <= known ? b->row + later : NULL);
+                                                + 2 <= known ? b->row + later : NULL,
+                                                b->value_apart);
         }
     }
     for (; h + 2 <= group; h += 2) {
@@ -5984,8 +6170,8 @@ HL_KERNEL_AVX2 void hl_sfa_f16_d512_rope64_value_avx2(const hl_space *w, const h
     }
 }
 
-/* 4 heads by 2 vectors of channels, read where they are stored. Of 24 keys
- * further on lines are asked for meanwhile, as long as j < later. */
+/* 4 heads by 2 vectors of channels, read where they are stored. Meanwhile lines
+ * of values 24 keys further on are asked for, as long as j < later. */
 HL_KERNEL_AVX2 void hl_sfa_f16_d512_rope64_pr_4x2_avx2(const float *p, const hl_row *row, int32_t c,
     float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
 {
@@ -6003,9 +6189,7 @@ HL_KERNEL_AVX2 void hl_sfa_f16_d512_rope64_pr_4x2_avx2(const float *p, const hl_
         if (j < later) {
             const uint16_t *const next =
                 (const uint16_t *)row[j + 24].value + c;
-            if (apart) {
-                HL_FETCH(next + 0);
-            }
+            HL_FETCH(next + 0);
         }
         hl_vf_avx2 x;
         hl_vf_avx2 v0;
@@ -6024,6 +6208,7 @@ HL_KERNEL_AVX2 void hl_sfa_f16_d512_rope64_pr_4x2_avx2(const float *p, const hl_
         o3_0 = hl_vfma_avx2(x, v0, o3_0);
         o3_1 = hl_vfma_avx2(x, v1, o3_1);
     }
+    (void)apart;
     hl_vstore_avx2(o + 0 * OS + 0 * L,
                    hl_vfma_avx2(hl_vset_avx2(alpha[0]), hl_vload_avx2(o + 0 * OS + 0 * L), o0_0));
     hl_vstore_avx2(o + 0 * OS + 1 * L,
@@ -6042,10 +6227,10 @@ HL_KERNEL_AVX2 void hl_sfa_f16_d512_rope64_pr_4x2_avx2(const float *p, const hl_
                    hl_vfma_avx2(hl_vset_avx2(alpha[3]), hl_vload_avx2(o + 3 * OS + 1 * L), o3_1));
 }
 
-/* 2 heads by 4 vectors of channels, read where they are stored. Of 24 keys
- * further on lines are asked for meanwhile, as long as j < later. */
+/* 2 heads by 4 vectors of channels, read where they are stored. Meanwhile lines
+ * of values 24 keys further on are asked for, as long as j < later. */
 HL_KERNEL_AVX2 void hl_sfa_f16_d512_rope64_pr_2x4_avx2(const float *p, const hl_row *row, int32_t c,
-    float *o, const float *alpha, int32_t n, int32_t later)
+    float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
 {
     enum { L = 8, OS = 512 };
     hl_vf_avx2 o0_0 = hl_vzero_avx2();
@@ -6081,6 +6266,7 @@ HL_KERNEL_AVX2 void hl_sfa_f16_d512_rope64_pr_2x4_avx2(const float *p, const hl_
         o1_2 = hl_vfma_avx2(x, v2, o1_2);
         o1_3 = hl_vfma_avx2(x, v3, o1_3);
     }
+    (void)apart;
     hl_vstore_avx2(o + 0 * OS + 0 * L,
                    hl_vfma_avx2(hl_vset_avx2(alpha[0]), hl_vload_avx2(o + 0 * OS + 0 * L), o0_0));
     hl_vstore_avx2(o + 0 * OS + 1 * L,
@@ -6099,8 +6285,8 @@ HL_KERNEL_AVX2 void hl_sfa_f16_d512_rope64_pr_2x4_avx2(const float *p, const hl_
                    hl_vfma_avx2(hl_vset_avx2(alpha[1]), hl_vload_avx2(o + 1 * OS + 3 * L), o1_3));
 }
 
-/* 1 head by 8 vectors of channels, read where they are stored. Of 24 keys
- * further on lines are asked for meanwhile, as long as j < later. */
+/* 1 head by 8 vectors of channels, read where they are stored. Meanwhile lines
+ * of values 24 keys further on are asked for, as long as j < later. */
 HL_KERNEL_AVX2 void hl_sfa_f16_d512_rope64_pr_1x8_avx2(const float *p, const hl_row *row, int32_t c,
     float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
 {
@@ -6118,10 +6304,10 @@ HL_KERNEL_AVX2 void hl_sfa_f16_d512_rope64_pr_1x8_avx2(const float *p, const hl_
         if (j < later) {
             const uint16_t *const next =
                 (const uint16_t *)row[j + 24].value + c;
+            HL_FETCH(next + 32);
             if (apart) {
                 HL_FETCH(next + 0);
             }
-            HL_FETCH(next + 32);
         }
         const hl_vf_avx2 x = hl_vset_avx2(p[j]);
         hl_vf_avx2 v;
@@ -6139,6 +6325,7 @@ HL_KERNEL_AVX2 void hl_sfa_f16_d512_rope64_pr_1x8_avx2(const float *p, const hl_
         o0_6 = hl_vfma_avx2(x, v, o0_6);
         o0_7 = hl_vfma_avx2(x, w, o0_7);
     }
+    (void)apart;
     hl_vstore_avx2(o + 0 * OS + 0 * L,
                    hl_vfma_avx2(hl_vset_avx2(alpha[0]), hl_vload_avx2(o + 0 * OS + 0 * L), o0_0));
     hl_vstore_avx2(o + 0 * OS + 1 * L,
@@ -6166,26 +6353,24 @@ HL_KERNEL_AVX2 void hl_sfa_f16_d512_rope64_value_few_avx2(const hl_space *w, con
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
         const int32_t later = h == 0 ? left : 0;
-        const int32_t later_apart = b->value_apart ? later : 0;
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 512; c += 16) {
-            hl_sfa_f16_d512_rope64_pr_4x2_avx2(p, b->row, c, o + c, t->alpha + h, b->n, later_apart,
-                                               b->value_apart);
+            hl_sfa_f16_d512_rope64_pr_4x2_avx2(p, b->row, c, o + c, t->alpha + h, b->n,
+                                               b->value_apart ? later : 0, b->value_apart);
         }
     }
     for (; h + 2 <= group; h += 2) {
         const int32_t later = h == 0 ? left : 0;
-        const int32_t later_apart = b->value_apart ? later : 0;
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 512; c += 32) {
-            hl_sfa_f16_d512_rope64_pr_2x4_avx2(p, b->row, c, o + c, t->alpha + h, b->n, later);
+            hl_sfa_f16_d512_rope64_pr_2x4_avx2(p, b->row, c, o + c, t->alpha + h, b->n, later,
+                                               b->value_apart);
         }
     }
     for (; h + 1 <= group; h += 1) {
         const int32_t later = h == 0 ? left : 0;
-        const int32_t later_apart = b->value_apart ? later : 0;
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 512; c += 64) {
@@ -6409,8 +6594,8 @@ HL_KERNEL_AVX2 void hl_sfa_f16_d512_rope64_forward_avx2(const hl_sparse_flash_at
         *t->seen = 1.0f;
         b.row += b.n;
         known = b.n_later;
-        /* the rows to come move to the front; others follow */
         if (more && known <= CAP / 2 && known < block + AHEAD) {
+            /* What is known of the rows to come moves to the front; others follow. */
             HL_COPY(w->row, b.row, (size_t)known * sizeof *b.row);
             b.row = w->row;
             known += hl_sfa_f16_d512_rope64_next(a, g, &c, b.row + known, CAP - known);
@@ -6986,12 +7171,12 @@ HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_score_avx512(const hl_space *w, int
     }
 }
 
-/* 4 heads by 4 keys, read where they are stored, 4 rows at a time: channels are in
- * the lanes, and sums are formed across them once a tile, for many dot products together. Behind
- * the last key its row is taken again, so that every tile is whole. Meanwhile lines of later keys
- * (next) are asked for, if there are any. */
+/* 4 heads by 4 keys, all at once, read where they are stored.
+ * Channels are in the lanes; sums across them are formed once a tile, of all dot products together.
+ * Behind the last key its row is taken again, so that every tile is whole. Meanwhile lines of later
+ * keys (next) are asked for, if there are any. */
 HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_dot_4x4_avx512(const float *q, const hl_row *row,
-    int32_t last, float *s, float scale, const hl_row *next)
+    int32_t last, float *s, float scale, const hl_row *next, int32_t apart)
 {
     enum { L = 16, QS = 576 };
     hl_vf_avx512 all[16];
@@ -7018,20 +7203,29 @@ HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_dot_4x4_avx512(const float *q, cons
         hl_vf_avx512 s3_3 = hl_vzero_avx512();
         {
             const float *const from = q + 0;
-            const uint16_t *const k0 = (const uint16_t *)row0->key;
-            const uint16_t *const k1 = (const uint16_t *)row1->key;
-            const uint16_t *const k2 = (const uint16_t *)row2->key;
-            const uint16_t *const k3 = (const uint16_t *)row3->key;
+            const uint16_t *const k0 =
+                (const uint16_t *)row0->key;
+            const uint16_t *const k1 =
+                (const uint16_t *)row1->key;
+            const uint16_t *const k2 =
+                (const uint16_t *)row2->key;
+            const uint16_t *const k3 =
+                (const uint16_t *)row3->key;
             for (int32_t start = 0; start < 512; start += 64) {
                 if (next != NULL) {
-                    HL_FETCH((const uint16_t *)next[j + 0].key + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 1].key + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 2].key + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 3].key + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 0].key + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 1].key + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 2].key + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 3].key + start + 32);
+                    const uint16_t *line;
+                    line = (const uint16_t *)next[j + 0].key + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 1].key + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 2].key + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 3].key + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
                 }
                 for (int32_t c = start; c < start + 64; c += 32) {
                     {
@@ -7095,20 +7289,29 @@ HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_dot_4x4_avx512(const float *q, cons
         }
         {
             const float *const from = q + 512;
-            const uint16_t *const k0 = (const uint16_t *)row0->rope;
-            const uint16_t *const k1 = (const uint16_t *)row1->rope;
-            const uint16_t *const k2 = (const uint16_t *)row2->rope;
-            const uint16_t *const k3 = (const uint16_t *)row3->rope;
+            const uint16_t *const k0 =
+                (const uint16_t *)row0->rope;
+            const uint16_t *const k1 =
+                (const uint16_t *)row1->rope;
+            const uint16_t *const k2 =
+                (const uint16_t *)row2->rope;
+            const uint16_t *const k3 =
+                (const uint16_t *)row3->rope;
             for (int32_t start = 0; start < 64; start += 64) {
                 if (next != NULL) {
-                    HL_FETCH((const uint16_t *)next[j + 0].rope + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 1].rope + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 2].rope + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 3].rope + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 0].rope + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 1].rope + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 2].rope + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 3].rope + start + 32);
+                    const uint16_t *line;
+                    line = (const uint16_t *)next[j + 0].rope + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 1].rope + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 2].rope + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 3].rope + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
                 }
                 for (int32_t c = start; c < start + 64; c += 32) {
                     {
@@ -7187,15 +7390,16 @@ HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_dot_4x4_avx512(const float *q, cons
         all[(j + 2) * 4 + 3] = s3_2;
         all[(j + 3) * 4 + 3] = s3_3;
     }
+    (void)apart;
     for (int32_t i = 0; i < 16; i += L) {
         hl_vstore_avx512(s + i, hl_vmul_avx512(hl_vsums_avx512(all + i), hl_vset_avx512(scale)));
     }
 }
 
-/* 2 heads by 8 keys, read where they are stored, 8 rows at a time: channels are in
- * the lanes, and sums are formed across them once a tile, for many dot products together. Behind
- * the last key its row is taken again, so that every tile is whole. Meanwhile lines of later keys
- * (next) are asked for, if there are any; but for those that value tiles ask for. */
+/* 2 heads by 8 keys, all at once, read where they are stored.
+ * Channels are in the lanes; sums across them are formed once a tile, of all dot products together.
+ * Behind the last key its row is taken again, so that every tile is whole. Meanwhile lines of later
+ * keys (next) are asked for, if there are any; but for those that value tiles ask for. */
 HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_dot_2x8_avx512(const float *q, const hl_row *row,
     int32_t last, float *s, float scale, const hl_row *next, int32_t apart)
 {
@@ -7228,35 +7432,64 @@ HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_dot_2x8_avx512(const float *q, cons
         hl_vf_avx512 s1_7 = hl_vzero_avx512();
         {
             const float *const from = q + 0;
-            const uint16_t *const k0 = (const uint16_t *)row0->key;
-            const uint16_t *const k1 = (const uint16_t *)row1->key;
-            const uint16_t *const k2 = (const uint16_t *)row2->key;
-            const uint16_t *const k3 = (const uint16_t *)row3->key;
-            const uint16_t *const k4 = (const uint16_t *)row4->key;
-            const uint16_t *const k5 = (const uint16_t *)row5->key;
-            const uint16_t *const k6 = (const uint16_t *)row6->key;
-            const uint16_t *const k7 = (const uint16_t *)row7->key;
+            const uint16_t *const k0 =
+                (const uint16_t *)row0->key;
+            const uint16_t *const k1 =
+                (const uint16_t *)row1->key;
+            const uint16_t *const k2 =
+                (const uint16_t *)row2->key;
+            const uint16_t *const k3 =
+                (const uint16_t *)row3->key;
+            const uint16_t *const k4 =
+                (const uint16_t *)row4->key;
+            const uint16_t *const k5 =
+                (const uint16_t *)row5->key;
+            const uint16_t *const k6 =
+                (const uint16_t *)row6->key;
+            const uint16_t *const k7 =
+                (const uint16_t *)row7->key;
             for (int32_t start = 0; start < 512; start += 64) {
                 if (next != NULL) {
+                    const uint16_t *line;
+                    line = (const uint16_t *)next[j + 0].key + start;
                     if (apart) {
-                        HL_FETCH((const uint16_t *)next[j + 0].key + start + 0);
-                        HL_FETCH((const uint16_t *)next[j + 1].key + start + 0);
-                        HL_FETCH((const uint16_t *)next[j + 2].key + start + 0);
-                        HL_FETCH((const uint16_t *)next[j + 3].key + start + 0);
-                        HL_FETCH((const uint16_t *)next[j + 4].key + start + 0);
-                        HL_FETCH((const uint16_t *)next[j + 5].key + start + 0);
-                        HL_FETCH((const uint16_t *)next[j + 6].key + start + 0);
-                        HL_FETCH((const uint16_t *)next[j + 7].key + start + 0);
+                        HL_FETCH(line + 0);
+                        HL_FETCH(line + 32);
                     }
+                    line = (const uint16_t *)next[j + 1].key + start;
                     if (apart) {
-                        HL_FETCH((const uint16_t *)next[j + 0].key + start + 32);
-                        HL_FETCH((const uint16_t *)next[j + 1].key + start + 32);
-                        HL_FETCH((const uint16_t *)next[j + 2].key + start + 32);
-                        HL_FETCH((const uint16_t *)next[j + 3].key + start + 32);
-                        HL_FETCH((const uint16_t *)next[j + 4].key + start + 32);
-                        HL_FETCH((const uint16_t *)next[j + 5].key + start + 32);
-                        HL_FETCH((const uint16_t *)next[j + 6].key + start + 32);
-                        HL_FETCH((const uint16_t *)next[j + 7].key + start + 32);
+                        HL_FETCH(line + 0);
+                        HL_FETCH(line + 32);
+                    }
+                    line = (const uint16_t *)next[j + 2].key + start;
+                    if (apart) {
+                        HL_FETCH(line + 0);
+                        HL_FETCH(line + 32);
+                    }
+                    line = (const uint16_t *)next[j + 3].key + start;
+                    if (apart) {
+                        HL_FETCH(line + 0);
+                        HL_FETCH(line + 32);
+                    }
+                    line = (const uint16_t *)next[j + 4].key + start;
+                    if (apart) {
+                        HL_FETCH(line + 0);
+                        HL_FETCH(line + 32);
+                    }
+                    line = (const uint16_t *)next[j + 5].key + start;
+                    if (apart) {
+                        HL_FETCH(line + 0);
+                        HL_FETCH(line + 32);
+                    }
+                    line = (const uint16_t *)next[j + 6].key + start;
+                    if (apart) {
+                        HL_FETCH(line + 0);
+                        HL_FETCH(line + 32);
+                    }
+                    line = (const uint16_t *)next[j + 7].key + start;
+                    if (apart) {
+                        HL_FETCH(line + 0);
+                        HL_FETCH(line + 32);
                     }
                 }
                 for (int32_t c = start; c < start + 64; c += 32) {
@@ -7314,32 +7547,49 @@ HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_dot_2x8_avx512(const float *q, cons
         }
         {
             const float *const from = q + 512;
-            const uint16_t *const k0 = (const uint16_t *)row0->rope;
-            const uint16_t *const k1 = (const uint16_t *)row1->rope;
-            const uint16_t *const k2 = (const uint16_t *)row2->rope;
-            const uint16_t *const k3 = (const uint16_t *)row3->rope;
-            const uint16_t *const k4 = (const uint16_t *)row4->rope;
-            const uint16_t *const k5 = (const uint16_t *)row5->rope;
-            const uint16_t *const k6 = (const uint16_t *)row6->rope;
-            const uint16_t *const k7 = (const uint16_t *)row7->rope;
+            const uint16_t *const k0 =
+                (const uint16_t *)row0->rope;
+            const uint16_t *const k1 =
+                (const uint16_t *)row1->rope;
+            const uint16_t *const k2 =
+                (const uint16_t *)row2->rope;
+            const uint16_t *const k3 =
+                (const uint16_t *)row3->rope;
+            const uint16_t *const k4 =
+                (const uint16_t *)row4->rope;
+            const uint16_t *const k5 =
+                (const uint16_t *)row5->rope;
+            const uint16_t *const k6 =
+                (const uint16_t *)row6->rope;
+            const uint16_t *const k7 =
+                (const uint16_t *)row7->rope;
             for (int32_t start = 0; start < 64; start += 64) {
                 if (next != NULL) {
-                    HL_FETCH((const uint16_t *)next[j + 0].rope + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 1].rope + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 2].rope + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 3].rope + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 4].rope + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 5].rope + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 6].rope + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 7].rope + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 0].rope + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 1].rope + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 2].rope + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 3].rope + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 4].rope + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 5].rope + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 6].rope + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 7].rope + start + 32);
+                    const uint16_t *line;
+                    line = (const uint16_t *)next[j + 0].rope + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 1].rope + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 2].rope + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 3].rope + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 4].rope + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 5].rope + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 6].rope + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 7].rope + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
                 }
                 for (int32_t c = start; c < start + 64; c += 32) {
                     {
@@ -7411,15 +7661,16 @@ HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_dot_2x8_avx512(const float *q, cons
         all[(j + 6) * 2 + 1] = s1_6;
         all[(j + 7) * 2 + 1] = s1_7;
     }
+    (void)apart;
     for (int32_t i = 0; i < 16; i += L) {
         hl_vstore_avx512(s + i, hl_vmul_avx512(hl_vsums_avx512(all + i), hl_vset_avx512(scale)));
     }
 }
 
-/* 1 head by 16 keys, read where they are stored, 1 row at a time: channels are in
- * the lanes, and sums are formed across them once a tile, for many dot products together. Behind
- * the last key its row is taken again, so that every tile is whole. Meanwhile lines of later keys
- * (next) are asked for, if there are any; but for those that value tiles ask for. */
+/* 1 head by 16 keys, 1 at a time, read where they are stored.
+ * Channels are in the lanes; sums across them are formed once a tile, of all dot products together.
+ * Behind the last key its row is taken again, so that every tile is whole. Meanwhile lines of later
+ * keys (next) are asked for, if there are any; but for those that value tiles ask for. */
 HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_dot_1x16_avx512(const float *q, const hl_row *row,
     int32_t last, float *s, float scale, const hl_row *next, int32_t apart)
 {
@@ -7433,12 +7684,15 @@ HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_dot_1x16_avx512(const float *q, con
         hl_vf_avx512 s0_0w = hl_vzero_avx512();
         {
             const float *const from = q + 0;
-            const uint16_t *const k0 = (const uint16_t *)row0->key;
+            const uint16_t *const k0 =
+                (const uint16_t *)row0->key;
             for (int32_t start = 0; start < 512; start += 64) {
                 if (next != NULL) {
-                    HL_FETCH((const uint16_t *)next[j + 0].key + start + 0);
+                    const uint16_t *line;
+                    line = (const uint16_t *)next[j + 0].key + start;
+                    HL_FETCH(line + 0);
                     if (apart) {
-                        HL_FETCH((const uint16_t *)next[j + 0].key + start + 32);
+                        HL_FETCH(line + 32);
                     }
                 }
                 for (int32_t c = start; c < start + 64; c += 64) {
@@ -7469,11 +7723,14 @@ HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_dot_1x16_avx512(const float *q, con
         }
         {
             const float *const from = q + 512;
-            const uint16_t *const k0 = (const uint16_t *)row0->rope;
+            const uint16_t *const k0 =
+                (const uint16_t *)row0->rope;
             for (int32_t start = 0; start < 64; start += 64) {
                 if (next != NULL) {
-                    HL_FETCH((const uint16_t *)next[j + 0].rope + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 0].rope + start + 32);
+                    const uint16_t *line;
+                    line = (const uint16_t *)next[j + 0].rope + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
                 }
                 for (int32_t c = start; c < start + 64; c += 64) {
                     {
@@ -7504,6 +7761,7 @@ HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_dot_1x16_avx512(const float *q, con
         all[(j + 0) * 1 + 0] =
             hl_vadd_avx512(hl_vadd_avx512(s0_0x, s0_0y), hl_vadd_avx512(s0_0z, s0_0w));
     }
+    (void)apart;
     for (int32_t i = 0; i < 16; i += L) {
         hl_vstore_avx512(s + i, hl_vmul_avx512(hl_vsums_avx512(all + i), hl_vset_avx512(scale)));
     }
@@ -7522,7 +7780,7 @@ HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_score_few_avx512(const hl_space *w,
             hl_sfa_f16_d512_rope64_dot_4x4_avx512(w->q + (ptrdiff_t)h * QS, b->row + j,
                                                   b->n - 1 - j, w->s + h * BLOCK + j * 4, scale,
                                                   h == 0 && later + 4 <= known ? b->row + later
-                                                  : NULL);
+                                                  : NULL, b->value_apart);
         }
     }
     for (; h + 2 <= group; h += 2) {
@@ -8274,8 +8532,8 @@ HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_value_avx512(const hl_space *w, con
     }
 }
 
-/* 4 heads by 4 vectors of channels, read where they are stored. Of 24 keys
- * further on lines are asked for meanwhile, as long as j < later. */
+/* 4 heads by 4 vectors of channels, read where they are stored. Meanwhile lines
+ * of values 24 keys further on are asked for, as long as j < later. */
 HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_pr_4x4_avx512(const float *p, const hl_row *row,
     int32_t c, float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
 {
@@ -8301,12 +8559,8 @@ HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_pr_4x4_avx512(const float *p, const
         if (j < later) {
             const uint16_t *const next =
                 (const uint16_t *)row[j + 24].value + c;
-            if (apart) {
-                HL_FETCH(next + 0);
-            }
-            if (apart) {
-                HL_FETCH(next + 32);
-            }
+            HL_FETCH(next + 0);
+            HL_FETCH(next + 32);
         }
         hl_vf_avx512 x;
         hl_vf_avx512 v0;
@@ -8336,6 +8590,7 @@ HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_pr_4x4_avx512(const float *p, const
         o3_2 = hl_vfma_avx512(x, v2, o3_2);
         o3_3 = hl_vfma_avx512(x, v3, o3_3);
     }
+    (void)apart;
     hl_vstore_avx512(o + 0 * OS + 0 * L,
                      hl_vfma_avx512(hl_vset_avx512(alpha[0]), hl_vload_avx512(o + 0 * OS + 0 * L),
                                     o0_0));
@@ -8386,10 +8641,10 @@ HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_pr_4x4_avx512(const float *p, const
                                     o3_3));
 }
 
-/* 2 heads by 8 vectors of channels, read where they are stored. Of 24 keys
- * further on lines are asked for meanwhile, as long as j < later. */
+/* 2 heads by 8 vectors of channels, read where they are stored. Meanwhile lines
+ * of values 24 keys further on are asked for, as long as j < later. */
 HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_pr_2x8_avx512(const float *p, const hl_row *row,
-    int32_t c, float *o, const float *alpha, int32_t n, int32_t later)
+    int32_t c, float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
 {
     enum { L = 16, OS = 512 };
     hl_vf_avx512 o0_0 = hl_vzero_avx512();
@@ -8450,6 +8705,7 @@ HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_pr_2x8_avx512(const float *p, const
         o1_6 = hl_vfma_avx512(x, v6, o1_6);
         o1_7 = hl_vfma_avx512(x, v7, o1_7);
     }
+    (void)apart;
     hl_vstore_avx512(o + 0 * OS + 0 * L,
                      hl_vfma_avx512(hl_vset_avx512(alpha[0]), hl_vload_avx512(o + 0 * OS + 0 * L),
                                     o0_0));
@@ -8500,8 +8756,8 @@ HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_pr_2x8_avx512(const float *p, const
                                     o1_7));
 }
 
-/* 1 head by 16 vectors of channels, read where they are stored. Of 24 keys
- * further on lines are asked for meanwhile, as long as j < later. */
+/* 1 head by 16 vectors of channels, read where they are stored. Meanwhile lines
+ * of values 24 keys further on are asked for, as long as j < later. */
 HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_pr_1x16_avx512(const float *p, const hl_row *row,
     int32_t c, float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
 {
@@ -8527,22 +8783,16 @@ HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_pr_1x16_avx512(const float *p, cons
         if (j < later) {
             const uint16_t *const next =
                 (const uint16_t *)row[j + 24].value + c;
+            HL_FETCH(next + 32);
+            HL_FETCH(next + 96);
+            HL_FETCH(next + 160);
+            HL_FETCH(next + 224);
             if (apart) {
                 HL_FETCH(next + 0);
-            }
-            HL_FETCH(next + 32);
-            if (apart) {
                 HL_FETCH(next + 64);
-            }
-            HL_FETCH(next + 96);
-            if (apart) {
                 HL_FETCH(next + 128);
-            }
-            HL_FETCH(next + 160);
-            if (apart) {
                 HL_FETCH(next + 192);
             }
-            HL_FETCH(next + 224);
         }
         const hl_vf_avx512 x = hl_vset_avx512(p[j]);
         hl_vf_avx512 v;
@@ -8572,6 +8822,7 @@ HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_pr_1x16_avx512(const float *p, cons
         o0_14 = hl_vfma_avx512(x, v, o0_14);
         o0_15 = hl_vfma_avx512(x, w, o0_15);
     }
+    (void)apart;
     hl_vstore_avx512(o + 0 * OS + 0 * L,
                      hl_vfma_avx512(hl_vset_avx512(alpha[0]), hl_vload_avx512(o + 0 * OS + 0 * L),
                                     o0_0));
@@ -8631,26 +8882,24 @@ HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_value_few_avx512(const hl_space *w,
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
         const int32_t later = h == 0 ? left : 0;
-        const int32_t later_apart = b->value_apart ? later : 0;
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 512; c += 64) {
             hl_sfa_f16_d512_rope64_pr_4x4_avx512(p, b->row, c, o + c, t->alpha + h, b->n,
-                                                 later_apart, b->value_apart);
+                                                 b->value_apart ? later : 0, b->value_apart);
         }
     }
     for (; h + 2 <= group; h += 2) {
         const int32_t later = h == 0 ? left : 0;
-        const int32_t later_apart = b->value_apart ? later : 0;
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 512; c += 128) {
-            hl_sfa_f16_d512_rope64_pr_2x8_avx512(p, b->row, c, o + c, t->alpha + h, b->n, later);
+            hl_sfa_f16_d512_rope64_pr_2x8_avx512(p, b->row, c, o + c, t->alpha + h, b->n, later,
+                                                 b->value_apart);
         }
     }
     for (; h + 1 <= group; h += 1) {
         const int32_t later = h == 0 ? left : 0;
-        const int32_t later_apart = b->value_apart ? later : 0;
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 512; c += 256) {
@@ -8878,8 +9127,8 @@ HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_forward_avx512(
         *t->seen = 1.0f;
         b.row += b.n;
         known = b.n_later;
-        /* the rows to come move to the front; others follow */
         if (more && known <= CAP / 2 && known < block + AHEAD) {
+            /* What is known of the rows to come moves to the front; others follow. */
             HL_COPY(w->row, b.row, (size_t)known * sizeof *b.row);
             b.row = w->row;
             known += hl_sfa_f16_d512_rope64_next(a, g, &c, b.row + known, CAP - known);
