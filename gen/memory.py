@@ -145,7 +145,7 @@ def plan(tiles):
         Slice("k", 0, 0, line(k), "the block's keys as float32"),
         Slice("v", 0, 0, line(v), "the block's values, where they are apart"),
         Slice("s", s, 0, 0, "S^T, then P^T"),
-        Slice("row", 0, 0, line(6 * window), "where keys lie", "(hl_row *)(void *)"),
+        Slice("row", 0, 0, line(6 * window), "where keys lie, known ahead", "(hl_row *)(void *)"),
     ]
     for name in ("state", "other"):
         slices.extend(Slice(f"{name}.{f}", 1, 0, 0, why) for f, why in state)

@@ -21,7 +21,7 @@ class DotTile:
     once: int  # keys whose rows are read side by side
     parts: int  # sums of which a dot product is made: so many do not wait for each other
     leaves: int  # of two lines of later rows, so many are left to value tiles to ask for
-    asks: str = ""  # when it does, in C
+
     def sum(self, head, row, pair=0, second=0):
         """The sum that a vector belongs to: the pair-th pair's first or second."""
         part = (2 * pair + second) % self.parts
@@ -50,6 +50,13 @@ class DotTile:
         return self.once <= self.heads
 
     @property
+    def title(self):
+        """For the reader of the product."""
+        heads = f"{self.heads} head{'s' if self.heads > 1 else ''}"
+        together = "all at once" if self.once == self.keys else f"{self.once} at a time"
+        return f"{heads} by {self.keys} keys, {together}"
+
+    @property
     def but(self):
         """For the reader of the product: which lines are left to value tiles."""
         return "; but for those that value tiles ask for" if self.leaves else ""
@@ -57,6 +64,22 @@ class DotTile:
     def kept(self, load):
         """A load whose number is used for several keys: GCC would load it again for each."""
         return f"vkeep({load})" if self.once > 1 else load
+
+
+@dataclass(frozen=True)
+class Lines:
+    """Where the cache lines start that a tile asks for, of later rows."""
+
+    always: tuple[int, ...]
+    apart: tuple[int, ...]  # only where values are apart from keys
+    shared: bool  # some of a row's lines are asked for by score tiles, some by value tiles
+
+    @classmethod
+    def of(cls, channels, line, share, second=False):
+        """Of every two lines `share`: the first, or the second, or both."""
+        starts = tuple(range(0, channels, line))
+        mine = starts if share == 2 else starts[second::2] if share == 1 else ()
+        return cls(mine, tuple(at for at in starts if at not in mine), share > 0)
 
 
 @dataclass(frozen=True)
@@ -81,12 +104,11 @@ class Section:
 
     field: str  # of hl_row
     start: int  # of the section in Q's rows
-    channels: int
     paired: int  # channels in whole pairs of vectors
     rests: tuple  # Rest: one more whole vector, and a part of one
     pair: int  # channels in a pair of vectors
     line: int  # and in a cache line
-    values: int  # channels of it that are values, too, where those are not apart
+    is_value: bool  # its pairs are values, too, where those are not apart
 
     def turn(self, tile):
         """Channels that one turn of a tile's inner loop takes: a pair for each two of its sums."""
@@ -104,11 +126,8 @@ class Section:
         return step if self.paired % step == 0 else self.turn(tile)
 
     def lines(self, tile):
-        """(start, when) of the lines that such a turn asks for, of later rows. Lines that are left
-        to value tiles are asked for here if values are apart."""
-        share = tile.leaves if self.paired <= self.values else 0
-        starts = range(0, self.step(tile), self.line)
-        return [(at, "apart" if i % 2 >= 2 - share else "") for i, at in enumerate(starts)]
+        """What such a turn asks for."""
+        return Lines.of(self.step(tile), self.line, 2 - (tile.leaves if self.is_value else 0))
 
 
 @dataclass(frozen=True)
@@ -124,18 +143,7 @@ class RowTile:
     vecs: tuple[int, ...] = (0,)
     pairs: tuple = ()  # (channel, its vector, the other's) of each pair of vectors
     tail: int = 0  # channels, where they are fewer than a vector
-    lines: tuple = ((0, ""),)  # (start, when) of lines that it asks for, of later rows
-    leaves: int = 0  # DotTile.leaves for so many heads
-
-    @property
-    def asks_twice(self):
-        """Whether it asks for more lines where values are apart."""
-        return any(when for _, when in self.lines)
-
-    @property
-    def later(self):
-        """How many later rows it asks for, in C."""
-        return "later" if self.leaves else "later_apart"
+    lines: "Lines" = None
 
     @property
     def title(self):
@@ -290,23 +298,22 @@ def sections_of(kernel, lanes, line):
             Section(
                 field=field,
                 start=start,
-                channels=channels,
                 paired=paired,
                 rests=rests,
                 pair=pair,
                 line=line,
-                values=kernel.dv if field == "key" else 0,
+                is_value=field == "key" and paired <= kernel.dv,
             )
         )
         start += round_up(channels, lanes)
     return tuple(made)
 
 
-def asked(channels, line, leaves):
-    """(start, when) of the lines of later rows that a value tile asks for: those that score tiles
-    leave; all where values are apart."""
-    starts = range(0, channels, line)
-    return tuple((at, "" if i % 2 >= 2 - leaves else "apart") for i, at in enumerate(starts))
+def value_lines(channels, line, leaves):
+    """What a value tile asks for: what score tiles leave; where values are apart, all."""
+    if leaves == 0:
+        return Lines(tuple(range(0, channels, line)), (), shared=False)
+    return Lines.of(channels, line, leaves, second=True)
 
 
 def row_tiles(dots, dv, lanes, line, leaves):
@@ -315,6 +322,7 @@ def row_tiles(dots, dv, lanes, line, leaves):
     made = []
     pair = 2 * lanes
     for heads, keys, *_ in dots:
+        rest = value_lines(lanes, line, 0)
         pairs = dv // pair
         most = max(1, keys // 2)
         turns = -(-pairs // most)
@@ -332,17 +340,16 @@ def row_tiles(dots, dv, lanes, line, leaves):
                     end=(at + times * n) * pair,
                     vecs=tuple(range(2 * n)),
                     pairs=tuple((i * pair, 2 * i, 2 * i + 1) for i in range(n)),
-                    lines=asked(n * pair, line, leaves.get(heads, 0)),
-                    leaves=leaves.get(heads, 0),
+                    lines=value_lines(n * pair, line, leaves.get(heads, 0)),
                 )
             )
             at += times * n
         at *= pair
         if at + lanes <= dv:
-            made.append(RowTile(heads, "1", at, lanes, at + lanes))
+            made.append(RowTile(heads, "1", at, lanes, at + lanes, lines=rest))
             at += lanes
         if at < dv:
-            made.append(RowTile(heads, "n", at, lanes, dv, tail=dv - at))
+            made.append(RowTile(heads, "n", at, lanes, dv, tail=dv - at, lines=rest))
     return tuple(made)
 
 
@@ -401,7 +408,7 @@ def tile(kernel, isa):
         lean_block=min(registers["few_block"], lean_block(kernel)),
         lean=registers["lean"],
         dots=dots[0][0] * dots[0][1],
-        dot_tiles=tuple(DotTile(*shape, leaves=registers["leaves"].get(shape[0], 0)) for shape in dots),
+        dot_tiles=tuple(DotTile(*d, registers["leaves"].get(d[0], 0)) for d in dots),
         row_tiles=values,
         sections=sections,
         q_stride=q_stride,

@@ -1339,9 +1339,8 @@ HL_WORD_AVX2 hl_vf_avx2 hl_vload_bf16_n_avx2(const uint16_t *p, int32_t n)
 /* One cheap operation each: even numbers are shifted up, odd ones lie there already. */
 HL_WORD_AVX2 void hl_vpair_bf16_avx2(const uint16_t *p, hl_vf_avx2 *x, hl_vf_avx2 *y)
 {
-    const __m256 kept =
-        hl_vkeep_avx2(_mm256_castsi256_ps(_mm256_loadu_si256((const __m256i *)(const void *)p)));
-    const __m256i both = _mm256_castps_si256(kept);
+    const __m256i loaded = _mm256_loadu_si256((const __m256i *)(const void *)p);
+    const __m256i both = _mm256_castps_si256(hl_vkeep_avx2(_mm256_castsi256_ps(loaded)));
     const __m256i high = _mm256_set1_epi32(-65536);
     *x = _mm256_castsi256_ps(_mm256_slli_epi32(both, 16));
     *y = _mm256_castsi256_ps(_mm256_and_si256(both, high));
@@ -1547,8 +1546,8 @@ HL_WORD_AVX512 hl_vf_avx512 hl_vload_bf16_n_avx512(const uint16_t *p, int32_t n)
 /* One cheap operation each: even numbers are shifted up, odd ones lie there already. */
 HL_WORD_AVX512 void hl_vpair_bf16_avx512(const uint16_t *p, hl_vf_avx512 *x, hl_vf_avx512 *y)
 {
-    const __m512 kept = hl_vkeep_avx512(_mm512_castsi512_ps(_mm512_loadu_si512(p)));
-    const __m512i both = _mm512_castps_si512(kept);
+    const __m512i loaded = _mm512_loadu_si512(p);
+    const __m512i both = _mm512_castps_si512(hl_vkeep_avx512(_mm512_castsi512_ps(loaded)));
     const __m512i high = _mm512_set1_epi32(-65536);
     *x = _mm512_castsi512_ps(_mm512_maskz_slli_epi32(hl_all_avx512(), both, 16));
     *y = _mm512_castsi512_ps(_mm512_and_si512(both, high));
@@ -1842,7 +1841,7 @@ static inline void hl_sfa_bf16_d128_rope64_space(hl_space *w, void *workspace, i
     at += 12288;
     w->s = at; /* S^T, then P^T */
     at += 128 * heads;
-    w->row = (hl_row *)(void *)at; /* where keys lie */
+    w->row = (hl_row *)(void *)at; /* where keys lie, known ahead */
     at += 3072;
     w->state.m = at; /* running maxima, in log2 units */
     at += heads;
@@ -2428,12 +2427,12 @@ HL_KERNEL_SCALAR void hl_sfa_bf16_d128_rope64_load_q_few_scalar(
 
 /* ---- score: S = scale Q K^T, in units of log2 ---- */
 
-/* 4 heads by 2 keys, read where they are stored, 2 rows at a time: channels are in
- * the lanes, and sums are formed across them once a tile, for many dot products together. Behind
- * the last key its row is taken again, so that every tile is whole. Meanwhile lines of later keys
- * (next) are asked for, if there are any. */
+/* 4 heads by 2 keys, all at once, read where they are stored.
+ * Channels are in the lanes; sums across them are formed once a tile, of all dot products together.
+ * Behind the last key its row is taken again, so that every tile is whole. Meanwhile lines of later
+ * keys (next) are asked for, if there are any. */
 HL_KERNEL_SCALAR void hl_sfa_bf16_d128_rope64_dot_4x2_scalar(const float *q, const hl_row *row,
-    int32_t last, float *s, float scale, const hl_row *next)
+    int32_t last, float *s, float scale, const hl_row *next, int32_t apart)
 {
     enum { L = 1, QS = 192 };
     hl_vf_scalar all[8];
@@ -2450,14 +2449,19 @@ HL_KERNEL_SCALAR void hl_sfa_bf16_d128_rope64_dot_4x2_scalar(const float *q, con
         hl_vf_scalar s3_1 = hl_vzero_scalar();
         {
             const float *const from = q + 0;
-            const uint16_t *const k0 = (const uint16_t *)row0->key;
-            const uint16_t *const k1 = (const uint16_t *)row1->key;
+            const uint16_t *const k0 =
+                (const uint16_t *)row0->key;
+            const uint16_t *const k1 =
+                (const uint16_t *)row1->key;
             for (int32_t start = 0; start < 128; start += 64) {
                 if (next != NULL) {
-                    HL_FETCH((const uint16_t *)next[j + 0].key + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 1].key + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 0].key + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 1].key + start + 32);
+                    const uint16_t *line;
+                    line = (const uint16_t *)next[j + 0].key + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 1].key + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
                 }
                 for (int32_t c = start; c < start + 64; c += 2) {
                     {
@@ -2499,14 +2503,19 @@ HL_KERNEL_SCALAR void hl_sfa_bf16_d128_rope64_dot_4x2_scalar(const float *q, con
         }
         {
             const float *const from = q + 128;
-            const uint16_t *const k0 = (const uint16_t *)row0->rope;
-            const uint16_t *const k1 = (const uint16_t *)row1->rope;
+            const uint16_t *const k0 =
+                (const uint16_t *)row0->rope;
+            const uint16_t *const k1 =
+                (const uint16_t *)row1->rope;
             for (int32_t start = 0; start < 64; start += 64) {
                 if (next != NULL) {
-                    HL_FETCH((const uint16_t *)next[j + 0].rope + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 1].rope + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 0].rope + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 1].rope + start + 32);
+                    const uint16_t *line;
+                    line = (const uint16_t *)next[j + 0].rope + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 1].rope + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
                 }
                 for (int32_t c = start; c < start + 64; c += 2) {
                     {
@@ -2555,17 +2564,18 @@ HL_KERNEL_SCALAR void hl_sfa_bf16_d128_rope64_dot_4x2_scalar(const float *q, con
         all[(j + 0) * 4 + 3] = s3_0;
         all[(j + 1) * 4 + 3] = s3_1;
     }
+    (void)apart;
     for (int32_t i = 0; i < 8; i += L) {
         hl_vstore_scalar(s + i, hl_vmul_scalar(hl_vsums_scalar(all + i), hl_vset_scalar(scale)));
     }
 }
 
-/* 2 heads by 4 keys, read where they are stored, 4 rows at a time: channels are in
- * the lanes, and sums are formed across them once a tile, for many dot products together. Behind
- * the last key its row is taken again, so that every tile is whole. Meanwhile lines of later keys
- * (next) are asked for, if there are any. */
+/* 2 heads by 4 keys, all at once, read where they are stored.
+ * Channels are in the lanes; sums across them are formed once a tile, of all dot products together.
+ * Behind the last key its row is taken again, so that every tile is whole. Meanwhile lines of later
+ * keys (next) are asked for, if there are any. */
 HL_KERNEL_SCALAR void hl_sfa_bf16_d128_rope64_dot_2x4_scalar(const float *q, const hl_row *row,
-    int32_t last, float *s, float scale, const hl_row *next)
+    int32_t last, float *s, float scale, const hl_row *next, int32_t apart)
 {
     enum { L = 1, QS = 192 };
     hl_vf_scalar all[8];
@@ -2584,20 +2594,29 @@ HL_KERNEL_SCALAR void hl_sfa_bf16_d128_rope64_dot_2x4_scalar(const float *q, con
         hl_vf_scalar s1_3 = hl_vzero_scalar();
         {
             const float *const from = q + 0;
-            const uint16_t *const k0 = (const uint16_t *)row0->key;
-            const uint16_t *const k1 = (const uint16_t *)row1->key;
-            const uint16_t *const k2 = (const uint16_t *)row2->key;
-            const uint16_t *const k3 = (const uint16_t *)row3->key;
+            const uint16_t *const k0 =
+                (const uint16_t *)row0->key;
+            const uint16_t *const k1 =
+                (const uint16_t *)row1->key;
+            const uint16_t *const k2 =
+                (const uint16_t *)row2->key;
+            const uint16_t *const k3 =
+                (const uint16_t *)row3->key;
             for (int32_t start = 0; start < 128; start += 64) {
                 if (next != NULL) {
-                    HL_FETCH((const uint16_t *)next[j + 0].key + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 1].key + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 2].key + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 3].key + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 0].key + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 1].key + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 2].key + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 3].key + start + 32);
+                    const uint16_t *line;
+                    line = (const uint16_t *)next[j + 0].key + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 1].key + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 2].key + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 3].key + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
                 }
                 for (int32_t c = start; c < start + 64; c += 2) {
                     {
@@ -2634,20 +2653,29 @@ HL_KERNEL_SCALAR void hl_sfa_bf16_d128_rope64_dot_2x4_scalar(const float *q, con
         }
         {
             const float *const from = q + 128;
-            const uint16_t *const k0 = (const uint16_t *)row0->rope;
-            const uint16_t *const k1 = (const uint16_t *)row1->rope;
-            const uint16_t *const k2 = (const uint16_t *)row2->rope;
-            const uint16_t *const k3 = (const uint16_t *)row3->rope;
+            const uint16_t *const k0 =
+                (const uint16_t *)row0->rope;
+            const uint16_t *const k1 =
+                (const uint16_t *)row1->rope;
+            const uint16_t *const k2 =
+                (const uint16_t *)row2->rope;
+            const uint16_t *const k3 =
+                (const uint16_t *)row3->rope;
             for (int32_t start = 0; start < 64; start += 64) {
                 if (next != NULL) {
-                    HL_FETCH((const uint16_t *)next[j + 0].rope + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 1].rope + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 2].rope + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 3].rope + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 0].rope + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 1].rope + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 2].rope + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 3].rope + start + 32);
+                    const uint16_t *line;
+                    line = (const uint16_t *)next[j + 0].rope + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 1].rope + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 2].rope + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 3].rope + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
                 }
                 for (int32_t c = start; c < start + 64; c += 2) {
                     {
@@ -2691,17 +2719,18 @@ HL_KERNEL_SCALAR void hl_sfa_bf16_d128_rope64_dot_2x4_scalar(const float *q, con
         all[(j + 2) * 2 + 1] = s1_2;
         all[(j + 3) * 2 + 1] = s1_3;
     }
+    (void)apart;
     for (int32_t i = 0; i < 8; i += L) {
         hl_vstore_scalar(s + i, hl_vmul_scalar(hl_vsums_scalar(all + i), hl_vset_scalar(scale)));
     }
 }
 
-/* 1 head by 8 keys, read where they are stored, 8 rows at a time: channels are in
- * the lanes, and sums are formed across them once a tile, for many dot products together. Behind
- * the last key its row is taken again, so that every tile is whole. Meanwhile lines of later keys
- * (next) are asked for, if there are any. */
+/* 1 head by 8 keys, all at once, read where they are stored.
+ * Channels are in the lanes; sums across them are formed once a tile, of all dot products together.
+ * Behind the last key its row is taken again, so that every tile is whole. Meanwhile lines of later
+ * keys (next) are asked for, if there are any. */
 HL_KERNEL_SCALAR void hl_sfa_bf16_d128_rope64_dot_1x8_scalar(const float *q, const hl_row *row,
-    int32_t last, float *s, float scale, const hl_row *next)
+    int32_t last, float *s, float scale, const hl_row *next, int32_t apart)
 {
     enum { L = 1, QS = 192 };
     hl_vf_scalar all[8];
@@ -2724,32 +2753,49 @@ HL_KERNEL_SCALAR void hl_sfa_bf16_d128_rope64_dot_1x8_scalar(const float *q, con
         hl_vf_scalar s0_7 = hl_vzero_scalar();
         {
             const float *const from = q + 0;
-            const uint16_t *const k0 = (const uint16_t *)row0->key;
-            const uint16_t *const k1 = (const uint16_t *)row1->key;
-            const uint16_t *const k2 = (const uint16_t *)row2->key;
-            const uint16_t *const k3 = (const uint16_t *)row3->key;
-            const uint16_t *const k4 = (const uint16_t *)row4->key;
-            const uint16_t *const k5 = (const uint16_t *)row5->key;
-            const uint16_t *const k6 = (const uint16_t *)row6->key;
-            const uint16_t *const k7 = (const uint16_t *)row7->key;
+            const uint16_t *const k0 =
+                (const uint16_t *)row0->key;
+            const uint16_t *const k1 =
+                (const uint16_t *)row1->key;
+            const uint16_t *const k2 =
+                (const uint16_t *)row2->key;
+            const uint16_t *const k3 =
+                (const uint16_t *)row3->key;
+            const uint16_t *const k4 =
+                (const uint16_t *)row4->key;
+            const uint16_t *const k5 =
+                (const uint16_t *)row5->key;
+            const uint16_t *const k6 =
+                (const uint16_t *)row6->key;
+            const uint16_t *const k7 =
+                (const uint16_t *)row7->key;
             for (int32_t start = 0; start < 128; start += 64) {
                 if (next != NULL) {
-                    HL_FETCH((const uint16_t *)next[j + 0].key + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 1].key + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 2].key + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 3].key + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 4].key + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 5].key + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 6].key + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 7].key + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 0].key + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 1].key + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 2].key + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 3].key + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 4].key + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 5].key + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 6].key + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 7].key + start + 32);
+                    const uint16_t *line;
+                    line = (const uint16_t *)next[j + 0].key + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 1].key + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 2].key + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 3].key + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 4].key + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 5].key + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 6].key + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 7].key + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
                 }
                 for (int32_t c = start; c < start + 64; c += 2) {
                     {
@@ -2788,32 +2834,49 @@ HL_KERNEL_SCALAR void hl_sfa_bf16_d128_rope64_dot_1x8_scalar(const float *q, con
         }
         {
             const float *const from = q + 128;
-            const uint16_t *const k0 = (const uint16_t *)row0->rope;
-            const uint16_t *const k1 = (const uint16_t *)row1->rope;
-            const uint16_t *const k2 = (const uint16_t *)row2->rope;
-            const uint16_t *const k3 = (const uint16_t *)row3->rope;
-            const uint16_t *const k4 = (const uint16_t *)row4->rope;
-            const uint16_t *const k5 = (const uint16_t *)row5->rope;
-            const uint16_t *const k6 = (const uint16_t *)row6->rope;
-            const uint16_t *const k7 = (const uint16_t *)row7->rope;
+            const uint16_t *const k0 =
+                (const uint16_t *)row0->rope;
+            const uint16_t *const k1 =
+                (const uint16_t *)row1->rope;
+            const uint16_t *const k2 =
+                (const uint16_t *)row2->rope;
+            const uint16_t *const k3 =
+                (const uint16_t *)row3->rope;
+            const uint16_t *const k4 =
+                (const uint16_t *)row4->rope;
+            const uint16_t *const k5 =
+                (const uint16_t *)row5->rope;
+            const uint16_t *const k6 =
+                (const uint16_t *)row6->rope;
+            const uint16_t *const k7 =
+                (const uint16_t *)row7->rope;
             for (int32_t start = 0; start < 64; start += 64) {
                 if (next != NULL) {
-                    HL_FETCH((const uint16_t *)next[j + 0].rope + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 1].rope + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 2].rope + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 3].rope + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 4].rope + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 5].rope + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 6].rope + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 7].rope + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 0].rope + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 1].rope + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 2].rope + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 3].rope + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 4].rope + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 5].rope + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 6].rope + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 7].rope + start + 32);
+                    const uint16_t *line;
+                    line = (const uint16_t *)next[j + 0].rope + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 1].rope + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 2].rope + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 3].rope + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 4].rope + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 5].rope + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 6].rope + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 7].rope + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
                 }
                 for (int32_t c = start; c < start + 64; c += 2) {
                     {
@@ -2859,6 +2922,7 @@ HL_KERNEL_SCALAR void hl_sfa_bf16_d128_rope64_dot_1x8_scalar(const float *q, con
         all[(j + 6) * 1 + 0] = s0_6;
         all[(j + 7) * 1 + 0] = s0_7;
     }
+    (void)apart;
     for (int32_t i = 0; i < 8; i += L) {
         hl_vstore_scalar(s + i, hl_vmul_scalar(hl_vsums_scalar(all + i), hl_vset_scalar(scale)));
     }
@@ -2877,7 +2941,7 @@ HL_KERNEL_SCALAR void hl_sfa_bf16_d128_rope64_score_few_scalar(const hl_space *w
             hl_sfa_bf16_d128_rope64_dot_4x2_scalar(w->q + (ptrdiff_t)h * QS, b->row + j,
                                                    b->n - 1 - j, w->s + h * BLOCK + j * 4, scale,
                                                    h == 0 && later + 2 <= known ? b->row + later
-                                                   : NULL);
+                                                   : NULL, b->value_apart);
         }
     }
     for (; h + 2 <= group; h += 2) {
@@ -2886,7 +2950,7 @@ HL_KERNEL_SCALAR void hl_sfa_bf16_d128_rope64_score_few_scalar(const hl_space *w
             hl_sfa_bf16_d128_rope64_dot_2x4_scalar(w->q + (ptrdiff_t)h * QS, b->row + j,
                                                    b->n - 1 - j, w->s + h * BLOCK + j * 2, scale,
                                                    h == 0 && later + 4 <= known ? b->row + later
-                                                   : NULL);
+                                                   : NULL, b->value_apart);
         }
     }
     for (; h + 1 <= group; h += 1) {
@@ -2895,7 +2959,7 @@ HL_KERNEL_SCALAR void hl_sfa_bf16_d128_rope64_score_few_scalar(const hl_space *w
             hl_sfa_bf16_d128_rope64_dot_1x8_scalar(w->q + (ptrdiff_t)h * QS, b->row + j,
                                                    b->n - 1 - j, w->s + h * BLOCK + j * 1, scale,
                                                    h == 0 && later + 8 <= known ? b->row + later
-                                                   : NULL);
+                                                   : NULL, b->value_apart);
         }
     }
 }
@@ -2972,8 +3036,8 @@ HL_KERNEL_SCALAR void hl_sfa_bf16_d128_rope64_softmaxes_few_scalar(const hl_spac
 
 /* ---- value: O = alpha O + P V ---- */
 
-/* 4 heads by 2 vectors of channels, read where they are stored. Of 24 keys
- * further on lines are asked for meanwhile, as long as j < later. */
+/* 4 heads by 2 vectors of channels, read where they are stored. Meanwhile lines
+ * of values 24 keys further on are asked for, as long as j < later. */
 HL_KERNEL_SCALAR void hl_sfa_bf16_d128_rope64_pr_4x2_scalar(const float *p, const hl_row *row,
     int32_t c, float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
 {
@@ -2991,9 +3055,7 @@ HL_KERNEL_SCALAR void hl_sfa_bf16_d128_rope64_pr_4x2_scalar(const float *p, cons
         if (j < later) {
             const uint16_t *const next =
                 (const uint16_t *)row[j + 24].value + c;
-            if (apart) {
-                HL_FETCH(next + 0);
-            }
+            HL_FETCH(next + 0);
         }
         hl_vf_scalar x;
         hl_vf_scalar v0;
@@ -3012,6 +3074,7 @@ HL_KERNEL_SCALAR void hl_sfa_bf16_d128_rope64_pr_4x2_scalar(const float *p, cons
         o3_0 = hl_vfma_scalar(x, v0, o3_0);
         o3_1 = hl_vfma_scalar(x, v1, o3_1);
     }
+    (void)apart;
     hl_vstore_scalar(o + 0 * OS + 0 * L,
                      hl_vfma_scalar(hl_vset_scalar(alpha[0]), hl_vload_scalar(o + 0 * OS + 0 * L),
                                     o0_0));
@@ -3038,8 +3101,8 @@ HL_KERNEL_SCALAR void hl_sfa_bf16_d128_rope64_pr_4x2_scalar(const float *p, cons
                                     o3_1));
 }
 
-/* 2 heads by 4 vectors of channels, read where they are stored. Of 24 keys
- * further on lines are asked for meanwhile, as long as j < later. */
+/* 2 heads by 4 vectors of channels, read where they are stored. Meanwhile lines
+ * of values 24 keys further on are asked for, as long as j < later. */
 HL_KERNEL_SCALAR void hl_sfa_bf16_d128_rope64_pr_2x4_scalar(const float *p, const hl_row *row,
     int32_t c, float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
 {
@@ -3057,9 +3120,7 @@ HL_KERNEL_SCALAR void hl_sfa_bf16_d128_rope64_pr_2x4_scalar(const float *p, cons
         if (j < later) {
             const uint16_t *const next =
                 (const uint16_t *)row[j + 24].value + c;
-            if (apart) {
-                HL_FETCH(next + 0);
-            }
+            HL_FETCH(next + 0);
         }
         hl_vf_scalar x;
         hl_vf_scalar v0;
@@ -3079,6 +3140,7 @@ HL_KERNEL_SCALAR void hl_sfa_bf16_d128_rope64_pr_2x4_scalar(const float *p, cons
         o1_2 = hl_vfma_scalar(x, v2, o1_2);
         o1_3 = hl_vfma_scalar(x, v3, o1_3);
     }
+    (void)apart;
     hl_vstore_scalar(o + 0 * OS + 0 * L,
                      hl_vfma_scalar(hl_vset_scalar(alpha[0]), hl_vload_scalar(o + 0 * OS + 0 * L),
                                     o0_0));
@@ -3105,8 +3167,8 @@ HL_KERNEL_SCALAR void hl_sfa_bf16_d128_rope64_pr_2x4_scalar(const float *p, cons
                                     o1_3));
 }
 
-/* 1 head by 8 vectors of channels, read where they are stored. Of 24 keys
- * further on lines are asked for meanwhile, as long as j < later. */
+/* 1 head by 8 vectors of channels, read where they are stored. Meanwhile lines
+ * of values 24 keys further on are asked for, as long as j < later. */
 HL_KERNEL_SCALAR void hl_sfa_bf16_d128_rope64_pr_1x8_scalar(const float *p, const hl_row *row,
     int32_t c, float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
 {
@@ -3124,9 +3186,7 @@ HL_KERNEL_SCALAR void hl_sfa_bf16_d128_rope64_pr_1x8_scalar(const float *p, cons
         if (j < later) {
             const uint16_t *const next =
                 (const uint16_t *)row[j + 24].value + c;
-            if (apart) {
-                HL_FETCH(next + 0);
-            }
+            HL_FETCH(next + 0);
         }
         const hl_vf_scalar x = hl_vset_scalar(p[j]);
         hl_vf_scalar v;
@@ -3144,6 +3204,7 @@ HL_KERNEL_SCALAR void hl_sfa_bf16_d128_rope64_pr_1x8_scalar(const float *p, cons
         o0_6 = hl_vfma_scalar(x, v, o0_6);
         o0_7 = hl_vfma_scalar(x, w, o0_7);
     }
+    (void)apart;
     hl_vstore_scalar(o + 0 * OS + 0 * L,
                      hl_vfma_scalar(hl_vset_scalar(alpha[0]), hl_vload_scalar(o + 0 * OS + 0 * L),
                                     o0_0));
@@ -3179,32 +3240,29 @@ HL_KERNEL_SCALAR void hl_sfa_bf16_d128_rope64_value_few_scalar(const hl_space *w
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
         const int32_t later = h == 0 ? left : 0;
-        const int32_t later_apart = b->value_apart ? later : 0;
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 128; c += 2) {
             hl_sfa_bf16_d128_rope64_pr_4x2_scalar(p, b->row, c, o + c, t->alpha + h, b->n,
-                                                  later_apart, b->value_apart);
+                                                  b->value_apart ? later : 0, b->value_apart);
         }
     }
     for (; h + 2 <= group; h += 2) {
         const int32_t later = h == 0 ? left : 0;
-        const int32_t later_apart = b->value_apart ? later : 0;
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 128; c += 4) {
             hl_sfa_bf16_d128_rope64_pr_2x4_scalar(p, b->row, c, o + c, t->alpha + h, b->n,
-                                                  later_apart, b->value_apart);
+                                                  b->value_apart ? later : 0, b->value_apart);
         }
     }
     for (; h + 1 <= group; h += 1) {
         const int32_t later = h == 0 ? left : 0;
-        const int32_t later_apart = b->value_apart ? later : 0;
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 128; c += 8) {
             hl_sfa_bf16_d128_rope64_pr_1x8_scalar(p, b->row, c, o + c, t->alpha + h, b->n,
-                                                  later_apart, b->value_apart);
+                                                  b->value_apart ? later : 0, b->value_apart);
         }
     }
 }
@@ -3421,8 +3479,8 @@ HL_KERNEL_SCALAR void hl_sfa_bf16_d128_rope64_forward_scalar(
         *t->seen = 1.0f;
         b.row += b.n;
         known = b.n_later;
-        /* the rows to come move to the front; others follow */
         if (more && known <= CAP / 2 && known < block + AHEAD) {
+            /* What is known of the rows to come moves to the front; others follow. */
             HL_COPY(w->row, b.row, (size_t)known * sizeof *b.row);
             b.row = w->row;
             known += hl_sfa_bf16_d128_rope64_next(a, g, &c, b.row + known, CAP - known);
@@ -3838,12 +3896,12 @@ HL_KERNEL_NEON void hl_sfa_bf16_d128_rope64_score_neon(const hl_space *w, int32_
     }
 }
 
-/* 4 heads by 4 keys, read where they are stored, 4 rows at a time: channels are in
- * the lanes, and sums are formed across them once a tile, for many dot products together. Behind
- * the last key its row is taken again, so that every tile is whole. Meanwhile lines of later keys
- * (next) are asked for, if there are any. */
+/* 4 heads by 4 keys, all at once, read where they are stored.
+ * Channels are in the lanes; sums across them are formed once a tile, of all dot products together.
+ * Behind the last key its row is taken again, so that every tile is whole. Meanwhile lines of later
+ * keys (next) are asked for, if there are any. */
 HL_KERNEL_NEON void hl_sfa_bf16_d128_rope64_dot_4x4_neon(const float *q, const hl_row *row,
-    int32_t last, float *s, float scale, const hl_row *next)
+    int32_t last, float *s, float scale, const hl_row *next, int32_t apart)
 {
     enum { L = 4, QS = 192 };
     hl_vf_neon all[16];
@@ -3870,20 +3928,29 @@ HL_KERNEL_NEON void hl_sfa_bf16_d128_rope64_dot_4x4_neon(const float *q, const h
         hl_vf_neon s3_3 = hl_vzero_neon();
         {
             const float *const from = q + 0;
-            const uint16_t *const k0 = (const uint16_t *)row0->key;
-            const uint16_t *const k1 = (const uint16_t *)row1->key;
-            const uint16_t *const k2 = (const uint16_t *)row2->key;
-            const uint16_t *const k3 = (const uint16_t *)row3->key;
+            const uint16_t *const k0 =
+                (const uint16_t *)row0->key;
+            const uint16_t *const k1 =
+                (const uint16_t *)row1->key;
+            const uint16_t *const k2 =
+                (const uint16_t *)row2->key;
+            const uint16_t *const k3 =
+                (const uint16_t *)row3->key;
             for (int32_t start = 0; start < 128; start += 64) {
                 if (next != NULL) {
-                    HL_FETCH((const uint16_t *)next[j + 0].key + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 1].key + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 2].key + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 3].key + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 0].key + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 1].key + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 2].key + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 3].key + start + 32);
+                    const uint16_t *line;
+                    line = (const uint16_t *)next[j + 0].key + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 1].key + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 2].key + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 3].key + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
                 }
                 for (int32_t c = start; c < start + 64; c += 8) {
                     {
@@ -3947,20 +4014,29 @@ HL_KERNEL_NEON void hl_sfa_bf16_d128_rope64_dot_4x4_neon(const float *q, const h
         }
         {
             const float *const from = q + 128;
-            const uint16_t *const k0 = (const uint16_t *)row0->rope;
-            const uint16_t *const k1 = (const uint16_t *)row1->rope;
-            const uint16_t *const k2 = (const uint16_t *)row2->rope;
-            const uint16_t *const k3 = (const uint16_t *)row3->rope;
+            const uint16_t *const k0 =
+                (const uint16_t *)row0->rope;
+            const uint16_t *const k1 =
+                (const uint16_t *)row1->rope;
+            const uint16_t *const k2 =
+                (const uint16_t *)row2->rope;
+            const uint16_t *const k3 =
+                (const uint16_t *)row3->rope;
             for (int32_t start = 0; start < 64; start += 64) {
                 if (next != NULL) {
-                    HL_FETCH((const uint16_t *)next[j + 0].rope + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 1].rope + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 2].rope + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 3].rope + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 0].rope + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 1].rope + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 2].rope + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 3].rope + start + 32);
+                    const uint16_t *line;
+                    line = (const uint16_t *)next[j + 0].rope + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 1].rope + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 2].rope + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 3].rope + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
                 }
                 for (int32_t c = start; c < start + 64; c += 8) {
                     {
@@ -4039,15 +4115,16 @@ HL_KERNEL_NEON void hl_sfa_bf16_d128_rope64_dot_4x4_neon(const float *q, const h
         all[(j + 2) * 4 + 3] = s3_2;
         all[(j + 3) * 4 + 3] = s3_3;
     }
+    (void)apart;
     for (int32_t i = 0; i < 16; i += L) {
         hl_vstore_neon(s + i, hl_vmul_neon(hl_vsums_neon(all + i), hl_vset_neon(scale)));
     }
 }
 
-/* 2 heads by 8 keys, read where they are stored, 4 rows at a time: channels are in
- * the lanes, and sums are formed across them once a tile, for many dot products together. Behind
- * the last key its row is taken again, so that every tile is whole. Meanwhile lines of later keys
- * (next) are asked for, if there are any; but for those that value tiles ask for. */
+/* 2 heads by 8 keys, 4 at a time, read where they are stored.
+ * Channels are in the lanes; sums across them are formed once a tile, of all dot products together.
+ * Behind the last key its row is taken again, so that every tile is whole. Meanwhile lines of later
+ * keys (next) are asked for, if there are any; but for those that value tiles ask for. */
 HL_KERNEL_NEON void hl_sfa_bf16_d128_rope64_dot_2x8_neon(const float *q, const hl_row *row,
     int32_t last, float *s, float scale, const hl_row *next, int32_t apart)
 {
@@ -4076,23 +4153,36 @@ HL_KERNEL_NEON void hl_sfa_bf16_d128_rope64_dot_2x8_neon(const float *q, const h
         hl_vf_neon s1_3y = hl_vzero_neon();
         {
             const float *const from = q + 0;
-            const uint16_t *const k0 = (const uint16_t *)row0->key;
-            const uint16_t *const k1 = (const uint16_t *)row1->key;
-            const uint16_t *const k2 = (const uint16_t *)row2->key;
-            const uint16_t *const k3 = (const uint16_t *)row3->key;
+            const uint16_t *const k0 =
+                (const uint16_t *)row0->key;
+            const uint16_t *const k1 =
+                (const uint16_t *)row1->key;
+            const uint16_t *const k2 =
+                (const uint16_t *)row2->key;
+            const uint16_t *const k3 =
+                (const uint16_t *)row3->key;
             for (int32_t start = 0; start < 128; start += 64) {
                 if (next != NULL) {
+                    const uint16_t *line;
+                    line = (const uint16_t *)next[j + 0].key + start;
                     if (apart) {
-                        HL_FETCH((const uint16_t *)next[j + 0].key + start + 0);
-                        HL_FETCH((const uint16_t *)next[j + 1].key + start + 0);
-                        HL_FETCH((const uint16_t *)next[j + 2].key + start + 0);
-                        HL_FETCH((const uint16_t *)next[j + 3].key + start + 0);
+                        HL_FETCH(line + 0);
+                        HL_FETCH(line + 32);
                     }
+                    line = (const uint16_t *)next[j + 1].key + start;
                     if (apart) {
-                        HL_FETCH((const uint16_t *)next[j + 0].key + start + 32);
-                        HL_FETCH((const uint16_t *)next[j + 1].key + start + 32);
-                        HL_FETCH((const uint16_t *)next[j + 2].key + start + 32);
-                        HL_FETCH((const uint16_t *)next[j + 3].key + start + 32);
+                        HL_FETCH(line + 0);
+                        HL_FETCH(line + 32);
+                    }
+                    line = (const uint16_t *)next[j + 2].key + start;
+                    if (apart) {
+                        HL_FETCH(line + 0);
+                        HL_FETCH(line + 32);
+                    }
+                    line = (const uint16_t *)next[j + 3].key + start;
+                    if (apart) {
+                        HL_FETCH(line + 0);
+                        HL_FETCH(line + 32);
                     }
                 }
                 for (int32_t c = start; c < start + 64; c += 8) {
@@ -4130,20 +4220,29 @@ HL_KERNEL_NEON void hl_sfa_bf16_d128_rope64_dot_2x8_neon(const float *q, const h
         }
         {
             const float *const from = q + 128;
-            const uint16_t *const k0 = (const uint16_t *)row0->rope;
-            const uint16_t *const k1 = (const uint16_t *)row1->rope;
-            const uint16_t *const k2 = (const uint16_t *)row2->rope;
-            const uint16_t *const k3 = (const uint16_t *)row3->rope;
+            const uint16_t *const k0 =
+                (const uint16_t *)row0->rope;
+            const uint16_t *const k1 =
+                (const uint16_t *)row1->rope;
+            const uint16_t *const k2 =
+                (const uint16_t *)row2->rope;
+            const uint16_t *const k3 =
+                (const uint16_t *)row3->rope;
             for (int32_t start = 0; start < 64; start += 64) {
                 if (next != NULL) {
-                    HL_FETCH((const uint16_t *)next[j + 0].rope + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 1].rope + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 2].rope + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 3].rope + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 0].rope + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 1].rope + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 2].rope + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 3].rope + start + 32);
+                    const uint16_t *line;
+                    line = (const uint16_t *)next[j + 0].rope + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 1].rope + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 2].rope + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 3].rope + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
                 }
                 for (int32_t c = start; c < start + 64; c += 8) {
                     {
@@ -4187,15 +4286,16 @@ HL_KERNEL_NEON void hl_sfa_bf16_d128_rope64_dot_2x8_neon(const float *q, const h
         all[(j + 2) * 2 + 1] = hl_vadd_neon(s1_2x, s1_2y);
         all[(j + 3) * 2 + 1] = hl_vadd_neon(s1_3x, s1_3y);
     }
+    (void)apart;
     for (int32_t i = 0; i < 16; i += L) {
         hl_vstore_neon(s + i, hl_vmul_neon(hl_vsums_neon(all + i), hl_vset_neon(scale)));
     }
 }
 
-/* 1 head by 16 keys, read where they are stored, 4 rows at a time: channels are in
- * the lanes, and sums are formed across them once a tile, for many dot products together. Behind
- * the last key its row is taken again, so that every tile is whole. Meanwhile lines of later keys
- * (next) are asked for, if there are any; but for those that value tiles ask for. */
+/* 1 head by 16 keys, 4 at a time, read where they are stored.
+ * Channels are in the lanes; sums across them are formed once a tile, of all dot products together.
+ * Behind the last key its row is taken again, so that every tile is whole. Meanwhile lines of later
+ * keys (next) are asked for, if there are any; but for those that value tiles ask for. */
 HL_KERNEL_NEON void hl_sfa_bf16_d128_rope64_dot_1x16_neon(const float *q, const hl_row *row,
     int32_t last, float *s, float scale, const hl_row *next, int32_t apart)
 {
@@ -4216,21 +4316,36 @@ HL_KERNEL_NEON void hl_sfa_bf16_d128_rope64_dot_1x16_neon(const float *q, const 
         hl_vf_neon s0_3y = hl_vzero_neon();
         {
             const float *const from = q + 0;
-            const uint16_t *const k0 = (const uint16_t *)row0->key;
-            const uint16_t *const k1 = (const uint16_t *)row1->key;
-            const uint16_t *const k2 = (const uint16_t *)row2->key;
-            const uint16_t *const k3 = (const uint16_t *)row3->key;
+            const uint16_t *const k0 =
+                (const uint16_t *)row0->key;
+            const uint16_t *const k1 =
+                (const uint16_t *)row1->key;
+            const uint16_t *const k2 =
+                (const uint16_t *)row2->key;
+            const uint16_t *const k3 =
+                (const uint16_t *)row3->key;
             for (int32_t start = 0; start < 128; start += 64) {
                 if (next != NULL) {
-                    HL_FETCH((const uint16_t *)next[j + 0].key + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 1].key + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 2].key + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 3].key + start + 0);
+                    const uint16_t *line;
+                    line = (const uint16_t *)next[j + 0].key + start;
+                    HL_FETCH(line + 0);
                     if (apart) {
-                        HL_FETCH((const uint16_t *)next[j + 0].key + start + 32);
-                        HL_FETCH((const uint16_t *)next[j + 1].key + start + 32);
-                        HL_FETCH((const uint16_t *)next[j + 2].key + start + 32);
-                        HL_FETCH((const uint16_t *)next[j + 3].key + start + 32);
+                        HL_FETCH(line + 32);
+                    }
+                    line = (const uint16_t *)next[j + 1].key + start;
+                    HL_FETCH(line + 0);
+                    if (apart) {
+                        HL_FETCH(line + 32);
+                    }
+                    line = (const uint16_t *)next[j + 2].key + start;
+                    HL_FETCH(line + 0);
+                    if (apart) {
+                        HL_FETCH(line + 32);
+                    }
+                    line = (const uint16_t *)next[j + 3].key + start;
+                    HL_FETCH(line + 0);
+                    if (apart) {
+                        HL_FETCH(line + 32);
                     }
                 }
                 for (int32_t c = start; c < start + 64; c += 8) {
@@ -4258,20 +4373,29 @@ HL_KERNEL_NEON void hl_sfa_bf16_d128_rope64_dot_1x16_neon(const float *q, const 
         }
         {
             const float *const from = q + 128;
-            const uint16_t *const k0 = (const uint16_t *)row0->rope;
-            const uint16_t *const k1 = (const uint16_t *)row1->rope;
-            const uint16_t *const k2 = (const uint16_t *)row2->rope;
-            const uint16_t *const k3 = (const uint16_t *)row3->rope;
+            const uint16_t *const k0 =
+                (const uint16_t *)row0->rope;
+            const uint16_t *const k1 =
+                (const uint16_t *)row1->rope;
+            const uint16_t *const k2 =
+                (const uint16_t *)row2->rope;
+            const uint16_t *const k3 =
+                (const uint16_t *)row3->rope;
             for (int32_t start = 0; start < 64; start += 64) {
                 if (next != NULL) {
-                    HL_FETCH((const uint16_t *)next[j + 0].rope + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 1].rope + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 2].rope + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 3].rope + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 0].rope + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 1].rope + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 2].rope + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 3].rope + start + 32);
+                    const uint16_t *line;
+                    line = (const uint16_t *)next[j + 0].rope + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 1].rope + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 2].rope + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 3].rope + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
                 }
                 for (int32_t c = start; c < start + 64; c += 8) {
                     {
@@ -4301,6 +4425,7 @@ HL_KERNEL_NEON void hl_sfa_bf16_d128_rope64_dot_1x16_neon(const float *q, const 
         all[(j + 2) * 1 + 0] = hl_vadd_neon(s0_2x, s0_2y);
         all[(j + 3) * 1 + 0] = hl_vadd_neon(s0_3x, s0_3y);
     }
+    (void)apart;
     for (int32_t i = 0; i < 16; i += L) {
         hl_vstore_neon(s + i, hl_vmul_neon(hl_vsums_neon(all + i), hl_vset_neon(scale)));
     }
@@ -4318,7 +4443,8 @@ HL_KERNEL_NEON void hl_sfa_bf16_d128_rope64_score_few_neon(const hl_space *w, co
             const int32_t later = j + AHEAD;
             hl_sfa_bf16_d128_rope64_dot_4x4_neon(w->q + (ptrdiff_t)h * QS, b->row + j, b->n - 1 - j,
                                                  w->s + h * BLOCK + j * 4, scale, h == 0 && later
-                                                 + 4 <= known ? b->row + later : NULL);
+                                                 + 4 <= known ? b->row + later : NULL,
+                                                 b->value_apart);
         }
     }
     for (; h + 2 <= group; h += 2) {
@@ -4644,8 +4770,8 @@ HL_KERNEL_NEON void hl_sfa_bf16_d128_rope64_value_neon(const hl_space *w, const 
     }
 }
 
-/* 4 heads by 4 vectors of channels, read where they are stored. Of 24 keys
- * further on lines are asked for meanwhile, as long as j < later. */
+/* 4 heads by 4 vectors of channels, read where they are stored. Meanwhile lines
+ * of values 24 keys further on are asked for, as long as j < later. */
 HL_KERNEL_NEON void hl_sfa_bf16_d128_rope64_pr_4x4_neon(const float *p, const hl_row *row,
     int32_t c, float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
 {
@@ -4671,9 +4797,7 @@ HL_KERNEL_NEON void hl_sfa_bf16_d128_rope64_pr_4x4_neon(const float *p, const hl
         if (j < later) {
             const uint16_t *const next =
                 (const uint16_t *)row[j + 24].value + c;
-            if (apart) {
-                HL_FETCH(next + 0);
-            }
+            HL_FETCH(next + 0);
         }
         hl_vf_neon x;
         hl_vf_neon v0;
@@ -4703,6 +4827,7 @@ HL_KERNEL_NEON void hl_sfa_bf16_d128_rope64_pr_4x4_neon(const float *p, const hl
         o3_2 = hl_vfma_neon(x, v2, o3_2);
         o3_3 = hl_vfma_neon(x, v3, o3_3);
     }
+    (void)apart;
     hl_vstore_neon(o + 0 * OS + 0 * L,
                    hl_vfma_neon(hl_vset_neon(alpha[0]), hl_vload_neon(o + 0 * OS + 0 * L), o0_0));
     hl_vstore_neon(o + 0 * OS + 1 * L,
@@ -4737,10 +4862,10 @@ HL_KERNEL_NEON void hl_sfa_bf16_d128_rope64_pr_4x4_neon(const float *p, const hl
                    hl_vfma_neon(hl_vset_neon(alpha[3]), hl_vload_neon(o + 3 * OS + 3 * L), o3_3));
 }
 
-/* 2 heads by 8 vectors of channels, read where they are stored. Of 24 keys
- * further on lines are asked for meanwhile, as long as j < later. */
+/* 2 heads by 8 vectors of channels, read where they are stored. Meanwhile lines
+ * of values 24 keys further on are asked for, as long as j < later. */
 HL_KERNEL_NEON void hl_sfa_bf16_d128_rope64_pr_2x8_neon(const float *p, const hl_row *row,
-    int32_t c, float *o, const float *alpha, int32_t n, int32_t later)
+    int32_t c, float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
 {
     enum { L = 4, OS = 128 };
     hl_vf_neon o0_0 = hl_vzero_neon();
@@ -4798,6 +4923,7 @@ HL_KERNEL_NEON void hl_sfa_bf16_d128_rope64_pr_2x8_neon(const float *p, const hl
         o1_6 = hl_vfma_neon(x, v6, o1_6);
         o1_7 = hl_vfma_neon(x, v7, o1_7);
     }
+    (void)apart;
     hl_vstore_neon(o + 0 * OS + 0 * L,
                    hl_vfma_neon(hl_vset_neon(alpha[0]), hl_vload_neon(o + 0 * OS + 0 * L), o0_0));
     hl_vstore_neon(o + 0 * OS + 1 * L,
@@ -4832,8 +4958,8 @@ HL_KERNEL_NEON void hl_sfa_bf16_d128_rope64_pr_2x8_neon(const float *p, const hl
                    hl_vfma_neon(hl_vset_neon(alpha[1]), hl_vload_neon(o + 1 * OS + 7 * L), o1_7));
 }
 
-/* 1 head by 16 vectors of channels, read where they are stored. Of 24 keys
- * further on lines are asked for meanwhile, as long as j < later. */
+/* 1 head by 16 vectors of channels, read where they are stored. Meanwhile lines
+ * of values 24 keys further on are asked for, as long as j < later. */
 HL_KERNEL_NEON void hl_sfa_bf16_d128_rope64_pr_1x16_neon(const float *p, const hl_row *row,
     int32_t c, float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
 {
@@ -4859,10 +4985,10 @@ HL_KERNEL_NEON void hl_sfa_bf16_d128_rope64_pr_1x16_neon(const float *p, const h
         if (j < later) {
             const uint16_t *const next =
                 (const uint16_t *)row[j + 24].value + c;
+            HL_FETCH(next + 32);
             if (apart) {
                 HL_FETCH(next + 0);
             }
-            HL_FETCH(next + 32);
         }
         const hl_vf_neon x = hl_vset_neon(p[j]);
         hl_vf_neon v;
@@ -4892,6 +5018,7 @@ HL_KERNEL_NEON void hl_sfa_bf16_d128_rope64_pr_1x16_neon(const float *p, const h
         o0_14 = hl_vfma_neon(x, v, o0_14);
         o0_15 = hl_vfma_neon(x, w, o0_15);
     }
+    (void)apart;
     hl_vstore_neon(o + 0 * OS + 0 * L,
                    hl_vfma_neon(hl_vset_neon(alpha[0]), hl_vload_neon(o + 0 * OS + 0 * L), o0_0));
     hl_vstore_neon(o + 0 * OS + 1 * L,
@@ -4935,26 +5062,24 @@ HL_KERNEL_NEON void hl_sfa_bf16_d128_rope64_value_few_neon(const hl_space *w, co
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
         const int32_t later = h == 0 ? left : 0;
-        const int32_t later_apart = b->value_apart ? later : 0;
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 128; c += 16) {
             hl_sfa_bf16_d128_rope64_pr_4x4_neon(p, b->row, c, o + c, t->alpha + h, b->n,
-                                                later_apart, b->value_apart);
+                                                b->value_apart ? later : 0, b->value_apart);
         }
     }
     for (; h + 2 <= group; h += 2) {
         const int32_t later = h == 0 ? left : 0;
-        const int32_t later_apart = b->value_apart ? later : 0;
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 128; c += 32) {
-            hl_sfa_bf16_d128_rope64_pr_2x8_neon(p, b->row, c, o + c, t->alpha + h, b->n, later);
+            hl_sfa_bf16_d128_rope64_pr_2x8_neon(p, b->row, c, o + c, t->alpha + h, b->n, later,
+                                                b->value_apart);
         }
     }
     for (; h + 1 <= group; h += 1) {
         const int32_t later = h == 0 ? left : 0;
-        const int32_t later_apart = b->value_apart ? later : 0;
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 128; c += 64) {
@@ -5183,8 +5308,8 @@ HL_KERNEL_NEON void hl_sfa_bf16_d128_rope64_forward_neon(const hl_sparse_flash_a
         *t->seen = 1.0f;
         b.row += b.n;
         known = b.n_later;
-        /* the rows to come move to the front; others follow */
         if (more && known <= CAP / 2 && known < block + AHEAD) {
+            /* What is known of the rows to come moves to the front; others follow. */
             HL_COPY(w->row, b.row, (size_t)known * sizeof *b.row);
             b.row = w->row;
             known += hl_sfa_bf16_d128_rope64_next(a, g, &c, b.row + known, CAP - known);
@@ -5578,12 +5703,12 @@ HL_KERNEL_AVX2 void hl_sfa_bf16_d128_rope64_score_avx2(const hl_space *w, int32_
     }
 }
 
-/* 4 heads by 2 keys, read where they are stored, 2 rows at a time: channels are in
- * the lanes, and sums are formed across them once a tile, for many dot products together. Behind
- * the last key its row is taken again, so that every tile is whole. Meanwhile lines of later keys
- * (next) are asked for, if there are any. */
+/* 4 heads by 2 keys, all at once, read where they are stored.
+ * Channels are in the lanes; sums across them are formed once a tile, of all dot products together.
+ * Behind the last key its row is taken again, so that every tile is whole. Meanwhile lines of later
+ * keys (next) are asked for, if there are any. */
 HL_KERNEL_AVX2 void hl_sfa_bf16_d128_rope64_dot_4x2_avx2(const float *q, const hl_row *row,
-    int32_t last, float *s, float scale, const hl_row *next)
+    int32_t last, float *s, float scale, const hl_row *next, int32_t apart)
 {
     enum { L = 8, QS = 192 };
     hl_vf_avx2 all[8];
@@ -5600,14 +5725,19 @@ HL_KERNEL_AVX2 void hl_sfa_bf16_d128_rope64_dot_4x2_avx2(const float *q, const h
         hl_vf_avx2 s3_1 = hl_vzero_avx2();
         {
             const float *const from = q + 0;
-            const uint16_t *const k0 = (const uint16_t *)row0->key;
-            const uint16_t *const k1 = (const uint16_t *)row1->key;
+            const uint16_t *const k0 =
+                (const uint16_t *)row0->key;
+            const uint16_t *const k1 =
+                (const uint16_t *)row1->key;
             for (int32_t start = 0; start < 128; start += 64) {
                 if (next != NULL) {
-                    HL_FETCH((const uint16_t *)next[j + 0].key + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 1].key + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 0].key + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 1].key + start + 32);
+                    const uint16_t *line;
+                    line = (const uint16_t *)next[j + 0].key + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 1].key + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
                 }
                 for (int32_t c = start; c < start + 64; c += 16) {
                     {
@@ -5649,14 +5779,19 @@ HL_KERNEL_AVX2 void hl_sfa_bf16_d128_rope64_dot_4x2_avx2(const float *q, const h
         }
         {
             const float *const from = q + 128;
-            const uint16_t *const k0 = (const uint16_t *)row0->rope;
-            const uint16_t *const k1 = (const uint16_t *)row1->rope;
+            const uint16_t *const k0 =
+                (const uint16_t *)row0->rope;
+            const uint16_t *const k1 =
+                (const uint16_t *)row1->rope;
             for (int32_t start = 0; start < 64; start += 64) {
                 if (next != NULL) {
-                    HL_FETCH((const uint16_t *)next[j + 0].rope + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 1].rope + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 0].rope + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 1].rope + start + 32);
+                    const uint16_t *line;
+                    line = (const uint16_t *)next[j + 0].rope + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 1].rope + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
                 }
                 for (int32_t c = start; c < start + 64; c += 16) {
                     {
@@ -5705,15 +5840,16 @@ HL_KERNEL_AVX2 void hl_sfa_bf16_d128_rope64_dot_4x2_avx2(const float *q, const h
         all[(j + 0) * 4 + 3] = s3_0;
         all[(j + 1) * 4 + 3] = s3_1;
     }
+    (void)apart;
     for (int32_t i = 0; i < 8; i += L) {
         hl_vstore_avx2(s + i, hl_vmul_avx2(hl_vsums_avx2(all + i), hl_vset_avx2(scale)));
     }
 }
 
-/* 2 heads by 4 keys, read where they are stored, 4 rows at a time: channels are in
- * the lanes, and sums are formed across them once a tile, for many dot products together. Behind
- * the last key its row is taken again, so that every tile is whole. Meanwhile lines of later keys
- * (next) are asked for, if there are any; but for those that value tiles ask for. */
+/* 2 heads by 4 keys, all at once, read where they are stored.
+ * Channels are in the lanes; sums across them are formed once a tile, of all dot products together.
+ * Behind the last key its row is taken again, so that every tile is whole. Meanwhile lines of later
+ * keys (next) are asked for, if there are any; but for those that value tiles ask for. */
 HL_KERNEL_AVX2 void hl_sfa_bf16_d128_rope64_dot_2x4_avx2(const float *q, const hl_row *row,
     int32_t last, float *s, float scale, const hl_row *next, int32_t apart)
 {
@@ -5734,23 +5870,36 @@ HL_KERNEL_AVX2 void hl_sfa_bf16_d128_rope64_dot_2x4_avx2(const float *q, const h
         hl_vf_avx2 s1_3 = hl_vzero_avx2();
         {
             const float *const from = q + 0;
-            const uint16_t *const k0 = (const uint16_t *)row0->key;
-            const uint16_t *const k1 = (const uint16_t *)row1->key;
-            const uint16_t *const k2 = (const uint16_t *)row2->key;
-            const uint16_t *const k3 = (const uint16_t *)row3->key;
+            const uint16_t *const k0 =
+                (const uint16_t *)row0->key;
+            const uint16_t *const k1 =
+                (const uint16_t *)row1->key;
+            const uint16_t *const k2 =
+                (const uint16_t *)row2->key;
+            const uint16_t *const k3 =
+                (const uint16_t *)row3->key;
             for (int32_t start = 0; start < 128; start += 64) {
                 if (next != NULL) {
+                    const uint16_t *line;
+                    line = (const uint16_t *)next[j + 0].key + start;
                     if (apart) {
-                        HL_FETCH((const uint16_t *)next[j + 0].key + start + 0);
-                        HL_FETCH((const uint16_t *)next[j + 1].key + start + 0);
-                        HL_FETCH((const uint16_t *)next[j + 2].key + start + 0);
-                        HL_FETCH((const uint16_t *)next[j + 3].key + start + 0);
+                        HL_FETCH(line + 0);
+                        HL_FETCH(line + 32);
                     }
+                    line = (const uint16_t *)next[j + 1].key + start;
                     if (apart) {
-                        HL_FETCH((const uint16_t *)next[j + 0].key + start + 32);
-                        HL_FETCH((const uint16_t *)next[j + 1].key + start + 32);
-                        HL_FETCH((const uint16_t *)next[j + 2].key + start + 32);
-                        HL_FETCH((const uint16_t *)next[j + 3].key + start + 32);
+                        HL_FETCH(line + 0);
+                        HL_FETCH(line + 32);
+                    }
+                    line = (const uint16_t *)next[j + 2].key + start;
+                    if (apart) {
+                        HL_FETCH(line + 0);
+                        HL_FETCH(line + 32);
+                    }
+                    line = (const uint16_t *)next[j + 3].key + start;
+                    if (apart) {
+                        HL_FETCH(line + 0);
+                        HL_FETCH(line + 32);
                     }
                 }
                 for (int32_t c = start; c < start + 64; c += 16) {
@@ -5788,20 +5937,29 @@ HL_KERNEL_AVX2 void hl_sfa_bf16_d128_rope64_dot_2x4_avx2(const float *q, const h
         }
         {
             const float *const from = q + 128;
-            const uint16_t *const k0 = (const uint16_t *)row0->rope;
-            const uint16_t *const k1 = (const uint16_t *)row1->rope;
-            const uint16_t *const k2 = (const uint16_t *)row2->rope;
-            const uint16_t *const k3 = (const uint16_t *)row3->rope;
+            const uint16_t *const k0 =
+                (const uint16_t *)row0->rope;
+            const uint16_t *const k1 =
+                (const uint16_t *)row1->rope;
+            const uint16_t *const k2 =
+                (const uint16_t *)row2->rope;
+            const uint16_t *const k3 =
+                (const uint16_t *)row3->rope;
             for (int32_t start = 0; start < 64; start += 64) {
                 if (next != NULL) {
-                    HL_FETCH((const uint16_t *)next[j + 0].rope + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 1].rope + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 2].rope + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 3].rope + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 0].rope + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 1].rope + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 2].rope + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 3].rope + start + 32);
+                    const uint16_t *line;
+                    line = (const uint16_t *)next[j + 0].rope + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 1].rope + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 2].rope + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 3].rope + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
                 }
                 for (int32_t c = start; c < start + 64; c += 16) {
                     {
@@ -5845,15 +6003,16 @@ HL_KERNEL_AVX2 void hl_sfa_bf16_d128_rope64_dot_2x4_avx2(const float *q, const h
         all[(j + 2) * 2 + 1] = s1_2;
         all[(j + 3) * 2 + 1] = s1_3;
     }
+    (void)apart;
     for (int32_t i = 0; i < 8; i += L) {
         hl_vstore_avx2(s + i, hl_vmul_avx2(hl_vsums_avx2(all + i), hl_vset_avx2(scale)));
     }
 }
 
-/* 1 head by 8 keys, read where they are stored, 4 rows at a time: channels are in
- * the lanes, and sums are formed across them once a tile, for many dot products together. Behind
- * the last key its row is taken again, so that every tile is whole. Meanwhile lines of later keys
- * (next) are asked for, if there are any; but for those that value tiles ask for. */
+/* 1 head by 8 keys, 4 at a time, read where they are stored.
+ * Channels are in the lanes; sums across them are formed once a tile, of all dot products together.
+ * Behind the last key its row is taken again, so that every tile is whole. Meanwhile lines of later
+ * keys (next) are asked for, if there are any; but for those that value tiles ask for. */
 HL_KERNEL_AVX2 void hl_sfa_bf16_d128_rope64_dot_1x8_avx2(const float *q, const hl_row *row,
     int32_t last, float *s, float scale, const hl_row *next, int32_t apart)
 {
@@ -5874,21 +6033,36 @@ HL_KERNEL_AVX2 void hl_sfa_bf16_d128_rope64_dot_1x8_avx2(const float *q, const h
         hl_vf_avx2 s0_3y = hl_vzero_avx2();
         {
             const float *const from = q + 0;
-            const uint16_t *const k0 = (const uint16_t *)row0->key;
-            const uint16_t *const k1 = (const uint16_t *)row1->key;
-            const uint16_t *const k2 = (const uint16_t *)row2->key;
-            const uint16_t *const k3 = (const uint16_t *)row3->key;
+            const uint16_t *const k0 =
+                (const uint16_t *)row0->key;
+            const uint16_t *const k1 =
+                (const uint16_t *)row1->key;
+            const uint16_t *const k2 =
+                (const uint16_t *)row2->key;
+            const uint16_t *const k3 =
+                (const uint16_t *)row3->key;
             for (int32_t start = 0; start < 128; start += 64) {
                 if (next != NULL) {
-                    HL_FETCH((const uint16_t *)next[j + 0].key + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 1].key + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 2].key + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 3].key + start + 0);
+                    const uint16_t *line;
+                    line = (const uint16_t *)next[j + 0].key + start;
+                    HL_FETCH(line + 0);
                     if (apart) {
-                        HL_FETCH((const uint16_t *)next[j + 0].key + start + 32);
-                        HL_FETCH((const uint16_t *)next[j + 1].key + start + 32);
-                        HL_FETCH((const uint16_t *)next[j + 2].key + start + 32);
-                        HL_FETCH((const uint16_t *)next[j + 3].key + start + 32);
+                        HL_FETCH(line + 32);
+                    }
+                    line = (const uint16_t *)next[j + 1].key + start;
+                    HL_FETCH(line + 0);
+                    if (apart) {
+                        HL_FETCH(line + 32);
+                    }
+                    line = (const uint16_t *)next[j + 2].key + start;
+                    HL_FETCH(line + 0);
+                    if (apart) {
+                        HL_FETCH(line + 32);
+                    }
+                    line = (const uint16_t *)next[j + 3].key + start;
+                    HL_FETCH(line + 0);
+                    if (apart) {
+                        HL_FETCH(line + 32);
                     }
                 }
                 for (int32_t c = start; c < start + 64; c += 16) {
@@ -5916,20 +6090,29 @@ HL_KERNEL_AVX2 void hl_sfa_bf16_d128_rope64_dot_1x8_avx2(const float *q, const h
         }
         {
             const float *const from = q + 128;
-            const uint16_t *const k0 = (const uint16_t *)row0->rope;
-            const uint16_t *const k1 = (const uint16_t *)row1->rope;
-            const uint16_t *const k2 = (const uint16_t *)row2->rope;
-            const uint16_t *const k3 = (const uint16_t *)row3->rope;
+            const uint16_t *const k0 =
+                (const uint16_t *)row0->rope;
+            const uint16_t *const k1 =
+                (const uint16_t *)row1->rope;
+            const uint16_t *const k2 =
+                (const uint16_t *)row2->rope;
+            const uint16_t *const k3 =
+                (const uint16_t *)row3->rope;
             for (int32_t start = 0; start < 64; start += 64) {
                 if (next != NULL) {
-                    HL_FETCH((const uint16_t *)next[j + 0].rope + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 1].rope + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 2].rope + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 3].rope + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 0].rope + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 1].rope + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 2].rope + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 3].rope + start + 32);
+                    const uint16_t *line;
+                    line = (const uint16_t *)next[j + 0].rope + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 1].rope + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 2].rope + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 3].rope + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
                 }
                 for (int32_t c = start; c < start + 64; c += 16) {
                     {
@@ -5959,6 +6142,7 @@ HL_KERNEL_AVX2 void hl_sfa_bf16_d128_rope64_dot_1x8_avx2(const float *q, const h
         all[(j + 2) * 1 + 0] = hl_vadd_avx2(s0_2x, s0_2y);
         all[(j + 3) * 1 + 0] = hl_vadd_avx2(s0_3x, s0_3y);
     }
+    (void)apart;
     for (int32_t i = 0; i < 8; i += L) {
         hl_vstore_avx2(s + i, hl_vmul_avx2(hl_vsums_avx2(all + i), hl_vset_avx2(scale)));
     }
@@ -5976,7 +6160,8 @@ HL_KERNEL_AVX2 void hl_sfa_bf16_d128_rope64_score_few_avx2(const hl_space *w, co
             const int32_t later = j + AHEAD;
             hl_sfa_bf16_d128_rope64_dot_4x2_avx2(w->q + (ptrdiff_t)h * QS, b->row + j, b->n - 1 - j,
                                                  w->s + h * BLOCK + j * 4, scale, h == 0 && later
-                                                 + 2 <= known ? b->row + later : NULL);
+                                                 + 2 <= known ? b->row + later : NULL,
+                                                 b->value_apart);
         }
     }
     for (; h + 2 <= group; h += 2) {
@@ -6304,8 +6489,8 @@ HL_KERNEL_AVX2 void hl_sfa_bf16_d128_rope64_value_avx2(const hl_space *w, const 
     }
 }
 
-/* 4 heads by 2 vectors of channels, read where they are stored. Of 24 keys
- * further on lines are asked for meanwhile, as long as j < later. */
+/* 4 heads by 2 vectors of channels, read where they are stored. Meanwhile lines
+ * of values 24 keys further on are asked for, as long as j < later. */
 HL_KERNEL_AVX2 void hl_sfa_bf16_d128_rope64_pr_4x2_avx2(const float *p, const hl_row *row,
     int32_t c, float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
 {
@@ -6323,9 +6508,7 @@ HL_KERNEL_AVX2 void hl_sfa_bf16_d128_rope64_pr_4x2_avx2(const float *p, const hl
         if (j < later) {
             const uint16_t *const next =
                 (const uint16_t *)row[j + 24].value + c;
-            if (apart) {
-                HL_FETCH(next + 0);
-            }
+            HL_FETCH(next + 0);
         }
         hl_vf_avx2 x;
         hl_vf_avx2 v0;
@@ -6344,6 +6527,7 @@ HL_KERNEL_AVX2 void hl_sfa_bf16_d128_rope64_pr_4x2_avx2(const float *p, const hl
         o3_0 = hl_vfma_avx2(x, v0, o3_0);
         o3_1 = hl_vfma_avx2(x, v1, o3_1);
     }
+    (void)apart;
     hl_vstore_avx2(o + 0 * OS + 0 * L,
                    hl_vfma_avx2(hl_vset_avx2(alpha[0]), hl_vload_avx2(o + 0 * OS + 0 * L), o0_0));
     hl_vstore_avx2(o + 0 * OS + 1 * L,
@@ -6362,10 +6546,10 @@ HL_KERNEL_AVX2 void hl_sfa_bf16_d128_rope64_pr_4x2_avx2(const float *p, const hl
                    hl_vfma_avx2(hl_vset_avx2(alpha[3]), hl_vload_avx2(o + 3 * OS + 1 * L), o3_1));
 }
 
-/* 2 heads by 4 vectors of channels, read where they are stored. Of 24 keys
- * further on lines are asked for meanwhile, as long as j < later. */
+/* 2 heads by 4 vectors of channels, read where they are stored. Meanwhile lines
+ * of values 24 keys further on are asked for, as long as j < later. */
 HL_KERNEL_AVX2 void hl_sfa_bf16_d128_rope64_pr_2x4_avx2(const float *p, const hl_row *row,
-    int32_t c, float *o, const float *alpha, int32_t n, int32_t later)
+    int32_t c, float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
 {
     enum { L = 8, OS = 128 };
     hl_vf_avx2 o0_0 = hl_vzero_avx2();
@@ -6401,6 +6585,7 @@ HL_KERNEL_AVX2 void hl_sfa_bf16_d128_rope64_pr_2x4_avx2(const float *p, const hl
         o1_2 = hl_vfma_avx2(x, v2, o1_2);
         o1_3 = hl_vfma_avx2(x, v3, o1_3);
     }
+    (void)apart;
     hl_vstore_avx2(o + 0 * OS + 0 * L,
                    hl_vfma_avx2(hl_vset_avx2(alpha[0]), hl_vload_avx2(o + 0 * OS + 0 * L), o0_0));
     hl_vstore_avx2(o + 0 * OS + 1 * L,
@@ -6419,8 +6604,8 @@ HL_KERNEL_AVX2 void hl_sfa_bf16_d128_rope64_pr_2x4_avx2(const float *p, const hl
                    hl_vfma_avx2(hl_vset_avx2(alpha[1]), hl_vload_avx2(o + 1 * OS + 3 * L), o1_3));
 }
 
-/* 1 head by 8 vectors of channels, read where they are stored. Of 24 keys
- * further on lines are asked for meanwhile, as long as j < later. */
+/* 1 head by 8 vectors of channels, read where they are stored. Meanwhile lines
+ * of values 24 keys further on are asked for, as long as j < later. */
 HL_KERNEL_AVX2 void hl_sfa_bf16_d128_rope64_pr_1x8_avx2(const float *p, const hl_row *row,
     int32_t c, float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
 {
@@ -6438,10 +6623,10 @@ HL_KERNEL_AVX2 void hl_sfa_bf16_d128_rope64_pr_1x8_avx2(const float *p, const hl
         if (j < later) {
             const uint16_t *const next =
                 (const uint16_t *)row[j + 24].value + c;
+            HL_FETCH(next + 32);
             if (apart) {
                 HL_FETCH(next + 0);
             }
-            HL_FETCH(next + 32);
         }
         const hl_vf_avx2 x = hl_vset_avx2(p[j]);
         hl_vf_avx2 v;
@@ -6459,6 +6644,7 @@ HL_KERNEL_AVX2 void hl_sfa_bf16_d128_rope64_pr_1x8_avx2(const float *p, const hl
         o0_6 = hl_vfma_avx2(x, v, o0_6);
         o0_7 = hl_vfma_avx2(x, w, o0_7);
     }
+    (void)apart;
     hl_vstore_avx2(o + 0 * OS + 0 * L,
                    hl_vfma_avx2(hl_vset_avx2(alpha[0]), hl_vload_avx2(o + 0 * OS + 0 * L), o0_0));
     hl_vstore_avx2(o + 0 * OS + 1 * L,
@@ -6486,26 +6672,24 @@ HL_KERNEL_AVX2 void hl_sfa_bf16_d128_rope64_value_few_avx2(const hl_space *w, co
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
         const int32_t later = h == 0 ? left : 0;
-        const int32_t later_apart = b->value_apart ? later : 0;
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 128; c += 16) {
             hl_sfa_bf16_d128_rope64_pr_4x2_avx2(p, b->row, c, o + c, t->alpha + h, b->n,
-                                                later_apart, b->value_apart);
+                                                b->value_apart ? later : 0, b->value_apart);
         }
     }
     for (; h + 2 <= group; h += 2) {
         const int32_t later = h == 0 ? left : 0;
-        const int32_t later_apart = b->value_apart ? later : 0;
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 128; c += 32) {
-            hl_sfa_bf16_d128_rope64_pr_2x4_avx2(p, b->row, c, o + c, t->alpha + h, b->n, later);
+            hl_sfa_bf16_d128_rope64_pr_2x4_avx2(p, b->row, c, o + c, t->alpha + h, b->n, later,
+                                                b->value_apart);
         }
     }
     for (; h + 1 <= group; h += 1) {
         const int32_t later = h == 0 ? left : 0;
-        const int32_t later_apart = b->value_apart ? later : 0;
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 128; c += 64) {
@@ -6751,8 +6935,8 @@ HL_KERNEL_AVX2 void hl_sfa_bf16_d128_rope64_forward_avx2(const hl_sparse_flash_a
         *t->seen = 1.0f;
         b.row += b.n;
         known = b.n_later;
-        /* the rows to come move to the front; others follow */
         if (more && known <= CAP / 2 && known < block + AHEAD) {
+            /* What is known of the rows to come moves to the front; others follow. */
             HL_COPY(w->row, b.row, (size_t)known * sizeof *b.row);
             b.row = w->row;
             known += hl_sfa_bf16_d128_rope64_next(a, g, &c, b.row + known, CAP - known);
@@ -7328,12 +7512,12 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d128_rope64_score_avx512(const hl_space *w, in
     }
 }
 
-/* 4 heads by 4 keys, read where they are stored, 4 rows at a time: channels are in
- * the lanes, and sums are formed across them once a tile, for many dot products together. Behind
- * the last key its row is taken again, so that every tile is whole. Meanwhile lines of later keys
- * (next) are asked for, if there are any. */
+/* 4 heads by 4 keys, all at once, read where they are stored.
+ * Channels are in the lanes; sums across them are formed once a tile, of all dot products together.
+ * Behind the last key its row is taken again, so that every tile is whole. Meanwhile lines of later
+ * keys (next) are asked for, if there are any. */
 HL_KERNEL_AVX512 void hl_sfa_bf16_d128_rope64_dot_4x4_avx512(const float *q, const hl_row *row,
-    int32_t last, float *s, float scale, const hl_row *next)
+    int32_t last, float *s, float scale, const hl_row *next, int32_t apart)
 {
     enum { L = 16, QS = 192 };
     hl_vf_avx512 all[16];
@@ -7360,20 +7544,29 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d128_rope64_dot_4x4_avx512(const float *q, con
         hl_vf_avx512 s3_3 = hl_vzero_avx512();
         {
             const float *const from = q + 0;
-            const uint16_t *const k0 = (const uint16_t *)row0->key;
-            const uint16_t *const k1 = (const uint16_t *)row1->key;
-            const uint16_t *const k2 = (const uint16_t *)row2->key;
-            const uint16_t *const k3 = (const uint16_t *)row3->key;
+            const uint16_t *const k0 =
+                (const uint16_t *)row0->key;
+            const uint16_t *const k1 =
+                (const uint16_t *)row1->key;
+            const uint16_t *const k2 =
+                (const uint16_t *)row2->key;
+            const uint16_t *const k3 =
+                (const uint16_t *)row3->key;
             for (int32_t start = 0; start < 128; start += 64) {
                 if (next != NULL) {
-                    HL_FETCH((const uint16_t *)next[j + 0].key + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 1].key + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 2].key + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 3].key + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 0].key + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 1].key + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 2].key + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 3].key + start + 32);
+                    const uint16_t *line;
+                    line = (const uint16_t *)next[j + 0].key + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 1].key + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 2].key + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 3].key + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
                 }
                 for (int32_t c = start; c < start + 64; c += 32) {
                     {
@@ -7437,20 +7630,29 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d128_rope64_dot_4x4_avx512(const float *q, con
         }
         {
             const float *const from = q + 128;
-            const uint16_t *const k0 = (const uint16_t *)row0->rope;
-            const uint16_t *const k1 = (const uint16_t *)row1->rope;
-            const uint16_t *const k2 = (const uint16_t *)row2->rope;
-            const uint16_t *const k3 = (const uint16_t *)row3->rope;
+            const uint16_t *const k0 =
+                (const uint16_t *)row0->rope;
+            const uint16_t *const k1 =
+                (const uint16_t *)row1->rope;
+            const uint16_t *const k2 =
+                (const uint16_t *)row2->rope;
+            const uint16_t *const k3 =
+                (const uint16_t *)row3->rope;
             for (int32_t start = 0; start < 64; start += 64) {
                 if (next != NULL) {
-                    HL_FETCH((const uint16_t *)next[j + 0].rope + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 1].rope + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 2].rope + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 3].rope + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 0].rope + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 1].rope + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 2].rope + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 3].rope + start + 32);
+                    const uint16_t *line;
+                    line = (const uint16_t *)next[j + 0].rope + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 1].rope + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 2].rope + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 3].rope + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
                 }
                 for (int32_t c = start; c < start + 64; c += 32) {
                     {
@@ -7529,15 +7731,16 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d128_rope64_dot_4x4_avx512(const float *q, con
         all[(j + 2) * 4 + 3] = s3_2;
         all[(j + 3) * 4 + 3] = s3_3;
     }
+    (void)apart;
     for (int32_t i = 0; i < 16; i += L) {
         hl_vstore_avx512(s + i, hl_vmul_avx512(hl_vsums_avx512(all + i), hl_vset_avx512(scale)));
     }
 }
 
-/* 2 heads by 8 keys, read where they are stored, 8 rows at a time: channels are in
- * the lanes, and sums are formed across them once a tile, for many dot products together. Behind
- * the last key its row is taken again, so that every tile is whole. Meanwhile lines of later keys
- * (next) are asked for, if there are any; but for those that value tiles ask for. */
+/* 2 heads by 8 keys, all at once, read where they are stored.
+ * Channels are in the lanes; sums across them are formed once a tile, of all dot products together.
+ * Behind the last key its row is taken again, so that every tile is whole. Meanwhile lines of later
+ * keys (next) are asked for, if there are any; but for those that value tiles ask for. */
 HL_KERNEL_AVX512 void hl_sfa_bf16_d128_rope64_dot_2x8_avx512(const float *q, const hl_row *row,
     int32_t last, float *s, float scale, const hl_row *next, int32_t apart)
 {
@@ -7570,35 +7773,64 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d128_rope64_dot_2x8_avx512(const float *q, con
         hl_vf_avx512 s1_7 = hl_vzero_avx512();
         {
             const float *const from = q + 0;
-            const uint16_t *const k0 = (const uint16_t *)row0->key;
-            const uint16_t *const k1 = (const uint16_t *)row1->key;
-            const uint16_t *const k2 = (const uint16_t *)row2->key;
-            const uint16_t *const k3 = (const uint16_t *)row3->key;
-            const uint16_t *const k4 = (const uint16_t *)row4->key;
-            const uint16_t *const k5 = (const uint16_t *)row5->key;
-            const uint16_t *const k6 = (const uint16_t *)row6->key;
-            const uint16_t *const k7 = (const uint16_t *)row7->key;
+            const uint16_t *const k0 =
+                (const uint16_t *)row0->key;
+            const uint16_t *const k1 =
+                (const uint16_t *)row1->key;
+            const uint16_t *const k2 =
+                (const uint16_t *)row2->key;
+            const uint16_t *const k3 =
+                (const uint16_t *)row3->key;
+            const uint16_t *const k4 =
+                (const uint16_t *)row4->key;
+            const uint16_t *const k5 =
+                (const uint16_t *)row5->key;
+            const uint16_t *const k6 =
+                (const uint16_t *)row6->key;
+            const uint16_t *const k7 =
+                (const uint16_t *)row7->key;
             for (int32_t start = 0; start < 128; start += 64) {
                 if (next != NULL) {
+                    const uint16_t *line;
+                    line = (const uint16_t *)next[j + 0].key + start;
                     if (apart) {
-                        HL_FETCH((const uint16_t *)next[j + 0].key + start + 0);
-                        HL_FETCH((const uint16_t *)next[j + 1].key + start + 0);
-                        HL_FETCH((const uint16_t *)next[j + 2].key + start + 0);
-                        HL_FETCH((const uint16_t *)next[j + 3].key + start + 0);
-                        HL_FETCH((const uint16_t *)next[j + 4].key + start + 0);
-                        HL_FETCH((const uint16_t *)next[j + 5].key + start + 0);
-                        HL_FETCH((const uint16_t *)next[j + 6].key + start + 0);
-                        HL_FETCH((const uint16_t *)next[j + 7].key + start + 0);
+                        HL_FETCH(line + 0);
+                        HL_FETCH(line + 32);
                     }
+                    line = (const uint16_t *)next[j + 1].key + start;
                     if (apart) {
-                        HL_FETCH((const uint16_t *)next[j + 0].key + start + 32);
-                        HL_FETCH((const uint16_t *)next[j + 1].key + start + 32);
-                        HL_FETCH((const uint16_t *)next[j + 2].key + start + 32);
-                        HL_FETCH((const uint16_t *)next[j + 3].key + start + 32);
-                        HL_FETCH((const uint16_t *)next[j + 4].key + start + 32);
-                        HL_FETCH((const uint16_t *)next[j + 5].key + start + 32);
-                        HL_FETCH((const uint16_t *)next[j + 6].key + start + 32);
-                        HL_FETCH((const uint16_t *)next[j + 7].key + start + 32);
+                        HL_FETCH(line + 0);
+                        HL_FETCH(line + 32);
+                    }
+                    line = (const uint16_t *)next[j + 2].key + start;
+                    if (apart) {
+                        HL_FETCH(line + 0);
+                        HL_FETCH(line + 32);
+                    }
+                    line = (const uint16_t *)next[j + 3].key + start;
+                    if (apart) {
+                        HL_FETCH(line + 0);
+                        HL_FETCH(line + 32);
+                    }
+                    line = (const uint16_t *)next[j + 4].key + start;
+                    if (apart) {
+                        HL_FETCH(line + 0);
+                        HL_FETCH(line + 32);
+                    }
+                    line = (const uint16_t *)next[j + 5].key + start;
+                    if (apart) {
+                        HL_FETCH(line + 0);
+                        HL_FETCH(line + 32);
+                    }
+                    line = (const uint16_t *)next[j + 6].key + start;
+                    if (apart) {
+                        HL_FETCH(line + 0);
+                        HL_FETCH(line + 32);
+                    }
+                    line = (const uint16_t *)next[j + 7].key + start;
+                    if (apart) {
+                        HL_FETCH(line + 0);
+                        HL_FETCH(line + 32);
                     }
                 }
                 for (int32_t c = start; c < start + 64; c += 32) {
@@ -7656,32 +7888,49 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d128_rope64_dot_2x8_avx512(const float *q, con
         }
         {
             const float *const from = q + 128;
-            const uint16_t *const k0 = (const uint16_t *)row0->rope;
-            const uint16_t *const k1 = (const uint16_t *)row1->rope;
-            const uint16_t *const k2 = (const uint16_t *)row2->rope;
-            const uint16_t *const k3 = (const uint16_t *)row3->rope;
-            const uint16_t *const k4 = (const uint16_t *)row4->rope;
-            const uint16_t *const k5 = (const uint16_t *)row5->rope;
-            const uint16_t *const k6 = (const uint16_t *)row6->rope;
-            const uint16_t *const k7 = (const uint16_t *)row7->rope;
+            const uint16_t *const k0 =
+                (const uint16_t *)row0->rope;
+            const uint16_t *const k1 =
+                (const uint16_t *)row1->rope;
+            const uint16_t *const k2 =
+                (const uint16_t *)row2->rope;
+            const uint16_t *const k3 =
+                (const uint16_t *)row3->rope;
+            const uint16_t *const k4 =
+                (const uint16_t *)row4->rope;
+            const uint16_t *const k5 =
+                (const uint16_t *)row5->rope;
+            const uint16_t *const k6 =
+                (const uint16_t *)row6->rope;
+            const uint16_t *const k7 =
+                (const uint16_t *)row7->rope;
             for (int32_t start = 0; start < 64; start += 64) {
                 if (next != NULL) {
-                    HL_FETCH((const uint16_t *)next[j + 0].rope + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 1].rope + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 2].rope + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 3].rope + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 4].rope + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 5].rope + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 6].rope + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 7].rope + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 0].rope + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 1].rope + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 2].rope + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 3].rope + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 4].rope + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 5].rope + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 6].rope + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 7].rope + start + 32);
+                    const uint16_t *line;
+                    line = (const uint16_t *)next[j + 0].rope + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 1].rope + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 2].rope + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 3].rope + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 4].rope + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 5].rope + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 6].rope + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 7].rope + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
                 }
                 for (int32_t c = start; c < start + 64; c += 32) {
                     {
@@ -7753,15 +8002,16 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d128_rope64_dot_2x8_avx512(const float *q, con
         all[(j + 6) * 2 + 1] = s1_6;
         all[(j + 7) * 2 + 1] = s1_7;
     }
+    (void)apart;
     for (int32_t i = 0; i < 16; i += L) {
         hl_vstore_avx512(s + i, hl_vmul_avx512(hl_vsums_avx512(all + i), hl_vset_avx512(scale)));
     }
 }
 
-/* 1 head by 16 keys, read where they are stored, 1 row at a time: channels are in
- * the lanes, and sums are formed across them once a tile, for many dot products together. Behind
- * the last key its row is taken again, so that every tile is whole. Meanwhile lines of later keys
- * (next) are asked for, if there are any; but for those that value tiles ask for. */
+/* 1 head by 16 keys, 1 at a time, read where they are stored.
+ * Channels are in the lanes; sums across them are formed once a tile, of all dot products together.
+ * Behind the last key its row is taken again, so that every tile is whole. Meanwhile lines of later
+ * keys (next) are asked for, if there are any; but for those that value tiles ask for. */
 HL_KERNEL_AVX512 void hl_sfa_bf16_d128_rope64_dot_1x16_avx512(const float *q, const hl_row *row,
     int32_t last, float *s, float scale, const hl_row *next, int32_t apart)
 {
@@ -7775,12 +8025,15 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d128_rope64_dot_1x16_avx512(const float *q, co
         hl_vf_avx512 s0_0w = hl_vzero_avx512();
         {
             const float *const from = q + 0;
-            const uint16_t *const k0 = (const uint16_t *)row0->key;
+            const uint16_t *const k0 =
+                (const uint16_t *)row0->key;
             for (int32_t start = 0; start < 128; start += 64) {
                 if (next != NULL) {
-                    HL_FETCH((const uint16_t *)next[j + 0].key + start + 0);
+                    const uint16_t *line;
+                    line = (const uint16_t *)next[j + 0].key + start;
+                    HL_FETCH(line + 0);
                     if (apart) {
-                        HL_FETCH((const uint16_t *)next[j + 0].key + start + 32);
+                        HL_FETCH(line + 32);
                     }
                 }
                 for (int32_t c = start; c < start + 64; c += 64) {
@@ -7811,11 +8064,14 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d128_rope64_dot_1x16_avx512(const float *q, co
         }
         {
             const float *const from = q + 128;
-            const uint16_t *const k0 = (const uint16_t *)row0->rope;
+            const uint16_t *const k0 =
+                (const uint16_t *)row0->rope;
             for (int32_t start = 0; start < 64; start += 64) {
                 if (next != NULL) {
-                    HL_FETCH((const uint16_t *)next[j + 0].rope + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 0].rope + start + 32);
+                    const uint16_t *line;
+                    line = (const uint16_t *)next[j + 0].rope + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
                 }
                 for (int32_t c = start; c < start + 64; c += 64) {
                     {
@@ -7846,6 +8102,7 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d128_rope64_dot_1x16_avx512(const float *q, co
         all[(j + 0) * 1 + 0] =
             hl_vadd_avx512(hl_vadd_avx512(s0_0x, s0_0y), hl_vadd_avx512(s0_0z, s0_0w));
     }
+    (void)apart;
     for (int32_t i = 0; i < 16; i += L) {
         hl_vstore_avx512(s + i, hl_vmul_avx512(hl_vsums_avx512(all + i), hl_vset_avx512(scale)));
     }
@@ -7864,7 +8121,7 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d128_rope64_score_few_avx512(const hl_space *w
             hl_sfa_bf16_d128_rope64_dot_4x4_avx512(w->q + (ptrdiff_t)h * QS, b->row + j,
                                                    b->n - 1 - j, w->s + h * BLOCK + j * 4, scale,
                                                    h == 0 && later + 4 <= known ? b->row + later
-                                                   : NULL);
+                                                   : NULL, b->value_apart);
         }
     }
     for (; h + 2 <= group; h += 2) {
@@ -8616,8 +8873,8 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d128_rope64_value_avx512(const hl_space *w, co
     }
 }
 
-/* 4 heads by 4 vectors of channels, read where they are stored. Of 24 keys
- * further on lines are asked for meanwhile, as long as j < later. */
+/* 4 heads by 4 vectors of channels, read where they are stored. Meanwhile lines
+ * of values 24 keys further on are asked for, as long as j < later. */
 HL_KERNEL_AVX512 void hl_sfa_bf16_d128_rope64_pr_4x4_avx512(const float *p, const hl_row *row,
     int32_t c, float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
 {
@@ -8643,12 +8900,8 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d128_rope64_pr_4x4_avx512(const float *p, cons
         if (j < later) {
             const uint16_t *const next =
                 (const uint16_t *)row[j + 24].value + c;
-            if (apart) {
-                HL_FETCH(next + 0);
-            }
-            if (apart) {
-                HL_FETCH(next + 32);
-            }
+            HL_FETCH(next + 0);
+            HL_FETCH(next + 32);
         }
         hl_vf_avx512 x;
         hl_vf_avx512 v0;
@@ -8678,6 +8931,7 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d128_rope64_pr_4x4_avx512(const float *p, cons
         o3_2 = hl_vfma_avx512(x, v2, o3_2);
         o3_3 = hl_vfma_avx512(x, v3, o3_3);
     }
+    (void)apart;
     hl_vstore_avx512(o + 0 * OS + 0 * L,
                      hl_vfma_avx512(hl_vset_avx512(alpha[0]), hl_vload_avx512(o + 0 * OS + 0 * L),
                                     o0_0));
@@ -8728,10 +8982,10 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d128_rope64_pr_4x4_avx512(const float *p, cons
                                     o3_3));
 }
 
-/* 2 heads by 8 vectors of channels, read where they are stored. Of 24 keys
- * further on lines are asked for meanwhile, as long as j < later. */
+/* 2 heads by 8 vectors of channels, read where they are stored. Meanwhile lines
+ * of values 24 keys further on are asked for, as long as j < later. */
 HL_KERNEL_AVX512 void hl_sfa_bf16_d128_rope64_pr_2x8_avx512(const float *p, const hl_row *row,
-    int32_t c, float *o, const float *alpha, int32_t n, int32_t later)
+    int32_t c, float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
 {
     enum { L = 16, OS = 128 };
     hl_vf_avx512 o0_0 = hl_vzero_avx512();
@@ -8792,6 +9046,7 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d128_rope64_pr_2x8_avx512(const float *p, cons
         o1_6 = hl_vfma_avx512(x, v6, o1_6);
         o1_7 = hl_vfma_avx512(x, v7, o1_7);
     }
+    (void)apart;
     hl_vstore_avx512(o + 0 * OS + 0 * L,
                      hl_vfma_avx512(hl_vset_avx512(alpha[0]), hl_vload_avx512(o + 0 * OS + 0 * L),
                                     o0_0));
@@ -8842,8 +9097,8 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d128_rope64_pr_2x8_avx512(const float *p, cons
                                     o1_7));
 }
 
-/* 1 head by 8 vectors of channels, read where they are stored. Of 24 keys
- * further on lines are asked for meanwhile, as long as j < later. */
+/* 1 head by 8 vectors of channels, read where they are stored. Meanwhile lines
+ * of values 24 keys further on are asked for, as long as j < later. */
 HL_KERNEL_AVX512 void hl_sfa_bf16_d128_rope64_pr_1x8_avx512(const float *p, const hl_row *row,
     int32_t c, float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
 {
@@ -8861,14 +9116,12 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d128_rope64_pr_1x8_avx512(const float *p, cons
         if (j < later) {
             const uint16_t *const next =
                 (const uint16_t *)row[j + 24].value + c;
+            HL_FETCH(next + 32);
+            HL_FETCH(next + 96);
             if (apart) {
                 HL_FETCH(next + 0);
-            }
-            HL_FETCH(next + 32);
-            if (apart) {
                 HL_FETCH(next + 64);
             }
-            HL_FETCH(next + 96);
         }
         const hl_vf_avx512 x = hl_vset_avx512(p[j]);
         hl_vf_avx512 v;
@@ -8886,6 +9139,7 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d128_rope64_pr_1x8_avx512(const float *p, cons
         o0_6 = hl_vfma_avx512(x, v, o0_6);
         o0_7 = hl_vfma_avx512(x, w, o0_7);
     }
+    (void)apart;
     hl_vstore_avx512(o + 0 * OS + 0 * L,
                      hl_vfma_avx512(hl_vset_avx512(alpha[0]), hl_vload_avx512(o + 0 * OS + 0 * L),
                                     o0_0));
@@ -8921,26 +9175,24 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d128_rope64_value_few_avx512(const hl_space *w
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
         const int32_t later = h == 0 ? left : 0;
-        const int32_t later_apart = b->value_apart ? later : 0;
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 128; c += 64) {
             hl_sfa_bf16_d128_rope64_pr_4x4_avx512(p, b->row, c, o + c, t->alpha + h, b->n,
-                                                  later_apart, b->value_apart);
+                                                  b->value_apart ? later : 0, b->value_apart);
         }
     }
     for (; h + 2 <= group; h += 2) {
         const int32_t later = h == 0 ? left : 0;
-        const int32_t later_apart = b->value_apart ? later : 0;
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 128; c += 128) {
-            hl_sfa_bf16_d128_rope64_pr_2x8_avx512(p, b->row, c, o + c, t->alpha + h, b->n, later);
+            hl_sfa_bf16_d128_rope64_pr_2x8_avx512(p, b->row, c, o + c, t->alpha + h, b->n, later,
+                                                  b->value_apart);
         }
     }
     for (; h + 1 <= group; h += 1) {
         const int32_t later = h == 0 ? left : 0;
-        const int32_t later_apart = b->value_apart ? later : 0;
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 128; c += 128) {
@@ -9190,8 +9442,8 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d128_rope64_forward_avx512(
         *t->seen = 1.0f;
         b.row += b.n;
         known = b.n_later;
-        /* the rows to come move to the front; others follow */
         if (more && known <= CAP / 2 && known < block + AHEAD) {
+            /* What is known of the rows to come moves to the front; others follow. */
             HL_COPY(w->row, b.row, (size_t)known * sizeof *b.row);
             b.row = w->row;
             known += hl_sfa_bf16_d128_rope64_next(a, g, &c, b.row + known, CAP - known);
@@ -10615,8 +10867,8 @@ HL_KERNEL_AMX void hl_sfa_bf16_d128_rope64_forward_amx(const hl_sparse_flash_att
         *t->seen = 1.0f;
         b.row += b.n;
         known = b.n_later;
-        /* the rows to come move to the front; others follow */
         if (more && known <= CAP / 2 && known < block + AHEAD) {
+            /* What is known of the rows to come moves to the front; others follow. */
             HL_COPY(w->row, b.row, (size_t)known * sizeof *b.row);
             b.row = w->row;
             known += hl_sfa_bf16_d128_rope64_next(a, g, &c, b.row + known, CAP - known);

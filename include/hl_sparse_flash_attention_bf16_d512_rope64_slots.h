@@ -1342,9 +1342,8 @@ HL_WORD_AVX2 hl_vf_avx2 hl_vload_bf16_n_avx2(const uint16_t *p, int32_t n)
 /* One cheap operation each: even numbers are shifted up, odd ones lie there already. */
 HL_WORD_AVX2 void hl_vpair_bf16_avx2(const uint16_t *p, hl_vf_avx2 *x, hl_vf_avx2 *y)
 {
-    const __m256 kept =
-        hl_vkeep_avx2(_mm256_castsi256_ps(_mm256_loadu_si256((const __m256i *)(const void *)p)));
-    const __m256i both = _mm256_castps_si256(kept);
+    const __m256i loaded = _mm256_loadu_si256((const __m256i *)(const void *)p);
+    const __m256i both = _mm256_castps_si256(hl_vkeep_avx2(_mm256_castsi256_ps(loaded)));
     const __m256i high = _mm256_set1_epi32(-65536);
     *x = _mm256_castsi256_ps(_mm256_slli_epi32(both, 16));
     *y = _mm256_castsi256_ps(_mm256_and_si256(both, high));
@@ -1550,8 +1549,8 @@ HL_WORD_AVX512 hl_vf_avx512 hl_vload_bf16_n_avx512(const uint16_t *p, int32_t n)
 /* One cheap operation each: even numbers are shifted up, odd ones lie there already. */
 HL_WORD_AVX512 void hl_vpair_bf16_avx512(const uint16_t *p, hl_vf_avx512 *x, hl_vf_avx512 *y)
 {
-    const __m512 kept = hl_vkeep_avx512(_mm512_castsi512_ps(_mm512_loadu_si512(p)));
-    const __m512i both = _mm512_castps_si512(kept);
+    const __m512i loaded = _mm512_loadu_si512(p);
+    const __m512i both = _mm512_castps_si512(hl_vkeep_avx512(_mm512_castsi512_ps(loaded)));
     const __m512i high = _mm512_set1_epi32(-65536);
     *x = _mm512_castsi512_ps(_mm512_maskz_slli_epi32(hl_all_avx512(), both, 16));
     *y = _mm512_castsi512_ps(_mm512_and_si512(both, high));
@@ -1845,7 +1844,7 @@ static inline void hl_sfa_bf16_d512_rope64_slots_space(hl_space *w, void *worksp
     at += 49152;
     w->s = at; /* S^T, then P^T */
     at += 128 * heads;
-    w->row = (hl_row *)(void *)at; /* where keys lie */
+    w->row = (hl_row *)(void *)at; /* where keys lie, known ahead */
     at += 3072;
     w->state.m = at; /* running maxima, in log2 units */
     at += heads;
@@ -2472,12 +2471,12 @@ HL_KERNEL_SCALAR void hl_sfa_bf16_d512_rope64_slots_load_q_few_scalar(
 
 /* ---- score: S = scale Q K^T, in units of log2 ---- */
 
-/* 4 heads by 2 keys, read where they are stored, 2 rows at a time: channels are in
- * the lanes, and sums are formed across them once a tile, for many dot products together. Behind
- * the last key its row is taken again, so that every tile is whole. Meanwhile lines of later keys
- * (next) are asked for, if there are any. */
+/* 4 heads by 2 keys, all at once, read where they are stored.
+ * Channels are in the lanes; sums across them are formed once a tile, of all dot products together.
+ * Behind the last key its row is taken again, so that every tile is whole. Meanwhile lines of later
+ * keys (next) are asked for, if there are any. */
 HL_KERNEL_SCALAR void hl_sfa_bf16_d512_rope64_slots_dot_4x2_scalar(const float *q,
-    const hl_row *row, int32_t last, float *s, float scale, const hl_row *next)
+    const hl_row *row, int32_t last, float *s, float scale, const hl_row *next, int32_t apart)
 {
     enum { L = 1, QS = 576 };
     hl_vf_scalar all[8];
@@ -2494,14 +2493,19 @@ HL_KERNEL_SCALAR void hl_sfa_bf16_d512_rope64_slots_dot_4x2_scalar(const float *
         hl_vf_scalar s3_1 = hl_vzero_scalar();
         {
             const float *const from = q + 0;
-            const uint16_t *const k0 = (const uint16_t *)row0->key;
-            const uint16_t *const k1 = (const uint16_t *)row1->key;
+            const uint16_t *const k0 =
+                (const uint16_t *)row0->key;
+            const uint16_t *const k1 =
+                (const uint16_t *)row1->key;
             for (int32_t start = 0; start < 512; start += 64) {
                 if (next != NULL) {
-                    HL_FETCH((const uint16_t *)next[j + 0].key + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 1].key + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 0].key + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 1].key + start + 32);
+                    const uint16_t *line;
+                    line = (const uint16_t *)next[j + 0].key + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 1].key + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
                 }
                 for (int32_t c = start; c < start + 64; c += 2) {
                     {
@@ -2543,14 +2547,19 @@ HL_KERNEL_SCALAR void hl_sfa_bf16_d512_rope64_slots_dot_4x2_scalar(const float *
         }
         {
             const float *const from = q + 512;
-            const uint16_t *const k0 = (const uint16_t *)row0->rope;
-            const uint16_t *const k1 = (const uint16_t *)row1->rope;
+            const uint16_t *const k0 =
+                (const uint16_t *)row0->rope;
+            const uint16_t *const k1 =
+                (const uint16_t *)row1->rope;
             for (int32_t start = 0; start < 64; start += 64) {
                 if (next != NULL) {
-                    HL_FETCH((const uint16_t *)next[j + 0].rope + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 1].rope + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 0].rope + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 1].rope + start + 32);
+                    const uint16_t *line;
+                    line = (const uint16_t *)next[j + 0].rope + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 1].rope + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
                 }
                 for (int32_t c = start; c < start + 64; c += 2) {
                     {
@@ -2599,17 +2608,18 @@ HL_KERNEL_SCALAR void hl_sfa_bf16_d512_rope64_slots_dot_4x2_scalar(const float *
         all[(j + 0) * 4 + 3] = s3_0;
         all[(j + 1) * 4 + 3] = s3_1;
     }
+    (void)apart;
     for (int32_t i = 0; i < 8; i += L) {
         hl_vstore_scalar(s + i, hl_vmul_scalar(hl_vsums_scalar(all + i), hl_vset_scalar(scale)));
     }
 }
 
-/* 2 heads by 4 keys, read where they are stored, 4 rows at a time: channels are in
- * the lanes, and sums are formed across them once a tile, for many dot products together. Behind
- * the last key its row is taken again, so that every tile is whole. Meanwhile lines of later keys
- * (next) are asked for, if there are any. */
+/* 2 heads by 4 keys, all at once, read where they are stored.
+ * Channels are in the lanes; sums across them are formed once a tile, of all dot products together.
+ * Behind the last key its row is taken again, so that every tile is whole. Meanwhile lines of later
+ * keys (next) are asked for, if there are any. */
 HL_KERNEL_SCALAR void hl_sfa_bf16_d512_rope64_slots_dot_2x4_scalar(const float *q,
-    const hl_row *row, int32_t last, float *s, float scale, const hl_row *next)
+    const hl_row *row, int32_t last, float *s, float scale, const hl_row *next, int32_t apart)
 {
     enum { L = 1, QS = 576 };
     hl_vf_scalar all[8];
@@ -2628,20 +2638,29 @@ HL_KERNEL_SCALAR void hl_sfa_bf16_d512_rope64_slots_dot_2x4_scalar(const float *
         hl_vf_scalar s1_3 = hl_vzero_scalar();
         {
             const float *const from = q + 0;
-            const uint16_t *const k0 = (const uint16_t *)row0->key;
-            const uint16_t *const k1 = (const uint16_t *)row1->key;
-            const uint16_t *const k2 = (const uint16_t *)row2->key;
-            const uint16_t *const k3 = (const uint16_t *)row3->key;
+            const uint16_t *const k0 =
+                (const uint16_t *)row0->key;
+            const uint16_t *const k1 =
+                (const uint16_t *)row1->key;
+            const uint16_t *const k2 =
+                (const uint16_t *)row2->key;
+            const uint16_t *const k3 =
+                (const uint16_t *)row3->key;
             for (int32_t start = 0; start < 512; start += 64) {
                 if (next != NULL) {
-                    HL_FETCH((const uint16_t *)next[j + 0].key + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 1].key + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 2].key + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 3].key + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 0].key + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 1].key + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 2].key + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 3].key + start + 32);
+                    const uint16_t *line;
+                    line = (const uint16_t *)next[j + 0].key + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 1].key + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 2].key + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 3].key + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
                 }
                 for (int32_t c = start; c < start + 64; c += 2) {
                     {
@@ -2678,20 +2697,29 @@ HL_KERNEL_SCALAR void hl_sfa_bf16_d512_rope64_slots_dot_2x4_scalar(const float *
         }
         {
             const float *const from = q + 512;
-            const uint16_t *const k0 = (const uint16_t *)row0->rope;
-            const uint16_t *const k1 = (const uint16_t *)row1->rope;
-            const uint16_t *const k2 = (const uint16_t *)row2->rope;
-            const uint16_t *const k3 = (const uint16_t *)row3->rope;
+            const uint16_t *const k0 =
+                (const uint16_t *)row0->rope;
+            const uint16_t *const k1 =
+                (const uint16_t *)row1->rope;
+            const uint16_t *const k2 =
+                (const uint16_t *)row2->rope;
+            const uint16_t *const k3 =
+                (const uint16_t *)row3->rope;
             for (int32_t start = 0; start < 64; start += 64) {
                 if (next != NULL) {
-                    HL_FETCH((const uint16_t *)next[j + 0].rope + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 1].rope + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 2].rope + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 3].rope + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 0].rope + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 1].rope + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 2].rope + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 3].rope + start + 32);
+                    const uint16_t *line;
+                    line = (const uint16_t *)next[j + 0].rope + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 1].rope + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 2].rope + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 3].rope + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
                 }
                 for (int32_t c = start; c < start + 64; c += 2) {
                     {
@@ -2735,17 +2763,18 @@ HL_KERNEL_SCALAR void hl_sfa_bf16_d512_rope64_slots_dot_2x4_scalar(const float *
         all[(j + 2) * 2 + 1] = s1_2;
         all[(j + 3) * 2 + 1] = s1_3;
     }
+    (void)apart;
     for (int32_t i = 0; i < 8; i += L) {
         hl_vstore_scalar(s + i, hl_vmul_scalar(hl_vsums_scalar(all + i), hl_vset_scalar(scale)));
     }
 }
 
-/* 1 head by 8 keys, read where they are stored, 8 rows at a time: channels are in
- * the lanes, and sums are formed across them once a tile, for many dot products together. Behind
- * the last key its row is taken again, so that every tile is whole. Meanwhile lines of later keys
- * (next) are asked for, if there are any. */
+/* 1 head by 8 keys, all at once, read where they are stored.
+ * Channels are in the lanes; sums across them are formed once a tile, of all dot products together.
+ * Behind the last key its row is taken again, so that every tile is whole. Meanwhile lines of later
+ * keys (next) are asked for, if there are any. */
 HL_KERNEL_SCALAR void hl_sfa_bf16_d512_rope64_slots_dot_1x8_scalar(const float *q,
-    const hl_row *row, int32_t last, float *s, float scale, const hl_row *next)
+    const hl_row *row, int32_t last, float *s, float scale, const hl_row *next, int32_t apart)
 {
     enum { L = 1, QS = 576 };
     hl_vf_scalar all[8];
@@ -2768,32 +2797,49 @@ HL_KERNEL_SCALAR void hl_sfa_bf16_d512_rope64_slots_dot_1x8_scalar(const float *
         hl_vf_scalar s0_7 = hl_vzero_scalar();
         {
             const float *const from = q + 0;
-            const uint16_t *const k0 = (const uint16_t *)row0->key;
-            const uint16_t *const k1 = (const uint16_t *)row1->key;
-            const uint16_t *const k2 = (const uint16_t *)row2->key;
-            const uint16_t *const k3 = (const uint16_t *)row3->key;
-            const uint16_t *const k4 = (const uint16_t *)row4->key;
-            const uint16_t *const k5 = (const uint16_t *)row5->key;
-            const uint16_t *const k6 = (const uint16_t *)row6->key;
-            const uint16_t *const k7 = (const uint16_t *)row7->key;
+            const uint16_t *const k0 =
+                (const uint16_t *)row0->key;
+            const uint16_t *const k1 =
+                (const uint16_t *)row1->key;
+            const uint16_t *const k2 =
+                (const uint16_t *)row2->key;
+            const uint16_t *const k3 =
+                (const uint16_t *)row3->key;
+            const uint16_t *const k4 =
+                (const uint16_t *)row4->key;
+            const uint16_t *const k5 =
+                (const uint16_t *)row5->key;
+            const uint16_t *const k6 =
+                (const uint16_t *)row6->key;
+            const uint16_t *const k7 =
+                (const uint16_t *)row7->key;
             for (int32_t start = 0; start < 512; start += 64) {
                 if (next != NULL) {
-                    HL_FETCH((const uint16_t *)next[j + 0].key + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 1].key + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 2].key + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 3].key + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 4].key + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 5].key + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 6].key + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 7].key + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 0].key + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 1].key + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 2].key + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 3].key + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 4].key + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 5].key + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 6].key + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 7].key + start + 32);
+                    const uint16_t *line;
+                    line = (const uint16_t *)next[j + 0].key + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 1].key + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 2].key + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 3].key + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 4].key + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 5].key + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 6].key + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 7].key + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
                 }
                 for (int32_t c = start; c < start + 64; c += 2) {
                     {
@@ -2832,32 +2878,49 @@ HL_KERNEL_SCALAR void hl_sfa_bf16_d512_rope64_slots_dot_1x8_scalar(const float *
         }
         {
             const float *const from = q + 512;
-            const uint16_t *const k0 = (const uint16_t *)row0->rope;
-            const uint16_t *const k1 = (const uint16_t *)row1->rope;
-            const uint16_t *const k2 = (const uint16_t *)row2->rope;
-            const uint16_t *const k3 = (const uint16_t *)row3->rope;
-            const uint16_t *const k4 = (const uint16_t *)row4->rope;
-            const uint16_t *const k5 = (const uint16_t *)row5->rope;
-            const uint16_t *const k6 = (const uint16_t *)row6->rope;
-            const uint16_t *const k7 = (const uint16_t *)row7->rope;
+            const uint16_t *const k0 =
+                (const uint16_t *)row0->rope;
+            const uint16_t *const k1 =
+                (const uint16_t *)row1->rope;
+            const uint16_t *const k2 =
+                (const uint16_t *)row2->rope;
+            const uint16_t *const k3 =
+                (const uint16_t *)row3->rope;
+            const uint16_t *const k4 =
+                (const uint16_t *)row4->rope;
+            const uint16_t *const k5 =
+                (const uint16_t *)row5->rope;
+            const uint16_t *const k6 =
+                (const uint16_t *)row6->rope;
+            const uint16_t *const k7 =
+                (const uint16_t *)row7->rope;
             for (int32_t start = 0; start < 64; start += 64) {
                 if (next != NULL) {
-                    HL_FETCH((const uint16_t *)next[j + 0].rope + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 1].rope + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 2].rope + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 3].rope + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 4].rope + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 5].rope + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 6].rope + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 7].rope + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 0].rope + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 1].rope + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 2].rope + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 3].rope + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 4].rope + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 5].rope + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 6].rope + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 7].rope + start + 32);
+                    const uint16_t *line;
+                    line = (const uint16_t *)next[j + 0].rope + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 1].rope + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 2].rope + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 3].rope + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 4].rope + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 5].rope + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 6].rope + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 7].rope + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
                 }
                 for (int32_t c = start; c < start + 64; c += 2) {
                     {
@@ -2903,6 +2966,7 @@ HL_KERNEL_SCALAR void hl_sfa_bf16_d512_rope64_slots_dot_1x8_scalar(const float *
         all[(j + 6) * 1 + 0] = s0_6;
         all[(j + 7) * 1 + 0] = s0_7;
     }
+    (void)apart;
     for (int32_t i = 0; i < 8; i += L) {
         hl_vstore_scalar(s + i, hl_vmul_scalar(hl_vsums_scalar(all + i), hl_vset_scalar(scale)));
     }
@@ -2920,7 +2984,7 @@ HL_KERNEL_SCALAR void hl_sfa_bf16_d512_rope64_slots_score_few_scalar(const hl_sp
             const int32_t later = j + AHEAD;
             hl_sfa_bf16_d512_rope64_slots_dot_4x2_scalar(w->q + (ptrdiff_t)h * QS, b->row + j,
                 b->n - 1 - j, w->s + h * BLOCK + j * 4, scale, h == 0 && later + 2 <= known ? b->row
-                + later : NULL);
+                + later : NULL, b->value_apart);
         }
     }
     for (; h + 2 <= group; h += 2) {
@@ -2928,7 +2992,7 @@ HL_KERNEL_SCALAR void hl_sfa_bf16_d512_rope64_slots_score_few_scalar(const hl_sp
             const int32_t later = j + AHEAD;
             hl_sfa_bf16_d512_rope64_slots_dot_2x4_scalar(w->q + (ptrdiff_t)h * QS, b->row + j,
                 b->n - 1 - j, w->s + h * BLOCK + j * 2, scale, h == 0 && later + 4 <= known ? b->row
-                + later : NULL);
+                + later : NULL, b->value_apart);
         }
     }
     for (; h + 1 <= group; h += 1) {
@@ -2936,7 +3000,7 @@ HL_KERNEL_SCALAR void hl_sfa_bf16_d512_rope64_slots_score_few_scalar(const hl_sp
             const int32_t later = j + AHEAD;
             hl_sfa_bf16_d512_rope64_slots_dot_1x8_scalar(w->q + (ptrdiff_t)h * QS, b->row + j,
                 b->n - 1 - j, w->s + h * BLOCK + j * 1, scale, h == 0 && later + 8 <= known ? b->row
-                + later : NULL);
+                + later : NULL, b->value_apart);
         }
     }
 }
@@ -3013,8 +3077,8 @@ HL_KERNEL_SCALAR void hl_sfa_bf16_d512_rope64_slots_softmaxes_few_scalar(const h
 
 /* ---- value: O = alpha O + P V ---- */
 
-/* 4 heads by 2 vectors of channels, read where they are stored. Of 24 keys
- * further on lines are asked for meanwhile, as long as j < later. */
+/* 4 heads by 2 vectors of channels, read where they are stored. Meanwhile lines
+ * of values 24 keys further on are asked for, as long as j < later. */
 HL_KERNEL_SCALAR void hl_sfa_bf16_d512_rope64_slots_pr_4x2_scalar(const float *p, const hl_row *row,
     int32_t c, float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
 {
@@ -3032,9 +3096,7 @@ HL_KERNEL_SCALAR void hl_sfa_bf16_d512_rope64_slots_pr_4x2_scalar(const float *p
         if (j < later) {
             const uint16_t *const next =
                 (const uint16_t *)row[j + 24].value + c;
-            if (apart) {
-                HL_FETCH(next + 0);
-            }
+            HL_FETCH(next + 0);
         }
         hl_vf_scalar x;
         hl_vf_scalar v0;
@@ -3053,6 +3115,7 @@ HL_KERNEL_SCALAR void hl_sfa_bf16_d512_rope64_slots_pr_4x2_scalar(const float *p
         o3_0 = hl_vfma_scalar(x, v0, o3_0);
         o3_1 = hl_vfma_scalar(x, v1, o3_1);
     }
+    (void)apart;
     hl_vstore_scalar(o + 0 * OS + 0 * L,
                      hl_vfma_scalar(hl_vset_scalar(alpha[0]), hl_vload_scalar(o + 0 * OS + 0 * L),
                                     o0_0));
@@ -3079,8 +3142,8 @@ HL_KERNEL_SCALAR void hl_sfa_bf16_d512_rope64_slots_pr_4x2_scalar(const float *p
                                     o3_1));
 }
 
-/* 2 heads by 4 vectors of channels, read where they are stored. Of 24 keys
- * further on lines are asked for meanwhile, as long as j < later. */
+/* 2 heads by 4 vectors of channels, read where they are stored. Meanwhile lines
+ * of values 24 keys further on are asked for, as long as j < later. */
 HL_KERNEL_SCALAR void hl_sfa_bf16_d512_rope64_slots_pr_2x4_scalar(const float *p, const hl_row *row,
     int32_t c, float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
 {
@@ -3098,9 +3161,7 @@ HL_KERNEL_SCALAR void hl_sfa_bf16_d512_rope64_slots_pr_2x4_scalar(const float *p
         if (j < later) {
             const uint16_t *const next =
                 (const uint16_t *)row[j + 24].value + c;
-            if (apart) {
-                HL_FETCH(next + 0);
-            }
+            HL_FETCH(next + 0);
         }
         hl_vf_scalar x;
         hl_vf_scalar v0;
@@ -3120,6 +3181,7 @@ HL_KERNEL_SCALAR void hl_sfa_bf16_d512_rope64_slots_pr_2x4_scalar(const float *p
         o1_2 = hl_vfma_scalar(x, v2, o1_2);
         o1_3 = hl_vfma_scalar(x, v3, o1_3);
     }
+    (void)apart;
     hl_vstore_scalar(o + 0 * OS + 0 * L,
                      hl_vfma_scalar(hl_vset_scalar(alpha[0]), hl_vload_scalar(o + 0 * OS + 0 * L),
                                     o0_0));
@@ -3146,8 +3208,8 @@ HL_KERNEL_SCALAR void hl_sfa_bf16_d512_rope64_slots_pr_2x4_scalar(const float *p
                                     o1_3));
 }
 
-/* 1 head by 8 vectors of channels, read where they are stored. Of 24 keys
- * further on lines are asked for meanwhile, as long as j < later. */
+/* 1 head by 8 vectors of channels, read where they are stored. Meanwhile lines
+ * of values 24 keys further on are asked for, as long as j < later. */
 HL_KERNEL_SCALAR void hl_sfa_bf16_d512_rope64_slots_pr_1x8_scalar(const float *p, const hl_row *row,
     int32_t c, float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
 {
@@ -3165,9 +3227,7 @@ HL_KERNEL_SCALAR void hl_sfa_bf16_d512_rope64_slots_pr_1x8_scalar(const float *p
         if (j < later) {
             const uint16_t *const next =
                 (const uint16_t *)row[j + 24].value + c;
-            if (apart) {
-                HL_FETCH(next + 0);
-            }
+            HL_FETCH(next + 0);
         }
         const hl_vf_scalar x = hl_vset_scalar(p[j]);
         hl_vf_scalar v;
@@ -3185,6 +3245,7 @@ HL_KERNEL_SCALAR void hl_sfa_bf16_d512_rope64_slots_pr_1x8_scalar(const float *p
         o0_6 = hl_vfma_scalar(x, v, o0_6);
         o0_7 = hl_vfma_scalar(x, w, o0_7);
     }
+    (void)apart;
     hl_vstore_scalar(o + 0 * OS + 0 * L,
                      hl_vfma_scalar(hl_vset_scalar(alpha[0]), hl_vload_scalar(o + 0 * OS + 0 * L),
                                     o0_0));
@@ -3220,32 +3281,29 @@ HL_KERNEL_SCALAR void hl_sfa_bf16_d512_rope64_slots_value_few_scalar(const hl_sp
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
         const int32_t later = h == 0 ? left : 0;
-        const int32_t later_apart = b->value_apart ? later : 0;
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 512; c += 2) {
             hl_sfa_bf16_d512_rope64_slots_pr_4x2_scalar(p, b->row, c, o + c, t->alpha + h, b->n,
-                later_apart, b->value_apart);
+                b->value_apart ? later : 0, b->value_apart);
         }
     }
     for (; h + 2 <= group; h += 2) {
         const int32_t later = h == 0 ? left : 0;
-        const int32_t later_apart = b->value_apart ? later : 0;
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 512; c += 4) {
             hl_sfa_bf16_d512_rope64_slots_pr_2x4_scalar(p, b->row, c, o + c, t->alpha + h, b->n,
-                later_apart, b->value_apart);
+                b->value_apart ? later : 0, b->value_apart);
         }
     }
     for (; h + 1 <= group; h += 1) {
         const int32_t later = h == 0 ? left : 0;
-        const int32_t later_apart = b->value_apart ? later : 0;
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 512; c += 8) {
             hl_sfa_bf16_d512_rope64_slots_pr_1x8_scalar(p, b->row, c, o + c, t->alpha + h, b->n,
-                later_apart, b->value_apart);
+                b->value_apart ? later : 0, b->value_apart);
         }
     }
 }
@@ -3469,8 +3527,8 @@ HL_KERNEL_SCALAR void hl_sfa_bf16_d512_rope64_slots_forward_scalar(
         *t->seen = 1.0f;
         b.row += b.n;
         known = b.n_later;
-        /* the rows to come move to the front; others follow */
         if (more && known <= CAP / 2 && known < block + AHEAD) {
+            /* What is known of the rows to come moves to the front; others follow. */
             HL_COPY(w->row, b.row, (size_t)known * sizeof *b.row);
             b.row = w->row;
             known += hl_sfa_bf16_d512_rope64_slots_next(a, g, &c, b.row + known, CAP - known);
@@ -3889,12 +3947,12 @@ HL_KERNEL_NEON void hl_sfa_bf16_d512_rope64_slots_score_neon(const hl_space *w, 
     }
 }
 
-/* 4 heads by 4 keys, read where they are stored, 4 rows at a time: channels are in
- * the lanes, and sums are formed across them once a tile, for many dot products together. Behind
- * the last key its row is taken again, so that every tile is whole. Meanwhile lines of later keys
- * (next) are asked for, if there are any. */
+/* 4 heads by 4 keys, all at once, read where they are stored.
+ * Channels are in the lanes; sums across them are formed once a tile, of all dot products together.
+ * Behind the last key its row is taken again, so that every tile is whole. Meanwhile lines of later
+ * keys (next) are asked for, if there are any. */
 HL_KERNEL_NEON void hl_sfa_bf16_d512_rope64_slots_dot_4x4_neon(const float *q, const hl_row *row,
-    int32_t last, float *s, float scale, const hl_row *next)
+    int32_t last, float *s, float scale, const hl_row *next, int32_t apart)
 {
     enum { L = 4, QS = 576 };
     hl_vf_neon all[16];
@@ -3921,20 +3979,29 @@ HL_KERNEL_NEON void hl_sfa_bf16_d512_rope64_slots_dot_4x4_neon(const float *q, c
         hl_vf_neon s3_3 = hl_vzero_neon();
         {
             const float *const from = q + 0;
-            const uint16_t *const k0 = (const uint16_t *)row0->key;
-            const uint16_t *const k1 = (const uint16_t *)row1->key;
-            const uint16_t *const k2 = (const uint16_t *)row2->key;
-            const uint16_t *const k3 = (const uint16_t *)row3->key;
+            const uint16_t *const k0 =
+                (const uint16_t *)row0->key;
+            const uint16_t *const k1 =
+                (const uint16_t *)row1->key;
+            const uint16_t *const k2 =
+                (const uint16_t *)row2->key;
+            const uint16_t *const k3 =
+                (const uint16_t *)row3->key;
             for (int32_t start = 0; start < 512; start += 64) {
                 if (next != NULL) {
-                    HL_FETCH((const uint16_t *)next[j + 0].key + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 1].key + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 2].key + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 3].key + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 0].key + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 1].key + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 2].key + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 3].key + start + 32);
+                    const uint16_t *line;
+                    line = (const uint16_t *)next[j + 0].key + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 1].key + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 2].key + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 3].key + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
                 }
                 for (int32_t c = start; c < start + 64; c += 8) {
                     {
@@ -3998,20 +4065,29 @@ HL_KERNEL_NEON void hl_sfa_bf16_d512_rope64_slots_dot_4x4_neon(const float *q, c
         }
         {
             const float *const from = q + 512;
-            const uint16_t *const k0 = (const uint16_t *)row0->rope;
-            const uint16_t *const k1 = (const uint16_t *)row1->rope;
-            const uint16_t *const k2 = (const uint16_t *)row2->rope;
-            const uint16_t *const k3 = (const uint16_t *)row3->rope;
+            const uint16_t *const k0 =
+                (const uint16_t *)row0->rope;
+            const uint16_t *const k1 =
+                (const uint16_t *)row1->rope;
+            const uint16_t *const k2 =
+                (const uint16_t *)row2->rope;
+            const uint16_t *const k3 =
+                (const uint16_t *)row3->rope;
             for (int32_t start = 0; start < 64; start += 64) {
                 if (next != NULL) {
-                    HL_FETCH((const uint16_t *)next[j + 0].rope + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 1].rope + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 2].rope + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 3].rope + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 0].rope + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 1].rope + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 2].rope + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 3].rope + start + 32);
+                    const uint16_t *line;
+                    line = (const uint16_t *)next[j + 0].rope + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 1].rope + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 2].rope + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 3].rope + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
                 }
                 for (int32_t c = start; c < start + 64; c += 8) {
                     {
@@ -4090,15 +4166,16 @@ HL_KERNEL_NEON void hl_sfa_bf16_d512_rope64_slots_dot_4x4_neon(const float *q, c
         all[(j + 2) * 4 + 3] = s3_2;
         all[(j + 3) * 4 + 3] = s3_3;
     }
+    (void)apart;
     for (int32_t i = 0; i < 16; i += L) {
         hl_vstore_neon(s + i, hl_vmul_neon(hl_vsums_neon(all + i), hl_vset_neon(scale)));
     }
 }
 
-/* 2 heads by 8 keys, read where they are stored, 4 rows at a time: channels are in
- * the lanes, and sums are formed across them once a tile, for many dot products together. Behind
- * the last key its row is taken again, so that every tile is whole. Meanwhile lines of later keys
- * (next) are asked for, if there are any; but for those that value tiles ask for. */
+/* 2 heads by 8 keys, 4 at a time, read where they are stored.
+ * Channels are in the lanes; sums across them are formed once a tile, of all dot products together.
+ * Behind the last key its row is taken again, so that every tile is whole. Meanwhile lines of later
+ * keys (next) are asked for, if there are any; but for those that value tiles ask for. */
 HL_KERNEL_NEON void hl_sfa_bf16_d512_rope64_slots_dot_2x8_neon(const float *q, const hl_row *row,
     int32_t last, float *s, float scale, const hl_row *next, int32_t apart)
 {
@@ -4127,23 +4204,36 @@ HL_KERNEL_NEON void hl_sfa_bf16_d512_rope64_slots_dot_2x8_neon(const float *q, c
         hl_vf_neon s1_3y = hl_vzero_neon();
         {
             const float *const from = q + 0;
-            const uint16_t *const k0 = (const uint16_t *)row0->key;
-            const uint16_t *const k1 = (const uint16_t *)row1->key;
-            const uint16_t *const k2 = (const uint16_t *)row2->key;
-            const uint16_t *const k3 = (const uint16_t *)row3->key;
+            const uint16_t *const k0 =
+                (const uint16_t *)row0->key;
+            const uint16_t *const k1 =
+                (const uint16_t *)row1->key;
+            const uint16_t *const k2 =
+                (const uint16_t *)row2->key;
+            const uint16_t *const k3 =
+                (const uint16_t *)row3->key;
             for (int32_t start = 0; start < 512; start += 64) {
                 if (next != NULL) {
+                    const uint16_t *line;
+                    line = (const uint16_t *)next[j + 0].key + start;
                     if (apart) {
-                        HL_FETCH((const uint16_t *)next[j + 0].key + start + 0);
-                        HL_FETCH((const uint16_t *)next[j + 1].key + start + 0);
-                        HL_FETCH((const uint16_t *)next[j + 2].key + start + 0);
-                        HL_FETCH((const uint16_t *)next[j + 3].key + start + 0);
+                        HL_FETCH(line + 0);
+                        HL_FETCH(line + 32);
                     }
+                    line = (const uint16_t *)next[j + 1].key + start;
                     if (apart) {
-                        HL_FETCH((const uint16_t *)next[j + 0].key + start + 32);
-                        HL_FETCH((const uint16_t *)next[j + 1].key + start + 32);
-                        HL_FETCH((const uint16_t *)next[j + 2].key + start + 32);
-                        HL_FETCH((const uint16_t *)next[j + 3].key + start + 32);
+                        HL_FETCH(line + 0);
+                        HL_FETCH(line + 32);
+                    }
+                    line = (const uint16_t *)next[j + 2].key + start;
+                    if (apart) {
+                        HL_FETCH(line + 0);
+                        HL_FETCH(line + 32);
+                    }
+                    line = (const uint16_t *)next[j + 3].key + start;
+                    if (apart) {
+                        HL_FETCH(line + 0);
+                        HL_FETCH(line + 32);
                     }
                 }
                 for (int32_t c = start; c < start + 64; c += 8) {
@@ -4181,20 +4271,29 @@ HL_KERNEL_NEON void hl_sfa_bf16_d512_rope64_slots_dot_2x8_neon(const float *q, c
         }
         {
             const float *const from = q + 512;
-            const uint16_t *const k0 = (const uint16_t *)row0->rope;
-            const uint16_t *const k1 = (const uint16_t *)row1->rope;
-            const uint16_t *const k2 = (const uint16_t *)row2->rope;
-            const uint16_t *const k3 = (const uint16_t *)row3->rope;
+            const uint16_t *const k0 =
+                (const uint16_t *)row0->rope;
+            const uint16_t *const k1 =
+                (const uint16_t *)row1->rope;
+            const uint16_t *const k2 =
+                (const uint16_t *)row2->rope;
+            const uint16_t *const k3 =
+                (const uint16_t *)row3->rope;
             for (int32_t start = 0; start < 64; start += 64) {
                 if (next != NULL) {
-                    HL_FETCH((const uint16_t *)next[j + 0].rope + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 1].rope + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 2].rope + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 3].rope + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 0].rope + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 1].rope + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 2].rope + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 3].rope + start + 32);
+                    const uint16_t *line;
+                    line = (const uint16_t *)next[j + 0].rope + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 1].rope + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 2].rope + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 3].rope + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
                 }
                 for (int32_t c = start; c < start + 64; c += 8) {
                     {
@@ -4238,15 +4337,16 @@ HL_KERNEL_NEON void hl_sfa_bf16_d512_rope64_slots_dot_2x8_neon(const float *q, c
         all[(j + 2) * 2 + 1] = hl_vadd_neon(s1_2x, s1_2y);
         all[(j + 3) * 2 + 1] = hl_vadd_neon(s1_3x, s1_3y);
     }
+    (void)apart;
     for (int32_t i = 0; i < 16; i += L) {
         hl_vstore_neon(s + i, hl_vmul_neon(hl_vsums_neon(all + i), hl_vset_neon(scale)));
     }
 }
 
-/* 1 head by 16 keys, read where they are stored, 4 rows at a time: channels are in
- * the lanes, and sums are formed across them once a tile, for many dot products together. Behind
- * the last key its row is taken again, so that every tile is whole. Meanwhile lines of later keys
- * (next) are asked for, if there are any; but for those that value tiles ask for. */
+/* 1 head by 16 keys, 4 at a time, read where they are stored.
+ * Channels are in the lanes; sums across them are formed once a tile, of all dot products together.
+ * Behind the last key its row is taken again, so that every tile is whole. Meanwhile lines of later
+ * keys (next) are asked for, if there are any; but for those that value tiles ask for. */
 HL_KERNEL_NEON void hl_sfa_bf16_d512_rope64_slots_dot_1x16_neon(const float *q, const hl_row *row,
     int32_t last, float *s, float scale, const hl_row *next, int32_t apart)
 {
@@ -4267,21 +4367,36 @@ HL_KERNEL_NEON void hl_sfa_bf16_d512_rope64_slots_dot_1x16_neon(const float *q, 
         hl_vf_neon s0_3y = hl_vzero_neon();
         {
             const float *const from = q + 0;
-            const uint16_t *const k0 = (const uint16_t *)row0->key;
-            const uint16_t *const k1 = (const uint16_t *)row1->key;
-            const uint16_t *const k2 = (const uint16_t *)row2->key;
-            const uint16_t *const k3 = (const uint16_t *)row3->key;
+            const uint16_t *const k0 =
+                (const uint16_t *)row0->key;
+            const uint16_t *const k1 =
+                (const uint16_t *)row1->key;
+            const uint16_t *const k2 =
+                (const uint16_t *)row2->key;
+            const uint16_t *const k3 =
+                (const uint16_t *)row3->key;
             for (int32_t start = 0; start < 512; start += 64) {
                 if (next != NULL) {
-                    HL_FETCH((const uint16_t *)next[j + 0].key + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 1].key + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 2].key + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 3].key + start + 0);
+                    const uint16_t *line;
+                    line = (const uint16_t *)next[j + 0].key + start;
+                    HL_FETCH(line + 0);
                     if (apart) {
-                        HL_FETCH((const uint16_t *)next[j + 0].key + start + 32);
-                        HL_FETCH((const uint16_t *)next[j + 1].key + start + 32);
-                        HL_FETCH((const uint16_t *)next[j + 2].key + start + 32);
-                        HL_FETCH((const uint16_t *)next[j + 3].key + start + 32);
+                        HL_FETCH(line + 32);
+                    }
+                    line = (const uint16_t *)next[j + 1].key + start;
+                    HL_FETCH(line + 0);
+                    if (apart) {
+                        HL_FETCH(line + 32);
+                    }
+                    line = (const uint16_t *)next[j + 2].key + start;
+                    HL_FETCH(line + 0);
+                    if (apart) {
+                        HL_FETCH(line + 32);
+                    }
+                    line = (const uint16_t *)next[j + 3].key + start;
+                    HL_FETCH(line + 0);
+                    if (apart) {
+                        HL_FETCH(line + 32);
                     }
                 }
                 for (int32_t c = start; c < start + 64; c += 8) {
@@ -4309,20 +4424,29 @@ HL_KERNEL_NEON void hl_sfa_bf16_d512_rope64_slots_dot_1x16_neon(const float *q, 
         }
         {
             const float *const from = q + 512;
-            const uint16_t *const k0 = (const uint16_t *)row0->rope;
-            const uint16_t *const k1 = (const uint16_t *)row1->rope;
-            const uint16_t *const k2 = (const uint16_t *)row2->rope;
-            const uint16_t *const k3 = (const uint16_t *)row3->rope;
+            const uint16_t *const k0 =
+                (const uint16_t *)row0->rope;
+            const uint16_t *const k1 =
+                (const uint16_t *)row1->rope;
+            const uint16_t *const k2 =
+                (const uint16_t *)row2->rope;
+            const uint16_t *const k3 =
+                (const uint16_t *)row3->rope;
             for (int32_t start = 0; start < 64; start += 64) {
                 if (next != NULL) {
-                    HL_FETCH((const uint16_t *)next[j + 0].rope + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 1].rope + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 2].rope + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 3].rope + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 0].rope + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 1].rope + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 2].rope + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 3].rope + start + 32);
+                    const uint16_t *line;
+                    line = (const uint16_t *)next[j + 0].rope + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 1].rope + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 2].rope + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 3].rope + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
                 }
                 for (int32_t c = start; c < start + 64; c += 8) {
                     {
@@ -4352,6 +4476,7 @@ HL_KERNEL_NEON void hl_sfa_bf16_d512_rope64_slots_dot_1x16_neon(const float *q, 
         all[(j + 2) * 1 + 0] = hl_vadd_neon(s0_2x, s0_2y);
         all[(j + 3) * 1 + 0] = hl_vadd_neon(s0_3x, s0_3y);
     }
+    (void)apart;
     for (int32_t i = 0; i < 16; i += L) {
         hl_vstore_neon(s + i, hl_vmul_neon(hl_vsums_neon(all + i), hl_vset_neon(scale)));
     }
@@ -4369,7 +4494,7 @@ HL_KERNEL_NEON void hl_sfa_bf16_d512_rope64_slots_score_few_neon(const hl_space 
             const int32_t later = j + AHEAD;
             hl_sfa_bf16_d512_rope64_slots_dot_4x4_neon(w->q + (ptrdiff_t)h * QS, b->row + j,
                 b->n - 1 - j, w->s + h * BLOCK + j * 4, scale, h == 0 && later + 4 <= known ? b->row
-                + later : NULL);
+                + later : NULL, b->value_apart);
         }
     }
     for (; h + 2 <= group; h += 2) {
@@ -4693,8 +4818,8 @@ HL_KERNEL_NEON void hl_sfa_bf16_d512_rope64_slots_value_neon(const hl_space *w, 
     }
 }
 
-/* 4 heads by 4 vectors of channels, read where they are stored. Of 24 keys
- * further on lines are asked for meanwhile, as long as j < later. */
+/* 4 heads by 4 vectors of channels, read where they are stored. Meanwhile lines
+ * of values 24 keys further on are asked for, as long as j < later. */
 HL_KERNEL_NEON void hl_sfa_bf16_d512_rope64_slots_pr_4x4_neon(const float *p, const hl_row *row,
     int32_t c, float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
 {
@@ -4720,9 +4845,7 @@ HL_KERNEL_NEON void hl_sfa_bf16_d512_rope64_slots_pr_4x4_neon(const float *p, co
         if (j < later) {
             const uint16_t *const next =
                 (const uint16_t *)row[j + 24].value + c;
-            if (apart) {
-                HL_FETCH(next + 0);
-            }
+            HL_FETCH(next + 0);
         }
         hl_vf_neon x;
         hl_vf_neon v0;
@@ -4752,6 +4875,7 @@ HL_KERNEL_NEON void hl_sfa_bf16_d512_rope64_slots_pr_4x4_neon(const float *p, co
         o3_2 = hl_vfma_neon(x, v2, o3_2);
         o3_3 = hl_vfma_neon(x, v3, o3_3);
     }
+    (void)apart;
     hl_vstore_neon(o + 0 * OS + 0 * L,
                    hl_vfma_neon(hl_vset_neon(alpha[0]), hl_vload_neon(o + 0 * OS + 0 * L), o0_0));
     hl_vstore_neon(o + 0 * OS + 1 * L,
@@ -4786,10 +4910,10 @@ HL_KERNEL_NEON void hl_sfa_bf16_d512_rope64_slots_pr_4x4_neon(const float *p, co
                    hl_vfma_neon(hl_vset_neon(alpha[3]), hl_vload_neon(o + 3 * OS + 3 * L), o3_3));
 }
 
-/* 2 heads by 8 vectors of channels, read where they are stored. Of 24 keys
- * further on lines are asked for meanwhile, as long as j < later. */
+/* 2 heads by 8 vectors of channels, read where they are stored. Meanwhile lines
+ * of values 24 keys further on are asked for, as long as j < later. */
 HL_KERNEL_NEON void hl_sfa_bf16_d512_rope64_slots_pr_2x8_neon(const float *p, const hl_row *row,
-    int32_t c, float *o, const float *alpha, int32_t n, int32_t later)
+    int32_t c, float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
 {
     enum { L = 4, OS = 512 };
     hl_vf_neon o0_0 = hl_vzero_neon();
@@ -4847,6 +4971,7 @@ HL_KERNEL_NEON void hl_sfa_bf16_d512_rope64_slots_pr_2x8_neon(const float *p, co
         o1_6 = hl_vfma_neon(x, v6, o1_6);
         o1_7 = hl_vfma_neon(x, v7, o1_7);
     }
+    (void)apart;
     hl_vstore_neon(o + 0 * OS + 0 * L,
                    hl_vfma_neon(hl_vset_neon(alpha[0]), hl_vload_neon(o + 0 * OS + 0 * L), o0_0));
     hl_vstore_neon(o + 0 * OS + 1 * L,
@@ -4881,8 +5006,8 @@ HL_KERNEL_NEON void hl_sfa_bf16_d512_rope64_slots_pr_2x8_neon(const float *p, co
                    hl_vfma_neon(hl_vset_neon(alpha[1]), hl_vload_neon(o + 1 * OS + 7 * L), o1_7));
 }
 
-/* 1 head by 16 vectors of channels, read where they are stored. Of 24 keys
- * further on lines are asked for meanwhile, as long as j < later. */
+/* 1 head by 16 vectors of channels, read where they are stored. Meanwhile lines
+ * of values 24 keys further on are asked for, as long as j < later. */
 HL_KERNEL_NEON void hl_sfa_bf16_d512_rope64_slots_pr_1x16_neon(const float *p, const hl_row *row,
     int32_t c, float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
 {
@@ -4908,10 +5033,10 @@ HL_KERNEL_NEON void hl_sfa_bf16_d512_rope64_slots_pr_1x16_neon(const float *p, c
         if (j < later) {
             const uint16_t *const next =
                 (const uint16_t *)row[j + 24].value + c;
+            HL_FETCH(next + 32);
             if (apart) {
                 HL_FETCH(next + 0);
             }
-            HL_FETCH(next + 32);
         }
         const hl_vf_neon x = hl_vset_neon(p[j]);
         hl_vf_neon v;
@@ -4941,6 +5066,7 @@ HL_KERNEL_NEON void hl_sfa_bf16_d512_rope64_slots_pr_1x16_neon(const float *p, c
         o0_14 = hl_vfma_neon(x, v, o0_14);
         o0_15 = hl_vfma_neon(x, w, o0_15);
     }
+    (void)apart;
     hl_vstore_neon(o + 0 * OS + 0 * L,
                    hl_vfma_neon(hl_vset_neon(alpha[0]), hl_vload_neon(o + 0 * OS + 0 * L), o0_0));
     hl_vstore_neon(o + 0 * OS + 1 * L,
@@ -4984,27 +5110,24 @@ HL_KERNEL_NEON void hl_sfa_bf16_d512_rope64_slots_value_few_neon(const hl_space 
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
         const int32_t later = h == 0 ? left : 0;
-        const int32_t later_apart = b->value_apart ? later : 0;
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 512; c += 16) {
             hl_sfa_bf16_d512_rope64_slots_pr_4x4_neon(p, b->row, c, o + c, t->alpha + h, b->n,
-                later_apart, b->value_apart);
+                b->value_apart ? later : 0, b->value_apart);
         }
     }
     for (; h + 2 <= group; h += 2) {
         const int32_t later = h == 0 ? left : 0;
-        const int32_t later_apart = b->value_apart ? later : 0;
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 512; c += 32) {
             hl_sfa_bf16_d512_rope64_slots_pr_2x8_neon(p, b->row, c, o + c, t->alpha + h, b->n,
-                later);
+                later, b->value_apart);
         }
     }
     for (; h + 1 <= group; h += 1) {
         const int32_t later = h == 0 ? left : 0;
-        const int32_t later_apart = b->value_apart ? later : 0;
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 512; c += 64) {
@@ -5244,8 +5367,8 @@ HL_KERNEL_NEON void hl_sfa_bf16_d512_rope64_slots_forward_neon(
         *t->seen = 1.0f;
         b.row += b.n;
         known = b.n_later;
-        /* the rows to come move to the front; others follow */
         if (more && known <= CAP / 2 && known < block + AHEAD) {
+            /* What is known of the rows to come moves to the front; others follow. */
             HL_COPY(w->row, b.row, (size_t)known * sizeof *b.row);
             b.row = w->row;
             known += hl_sfa_bf16_d512_rope64_slots_next(a, g, &c, b.row + known, CAP - known);
@@ -5644,12 +5767,12 @@ HL_KERNEL_AVX2 void hl_sfa_bf16_d512_rope64_slots_score_avx2(const hl_space *w, 
     }
 }
 
-/* 4 heads by 2 keys, read where they are stored, 2 rows at a time: channels are in
- * the lanes, and sums are formed across them once a tile, for many dot products together. Behind
- * the last key its row is taken again, so that every tile is whole. Meanwhile lines of later keys
- * (next) are asked for, if there are any. */
+/* 4 heads by 2 keys, all at once, read where they are stored.
+ * Channels are in the lanes; sums across them are formed once a tile, of all dot products together.
+ * Behind the last key its row is taken again, so that every tile is whole. Meanwhile lines of later
+ * keys (next) are asked for, if there are any. */
 HL_KERNEL_AVX2 void hl_sfa_bf16_d512_rope64_slots_dot_4x2_avx2(const float *q, const hl_row *row,
-    int32_t last, float *s, float scale, const hl_row *next)
+    int32_t last, float *s, float scale, const hl_row *next, int32_t apart)
 {
     enum { L = 8, QS = 576 };
     hl_vf_avx2 all[8];
@@ -5666,14 +5789,19 @@ HL_KERNEL_AVX2 void hl_sfa_bf16_d512_rope64_slots_dot_4x2_avx2(const float *q, c
         hl_vf_avx2 s3_1 = hl_vzero_avx2();
         {
             const float *const from = q + 0;
-            const uint16_t *const k0 = (const uint16_t *)row0->key;
-            const uint16_t *const k1 = (const uint16_t *)row1->key;
+            const uint16_t *const k0 =
+                (const uint16_t *)row0->key;
+            const uint16_t *const k1 =
+                (const uint16_t *)row1->key;
             for (int32_t start = 0; start < 512; start += 64) {
                 if (next != NULL) {
-                    HL_FETCH((const uint16_t *)next[j + 0].key + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 1].key + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 0].key + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 1].key + start + 32);
+                    const uint16_t *line;
+                    line = (const uint16_t *)next[j + 0].key + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 1].key + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
                 }
                 for (int32_t c = start; c < start + 64; c += 16) {
                     {
@@ -5715,14 +5843,19 @@ HL_KERNEL_AVX2 void hl_sfa_bf16_d512_rope64_slots_dot_4x2_avx2(const float *q, c
         }
         {
             const float *const from = q + 512;
-            const uint16_t *const k0 = (const uint16_t *)row0->rope;
-            const uint16_t *const k1 = (const uint16_t *)row1->rope;
+            const uint16_t *const k0 =
+                (const uint16_t *)row0->rope;
+            const uint16_t *const k1 =
+                (const uint16_t *)row1->rope;
             for (int32_t start = 0; start < 64; start += 64) {
                 if (next != NULL) {
-                    HL_FETCH((const uint16_t *)next[j + 0].rope + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 1].rope + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 0].rope + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 1].rope + start + 32);
+                    const uint16_t *line;
+                    line = (const uint16_t *)next[j + 0].rope + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 1].rope + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
                 }
                 for (int32_t c = start; c < start + 64; c += 16) {
                     {
@@ -5771,15 +5904,16 @@ HL_KERNEL_AVX2 void hl_sfa_bf16_d512_rope64_slots_dot_4x2_avx2(const float *q, c
         all[(j + 0) * 4 + 3] = s3_0;
         all[(j + 1) * 4 + 3] = s3_1;
     }
+    (void)apart;
     for (int32_t i = 0; i < 8; i += L) {
         hl_vstore_avx2(s + i, hl_vmul_avx2(hl_vsums_avx2(all + i), hl_vset_avx2(scale)));
     }
 }
 
-/* 2 heads by 4 keys, read where they are stored, 4 rows at a time: channels are in
- * the lanes, and sums are formed across them once a tile, for many dot products together. Behind
- * the last key its row is taken again, so that every tile is whole. Meanwhile lines of later keys
- * (next) are asked for, if there are any; but for those that value tiles ask for. */
+/* 2 heads by 4 keys, all at once, read where they are stored.
+ * Channels are in the lanes; sums across them are formed once a tile, of all dot products together.
+ * Behind the last key its row is taken again, so that every tile is whole. Meanwhile lines of later
+ * keys (next) are asked for, if there are any; but for those that value tiles ask for. */
 HL_KERNEL_AVX2 void hl_sfa_bf16_d512_rope64_slots_dot_2x4_avx2(const float *q, const hl_row *row,
     int32_t last, float *s, float scale, const hl_row *next, int32_t apart)
 {
@@ -5800,23 +5934,36 @@ HL_KERNEL_AVX2 void hl_sfa_bf16_d512_rope64_slots_dot_2x4_avx2(const float *q, c
         hl_vf_avx2 s1_3 = hl_vzero_avx2();
         {
             const float *const from = q + 0;
-            const uint16_t *const k0 = (const uint16_t *)row0->key;
-            const uint16_t *const k1 = (const uint16_t *)row1->key;
-            const uint16_t *const k2 = (const uint16_t *)row2->key;
-            const uint16_t *const k3 = (const uint16_t *)row3->key;
+            const uint16_t *const k0 =
+                (const uint16_t *)row0->key;
+            const uint16_t *const k1 =
+                (const uint16_t *)row1->key;
+            const uint16_t *const k2 =
+                (const uint16_t *)row2->key;
+            const uint16_t *const k3 =
+                (const uint16_t *)row3->key;
             for (int32_t start = 0; start < 512; start += 64) {
                 if (next != NULL) {
+                    const uint16_t *line;
+                    line = (const uint16_t *)next[j + 0].key + start;
                     if (apart) {
-                        HL_FETCH((const uint16_t *)next[j + 0].key + start + 0);
-                        HL_FETCH((const uint16_t *)next[j + 1].key + start + 0);
-                        HL_FETCH((const uint16_t *)next[j + 2].key + start + 0);
-                        HL_FETCH((const uint16_t *)next[j + 3].key + start + 0);
+                        HL_FETCH(line + 0);
+                        HL_FETCH(line + 32);
                     }
+                    line = (const uint16_t *)next[j + 1].key + start;
                     if (apart) {
-                        HL_FETCH((const uint16_t *)next[j + 0].key + start + 32);
-                        HL_FETCH((const uint16_t *)next[j + 1].key + start + 32);
-                        HL_FETCH((const uint16_t *)next[j + 2].key + start + 32);
-                        HL_FETCH((const uint16_t *)next[j + 3].key + start + 32);
+                        HL_FETCH(line + 0);
+                        HL_FETCH(line + 32);
+                    }
+                    line = (const uint16_t *)next[j + 2].key + start;
+                    if (apart) {
+                        HL_FETCH(line + 0);
+                        HL_FETCH(line + 32);
+                    }
+                    line = (const uint16_t *)next[j + 3].key + start;
+                    if (apart) {
+                        HL_FETCH(line + 0);
+                        HL_FETCH(line + 32);
                     }
                 }
                 for (int32_t c = start; c < start + 64; c += 16) {
@@ -5854,20 +6001,29 @@ HL_KERNEL_AVX2 void hl_sfa_bf16_d512_rope64_slots_dot_2x4_avx2(const float *q, c
         }
         {
             const float *const from = q + 512;
-            const uint16_t *const k0 = (const uint16_t *)row0->rope;
-            const uint16_t *const k1 = (const uint16_t *)row1->rope;
-            const uint16_t *const k2 = (const uint16_t *)row2->rope;
-            const uint16_t *const k3 = (const uint16_t *)row3->rope;
+            const uint16_t *const k0 =
+                (const uint16_t *)row0->rope;
+            const uint16_t *const k1 =
+                (const uint16_t *)row1->rope;
+            const uint16_t *const k2 =
+                (const uint16_t *)row2->rope;
+            const uint16_t *const k3 =
+                (const uint16_t *)row3->rope;
             for (int32_t start = 0; start < 64; start += 64) {
                 if (next != NULL) {
-                    HL_FETCH((const uint16_t *)next[j + 0].rope + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 1].rope + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 2].rope + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 3].rope + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 0].rope + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 1].rope + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 2].rope + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 3].rope + start + 32);
+                    const uint16_t *line;
+                    line = (const uint16_t *)next[j + 0].rope + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 1].rope + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 2].rope + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 3].rope + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
                 }
                 for (int32_t c = start; c < start + 64; c += 16) {
                     {
@@ -5911,15 +6067,16 @@ HL_KERNEL_AVX2 void hl_sfa_bf16_d512_rope64_slots_dot_2x4_avx2(const float *q, c
         all[(j + 2) * 2 + 1] = s1_2;
         all[(j + 3) * 2 + 1] = s1_3;
     }
+    (void)apart;
     for (int32_t i = 0; i < 8; i += L) {
         hl_vstore_avx2(s + i, hl_vmul_avx2(hl_vsums_avx2(all + i), hl_vset_avx2(scale)));
     }
 }
 
-/* 1 head by 8 keys, read where they are stored, 4 rows at a time: channels are in
- * the lanes, and sums are formed across them once a tile, for many dot products together. Behind
- * the last key its row is taken again, so that every tile is whole. Meanwhile lines of later keys
- * (next) are asked for, if there are any; but for those that value tiles ask for. */
+/* 1 head by 8 keys, 4 at a time, read where they are stored.
+ * Channels are in the lanes; sums across them are formed once a tile, of all dot products together.
+ * Behind the last key its row is taken again, so that every tile is whole. Meanwhile lines of later
+ * keys (next) are asked for, if there are any; but for those that value tiles ask for. */
 HL_KERNEL_AVX2 void hl_sfa_bf16_d512_rope64_slots_dot_1x8_avx2(const float *q, const hl_row *row,
     int32_t last, float *s, float scale, const hl_row *next, int32_t apart)
 {
@@ -5940,21 +6097,36 @@ HL_KERNEL_AVX2 void hl_sfa_bf16_d512_rope64_slots_dot_1x8_avx2(const float *q, c
         hl_vf_avx2 s0_3y = hl_vzero_avx2();
         {
             const float *const from = q + 0;
-            const uint16_t *const k0 = (const uint16_t *)row0->key;
-            const uint16_t *const k1 = (const uint16_t *)row1->key;
-            const uint16_t *const k2 = (const uint16_t *)row2->key;
-            const uint16_t *const k3 = (const uint16_t *)row3->key;
+            const uint16_t *const k0 =
+                (const uint16_t *)row0->key;
+            const uint16_t *const k1 =
+                (const uint16_t *)row1->key;
+            const uint16_t *const k2 =
+                (const uint16_t *)row2->key;
+            const uint16_t *const k3 =
+                (const uint16_t *)row3->key;
             for (int32_t start = 0; start < 512; start += 64) {
                 if (next != NULL) {
-                    HL_FETCH((const uint16_t *)next[j + 0].key + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 1].key + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 2].key + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 3].key + start + 0);
+                    const uint16_t *line;
+                    line = (const uint16_t *)next[j + 0].key + start;
+                    HL_FETCH(line + 0);
                     if (apart) {
-                        HL_FETCH((const uint16_t *)next[j + 0].key + start + 32);
-                        HL_FETCH((const uint16_t *)next[j + 1].key + start + 32);
-                        HL_FETCH((const uint16_t *)next[j + 2].key + start + 32);
-                        HL_FETCH((const uint16_t *)next[j + 3].key + start + 32);
+                        HL_FETCH(line + 32);
+                    }
+                    line = (const uint16_t *)next[j + 1].key + start;
+                    HL_FETCH(line + 0);
+                    if (apart) {
+                        HL_FETCH(line + 32);
+                    }
+                    line = (const uint16_t *)next[j + 2].key + start;
+                    HL_FETCH(line + 0);
+                    if (apart) {
+                        HL_FETCH(line + 32);
+                    }
+                    line = (const uint16_t *)next[j + 3].key + start;
+                    HL_FETCH(line + 0);
+                    if (apart) {
+                        HL_FETCH(line + 32);
                     }
                 }
                 for (int32_t c = start; c < start + 64; c += 16) {
@@ -5982,20 +6154,29 @@ HL_KERNEL_AVX2 void hl_sfa_bf16_d512_rope64_slots_dot_1x8_avx2(const float *q, c
         }
         {
             const float *const from = q + 512;
-            const uint16_t *const k0 = (const uint16_t *)row0->rope;
-            const uint16_t *const k1 = (const uint16_t *)row1->rope;
-            const uint16_t *const k2 = (const uint16_t *)row2->rope;
-            const uint16_t *const k3 = (const uint16_t *)row3->rope;
+            const uint16_t *const k0 =
+                (const uint16_t *)row0->rope;
+            const uint16_t *const k1 =
+                (const uint16_t *)row1->rope;
+            const uint16_t *const k2 =
+                (const uint16_t *)row2->rope;
+            const uint16_t *const k3 =
+                (const uint16_t *)row3->rope;
             for (int32_t start = 0; start < 64; start += 64) {
                 if (next != NULL) {
-                    HL_FETCH((const uint16_t *)next[j + 0].rope + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 1].rope + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 2].rope + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 3].rope + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 0].rope + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 1].rope + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 2].rope + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 3].rope + start + 32);
+                    const uint16_t *line;
+                    line = (const uint16_t *)next[j + 0].rope + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 1].rope + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 2].rope + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 3].rope + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
                 }
                 for (int32_t c = start; c < start + 64; c += 16) {
                     {
@@ -6025,6 +6206,7 @@ HL_KERNEL_AVX2 void hl_sfa_bf16_d512_rope64_slots_dot_1x8_avx2(const float *q, c
         all[(j + 2) * 1 + 0] = hl_vadd_avx2(s0_2x, s0_2y);
         all[(j + 3) * 1 + 0] = hl_vadd_avx2(s0_3x, s0_3y);
     }
+    (void)apart;
     for (int32_t i = 0; i < 8; i += L) {
         hl_vstore_avx2(s + i, hl_vmul_avx2(hl_vsums_avx2(all + i), hl_vset_avx2(scale)));
     }
@@ -6042,7 +6224,7 @@ HL_KERNEL_AVX2 void hl_sfa_bf16_d512_rope64_slots_score_few_avx2(const hl_space 
             const int32_t later = j + AHEAD;
             hl_sfa_bf16_d512_rope64_slots_dot_4x2_avx2(w->q + (ptrdiff_t)h * QS, b->row + j,
                 b->n - 1 - j, w->s + h * BLOCK + j * 4, scale, h == 0 && later + 2 <= known ? b->row
-                + later : NULL);
+                + later : NULL, b->value_apart);
         }
     }
     for (; h + 2 <= group; h += 2) {
@@ -6368,8 +6550,8 @@ HL_KERNEL_AVX2 void hl_sfa_bf16_d512_rope64_slots_value_avx2(const hl_space *w, 
     }
 }
 
-/* 4 heads by 2 vectors of channels, read where they are stored. Of 24 keys
- * further on lines are asked for meanwhile, as long as j < later. */
+/* 4 heads by 2 vectors of channels, read where they are stored. Meanwhile lines
+ * of values 24 keys further on are asked for, as long as j < later. */
 HL_KERNEL_AVX2 void hl_sfa_bf16_d512_rope64_slots_pr_4x2_avx2(const float *p, const hl_row *row,
     int32_t c, float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
 {
@@ -6387,9 +6569,7 @@ HL_KERNEL_AVX2 void hl_sfa_bf16_d512_rope64_slots_pr_4x2_avx2(const float *p, co
         if (j < later) {
             const uint16_t *const next =
                 (const uint16_t *)row[j + 24].value + c;
-            if (apart) {
-                HL_FETCH(next + 0);
-            }
+            HL_FETCH(next + 0);
         }
         hl_vf_avx2 x;
         hl_vf_avx2 v0;
@@ -6408,6 +6588,7 @@ HL_KERNEL_AVX2 void hl_sfa_bf16_d512_rope64_slots_pr_4x2_avx2(const float *p, co
         o3_0 = hl_vfma_avx2(x, v0, o3_0);
         o3_1 = hl_vfma_avx2(x, v1, o3_1);
     }
+    (void)apart;
     hl_vstore_avx2(o + 0 * OS + 0 * L,
                    hl_vfma_avx2(hl_vset_avx2(alpha[0]), hl_vload_avx2(o + 0 * OS + 0 * L), o0_0));
     hl_vstore_avx2(o + 0 * OS + 1 * L,
@@ -6426,10 +6607,10 @@ HL_KERNEL_AVX2 void hl_sfa_bf16_d512_rope64_slots_pr_4x2_avx2(const float *p, co
                    hl_vfma_avx2(hl_vset_avx2(alpha[3]), hl_vload_avx2(o + 3 * OS + 1 * L), o3_1));
 }
 
-/* 2 heads by 4 vectors of channels, read where they are stored. Of 24 keys
- * further on lines are asked for meanwhile, as long as j < later. */
+/* 2 heads by 4 vectors of channels, read where they are stored. Meanwhile lines
+ * of values 24 keys further on are asked for, as long as j < later. */
 HL_KERNEL_AVX2 void hl_sfa_bf16_d512_rope64_slots_pr_2x4_avx2(const float *p, const hl_row *row,
-    int32_t c, float *o, const float *alpha, int32_t n, int32_t later)
+    int32_t c, float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
 {
     enum { L = 8, OS = 512 };
     hl_vf_avx2 o0_0 = hl_vzero_avx2();
@@ -6465,6 +6646,7 @@ HL_KERNEL_AVX2 void hl_sfa_bf16_d512_rope64_slots_pr_2x4_avx2(const float *p, co
         o1_2 = hl_vfma_avx2(x, v2, o1_2);
         o1_3 = hl_vfma_avx2(x, v3, o1_3);
     }
+    (void)apart;
     hl_vstore_avx2(o + 0 * OS + 0 * L,
                    hl_vfma_avx2(hl_vset_avx2(alpha[0]), hl_vload_avx2(o + 0 * OS + 0 * L), o0_0));
     hl_vstore_avx2(o + 0 * OS + 1 * L,
@@ -6483,8 +6665,8 @@ HL_KERNEL_AVX2 void hl_sfa_bf16_d512_rope64_slots_pr_2x4_avx2(const float *p, co
                    hl_vfma_avx2(hl_vset_avx2(alpha[1]), hl_vload_avx2(o + 1 * OS + 3 * L), o1_3));
 }
 
-/* 1 head by 8 vectors of channels, read where they are stored. Of 24 keys
- * further on lines are asked for meanwhile, as long as j < later. */
+/* 1 head by 8 vectors of channels, read where they are stored. Meanwhile lines
+ * of values 24 keys further on are asked for, as long as j < later. */
 HL_KERNEL_AVX2 void hl_sfa_bf16_d512_rope64_slots_pr_1x8_avx2(const float *p, const hl_row *row,
     int32_t c, float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
 {
@@ -6502,10 +6684,10 @@ HL_KERNEL_AVX2 void hl_sfa_bf16_d512_rope64_slots_pr_1x8_avx2(const float *p, co
         if (j < later) {
             const uint16_t *const next =
                 (const uint16_t *)row[j + 24].value + c;
+            HL_FETCH(next + 32);
             if (apart) {
                 HL_FETCH(next + 0);
             }
-            HL_FETCH(next + 32);
         }
         const hl_vf_avx2 x = hl_vset_avx2(p[j]);
         hl_vf_avx2 v;
@@ -6523,6 +6705,7 @@ HL_KERNEL_AVX2 void hl_sfa_bf16_d512_rope64_slots_pr_1x8_avx2(const float *p, co
         o0_6 = hl_vfma_avx2(x, v, o0_6);
         o0_7 = hl_vfma_avx2(x, w, o0_7);
     }
+    (void)apart;
     hl_vstore_avx2(o + 0 * OS + 0 * L,
                    hl_vfma_avx2(hl_vset_avx2(alpha[0]), hl_vload_avx2(o + 0 * OS + 0 * L), o0_0));
     hl_vstore_avx2(o + 0 * OS + 1 * L,
@@ -6550,27 +6733,24 @@ HL_KERNEL_AVX2 void hl_sfa_bf16_d512_rope64_slots_value_few_avx2(const hl_space 
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
         const int32_t later = h == 0 ? left : 0;
-        const int32_t later_apart = b->value_apart ? later : 0;
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 512; c += 16) {
             hl_sfa_bf16_d512_rope64_slots_pr_4x2_avx2(p, b->row, c, o + c, t->alpha + h, b->n,
-                later_apart, b->value_apart);
+                b->value_apart ? later : 0, b->value_apart);
         }
     }
     for (; h + 2 <= group; h += 2) {
         const int32_t later = h == 0 ? left : 0;
-        const int32_t later_apart = b->value_apart ? later : 0;
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 512; c += 32) {
             hl_sfa_bf16_d512_rope64_slots_pr_2x4_avx2(p, b->row, c, o + c, t->alpha + h, b->n,
-                later);
+                later, b->value_apart);
         }
     }
     for (; h + 1 <= group; h += 1) {
         const int32_t later = h == 0 ? left : 0;
-        const int32_t later_apart = b->value_apart ? later : 0;
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 512; c += 64) {
@@ -6827,8 +7007,8 @@ HL_KERNEL_AVX2 void hl_sfa_bf16_d512_rope64_slots_forward_avx2(
         *t->seen = 1.0f;
         b.row += b.n;
         known = b.n_later;
-        /* the rows to come move to the front; others follow */
         if (more && known <= CAP / 2 && known < block + AHEAD) {
+            /* What is known of the rows to come moves to the front; others follow. */
             HL_COPY(w->row, b.row, (size_t)known * sizeof *b.row);
             b.row = w->row;
             known += hl_sfa_bf16_d512_rope64_slots_next(a, g, &c, b.row + known, CAP - known);
@@ -7411,12 +7591,12 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d512_rope64_slots_score_avx512(const hl_space 
     }
 }
 
-/* 4 heads by 4 keys, read where they are stored, 4 rows at a time: channels are in
- * the lanes, and sums are formed across them once a tile, for many dot products together. Behind
- * the last key its row is taken again, so that every tile is whole. Meanwhile lines of later keys
- * (next) are asked for, if there are any. */
+/* 4 heads by 4 keys, all at once, read where they are stored.
+ * Channels are in the lanes; sums across them are formed once a tile, of all dot products together.
+ * Behind the last key its row is taken again, so that every tile is whole. Meanwhile lines of later
+ * keys (next) are asked for, if there are any. */
 HL_KERNEL_AVX512 void hl_sfa_bf16_d512_rope64_slots_dot_4x4_avx512(const float *q,
-    const hl_row *row, int32_t last, float *s, float scale, const hl_row *next)
+    const hl_row *row, int32_t last, float *s, float scale, const hl_row *next, int32_t apart)
 {
     enum { L = 16, QS = 576 };
     hl_vf_avx512 all[16];
@@ -7443,20 +7623,29 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d512_rope64_slots_dot_4x4_avx512(const float *
         hl_vf_avx512 s3_3 = hl_vzero_avx512();
         {
             const float *const from = q + 0;
-            const uint16_t *const k0 = (const uint16_t *)row0->key;
-            const uint16_t *const k1 = (const uint16_t *)row1->key;
-            const uint16_t *const k2 = (const uint16_t *)row2->key;
-            const uint16_t *const k3 = (const uint16_t *)row3->key;
+            const uint16_t *const k0 =
+                (const uint16_t *)row0->key;
+            const uint16_t *const k1 =
+                (const uint16_t *)row1->key;
+            const uint16_t *const k2 =
+                (const uint16_t *)row2->key;
+            const uint16_t *const k3 =
+                (const uint16_t *)row3->key;
             for (int32_t start = 0; start < 512; start += 64) {
                 if (next != NULL) {
-                    HL_FETCH((const uint16_t *)next[j + 0].key + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 1].key + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 2].key + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 3].key + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 0].key + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 1].key + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 2].key + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 3].key + start + 32);
+                    const uint16_t *line;
+                    line = (const uint16_t *)next[j + 0].key + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 1].key + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 2].key + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 3].key + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
                 }
                 for (int32_t c = start; c < start + 64; c += 32) {
                     {
@@ -7520,20 +7709,29 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d512_rope64_slots_dot_4x4_avx512(const float *
         }
         {
             const float *const from = q + 512;
-            const uint16_t *const k0 = (const uint16_t *)row0->rope;
-            const uint16_t *const k1 = (const uint16_t *)row1->rope;
-            const uint16_t *const k2 = (const uint16_t *)row2->rope;
-            const uint16_t *const k3 = (const uint16_t *)row3->rope;
+            const uint16_t *const k0 =
+                (const uint16_t *)row0->rope;
+            const uint16_t *const k1 =
+                (const uint16_t *)row1->rope;
+            const uint16_t *const k2 =
+                (const uint16_t *)row2->rope;
+            const uint16_t *const k3 =
+                (const uint16_t *)row3->rope;
             for (int32_t start = 0; start < 64; start += 64) {
                 if (next != NULL) {
-                    HL_FETCH((const uint16_t *)next[j + 0].rope + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 1].rope + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 2].rope + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 3].rope + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 0].rope + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 1].rope + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 2].rope + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 3].rope + start + 32);
+                    const uint16_t *line;
+                    line = (const uint16_t *)next[j + 0].rope + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 1].rope + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 2].rope + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 3].rope + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
                 }
                 for (int32_t c = start; c < start + 64; c += 32) {
                     {
@@ -7612,15 +7810,16 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d512_rope64_slots_dot_4x4_avx512(const float *
         all[(j + 2) * 4 + 3] = s3_2;
         all[(j + 3) * 4 + 3] = s3_3;
     }
+    (void)apart;
     for (int32_t i = 0; i < 16; i += L) {
         hl_vstore_avx512(s + i, hl_vmul_avx512(hl_vsums_avx512(all + i), hl_vset_avx512(scale)));
     }
 }
 
-/* 2 heads by 8 keys, read where they are stored, 8 rows at a time: channels are in
- * the lanes, and sums are formed across them once a tile, for many dot products together. Behind
- * the last key its row is taken again, so that every tile is whole. Meanwhile lines of later keys
- * (next) are asked for, if there are any; but for those that value tiles ask for. */
+/* 2 heads by 8 keys, all at once, read where they are stored.
+ * Channels are in the lanes; sums across them are formed once a tile, of all dot products together.
+ * Behind the last key its row is taken again, so that every tile is whole. Meanwhile lines of later
+ * keys (next) are asked for, if there are any; but for those that value tiles ask for. */
 HL_KERNEL_AVX512 void hl_sfa_bf16_d512_rope64_slots_dot_2x8_avx512(const float *q,
     const hl_row *row, int32_t last, float *s, float scale, const hl_row *next, int32_t apart)
 {
@@ -7653,35 +7852,64 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d512_rope64_slots_dot_2x8_avx512(const float *
         hl_vf_avx512 s1_7 = hl_vzero_avx512();
         {
             const float *const from = q + 0;
-            const uint16_t *const k0 = (const uint16_t *)row0->key;
-            const uint16_t *const k1 = (const uint16_t *)row1->key;
-            const uint16_t *const k2 = (const uint16_t *)row2->key;
-            const uint16_t *const k3 = (const uint16_t *)row3->key;
-            const uint16_t *const k4 = (const uint16_t *)row4->key;
-            const uint16_t *const k5 = (const uint16_t *)row5->key;
-            const uint16_t *const k6 = (const uint16_t *)row6->key;
-            const uint16_t *const k7 = (const uint16_t *)row7->key;
+            const uint16_t *const k0 =
+                (const uint16_t *)row0->key;
+            const uint16_t *const k1 =
+                (const uint16_t *)row1->key;
+            const uint16_t *const k2 =
+                (const uint16_t *)row2->key;
+            const uint16_t *const k3 =
+                (const uint16_t *)row3->key;
+            const uint16_t *const k4 =
+                (const uint16_t *)row4->key;
+            const uint16_t *const k5 =
+                (const uint16_t *)row5->key;
+            const uint16_t *const k6 =
+                (const uint16_t *)row6->key;
+            const uint16_t *const k7 =
+                (const uint16_t *)row7->key;
             for (int32_t start = 0; start < 512; start += 64) {
                 if (next != NULL) {
+                    const uint16_t *line;
+                    line = (const uint16_t *)next[j + 0].key + start;
                     if (apart) {
-                        HL_FETCH((const uint16_t *)next[j + 0].key + start + 0);
-                        HL_FETCH((const uint16_t *)next[j + 1].key + start + 0);
-                        HL_FETCH((const uint16_t *)next[j + 2].key + start + 0);
-                        HL_FETCH((const uint16_t *)next[j + 3].key + start + 0);
-                        HL_FETCH((const uint16_t *)next[j + 4].key + start + 0);
-                        HL_FETCH((const uint16_t *)next[j + 5].key + start + 0);
-                        HL_FETCH((const uint16_t *)next[j + 6].key + start + 0);
-                        HL_FETCH((const uint16_t *)next[j + 7].key + start + 0);
+                        HL_FETCH(line + 0);
+                        HL_FETCH(line + 32);
                     }
+                    line = (const uint16_t *)next[j + 1].key + start;
                     if (apart) {
-                        HL_FETCH((const uint16_t *)next[j + 0].key + start + 32);
-                        HL_FETCH((const uint16_t *)next[j + 1].key + start + 32);
-                        HL_FETCH((const uint16_t *)next[j + 2].key + start + 32);
-                        HL_FETCH((const uint16_t *)next[j + 3].key + start + 32);
-                        HL_FETCH((const uint16_t *)next[j + 4].key + start + 32);
-                        HL_FETCH((const uint16_t *)next[j + 5].key + start + 32);
-                        HL_FETCH((const uint16_t *)next[j + 6].key + start + 32);
-                        HL_FETCH((const uint16_t *)next[j + 7].key + start + 32);
+                        HL_FETCH(line + 0);
+                        HL_FETCH(line + 32);
+                    }
+                    line = (const uint16_t *)next[j + 2].key + start;
+                    if (apart) {
+                        HL_FETCH(line + 0);
+                        HL_FETCH(line + 32);
+                    }
+                    line = (const uint16_t *)next[j + 3].key + start;
+                    if (apart) {
+                        HL_FETCH(line + 0);
+                        HL_FETCH(line + 32);
+                    }
+                    line = (const uint16_t *)next[j + 4].key + start;
+                    if (apart) {
+                        HL_FETCH(line + 0);
+                        HL_FETCH(line + 32);
+                    }
+                    line = (const uint16_t *)next[j + 5].key + start;
+                    if (apart) {
+                        HL_FETCH(line + 0);
+                        HL_FETCH(line + 32);
+                    }
+                    line = (const uint16_t *)next[j + 6].key + start;
+                    if (apart) {
+                        HL_FETCH(line + 0);
+                        HL_FETCH(line + 32);
+                    }
+                    line = (const uint16_t *)next[j + 7].key + start;
+                    if (apart) {
+                        HL_FETCH(line + 0);
+                        HL_FETCH(line + 32);
                     }
                 }
                 for (int32_t c = start; c < start + 64; c += 32) {
@@ -7739,32 +7967,49 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d512_rope64_slots_dot_2x8_avx512(const float *
         }
         {
             const float *const from = q + 512;
-            const uint16_t *const k0 = (const uint16_t *)row0->rope;
-            const uint16_t *const k1 = (const uint16_t *)row1->rope;
-            const uint16_t *const k2 = (const uint16_t *)row2->rope;
-            const uint16_t *const k3 = (const uint16_t *)row3->rope;
-            const uint16_t *const k4 = (const uint16_t *)row4->rope;
-            const uint16_t *const k5 = (const uint16_t *)row5->rope;
-            const uint16_t *const k6 = (const uint16_t *)row6->rope;
-            const uint16_t *const k7 = (const uint16_t *)row7->rope;
+            const uint16_t *const k0 =
+                (const uint16_t *)row0->rope;
+            const uint16_t *const k1 =
+                (const uint16_t *)row1->rope;
+            const uint16_t *const k2 =
+                (const uint16_t *)row2->rope;
+            const uint16_t *const k3 =
+                (const uint16_t *)row3->rope;
+            const uint16_t *const k4 =
+                (const uint16_t *)row4->rope;
+            const uint16_t *const k5 =
+                (const uint16_t *)row5->rope;
+            const uint16_t *const k6 =
+                (const uint16_t *)row6->rope;
+            const uint16_t *const k7 =
+                (const uint16_t *)row7->rope;
             for (int32_t start = 0; start < 64; start += 64) {
                 if (next != NULL) {
-                    HL_FETCH((const uint16_t *)next[j + 0].rope + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 1].rope + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 2].rope + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 3].rope + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 4].rope + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 5].rope + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 6].rope + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 7].rope + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 0].rope + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 1].rope + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 2].rope + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 3].rope + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 4].rope + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 5].rope + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 6].rope + start + 32);
-                    HL_FETCH((const uint16_t *)next[j + 7].rope + start + 32);
+                    const uint16_t *line;
+                    line = (const uint16_t *)next[j + 0].rope + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 1].rope + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 2].rope + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 3].rope + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 4].rope + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 5].rope + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 6].rope + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
+                    line = (const uint16_t *)next[j + 7].rope + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
                 }
                 for (int32_t c = start; c < start + 64; c += 32) {
                     {
@@ -7836,15 +8081,16 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d512_rope64_slots_dot_2x8_avx512(const float *
         all[(j + 6) * 2 + 1] = s1_6;
         all[(j + 7) * 2 + 1] = s1_7;
     }
+    (void)apart;
     for (int32_t i = 0; i < 16; i += L) {
         hl_vstore_avx512(s + i, hl_vmul_avx512(hl_vsums_avx512(all + i), hl_vset_avx512(scale)));
     }
 }
 
-/* 1 head by 16 keys, read where they are stored, 1 row at a time: channels are in
- * the lanes, and sums are formed across them once a tile, for many dot products together. Behind
- * the last key its row is taken again, so that every tile is whole. Meanwhile lines of later keys
- * (next) are asked for, if there are any; but for those that value tiles ask for. */
+/* 1 head by 16 keys, 1 at a time, read where they are stored.
+ * Channels are in the lanes; sums across them are formed once a tile, of all dot products together.
+ * Behind the last key its row is taken again, so that every tile is whole. Meanwhile lines of later
+ * keys (next) are asked for, if there are any; but for those that value tiles ask for. */
 HL_KERNEL_AVX512 void hl_sfa_bf16_d512_rope64_slots_dot_1x16_avx512(const float *q,
     const hl_row *row, int32_t last, float *s, float scale, const hl_row *next, int32_t apart)
 {
@@ -7858,12 +8104,15 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d512_rope64_slots_dot_1x16_avx512(const float 
         hl_vf_avx512 s0_0w = hl_vzero_avx512();
         {
             const float *const from = q + 0;
-            const uint16_t *const k0 = (const uint16_t *)row0->key;
+            const uint16_t *const k0 =
+                (const uint16_t *)row0->key;
             for (int32_t start = 0; start < 512; start += 64) {
                 if (next != NULL) {
-                    HL_FETCH((const uint16_t *)next[j + 0].key + start + 0);
+                    const uint16_t *line;
+                    line = (const uint16_t *)next[j + 0].key + start;
+                    HL_FETCH(line + 0);
                     if (apart) {
-                        HL_FETCH((const uint16_t *)next[j + 0].key + start + 32);
+                        HL_FETCH(line + 32);
                     }
                 }
                 for (int32_t c = start; c < start + 64; c += 64) {
@@ -7894,11 +8143,14 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d512_rope64_slots_dot_1x16_avx512(const float 
         }
         {
             const float *const from = q + 512;
-            const uint16_t *const k0 = (const uint16_t *)row0->rope;
+            const uint16_t *const k0 =
+                (const uint16_t *)row0->rope;
             for (int32_t start = 0; start < 64; start += 64) {
                 if (next != NULL) {
-                    HL_FETCH((const uint16_t *)next[j + 0].rope + start + 0);
-                    HL_FETCH((const uint16_t *)next[j + 0].rope + start + 32);
+                    const uint16_t *line;
+                    line = (const uint16_t *)next[j + 0].rope + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
                 }
                 for (int32_t c = start; c < start + 64; c += 64) {
                     {
@@ -7929,6 +8181,7 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d512_rope64_slots_dot_1x16_avx512(const float 
         all[(j + 0) * 1 + 0] =
             hl_vadd_avx512(hl_vadd_avx512(s0_0x, s0_0y), hl_vadd_avx512(s0_0z, s0_0w));
     }
+    (void)apart;
     for (int32_t i = 0; i < 16; i += L) {
         hl_vstore_avx512(s + i, hl_vmul_avx512(hl_vsums_avx512(all + i), hl_vset_avx512(scale)));
     }
@@ -7946,7 +8199,7 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d512_rope64_slots_score_few_avx512(const hl_sp
             const int32_t later = j + AHEAD;
             hl_sfa_bf16_d512_rope64_slots_dot_4x4_avx512(w->q + (ptrdiff_t)h * QS, b->row + j,
                 b->n - 1 - j, w->s + h * BLOCK + j * 4, scale, h == 0 && later + 4 <= known ? b->row
-                + later : NULL);
+                + later : NULL, b->value_apart);
         }
     }
     for (; h + 2 <= group; h += 2) {
@@ -8696,8 +8949,8 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d512_rope64_slots_value_avx512(const hl_space 
     }
 }
 
-/* 4 heads by 4 vectors of channels, read where they are stored. Of 24 keys
- * further on lines are asked for meanwhile, as long as j < later. */
+/* 4 heads by 4 vectors of channels, read where they are stored. Meanwhile lines
+ * of values 24 keys further on are asked for, as long as j < later. */
 HL_KERNEL_AVX512 void hl_sfa_bf16_d512_rope64_slots_pr_4x4_avx512(const float *p, const hl_row *row,
     int32_t c, float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
 {
@@ -8723,12 +8976,8 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d512_rope64_slots_pr_4x4_avx512(const float *p
         if (j < later) {
             const uint16_t *const next =
                 (const uint16_t *)row[j + 24].value + c;
-            if (apart) {
-                HL_FETCH(next + 0);
-            }
-            if (apart) {
-                HL_FETCH(next + 32);
-            }
+            HL_FETCH(next + 0);
+            HL_FETCH(next + 32);
         }
         hl_vf_avx512 x;
         hl_vf_avx512 v0;
@@ -8758,6 +9007,7 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d512_rope64_slots_pr_4x4_avx512(const float *p
         o3_2 = hl_vfma_avx512(x, v2, o3_2);
         o3_3 = hl_vfma_avx512(x, v3, o3_3);
     }
+    (void)apart;
     hl_vstore_avx512(o + 0 * OS + 0 * L,
                      hl_vfma_avx512(hl_vset_avx512(alpha[0]), hl_vload_avx512(o + 0 * OS + 0 * L),
                                     o0_0));
@@ -8808,10 +9058,10 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d512_rope64_slots_pr_4x4_avx512(const float *p
                                     o3_3));
 }
 
-/* 2 heads by 8 vectors of channels, read where they are stored. Of 24 keys
- * further on lines are asked for meanwhile, as long as j < later. */
+/* 2 heads by 8 vectors of channels, read where they are stored. Meanwhile lines
+ * of values 24 keys further on are asked for, as long as j < later. */
 HL_KERNEL_AVX512 void hl_sfa_bf16_d512_rope64_slots_pr_2x8_avx512(const float *p, const hl_row *row,
-    int32_t c, float *o, const float *alpha, int32_t n, int32_t later)
+    int32_t c, float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
 {
     enum { L = 16, OS = 512 };
     hl_vf_avx512 o0_0 = hl_vzero_avx512();
@@ -8872,6 +9122,7 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d512_rope64_slots_pr_2x8_avx512(const float *p
         o1_6 = hl_vfma_avx512(x, v6, o1_6);
         o1_7 = hl_vfma_avx512(x, v7, o1_7);
     }
+    (void)apart;
     hl_vstore_avx512(o + 0 * OS + 0 * L,
                      hl_vfma_avx512(hl_vset_avx512(alpha[0]), hl_vload_avx512(o + 0 * OS + 0 * L),
                                     o0_0));
@@ -8922,8 +9173,8 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d512_rope64_slots_pr_2x8_avx512(const float *p
                                     o1_7));
 }
 
-/* 1 head by 16 vectors of channels, read where they are stored. Of 24 keys
- * further on lines are asked for meanwhile, as long as j < later. */
+/* 1 head by 16 vectors of channels, read where they are stored. Meanwhile lines
+ * of values 24 keys further on are asked for, as long as j < later. */
 HL_KERNEL_AVX512 void hl_sfa_bf16_d512_rope64_slots_pr_1x16_avx512(const float *p,
     const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n, int32_t later,
     int32_t apart)
@@ -8950,22 +9201,16 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d512_rope64_slots_pr_1x16_avx512(const float *
         if (j < later) {
             const uint16_t *const next =
                 (const uint16_t *)row[j + 24].value + c;
+            HL_FETCH(next + 32);
+            HL_FETCH(next + 96);
+            HL_FETCH(next + 160);
+            HL_FETCH(next + 224);
             if (apart) {
                 HL_FETCH(next + 0);
-            }
-            HL_FETCH(next + 32);
-            if (apart) {
                 HL_FETCH(next + 64);
-            }
-            HL_FETCH(next + 96);
-            if (apart) {
                 HL_FETCH(next + 128);
-            }
-            HL_FETCH(next + 160);
-            if (apart) {
                 HL_FETCH(next + 192);
             }
-            HL_FETCH(next + 224);
         }
         const hl_vf_avx512 x = hl_vset_avx512(p[j]);
         hl_vf_avx512 v;
@@ -8995,6 +9240,7 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d512_rope64_slots_pr_1x16_avx512(const float *
         o0_14 = hl_vfma_avx512(x, v, o0_14);
         o0_15 = hl_vfma_avx512(x, w, o0_15);
     }
+    (void)apart;
     hl_vstore_avx512(o + 0 * OS + 0 * L,
                      hl_vfma_avx512(hl_vset_avx512(alpha[0]), hl_vload_avx512(o + 0 * OS + 0 * L),
                                     o0_0));
@@ -9054,27 +9300,24 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d512_rope64_slots_value_few_avx512(const hl_sp
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
         const int32_t later = h == 0 ? left : 0;
-        const int32_t later_apart = b->value_apart ? later : 0;
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 512; c += 64) {
             hl_sfa_bf16_d512_rope64_slots_pr_4x4_avx512(p, b->row, c, o + c, t->alpha + h, b->n,
-                later_apart, b->value_apart);
+                b->value_apart ? later : 0, b->value_apart);
         }
     }
     for (; h + 2 <= group; h += 2) {
         const int32_t later = h == 0 ? left : 0;
-        const int32_t later_apart = b->value_apart ? later : 0;
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 512; c += 128) {
             hl_sfa_bf16_d512_rope64_slots_pr_2x8_avx512(p, b->row, c, o + c, t->alpha + h, b->n,
-                later);
+                later, b->value_apart);
         }
     }
     for (; h + 1 <= group; h += 1) {
         const int32_t later = h == 0 ? left : 0;
-        const int32_t later_apart = b->value_apart ? later : 0;
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 512; c += 256) {
@@ -9331,8 +9574,8 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d512_rope64_slots_forward_avx512(
         *t->seen = 1.0f;
         b.row += b.n;
         known = b.n_later;
-        /* the rows to come move to the front; others follow */
         if (more && known <= CAP / 2 && known < block + AHEAD) {
+            /* What is known of the rows to come moves to the front; others follow. */
             HL_COPY(w->row, b.row, (size_t)known * sizeof *b.row);
             b.row = w->row;
             known += hl_sfa_bf16_d512_rope64_slots_next(a, g, &c, b.row + known, CAP - known);
@@ -10775,8 +11018,8 @@ HL_KERNEL_AMX void hl_sfa_bf16_d512_rope64_slots_forward_amx(
         *t->seen = 1.0f;
         b.row += b.n;
         known = b.n_later;
-        /* the rows to come move to the front; others follow */
         if (more && known <= CAP / 2 && known < block + AHEAD) {
+            /* What is known of the rows to come moves to the front; others follow. */
             HL_COPY(w->row, b.row, (size_t)known * sizeof *b.row);
             b.row = w->row;
             known += hl_sfa_bf16_d512_rope64_slots_next(a, g, &c, b.row + known, CAP - known);

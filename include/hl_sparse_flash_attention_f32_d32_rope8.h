@@ -1051,7 +1051,7 @@ static inline void hl_sfa_f32_d32_rope8_space(hl_space *w, void *workspace, int3
     at += 0;
     w->s = at; /* S^T, then P^T */
     at += 16 * heads;
-    w->row = (hl_row *)(void *)at; /* where keys lie */
+    w->row = (hl_row *)(void *)at; /* where keys lie, known ahead */
     at += 480;
     w->state.m = at; /* running maxima, in log2 units */
     at += heads;
@@ -1633,12 +1633,12 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_load_q_few_scalar(
 
 /* ---- score: S = scale Q K^T, in units of log2 ---- */
 
-/* 4 heads by 2 keys, read where they are stored, 2 rows at a time: channels are in
- * the lanes, and sums are formed across them once a tile, for many dot products together. Behind
- * the last key its row is taken again, so that every tile is whole. Meanwhile lines of later keys
- * (next) are asked for, if there are any. */
+/* 4 heads by 2 keys, all at once, read where they are stored.
+ * Channels are in the lanes; sums across them are formed once a tile, of all dot products together.
+ * Behind the last key its row is taken again, so that every tile is whole. Meanwhile lines of later
+ * keys (next) are asked for, if there are any. */
 HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_dot_4x2_scalar(const float *q, const hl_row *row,
-    int32_t last, float *s, float scale, const hl_row *next)
+    int32_t last, float *s, float scale, const hl_row *next, int32_t apart)
 {
     enum { L = 1, QS = 40 };
     hl_vf_scalar all[8];
@@ -1655,14 +1655,19 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_dot_4x2_scalar(const float *q, const 
         hl_vf_scalar s3_1 = hl_vzero_scalar();
         {
             const float *const from = q + 0;
-            const float *const k0 = (const float *)row0->key;
-            const float *const k1 = (const float *)row1->key;
+            const float *const k0 =
+                (const float *)row0->key;
+            const float *const k1 =
+                (const float *)row1->key;
             for (int32_t start = 0; start < 32; start += 32) {
                 if (next != NULL) {
-                    HL_FETCH((const float *)next[j + 0].key + start + 0);
-                    HL_FETCH((const float *)next[j + 1].key + start + 0);
-                    HL_FETCH((const float *)next[j + 0].key + start + 16);
-                    HL_FETCH((const float *)next[j + 1].key + start + 16);
+                    const float *line;
+                    line = (const float *)next[j + 0].key + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 16);
+                    line = (const float *)next[j + 1].key + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 16);
                 }
                 for (int32_t c = start; c < start + 32; c += 2) {
                     {
@@ -1704,12 +1709,17 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_dot_4x2_scalar(const float *q, const 
         }
         {
             const float *const from = q + 32;
-            const float *const k0 = (const float *)row0->rope;
-            const float *const k1 = (const float *)row1->rope;
+            const float *const k0 =
+                (const float *)row0->rope;
+            const float *const k1 =
+                (const float *)row1->rope;
             for (int32_t start = 0; start < 8; start += 2) {
                 if (next != NULL) {
-                    HL_FETCH((const float *)next[j + 0].rope + start + 0);
-                    HL_FETCH((const float *)next[j + 1].rope + start + 0);
+                    const float *line;
+                    line = (const float *)next[j + 0].rope + start;
+                    HL_FETCH(line + 0);
+                    line = (const float *)next[j + 1].rope + start;
+                    HL_FETCH(line + 0);
                 }
                 for (int32_t c = start; c < start + 2; c += 2) {
                     {
@@ -1758,17 +1768,18 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_dot_4x2_scalar(const float *q, const 
         all[(j + 0) * 4 + 3] = s3_0;
         all[(j + 1) * 4 + 3] = s3_1;
     }
+    (void)apart;
     for (int32_t i = 0; i < 8; i += L) {
         hl_vstore_scalar(s + i, hl_vmul_scalar(hl_vsums_scalar(all + i), hl_vset_scalar(scale)));
     }
 }
 
-/* 2 heads by 4 keys, read where they are stored, 4 rows at a time: channels are in
- * the lanes, and sums are formed across them once a tile, for many dot products together. Behind
- * the last key its row is taken again, so that every tile is whole. Meanwhile lines of later keys
- * (next) are asked for, if there are any. */
+/* 2 heads by 4 keys, all at once, read where they are stored.
+ * Channels are in the lanes; sums across them are formed once a tile, of all dot products together.
+ * Behind the last key its row is taken again, so that every tile is whole. Meanwhile lines of later
+ * keys (next) are asked for, if there are any. */
 HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_dot_2x4_scalar(const float *q, const hl_row *row,
-    int32_t last, float *s, float scale, const hl_row *next)
+    int32_t last, float *s, float scale, const hl_row *next, int32_t apart)
 {
     enum { L = 1, QS = 40 };
     hl_vf_scalar all[8];
@@ -1787,20 +1798,29 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_dot_2x4_scalar(const float *q, const 
         hl_vf_scalar s1_3 = hl_vzero_scalar();
         {
             const float *const from = q + 0;
-            const float *const k0 = (const float *)row0->key;
-            const float *const k1 = (const float *)row1->key;
-            const float *const k2 = (const float *)row2->key;
-            const float *const k3 = (const float *)row3->key;
+            const float *const k0 =
+                (const float *)row0->key;
+            const float *const k1 =
+                (const float *)row1->key;
+            const float *const k2 =
+                (const float *)row2->key;
+            const float *const k3 =
+                (const float *)row3->key;
             for (int32_t start = 0; start < 32; start += 32) {
                 if (next != NULL) {
-                    HL_FETCH((const float *)next[j + 0].key + start + 0);
-                    HL_FETCH((const float *)next[j + 1].key + start + 0);
-                    HL_FETCH((const float *)next[j + 2].key + start + 0);
-                    HL_FETCH((const float *)next[j + 3].key + start + 0);
-                    HL_FETCH((const float *)next[j + 0].key + start + 16);
-                    HL_FETCH((const float *)next[j + 1].key + start + 16);
-                    HL_FETCH((const float *)next[j + 2].key + start + 16);
-                    HL_FETCH((const float *)next[j + 3].key + start + 16);
+                    const float *line;
+                    line = (const float *)next[j + 0].key + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 16);
+                    line = (const float *)next[j + 1].key + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 16);
+                    line = (const float *)next[j + 2].key + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 16);
+                    line = (const float *)next[j + 3].key + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 16);
                 }
                 for (int32_t c = start; c < start + 32; c += 2) {
                     {
@@ -1837,16 +1857,25 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_dot_2x4_scalar(const float *q, const 
         }
         {
             const float *const from = q + 32;
-            const float *const k0 = (const float *)row0->rope;
-            const float *const k1 = (const float *)row1->rope;
-            const float *const k2 = (const float *)row2->rope;
-            const float *const k3 = (const float *)row3->rope;
+            const float *const k0 =
+                (const float *)row0->rope;
+            const float *const k1 =
+                (const float *)row1->rope;
+            const float *const k2 =
+                (const float *)row2->rope;
+            const float *const k3 =
+                (const float *)row3->rope;
             for (int32_t start = 0; start < 8; start += 2) {
                 if (next != NULL) {
-                    HL_FETCH((const float *)next[j + 0].rope + start + 0);
-                    HL_FETCH((const float *)next[j + 1].rope + start + 0);
-                    HL_FETCH((const float *)next[j + 2].rope + start + 0);
-                    HL_FETCH((const float *)next[j + 3].rope + start + 0);
+                    const float *line;
+                    line = (const float *)next[j + 0].rope + start;
+                    HL_FETCH(line + 0);
+                    line = (const float *)next[j + 1].rope + start;
+                    HL_FETCH(line + 0);
+                    line = (const float *)next[j + 2].rope + start;
+                    HL_FETCH(line + 0);
+                    line = (const float *)next[j + 3].rope + start;
+                    HL_FETCH(line + 0);
                 }
                 for (int32_t c = start; c < start + 2; c += 2) {
                     {
@@ -1890,17 +1919,18 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_dot_2x4_scalar(const float *q, const 
         all[(j + 2) * 2 + 1] = s1_2;
         all[(j + 3) * 2 + 1] = s1_3;
     }
+    (void)apart;
     for (int32_t i = 0; i < 8; i += L) {
         hl_vstore_scalar(s + i, hl_vmul_scalar(hl_vsums_scalar(all + i), hl_vset_scalar(scale)));
     }
 }
 
-/* 1 head by 8 keys, read where they are stored, 8 rows at a time: channels are in
- * the lanes, and sums are formed across them once a tile, for many dot products together. Behind
- * the last key its row is taken again, so that every tile is whole. Meanwhile lines of later keys
- * (next) are asked for, if there are any. */
+/* 1 head by 8 keys, all at once, read where they are stored.
+ * Channels are in the lanes; sums across them are formed once a tile, of all dot products together.
+ * Behind the last key its row is taken again, so that every tile is whole. Meanwhile lines of later
+ * keys (next) are asked for, if there are any. */
 HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_dot_1x8_scalar(const float *q, const hl_row *row,
-    int32_t last, float *s, float scale, const hl_row *next)
+    int32_t last, float *s, float scale, const hl_row *next, int32_t apart)
 {
     enum { L = 1, QS = 40 };
     hl_vf_scalar all[8];
@@ -1923,32 +1953,49 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_dot_1x8_scalar(const float *q, const 
         hl_vf_scalar s0_7 = hl_vzero_scalar();
         {
             const float *const from = q + 0;
-            const float *const k0 = (const float *)row0->key;
-            const float *const k1 = (const float *)row1->key;
-            const float *const k2 = (const float *)row2->key;
-            const float *const k3 = (const float *)row3->key;
-            const float *const k4 = (const float *)row4->key;
-            const float *const k5 = (const float *)row5->key;
-            const float *const k6 = (const float *)row6->key;
-            const float *const k7 = (const float *)row7->key;
+            const float *const k0 =
+                (const float *)row0->key;
+            const float *const k1 =
+                (const float *)row1->key;
+            const float *const k2 =
+                (const float *)row2->key;
+            const float *const k3 =
+                (const float *)row3->key;
+            const float *const k4 =
+                (const float *)row4->key;
+            const float *const k5 =
+                (const float *)row5->key;
+            const float *const k6 =
+                (const float *)row6->key;
+            const float *const k7 =
+                (const float *)row7->key;
             for (int32_t start = 0; start < 32; start += 32) {
                 if (next != NULL) {
-                    HL_FETCH((const float *)next[j + 0].key + start + 0);
-                    HL_FETCH((const float *)next[j + 1].key + start + 0);
-                    HL_FETCH((const float *)next[j + 2].key + start + 0);
-                    HL_FETCH((const float *)next[j + 3].key + start + 0);
-                    HL_FETCH((const float *)next[j + 4].key + start + 0);
-                    HL_FETCH((const float *)next[j + 5].key + start + 0);
-                    HL_FETCH((const float *)next[j + 6].key + start + 0);
-                    HL_FETCH((const float *)next[j + 7].key + start + 0);
-                    HL_FETCH((const float *)next[j + 0].key + start + 16);
-                    HL_FETCH((const float *)next[j + 1].key + start + 16);
-                    HL_FETCH((const float *)next[j + 2].key + start + 16);
-                    HL_FETCH((const float *)next[j + 3].key + start + 16);
-                    HL_FETCH((const float *)next[j + 4].key + start + 16);
-                    HL_FETCH((const float *)next[j + 5].key + start + 16);
-                    HL_FETCH((const float *)next[j + 6].key + start + 16);
-                    HL_FETCH((const float *)next[j + 7].key + start + 16);
+                    const float *line;
+                    line = (const float *)next[j + 0].key + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 16);
+                    line = (const float *)next[j + 1].key + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 16);
+                    line = (const float *)next[j + 2].key + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 16);
+                    line = (const float *)next[j + 3].key + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 16);
+                    line = (const float *)next[j + 4].key + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 16);
+                    line = (const float *)next[j + 5].key + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 16);
+                    line = (const float *)next[j + 6].key + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 16);
+                    line = (const float *)next[j + 7].key + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 16);
                 }
                 for (int32_t c = start; c < start + 32; c += 2) {
                     {
@@ -1987,24 +2034,41 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_dot_1x8_scalar(const float *q, const 
         }
         {
             const float *const from = q + 32;
-            const float *const k0 = (const float *)row0->rope;
-            const float *const k1 = (const float *)row1->rope;
-            const float *const k2 = (const float *)row2->rope;
-            const float *const k3 = (const float *)row3->rope;
-            const float *const k4 = (const float *)row4->rope;
-            const float *const k5 = (const float *)row5->rope;
-            const float *const k6 = (const float *)row6->rope;
-            const float *const k7 = (const float *)row7->rope;
+            const float *const k0 =
+                (const float *)row0->rope;
+            const float *const k1 =
+                (const float *)row1->rope;
+            const float *const k2 =
+                (const float *)row2->rope;
+            const float *const k3 =
+                (const float *)row3->rope;
+            const float *const k4 =
+                (const float *)row4->rope;
+            const float *const k5 =
+                (const float *)row5->rope;
+            const float *const k6 =
+                (const float *)row6->rope;
+            const float *const k7 =
+                (const float *)row7->rope;
             for (int32_t start = 0; start < 8; start += 2) {
                 if (next != NULL) {
-                    HL_FETCH((const float *)next[j + 0].rope + start + 0);
-                    HL_FETCH((const float *)next[j + 1].rope + start + 0);
-                    HL_FETCH((const float *)next[j + 2].rope + start + 0);
-                    HL_FETCH((const float *)next[j + 3].rope + start + 0);
-                    HL_FETCH((const float *)next[j + 4].rope + start + 0);
-                    HL_FETCH((const float *)next[j + 5].rope + start + 0);
-                    HL_FETCH((const float *)next[j + 6].rope + start + 0);
-                    HL_FETCH((const float *)next[j + 7].rope + start + 0);
+                    const float *line;
+                    line = (const float *)next[j + 0].rope + start;
+                    HL_FETCH(line + 0);
+                    line = (const float *)next[j + 1].rope + start;
+                    HL_FETCH(line + 0);
+                    line = (const float *)next[j + 2].rope + start;
+                    HL_FETCH(line + 0);
+                    line = (const float *)next[j + 3].rope + start;
+                    HL_FETCH(line + 0);
+                    line = (const float *)next[j + 4].rope + start;
+                    HL_FETCH(line + 0);
+                    line = (const float *)next[j + 5].rope + start;
+                    HL_FETCH(line + 0);
+                    line = (const float *)next[j + 6].rope + start;
+                    HL_FETCH(line + 0);
+                    line = (const float *)next[j + 7].rope + start;
+                    HL_FETCH(line + 0);
                 }
                 for (int32_t c = start; c < start + 2; c += 2) {
                     {
@@ -2050,6 +2114,7 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_dot_1x8_scalar(const float *q, const 
         all[(j + 6) * 1 + 0] = s0_6;
         all[(j + 7) * 1 + 0] = s0_7;
     }
+    (void)apart;
     for (int32_t i = 0; i < 8; i += L) {
         hl_vstore_scalar(s + i, hl_vmul_scalar(hl_vsums_scalar(all + i), hl_vset_scalar(scale)));
     }
@@ -2067,7 +2132,8 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_score_few_scalar(const hl_space *w, c
             const int32_t later = j + AHEAD;
             hl_sfa_f32_d32_rope8_dot_4x2_scalar(w->q + (ptrdiff_t)h * QS, b->row + j, b->n - 1 - j,
                                                 w->s + h * BLOCK + j * 4, scale, h == 0 && later
-                                                + 2 <= known ? b->row + later : NULL);
+                                                + 2 <= known ? b->row + later : NULL,
+                                                b->value_apart);
         }
     }
     for (; h + 2 <= group; h += 2) {
@@ -2075,7 +2141,8 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_score_few_scalar(const hl_space *w, c
             const int32_t later = j + AHEAD;
             hl_sfa_f32_d32_rope8_dot_2x4_scalar(w->q + (ptrdiff_t)h * QS, b->row + j, b->n - 1 - j,
                                                 w->s + h * BLOCK + j * 2, scale, h == 0 && later
-                                                + 4 <= known ? b->row + later : NULL);
+                                                + 4 <= known ? b->row + later : NULL,
+                                                b->value_apart);
         }
     }
     for (; h + 1 <= group; h += 1) {
@@ -2083,7 +2150,8 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_score_few_scalar(const hl_space *w, c
             const int32_t later = j + AHEAD;
             hl_sfa_f32_d32_rope8_dot_1x8_scalar(w->q + (ptrdiff_t)h * QS, b->row + j, b->n - 1 - j,
                                                 w->s + h * BLOCK + j * 1, scale, h == 0 && later
-                                                + 8 <= known ? b->row + later : NULL);
+                                                + 8 <= known ? b->row + later : NULL,
+                                                b->value_apart);
         }
     }
 }
@@ -2160,8 +2228,8 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_softmaxes_few_scalar(const hl_space *
 
 /* ---- value: O = alpha O + P V ---- */
 
-/* 4 heads by 2 vectors of channels, read where they are stored. Of 24 keys
- * further on lines are asked for meanwhile, as long as j < later. */
+/* 4 heads by 2 vectors of channels, read where they are stored. Meanwhile lines
+ * of values 24 keys further on are asked for, as long as j < later. */
 HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_pr_4x2_scalar(const float *p, const hl_row *row,
     int32_t c, float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
 {
@@ -2179,9 +2247,7 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_pr_4x2_scalar(const float *p, const h
         if (j < later) {
             const float *const next =
                 (const float *)row[j + 24].value + c;
-            if (apart) {
-                HL_FETCH(next + 0);
-            }
+            HL_FETCH(next + 0);
         }
         hl_vf_scalar x;
         hl_vf_scalar v0;
@@ -2200,6 +2266,7 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_pr_4x2_scalar(const float *p, const h
         o3_0 = hl_vfma_scalar(x, v0, o3_0);
         o3_1 = hl_vfma_scalar(x, v1, o3_1);
     }
+    (void)apart;
     hl_vstore_scalar(o + 0 * OS + 0 * L,
                      hl_vfma_scalar(hl_vset_scalar(alpha[0]), hl_vload_scalar(o + 0 * OS + 0 * L),
                                     o0_0));
@@ -2226,8 +2293,8 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_pr_4x2_scalar(const float *p, const h
                                     o3_1));
 }
 
-/* 2 heads by 4 vectors of channels, read where they are stored. Of 24 keys
- * further on lines are asked for meanwhile, as long as j < later. */
+/* 2 heads by 4 vectors of channels, read where they are stored. Meanwhile lines
+ * of values 24 keys further on are asked for, as long as j < later. */
 HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_pr_2x4_scalar(const float *p, const hl_row *row,
     int32_t c, float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
 {
@@ -2245,9 +2312,7 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_pr_2x4_scalar(const float *p, const h
         if (j < later) {
             const float *const next =
                 (const float *)row[j + 24].value + c;
-            if (apart) {
-                HL_FETCH(next + 0);
-            }
+            HL_FETCH(next + 0);
         }
         hl_vf_scalar x;
         hl_vf_scalar v0;
@@ -2267,6 +2332,7 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_pr_2x4_scalar(const float *p, const h
         o1_2 = hl_vfma_scalar(x, v2, o1_2);
         o1_3 = hl_vfma_scalar(x, v3, o1_3);
     }
+    (void)apart;
     hl_vstore_scalar(o + 0 * OS + 0 * L,
                      hl_vfma_scalar(hl_vset_scalar(alpha[0]), hl_vload_scalar(o + 0 * OS + 0 * L),
                                     o0_0));
@@ -2293,8 +2359,8 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_pr_2x4_scalar(const float *p, const h
                                     o1_3));
 }
 
-/* 1 head by 8 vectors of channels, read where they are stored. Of 24 keys
- * further on lines are asked for meanwhile, as long as j < later. */
+/* 1 head by 8 vectors of channels, read where they are stored. Meanwhile lines
+ * of values 24 keys further on are asked for, as long as j < later. */
 HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_pr_1x8_scalar(const float *p, const hl_row *row,
     int32_t c, float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
 {
@@ -2312,9 +2378,7 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_pr_1x8_scalar(const float *p, const h
         if (j < later) {
             const float *const next =
                 (const float *)row[j + 24].value + c;
-            if (apart) {
-                HL_FETCH(next + 0);
-            }
+            HL_FETCH(next + 0);
         }
         const hl_vf_scalar x = hl_vset_scalar(p[j]);
         hl_vf_scalar v;
@@ -2332,6 +2396,7 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_pr_1x8_scalar(const float *p, const h
         o0_6 = hl_vfma_scalar(x, v, o0_6);
         o0_7 = hl_vfma_scalar(x, w, o0_7);
     }
+    (void)apart;
     hl_vstore_scalar(o + 0 * OS + 0 * L,
                      hl_vfma_scalar(hl_vset_scalar(alpha[0]), hl_vload_scalar(o + 0 * OS + 0 * L),
                                     o0_0));
@@ -2367,32 +2432,29 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_value_few_scalar(const hl_space *w, c
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
         const int32_t later = h == 0 ? left : 0;
-        const int32_t later_apart = b->value_apart ? later : 0;
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 32; c += 2) {
-            hl_sfa_f32_d32_rope8_pr_4x2_scalar(p, b->row, c, o + c, t->alpha + h, b->n, later_apart,
-                                               b->value_apart);
+            hl_sfa_f32_d32_rope8_pr_4x2_scalar(p, b->row, c, o + c, t->alpha + h, b->n,
+                                               b->value_apart ? later : 0, b->value_apart);
         }
     }
     for (; h + 2 <= group; h += 2) {
         const int32_t later = h == 0 ? left : 0;
-        const int32_t later_apart = b->value_apart ? later : 0;
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 32; c += 4) {
-            hl_sfa_f32_d32_rope8_pr_2x4_scalar(p, b->row, c, o + c, t->alpha + h, b->n, later_apart,
-                                               b->value_apart);
+            hl_sfa_f32_d32_rope8_pr_2x4_scalar(p, b->row, c, o + c, t->alpha + h, b->n,
+                                               b->value_apart ? later : 0, b->value_apart);
         }
     }
     for (; h + 1 <= group; h += 1) {
         const int32_t later = h == 0 ? left : 0;
-        const int32_t later_apart = b->value_apart ? later : 0;
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 32; c += 8) {
-            hl_sfa_f32_d32_rope8_pr_1x8_scalar(p, b->row, c, o + c, t->alpha + h, b->n, later_apart,
-                                               b->value_apart);
+            hl_sfa_f32_d32_rope8_pr_1x8_scalar(p, b->row, c, o + c, t->alpha + h, b->n,
+                                               b->value_apart ? later : 0, b->value_apart);
         }
     }
 }
@@ -2600,8 +2662,8 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_forward_scalar(
         *t->seen = 1.0f;
         b.row += b.n;
         known = b.n_later;
-        /* the rows to come move to the front; others follow */
         if (more && known <= CAP / 2 && known < block + AHEAD) {
+            /* What is known of the rows to come moves to the front; others follow. */
             HL_COPY(w->row, b.row, (size_t)known * sizeof *b.row);
             b.row = w->row;
             known += hl_sfa_f32_d32_rope8_next(a, g, &c, b.row + known, CAP - known);

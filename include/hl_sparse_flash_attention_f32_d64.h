@@ -1451,7 +1451,7 @@ static inline void hl_sfa_f32_d64_space(hl_space *w, void *workspace, int32_t gr
     at += 6144;
     w->s = at; /* S^T, then P^T */
     at += 96 * heads;
-    w->row = (hl_row *)(void *)at; /* where keys lie */
+    w->row = (hl_row *)(void *)at; /* where keys lie, known ahead */
     at += 1440;
     w->state.m = at; /* running maxima, in log2 units */
     at += heads;
@@ -2024,12 +2024,13 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d64_load_q_few_scalar(const hl_sparse_flash_att
 
 /* ---- score: S = scale Q K^T, in units of log2 ---- */
 
-/* 4 heads by 2 keys, read where they are stored, 2 rows at a time: channels are in
- * the lanes, and sums are formed across them once a tile, for many dot products together. Behind
- * the last key its row is taken again, so that every tile is whole. Meanwhile lines of later keys
- * (next) are asked for, if there are any. */
+/* 4 heads by 2 keys, all at once, read where they are stored.
+ * Channels are in the lanes; sums across them are formed once a tile, of all dot products together.
+ * Behind the last key its row is taken again, so that every tile is whole. Meanwhile lines of later
+ * keys (next) are asked for, if there are any. */
 HL_KERNEL_SCALAR void hl_sfa_f32_d64_dot_4x2_scalar(const float *q, const hl_row *row, int32_t last,
-                                                    float *s, float scale, const hl_row *next)
+                                                    float *s, float scale, const hl_row *next,
+                                                    int32_t apart)
 {
     enum { L = 1, QS = 64 };
     hl_vf_scalar all[8];
@@ -2046,14 +2047,19 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d64_dot_4x2_scalar(const float *q, const hl_row
         hl_vf_scalar s3_1 = hl_vzero_scalar();
         {
             const float *const from = q + 0;
-            const float *const k0 = (const float *)row0->key;
-            const float *const k1 = (const float *)row1->key;
+            const float *const k0 =
+                (const float *)row0->key;
+            const float *const k1 =
+                (const float *)row1->key;
             for (int32_t start = 0; start < 64; start += 32) {
                 if (next != NULL) {
-                    HL_FETCH((const float *)next[j + 0].key + start + 0);
-                    HL_FETCH((const float *)next[j + 1].key + start + 0);
-                    HL_FETCH((const float *)next[j + 0].key + start + 16);
-                    HL_FETCH((const float *)next[j + 1].key + start + 16);
+                    const float *line;
+                    line = (const float *)next[j + 0].key + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 16);
+                    line = (const float *)next[j + 1].key + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 16);
                 }
                 for (int32_t c = start; c < start + 32; c += 2) {
                     {
@@ -2102,17 +2108,19 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d64_dot_4x2_scalar(const float *q, const hl_row
         all[(j + 0) * 4 + 3] = s3_0;
         all[(j + 1) * 4 + 3] = s3_1;
     }
+    (void)apart;
     for (int32_t i = 0; i < 8; i += L) {
         hl_vstore_scalar(s + i, hl_vmul_scalar(hl_vsums_scalar(all + i), hl_vset_scalar(scale)));
     }
 }
 
-/* 2 heads by 4 keys, read where they are stored, 4 rows at a time: channels are in
- * the lanes, and sums are formed across them once a tile, for many dot products together. Behind
- * the last key its row is taken again, so that every tile is whole. Meanwhile lines of later keys
- * (next) are asked for, if there are any. */
+/* 2 heads by 4 keys, all at once, read where they are stored.
+ * Channels are in the lanes; sums across them are formed once a tile, of all dot products together.
+ * Behind the last key its row is taken again, so that every tile is whole. Meanwhile lines of later
+ * keys (next) are asked for, if there are any. */
 HL_KERNEL_SCALAR void hl_sfa_f32_d64_dot_2x4_scalar(const float *q, const hl_row *row, int32_t last,
-                                                    float *s, float scale, const hl_row *next)
+                                                    float *s, float scale, const hl_row *next,
+                                                    int32_t apart)
 {
     enum { L = 1, QS = 64 };
     hl_vf_scalar all[8];
@@ -2131,20 +2139,29 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d64_dot_2x4_scalar(const float *q, const hl_row
         hl_vf_scalar s1_3 = hl_vzero_scalar();
         {
             const float *const from = q + 0;
-            const float *const k0 = (const float *)row0->key;
-            const float *const k1 = (const float *)row1->key;
-            const float *const k2 = (const float *)row2->key;
-            const float *const k3 = (const float *)row3->key;
+            const float *const k0 =
+                (const float *)row0->key;
+            const float *const k1 =
+                (const float *)row1->key;
+            const float *const k2 =
+                (const float *)row2->key;
+            const float *const k3 =
+                (const float *)row3->key;
             for (int32_t start = 0; start < 64; start += 32) {
                 if (next != NULL) {
-                    HL_FETCH((const float *)next[j + 0].key + start + 0);
-                    HL_FETCH((const float *)next[j + 1].key + start + 0);
-                    HL_FETCH((const float *)next[j + 2].key + start + 0);
-                    HL_FETCH((const float *)next[j + 3].key + start + 0);
-                    HL_FETCH((const float *)next[j + 0].key + start + 16);
-                    HL_FETCH((const float *)next[j + 1].key + start + 16);
-                    HL_FETCH((const float *)next[j + 2].key + start + 16);
-                    HL_FETCH((const float *)next[j + 3].key + start + 16);
+                    const float *line;
+                    line = (const float *)next[j + 0].key + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 16);
+                    line = (const float *)next[j + 1].key + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 16);
+                    line = (const float *)next[j + 2].key + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 16);
+                    line = (const float *)next[j + 3].key + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 16);
                 }
                 for (int32_t c = start; c < start + 32; c += 2) {
                     {
@@ -2188,17 +2205,19 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d64_dot_2x4_scalar(const float *q, const hl_row
         all[(j + 2) * 2 + 1] = s1_2;
         all[(j + 3) * 2 + 1] = s1_3;
     }
+    (void)apart;
     for (int32_t i = 0; i < 8; i += L) {
         hl_vstore_scalar(s + i, hl_vmul_scalar(hl_vsums_scalar(all + i), hl_vset_scalar(scale)));
     }
 }
 
-/* 1 head by 8 keys, read where they are stored, 8 rows at a time: channels are in
- * the lanes, and sums are formed across them once a tile, for many dot products together. Behind
- * the last key its row is taken again, so that every tile is whole. Meanwhile lines of later keys
- * (next) are asked for, if there are any. */
+/* 1 head by 8 keys, all at once, read where they are stored.
+ * Channels are in the lanes; sums across them are formed once a tile, of all dot products together.
+ * Behind the last key its row is taken again, so that every tile is whole. Meanwhile lines of later
+ * keys (next) are asked for, if there are any. */
 HL_KERNEL_SCALAR void hl_sfa_f32_d64_dot_1x8_scalar(const float *q, const hl_row *row, int32_t last,
-                                                    float *s, float scale, const hl_row *next)
+                                                    float *s, float scale, const hl_row *next,
+                                                    int32_t apart)
 {
     enum { L = 1, QS = 64 };
     hl_vf_scalar all[8];
@@ -2221,32 +2240,49 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d64_dot_1x8_scalar(const float *q, const hl_row
         hl_vf_scalar s0_7 = hl_vzero_scalar();
         {
             const float *const from = q + 0;
-            const float *const k0 = (const float *)row0->key;
-            const float *const k1 = (const float *)row1->key;
-            const float *const k2 = (const float *)row2->key;
-            const float *const k3 = (const float *)row3->key;
-            const float *const k4 = (const float *)row4->key;
-            const float *const k5 = (const float *)row5->key;
-            const float *const k6 = (const float *)row6->key;
-            const float *const k7 = (const float *)row7->key;
+            const float *const k0 =
+                (const float *)row0->key;
+            const float *const k1 =
+                (const float *)row1->key;
+            const float *const k2 =
+                (const float *)row2->key;
+            const float *const k3 =
+                (const float *)row3->key;
+            const float *const k4 =
+                (const float *)row4->key;
+            const float *const k5 =
+                (const float *)row5->key;
+            const float *const k6 =
+                (const float *)row6->key;
+            const float *const k7 =
+                (const float *)row7->key;
             for (int32_t start = 0; start < 64; start += 32) {
                 if (next != NULL) {
-                    HL_FETCH((const float *)next[j + 0].key + start + 0);
-                    HL_FETCH((const float *)next[j + 1].key + start + 0);
-                    HL_FETCH((const float *)next[j + 2].key + start + 0);
-                    HL_FETCH((const float *)next[j + 3].key + start + 0);
-                    HL_FETCH((const float *)next[j + 4].key + start + 0);
-                    HL_FETCH((const float *)next[j + 5].key + start + 0);
-                    HL_FETCH((const float *)next[j + 6].key + start + 0);
-                    HL_FETCH((const float *)next[j + 7].key + start + 0);
-                    HL_FETCH((const float *)next[j + 0].key + start + 16);
-                    HL_FETCH((const float *)next[j + 1].key + start + 16);
-                    HL_FETCH((const float *)next[j + 2].key + start + 16);
-                    HL_FETCH((const float *)next[j + 3].key + start + 16);
-                    HL_FETCH((const float *)next[j + 4].key + start + 16);
-                    HL_FETCH((const float *)next[j + 5].key + start + 16);
-                    HL_FETCH((const float *)next[j + 6].key + start + 16);
-                    HL_FETCH((const float *)next[j + 7].key + start + 16);
+                    const float *line;
+                    line = (const float *)next[j + 0].key + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 16);
+                    line = (const float *)next[j + 1].key + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 16);
+                    line = (const float *)next[j + 2].key + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 16);
+                    line = (const float *)next[j + 3].key + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 16);
+                    line = (const float *)next[j + 4].key + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 16);
+                    line = (const float *)next[j + 5].key + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 16);
+                    line = (const float *)next[j + 6].key + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 16);
+                    line = (const float *)next[j + 7].key + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 16);
                 }
                 for (int32_t c = start; c < start + 32; c += 2) {
                     {
@@ -2292,6 +2328,7 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d64_dot_1x8_scalar(const float *q, const hl_row
         all[(j + 6) * 1 + 0] = s0_6;
         all[(j + 7) * 1 + 0] = s0_7;
     }
+    (void)apart;
     for (int32_t i = 0; i < 8; i += L) {
         hl_vstore_scalar(s + i, hl_vmul_scalar(hl_vsums_scalar(all + i), hl_vset_scalar(scale)));
     }
@@ -2309,7 +2346,7 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d64_score_few_scalar(const hl_space *w, const h
             const int32_t later = j + AHEAD;
             hl_sfa_f32_d64_dot_4x2_scalar(w->q + (ptrdiff_t)h * QS, b->row + j, b->n - 1 - j, w->s
                                           + h * BLOCK + j * 4, scale, h == 0 && later + 2 <= known
-                                          ? b->row + later : NULL);
+                                          ? b->row + later : NULL, b->value_apart);
         }
     }
     for (; h + 2 <= group; h += 2) {
@@ -2317,7 +2354,7 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d64_score_few_scalar(const hl_space *w, const h
             const int32_t later = j + AHEAD;
             hl_sfa_f32_d64_dot_2x4_scalar(w->q + (ptrdiff_t)h * QS, b->row + j, b->n - 1 - j, w->s
                                           + h * BLOCK + j * 2, scale, h == 0 && later + 4 <= known
-                                          ? b->row + later : NULL);
+                                          ? b->row + later : NULL, b->value_apart);
         }
     }
     for (; h + 1 <= group; h += 1) {
@@ -2325,7 +2362,7 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d64_score_few_scalar(const hl_space *w, const h
             const int32_t later = j + AHEAD;
             hl_sfa_f32_d64_dot_1x8_scalar(w->q + (ptrdiff_t)h * QS, b->row + j, b->n - 1 - j, w->s
                                           + h * BLOCK + j * 1, scale, h == 0 && later + 8 <= known
-                                          ? b->row + later : NULL);
+                                          ? b->row + later : NULL, b->value_apart);
         }
     }
 }
@@ -2402,8 +2439,8 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d64_softmaxes_few_scalar(const hl_space *w, con
 
 /* ---- value: O = alpha O + P V ---- */
 
-/* 4 heads by 2 vectors of channels, read where they are stored. Of 24 keys
- * further on lines are asked for meanwhile, as long as j < later. */
+/* 4 heads by 2 vectors of channels, read where they are stored. Meanwhile lines
+ * of values 24 keys further on are asked for, as long as j < later. */
 HL_KERNEL_SCALAR void hl_sfa_f32_d64_pr_4x2_scalar(const float *p, const hl_row *row, int32_t c,
                                                    float *o, const float *alpha, int32_t n,
                                                    int32_t later, int32_t apart)
@@ -2422,9 +2459,7 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d64_pr_4x2_scalar(const float *p, const hl_row 
         if (j < later) {
             const float *const next =
                 (const float *)row[j + 24].value + c;
-            if (apart) {
-                HL_FETCH(next + 0);
-            }
+            HL_FETCH(next + 0);
         }
         hl_vf_scalar x;
         hl_vf_scalar v0;
@@ -2443,6 +2478,7 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d64_pr_4x2_scalar(const float *p, const hl_row 
         o3_0 = hl_vfma_scalar(x, v0, o3_0);
         o3_1 = hl_vfma_scalar(x, v1, o3_1);
     }
+    (void)apart;
     hl_vstore_scalar(o + 0 * OS + 0 * L,
                      hl_vfma_scalar(hl_vset_scalar(alpha[0]), hl_vload_scalar(o + 0 * OS + 0 * L),
                                     o0_0));
@@ -2469,8 +2505,8 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d64_pr_4x2_scalar(const float *p, const hl_row 
                                     o3_1));
 }
 
-/* 2 heads by 4 vectors of channels, read where they are stored. Of 24 keys
- * further on lines are asked for meanwhile, as long as j < later. */
+/* 2 heads by 4 vectors of channels, read where they are stored. Meanwhile lines
+ * of values 24 keys further on are asked for, as long as j < later. */
 HL_KERNEL_SCALAR void hl_sfa_f32_d64_pr_2x4_scalar(const float *p, const hl_row *row, int32_t c,
                                                    float *o, const float *alpha, int32_t n,
                                                    int32_t later, int32_t apart)
@@ -2489,9 +2525,7 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d64_pr_2x4_scalar(const float *p, const hl_row 
         if (j < later) {
             const float *const next =
                 (const float *)row[j + 24].value + c;
-            if (apart) {
-                HL_FETCH(next + 0);
-            }
+            HL_FETCH(next + 0);
         }
         hl_vf_scalar x;
         hl_vf_scalar v0;
@@ -2511,6 +2545,7 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d64_pr_2x4_scalar(const float *p, const hl_row 
         o1_2 = hl_vfma_scalar(x, v2, o1_2);
         o1_3 = hl_vfma_scalar(x, v3, o1_3);
     }
+    (void)apart;
     hl_vstore_scalar(o + 0 * OS + 0 * L,
                      hl_vfma_scalar(hl_vset_scalar(alpha[0]), hl_vload_scalar(o + 0 * OS + 0 * L),
                                     o0_0));
@@ -2537,8 +2572,8 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d64_pr_2x4_scalar(const float *p, const hl_row 
                                     o1_3));
 }
 
-/* 1 head by 8 vectors of channels, read where they are stored. Of 24 keys
- * further on lines are asked for meanwhile, as long as j < later. */
+/* 1 head by 8 vectors of channels, read where they are stored. Meanwhile lines
+ * of values 24 keys further on are asked for, as long as j < later. */
 HL_KERNEL_SCALAR void hl_sfa_f32_d64_pr_1x8_scalar(const float *p, const hl_row *row, int32_t c,
                                                    float *o, const float *alpha, int32_t n,
                                                    int32_t later, int32_t apart)
@@ -2557,9 +2592,7 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d64_pr_1x8_scalar(const float *p, const hl_row 
         if (j < later) {
             const float *const next =
                 (const float *)row[j + 24].value + c;
-            if (apart) {
-                HL_FETCH(next + 0);
-            }
+            HL_FETCH(next + 0);
         }
         const hl_vf_scalar x = hl_vset_scalar(p[j]);
         hl_vf_scalar v;
@@ -2577,6 +2610,7 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d64_pr_1x8_scalar(const float *p, const hl_row 
         o0_6 = hl_vfma_scalar(x, v, o0_6);
         o0_7 = hl_vfma_scalar(x, w, o0_7);
     }
+    (void)apart;
     hl_vstore_scalar(o + 0 * OS + 0 * L,
                      hl_vfma_scalar(hl_vset_scalar(alpha[0]), hl_vload_scalar(o + 0 * OS + 0 * L),
                                     o0_0));
@@ -2612,32 +2646,29 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d64_value_few_scalar(const hl_space *w, const h
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
         const int32_t later = h == 0 ? left : 0;
-        const int32_t later_apart = b->value_apart ? later : 0;
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 64; c += 2) {
-            hl_sfa_f32_d64_pr_4x2_scalar(p, b->row, c, o + c, t->alpha + h, b->n, later_apart,
-                                         b->value_apart);
+            hl_sfa_f32_d64_pr_4x2_scalar(p, b->row, c, o + c, t->alpha + h, b->n, b->value_apart
+                                         ? later : 0, b->value_apart);
         }
     }
     for (; h + 2 <= group; h += 2) {
         const int32_t later = h == 0 ? left : 0;
-        const int32_t later_apart = b->value_apart ? later : 0;
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 64; c += 4) {
-            hl_sfa_f32_d64_pr_2x4_scalar(p, b->row, c, o + c, t->alpha + h, b->n, later_apart,
-                                         b->value_apart);
+            hl_sfa_f32_d64_pr_2x4_scalar(p, b->row, c, o + c, t->alpha + h, b->n, b->value_apart
+                                         ? later : 0, b->value_apart);
         }
     }
     for (; h + 1 <= group; h += 1) {
         const int32_t later = h == 0 ? left : 0;
-        const int32_t later_apart = b->value_apart ? later : 0;
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 64; c += 8) {
-            hl_sfa_f32_d64_pr_1x8_scalar(p, b->row, c, o + c, t->alpha + h, b->n, later_apart,
-                                         b->value_apart);
+            hl_sfa_f32_d64_pr_1x8_scalar(p, b->row, c, o + c, t->alpha + h, b->n, b->value_apart
+                                         ? later : 0, b->value_apart);
         }
     }
 }
@@ -2846,8 +2877,8 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d64_forward_scalar(const hl_sparse_flash_attent
         *t->seen = 1.0f;
         b.row += b.n;
         known = b.n_later;
-        /* the rows to come move to the front; others follow */
         if (more && known <= CAP / 2 && known < block + AHEAD) {
+            /* What is known of the rows to come moves to the front; others follow. */
             HL_COPY(w->row, b.row, (size_t)known * sizeof *b.row);
             b.row = w->row;
             known += hl_sfa_f32_d64_next(a, g, &c, b.row + known, CAP - known);
@@ -3245,12 +3276,13 @@ HL_KERNEL_NEON void hl_sfa_f32_d64_score_neon(const hl_space *w, int32_t heads, 
     }
 }
 
-/* 4 heads by 4 keys, read where they are stored, 4 rows at a time: channels are in
- * the lanes, and sums are formed across them once a tile, for many dot products together. Behind
- * the last key its row is taken again, so that every tile is whole. Meanwhile lines of later keys
- * (next) are asked for, if there are any. */
+/* 4 heads by 4 keys, all at once, read where they are stored.
+ * Channels are in the lanes; sums across them are formed once a tile, of all dot products together.
+ * Behind the last key its row is taken again, so that every tile is whole. Meanwhile lines of later
+ * keys (next) are asked for, if there are any. */
 HL_KERNEL_NEON void hl_sfa_f32_d64_dot_4x4_neon(const float *q, const hl_row *row, int32_t last,
-                                                float *s, float scale, const hl_row *next)
+                                                float *s, float scale, const hl_row *next,
+                                                int32_t apart)
 {
     enum { L = 4, QS = 64 };
     hl_vf_neon all[16];
@@ -3277,20 +3309,29 @@ HL_KERNEL_NEON void hl_sfa_f32_d64_dot_4x4_neon(const float *q, const hl_row *ro
         hl_vf_neon s3_3 = hl_vzero_neon();
         {
             const float *const from = q + 0;
-            const float *const k0 = (const float *)row0->key;
-            const float *const k1 = (const float *)row1->key;
-            const float *const k2 = (const float *)row2->key;
-            const float *const k3 = (const float *)row3->key;
+            const float *const k0 =
+                (const float *)row0->key;
+            const float *const k1 =
+                (const float *)row1->key;
+            const float *const k2 =
+                (const float *)row2->key;
+            const float *const k3 =
+                (const float *)row3->key;
             for (int32_t start = 0; start < 64; start += 32) {
                 if (next != NULL) {
-                    HL_FETCH((const float *)next[j + 0].key + start + 0);
-                    HL_FETCH((const float *)next[j + 1].key + start + 0);
-                    HL_FETCH((const float *)next[j + 2].key + start + 0);
-                    HL_FETCH((const float *)next[j + 3].key + start + 0);
-                    HL_FETCH((const float *)next[j + 0].key + start + 16);
-                    HL_FETCH((const float *)next[j + 1].key + start + 16);
-                    HL_FETCH((const float *)next[j + 2].key + start + 16);
-                    HL_FETCH((const float *)next[j + 3].key + start + 16);
+                    const float *line;
+                    line = (const float *)next[j + 0].key + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 16);
+                    line = (const float *)next[j + 1].key + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 16);
+                    line = (const float *)next[j + 2].key + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 16);
+                    line = (const float *)next[j + 3].key + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 16);
                 }
                 for (int32_t c = start; c < start + 32; c += 8) {
                     {
@@ -3369,15 +3410,16 @@ HL_KERNEL_NEON void hl_sfa_f32_d64_dot_4x4_neon(const float *q, const hl_row *ro
         all[(j + 2) * 4 + 3] = s3_2;
         all[(j + 3) * 4 + 3] = s3_3;
     }
+    (void)apart;
     for (int32_t i = 0; i < 16; i += L) {
         hl_vstore_neon(s + i, hl_vmul_neon(hl_vsums_neon(all + i), hl_vset_neon(scale)));
     }
 }
 
-/* 2 heads by 8 keys, read where they are stored, 4 rows at a time: channels are in
- * the lanes, and sums are formed across them once a tile, for many dot products together. Behind
- * the last key its row is taken again, so that every tile is whole. Meanwhile lines of later keys
- * (next) are asked for, if there are any; but for those that value tiles ask for. */
+/* 2 heads by 8 keys, 4 at a time, read where they are stored.
+ * Channels are in the lanes; sums across them are formed once a tile, of all dot products together.
+ * Behind the last key its row is taken again, so that every tile is whole. Meanwhile lines of later
+ * keys (next) are asked for, if there are any; but for those that value tiles ask for. */
 HL_KERNEL_NEON void hl_sfa_f32_d64_dot_2x8_neon(const float *q, const hl_row *row, int32_t last,
                                                 float *s, float scale, const hl_row *next,
                                                 int32_t apart)
@@ -3407,23 +3449,36 @@ HL_KERNEL_NEON void hl_sfa_f32_d64_dot_2x8_neon(const float *q, const hl_row *ro
         hl_vf_neon s1_3y = hl_vzero_neon();
         {
             const float *const from = q + 0;
-            const float *const k0 = (const float *)row0->key;
-            const float *const k1 = (const float *)row1->key;
-            const float *const k2 = (const float *)row2->key;
-            const float *const k3 = (const float *)row3->key;
+            const float *const k0 =
+                (const float *)row0->key;
+            const float *const k1 =
+                (const float *)row1->key;
+            const float *const k2 =
+                (const float *)row2->key;
+            const float *const k3 =
+                (const float *)row3->key;
             for (int32_t start = 0; start < 64; start += 32) {
                 if (next != NULL) {
+                    const float *line;
+                    line = (const float *)next[j + 0].key + start;
                     if (apart) {
-                        HL_FETCH((const float *)next[j + 0].key + start + 0);
-                        HL_FETCH((const float *)next[j + 1].key + start + 0);
-                        HL_FETCH((const float *)next[j + 2].key + start + 0);
-                        HL_FETCH((const float *)next[j + 3].key + start + 0);
+                        HL_FETCH(line + 0);
+                        HL_FETCH(line + 16);
                     }
+                    line = (const float *)next[j + 1].key + start;
                     if (apart) {
-                        HL_FETCH((const float *)next[j + 0].key + start + 16);
-                        HL_FETCH((const float *)next[j + 1].key + start + 16);
-                        HL_FETCH((const float *)next[j + 2].key + start + 16);
-                        HL_FETCH((const float *)next[j + 3].key + start + 16);
+                        HL_FETCH(line + 0);
+                        HL_FETCH(line + 16);
+                    }
+                    line = (const float *)next[j + 2].key + start;
+                    if (apart) {
+                        HL_FETCH(line + 0);
+                        HL_FETCH(line + 16);
+                    }
+                    line = (const float *)next[j + 3].key + start;
+                    if (apart) {
+                        HL_FETCH(line + 0);
+                        HL_FETCH(line + 16);
                     }
                 }
                 for (int32_t c = start; c < start + 32; c += 8) {
@@ -3468,15 +3523,16 @@ HL_KERNEL_NEON void hl_sfa_f32_d64_dot_2x8_neon(const float *q, const hl_row *ro
         all[(j + 2) * 2 + 1] = hl_vadd_neon(s1_2x, s1_2y);
         all[(j + 3) * 2 + 1] = hl_vadd_neon(s1_3x, s1_3y);
     }
+    (void)apart;
     for (int32_t i = 0; i < 16; i += L) {
         hl_vstore_neon(s + i, hl_vmul_neon(hl_vsums_neon(all + i), hl_vset_neon(scale)));
     }
 }
 
-/* 1 head by 16 keys, read where they are stored, 4 rows at a time: channels are in
- * the lanes, and sums are formed across them once a tile, for many dot products together. Behind
- * the last key its row is taken again, so that every tile is whole. Meanwhile lines of later keys
- * (next) are asked for, if there are any; but for those that value tiles ask for. */
+/* 1 head by 16 keys, 4 at a time, read where they are stored.
+ * Channels are in the lanes; sums across them are formed once a tile, of all dot products together.
+ * Behind the last key its row is taken again, so that every tile is whole. Meanwhile lines of later
+ * keys (next) are asked for, if there are any; but for those that value tiles ask for. */
 HL_KERNEL_NEON void hl_sfa_f32_d64_dot_1x16_neon(const float *q, const hl_row *row, int32_t last,
                                                  float *s, float scale, const hl_row *next,
                                                  int32_t apart)
@@ -3498,21 +3554,36 @@ HL_KERNEL_NEON void hl_sfa_f32_d64_dot_1x16_neon(const float *q, const hl_row *r
         hl_vf_neon s0_3y = hl_vzero_neon();
         {
             const float *const from = q + 0;
-            const float *const k0 = (const float *)row0->key;
-            const float *const k1 = (const float *)row1->key;
-            const float *const k2 = (const float *)row2->key;
-            const float *const k3 = (const float *)row3->key;
+            const float *const k0 =
+                (const float *)row0->key;
+            const float *const k1 =
+                (const float *)row1->key;
+            const float *const k2 =
+                (const float *)row2->key;
+            const float *const k3 =
+                (const float *)row3->key;
             for (int32_t start = 0; start < 64; start += 32) {
                 if (next != NULL) {
-                    HL_FETCH((const float *)next[j + 0].key + start + 0);
-                    HL_FETCH((const float *)next[j + 1].key + start + 0);
-                    HL_FETCH((const float *)next[j + 2].key + start + 0);
-                    HL_FETCH((const float *)next[j + 3].key + start + 0);
+                    const float *line;
+                    line = (const float *)next[j + 0].key + start;
+                    HL_FETCH(line + 0);
                     if (apart) {
-                        HL_FETCH((const float *)next[j + 0].key + start + 16);
-                        HL_FETCH((const float *)next[j + 1].key + start + 16);
-                        HL_FETCH((const float *)next[j + 2].key + start + 16);
-                        HL_FETCH((const float *)next[j + 3].key + start + 16);
+                        HL_FETCH(line + 16);
+                    }
+                    line = (const float *)next[j + 1].key + start;
+                    HL_FETCH(line + 0);
+                    if (apart) {
+                        HL_FETCH(line + 16);
+                    }
+                    line = (const float *)next[j + 2].key + start;
+                    HL_FETCH(line + 0);
+                    if (apart) {
+                        HL_FETCH(line + 16);
+                    }
+                    line = (const float *)next[j + 3].key + start;
+                    HL_FETCH(line + 0);
+                    if (apart) {
+                        HL_FETCH(line + 16);
                     }
                 }
                 for (int32_t c = start; c < start + 32; c += 8) {
@@ -3543,6 +3614,7 @@ HL_KERNEL_NEON void hl_sfa_f32_d64_dot_1x16_neon(const float *q, const hl_row *r
         all[(j + 2) * 1 + 0] = hl_vadd_neon(s0_2x, s0_2y);
         all[(j + 3) * 1 + 0] = hl_vadd_neon(s0_3x, s0_3y);
     }
+    (void)apart;
     for (int32_t i = 0; i < 16; i += L) {
         hl_vstore_neon(s + i, hl_vmul_neon(hl_vsums_neon(all + i), hl_vset_neon(scale)));
     }
@@ -3560,7 +3632,7 @@ HL_KERNEL_NEON void hl_sfa_f32_d64_score_few_neon(const hl_space *w, const hl_bl
             const int32_t later = j + AHEAD;
             hl_sfa_f32_d64_dot_4x4_neon(w->q + (ptrdiff_t)h * QS, b->row + j, b->n - 1 - j, w->s + h
                                         * BLOCK + j * 4, scale, h == 0 && later + 4 <= known
-                                        ? b->row + later : NULL);
+                                        ? b->row + later : NULL, b->value_apart);
         }
     }
     for (; h + 2 <= group; h += 2) {
@@ -3888,8 +3960,8 @@ HL_KERNEL_NEON void hl_sfa_f32_d64_value_neon(const hl_space *w, const hl_state 
     }
 }
 
-/* 4 heads by 4 vectors of channels, read where they are stored. Of 24 keys
- * further on lines are asked for meanwhile, as long as j < later. */
+/* 4 heads by 4 vectors of channels, read where they are stored. Meanwhile lines
+ * of values 24 keys further on are asked for, as long as j < later. */
 HL_KERNEL_NEON void hl_sfa_f32_d64_pr_4x4_neon(const float *p, const hl_row *row, int32_t c,
                                                float *o, const float *alpha, int32_t n,
                                                int32_t later, int32_t apart)
@@ -3916,9 +3988,7 @@ HL_KERNEL_NEON void hl_sfa_f32_d64_pr_4x4_neon(const float *p, const hl_row *row
         if (j < later) {
             const float *const next =
                 (const float *)row[j + 24].value + c;
-            if (apart) {
-                HL_FETCH(next + 0);
-            }
+            HL_FETCH(next + 0);
         }
         hl_vf_neon x;
         hl_vf_neon v0;
@@ -3948,6 +4018,7 @@ HL_KERNEL_NEON void hl_sfa_f32_d64_pr_4x4_neon(const float *p, const hl_row *row
         o3_2 = hl_vfma_neon(x, v2, o3_2);
         o3_3 = hl_vfma_neon(x, v3, o3_3);
     }
+    (void)apart;
     hl_vstore_neon(o + 0 * OS + 0 * L,
                    hl_vfma_neon(hl_vset_neon(alpha[0]), hl_vload_neon(o + 0 * OS + 0 * L), o0_0));
     hl_vstore_neon(o + 0 * OS + 1 * L,
@@ -3982,11 +4053,11 @@ HL_KERNEL_NEON void hl_sfa_f32_d64_pr_4x4_neon(const float *p, const hl_row *row
                    hl_vfma_neon(hl_vset_neon(alpha[3]), hl_vload_neon(o + 3 * OS + 3 * L), o3_3));
 }
 
-/* 2 heads by 8 vectors of channels, read where they are stored. Of 24 keys
- * further on lines are asked for meanwhile, as long as j < later. */
+/* 2 heads by 8 vectors of channels, read where they are stored. Meanwhile lines
+ * of values 24 keys further on are asked for, as long as j < later. */
 HL_KERNEL_NEON void hl_sfa_f32_d64_pr_2x8_neon(const float *p, const hl_row *row, int32_t c,
                                                float *o, const float *alpha, int32_t n,
-                                               int32_t later)
+                                               int32_t later, int32_t apart)
 {
     enum { L = 4, OS = 64 };
     hl_vf_neon o0_0 = hl_vzero_neon();
@@ -4045,6 +4116,7 @@ HL_KERNEL_NEON void hl_sfa_f32_d64_pr_2x8_neon(const float *p, const hl_row *row
         o1_6 = hl_vfma_neon(x, v6, o1_6);
         o1_7 = hl_vfma_neon(x, v7, o1_7);
     }
+    (void)apart;
     hl_vstore_neon(o + 0 * OS + 0 * L,
                    hl_vfma_neon(hl_vset_neon(alpha[0]), hl_vload_neon(o + 0 * OS + 0 * L), o0_0));
     hl_vstore_neon(o + 0 * OS + 1 * L,
@@ -4079,8 +4151,8 @@ HL_KERNEL_NEON void hl_sfa_f32_d64_pr_2x8_neon(const float *p, const hl_row *row
                    hl_vfma_neon(hl_vset_neon(alpha[1]), hl_vload_neon(o + 1 * OS + 7 * L), o1_7));
 }
 
-/* 1 head by 16 vectors of channels, read where they are stored. Of 24 keys
- * further on lines are asked for meanwhile, as long as j < later. */
+/* 1 head by 16 vectors of channels, read where they are stored. Meanwhile lines
+ * of values 24 keys further on are asked for, as long as j < later. */
 HL_KERNEL_NEON void hl_sfa_f32_d64_pr_1x16_neon(const float *p, const hl_row *row, int32_t c,
                                                 float *o, const float *alpha, int32_t n,
                                                 int32_t later, int32_t apart)
@@ -4107,14 +4179,12 @@ HL_KERNEL_NEON void hl_sfa_f32_d64_pr_1x16_neon(const float *p, const hl_row *ro
         if (j < later) {
             const float *const next =
                 (const float *)row[j + 24].value + c;
+            HL_FETCH(next + 16);
+            HL_FETCH(next + 48);
             if (apart) {
                 HL_FETCH(next + 0);
-            }
-            HL_FETCH(next + 16);
-            if (apart) {
                 HL_FETCH(next + 32);
             }
-            HL_FETCH(next + 48);
         }
         const hl_vf_neon x = hl_vset_neon(p[j]);
         hl_vf_neon v;
@@ -4144,6 +4214,7 @@ HL_KERNEL_NEON void hl_sfa_f32_d64_pr_1x16_neon(const float *p, const hl_row *ro
         o0_14 = hl_vfma_neon(x, v, o0_14);
         o0_15 = hl_vfma_neon(x, w, o0_15);
     }
+    (void)apart;
     hl_vstore_neon(o + 0 * OS + 0 * L,
                    hl_vfma_neon(hl_vset_neon(alpha[0]), hl_vload_neon(o + 0 * OS + 0 * L), o0_0));
     hl_vstore_neon(o + 0 * OS + 1 * L,
@@ -4187,26 +4258,24 @@ HL_KERNEL_NEON void hl_sfa_f32_d64_value_few_neon(const hl_space *w, const hl_st
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
         const int32_t later = h == 0 ? left : 0;
-        const int32_t later_apart = b->value_apart ? later : 0;
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 64; c += 16) {
-            hl_sfa_f32_d64_pr_4x4_neon(p, b->row, c, o + c, t->alpha + h, b->n, later_apart,
-                                       b->value_apart);
+            hl_sfa_f32_d64_pr_4x4_neon(p, b->row, c, o + c, t->alpha + h, b->n, b->value_apart
+                                       ? later : 0, b->value_apart);
         }
     }
     for (; h + 2 <= group; h += 2) {
         const int32_t later = h == 0 ? left : 0;
-        const int32_t later_apart = b->value_apart ? later : 0;
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 64; c += 32) {
-            hl_sfa_f32_d64_pr_2x8_neon(p, b->row, c, o + c, t->alpha + h, b->n, later);
+            hl_sfa_f32_d64_pr_2x8_neon(p, b->row, c, o + c, t->alpha + h, b->n, later,
+                                       b->value_apart);
         }
     }
     for (; h + 1 <= group; h += 1) {
         const int32_t later = h == 0 ? left : 0;
-        const int32_t later_apart = b->value_apart ? later : 0;
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 64; c += 64) {
@@ -4430,8 +4499,8 @@ HL_KERNEL_NEON void hl_sfa_f32_d64_forward_neon(const hl_sparse_flash_attention_
         *t->seen = 1.0f;
         b.row += b.n;
         known = b.n_later;
-        /* the rows to come move to the front; others follow */
         if (more && known <= CAP / 2 && known < block + AHEAD) {
+            /* What is known of the rows to come moves to the front; others follow. */
             HL_COPY(w->row, b.row, (size_t)known * sizeof *b.row);
             b.row = w->row;
             known += hl_sfa_f32_d64_next(a, g, &c, b.row + known, CAP - known);
@@ -4807,12 +4876,13 @@ HL_KERNEL_AVX2 void hl_sfa_f32_d64_score_avx2(const hl_space *w, int32_t heads, 
     }
 }
 
-/* 4 heads by 2 keys, read where they are stored, 2 rows at a time: channels are in
- * the lanes, and sums are formed across them once a tile, for many dot products together. Behind
- * the last key its row is taken again, so that every tile is whole. Meanwhile lines of later keys
- * (next) are asked for, if there are any. */
+/* 4 heads by 2 keys, all at once, read where they are stored.
+ * Channels are in the lanes; sums across them are formed once a tile, of all dot products together.
+ * Behind the last key its row is taken again, so that every tile is whole. Meanwhile lines of later
+ * keys (next) are asked for, if there are any. */
 HL_KERNEL_AVX2 void hl_sfa_f32_d64_dot_4x2_avx2(const float *q, const hl_row *row, int32_t last,
-                                                float *s, float scale, const hl_row *next)
+                                                float *s, float scale, const hl_row *next,
+                                                int32_t apart)
 {
     enum { L = 8, QS = 64 };
     hl_vf_avx2 all[8];
@@ -4829,14 +4899,19 @@ HL_KERNEL_AVX2 void hl_sfa_f32_d64_dot_4x2_avx2(const float *q, const hl_row *ro
         hl_vf_avx2 s3_1 = hl_vzero_avx2();
         {
             const float *const from = q + 0;
-            const float *const k0 = (const float *)row0->key;
-            const float *const k1 = (const float *)row1->key;
+            const float *const k0 =
+                (const float *)row0->key;
+            const float *const k1 =
+                (const float *)row1->key;
             for (int32_t start = 0; start < 64; start += 32) {
                 if (next != NULL) {
-                    HL_FETCH((const float *)next[j + 0].key + start + 0);
-                    HL_FETCH((const float *)next[j + 1].key + start + 0);
-                    HL_FETCH((const float *)next[j + 0].key + start + 16);
-                    HL_FETCH((const float *)next[j + 1].key + start + 16);
+                    const float *line;
+                    line = (const float *)next[j + 0].key + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 16);
+                    line = (const float *)next[j + 1].key + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 16);
                 }
                 for (int32_t c = start; c < start + 32; c += 16) {
                     {
@@ -4885,15 +4960,16 @@ HL_KERNEL_AVX2 void hl_sfa_f32_d64_dot_4x2_avx2(const float *q, const hl_row *ro
         all[(j + 0) * 4 + 3] = s3_0;
         all[(j + 1) * 4 + 3] = s3_1;
     }
+    (void)apart;
     for (int32_t i = 0; i < 8; i += L) {
         hl_vstore_avx2(s + i, hl_vmul_avx2(hl_vsums_avx2(all + i), hl_vset_avx2(scale)));
     }
 }
 
-/* 2 heads by 4 keys, read where they are stored, 4 rows at a time: channels are in
- * the lanes, and sums are formed across them once a tile, for many dot products together. Behind
- * the last key its row is taken again, so that every tile is whole. Meanwhile lines of later keys
- * (next) are asked for, if there are any; but for those that value tiles ask for. */
+/* 2 heads by 4 keys, all at once, read where they are stored.
+ * Channels are in the lanes; sums across them are formed once a tile, of all dot products together.
+ * Behind the last key its row is taken again, so that every tile is whole. Meanwhile lines of later
+ * keys (next) are asked for, if there are any; but for those that value tiles ask for. */
 HL_KERNEL_AVX2 void hl_sfa_f32_d64_dot_2x4_avx2(const float *q, const hl_row *row, int32_t last,
                                                 float *s, float scale, const hl_row *next,
                                                 int32_t apart)
@@ -4915,23 +4991,36 @@ HL_KERNEL_AVX2 void hl_sfa_f32_d64_dot_2x4_avx2(const float *q, const hl_row *ro
         hl_vf_avx2 s1_3 = hl_vzero_avx2();
         {
             const float *const from = q + 0;
-            const float *const k0 = (const float *)row0->key;
-            const float *const k1 = (const float *)row1->key;
-            const float *const k2 = (const float *)row2->key;
-            const float *const k3 = (const float *)row3->key;
+            const float *const k0 =
+                (const float *)row0->key;
+            const float *const k1 =
+                (const float *)row1->key;
+            const float *const k2 =
+                (const float *)row2->key;
+            const float *const k3 =
+                (const float *)row3->key;
             for (int32_t start = 0; start < 64; start += 32) {
                 if (next != NULL) {
+                    const float *line;
+                    line = (const float *)next[j + 0].key + start;
                     if (apart) {
-                        HL_FETCH((const float *)next[j + 0].key + start + 0);
-                        HL_FETCH((const float *)next[j + 1].key + start + 0);
-                        HL_FETCH((const float *)next[j + 2].key + start + 0);
-                        HL_FETCH((const float *)next[j + 3].key + start + 0);
+                        HL_FETCH(line + 0);
+                        HL_FETCH(line + 16);
                     }
+                    line = (const float *)next[j + 1].key + start;
                     if (apart) {
-                        HL_FETCH((const float *)next[j + 0].key + start + 16);
-                        HL_FETCH((const float *)next[j + 1].key + start + 16);
-                        HL_FETCH((const float *)next[j + 2].key + start + 16);
-                        HL_FETCH((const float *)next[j + 3].key + start + 16);
+                        HL_FETCH(line + 0);
+                        HL_FETCH(line + 16);
+                    }
+                    line = (const float *)next[j + 2].key + start;
+                    if (apart) {
+                        HL_FETCH(line + 0);
+                        HL_FETCH(line + 16);
+                    }
+                    line = (const float *)next[j + 3].key + start;
+                    if (apart) {
+                        HL_FETCH(line + 0);
+                        HL_FETCH(line + 16);
                     }
                 }
                 for (int32_t c = start; c < start + 32; c += 16) {
@@ -4976,15 +5065,16 @@ HL_KERNEL_AVX2 void hl_sfa_f32_d64_dot_2x4_avx2(const float *q, const hl_row *ro
         all[(j + 2) * 2 + 1] = s1_2;
         all[(j + 3) * 2 + 1] = s1_3;
     }
+    (void)apart;
     for (int32_t i = 0; i < 8; i += L) {
         hl_vstore_avx2(s + i, hl_vmul_avx2(hl_vsums_avx2(all + i), hl_vset_avx2(scale)));
     }
 }
 
-/* 1 head by 8 keys, read where they are stored, 4 rows at a time: channels are in
- * the lanes, and sums are formed across them once a tile, for many dot products together. Behind
- * the last key its row is taken again, so that every tile is whole. Meanwhile lines of later keys
- * (next) are asked for, if there are any; but for those that value tiles ask for. */
+/* 1 head by 8 keys, 4 at a time, read where they are stored.
+ * Channels are in the lanes; sums across them are formed once a tile, of all dot products together.
+ * Behind the last key its row is taken again, so that every tile is whole. Meanwhile lines of later
+ * keys (next) are asked for, if there are any; but for those that value tiles ask for. */
 HL_KERNEL_AVX2 void hl_sfa_f32_d64_dot_1x8_avx2(const float *q, const hl_row *row, int32_t last,
                                                 float *s, float scale, const hl_row *next,
                                                 int32_t apart)
@@ -5006,21 +5096,36 @@ HL_KERNEL_AVX2 void hl_sfa_f32_d64_dot_1x8_avx2(const float *q, const hl_row *ro
         hl_vf_avx2 s0_3y = hl_vzero_avx2();
         {
             const float *const from = q + 0;
-            const float *const k0 = (const float *)row0->key;
-            const float *const k1 = (const float *)row1->key;
-            const float *const k2 = (const float *)row2->key;
-            const float *const k3 = (const float *)row3->key;
+            const float *const k0 =
+                (const float *)row0->key;
+            const float *const k1 =
+                (const float *)row1->key;
+            const float *const k2 =
+                (const float *)row2->key;
+            const float *const k3 =
+                (const float *)row3->key;
             for (int32_t start = 0; start < 64; start += 32) {
                 if (next != NULL) {
-                    HL_FETCH((const float *)next[j + 0].key + start + 0);
-                    HL_FETCH((const float *)next[j + 1].key + start + 0);
-                    HL_FETCH((const float *)next[j + 2].key + start + 0);
-                    HL_FETCH((const float *)next[j + 3].key + start + 0);
+                    const float *line;
+                    line = (const float *)next[j + 0].key + start;
+                    HL_FETCH(line + 0);
                     if (apart) {
-                        HL_FETCH((const float *)next[j + 0].key + start + 16);
-                        HL_FETCH((const float *)next[j + 1].key + start + 16);
-                        HL_FETCH((const float *)next[j + 2].key + start + 16);
-                        HL_FETCH((const float *)next[j + 3].key + start + 16);
+                        HL_FETCH(line + 16);
+                    }
+                    line = (const float *)next[j + 1].key + start;
+                    HL_FETCH(line + 0);
+                    if (apart) {
+                        HL_FETCH(line + 16);
+                    }
+                    line = (const float *)next[j + 2].key + start;
+                    HL_FETCH(line + 0);
+                    if (apart) {
+                        HL_FETCH(line + 16);
+                    }
+                    line = (const float *)next[j + 3].key + start;
+                    HL_FETCH(line + 0);
+                    if (apart) {
+                        HL_FETCH(line + 16);
                     }
                 }
                 for (int32_t c = start; c < start + 32; c += 16) {
@@ -5051,6 +5156,7 @@ HL_KERNEL_AVX2 void hl_sfa_f32_d64_dot_1x8_avx2(const float *q, const hl_row *ro
         all[(j + 2) * 1 + 0] = hl_vadd_avx2(s0_2x, s0_2y);
         all[(j + 3) * 1 + 0] = hl_vadd_avx2(s0_3x, s0_3y);
     }
+    (void)apart;
     for (int32_t i = 0; i < 8; i += L) {
         hl_vstore_avx2(s + i, hl_vmul_avx2(hl_vsums_avx2(all + i), hl_vset_avx2(scale)));
     }
@@ -5068,7 +5174,7 @@ HL_KERNEL_AVX2 void hl_sfa_f32_d64_score_few_avx2(const hl_space *w, const hl_bl
             const int32_t later = j + AHEAD;
             hl_sfa_f32_d64_dot_4x2_avx2(w->q + (ptrdiff_t)h * QS, b->row + j, b->n - 1 - j, w->s + h
                                         * BLOCK + j * 4, scale, h == 0 && later + 2 <= known
-                                        ? b->row + later : NULL);
+                                        ? b->row + later : NULL, b->value_apart);
         }
     }
     for (; h + 2 <= group; h += 2) {
@@ -5398,8 +5504,8 @@ HL_KERNEL_AVX2 void hl_sfa_f32_d64_value_avx2(const hl_space *w, const hl_state 
     }
 }
 
-/* 4 heads by 2 vectors of channels, read where they are stored. Of 24 keys
- * further on lines are asked for meanwhile, as long as j < later. */
+/* 4 heads by 2 vectors of channels, read where they are stored. Meanwhile lines
+ * of values 24 keys further on are asked for, as long as j < later. */
 HL_KERNEL_AVX2 void hl_sfa_f32_d64_pr_4x2_avx2(const float *p, const hl_row *row, int32_t c,
                                                float *o, const float *alpha, int32_t n,
                                                int32_t later, int32_t apart)
@@ -5418,9 +5524,7 @@ HL_KERNEL_AVX2 void hl_sfa_f32_d64_pr_4x2_avx2(const float *p, const hl_row *row
         if (j < later) {
             const float *const next =
                 (const float *)row[j + 24].value + c;
-            if (apart) {
-                HL_FETCH(next + 0);
-            }
+            HL_FETCH(next + 0);
         }
         hl_vf_avx2 x;
         hl_vf_avx2 v0;
@@ -5439,6 +5543,7 @@ HL_KERNEL_AVX2 void hl_sfa_f32_d64_pr_4x2_avx2(const float *p, const hl_row *row
         o3_0 = hl_vfma_avx2(x, v0, o3_0);
         o3_1 = hl_vfma_avx2(x, v1, o3_1);
     }
+    (void)apart;
     hl_vstore_avx2(o + 0 * OS + 0 * L,
                    hl_vfma_avx2(hl_vset_avx2(alpha[0]), hl_vload_avx2(o + 0 * OS + 0 * L), o0_0));
     hl_vstore_avx2(o + 0 * OS + 1 * L,
@@ -5457,11 +5562,11 @@ HL_KERNEL_AVX2 void hl_sfa_f32_d64_pr_4x2_avx2(const float *p, const hl_row *row
                    hl_vfma_avx2(hl_vset_avx2(alpha[3]), hl_vload_avx2(o + 3 * OS + 1 * L), o3_1));
 }
 
-/* 2 heads by 4 vectors of channels, read where they are stored. Of 24 keys
- * further on lines are asked for meanwhile, as long as j < later. */
+/* 2 heads by 4 vectors of channels, read where they are stored. Meanwhile lines
+ * of values 24 keys further on are asked for, as long as j < later. */
 HL_KERNEL_AVX2 void hl_sfa_f32_d64_pr_2x4_avx2(const float *p, const hl_row *row, int32_t c,
                                                float *o, const float *alpha, int32_t n,
-                                               int32_t later)
+                                               int32_t later, int32_t apart)
 {
     enum { L = 8, OS = 64 };
     hl_vf_avx2 o0_0 = hl_vzero_avx2();
@@ -5498,6 +5603,7 @@ HL_KERNEL_AVX2 void hl_sfa_f32_d64_pr_2x4_avx2(const float *p, const hl_row *row
         o1_2 = hl_vfma_avx2(x, v2, o1_2);
         o1_3 = hl_vfma_avx2(x, v3, o1_3);
     }
+    (void)apart;
     hl_vstore_avx2(o + 0 * OS + 0 * L,
                    hl_vfma_avx2(hl_vset_avx2(alpha[0]), hl_vload_avx2(o + 0 * OS + 0 * L), o0_0));
     hl_vstore_avx2(o + 0 * OS + 1 * L,
@@ -5516,8 +5622,8 @@ HL_KERNEL_AVX2 void hl_sfa_f32_d64_pr_2x4_avx2(const float *p, const hl_row *row
                    hl_vfma_avx2(hl_vset_avx2(alpha[1]), hl_vload_avx2(o + 1 * OS + 3 * L), o1_3));
 }
 
-/* 1 head by 8 vectors of channels, read where they are stored. Of 24 keys
- * further on lines are asked for meanwhile, as long as j < later. */
+/* 1 head by 8 vectors of channels, read where they are stored. Meanwhile lines
+ * of values 24 keys further on are asked for, as long as j < later. */
 HL_KERNEL_AVX2 void hl_sfa_f32_d64_pr_1x8_avx2(const float *p, const hl_row *row, int32_t c,
                                                float *o, const float *alpha, int32_t n,
                                                int32_t later, int32_t apart)
@@ -5536,14 +5642,12 @@ HL_KERNEL_AVX2 void hl_sfa_f32_d64_pr_1x8_avx2(const float *p, const hl_row *row
         if (j < later) {
             const float *const next =
                 (const float *)row[j + 24].value + c;
+            HL_FETCH(next + 16);
+            HL_FETCH(next + 48);
             if (apart) {
                 HL_FETCH(next + 0);
-            }
-            HL_FETCH(next + 16);
-            if (apart) {
                 HL_FETCH(next + 32);
             }
-            HL_FETCH(next + 48);
         }
         const hl_vf_avx2 x = hl_vset_avx2(p[j]);
         hl_vf_avx2 v;
@@ -5561,6 +5665,7 @@ HL_KERNEL_AVX2 void hl_sfa_f32_d64_pr_1x8_avx2(const float *p, const hl_row *row
         o0_6 = hl_vfma_avx2(x, v, o0_6);
         o0_7 = hl_vfma_avx2(x, w, o0_7);
     }
+    (void)apart;
     hl_vstore_avx2(o + 0 * OS + 0 * L,
                    hl_vfma_avx2(hl_vset_avx2(alpha[0]), hl_vload_avx2(o + 0 * OS + 0 * L), o0_0));
     hl_vstore_avx2(o + 0 * OS + 1 * L,
@@ -5588,26 +5693,24 @@ HL_KERNEL_AVX2 void hl_sfa_f32_d64_value_few_avx2(const hl_space *w, const hl_st
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
         const int32_t later = h == 0 ? left : 0;
-        const int32_t later_apart = b->value_apart ? later : 0;
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 64; c += 16) {
-            hl_sfa_f32_d64_pr_4x2_avx2(p, b->row, c, o + c, t->alpha + h, b->n, later_apart,
-                                       b->value_apart);
+            hl_sfa_f32_d64_pr_4x2_avx2(p, b->row, c, o + c, t->alpha + h, b->n, b->value_apart
+                                       ? later : 0, b->value_apart);
         }
     }
     for (; h + 2 <= group; h += 2) {
         const int32_t later = h == 0 ? left : 0;
-        const int32_t later_apart = b->value_apart ? later : 0;
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 64; c += 32) {
-            hl_sfa_f32_d64_pr_2x4_avx2(p, b->row, c, o + c, t->alpha + h, b->n, later);
+            hl_sfa_f32_d64_pr_2x4_avx2(p, b->row, c, o + c, t->alpha + h, b->n, later,
+                                       b->value_apart);
         }
     }
     for (; h + 1 <= group; h += 1) {
         const int32_t later = h == 0 ? left : 0;
-        const int32_t later_apart = b->value_apart ? later : 0;
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 64; c += 64) {
@@ -5831,8 +5934,8 @@ HL_KERNEL_AVX2 void hl_sfa_f32_d64_forward_avx2(const hl_sparse_flash_attention_
         *t->seen = 1.0f;
         b.row += b.n;
         known = b.n_later;
-        /* the rows to come move to the front; others follow */
         if (more && known <= CAP / 2 && known < block + AHEAD) {
+            /* What is known of the rows to come moves to the front; others follow. */
             HL_COPY(w->row, b.row, (size_t)known * sizeof *b.row);
             b.row = w->row;
             known += hl_sfa_f32_d64_next(a, g, &c, b.row + known, CAP - known);
@@ -6395,12 +6498,13 @@ HL_KERNEL_AVX512 void hl_sfa_f32_d64_score_avx512(const hl_space *w, int32_t hea
     }
 }
 
-/* 4 heads by 4 keys, read where they are stored, 4 rows at a time: channels are in
- * the lanes, and sums are formed across them once a tile, for many dot products together. Behind
- * the last key its row is taken again, so that every tile is whole. Meanwhile lines of later keys
- * (next) are asked for, if there are any. */
+/* 4 heads by 4 keys, all at once, read where they are stored.
+ * Channels are in the lanes; sums across them are formed once a tile, of all dot products together.
+ * Behind the last key its row is taken again, so that every tile is whole. Meanwhile lines of later
+ * keys (next) are asked for, if there are any. */
 HL_KERNEL_AVX512 void hl_sfa_f32_d64_dot_4x4_avx512(const float *q, const hl_row *row, int32_t last,
-                                                    float *s, float scale, const hl_row *next)
+                                                    float *s, float scale, const hl_row *next,
+                                                    int32_t apart)
 {
     enum { L = 16, QS = 64 };
     hl_vf_avx512 all[16];
@@ -6427,20 +6531,29 @@ HL_KERNEL_AVX512 void hl_sfa_f32_d64_dot_4x4_avx512(const float *q, const hl_row
         hl_vf_avx512 s3_3 = hl_vzero_avx512();
         {
             const float *const from = q + 0;
-            const float *const k0 = (const float *)row0->key;
-            const float *const k1 = (const float *)row1->key;
-            const float *const k2 = (const float *)row2->key;
-            const float *const k3 = (const float *)row3->key;
+            const float *const k0 =
+                (const float *)row0->key;
+            const float *const k1 =
+                (const float *)row1->key;
+            const float *const k2 =
+                (const float *)row2->key;
+            const float *const k3 =
+                (const float *)row3->key;
             for (int32_t start = 0; start < 64; start += 32) {
                 if (next != NULL) {
-                    HL_FETCH((const float *)next[j + 0].key + start + 0);
-                    HL_FETCH((const float *)next[j + 1].key + start + 0);
-                    HL_FETCH((const float *)next[j + 2].key + start + 0);
-                    HL_FETCH((const float *)next[j + 3].key + start + 0);
-                    HL_FETCH((const float *)next[j + 0].key + start + 16);
-                    HL_FETCH((const float *)next[j + 1].key + start + 16);
-                    HL_FETCH((const float *)next[j + 2].key + start + 16);
-                    HL_FETCH((const float *)next[j + 3].key + start + 16);
+                    const float *line;
+                    line = (const float *)next[j + 0].key + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 16);
+                    line = (const float *)next[j + 1].key + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 16);
+                    line = (const float *)next[j + 2].key + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 16);
+                    line = (const float *)next[j + 3].key + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 16);
                 }
                 for (int32_t c = start; c < start + 32; c += 32) {
                     {
@@ -6519,15 +6632,16 @@ HL_KERNEL_AVX512 void hl_sfa_f32_d64_dot_4x4_avx512(const float *q, const hl_row
         all[(j + 2) * 4 + 3] = s3_2;
         all[(j + 3) * 4 + 3] = s3_3;
     }
+    (void)apart;
     for (int32_t i = 0; i < 16; i += L) {
         hl_vstore_avx512(s + i, hl_vmul_avx512(hl_vsums_avx512(all + i), hl_vset_avx512(scale)));
     }
 }
 
-/* 2 heads by 8 keys, read where they are stored, 8 rows at a time: channels are in
- * the lanes, and sums are formed across them once a tile, for many dot products together. Behind
- * the last key its row is taken again, so that every tile is whole. Meanwhile lines of later keys
- * (next) are asked for, if there are any; but for those that value tiles ask for. */
+/* 2 heads by 8 keys, all at once, read where they are stored.
+ * Channels are in the lanes; sums across them are formed once a tile, of all dot products together.
+ * Behind the last key its row is taken again, so that every tile is whole. Meanwhile lines of later
+ * keys (next) are asked for, if there are any; but for those that value tiles ask for. */
 HL_KERNEL_AVX512 void hl_sfa_f32_d64_dot_2x8_avx512(const float *q, const hl_row *row, int32_t last,
                                                     float *s, float scale, const hl_row *next,
                                                     int32_t apart)
@@ -6561,35 +6675,64 @@ HL_KERNEL_AVX512 void hl_sfa_f32_d64_dot_2x8_avx512(const float *q, const hl_row
         hl_vf_avx512 s1_7 = hl_vzero_avx512();
         {
             const float *const from = q + 0;
-            const float *const k0 = (const float *)row0->key;
-            const float *const k1 = (const float *)row1->key;
-            const float *const k2 = (const float *)row2->key;
-            const float *const k3 = (const float *)row3->key;
-            const float *const k4 = (const float *)row4->key;
-            const float *const k5 = (const float *)row5->key;
-            const float *const k6 = (const float *)row6->key;
-            const float *const k7 = (const float *)row7->key;
+            const float *const k0 =
+                (const float *)row0->key;
+            const float *const k1 =
+                (const float *)row1->key;
+            const float *const k2 =
+                (const float *)row2->key;
+            const float *const k3 =
+                (const float *)row3->key;
+            const float *const k4 =
+                (const float *)row4->key;
+            const float *const k5 =
+                (const float *)row5->key;
+            const float *const k6 =
+                (const float *)row6->key;
+            const float *const k7 =
+                (const float *)row7->key;
             for (int32_t start = 0; start < 64; start += 32) {
                 if (next != NULL) {
+                    const float *line;
+                    line = (const float *)next[j + 0].key + start;
                     if (apart) {
-                        HL_FETCH((const float *)next[j + 0].key + start + 0);
-                        HL_FETCH((const float *)next[j + 1].key + start + 0);
-                        HL_FETCH((const float *)next[j + 2].key + start + 0);
-                        HL_FETCH((const float *)next[j + 3].key + start + 0);
-                        HL_FETCH((const float *)next[j + 4].key + start + 0);
-                        HL_FETCH((const float *)next[j + 5].key + start + 0);
-                        HL_FETCH((const float *)next[j + 6].key + start + 0);
-                        HL_FETCH((const float *)next[j + 7].key + start + 0);
+                        HL_FETCH(line + 0);
+                        HL_FETCH(line + 16);
                     }
+                    line = (const float *)next[j + 1].key + start;
                     if (apart) {
-                        HL_FETCH((const float *)next[j + 0].key + start + 16);
-                        HL_FETCH((const float *)next[j + 1].key + start + 16);
-                        HL_FETCH((const float *)next[j + 2].key + start + 16);
-                        HL_FETCH((const float *)next[j + 3].key + start + 16);
-                        HL_FETCH((const float *)next[j + 4].key + start + 16);
-                        HL_FETCH((const float *)next[j + 5].key + start + 16);
-                        HL_FETCH((const float *)next[j + 6].key + start + 16);
-                        HL_FETCH((const float *)next[j + 7].key + start + 16);
+                        HL_FETCH(line + 0);
+                        HL_FETCH(line + 16);
+                    }
+                    line = (const float *)next[j + 2].key + start;
+                    if (apart) {
+                        HL_FETCH(line + 0);
+                        HL_FETCH(line + 16);
+                    }
+                    line = (const float *)next[j + 3].key + start;
+                    if (apart) {
+                        HL_FETCH(line + 0);
+                        HL_FETCH(line + 16);
+                    }
+                    line = (const float *)next[j + 4].key + start;
+                    if (apart) {
+                        HL_FETCH(line + 0);
+                        HL_FETCH(line + 16);
+                    }
+                    line = (const float *)next[j + 5].key + start;
+                    if (apart) {
+                        HL_FETCH(line + 0);
+                        HL_FETCH(line + 16);
+                    }
+                    line = (const float *)next[j + 6].key + start;
+                    if (apart) {
+                        HL_FETCH(line + 0);
+                        HL_FETCH(line + 16);
+                    }
+                    line = (const float *)next[j + 7].key + start;
+                    if (apart) {
+                        HL_FETCH(line + 0);
+                        HL_FETCH(line + 16);
                     }
                 }
                 for (int32_t c = start; c < start + 32; c += 32) {
@@ -6662,15 +6805,16 @@ HL_KERNEL_AVX512 void hl_sfa_f32_d64_dot_2x8_avx512(const float *q, const hl_row
         all[(j + 6) * 2 + 1] = s1_6;
         all[(j + 7) * 2 + 1] = s1_7;
     }
+    (void)apart;
     for (int32_t i = 0; i < 16; i += L) {
         hl_vstore_avx512(s + i, hl_vmul_avx512(hl_vsums_avx512(all + i), hl_vset_avx512(scale)));
     }
 }
 
-/* 1 head by 16 keys, read where they are stored, 1 row at a time: channels are in
- * the lanes, and sums are formed across them once a tile, for many dot products together. Behind
- * the last key its row is taken again, so that every tile is whole. Meanwhile lines of later keys
- * (next) are asked for, if there are any; but for those that value tiles ask for. */
+/* 1 head by 16 keys, 1 at a time, read where they are stored.
+ * Channels are in the lanes; sums across them are formed once a tile, of all dot products together.
+ * Behind the last key its row is taken again, so that every tile is whole. Meanwhile lines of later
+ * keys (next) are asked for, if there are any; but for those that value tiles ask for. */
 HL_KERNEL_AVX512 void hl_sfa_f32_d64_dot_1x16_avx512(const float *q, const hl_row *row,
     int32_t last, float *s, float scale, const hl_row *next, int32_t apart)
 {
@@ -6684,16 +6828,17 @@ HL_KERNEL_AVX512 void hl_sfa_f32_d64_dot_1x16_avx512(const float *q, const hl_ro
         hl_vf_avx512 s0_0w = hl_vzero_avx512();
         {
             const float *const from = q + 0;
-            const float *const k0 = (const float *)row0->key;
+            const float *const k0 =
+                (const float *)row0->key;
             for (int32_t start = 0; start < 64; start += 64) {
                 if (next != NULL) {
-                    HL_FETCH((const float *)next[j + 0].key + start + 0);
+                    const float *line;
+                    line = (const float *)next[j + 0].key + start;
+                    HL_FETCH(line + 0);
+                    HL_FETCH(line + 32);
                     if (apart) {
-                        HL_FETCH((const float *)next[j + 0].key + start + 16);
-                    }
-                    HL_FETCH((const float *)next[j + 0].key + start + 32);
-                    if (apart) {
-                        HL_FETCH((const float *)next[j + 0].key + start + 48);
+                        HL_FETCH(line + 16);
+                        HL_FETCH(line + 48);
                     }
                 }
                 for (int32_t c = start; c < start + 64; c += 64) {
@@ -6725,6 +6870,7 @@ HL_KERNEL_AVX512 void hl_sfa_f32_d64_dot_1x16_avx512(const float *q, const hl_ro
         all[(j + 0) * 1 + 0] =
             hl_vadd_avx512(hl_vadd_avx512(s0_0x, s0_0y), hl_vadd_avx512(s0_0z, s0_0w));
     }
+    (void)apart;
     for (int32_t i = 0; i < 16; i += L) {
         hl_vstore_avx512(s + i, hl_vmul_avx512(hl_vsums_avx512(all + i), hl_vset_avx512(scale)));
     }
@@ -6742,7 +6888,7 @@ HL_KERNEL_AVX512 void hl_sfa_f32_d64_score_few_avx512(const hl_space *w, const h
             const int32_t later = j + AHEAD;
             hl_sfa_f32_d64_dot_4x4_avx512(w->q + (ptrdiff_t)h * QS, b->row + j, b->n - 1 - j, w->s
                                           + h * BLOCK + j * 4, scale, h == 0 && later + 4 <= known
-                                          ? b->row + later : NULL);
+                                          ? b->row + later : NULL, b->value_apart);
         }
     }
     for (; h + 2 <= group; h += 2) {
@@ -7502,8 +7648,8 @@ HL_KERNEL_AVX512 void hl_sfa_f32_d64_value_avx512(const hl_space *w, const hl_st
     }
 }
 
-/* 4 heads by 4 vectors of channels, read where they are stored. Of 24 keys
- * further on lines are asked for meanwhile, as long as j < later. */
+/* 4 heads by 4 vectors of channels, read where they are stored. Meanwhile lines
+ * of values 24 keys further on are asked for, as long as j < later. */
 HL_KERNEL_AVX512 void hl_sfa_f32_d64_pr_4x4_avx512(const float *p, const hl_row *row, int32_t c,
                                                    float *o, const float *alpha, int32_t n,
                                                    int32_t later, int32_t apart)
@@ -7530,18 +7676,10 @@ HL_KERNEL_AVX512 void hl_sfa_f32_d64_pr_4x4_avx512(const float *p, const hl_row 
         if (j < later) {
             const float *const next =
                 (const float *)row[j + 24].value + c;
-            if (apart) {
-                HL_FETCH(next + 0);
-            }
-            if (apart) {
-                HL_FETCH(next + 16);
-            }
-            if (apart) {
-                HL_FETCH(next + 32);
-            }
-            if (apart) {
-                HL_FETCH(next + 48);
-            }
+            HL_FETCH(next + 0);
+            HL_FETCH(next + 16);
+            HL_FETCH(next + 32);
+            HL_FETCH(next + 48);
         }
         hl_vf_avx512 x;
         hl_vf_avx512 v0;
@@ -7571,6 +7709,7 @@ HL_KERNEL_AVX512 void hl_sfa_f32_d64_pr_4x4_avx512(const float *p, const hl_row 
         o3_2 = hl_vfma_avx512(x, v2, o3_2);
         o3_3 = hl_vfma_avx512(x, v3, o3_3);
     }
+    (void)apart;
     hl_vstore_avx512(o + 0 * OS + 0 * L,
                      hl_vfma_avx512(hl_vset_avx512(alpha[0]), hl_vload_avx512(o + 0 * OS + 0 * L),
                                     o0_0));
@@ -7621,11 +7760,11 @@ HL_KERNEL_AVX512 void hl_sfa_f32_d64_pr_4x4_avx512(const float *p, const hl_row 
                                     o3_3));
 }
 
-/* 2 heads by 4 vectors of channels, read where they are stored. Of 24 keys
- * further on lines are asked for meanwhile, as long as j < later. */
+/* 2 heads by 4 vectors of channels, read where they are stored. Meanwhile lines
+ * of values 24 keys further on are asked for, as long as j < later. */
 HL_KERNEL_AVX512 void hl_sfa_f32_d64_pr_2x4_avx512(const float *p, const hl_row *row, int32_t c,
                                                    float *o, const float *alpha, int32_t n,
-                                                   int32_t later)
+                                                   int32_t later, int32_t apart)
 {
     enum { L = 16, OS = 64 };
     hl_vf_avx512 o0_0 = hl_vzero_avx512();
@@ -7664,6 +7803,7 @@ HL_KERNEL_AVX512 void hl_sfa_f32_d64_pr_2x4_avx512(const float *p, const hl_row 
         o1_2 = hl_vfma_avx512(x, v2, o1_2);
         o1_3 = hl_vfma_avx512(x, v3, o1_3);
     }
+    (void)apart;
     hl_vstore_avx512(o + 0 * OS + 0 * L,
                      hl_vfma_avx512(hl_vset_avx512(alpha[0]), hl_vload_avx512(o + 0 * OS + 0 * L),
                                     o0_0));
@@ -7690,8 +7830,8 @@ HL_KERNEL_AVX512 void hl_sfa_f32_d64_pr_2x4_avx512(const float *p, const hl_row 
                                     o1_3));
 }
 
-/* 1 head by 4 vectors of channels, read where they are stored. Of 24 keys
- * further on lines are asked for meanwhile, as long as j < later. */
+/* 1 head by 4 vectors of channels, read where they are stored. Meanwhile lines
+ * of values 24 keys further on are asked for, as long as j < later. */
 HL_KERNEL_AVX512 void hl_sfa_f32_d64_pr_1x4_avx512(const float *p, const hl_row *row, int32_t c,
                                                    float *o, const float *alpha, int32_t n,
                                                    int32_t later, int32_t apart)
@@ -7706,14 +7846,12 @@ HL_KERNEL_AVX512 void hl_sfa_f32_d64_pr_1x4_avx512(const float *p, const hl_row 
         if (j < later) {
             const float *const next =
                 (const float *)row[j + 24].value + c;
+            HL_FETCH(next + 16);
+            HL_FETCH(next + 48);
             if (apart) {
                 HL_FETCH(next + 0);
-            }
-            HL_FETCH(next + 16);
-            if (apart) {
                 HL_FETCH(next + 32);
             }
-            HL_FETCH(next + 48);
         }
         const hl_vf_avx512 x = hl_vset_avx512(p[j]);
         hl_vf_avx512 v;
@@ -7725,6 +7863,7 @@ HL_KERNEL_AVX512 void hl_sfa_f32_d64_pr_1x4_avx512(const float *p, const hl_row 
         o0_2 = hl_vfma_avx512(x, v, o0_2);
         o0_3 = hl_vfma_avx512(x, w, o0_3);
     }
+    (void)apart;
     hl_vstore_avx512(o + 0 * OS + 0 * L,
                      hl_vfma_avx512(hl_vset_avx512(alpha[0]), hl_vload_avx512(o + 0 * OS + 0 * L),
                                     o0_0));
@@ -7748,26 +7887,24 @@ HL_KERNEL_AVX512 void hl_sfa_f32_d64_value_few_avx512(const hl_space *w, const h
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
         const int32_t later = h == 0 ? left : 0;
-        const int32_t later_apart = b->value_apart ? later : 0;
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 64; c += 64) {
-            hl_sfa_f32_d64_pr_4x4_avx512(p, b->row, c, o + c, t->alpha + h, b->n, later_apart,
-                                         b->value_apart);
+            hl_sfa_f32_d64_pr_4x4_avx512(p, b->row, c, o + c, t->alpha + h, b->n, b->value_apart
+                                         ? later : 0, b->value_apart);
         }
     }
     for (; h + 2 <= group; h += 2) {
         const int32_t later = h == 0 ? left : 0;
-        const int32_t later_apart = b->value_apart ? later : 0;
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 64; c += 64) {
-            hl_sfa_f32_d64_pr_2x4_avx512(p, b->row, c, o + c, t->alpha + h, b->n, later);
+            hl_sfa_f32_d64_pr_2x4_avx512(p, b->row, c, o + c, t->alpha + h, b->n, later,
+                                         b->value_apart);
         }
     }
     for (; h + 1 <= group; h += 1) {
         const int32_t later = h == 0 ? left : 0;
-        const int32_t later_apart = b->value_apart ? later : 0;
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 64; c += 64) {
@@ -7991,8 +8128,8 @@ HL_KERNEL_AVX512 void hl_sfa_f32_d64_forward_avx512(const hl_sparse_flash_attent
         *t->seen = 1.0f;
         b.row += b.n;
         known = b.n_later;
-        /* the rows to come move to the front; others follow */
         if (more && known <= CAP / 2 && known < block + AHEAD) {
+            /* What is known of the rows to come moves to the front; others follow. */
             HL_COPY(w->row, b.row, (size_t)known * sizeof *b.row);
             b.row = w->row;
             known += hl_sfa_f32_d64_next(a, g, &c, b.row + known, CAP - known);

@@ -105,6 +105,46 @@ def test_key_counts_round_every_tile_and_chunk(name, isa, lists):
             check(case.args, run(k, case, isa, chunk_keys=chunk), case.dtype)
 
 
+@pytest.mark.parametrize("isa", ISAS_HERE)
+@pytest.mark.parametrize("name", ["f32_small", "f16_small", "bf16_small", "bf16_259"])
+@pytest.mark.parametrize("value", [False, True], ids=["joined", "apart"])
+def test_few_heads_round_every_tile_of_keys(name, isa, value):
+    """1 .. 9 heads, and keys one under, at and one over each tile, block and window; scores grow,
+    so that each block's largest is above the last one's, and every rescale runs."""
+    k = kernel(name)
+    counts = sorted({1, 2, 3, *(n + d for n in (4, 8, 16, 32, 48, 96, 160) for d in (-1, 0, 1))})
+    for group in range(1, 10):
+        for n in counts:
+            shape = Shape(
+                lens_q=(1,), lens_kv=(n,), group=group, spread="growing", value=value, seed=n
+            )
+            case = make_case(k, shape)
+            check(case.args, run(k, case, isa), case.dtype)
+
+
+@pytest.mark.parametrize("isa", ISAS_HERE)
+@pytest.mark.parametrize("name", ["f32_small", "bf16_259"])
+def test_few_heads_do_not_see_each_other(name, isa):
+    """Heads are cut into tiles by their number: a NaN in one's query stays there, and a NaN key
+    reaches all."""
+    k = kernel(name)
+    for group in range(1, 10):
+        clean = make_case(k, Shape(lens_kv=(53,), group=group, seed=group))
+        before = run(k, clean, isa)["attention_out"].reshape(group, -1)
+        for h in range(group):
+            query = clean.args.query.copy()
+            query[..., h, 0] = np.nan
+            after = run(k, clean.changed(query=query), isa)["attention_out"].reshape(group, -1)
+            assert np.isnan(after[h].astype(np.float64)).all()
+            others = np.arange(group) != h
+            assert same_bits(before[others], after[others])
+        for at in (0, 15, 16, 47, 48, 52):
+            key = clean.args.key.copy()
+            key[0, at, 0, 1] = np.nan
+            got = run(k, clean.changed(key=key), isa)
+            assert np.isnan(got["attention_out"].astype(np.float64)).all(), (group, at)
+
+
 def refill(case) -> None:
     """Numbers everywhere: for cases whose lists are replaced after poisoning."""
     rng = np.random.default_rng(case.shape.seed)

@@ -178,6 +178,7 @@ def results(machine: str) -> dict[str, dict[str, np.ndarray]]:
         isas=[ISAS[name] for name in names],
         binary=BINARY,
         unary=UNARY,
+        tame=AT["tame"],
         type_input={"f16": AT["f16"], "bf16": AT["bf16"]},
         row_max=ROW_MAX,
     )
@@ -215,6 +216,9 @@ class Pieces:
         for word in BINARY:
             made[word.name] = self.take(N)
         made["vfma"], made["vflush"] = self.take(N), self.take(N)
+        made["vsums"] = self.take(N // lanes**2 * lanes)
+        made["vkeep"] = self.take(lanes)
+        made["vswap"] = {n: self.take(lanes) for n in (1, 2, 4, 8) if n < lanes}
         for word in UNARY:
             made[word.name] = self.take(N)
         made["tails"] = [
@@ -227,6 +231,9 @@ class Pieces:
                 (self.take(lanes), self.take(n, np.uint16), self.take(lanes, np.uint16))
                 for n in range(1, lanes)
             ]
+        made["vpair"] = self.take(2 * lanes)
+        for kind in ("f16", "bf16"):
+            made[f"vpair_{kind}"] = self.take(65536)
         for kind in ("f32", "f16", "bf16"):
             made[f"vrow_{kind}"] = [
                 self.take(-(-n // lanes) * lanes) for n in range(1, ROW_MAX + 1)
@@ -291,6 +298,38 @@ def test_exponents(machine, isa):
         abs(got["vexp2"][inside] - want[inside]) <= 1.25 * unit
     ).all()  # exact figures: test_exp2
     assert (got["vexp2"][x == 0] == 1).all()
+
+
+@BY_ISA
+def test_sums_across_lanes(machine, isa):
+    """Every one of as many vectors as there are lanes, in its own lane."""
+    got, lanes = of(machine, isa), ISAS[isa].lanes
+    count = N // lanes**2 * lanes
+    vectors = inputs()["tame"][: count * lanes].reshape(count, lanes).astype(np.float64)
+    room = 2.0**-23 * np.log2(max(lanes, 2)) * abs(vectors).sum(axis=1)
+    assert (abs(got["vsums"] - vectors.sum(axis=1)) <= room).all()
+
+
+@BY_ISA
+def test_lanes_swap_over_every_distance(machine, isa):
+    got, lanes = of(machine, isa), ISAS[isa].lanes
+    x = inputs()["x"][:lanes]
+    assert same(got["vkeep"], x).all()
+    for n, swapped in got["vswap"].items():
+        assert same(swapped, x[np.arange(lanes) ^ n]).all(), n
+
+
+@BY_ISA
+def test_pairs_are_two_vectors(machine, isa):
+    """All 65536 numbers; even and odd ones apart where the table says so."""
+    got, lanes = of(machine, isa), ISAS[isa].lanes
+    assert same(got["vpair"], inputs()["x"][: 2 * lanes]).all()
+    for kind, dtype in (("f16", np.dtype(np.float16)), ("bf16", BF16)):
+        exact = np.arange(65536, dtype=np.uint32).astype(np.uint16).view(dtype).astype(np.float32)
+        pairs = exact.reshape(-1, 2 * lanes)
+        if kind in ISAS[isa].even_odd:
+            pairs = np.concatenate([pairs[:, ::2], pairs[:, 1::2]], axis=1)
+        assert same(got[f"vpair_{kind}"], pairs.ravel()).all(), kind
 
 
 @BY_ISA
