@@ -442,6 +442,9 @@ def unstrided(memory: np.ndarray, shape: tuple[int, ...], strides: tuple[int, ..
 # ---- what hypothesis draws ----------------------------------------------------------------------
 
 
+SMALL_GROUPS = st.integers(1, 5)
+
+
 @st.composite
 def shapes(
     draw: Any,
@@ -451,7 +454,7 @@ def shapes(
     layouts: tuple[int, ...] = (BSND, TND, PA_BSND),
     max_keys: int = 70,
     max_rows: int = 4,
-    max_group: int = 5,
+    groups: st.SearchStrategy[int] = SMALL_GROUPS,
 ) -> Shape:
     """Any small call."""
     layout_kv = draw(st.sampled_from(layouts))
@@ -467,7 +470,7 @@ def shapes(
         lens_q=lens_q,
         lens_kv=lens_kv,
         heads_kv=draw(st.sampled_from((1, 1, 2, 3))),
-        group=draw(st.integers(1, max_group)),
+        group=draw(groups),
         layout_q=layout_q,
         layout_kv=layout_kv,
         pad_q=draw(st.sampled_from((0, 0, 1, 3))),

@@ -64,14 +64,17 @@ def record(kernel: bind.Kernel, case: Case, way: Way, isa: int) -> tuple[bytes, 
 
 
 def play(
-    command: Sequence[str], calls: list[tuple[bytes, dict[str, Any]]]
+    command: Sequence[str],
+    calls: list[tuple[bytes, dict[str, Any]]],
+    env: dict[str, str] | None = None,
 ) -> tuple[int, list[dict[str, np.ndarray]]]:
-    """Runs recorded calls; what isas() said there, and the outputs."""
+    """Runs recorded calls, in this process's environment or another; what isas() said there, and
+    the outputs."""
     with tempfile.TemporaryDirectory() as folder:
         to, back = Path(folder) / "calls", Path(folder) / "results"
         to.write_bytes(struct.pack("<q", len(calls)) + b"".join(data for data, _ in calls))
         run = subprocess.run(
-            [*command, str(to), str(back)], capture_output=True, text=True, timeout=300
+            [*command, str(to), str(back)], capture_output=True, text=True, timeout=300, env=env
         )
         assert run.returncode == 0, f"exit {run.returncode}: {run.stderr[-4000:]}"
         data = back.read_bytes()

@@ -113,7 +113,7 @@ def test_another_prefix_and_name():
     assert (k.name, k.op, k.header.prefix) == ("zz_my_attention", "zz_sparse_flash_attention", "zz")
     assert k.isas() == {"scalar": 1} and k.dtype == np.float32 and (k.dk, k.rope, k.dv) == (4, 0, 3)
     case = make_case(k, Shape(lens_kv=(9,), group=2))
-    check(case.args, run(k, case), case.dtype)
+    check(case.args, run(k, case), "scalar")
     bad = k.run(**{**case.inputs(), **case.sizes(), **case.outputs(), "batch": -1})
     assert bad.status_name == "ZZ_ERR_SHAPE" and bad.argument == "BATCH" and bad.rule == "AT_LEAST"
 
@@ -127,7 +127,7 @@ def test_two_kernels_in_one_file():
     assert [k.dk for k in both.values()] == [4, 6]
     for k in both.values():
         case = make_case(k, Shape(lens_kv=(9,), group=2))
-        check(case.args, run(k, case), case.dtype)
+        check(case.args, run(k, case), "scalar")
     with pytest.raises(ValueError, match=r"2 kernels; fix: name one of"):
         bind.load(header)
     assert bind.load(header, list(both)[1]).dk == 6

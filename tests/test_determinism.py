@@ -8,14 +8,13 @@ import dataclasses
 
 import numpy as np
 import pytest
-from helpers import BEST, ISAS_HERE, check, kernel, same_bits, text
+from helpers import best_in, by_pair, by_way, check, isas_in, kernel, same_bits, text
 from helpers_cases import POINTERS, Case, Shape, make_case, run
 from helpers_memory import in_child
 from oracle import PA_BSND, TND
 
 from gen import bind
 
-BY_ISA = pytest.mark.parametrize("isa", ISAS_HERE)
 SMALL = ("f32_small", "bf16_small")
 LONG = Shape(
     lens_q=(3, 0, 2, 1),
@@ -73,13 +72,12 @@ def execute(
     return outputs
 
 
-@BY_ISA
-@pytest.mark.parametrize("name", SMALL)
+@by_way(*SMALL)
 @pytest.mark.parametrize("lists", ["none", "blocks", "slots"])
-def test_threads_task_order_and_partials(name, isa, lists):
+def test_threads_task_order_and_partials(name, isa, group, lists):
     k = kernel(name)
     mode = 0 if lists == "slots" else 3
-    case = make_case(k, dataclasses.replace(LONG, lists=lists, sparse_mode=mode))
+    case = make_case(k, dataclasses.replace(LONG, group=group, lists=lists, sparse_mode=mode))
     want = run(k, case, isa, chunk_keys=128)
     for workers in (1, 2, 3, 5, 8, 16):
         for partials in (False, True):
@@ -88,9 +86,9 @@ def test_threads_task_order_and_partials(name, isa, lists):
     assert differs(run(k, case, isa, chunk_keys=256), want), "the control did not change a bit"
 
 
-@BY_ISA
-def test_a_hundred_repeats(isa):
-    k = kernel("f32_small")
+@by_pair("f32_small", also=("bf16_small",))
+def test_a_hundred_repeats(name, isa):
+    k = kernel(name)
     case = make_case(k, LONG)
     want = execute(k, case, isa, partials=True)
     for order in range(100):
@@ -129,11 +127,10 @@ def batches(case: Case, order: list[int]) -> Case:
     return case.changed(actual_seq_lengths_query=ends, **changes)
 
 
-@BY_ISA
-@pytest.mark.parametrize("name", SMALL)
-def test_the_batch_around_a_row(name, isa):
+@by_way(*SMALL)
+def test_the_batch_around_a_row(name, isa, group):
     k = kernel(name)
-    case = make_case(k, LONG)
+    case = make_case(k, dataclasses.replace(LONG, group=group))
     want = run(k, case, isa, chunk_keys=128)
     ends = [0, *case.args.actual_seq_lengths_query]
     for order in ([0], [2], [3], [3, 2, 1, 0], [2, 2, 0, 3, 1, 0]):
@@ -151,11 +148,11 @@ def test_the_batch_around_a_row(name, isa):
     assert differs(run(k, turned, isa, chunk_keys=128), want), "the control did not change a bit"
 
 
-@BY_ISA
-def test_where_pages_lie(isa):
+@by_way("bf16_small")
+def test_where_pages_lie(name, isa, group):
     """The same pages anywhere in a larger pool."""
-    k = kernel("bf16_small")
-    case = make_case(k, LONG)
+    k = kernel(name)
+    case = make_case(k, dataclasses.replace(LONG, group=group))
     want = run(k, case, isa)
     a = case.args
     for seed in range(5):
@@ -164,20 +161,20 @@ def test_where_pages_lie(isa):
         used = (a.block_table >= 0) & (a.block_table < a.key.shape[0])
         table = np.where(used, place[np.where(used, a.block_table, 0)], np.int32(2**31 - 1))
         changes = {"block_table": table.astype(np.int32)}
-        for name in ("key", "key_rope"):
-            old = getattr(a, name)
+        for tensor in ("key", "key_rope"):
+            old = getattr(a, tensor)
             pool = np.full((len(place) + 7, *old.shape[1:]), np.nan, old.dtype)
             pool[place] = old
-            changes[name] = pool
+            changes[tensor] = pool
         assert_same(run(k, case.changed(**changes), isa), want)
 
 
-@BY_ISA
-@pytest.mark.parametrize("name", SMALL)
-def test_alignment(name, isa):
+@by_way(*SMALL)
+def test_alignment(name, isa, group):
     """Every buffer at every offset that its elements allow."""
     k = kernel(name)
-    case = make_case(k, dataclasses.replace(LONG, lens_q=(1, 0, 1, 1), lens_kv=(40, 9, 129, 150)))
+    shape = dataclasses.replace(LONG, lens_q=(1, 0, 1, 1), lens_kv=(40, 9, 129, 150), group=group)
+    case = make_case(k, shape)
     want = run(k, case, isa, chunk_keys=128)
     for offset in range(0, 68, 2):
         outputs = {n: shifted(array, offset) for n, array in case.outputs().items()}
@@ -209,10 +206,10 @@ def shifted(array: np.ndarray, offset: int) -> np.ndarray:
     return copy
 
 
-@BY_ISA
-def test_what_the_workspace_held_before(isa):
-    k = kernel("bf16_small")
-    case = make_case(k, LONG)
+@by_way("bf16_small")
+def test_what_the_workspace_held_before(name, isa, group):
+    k = kernel(name)
+    case = make_case(k, dataclasses.replace(LONG, group=group))
     seen = []
     for byte in (0x00, 0xFF, 0x7F, 0x3C):
         fields = {**case.inputs(), **case.sizes(), "isa": k.isas()[isa], "chunk_keys": 128}
@@ -232,11 +229,11 @@ def test_what_the_workspace_held_before(isa):
         assert_same(other, seen[0])
 
 
-@BY_ISA
-def test_memory_that_no_row_sees(isa):
+@by_way("f32_small", "bf16_small", "f16_small")
+def test_memory_that_no_row_sees(name, isa, group):
     """Zeros instead of NaN in every row that nothing names."""
-    k = kernel("f32_small")
-    case = make_case(k, LONG)
+    k = kernel(name)
+    case = make_case(k, dataclasses.replace(LONG, group=group))
     changes = {
         n: np.nan_to_num(getattr(case.args, n), nan=0.0)
         for n in POINTERS
@@ -248,11 +245,11 @@ def test_memory_that_no_row_sees(isa):
 
 def test_a_plan_is_plain_data():
     """A copy of the bytes works as well as the plan."""
-    k = kernel("f32_small")
+    k, best = kernel("bf16_small"), best_in("bf16_small")
     case = make_case(k, LONG)
-    want, outputs = run(k, case, BEST, chunk_keys=128), case.outputs()
+    want, outputs = run(k, case, best, chunk_keys=128), case.outputs()
     plan, result = k.plan(
-        **case.inputs(), **case.sizes(), **outputs, chunk_keys=128, isa=k.isas()[BEST]
+        **case.inputs(), **case.sizes(), **outputs, chunk_keys=128, isa=k.isas()[best]
     )
     assert result.ok
     copy = type(plan)()
@@ -262,12 +259,13 @@ def test_a_plan_is_plain_data():
     assert_same(outputs, want)
 
 
+@pytest.mark.parametrize("group", [3, 17])
 @pytest.mark.parametrize("threads", [1, 2, 3, 16])
-def test_openmp_changes_no_bit(threads):
+def test_openmp_changes_no_bit(threads, group):
     """The same header compiled with -fopenmp, long rows split over its threads."""
-    serial = kernel("bf16_small")
-    case = make_case(serial, LONG)
-    want = {isa: run(serial, case, isa, chunk_keys=128) for isa in ISAS_HERE}
+    serial, isas = kernel("bf16_small"), isas_in("bf16_small")
+    case = make_case(serial, dataclasses.replace(LONG, group=group))
+    want = {isa: run(serial, case, isa, chunk_keys=128) for isa in isas}
     parallel = bind.load(
         text("bf16_small"),
         flags=("-O2", "-fopenmp"),
@@ -278,17 +276,19 @@ def test_openmp_changes_no_bit(threads):
 
     def calls() -> dict[str, dict[str, np.ndarray]]:
         parallel.library.set_threads(threads)
-        return {isa: run(parallel, case, isa, chunk_keys=128) for isa in ISAS_HERE}
+        return {isa: run(parallel, case, isa, chunk_keys=128) for isa in isas}
 
     got = in_child(calls)
-    for isa in ISAS_HERE:
+    for isa in isas:
         assert_same(got[isa], want[isa])
 
 
 @pytest.mark.parametrize("flags", [("-O0",), ("-O3",), ("-O2", "-std=c99"), ("-O2", "-std=c11")])
-def test_compiler_flags_stay_inside_the_bound(flags):
+@pytest.mark.parametrize("name", ["f32_small", "bf16_small"])
+def test_compiler_flags_stay_inside_the_bound(name, flags):
     """Other flags may change bits, not correctness."""
-    k = bind.load(text("f32_small"), flags=flags)
-    case = make_case(kernel("f32_small"), LONG)
-    for isa in ISAS_HERE:
-        check(case.args, run(k, case, isa, chunk_keys=128), case.dtype)
+    k = bind.load(text(name), flags=flags)
+    for group in (3, 17):
+        case = make_case(kernel(name), dataclasses.replace(LONG, group=group))
+        for isa in isas_in(name):
+            check(case.args, run(k, case, isa, chunk_keys=128), isa)

@@ -28,7 +28,7 @@ def test_any_call(name, isa):
     k = kernel(name)
     cases = [(make_case(k, shape), way) for shape, way in various(5, 300, slots=True, rope=True)]
     for (case, _), got in zip(cases, run_under_qemu(name, cases, isa), strict=True):
-        check(case.args, got, case.dtype)
+        check(case.args, got, isa)
 
 
 @pytest.mark.parametrize("name", ["bf16_259", "f32_80", "f32_libm"])
@@ -39,7 +39,7 @@ def test_other_widths_and_maths(name):
     ]
     results = run_under_qemu(name, cases, "neon")
     for (case, _), got in zip(cases, results, strict=True):
-        check(case.args, got, case.dtype)
+        check(case.args, got, "neon")
 
 
 def test_key_and_head_counts_round_every_tile():
@@ -57,7 +57,7 @@ def test_key_and_head_counts_round_every_tile():
         cases.append((make_case(k, shape), Way(flush=("left", "right")[n % 2], chunk_keys=128)))
     results = run_under_qemu("bf16_small", cases, "neon")
     for (case, _), got in zip(cases, results, strict=True):
-        check(case.args, got, case.dtype)
+        check(case.args, got, "neon")
 
 
 def test_error_rule_on_realistic_scores():
@@ -68,7 +68,7 @@ def test_error_rule_on_realistic_scores():
         case = case.changed(scale_value=abs(case.args.scale_value))
         way = Way(chunk_keys=128)
         (got,) = run_under_qemu(name, [(case, way)], "neon")
-        check(case.args, got, case.dtype, strict=True)
+        check(case.args, got, "neon", strict=True)
 
 
 def test_the_shipped_header():
@@ -87,7 +87,7 @@ def test_the_shipped_header():
     )
     case = make_case(k, shape)
     (got,) = run_under_qemu(DEEPSEEK, [(case, Way())], "neon")
-    check(case.args, got, case.dtype)
+    check(case.args, got, "neon")
 
 
 def test_partials_order_and_guards_change_no_bit():

@@ -4,15 +4,14 @@ import dataclasses
 
 import numpy as np
 import pytest
-from helpers import ISAS_HERE, kernel, same_bits
+from helpers import by_way, kernel, same_bits
 from helpers_cases import TENSORS, Case, Shape, make_case, random_list, run, shapes, strided
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import BSND, PA_BSND, TND, flat, sparse_flash_attention
 
 SMALL = ("f32_small", "f16_small", "bf16_small")
-BY_ISA = pytest.mark.parametrize("isa", ISAS_HERE)
-BY_NAME = pytest.mark.parametrize("name", SMALL)
+BY_WAY = by_way(*SMALL)  # name, isa, group: 3 heads, and on tiles also more than 16
 PLAIN = Shape(lens_q=(3, 2), lens_kv=(70, 45), heads_kv=2, group=3, sparse_mode=3, seed=12)
 NORMAL = ("normal", "equal", "growing", "dominant")
 
@@ -39,13 +38,14 @@ def with_shape(**changes: object) -> Shape:
     return dataclasses.replace(PLAIN, **changes)
 
 
-@BY_ISA
-@BY_NAME
+@BY_WAY
 @settings(max_examples=15)
 @given(data=st.data())
-def test_strided_is_packed(name, isa, data):
+def test_strided_is_packed(name, isa, group, data):
     k = kernel(name)
-    case = make_case(k, data.draw(shapes(rope=True, slots=True)))
+    case = make_case(
+        k, data.draw(shapes(rope=True, slots=True, groups=st.integers(group - 2, group + 2)))
+    )
     rng = np.random.default_rng(case.shape.seed)
     fields = dict(case.inputs())
     strides = {}
@@ -57,11 +57,11 @@ def test_strided_is_packed(name, isa, data):
     assert_same(outputs, run(k, case, isa))
 
 
-@BY_ISA
-def test_heads_and_batches_may_share_memory(isa):
+@by_way("bf16_small")
+def test_heads_and_batches_may_share_memory(name, isa, group):
     """Inputs that overlap themselves: head 1 starts one row behind head 0, batch 1 two rows."""
-    k = kernel("bf16_small")
-    case = make_case(k, with_shape(lens_kv=(9, 9), joined_k=True, sparse_mode=0))
+    k = kernel(name)
+    case = make_case(k, with_shape(group=group, lens_kv=(9, 9), joined_k=True, sparse_mode=0))
     width = k.dk + k.rope
     rng = np.random.default_rng(0)
     memory = rng.standard_normal((12, width)).astype(case.dtype)
@@ -74,11 +74,10 @@ def test_heads_and_batches_may_share_memory(isa):
     assert_same(outputs, run(k, case.changed(key=key), isa))
 
 
-@BY_ISA
-@BY_NAME
-def test_joined_rows_are_separate_rows(name, isa):
+@BY_WAY
+def test_joined_rows_are_separate_rows(name, isa, group):
     k = kernel(name)
-    apart = make_case(k, with_shape(lists="blocks", list_length=20))
+    apart = make_case(k, with_shape(group=group, lists="blocks", list_length=20))
     whole = run(k, apart, isa)
     for joined in (("query",), ("key",), ("query", "key")):
         changes = {}
@@ -88,28 +87,26 @@ def test_joined_rows_are_separate_rows(name, isa):
         assert_same(run(k, apart.changed(**changes), isa), whole)
 
 
-@BY_ISA
-@BY_NAME
-def test_value_null_is_the_nope_part_of_key(name, isa):
+@BY_WAY
+def test_value_null_is_the_nope_part_of_key(name, isa, group):
     k = kernel(name)
     for joined in (False, True):
-        case = make_case(k, with_shape(joined_k=joined))
+        case = make_case(k, with_shape(group=group, joined_k=joined))
         copy = case.args.key[..., : k.dv].copy()
         assert_close(run(k, case.changed(value=copy), isa), run(k, case, isa), case.dtype)
 
 
-@BY_ISA
-@BY_NAME
-def test_gqa_is_repeated_heads(name, isa):
+@BY_WAY
+def test_gqa_is_repeated_heads(name, isa, group):
     k = kernel(name)
     for lists in ("none", "blocks", "slots"):
         mode = 0 if lists == "slots" else 3
-        gqa = make_case(k, with_shape(lists=lists, list_length=20, sparse_mode=mode))
+        gqa = make_case(k, with_shape(group=group, lists=lists, list_length=20, sparse_mode=mode))
         a, changes = gqa.args, {}
         for tensor in ("key", "key_rope"):
-            changes[tensor] = np.repeat(getattr(a, tensor), 3, axis=-2)
+            changes[tensor] = np.repeat(getattr(a, tensor), group, axis=-2)
         if a.sparse_indices is not None:
-            changes["sparse_indices"] = np.repeat(a.sparse_indices, 3, axis=-2)
+            changes["sparse_indices"] = np.repeat(a.sparse_indices, group, axis=-2)
         x, y = run(k, gqa, isa), run(k, gqa.changed(**changes), isa)
         for stat in ("softmax_max", "softmax_sum", "softmax_lse"):
             b, n2, s1, g = x[stat].shape
@@ -137,13 +134,12 @@ def before_end(one: np.ndarray) -> np.ndarray:
     return one[: ends[0]] if len(ends) else one
 
 
-@BY_ISA
-@BY_NAME
+@BY_WAY
 @settings(max_examples=10)
 @given(seed=st.integers(0, 2**20), spread=st.sampled_from(NORMAL))
-def test_permuted_list_is_the_same_selection(name, isa, seed, spread):
+def test_permuted_list_is_the_same_selection(name, isa, group, seed, spread):
     k = kernel(name)
-    shape = with_shape(lists="blocks", list_length=40, seed=seed, spread=spread)
+    shape = with_shape(group=group, lists="blocks", list_length=40, seed=seed, spread=spread)
     case = make_case(k, shape)
     rng = np.random.default_rng(seed)
     lists = [before_end(one) for one in lists_of(case)]
@@ -152,13 +148,12 @@ def test_permuted_list_is_the_same_selection(name, isa, seed, spread):
     assert_close(run(k, turned, isa), run(k, kept, isa), case.dtype)
 
 
-@BY_ISA
-@BY_NAME
+@BY_WAY
 @pytest.mark.parametrize("block", [1, 4, 128])
-def test_list_of_all_keys_is_dense(name, isa, block):
+def test_list_of_all_keys_is_dense(name, isa, group, block):
     k = kernel(name)
     for layout in (BSND, TND, PA_BSND):
-        shape = with_shape(layout_q=TND if layout == TND else BSND, layout_kv=layout)
+        shape = with_shape(group=group, layout_q=TND if layout == TND else BSND, layout_kv=layout)
         dense = make_case(k, shape)
         n = -(-max(shape.lens_kv) // block)
         outer = (*dense.args.query.shape[:-2], 2)
@@ -167,11 +162,13 @@ def test_list_of_all_keys_is_dense(name, isa, block):
         assert_same(run(k, listed, isa, chunk_keys=128), run(k, dense, isa, chunk_keys=128))
 
 
-@BY_ISA
+@by_way("bf16_small")
 @pytest.mark.parametrize("block", [2, 8, 32, 128])
-def test_a_list_of_blocks_is_the_list_of_their_tokens(isa, block):
-    k = kernel("bf16_small")
-    shape = with_shape(lists="blocks", list_length=12, sparse_block_size=block, lens_kv=(300, 290))
+def test_a_list_of_blocks_is_the_list_of_their_tokens(name, isa, group, block):
+    k = kernel(name)
+    shape = with_shape(
+        group=group, lists="blocks", list_length=12, sparse_block_size=block, lens_kv=(300, 290)
+    )
     case = make_case(k, shape)
     tokens = [
         np.concatenate(
@@ -185,12 +182,11 @@ def test_a_list_of_blocks_is_the_list_of_their_tokens(isa, block):
     assert_close(cut, run(k, wide, isa, chunk_keys=128), case.dtype)
 
 
-@BY_ISA
-@BY_NAME
-def test_mode_3_list_of_the_last_row_serves_earlier_rows(name, isa):
+@BY_WAY
+def test_mode_3_list_of_the_last_row_serves_earlier_rows(name, isa, group):
     """Several tokens in one step: one list for all, each row cut at its own threshold."""
     k = kernel(name)
-    shape = with_shape(lens_q=(4, 4), lens_kv=(50, 45), lists="blocks", list_length=30)
+    shape = with_shape(group=group, lens_q=(4, 4), lens_kv=(50, 45), lists="blocks", list_length=30)
     case = make_case(k, shape)
     rng = np.random.default_rng(3)
     last = [random_list(rng, 30, 45).clip(-1, 44) for _ in range(2 * 2)]
@@ -205,13 +201,12 @@ def test_mode_3_list_of_the_last_row_serves_earlier_rows(name, isa):
     assert_same(run(k, with_lists(case, shared), isa), run(k, with_lists(case, cut), isa))
 
 
-@BY_ISA
-@BY_NAME
-def test_layouts_only_change_addresses(name, isa):
+@BY_WAY
+def test_layouts_only_change_addresses(name, isa, group):
     """The same tokens in BSND, TND and pages of several sizes: the same bits."""
     k = kernel(name)
     lens_q, lens_kv = (3, 2), (70, 45)
-    base = make_case(k, with_shape(pad_q=1, pad_kv=3))
+    base = make_case(k, with_shape(group=group, pad_q=1, pad_kv=3))
     a = base.args
     want = run(k, base, isa)
     tnd = base.changed(
@@ -248,15 +243,14 @@ def test_layouts_only_change_addresses(name, isa):
         assert_same(run(k, base.changed(**changes), isa), want)
 
 
-@BY_ISA
-@BY_NAME
-def test_slots_are_positions_in_the_whole_tensor(name, isa):
+@BY_WAY
+def test_slots_are_positions_in_the_whole_tensor(name, isa, group):
     """Slots b * S2 + j of a list without holes, against the same list of positions."""
     k = kernel(name)
-    case = make_case(k, with_shape(sparse_mode=0, lists="blocks", list_length=20))
+    case = make_case(k, with_shape(group=group, sparse_mode=0, lists="blocks", list_length=20))
     rng = np.random.default_rng(8)
     lists = [rng.permutation(45)[:20] for _ in lists_of(case)]
-    clean = make_case(k, with_shape()).args
+    clean = make_case(k, with_shape(group=group)).args
     case = with_lists(case.changed(key=clean.key, key_rope=clean.key_rope), lists)
     batch = np.arange(2).reshape(2, 1, 1, 1)
     by_slot = case.changed(
@@ -270,12 +264,11 @@ def test_slots_are_positions_in_the_whole_tensor(name, isa):
     assert_close(run(k, by_slot.changed(sparse_indices=holes), isa), run(k, case, isa), case.dtype)
 
 
-@BY_ISA
-@BY_NAME
-def test_scale_moves_between_query_and_scale_value(name, isa):
+@BY_WAY
+def test_scale_moves_between_query_and_scale_value(name, isa, group):
     """Powers of two change no digit."""
     k = kernel(name)
-    case = make_case(k, PLAIN)
+    case = make_case(k, with_shape(group=group))
     double = case.changed(
         query=case.args.query * 2,
         query_rope=case.args.query_rope * 2,
@@ -284,11 +277,10 @@ def test_scale_moves_between_query_and_scale_value(name, isa):
     assert_same(run(k, double, isa), run(k, case, isa))
 
 
-@BY_ISA
-@BY_NAME
-def test_every_key_twice_is_the_same_mean(name, isa):
+@BY_WAY
+def test_every_key_twice_is_the_same_mean(name, isa, group):
     k = kernel(name)
-    case = make_case(k, with_shape(sparse_mode=0, lists="blocks", list_length=8))
+    case = make_case(k, with_shape(group=group, sparse_mode=0, lists="blocks", list_length=8))
     ids = [before_end(one) for one in lists_of(case)]
     once = run(k, with_lists(case, ids), isa)
     twice = run(k, with_lists(case, [np.concatenate([x, x]) for x in ids]), isa)
@@ -298,12 +290,14 @@ def test_every_key_twice_is_the_same_mean(name, isa):
     assert_close(twice, once, case.dtype)
 
 
-@BY_ISA
-@BY_NAME
-def test_a_sink_is_a_key_without_value(name, isa):
+@BY_WAY
+def test_a_sink_is_a_key_without_value(name, isa, group):
     k = kernel(name)
     case = make_case(
-        k, with_shape(value=True, sparse_mode=0, lens_kv=(45, 45), joined_k=True, joined_q=True)
+        k,
+        with_shape(
+            group=group, value=True, sparse_mode=0, lens_kv=(45, 45), joined_k=True, joined_q=True
+        ),
     )
     a = case.args
     query = a.query.copy()
@@ -363,14 +357,15 @@ def merged(
     return outputs
 
 
-@BY_ISA
-@BY_NAME
+@BY_WAY
 @pytest.mark.parametrize("cuts", [[35], [1], [70], [0], [20, 20, 50], []])
 @pytest.mark.parametrize("sinks", ["none", "plain"])
-def test_merged_parts_are_the_whole(name, isa, cuts, sinks):
+def test_merged_parts_are_the_whole(name, isa, group, cuts, sinks):
     """Halves, a part without keys, a row without keys in any part."""
     k = kernel(name)
-    case = make_case(k, with_shape(sparse_mode=0, lens_kv=(70, 0), sinks=sinks, pad_q=1))
+    case = make_case(
+        k, with_shape(group=group, sparse_mode=0, lens_kv=(70, 0), sinks=sinks, pad_q=1)
+    )
     whole = run(k, case, isa)
     parts = parts_of(k, case, cuts, isa)
     assert_close(merged(k, case, parts), whole, case.dtype)

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import jinja2
 import numpy as np
 import pytest
-from helpers import BF16, ISAS_HERE
+from helpers import BF16, WORDS_HERE
 from helpers_runner import AARCH64, QEMU, need_aarch64
 
 from gen import bind, spec
@@ -36,7 +36,7 @@ UNARY = (
     SimpleNamespace(name="vround", x=AT["small"]),
     SimpleNamespace(name="vexp2", x=AT["power"]),
 )
-MACHINES = {"here": ISAS_HERE, "aarch64": ("scalar", "neon")}
+MACHINES = {"here": WORDS_HERE, "aarch64": ("scalar", "neon")}
 
 
 @functools.cache
@@ -385,7 +385,7 @@ def test_rows_are_padded_with_zeros(machine, isa):
             assert same(row, want).all(), (kind, n)
 
 
-@pytest.mark.parametrize("isa", ISAS_HERE[1:])
+@pytest.mark.parametrize("isa", WORDS_HERE[1:])
 def test_wide_words_are_the_scalar_ones(isa):
     """Where a word rounds once, all instruction sets agree in every bit."""
     wide, scalar = results("here")[isa], results("here")["scalar"]
