@@ -524,7 +524,8 @@ static tensor as_saved(const tensor *query, const uint16_t *out)
 
 int main(int argc, char **argv)
 {
-    static const char *const isa_names[] = {"best", "scalar", "NEON", "AVX2", "AVX-512"};
+    static const char *const isa_names[] = {"best", "scalar", "NEON",
+                                            "AVX2", "AVX-512", "AMX"};
     if (argc > 3 || (argc > 1 && argv[1][0] == '-')) fail("usage: decode_npy [DIR [OUT]]");
     const char *dir = argc > 2 ? argv[2] : argc > 1 ? argv[1] : ".";
     const step s = argc > 1 ? read_step(argv[1]) : make_step(128, 32768, 2048);

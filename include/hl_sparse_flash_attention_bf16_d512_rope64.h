@@ -834,7 +834,7 @@ static inline const char *hl_rule_words(hl_rule rule)
         " overlaps other memory of the call",
         " must not be twice in one list; it is ",
         " does not fit in memory",
-        " asks for what this header was not generated with; it is "
+        " asks for what this header or this machine does not have; it is "
     };
     return words[(int32_t)rule];
 }
@@ -1679,13 +1679,22 @@ HL_WORD_AMX __m512i hl_pair_amx(__m512 x, __m512 y)
     return _mm512_mask_blend_epi16((__mmask32)0xaaaaaaaau,
                                    _mm512_maskz_srli_epi32(hl_all_avx512(), low, 16), high);
 }
-/* What that rounding left over. */
+/* What that rounding left over; of a weight, that is of x >= 0: nothing if it is infinite, which
+ * would be an invalid operation. */
 HL_WORD_AMX __m512 hl_rest_amx(__m512 x)
 {
     const __m512i half = _mm512_set1_epi32(0x8000);
     const __m512i top = _mm512_set1_epi32((int32_t)0xffff0000u);
     const __m512i sum = _mm512_add_epi32(_mm512_castps_si512(x), half);
     return _mm512_sub_ps(x, _mm512_castsi512_ps(_mm512_and_si512(sum, top)));
+}
+HL_WORD_AMX __m512 hl_rest_of_weight_amx(__m512 x)
+{
+    const __m512i half = _mm512_set1_epi32(0x8000);
+    const __m512i top = _mm512_set1_epi32((int32_t)0xffff0000u);
+    const __m512i sum = _mm512_add_epi32(_mm512_castps_si512(x), half);
+    const __mmask16 finite = _mm512_cmp_ps_mask(x, _mm512_set1_ps(3.402823466e+38f), _CMP_LE_OQ);
+    return _mm512_maskz_sub_ps(finite, x, _mm512_castsi512_ps(_mm512_and_si512(sum, top)));
 }
 
 /* sum + x + y of such pairs. */
@@ -1719,7 +1728,10 @@ HL_WORD_AMX __m512 hl_whole_amx(__m512 x)
 }
 
 /* One number from a vector: the first, the largest, the sum (in a fixed order). */
-HL_WORD_AMX float hl_first_of_amx(__m512 x) { return _mm_cvtss_f32(_mm512_castps512_ps128(x)); }
+HL_WORD_AMX float hl_first_of_amx(__m512 x)
+{
+    return _mm_cvtss_f32(_mm512_maskz_extractf32x4_ps((__mmask8)0xf, x, 0));
+}
 HL_WORD_AMX float hl_largest_amx(__m512 x)
 {
     float lane[16];
@@ -9738,7 +9750,6 @@ typedef struct hl_sfa_bf16_d512_rope64_woven_amx {
     float sum[32];
     float mass[32]; /* the same of the rounded weights */
     float top[32];  /* largest score above m */
-    float minus[32]; /* -m */
     hl_sfa_bf16_d512_rope64_unit_amx turn;   /* weights -> tiles */
     int32_t quad;   /* slices done so far */
     int32_t quads;
@@ -9753,15 +9764,22 @@ HL_WORD_AMX unsigned char *hl_sfa_bf16_d512_rope64_weights_amx(const hl_space *w
     return (unsigned char *)w->s + tile * (1024 * PARTS);
 }
 
+/* 16 scores in units of log2, rounded: were the product left to be fused with the subtraction of m,
+ * the largest score would not weigh 1. */
+HL_WORD_AMX hl_vf_avx512 hl_sfa_bf16_d512_rope64_scaled_amx(const float *s, float scale)
+{
+    return hl_vfma_avx512(hl_vload_avx512(s), hl_vset_avx512(scale), hl_vzero_avx512());
+}
+
 /* P = 2^(S - m) of two keys and 16 heads. */
 HL_WORD_AMX void hl_sfa_bf16_d512_rope64_weigh_pair_amx(hl_sfa_bf16_d512_rope64_woven_amx *x,
     int32_t i)
 {
     const int32_t half = i / 16;
     const float *const s = x->s + (ptrdiff_t)i * 32;
-    const hl_vf_avx512 m = hl_vload_avx512(x->minus + 16 * half);
-    const hl_vf_avx512 s0 = hl_vfma_avx512(hl_vload_avx512(s), hl_vset_avx512(x->scale), m);
-    const hl_vf_avx512 s1 = hl_vfma_avx512(hl_vload_avx512(s + 16), hl_vset_avx512(x->scale), m);
+    const hl_vf_avx512 m = hl_vload_avx512(x->t->m + x->weigh.head + 16 * half);
+    const hl_vf_avx512 s0 = hl_vsub_avx512(hl_sfa_bf16_d512_rope64_scaled_amx(s, x->scale), m);
+    const hl_vf_avx512 s1 = hl_vsub_avx512(hl_sfa_bf16_d512_rope64_scaled_amx(s + 16, x->scale), m);
     const hl_vf_avx512 p0 = hl_exp2_amx(s0);
     const hl_vf_avx512 p1 = hl_exp2_amx(s1);
     const __m512i pair = hl_pair_amx(p0, p1);
@@ -9780,16 +9798,15 @@ HL_KERNEL_AMX void hl_sfa_bf16_d512_rope64_weigh_last_amx(hl_sfa_bf16_d512_rope6
     int32_t half)
 {
     enum { SUB = 32 };
-    const hl_vf_avx512 m =
-        hl_vsub_avx512(hl_vzero_avx512(), hl_vload_avx512(x->t->m + x->weigh.head + 16 * half));
+    const hl_vf_avx512 m = hl_vload_avx512(x->t->m + x->weigh.head + 16 * half);
     hl_vf_avx512 sum = hl_vzero_avx512();
     hl_vf_avx512 mass = hl_vzero_avx512();
     hl_vf_avx512 top = hl_vload_avx512(x->top + 16 * half);
     for (int32_t j = 0; j < SUB; j += 2) {
         const float *const s = x->s + (16 * half + j / 2) * 32;
-        const hl_vf_avx512 s0 = hl_vfma_avx512(hl_vload_avx512(s), hl_vset_avx512(x->scale), m);
+        const hl_vf_avx512 s0 = hl_vsub_avx512(hl_sfa_bf16_d512_rope64_scaled_amx(s, x->scale), m);
         const hl_vf_avx512 s1 =
-            hl_vfma_avx512(hl_vload_avx512(s + 16), hl_vset_avx512(x->scale), m);
+            hl_vsub_avx512(hl_sfa_bf16_d512_rope64_scaled_amx(s + 16, x->scale), m);
         hl_vf_avx512 p0 = j < x->weigh.keys ? hl_exp2_amx(s0) : hl_vzero_avx512();
         hl_vf_avx512 p1 = j + 1 < x->weigh.keys ? hl_exp2_amx(s1) : hl_vzero_avx512();
         const __m512i pair = hl_pair_amx(p0, p1);
@@ -9832,8 +9849,8 @@ HL_KERNEL_AMX void hl_sfa_bf16_d512_rope64_raise_amx(hl_sfa_bf16_d512_rope64_wov
     float factor[16];
     for (int32_t j = 0; j < x->weigh.keys; ++j) {
         most =
-            hl_vmax_avx512(hl_vmul_avx512(hl_vload_avx512(x->s + 512 * half + 16 * j),
-                                          hl_vset_avx512(x->scale)), most);
+            hl_vmax_avx512(hl_sfa_bf16_d512_rope64_scaled_amx(x->s + 512 * half + 16 * j, x->scale),
+                           most);
     }
     m = _mm512_mask_mov_ps(before, high, hl_whole_amx(most));
     alpha = hl_vexp2_avx512(hl_vsub_avx512(before, m));
@@ -9969,9 +9986,6 @@ HL_WORD_AMX void hl_sfa_bf16_d512_rope64_move_on_amx(hl_sfa_bf16_d512_rope64_wov
     x->weigh.head = head;
     x->weigh.sub = sub;
     x->weigh.keys = keys;
-    hl_vstore_avx512(x->minus, hl_vsub_avx512(hl_vzero_avx512(), hl_vload_avx512(x->t->m + head)));
-    hl_vstore_avx512(x->minus + 16,
-                     hl_vsub_avx512(hl_vzero_avx512(), hl_vload_avx512(x->t->m + head + 16)));
     x->weigh.pairs = x->turn.pairs == pairs ? pairs + 2048 * PARTS : pairs;
     x->pairs = keys == SUB ? 32 : 0;
     x->pair = 0;

@@ -824,7 +824,7 @@ static inline const char *hl_rule_words(hl_rule rule)
         " overlaps other memory of the call",
         " must not be twice in one list; it is ",
         " does not fit in memory",
-        " asks for what this header was not generated with; it is "
+        " asks for what this header or this machine does not have; it is "
     };
     return words[(int32_t)rule];
 }

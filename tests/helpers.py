@@ -139,14 +139,6 @@ def by_way(*names: str, few: int = 3) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("name,isa,group", ways)
 
 
-def known_defect(request: pytest.FixtureRequest, here: bool, what: str) -> None:
-    """The rest of the test has to fail where a defect that was found is still there; once it is
-    gone, the test says so, and this line has to go too."""
-    if here:
-        mark = pytest.mark.xfail(strict=True, raises=AssertionError, reason=what)
-        request.node.add_marker(mark)
-
-
 @functools.cache
 def text(name: str) -> str:
     """The header's C text: the committed file for the shipped ones."""
@@ -277,22 +269,16 @@ def tile_error(a: Args, isa: str, size: Sizes) -> np.ndarray:
     return 2 * 2.0**-16 * size.value
 
 
-def left_out(a: Args, isa: str) -> float:
-    """The error of a score, of its terms' size: float16 in two parts on tiles lacks the products of
-    the two small parts, each up to 2^-8 of its number (half a unit of 8 bits)."""
-    return 2.0**-16 if on_tiles(a, isa) and a.query.dtype != BF16 else 0.0
-
-
 def bound_of(
     a: Args, exact: np.ndarray, dtype: np.dtype, isa: str, size: Sizes | None = None
 ) -> np.ndarray:
     """u |o| + (4 delta + gamma) sum p |v|, for each element: delta bounds the error of a score
     summed in float32 in any order, gamma those of exp2, of rescaling and of the sums. On tiles
-    comes what tile_error and left_out say."""
+    comes what tile_error says."""
     size = size or sizes(a)
     channels = a.query.shape[-1] + (0 if a.query_rope is None else a.query_rope.shape[-1])
     heads = (len(size.keys), a.heads_q, 1)
-    delta = ((channels + 8) * 2.0**-24 + left_out(a, isa)) * size.score.reshape(heads)
+    delta = (channels + 8) * 2.0**-24 * size.score.reshape(heads)
     gamma = (2 * size.keys.reshape(heads) + 64) * 2.0**-24
     bound = (4 * delta + gamma) * np.exp(np.minimum(4 * delta, 50.0)) * size.value
     bound = (bound + tile_error(a, isa, size)).reshape(exact.shape)
@@ -318,7 +304,7 @@ def check_stats(a: Args, got: dict[str, np.ndarray], want: Output, isa: str) -> 
         same = (found == exact) | (np.isnan(found) & np.isnan(exact))
         assert same[~plain_ones].all(), f"softmax_{name}: infinity or NaN is misplaced"
         relative = np.maximum(abs(exact), 1.0 if name == "lse" else 0.0)
-        slack = (16 * 2.0**-24 + left_out(a, isa)) * size
+        slack = 16 * 2.0**-24 * size
         slack = slack * relative if name == "sum" else slack
         with np.errstate(all="ignore"):
             excess = abs(found - exact) / (1e-5 * relative + slack + 1e-37)

@@ -8,7 +8,7 @@ import helpers_tiles
 import ml_dtypes
 import numpy as np
 import pytest
-from helpers import ISAS_HERE, TILES, known_defect
+from helpers import ISAS_HERE, TILES
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build" / "examples"
@@ -157,10 +157,9 @@ def test_what_it_prints(examples, tmp_path):
 
 
 @pytest.mark.skipif("amx" not in ISAS_HERE, reason="no x86-64 Linux with AVX-512")
-def test_tiles_where_they_are_granted(examples, tmp_path, request):
+def test_tiles_where_they_are_granted(examples, tmp_path):
     """The program asks for them by itself; elsewhere in this file it gets none, unless the machine
     has its own. Other weights are rounded there, so that other bits show that they were used."""
-    known_defect(request, True, "decode_npy has no name for tiles, and ends by SIGSEGV")
     make(tmp_path)
     results = []
     for mode in ("absent", "granted"):

@@ -18,7 +18,6 @@ from helpers import (
     enough_heads,
     groups_of,
     kernel,
-    known_defect,
     pairs,
     same_bits,
     shipped,
@@ -266,11 +265,10 @@ def control() -> ctypes.CDLL:
 
 
 @by_way("f32_small", "f16_small", "bf16_small")
-def test_floating_point_state_is_left_alone(name, isa, group, control, request):
+def test_floating_point_state_is_left_alone(name, isa, group, control):
     """Control bits as before; for finite inputs no invalid operation and no division by zero, which
     some callers trap; and the error rule holds with subnormal numbers flushed too."""
     k = kernel(name)
-    known_defect(request, (name, isa) == ("f16_small", "amx"), "infinity - infinity, before m")
     shapes = [
         Shape(
             lens_q=(3,),
