@@ -190,8 +190,8 @@ def test_errors_are_not_far_below_their_bound(name):
 def test_float16_statistics_keep_the_limit_of_all_others(parts):
     """docs/numerics.md: max, sum and LSE are within 1e-5 and 16 u of the score's size, on every
     instruction set. float16 in two parts must not leave out small times small, up to 2^-16 of a
-    score's terms: numbers whose small parts are as large as can be, and of one sign; and one ordinary row
-    of a few that is off by more than that."""
+    score's terms: numbers whose small parts are as large as can be, and of one sign; and ordinary
+    rows."""
     k = kernel("f16_tails")
     case = make_case(k, Shape(lens_kv=(33,), group=20, spread="equal", seed=53))
     if parts == "aligned":
