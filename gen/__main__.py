@@ -151,6 +151,8 @@ def show_kernel(kernel, options):
         print(f"    {isa.name}: {isa.lanes} lanes, {isa.registers} registers")
         print(f"      score tiles {tile.rows} keys x {tile.vecs} vectors of heads")
         print(f"      value tiles {tile.value_heads} heads x {tile.value_vecs} vectors of channels")
+        dots = ", ".join(f"{t.heads} x {t.keys}" for t in tile.dot_tiles)
+        print(f"      few heads: dot products of {dots} heads x keys")
         for reason in tile.why.values():
             print(f"      {reason}")
     group, rows, keys = options.group, options.rows, options.keys
