@@ -6,8 +6,7 @@ from gen import matrix
 from gen.formats import FORMATS
 
 AHEAD = 8  # rows of 1 KiB: enough to cover a miss, too few to crowd the fill buffers
-FEW_AHEAD = 24  # rows, where they are read in place: they come into the second-level cache
-LEAN_BYTES = 20 * 1024  # of rows that are scored and then read again as values, in one's nearest
+LEAN_BYTES = 20 * 1024  # of rows that stay in the first-level cache from score to value
 LINE_BYTES = 64
 L1_BYTES = 16 * 1024  # what a slice of a Q panel may take of the first-level cache
 
@@ -191,6 +190,9 @@ class Tile:
         return (
             f"score tiles {self.rows} keys x {self.vecs} vectors of heads",
             f"value tiles {self.value_heads} heads x {self.value_vecs} vectors of channels",
+            "few heads: dot products of "
+            + ", ".join(f"{t.heads} x {t.keys}" for t in self.dot_tiles)
+            + " heads x keys",
         )
 
     @property
@@ -226,6 +228,16 @@ def round_up(n, step):
 
 # instruction set -> register tiles. A tile of r rows and c vectors needs r * c accumulators, c
 # streamed vectors and one broadcast; the more of them, the fewer loads there are for each FMA.
+#
+# Few heads. dots: (heads, keys, rows side by side, sums of a dot product). Heads x keys are whole
+# vectors of sums, for vsums; heads x rows x sums are chains enough to hide the latency of an FMA.
+# One head waits for memory: AVX-512 reads its rows one after another, as hardware follows one
+# stream better than four (41 -> 36 ns a key); AVX2 would then wait for its loads.
+# leaves: of two lines of later rows, how many value tiles ask for. With one head every second, so
+# that misses are under way in both products; with two all, as the score loop is the fuller one;
+# with more none: misses hide behind the arithmetic of scores.
+# few_ahead: rows between use and asking; 16 to 48 measure the same, 8 are too few.
+# few_block: keys whose S stays near. With 64 AVX2 loses 17 points: something aliases.
 REGISTERS = {
     "scalar": {
         "rows": (4, 1),
@@ -233,6 +245,7 @@ REGISTERS = {
         "value_heads": (4, 1),
         "value_vecs": (2, 1),
         "few": "all",
+        "few_ahead": 8,  # the window is dear on small targets, which seldom have caches to fill
         "lean": 0,
         "leaves": {},
         "dots": ((4, 2, 2, 1), (2, 4, 4, 1), (1, 8, 8, 1)),
@@ -246,6 +259,7 @@ REGISTERS = {
         "value_heads": (8, 1),
         "value_vecs": (2, 1),
         "few": 16,
+        "few_ahead": 24,
         "lean": 3,
         "leaves": {1: 1, 2: 2},
         "dots": ((4, 4, 4, 1), (2, 8, 4, 2), (1, 16, 4, 2)),
@@ -259,6 +273,7 @@ REGISTERS = {
         "value_heads": (4, 1),
         "value_vecs": (3, 1),
         "few": 16,
+        "few_ahead": 24,
         "lean": 3,
         "leaves": {1: 1, 2: 2},
         "dots": ((4, 2, 2, 1), (2, 4, 4, 1), (1, 8, 4, 2)),
@@ -272,6 +287,7 @@ REGISTERS = {
         "value_heads": (8, 4, 1),
         "value_vecs": (3, 2, 1),
         "few": 32,
+        "few_ahead": 24,
         "lean": 3,
         "leaves": {1: 1, 2: 2},
         "dots": ((4, 4, 4, 1), (2, 8, 8, 1), (1, 16, 1, 4)),
@@ -360,12 +376,12 @@ def lean_block(kernel):
 
 
 def few_reason(few):
-    """When values are read where they are stored, and why."""
+    """When rows are read where they are stored, and why."""
     if few == "all":
-        return "values are always read where they are stored: workspace is dear on small targets"
+        return "rows are always read where they are stored: workspace is dear on small targets"
     return (
-        f"up to {few} heads read values where they are stored: for so few the float32 copy costs "
-        "more to write than it saves"
+        f"up to {few} heads read rows where they are stored, channels in the lanes: a float32 copy "
+        "costs more to write than it saves, and no lane is idle"
     )
 
 
@@ -379,7 +395,7 @@ def tile(kernel, isa):
     dots = registers["dots"]
     line = LINE_BYTES // FORMATS[kernel.dtype].bytes
     sections = sections_of(kernel, lanes, line)
-    window = 2 * max(block, registers["few_block"] + FEW_AHEAD)
+    window = 2 * max(block, registers["few_block"] + registers["few_ahead"])
     values = row_tiles(dots, kernel.dv, lanes, line, registers["leaves"])
     panel = registers["vecs"][0] * lanes
     slices = max(1, -(-kernel.d * panel * 4 // L1_BYTES)) if isa.name != "scalar" else 1
@@ -404,7 +420,7 @@ def tile(kernel, isa):
         o_stride=round_up(kernel.dv, lanes),
         few=registers["few"],
         few_block=registers["few_block"],
-        few_ahead=FEW_AHEAD,
+        few_ahead=registers["few_ahead"],
         lean_block=min(registers["few_block"], lean_block(kernel)),
         lean=registers["lean"],
         dots=dots[0][0] * dots[0][1],

@@ -2944,7 +2944,7 @@ HL_KERNEL_SCALAR void hl_sfa_bf16_d128_rope64_dot_1x8_scalar(const float *q, con
 HL_KERNEL_SCALAR void hl_sfa_bf16_d128_rope64_score_few_scalar(const hl_space *w, const hl_block *b,
     int32_t group, float scale)
 {
-    enum { QS = 192, BLOCK = 16, AHEAD = 24 };
+    enum { QS = 192, BLOCK = 16, AHEAD = 8 };
     const int32_t known = b->n + b->n_later;
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
@@ -3049,7 +3049,7 @@ HL_KERNEL_SCALAR void hl_sfa_bf16_d128_rope64_softmaxes_few_scalar(const hl_spac
 /* ---- value: O = alpha O + P V ---- */
 
 /* 4 heads by 2 vectors of channels, read where they are stored. Meanwhile lines
- * of values 24 keys further on are asked for, as long as j < later. */
+ * of values 8 keys further on are asked for, as long as j < later. */
 HL_KERNEL_SCALAR void hl_sfa_bf16_d128_rope64_pr_4x2_scalar(const float *p, const hl_row *row,
     int32_t c, float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
 {
@@ -3066,7 +3066,7 @@ HL_KERNEL_SCALAR void hl_sfa_bf16_d128_rope64_pr_4x2_scalar(const float *p, cons
         const uint16_t *const value = (const uint16_t *)row[j].value + c;
         if (j < later) {
             const uint16_t *const next =
-                (const uint16_t *)row[j + 24].value + c;
+                (const uint16_t *)row[j + 8].value + c;
             HL_FETCH(next + 0);
         }
         hl_vf_scalar x;
@@ -3114,7 +3114,7 @@ HL_KERNEL_SCALAR void hl_sfa_bf16_d128_rope64_pr_4x2_scalar(const float *p, cons
 }
 
 /* 2 heads by 4 vectors of channels, read where they are stored. Meanwhile lines
- * of values 24 keys further on are asked for, as long as j < later. */
+ * of values 8 keys further on are asked for, as long as j < later. */
 HL_KERNEL_SCALAR void hl_sfa_bf16_d128_rope64_pr_2x4_scalar(const float *p, const hl_row *row,
     int32_t c, float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
 {
@@ -3131,7 +3131,7 @@ HL_KERNEL_SCALAR void hl_sfa_bf16_d128_rope64_pr_2x4_scalar(const float *p, cons
         const uint16_t *const value = (const uint16_t *)row[j].value + c;
         if (j < later) {
             const uint16_t *const next =
-                (const uint16_t *)row[j + 24].value + c;
+                (const uint16_t *)row[j + 8].value + c;
             HL_FETCH(next + 0);
         }
         hl_vf_scalar x;
@@ -3180,7 +3180,7 @@ HL_KERNEL_SCALAR void hl_sfa_bf16_d128_rope64_pr_2x4_scalar(const float *p, cons
 }
 
 /* 1 head by 8 vectors of channels, read where they are stored. Meanwhile lines
- * of values 24 keys further on are asked for, as long as j < later. */
+ * of values 8 keys further on are asked for, as long as j < later. */
 HL_KERNEL_SCALAR void hl_sfa_bf16_d128_rope64_pr_1x8_scalar(const float *p, const hl_row *row,
     int32_t c, float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
 {
@@ -3197,7 +3197,7 @@ HL_KERNEL_SCALAR void hl_sfa_bf16_d128_rope64_pr_1x8_scalar(const float *p, cons
         const uint16_t *const value = (const uint16_t *)row[j].value + c;
         if (j < later) {
             const uint16_t *const next =
-                (const uint16_t *)row[j + 24].value + c;
+                (const uint16_t *)row[j + 8].value + c;
             HL_FETCH(next + 0);
         }
         const hl_vf_scalar x = hl_vset_scalar(p[j]);
@@ -3248,7 +3248,7 @@ HL_KERNEL_SCALAR void hl_sfa_bf16_d128_rope64_value_few_scalar(const hl_space *w
     const hl_block *b, int32_t group)
 {
     enum { OS = 128, BLOCK = 16 };
-    const int32_t left = b->n + b->n_later - 24;
+    const int32_t left = b->n + b->n_later - 8;
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
         const int32_t later = h == 0 ? left : 0;
@@ -3475,7 +3475,7 @@ HL_KERNEL_SCALAR void hl_sfa_bf16_d128_rope64_forward_scalar(
     const hl_sparse_flash_attention_plan *plan, const hl_group *g, const hl_space *w,
     const hl_state *t, hl_cursor c, int32_t padded)
 {
-    enum { CAP = 80, AHEAD = 24 };
+    enum { CAP = 48, AHEAD = 8 };
     const int32_t block = 16;
     const hl_sparse_flash_attention_args *const a = &plan->args;
     int32_t known = hl_sfa_bf16_d128_rope64_next(a, g, &c, w->row, CAP);

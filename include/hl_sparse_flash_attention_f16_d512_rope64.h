@@ -2930,7 +2930,7 @@ HL_KERNEL_SCALAR void hl_sfa_f16_d512_rope64_dot_1x8_scalar(const float *q, cons
 HL_KERNEL_SCALAR void hl_sfa_f16_d512_rope64_score_few_scalar(const hl_space *w, const hl_block *b,
     int32_t group, float scale)
 {
-    enum { QS = 576, BLOCK = 16, AHEAD = 24 };
+    enum { QS = 576, BLOCK = 16, AHEAD = 8 };
     const int32_t known = b->n + b->n_later;
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
@@ -3035,7 +3035,7 @@ HL_KERNEL_SCALAR void hl_sfa_f16_d512_rope64_softmaxes_few_scalar(const hl_space
 /* ---- value: O = alpha O + P V ---- */
 
 /* 4 heads by 2 vectors of channels, read where they are stored. Meanwhile lines
- * of values 24 keys further on are asked for, as long as j < later. */
+ * of values 8 keys further on are asked for, as long as j < later. */
 HL_KERNEL_SCALAR void hl_sfa_f16_d512_rope64_pr_4x2_scalar(const float *p, const hl_row *row,
     int32_t c, float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
 {
@@ -3052,7 +3052,7 @@ HL_KERNEL_SCALAR void hl_sfa_f16_d512_rope64_pr_4x2_scalar(const float *p, const
         const uint16_t *const value = (const uint16_t *)row[j].value + c;
         if (j < later) {
             const uint16_t *const next =
-                (const uint16_t *)row[j + 24].value + c;
+                (const uint16_t *)row[j + 8].value + c;
             HL_FETCH(next + 0);
         }
         hl_vf_scalar x;
@@ -3100,7 +3100,7 @@ HL_KERNEL_SCALAR void hl_sfa_f16_d512_rope64_pr_4x2_scalar(const float *p, const
 }
 
 /* 2 heads by 4 vectors of channels, read where they are stored. Meanwhile lines
- * of values 24 keys further on are asked for, as long as j < later. */
+ * of values 8 keys further on are asked for, as long as j < later. */
 HL_KERNEL_SCALAR void hl_sfa_f16_d512_rope64_pr_2x4_scalar(const float *p, const hl_row *row,
     int32_t c, float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
 {
@@ -3117,7 +3117,7 @@ HL_KERNEL_SCALAR void hl_sfa_f16_d512_rope64_pr_2x4_scalar(const float *p, const
         const uint16_t *const value = (const uint16_t *)row[j].value + c;
         if (j < later) {
             const uint16_t *const next =
-                (const uint16_t *)row[j + 24].value + c;
+                (const uint16_t *)row[j + 8].value + c;
             HL_FETCH(next + 0);
         }
         hl_vf_scalar x;
@@ -3166,7 +3166,7 @@ HL_KERNEL_SCALAR void hl_sfa_f16_d512_rope64_pr_2x4_scalar(const float *p, const
 }
 
 /* 1 head by 8 vectors of channels, read where they are stored. Meanwhile lines
- * of values 24 keys further on are asked for, as long as j < later. */
+ * of values 8 keys further on are asked for, as long as j < later. */
 HL_KERNEL_SCALAR void hl_sfa_f16_d512_rope64_pr_1x8_scalar(const float *p, const hl_row *row,
     int32_t c, float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
 {
@@ -3183,7 +3183,7 @@ HL_KERNEL_SCALAR void hl_sfa_f16_d512_rope64_pr_1x8_scalar(const float *p, const
         const uint16_t *const value = (const uint16_t *)row[j].value + c;
         if (j < later) {
             const uint16_t *const next =
-                (const uint16_t *)row[j + 24].value + c;
+                (const uint16_t *)row[j + 8].value + c;
             HL_FETCH(next + 0);
         }
         const hl_vf_scalar x = hl_vset_scalar(p[j]);
@@ -3234,7 +3234,7 @@ HL_KERNEL_SCALAR void hl_sfa_f16_d512_rope64_value_few_scalar(const hl_space *w,
     const hl_block *b, int32_t group)
 {
     enum { OS = 512, BLOCK = 16 };
-    const int32_t left = b->n + b->n_later - 24;
+    const int32_t left = b->n + b->n_later - 8;
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
         const int32_t later = h == 0 ? left : 0;
@@ -3461,7 +3461,7 @@ HL_KERNEL_SCALAR void hl_sfa_f16_d512_rope64_forward_scalar(
     const hl_sparse_flash_attention_plan *plan, const hl_group *g, const hl_space *w,
     const hl_state *t, hl_cursor c, int32_t padded)
 {
-    enum { CAP = 80, AHEAD = 24 };
+    enum { CAP = 48, AHEAD = 8 };
     const int32_t block = 16;
     const hl_sparse_flash_attention_args *const a = &plan->args;
     int32_t known = hl_sfa_f16_d512_rope64_next(a, g, &c, w->row, CAP);

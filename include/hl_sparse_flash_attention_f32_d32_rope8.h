@@ -52,7 +52,7 @@
  *
  * MEMORY
  *   One task needs HL_SPARSE_FLASH_ATTENTION_F32_D32_ROPE8_WORKSPACE_BYTES(G),
- *   6144 bytes for G = 8, whatever the lengths.
+ *   5376 bytes for G = 8, whatever the lengths.
  *   Nothing is read outside the rows that a list (or a length) names, and nothing before or behind
  *   a row; unused memory may hold NaN.
  *
@@ -895,7 +895,7 @@ enum {
  * `group` query heads on a kv head (heads_q / heads_kv). Sequence lengths do not matter. */
 #define HL_SPARSE_FLASH_ATTENTION_F32_D32_ROPE8_WORKSPACE_BYTES(group) \
     (64 + 4 * (62 * (((size_t)(group) + 0) / 1 * 1) \
-     + 64 * (size_t)(group) + 512))
+     + 64 * (size_t)(group) + 320))
 
 /* Bytes of args.partials that are enough to split r query rows of `heads` query heads into `chunks`
  * each; plan->split_bytes is the exact figure. */
@@ -1052,7 +1052,7 @@ static inline void hl_sfa_f32_d32_rope8_space(hl_space *w, void *workspace, int3
     w->s = at; /* S^T, then P^T */
     at += 16 * heads;
     w->row = (hl_row *)(void *)at; /* where keys lie, known ahead */
-    at += 480;
+    at += 288;
     w->state.m = at; /* running maxima, in log2 units */
     at += heads;
     w->state.l = at; /* running sums */
@@ -2124,7 +2124,7 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_dot_1x8_scalar(const float *q, const 
 HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_score_few_scalar(const hl_space *w, const hl_block *b,
     int32_t group, float scale)
 {
-    enum { QS = 40, BLOCK = 16, AHEAD = 24 };
+    enum { QS = 40, BLOCK = 16, AHEAD = 8 };
     const int32_t known = b->n + b->n_later;
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
@@ -2229,7 +2229,7 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_softmaxes_few_scalar(const hl_space *
 /* ---- value: O = alpha O + P V ---- */
 
 /* 4 heads by 2 vectors of channels, read where they are stored. Meanwhile lines
- * of values 24 keys further on are asked for, as long as j < later. */
+ * of values 8 keys further on are asked for, as long as j < later. */
 HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_pr_4x2_scalar(const float *p, const hl_row *row,
     int32_t c, float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
 {
@@ -2246,7 +2246,7 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_pr_4x2_scalar(const float *p, const h
         const float *const value = (const float *)row[j].value + c;
         if (j < later) {
             const float *const next =
-                (const float *)row[j + 24].value + c;
+                (const float *)row[j + 8].value + c;
             HL_FETCH(next + 0);
         }
         hl_vf_scalar x;
@@ -2294,7 +2294,7 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_pr_4x2_scalar(const float *p, const h
 }
 
 /* 2 heads by 4 vectors of channels, read where they are stored. Meanwhile lines
- * of values 24 keys further on are asked for, as long as j < later. */
+ * of values 8 keys further on are asked for, as long as j < later. */
 HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_pr_2x4_scalar(const float *p, const hl_row *row,
     int32_t c, float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
 {
@@ -2311,7 +2311,7 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_pr_2x4_scalar(const float *p, const h
         const float *const value = (const float *)row[j].value + c;
         if (j < later) {
             const float *const next =
-                (const float *)row[j + 24].value + c;
+                (const float *)row[j + 8].value + c;
             HL_FETCH(next + 0);
         }
         hl_vf_scalar x;
@@ -2360,7 +2360,7 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_pr_2x4_scalar(const float *p, const h
 }
 
 /* 1 head by 8 vectors of channels, read where they are stored. Meanwhile lines
- * of values 24 keys further on are asked for, as long as j < later. */
+ * of values 8 keys further on are asked for, as long as j < later. */
 HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_pr_1x8_scalar(const float *p, const hl_row *row,
     int32_t c, float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
 {
@@ -2377,7 +2377,7 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_pr_1x8_scalar(const float *p, const h
         const float *const value = (const float *)row[j].value + c;
         if (j < later) {
             const float *const next =
-                (const float *)row[j + 24].value + c;
+                (const float *)row[j + 8].value + c;
             HL_FETCH(next + 0);
         }
         const hl_vf_scalar x = hl_vset_scalar(p[j]);
@@ -2428,7 +2428,7 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_value_few_scalar(const hl_space *w, c
     const hl_block *b, int32_t group)
 {
     enum { OS = 32, BLOCK = 16 };
-    const int32_t left = b->n + b->n_later - 24;
+    const int32_t left = b->n + b->n_later - 8;
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
         const int32_t later = h == 0 ? left : 0;
@@ -2646,7 +2646,7 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_forward_scalar(
     const hl_sparse_flash_attention_plan *plan, const hl_group *g, const hl_space *w,
     const hl_state *t, hl_cursor c, int32_t padded)
 {
-    enum { CAP = 80, AHEAD = 24 };
+    enum { CAP = 48, AHEAD = 8 };
     const int32_t block = 16;
     const hl_sparse_flash_attention_args *const a = &plan->args;
     int32_t known = hl_sfa_f32_d32_rope8_next(a, g, &c, w->row, CAP);

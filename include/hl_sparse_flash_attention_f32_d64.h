@@ -2338,7 +2338,7 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d64_dot_1x8_scalar(const float *q, const hl_row
 HL_KERNEL_SCALAR void hl_sfa_f32_d64_score_few_scalar(const hl_space *w, const hl_block *b,
     int32_t group, float scale)
 {
-    enum { QS = 64, BLOCK = 16, AHEAD = 24 };
+    enum { QS = 64, BLOCK = 16, AHEAD = 8 };
     const int32_t known = b->n + b->n_later;
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
@@ -2440,7 +2440,7 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d64_softmaxes_few_scalar(const hl_space *w, con
 /* ---- value: O = alpha O + P V ---- */
 
 /* 4 heads by 2 vectors of channels, read where they are stored. Meanwhile lines
- * of values 24 keys further on are asked for, as long as j < later. */
+ * of values 8 keys further on are asked for, as long as j < later. */
 HL_KERNEL_SCALAR void hl_sfa_f32_d64_pr_4x2_scalar(const float *p, const hl_row *row, int32_t c,
                                                    float *o, const float *alpha, int32_t n,
                                                    int32_t later, int32_t apart)
@@ -2458,7 +2458,7 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d64_pr_4x2_scalar(const float *p, const hl_row 
         const float *const value = (const float *)row[j].value + c;
         if (j < later) {
             const float *const next =
-                (const float *)row[j + 24].value + c;
+                (const float *)row[j + 8].value + c;
             HL_FETCH(next + 0);
         }
         hl_vf_scalar x;
@@ -2506,7 +2506,7 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d64_pr_4x2_scalar(const float *p, const hl_row 
 }
 
 /* 2 heads by 4 vectors of channels, read where they are stored. Meanwhile lines
- * of values 24 keys further on are asked for, as long as j < later. */
+ * of values 8 keys further on are asked for, as long as j < later. */
 HL_KERNEL_SCALAR void hl_sfa_f32_d64_pr_2x4_scalar(const float *p, const hl_row *row, int32_t c,
                                                    float *o, const float *alpha, int32_t n,
                                                    int32_t later, int32_t apart)
@@ -2524,7 +2524,7 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d64_pr_2x4_scalar(const float *p, const hl_row 
         const float *const value = (const float *)row[j].value + c;
         if (j < later) {
             const float *const next =
-                (const float *)row[j + 24].value + c;
+                (const float *)row[j + 8].value + c;
             HL_FETCH(next + 0);
         }
         hl_vf_scalar x;
@@ -2573,7 +2573,7 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d64_pr_2x4_scalar(const float *p, const hl_row 
 }
 
 /* 1 head by 8 vectors of channels, read where they are stored. Meanwhile lines
- * of values 24 keys further on are asked for, as long as j < later. */
+ * of values 8 keys further on are asked for, as long as j < later. */
 HL_KERNEL_SCALAR void hl_sfa_f32_d64_pr_1x8_scalar(const float *p, const hl_row *row, int32_t c,
                                                    float *o, const float *alpha, int32_t n,
                                                    int32_t later, int32_t apart)
@@ -2591,7 +2591,7 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d64_pr_1x8_scalar(const float *p, const hl_row 
         const float *const value = (const float *)row[j].value + c;
         if (j < later) {
             const float *const next =
-                (const float *)row[j + 24].value + c;
+                (const float *)row[j + 8].value + c;
             HL_FETCH(next + 0);
         }
         const hl_vf_scalar x = hl_vset_scalar(p[j]);
@@ -2642,7 +2642,7 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d64_value_few_scalar(const hl_space *w, const h
     const hl_block *b, int32_t group)
 {
     enum { OS = 64, BLOCK = 16 };
-    const int32_t left = b->n + b->n_later - 24;
+    const int32_t left = b->n + b->n_later - 8;
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
         const int32_t later = h == 0 ? left : 0;
@@ -2861,7 +2861,7 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d64_forward_scalar(const hl_sparse_flash_attent
                                                     const hl_group *g, const hl_space *w,
                                                     const hl_state *t, hl_cursor c, int32_t padded)
 {
-    enum { CAP = 80, AHEAD = 24 };
+    enum { CAP = 48, AHEAD = 8 };
     const int32_t block = 16;
     const hl_sparse_flash_attention_args *const a = &plan->args;
     int32_t known = hl_sfa_f32_d64_next(a, g, &c, w->row, CAP);
