@@ -19,7 +19,7 @@ class DotTile:
     keys: int
     once: int  # keys whose rows are read side by side
     parts: int  # sums of which a dot product is made: so many do not wait for each other
-    leaves: int  # of two lines of later rows, so many are left to value tiles to ask for
+    runs: tuple  # Run: the loops over a row's sections
 
     def sum(self, head, row, pair=0, second=0):
         """The sum that a vector belongs to: the pair-th pair's first or second."""
@@ -58,7 +58,7 @@ class DotTile:
     @property
     def but(self):
         """For the reader of the product: which lines are left to value tiles."""
-        return "; but for those that value tiles ask for" if self.leaves else ""
+        return "; but for those that value tiles ask for" if self.runs[0].lines.apart else ""
 
     def kept(self, load):
         """A load whose number is used for several keys: GCC would load it again for each."""
@@ -101,32 +101,48 @@ class Section:
     """The channels of a row that lie together: first those in pairs of vectors, then what is left
     over."""
 
+    number: int
     field: str  # of hl_row
     start: int  # of the section in Q's rows
     paired: int  # channels in whole pairs of vectors
     rests: tuple  # Rest: one more whole vector, and a part of one
-    pair: int  # channels in a pair of vectors
-    line: int  # and in a cache line
-    is_value: bool  # its pairs are values, too, where those are not apart
 
-    def turn(self, tile):
-        """Channels that one turn of a tile's inner loop takes: a pair for each two of its sums."""
-        most = max(1, tile.parts // 2)
-        pairs = self.paired // self.pair
-        return next(n for n in range(most, 0, -1) if pairs % n == 0) * self.pair
 
-    def pairs(self, tile):
-        """(first channel, number) of the pairs of that turn."""
-        return [(at, i) for i, at in enumerate(range(0, self.turn(tile), self.pair))]
+@dataclass(frozen=True)
+class Run:
+    """One loop over the channels of a section; or of both, which halves the code."""
 
-    def step(self, tile):
-        """Channels of the outer loop's turns: whole lines too, if that comes out even."""
-        step = max(self.turn(tile), 2 * self.line)
-        return step if self.paired % step == 0 else self.turn(tile)
+    sections: tuple
+    pairs: tuple  # (first channel, number) of the pairs that a turn of the inner loop takes
+    turn: int  # channels of such a turn
+    step: int  # and of the outer loop's, which asks for lines
+    lines: Lines
 
-    def lines(self, tile):
-        """What such a turn asks for."""
-        return Lines.of(self.step(tile), self.line, 2 - (tile.leaves if self.is_value else 0))
+    @property
+    def both(self):
+        return len(self.sections) > 1
+
+    def either(self, values):
+        """A section's own number, in C."""
+        return f"rope ? {values[1]} : {values[0]}" if self.both else str(values[0])
+
+    @property
+    def paired(self):
+        return self.either([section.paired for section in self.sections])
+
+    @property
+    def start(self):
+        return self.either([f"q + {s.start}" if s.start else "q" for s in self.sections])
+
+    def of_row(self, name, number):
+        """Where its channels of a row lie, in C."""
+        fields = [f"{name}{number}->{section.field}" for section in self.sections]
+        return f"({self.either(fields)})" if self.both else fields[0]
+
+    @property
+    def apart(self):
+        """When it asks for the lines that value tiles ask for else, in C."""
+        return "rope || apart" if self.both else "apart"
 
 
 @dataclass(frozen=True)
@@ -143,6 +159,11 @@ class RowTile:
     pairs: tuple = ()  # (channel, its vector, the other's) of each pair of vectors
     tail: int = 0  # channels, where they are fewer than a vector
     lines: "Lines" = None
+
+    @property
+    def later(self):
+        """For how many rows of a block it asks for later ones, in C."""
+        return "later" if self.lines.shared else "b->value_apart ? later : 0"
 
     @property
     def title(self):
@@ -298,7 +319,7 @@ REGISTERS = {
 }
 
 
-def sections_of(kernel, lanes, line):
+def sections_of(kernel, lanes):
     """How a row's channels are cut into pairs of vectors, a vector, and the rest."""
     made = []
     start = 0
@@ -312,16 +333,48 @@ def sections_of(kernel, lanes, line):
         )
         made.append(
             Section(
+                number=len(made),
                 field=field,
                 start=start,
                 paired=paired,
                 rests=rests,
-                pair=pair,
-                line=line,
-                is_value=field == "key" and paired <= kernel.dv,
             )
         )
         start += round_up(channels, lanes)
+    return tuple(made)
+
+
+def run_of(sections, most, pair, line, leaves):
+    """A loop over sections: what a turn takes has to divide them all."""
+
+    def divides(channels):
+        return all(section.paired % channels == 0 for section in sections)
+
+    turn = next(n * pair for n in range(most, 0, -1) if divides(n * pair))
+    step = next(n for n in (max(turn, 2 * line), turn) if divides(n))
+    return Run(
+        sections=sections,
+        pairs=tuple((at, i) for i, at in enumerate(range(0, turn, pair))),
+        turn=turn,
+        step=step,
+        lines=Lines.of(step, line, 2 - leaves),
+    )
+
+
+def dot_tiles(registers, sections, dv, pair, line):
+    """Score tiles. With one head a loop of its own for each section is worth 5 %; with more, one
+    loop for both is as fast or faster, and what compilers make of it without optimisation fits
+    the stack."""
+    made = []
+    for heads, keys, once, parts in registers["dots"]:
+        most = max(1, parts // 2)
+        leaves = registers["leaves"].get(heads, 0) if sections[0].paired <= dv else 0
+        if heads > 1:
+            runs = [run_of(sections, most, pair, line, leaves)]
+        else:
+            runs = [run_of(sections[:1], most, pair, line, leaves)]
+            runs += [run_of((s,), most, pair, line, 0) for s in sections[1:]]
+        made.append(DotTile(heads, keys, once, parts, tuple(runs)))
     return tuple(made)
 
 
@@ -394,7 +447,7 @@ def tile(kernel, isa):
     block = registers["block"]
     dots = registers["dots"]
     line = LINE_BYTES // FORMATS[kernel.dtype].bytes
-    sections = sections_of(kernel, lanes, line)
+    sections = sections_of(kernel, lanes)
     window = 2 * max(block, registers["few_block"] + registers["few_ahead"])
     values = row_tiles(dots, kernel.dv, lanes, line, registers["leaves"])
     panel = registers["vecs"][0] * lanes
@@ -424,7 +477,7 @@ def tile(kernel, isa):
         lean_block=min(registers["few_block"], lean_block(kernel)),
         lean=registers["lean"],
         dots=dots[0][0] * dots[0][1],
-        dot_tiles=tuple(DotTile(*d, registers["leaves"].get(d[0], 0)) for d in dots),
+        dot_tiles=dot_tiles(registers, sections, kernel.dv, 2 * lanes, line),
         row_tiles=values,
         sections=sections,
         q_stride=q_stride,

@@ -2459,75 +2459,25 @@ HL_KERNEL_SCALAR void hl_sfa_bf16_d512_rope64_dot_4x2_scalar(const float *q, con
         hl_vf_scalar s2_1 = hl_vzero_scalar();
         hl_vf_scalar s3_0 = hl_vzero_scalar();
         hl_vf_scalar s3_1 = hl_vzero_scalar();
-        {
-            const float *const from = q + 0;
+        for (int32_t rope = 0; rope < 2; ++rope) {
+            const int32_t paired = rope ? 64 : 512;
+            const float *const from = rope ? q + 512 : q;
             const uint16_t *const k0 =
-                (const uint16_t *)row0->key;
+                (const uint16_t *)(rope ? row0->rope : row0->key);
             const uint16_t *const k1 =
-                (const uint16_t *)row1->key;
-            for (int32_t start = 0; start < 512; start += 64) {
+                (const uint16_t *)(rope ? row1->rope : row1->key);
+            for (int32_t start = 0; start < paired; start += 64) {
                 if (next != NULL) {
-                    const uint16_t *line;
-                    line = (const uint16_t *)next[j + 0].key + start;
-                    HL_FETCH(line + 0);
-                    HL_FETCH(line + 32);
-                    line = (const uint16_t *)next[j + 1].key + start;
-                    HL_FETCH(line + 0);
-                    HL_FETCH(line + 32);
-                }
-                for (int32_t c = start; c < start + 64; c += 2) {
-                    {
-                        const float *const qc = from + c + 0;
-                        hl_vf_scalar q0;
-                        hl_vf_scalar v0;
-                        hl_vf_scalar w0;
-                        hl_vpair_bf16_scalar(k0 + c + 0, &v0, &w0);
-                        hl_vf_scalar v1;
-                        hl_vf_scalar w1;
-                        hl_vpair_bf16_scalar(k1 + c + 0, &v1, &w1);
-                        q0 = hl_vkeep_scalar(hl_vload_scalar(qc + 0 * QS));
-                        s0_0 = hl_vfma_scalar(v0, q0, s0_0);
-                        s0_1 = hl_vfma_scalar(v1, q0, s0_1);
-                        q0 = hl_vkeep_scalar(hl_vload_scalar(qc + 1 * QS));
-                        s1_0 = hl_vfma_scalar(v0, q0, s1_0);
-                        s1_1 = hl_vfma_scalar(v1, q0, s1_1);
-                        q0 = hl_vkeep_scalar(hl_vload_scalar(qc + 2 * QS));
-                        s2_0 = hl_vfma_scalar(v0, q0, s2_0);
-                        s2_1 = hl_vfma_scalar(v1, q0, s2_1);
-                        q0 = hl_vkeep_scalar(hl_vload_scalar(qc + 3 * QS));
-                        s3_0 = hl_vfma_scalar(v0, q0, s3_0);
-                        s3_1 = hl_vfma_scalar(v1, q0, s3_1);
-                        q0 = hl_vkeep_scalar(hl_vload_scalar(qc + 0 * QS + L));
-                        s0_0 = hl_vfma_scalar(w0, q0, s0_0);
-                        s0_1 = hl_vfma_scalar(w1, q0, s0_1);
-                        q0 = hl_vkeep_scalar(hl_vload_scalar(qc + 1 * QS + L));
-                        s1_0 = hl_vfma_scalar(w0, q0, s1_0);
-                        s1_1 = hl_vfma_scalar(w1, q0, s1_1);
-                        q0 = hl_vkeep_scalar(hl_vload_scalar(qc + 2 * QS + L));
-                        s2_0 = hl_vfma_scalar(w0, q0, s2_0);
-                        s2_1 = hl_vfma_scalar(w1, q0, s2_1);
-                        q0 = hl_vkeep_scalar(hl_vload_scalar(qc + 3 * QS + L));
-                        s3_0 = hl_vfma_scalar(w0, q0, s3_0);
-                        s3_1 = hl_vfma_scalar(w1, q0, s3_1);
-                    }
-                }
-            }
-        }
-        {
-            const float *const from = q + 512;
-            const uint16_t *const k0 =
-                (const uint16_t *)row0->rope;
-            const uint16_t *const k1 =
-                (const uint16_t *)row1->rope;
-            for (int32_t start = 0; start < 64; start += 64) {
-                if (next != NULL) {
-                    const uint16_t *line;
-                    line = (const uint16_t *)next[j + 0].rope + start;
-                    HL_FETCH(line + 0);
-                    HL_FETCH(line + 32);
-                    line = (const uint16_t *)next[j + 1].rope + start;
-                    HL_FETCH(line + 0);
-                    HL_FETCH(line + 32);
+                    const hl_row *const next0 = next + j + 0;
+                    const uint16_t *const line0 = start
+                        + (const uint16_t *)(rope ? next0->rope : next0->key);
+                    const hl_row *const next1 = next + j + 1;
+                    const uint16_t *const line1 = start
+                        + (const uint16_t *)(rope ? next1->rope : next1->key);
+                    HL_FETCH(line0 + 0);
+                    HL_FETCH(line1 + 0);
+                    HL_FETCH(line0 + 32);
+                    HL_FETCH(line1 + 32);
                 }
                 for (int32_t c = start; c < start + 64; c += 2) {
                     {
@@ -2604,90 +2554,39 @@ HL_KERNEL_SCALAR void hl_sfa_bf16_d512_rope64_dot_2x4_scalar(const float *q, con
         hl_vf_scalar s1_1 = hl_vzero_scalar();
         hl_vf_scalar s1_2 = hl_vzero_scalar();
         hl_vf_scalar s1_3 = hl_vzero_scalar();
-        {
-            const float *const from = q + 0;
+        for (int32_t rope = 0; rope < 2; ++rope) {
+            const int32_t paired = rope ? 64 : 512;
+            const float *const from = rope ? q + 512 : q;
             const uint16_t *const k0 =
-                (const uint16_t *)row0->key;
+                (const uint16_t *)(rope ? row0->rope : row0->key);
             const uint16_t *const k1 =
-                (const uint16_t *)row1->key;
+                (const uint16_t *)(rope ? row1->rope : row1->key);
             const uint16_t *const k2 =
-                (const uint16_t *)row2->key;
+                (const uint16_t *)(rope ? row2->rope : row2->key);
             const uint16_t *const k3 =
-                (const uint16_t *)row3->key;
-            for (int32_t start = 0; start < 512; start += 64) {
+                (const uint16_t *)(rope ? row3->rope : row3->key);
+            for (int32_t start = 0; start < paired; start += 64) {
                 if (next != NULL) {
-                    const uint16_t *line;
-                    line = (const uint16_t *)next[j + 0].key + start;
-                    HL_FETCH(line + 0);
-                    HL_FETCH(line + 32);
-                    line = (const uint16_t *)next[j + 1].key + start;
-                    HL_FETCH(line + 0);
-                    HL_FETCH(line + 32);
-                    line = (const uint16_t *)next[j + 2].key + start;
-                    HL_FETCH(line + 0);
-                    HL_FETCH(line + 32);
-                    line = (const uint16_t *)next[j + 3].key + start;
-                    HL_FETCH(line + 0);
-                    HL_FETCH(line + 32);
-                }
-                for (int32_t c = start; c < start + 64; c += 2) {
-                    {
-                        const float *const qc = from + c + 0;
-                        hl_vf_scalar v;
-                        hl_vf_scalar w;
-                        const hl_vf_scalar q0 = hl_vload_scalar(qc + 0 * QS);
-                        const hl_vf_scalar p0 = hl_vload_scalar(qc + 0 * QS + L);
-                        const hl_vf_scalar q1 = hl_vload_scalar(qc + 1 * QS);
-                        const hl_vf_scalar p1 = hl_vload_scalar(qc + 1 * QS + L);
-                        hl_vpair_bf16_scalar(k0 + c + 0, &v, &w);
-                        s0_0 = hl_vfma_scalar(v, q0, s0_0);
-                        s1_0 = hl_vfma_scalar(v, q1, s1_0);
-                        s0_0 = hl_vfma_scalar(w, p0, s0_0);
-                        s1_0 = hl_vfma_scalar(w, p1, s1_0);
-                        hl_vpair_bf16_scalar(k1 + c + 0, &v, &w);
-                        s0_1 = hl_vfma_scalar(v, q0, s0_1);
-                        s1_1 = hl_vfma_scalar(v, q1, s1_1);
-                        s0_1 = hl_vfma_scalar(w, p0, s0_1);
-                        s1_1 = hl_vfma_scalar(w, p1, s1_1);
-                        hl_vpair_bf16_scalar(k2 + c + 0, &v, &w);
-                        s0_2 = hl_vfma_scalar(v, q0, s0_2);
-                        s1_2 = hl_vfma_scalar(v, q1, s1_2);
-                        s0_2 = hl_vfma_scalar(w, p0, s0_2);
-                        s1_2 = hl_vfma_scalar(w, p1, s1_2);
-                        hl_vpair_bf16_scalar(k3 + c + 0, &v, &w);
-                        s0_3 = hl_vfma_scalar(v, q0, s0_3);
-                        s1_3 = hl_vfma_scalar(v, q1, s1_3);
-                        s0_3 = hl_vfma_scalar(w, p0, s0_3);
-                        s1_3 = hl_vfma_scalar(w, p1, s1_3);
-                    }
-                }
-            }
-        }
-        {
-            const float *const from = q + 512;
-            const uint16_t *const k0 =
-                (const uint16_t *)row0->rope;
-            const uint16_t *const k1 =
-                (const uint16_t *)row1->rope;
-            const uint16_t *const k2 =
-                (const uint16_t *)row2->rope;
-            const uint16_t *const k3 =
-                (const uint16_t *)row3->rope;
-            for (int32_t start = 0; start < 64; start += 64) {
-                if (next != NULL) {
-                    const uint16_t *line;
-                    line = (const uint16_t *)next[j + 0].rope + start;
-                    HL_FETCH(line + 0);
-                    HL_FETCH(line + 32);
-                    line = (const uint16_t *)next[j + 1].rope + start;
-                    HL_FETCH(line + 0);
-                    HL_FETCH(line + 32);
-                    line = (const uint16_t *)next[j + 2].rope + start;
-                    HL_FETCH(line + 0);
-                    HL_FETCH(line + 32);
-                    line = (const uint16_t *)next[j + 3].rope + start;
-                    HL_FETCH(line + 0);
-                    HL_FETCH(line + 32);
+                    const hl_row *const next0 = next + j + 0;
+                    const uint16_t *const line0 = start
+                        + (const uint16_t *)(rope ? next0->rope : next0->key);
+                    const hl_row *const next1 = next + j + 1;
+                    const uint16_t *const line1 = start
+                        + (const uint16_t *)(rope ? next1->rope : next1->key);
+                    const hl_row *const next2 = next + j + 2;
+                    const uint16_t *const line2 = start
+                        + (const uint16_t *)(rope ? next2->rope : next2->key);
+                    const hl_row *const next3 = next + j + 3;
+                    const uint16_t *const line3 = start
+                        + (const uint16_t *)(rope ? next3->rope : next3->key);
+                    HL_FETCH(line0 + 0);
+                    HL_FETCH(line1 + 0);
+                    HL_FETCH(line2 + 0);
+                    HL_FETCH(line3 + 0);
+                    HL_FETCH(line0 + 32);
+                    HL_FETCH(line1 + 32);
+                    HL_FETCH(line2 + 32);
+                    HL_FETCH(line3 + 32);
                 }
                 for (int32_t c = start; c < start + 64; c += 2) {
                     {
@@ -2764,7 +2663,8 @@ HL_KERNEL_SCALAR void hl_sfa_bf16_d512_rope64_dot_1x8_scalar(const float *q, con
         hl_vf_scalar s0_6 = hl_vzero_scalar();
         hl_vf_scalar s0_7 = hl_vzero_scalar();
         {
-            const float *const from = q + 0;
+            const int32_t paired = 512;
+            const float *const from = q;
             const uint16_t *const k0 =
                 (const uint16_t *)row0->key;
             const uint16_t *const k1 =
@@ -2781,33 +2681,48 @@ HL_KERNEL_SCALAR void hl_sfa_bf16_d512_rope64_dot_1x8_scalar(const float *q, con
                 (const uint16_t *)row6->key;
             const uint16_t *const k7 =
                 (const uint16_t *)row7->key;
-            for (int32_t start = 0; start < 512; start += 64) {
+            for (int32_t start = 0; start < paired; start += 64) {
                 if (next != NULL) {
-                    const uint16_t *line;
-                    line = (const uint16_t *)next[j + 0].key + start;
-                    HL_FETCH(line + 0);
-                    HL_FETCH(line + 32);
-                    line = (const uint16_t *)next[j + 1].key + start;
-                    HL_FETCH(line + 0);
-                    HL_FETCH(line + 32);
-                    line = (const uint16_t *)next[j + 2].key + start;
-                    HL_FETCH(line + 0);
-                    HL_FETCH(line + 32);
-                    line = (const uint16_t *)next[j + 3].key + start;
-                    HL_FETCH(line + 0);
-                    HL_FETCH(line + 32);
-                    line = (const uint16_t *)next[j + 4].key + start;
-                    HL_FETCH(line + 0);
-                    HL_FETCH(line + 32);
-                    line = (const uint16_t *)next[j + 5].key + start;
-                    HL_FETCH(line + 0);
-                    HL_FETCH(line + 32);
-                    line = (const uint16_t *)next[j + 6].key + start;
-                    HL_FETCH(line + 0);
-                    HL_FETCH(line + 32);
-                    line = (const uint16_t *)next[j + 7].key + start;
-                    HL_FETCH(line + 0);
-                    HL_FETCH(line + 32);
+                    const hl_row *const next0 = next + j + 0;
+                    const uint16_t *const line0 = start
+                        + (const uint16_t *)next0->key;
+                    const hl_row *const next1 = next + j + 1;
+                    const uint16_t *const line1 = start
+                        + (const uint16_t *)next1->key;
+                    const hl_row *const next2 = next + j + 2;
+                    const uint16_t *const line2 = start
+                        + (const uint16_t *)next2->key;
+                    const hl_row *const next3 = next + j + 3;
+                    const uint16_t *const line3 = start
+                        + (const uint16_t *)next3->key;
+                    const hl_row *const next4 = next + j + 4;
+                    const uint16_t *const line4 = start
+                        + (const uint16_t *)next4->key;
+                    const hl_row *const next5 = next + j + 5;
+                    const uint16_t *const line5 = start
+                        + (const uint16_t *)next5->key;
+                    const hl_row *const next6 = next + j + 6;
+                    const uint16_t *const line6 = start
+                        + (const uint16_t *)next6->key;
+                    const hl_row *const next7 = next + j + 7;
+                    const uint16_t *const line7 = start
+                        + (const uint16_t *)next7->key;
+                    HL_FETCH(line0 + 0);
+                    HL_FETCH(line1 + 0);
+                    HL_FETCH(line2 + 0);
+                    HL_FETCH(line3 + 0);
+                    HL_FETCH(line4 + 0);
+                    HL_FETCH(line5 + 0);
+                    HL_FETCH(line6 + 0);
+                    HL_FETCH(line7 + 0);
+                    HL_FETCH(line0 + 32);
+                    HL_FETCH(line1 + 32);
+                    HL_FETCH(line2 + 32);
+                    HL_FETCH(line3 + 32);
+                    HL_FETCH(line4 + 32);
+                    HL_FETCH(line5 + 32);
+                    HL_FETCH(line6 + 32);
+                    HL_FETCH(line7 + 32);
                 }
                 for (int32_t c = start; c < start + 64; c += 2) {
                     {
@@ -2845,6 +2760,7 @@ HL_KERNEL_SCALAR void hl_sfa_bf16_d512_rope64_dot_1x8_scalar(const float *q, con
             }
         }
         {
+            const int32_t paired = 64;
             const float *const from = q + 512;
             const uint16_t *const k0 =
                 (const uint16_t *)row0->rope;
@@ -2862,33 +2778,48 @@ HL_KERNEL_SCALAR void hl_sfa_bf16_d512_rope64_dot_1x8_scalar(const float *q, con
                 (const uint16_t *)row6->rope;
             const uint16_t *const k7 =
                 (const uint16_t *)row7->rope;
-            for (int32_t start = 0; start < 64; start += 64) {
+            for (int32_t start = 0; start < paired; start += 64) {
                 if (next != NULL) {
-                    const uint16_t *line;
-                    line = (const uint16_t *)next[j + 0].rope + start;
-                    HL_FETCH(line + 0);
-                    HL_FETCH(line + 32);
-                    line = (const uint16_t *)next[j + 1].rope + start;
-                    HL_FETCH(line + 0);
-                    HL_FETCH(line + 32);
-                    line = (const uint16_t *)next[j + 2].rope + start;
-                    HL_FETCH(line + 0);
-                    HL_FETCH(line + 32);
-                    line = (const uint16_t *)next[j + 3].rope + start;
-                    HL_FETCH(line + 0);
-                    HL_FETCH(line + 32);
-                    line = (const uint16_t *)next[j + 4].rope + start;
-                    HL_FETCH(line + 0);
-                    HL_FETCH(line + 32);
-                    line = (const uint16_t *)next[j + 5].rope + start;
-                    HL_FETCH(line + 0);
-                    HL_FETCH(line + 32);
-                    line = (const uint16_t *)next[j + 6].rope + start;
-                    HL_FETCH(line + 0);
-                    HL_FETCH(line + 32);
-                    line = (const uint16_t *)next[j + 7].rope + start;
-                    HL_FETCH(line + 0);
-                    HL_FETCH(line + 32);
+                    const hl_row *const next0 = next + j + 0;
+                    const uint16_t *const line0 = start
+                        + (const uint16_t *)next0->rope;
+                    const hl_row *const next1 = next + j + 1;
+                    const uint16_t *const line1 = start
+                        + (const uint16_t *)next1->rope;
+                    const hl_row *const next2 = next + j + 2;
+                    const uint16_t *const line2 = start
+                        + (const uint16_t *)next2->rope;
+                    const hl_row *const next3 = next + j + 3;
+                    const uint16_t *const line3 = start
+                        + (const uint16_t *)next3->rope;
+                    const hl_row *const next4 = next + j + 4;
+                    const uint16_t *const line4 = start
+                        + (const uint16_t *)next4->rope;
+                    const hl_row *const next5 = next + j + 5;
+                    const uint16_t *const line5 = start
+                        + (const uint16_t *)next5->rope;
+                    const hl_row *const next6 = next + j + 6;
+                    const uint16_t *const line6 = start
+                        + (const uint16_t *)next6->rope;
+                    const hl_row *const next7 = next + j + 7;
+                    const uint16_t *const line7 = start
+                        + (const uint16_t *)next7->rope;
+                    HL_FETCH(line0 + 0);
+                    HL_FETCH(line1 + 0);
+                    HL_FETCH(line2 + 0);
+                    HL_FETCH(line3 + 0);
+                    HL_FETCH(line4 + 0);
+                    HL_FETCH(line5 + 0);
+                    HL_FETCH(line6 + 0);
+                    HL_FETCH(line7 + 0);
+                    HL_FETCH(line0 + 32);
+                    HL_FETCH(line1 + 32);
+                    HL_FETCH(line2 + 32);
+                    HL_FETCH(line3 + 32);
+                    HL_FETCH(line4 + 32);
+                    HL_FETCH(line5 + 32);
+                    HL_FETCH(line6 + 32);
+                    HL_FETCH(line7 + 32);
                 }
                 for (int32_t c = start; c < start + 64; c += 2) {
                     {
@@ -3938,117 +3869,39 @@ HL_KERNEL_NEON void hl_sfa_bf16_d512_rope64_dot_4x4_neon(const float *q, const h
         hl_vf_neon s3_1 = hl_vzero_neon();
         hl_vf_neon s3_2 = hl_vzero_neon();
         hl_vf_neon s3_3 = hl_vzero_neon();
-        {
-            const float *const from = q + 0;
+        for (int32_t rope = 0; rope < 2; ++rope) {
+            const int32_t paired = rope ? 64 : 512;
+            const float *const from = rope ? q + 512 : q;
             const uint16_t *const k0 =
-                (const uint16_t *)row0->key;
+                (const uint16_t *)(rope ? row0->rope : row0->key);
             const uint16_t *const k1 =
-                (const uint16_t *)row1->key;
+                (const uint16_t *)(rope ? row1->rope : row1->key);
             const uint16_t *const k2 =
-                (const uint16_t *)row2->key;
+                (const uint16_t *)(rope ? row2->rope : row2->key);
             const uint16_t *const k3 =
-                (const uint16_t *)row3->key;
-            for (int32_t start = 0; start < 512; start += 64) {
+                (const uint16_t *)(rope ? row3->rope : row3->key);
+            for (int32_t start = 0; start < paired; start += 64) {
                 if (next != NULL) {
-                    const uint16_t *line;
-                    line = (const uint16_t *)next[j + 0].key + start;
-                    HL_FETCH(line + 0);
-                    HL_FETCH(line + 32);
-                    line = (const uint16_t *)next[j + 1].key + start;
-                    HL_FETCH(line + 0);
-                    HL_FETCH(line + 32);
-                    line = (const uint16_t *)next[j + 2].key + start;
-                    HL_FETCH(line + 0);
-                    HL_FETCH(line + 32);
-                    line = (const uint16_t *)next[j + 3].key + start;
-                    HL_FETCH(line + 0);
-                    HL_FETCH(line + 32);
-                }
-                for (int32_t c = start; c < start + 64; c += 8) {
-                    {
-                        const float *const qc = from + c + 0;
-                        hl_vf_neon q0;
-                        hl_vf_neon v0;
-                        hl_vf_neon w0;
-                        hl_vpair_bf16_neon(k0 + c + 0, &v0, &w0);
-                        hl_vf_neon v1;
-                        hl_vf_neon w1;
-                        hl_vpair_bf16_neon(k1 + c + 0, &v1, &w1);
-                        hl_vf_neon v2;
-                        hl_vf_neon w2;
-                        hl_vpair_bf16_neon(k2 + c + 0, &v2, &w2);
-                        hl_vf_neon v3;
-                        hl_vf_neon w3;
-                        hl_vpair_bf16_neon(k3 + c + 0, &v3, &w3);
-                        q0 = hl_vkeep_neon(hl_vload_neon(qc + 0 * QS));
-                        s0_0 = hl_vfma_neon(v0, q0, s0_0);
-                        s0_1 = hl_vfma_neon(v1, q0, s0_1);
-                        s0_2 = hl_vfma_neon(v2, q0, s0_2);
-                        s0_3 = hl_vfma_neon(v3, q0, s0_3);
-                        q0 = hl_vkeep_neon(hl_vload_neon(qc + 1 * QS));
-                        s1_0 = hl_vfma_neon(v0, q0, s1_0);
-                        s1_1 = hl_vfma_neon(v1, q0, s1_1);
-                        s1_2 = hl_vfma_neon(v2, q0, s1_2);
-                        s1_3 = hl_vfma_neon(v3, q0, s1_3);
-                        q0 = hl_vkeep_neon(hl_vload_neon(qc + 2 * QS));
-                        s2_0 = hl_vfma_neon(v0, q0, s2_0);
-                        s2_1 = hl_vfma_neon(v1, q0, s2_1);
-                        s2_2 = hl_vfma_neon(v2, q0, s2_2);
-                        s2_3 = hl_vfma_neon(v3, q0, s2_3);
-                        q0 = hl_vkeep_neon(hl_vload_neon(qc + 3 * QS));
-                        s3_0 = hl_vfma_neon(v0, q0, s3_0);
-                        s3_1 = hl_vfma_neon(v1, q0, s3_1);
-                        s3_2 = hl_vfma_neon(v2, q0, s3_2);
-                        s3_3 = hl_vfma_neon(v3, q0, s3_3);
-                        q0 = hl_vkeep_neon(hl_vload_neon(qc + 0 * QS + L));
-                        s0_0 = hl_vfma_neon(w0, q0, s0_0);
-                        s0_1 = hl_vfma_neon(w1, q0, s0_1);
-                        s0_2 = hl_vfma_neon(w2, q0, s0_2);
-                        s0_3 = hl_vfma_neon(w3, q0, s0_3);
-                        q0 = hl_vkeep_neon(hl_vload_neon(qc + 1 * QS + L));
-                        s1_0 = hl_vfma_neon(w0, q0, s1_0);
-                        s1_1 = hl_vfma_neon(w1, q0, s1_1);
-                        s1_2 = hl_vfma_neon(w2, q0, s1_2);
-                        s1_3 = hl_vfma_neon(w3, q0, s1_3);
-                        q0 = hl_vkeep_neon(hl_vload_neon(qc + 2 * QS + L));
-                        s2_0 = hl_vfma_neon(w0, q0, s2_0);
-                        s2_1 = hl_vfma_neon(w1, q0, s2_1);
-                        s2_2 = hl_vfma_neon(w2, q0, s2_2);
-                        s2_3 = hl_vfma_neon(w3, q0, s2_3);
-                        q0 = hl_vkeep_neon(hl_vload_neon(qc + 3 * QS + L));
-                        s3_0 = hl_vfma_neon(w0, q0, s3_0);
-                        s3_1 = hl_vfma_neon(w1, q0, s3_1);
-                        s3_2 = hl_vfma_neon(w2, q0, s3_2);
-                        s3_3 = hl_vfma_neon(w3, q0, s3_3);
-                    }
-                }
-            }
-        }
-        {
-            const float *const from = q + 512;
-            const uint16_t *const k0 =
-                (const uint16_t *)row0->rope;
-            const uint16_t *const k1 =
-                (const uint16_t *)row1->rope;
-            const uint16_t *const k2 =
-                (const uint16_t *)row2->rope;
-            const uint16_t *const k3 =
-                (const uint16_t *)row3->rope;
-            for (int32_t start = 0; start < 64; start += 64) {
-                if (next != NULL) {
-                    const uint16_t *line;
-                    line = (const uint16_t *)next[j + 0].rope + start;
-                    HL_FETCH(line + 0);
-                    HL_FETCH(line + 32);
-                    line = (const uint16_t *)next[j + 1].rope + start;
-                    HL_FETCH(line + 0);
-                    HL_FETCH(line + 32);
-                    line = (const uint16_t *)next[j + 2].rope + start;
-                    HL_FETCH(line + 0);
-                    HL_FETCH(line + 32);
-                    line = (const uint16_t *)next[j + 3].rope + start;
-                    HL_FETCH(line + 0);
-                    HL_FETCH(line + 32);
+                    const hl_row *const next0 = next + j + 0;
+                    const uint16_t *const line0 = start
+                        + (const uint16_t *)(rope ? next0->rope : next0->key);
+                    const hl_row *const next1 = next + j + 1;
+                    const uint16_t *const line1 = start
+                        + (const uint16_t *)(rope ? next1->rope : next1->key);
+                    const hl_row *const next2 = next + j + 2;
+                    const uint16_t *const line2 = start
+                        + (const uint16_t *)(rope ? next2->rope : next2->key);
+                    const hl_row *const next3 = next + j + 3;
+                    const uint16_t *const line3 = start
+                        + (const uint16_t *)(rope ? next3->rope : next3->key);
+                    HL_FETCH(line0 + 0);
+                    HL_FETCH(line1 + 0);
+                    HL_FETCH(line2 + 0);
+                    HL_FETCH(line3 + 0);
+                    HL_FETCH(line0 + 32);
+                    HL_FETCH(line1 + 32);
+                    HL_FETCH(line2 + 32);
+                    HL_FETCH(line3 + 32);
                 }
                 for (int32_t c = start; c < start + 64; c += 8) {
                     {
@@ -4163,98 +4016,41 @@ HL_KERNEL_NEON void hl_sfa_bf16_d512_rope64_dot_2x8_neon(const float *q, const h
         hl_vf_neon s1_2y = hl_vzero_neon();
         hl_vf_neon s1_3x = hl_vzero_neon();
         hl_vf_neon s1_3y = hl_vzero_neon();
-        {
-            const float *const from = q + 0;
+        for (int32_t rope = 0; rope < 2; ++rope) {
+            const int32_t paired = rope ? 64 : 512;
+            const float *const from = rope ? q + 512 : q;
             const uint16_t *const k0 =
-                (const uint16_t *)row0->key;
+                (const uint16_t *)(rope ? row0->rope : row0->key);
             const uint16_t *const k1 =
-                (const uint16_t *)row1->key;
+                (const uint16_t *)(rope ? row1->rope : row1->key);
             const uint16_t *const k2 =
-                (const uint16_t *)row2->key;
+                (const uint16_t *)(rope ? row2->rope : row2->key);
             const uint16_t *const k3 =
-                (const uint16_t *)row3->key;
-            for (int32_t start = 0; start < 512; start += 64) {
+                (const uint16_t *)(rope ? row3->rope : row3->key);
+            for (int32_t start = 0; start < paired; start += 64) {
                 if (next != NULL) {
-                    const uint16_t *line;
-                    line = (const uint16_t *)next[j + 0].key + start;
-                    if (apart) {
-                        HL_FETCH(line + 0);
-                        HL_FETCH(line + 32);
+                    const hl_row *const next0 = next + j + 0;
+                    const uint16_t *const line0 = start
+                        + (const uint16_t *)(rope ? next0->rope : next0->key);
+                    const hl_row *const next1 = next + j + 1;
+                    const uint16_t *const line1 = start
+                        + (const uint16_t *)(rope ? next1->rope : next1->key);
+                    const hl_row *const next2 = next + j + 2;
+                    const uint16_t *const line2 = start
+                        + (const uint16_t *)(rope ? next2->rope : next2->key);
+                    const hl_row *const next3 = next + j + 3;
+                    const uint16_t *const line3 = start
+                        + (const uint16_t *)(rope ? next3->rope : next3->key);
+                    if (rope || apart) {
+                        HL_FETCH(line0 + 0);
+                        HL_FETCH(line1 + 0);
+                        HL_FETCH(line2 + 0);
+                        HL_FETCH(line3 + 0);
+                        HL_FETCH(line0 + 32);
+                        HL_FETCH(line1 + 32);
+                        HL_FETCH(line2 + 32);
+                        HL_FETCH(line3 + 32);
                     }
-                    line = (const uint16_t *)next[j + 1].key + start;
-                    if (apart) {
-                        HL_FETCH(line + 0);
-                        HL_FETCH(line + 32);
-                    }
-                    line = (const uint16_t *)next[j + 2].key + start;
-                    if (apart) {
-                        HL_FETCH(line + 0);
-                        HL_FETCH(line + 32);
-                    }
-                    line = (const uint16_t *)next[j + 3].key + start;
-                    if (apart) {
-                        HL_FETCH(line + 0);
-                        HL_FETCH(line + 32);
-                    }
-                }
-                for (int32_t c = start; c < start + 64; c += 8) {
-                    {
-                        const float *const qc = from + c + 0;
-                        hl_vf_neon v;
-                        hl_vf_neon w;
-                        const hl_vf_neon q0 = hl_vload_neon(qc + 0 * QS);
-                        const hl_vf_neon p0 = hl_vload_neon(qc + 0 * QS + L);
-                        const hl_vf_neon q1 = hl_vload_neon(qc + 1 * QS);
-                        const hl_vf_neon p1 = hl_vload_neon(qc + 1 * QS + L);
-                        hl_vpair_bf16_neon(k0 + c + 0, &v, &w);
-                        s0_0x = hl_vfma_neon(v, q0, s0_0x);
-                        s1_0x = hl_vfma_neon(v, q1, s1_0x);
-                        s0_0y = hl_vfma_neon(w, p0, s0_0y);
-                        s1_0y = hl_vfma_neon(w, p1, s1_0y);
-                        hl_vpair_bf16_neon(k1 + c + 0, &v, &w);
-                        s0_1x = hl_vfma_neon(v, q0, s0_1x);
-                        s1_1x = hl_vfma_neon(v, q1, s1_1x);
-                        s0_1y = hl_vfma_neon(w, p0, s0_1y);
-                        s1_1y = hl_vfma_neon(w, p1, s1_1y);
-                        hl_vpair_bf16_neon(k2 + c + 0, &v, &w);
-                        s0_2x = hl_vfma_neon(v, q0, s0_2x);
-                        s1_2x = hl_vfma_neon(v, q1, s1_2x);
-                        s0_2y = hl_vfma_neon(w, p0, s0_2y);
-                        s1_2y = hl_vfma_neon(w, p1, s1_2y);
-                        hl_vpair_bf16_neon(k3 + c + 0, &v, &w);
-                        s0_3x = hl_vfma_neon(v, q0, s0_3x);
-                        s1_3x = hl_vfma_neon(v, q1, s1_3x);
-                        s0_3y = hl_vfma_neon(w, p0, s0_3y);
-                        s1_3y = hl_vfma_neon(w, p1, s1_3y);
-                    }
-                }
-            }
-        }
-        {
-            const float *const from = q + 512;
-            const uint16_t *const k0 =
-                (const uint16_t *)row0->rope;
-            const uint16_t *const k1 =
-                (const uint16_t *)row1->rope;
-            const uint16_t *const k2 =
-                (const uint16_t *)row2->rope;
-            const uint16_t *const k3 =
-                (const uint16_t *)row3->rope;
-            for (int32_t start = 0; start < 64; start += 64) {
-                if (next != NULL) {
-                    const uint16_t *line;
-                    line = (const uint16_t *)next[j + 0].rope + start;
-                    HL_FETCH(line + 0);
-                    HL_FETCH(line + 32);
-                    line = (const uint16_t *)next[j + 1].rope + start;
-                    HL_FETCH(line + 0);
-                    HL_FETCH(line + 32);
-                    line = (const uint16_t *)next[j + 2].rope + start;
-                    HL_FETCH(line + 0);
-                    HL_FETCH(line + 32);
-                    line = (const uint16_t *)next[j + 3].rope + start;
-                    HL_FETCH(line + 0);
-                    HL_FETCH(line + 32);
                 }
                 for (int32_t c = start; c < start + 64; c += 8) {
                     {
@@ -4327,7 +4123,8 @@ HL_KERNEL_NEON void hl_sfa_bf16_d512_rope64_dot_1x16_neon(const float *q, const 
         hl_vf_neon s0_3x = hl_vzero_neon();
         hl_vf_neon s0_3y = hl_vzero_neon();
         {
-            const float *const from = q + 0;
+            const int32_t paired = 512;
+            const float *const from = q;
             const uint16_t *const k0 =
                 (const uint16_t *)row0->key;
             const uint16_t *const k1 =
@@ -4336,28 +4133,29 @@ HL_KERNEL_NEON void hl_sfa_bf16_d512_rope64_dot_1x16_neon(const float *q, const 
                 (const uint16_t *)row2->key;
             const uint16_t *const k3 =
                 (const uint16_t *)row3->key;
-            for (int32_t start = 0; start < 512; start += 64) {
+            for (int32_t start = 0; start < paired; start += 64) {
                 if (next != NULL) {
-                    const uint16_t *line;
-                    line = (const uint16_t *)next[j + 0].key + start;
-                    HL_FETCH(line + 0);
+                    const hl_row *const next0 = next + j + 0;
+                    const uint16_t *const line0 = start
+                        + (const uint16_t *)next0->key;
+                    const hl_row *const next1 = next + j + 1;
+                    const uint16_t *const line1 = start
+                        + (const uint16_t *)next1->key;
+                    const hl_row *const next2 = next + j + 2;
+                    const uint16_t *const line2 = start
+                        + (const uint16_t *)next2->key;
+                    const hl_row *const next3 = next + j + 3;
+                    const uint16_t *const line3 = start
+                        + (const uint16_t *)next3->key;
+                    HL_FETCH(line0 + 0);
+                    HL_FETCH(line1 + 0);
+                    HL_FETCH(line2 + 0);
+                    HL_FETCH(line3 + 0);
                     if (apart) {
-                        HL_FETCH(line + 32);
-                    }
-                    line = (const uint16_t *)next[j + 1].key + start;
-                    HL_FETCH(line + 0);
-                    if (apart) {
-                        HL_FETCH(line + 32);
-                    }
-                    line = (const uint16_t *)next[j + 2].key + start;
-                    HL_FETCH(line + 0);
-                    if (apart) {
-                        HL_FETCH(line + 32);
-                    }
-                    line = (const uint16_t *)next[j + 3].key + start;
-                    HL_FETCH(line + 0);
-                    if (apart) {
-                        HL_FETCH(line + 32);
+                        HL_FETCH(line0 + 32);
+                        HL_FETCH(line1 + 32);
+                        HL_FETCH(line2 + 32);
+                        HL_FETCH(line3 + 32);
                     }
                 }
                 for (int32_t c = start; c < start + 64; c += 8) {
@@ -4384,6 +4182,7 @@ HL_KERNEL_NEON void hl_sfa_bf16_d512_rope64_dot_1x16_neon(const float *q, const 
             }
         }
         {
+            const int32_t paired = 64;
             const float *const from = q + 512;
             const uint16_t *const k0 =
                 (const uint16_t *)row0->rope;
@@ -4393,21 +4192,28 @@ HL_KERNEL_NEON void hl_sfa_bf16_d512_rope64_dot_1x16_neon(const float *q, const 
                 (const uint16_t *)row2->rope;
             const uint16_t *const k3 =
                 (const uint16_t *)row3->rope;
-            for (int32_t start = 0; start < 64; start += 64) {
+            for (int32_t start = 0; start < paired; start += 64) {
                 if (next != NULL) {
-                    const uint16_t *line;
-                    line = (const uint16_t *)next[j + 0].rope + start;
-                    HL_FETCH(line + 0);
-                    HL_FETCH(line + 32);
-                    line = (const uint16_t *)next[j + 1].rope + start;
-                    HL_FETCH(line + 0);
-                    HL_FETCH(line + 32);
-                    line = (const uint16_t *)next[j + 2].rope + start;
-                    HL_FETCH(line + 0);
-                    HL_FETCH(line + 32);
-                    line = (const uint16_t *)next[j + 3].rope + start;
-                    HL_FETCH(line + 0);
-                    HL_FETCH(line + 32);
+                    const hl_row *const next0 = next + j + 0;
+                    const uint16_t *const line0 = start
+                        + (const uint16_t *)next0->rope;
+                    const hl_row *const next1 = next + j + 1;
+                    const uint16_t *const line1 = start
+                        + (const uint16_t *)next1->rope;
+                    const hl_row *const next2 = next + j + 2;
+                    const uint16_t *const line2 = start
+                        + (const uint16_t *)next2->rope;
+                    const hl_row *const next3 = next + j + 3;
+                    const uint16_t *const line3 = start
+                        + (const uint16_t *)next3->rope;
+                    HL_FETCH(line0 + 0);
+                    HL_FETCH(line1 + 0);
+                    HL_FETCH(line2 + 0);
+                    HL_FETCH(line3 + 0);
+                    HL_FETCH(line0 + 32);
+                    HL_FETCH(line1 + 32);
+                    HL_FETCH(line2 + 32);
+                    HL_FETCH(line3 + 32);
                 }
                 for (int32_t c = start; c < start + 64; c += 8) {
                     {
@@ -5735,75 +5541,25 @@ HL_KERNEL_AVX2 void hl_sfa_bf16_d512_rope64_dot_4x2_avx2(const float *q, const h
         hl_vf_avx2 s2_1 = hl_vzero_avx2();
         hl_vf_avx2 s3_0 = hl_vzero_avx2();
         hl_vf_avx2 s3_1 = hl_vzero_avx2();
-        {
-            const float *const from = q + 0;
+        for (int32_t rope = 0; rope < 2; ++rope) {
+            const int32_t paired = rope ? 64 : 512;
+            const float *const from = rope ? q + 512 : q;
             const uint16_t *const k0 =
-                (const uint16_t *)row0->key;
+                (const uint16_t *)(rope ? row0->rope : row0->key);
             const uint16_t *const k1 =
-                (const uint16_t *)row1->key;
-            for (int32_t start = 0; start < 512; start += 64) {
+                (const uint16_t *)(rope ? row1->rope : row1->key);
+            for (int32_t start = 0; start < paired; start += 64) {
                 if (next != NULL) {
-                    const uint16_t *line;
-                    line = (const uint16_t *)next[j + 0].key + start;
-                    HL_FETCH(line + 0);
-                    HL_FETCH(line + 32);
-                    line = (const uint16_t *)next[j + 1].key + start;
-                    HL_FETCH(line + 0);
-                    HL_FETCH(line + 32);
-                }
-                for (int32_t c = start; c < start + 64; c += 16) {
-                    {
-                        const float *const qc = from + c + 0;
-                        hl_vf_avx2 q0;
-                        hl_vf_avx2 v0;
-                        hl_vf_avx2 w0;
-                        hl_vpair_bf16_avx2(k0 + c + 0, &v0, &w0);
-                        hl_vf_avx2 v1;
-                        hl_vf_avx2 w1;
-                        hl_vpair_bf16_avx2(k1 + c + 0, &v1, &w1);
-                        q0 = hl_vkeep_avx2(hl_vload_avx2(qc + 0 * QS));
-                        s0_0 = hl_vfma_avx2(v0, q0, s0_0);
-                        s0_1 = hl_vfma_avx2(v1, q0, s0_1);
-                        q0 = hl_vkeep_avx2(hl_vload_avx2(qc + 1 * QS));
-                        s1_0 = hl_vfma_avx2(v0, q0, s1_0);
-                        s1_1 = hl_vfma_avx2(v1, q0, s1_1);
-                        q0 = hl_vkeep_avx2(hl_vload_avx2(qc + 2 * QS));
-                        s2_0 = hl_vfma_avx2(v0, q0, s2_0);
-                        s2_1 = hl_vfma_avx2(v1, q0, s2_1);
-                        q0 = hl_vkeep_avx2(hl_vload_avx2(qc + 3 * QS));
-                        s3_0 = hl_vfma_avx2(v0, q0, s3_0);
-                        s3_1 = hl_vfma_avx2(v1, q0, s3_1);
-                        q0 = hl_vkeep_avx2(hl_vload_avx2(qc + 0 * QS + L));
-                        s0_0 = hl_vfma_avx2(w0, q0, s0_0);
-                        s0_1 = hl_vfma_avx2(w1, q0, s0_1);
-                        q0 = hl_vkeep_avx2(hl_vload_avx2(qc + 1 * QS + L));
-                        s1_0 = hl_vfma_avx2(w0, q0, s1_0);
-                        s1_1 = hl_vfma_avx2(w1, q0, s1_1);
-                        q0 = hl_vkeep_avx2(hl_vload_avx2(qc + 2 * QS + L));
-                        s2_0 = hl_vfma_avx2(w0, q0, s2_0);
-                        s2_1 = hl_vfma_avx2(w1, q0, s2_1);
-                        q0 = hl_vkeep_avx2(hl_vload_avx2(qc + 3 * QS + L));
-                        s3_0 = hl_vfma_avx2(w0, q0, s3_0);
-                        s3_1 = hl_vfma_avx2(w1, q0, s3_1);
-                    }
-                }
-            }
-        }
-        {
-            const float *const from = q + 512;
-            const uint16_t *const k0 =
-                (const uint16_t *)row0->rope;
-            const uint16_t *const k1 =
-                (const uint16_t *)row1->rope;
-            for (int32_t start = 0; start < 64; start += 64) {
-                if (next != NULL) {
-                    const uint16_t *line;
-                    line = (const uint16_t *)next[j + 0].rope + start;
-                    HL_FETCH(line + 0);
-                    HL_FETCH(line + 32);
-                    line = (const uint16_t *)next[j + 1].rope + start;
-                    HL_FETCH(line + 0);
-                    HL_FETCH(line + 32);
+                    const hl_row *const next0 = next + j + 0;
+                    const uint16_t *const line0 = start
+                        + (const uint16_t *)(rope ? next0->rope : next0->key);
+                    const hl_row *const next1 = next + j + 1;
+                    const uint16_t *const line1 = start
+                        + (const uint16_t *)(rope ? next1->rope : next1->key);
+                    HL_FETCH(line0 + 0);
+                    HL_FETCH(line1 + 0);
+                    HL_FETCH(line0 + 32);
+                    HL_FETCH(line1 + 32);
                 }
                 for (int32_t c = start; c < start + 64; c += 16) {
                     {
@@ -5880,98 +5636,41 @@ HL_KERNEL_AVX2 void hl_sfa_bf16_d512_rope64_dot_2x4_avx2(const float *q, const h
         hl_vf_avx2 s1_1 = hl_vzero_avx2();
         hl_vf_avx2 s1_2 = hl_vzero_avx2();
         hl_vf_avx2 s1_3 = hl_vzero_avx2();
-        {
-            const float *const from = q + 0;
+        for (int32_t rope = 0; rope < 2; ++rope) {
+            const int32_t paired = rope ? 64 : 512;
+            const float *const from = rope ? q + 512 : q;
             const uint16_t *const k0 =
-                (const uint16_t *)row0->key;
+                (const uint16_t *)(rope ? row0->rope : row0->key);
             const uint16_t *const k1 =
-                (const uint16_t *)row1->key;
+                (const uint16_t *)(rope ? row1->rope : row1->key);
             const uint16_t *const k2 =
-                (const uint16_t *)row2->key;
+                (const uint16_t *)(rope ? row2->rope : row2->key);
             const uint16_t *const k3 =
-                (const uint16_t *)row3->key;
-            for (int32_t start = 0; start < 512; start += 64) {
+                (const uint16_t *)(rope ? row3->rope : row3->key);
+            for (int32_t start = 0; start < paired; start += 64) {
                 if (next != NULL) {
-                    const uint16_t *line;
-                    line = (const uint16_t *)next[j + 0].key + start;
-                    if (apart) {
-                        HL_FETCH(line + 0);
-                        HL_FETCH(line + 32);
+                    const hl_row *const next0 = next + j + 0;
+                    const uint16_t *const line0 = start
+                        + (const uint16_t *)(rope ? next0->rope : next0->key);
+                    const hl_row *const next1 = next + j + 1;
+                    const uint16_t *const line1 = start
+                        + (const uint16_t *)(rope ? next1->rope : next1->key);
+                    const hl_row *const next2 = next + j + 2;
+                    const uint16_t *const line2 = start
+                        + (const uint16_t *)(rope ? next2->rope : next2->key);
+                    const hl_row *const next3 = next + j + 3;
+                    const uint16_t *const line3 = start
+                        + (const uint16_t *)(rope ? next3->rope : next3->key);
+                    if (rope || apart) {
+                        HL_FETCH(line0 + 0);
+                        HL_FETCH(line1 + 0);
+                        HL_FETCH(line2 + 0);
+                        HL_FETCH(line3 + 0);
+                        HL_FETCH(line0 + 32);
+                        HL_FETCH(line1 + 32);
+                        HL_FETCH(line2 + 32);
+                        HL_FETCH(line3 + 32);
                     }
-                    line = (const uint16_t *)next[j + 1].key + start;
-                    if (apart) {
-                        HL_FETCH(line + 0);
-                        HL_FETCH(line + 32);
-                    }
-                    line = (const uint16_t *)next[j + 2].key + start;
-                    if (apart) {
-                        HL_FETCH(line + 0);
-                        HL_FETCH(line + 32);
-                    }
-                    line = (const uint16_t *)next[j + 3].key + start;
-                    if (apart) {
-                        HL_FETCH(line + 0);
-                        HL_FETCH(line + 32);
-                    }
-                }
-                for (int32_t c = start; c < start + 64; c += 16) {
-                    {
-                        const float *const qc = from + c + 0;
-                        hl_vf_avx2 v;
-                        hl_vf_avx2 w;
-                        const hl_vf_avx2 q0 = hl_vload_avx2(qc + 0 * QS);
-                        const hl_vf_avx2 p0 = hl_vload_avx2(qc + 0 * QS + L);
-                        const hl_vf_avx2 q1 = hl_vload_avx2(qc + 1 * QS);
-                        const hl_vf_avx2 p1 = hl_vload_avx2(qc + 1 * QS + L);
-                        hl_vpair_bf16_avx2(k0 + c + 0, &v, &w);
-                        s0_0 = hl_vfma_avx2(v, q0, s0_0);
-                        s1_0 = hl_vfma_avx2(v, q1, s1_0);
-                        s0_0 = hl_vfma_avx2(w, p0, s0_0);
-                        s1_0 = hl_vfma_avx2(w, p1, s1_0);
-                        hl_vpair_bf16_avx2(k1 + c + 0, &v, &w);
-                        s0_1 = hl_vfma_avx2(v, q0, s0_1);
-                        s1_1 = hl_vfma_avx2(v, q1, s1_1);
-                        s0_1 = hl_vfma_avx2(w, p0, s0_1);
-                        s1_1 = hl_vfma_avx2(w, p1, s1_1);
-                        hl_vpair_bf16_avx2(k2 + c + 0, &v, &w);
-                        s0_2 = hl_vfma_avx2(v, q0, s0_2);
-                        s1_2 = hl_vfma_avx2(v, q1, s1_2);
-                        s0_2 = hl_vfma_avx2(w, p0, s0_2);
-                        s1_2 = hl_vfma_avx2(w, p1, s1_2);
-                        hl_vpair_bf16_avx2(k3 + c + 0, &v, &w);
-                        s0_3 = hl_vfma_avx2(v, q0, s0_3);
-                        s1_3 = hl_vfma_avx2(v, q1, s1_3);
-                        s0_3 = hl_vfma_avx2(w, p0, s0_3);
-                        s1_3 = hl_vfma_avx2(w, p1, s1_3);
-                    }
-                }
-            }
-        }
-        {
-            const float *const from = q + 512;
-            const uint16_t *const k0 =
-                (const uint16_t *)row0->rope;
-            const uint16_t *const k1 =
-                (const uint16_t *)row1->rope;
-            const uint16_t *const k2 =
-                (const uint16_t *)row2->rope;
-            const uint16_t *const k3 =
-                (const uint16_t *)row3->rope;
-            for (int32_t start = 0; start < 64; start += 64) {
-                if (next != NULL) {
-                    const uint16_t *line;
-                    line = (const uint16_t *)next[j + 0].rope + start;
-                    HL_FETCH(line + 0);
-                    HL_FETCH(line + 32);
-                    line = (const uint16_t *)next[j + 1].rope + start;
-                    HL_FETCH(line + 0);
-                    HL_FETCH(line + 32);
-                    line = (const uint16_t *)next[j + 2].rope + start;
-                    HL_FETCH(line + 0);
-                    HL_FETCH(line + 32);
-                    line = (const uint16_t *)next[j + 3].rope + start;
-                    HL_FETCH(line + 0);
-                    HL_FETCH(line + 32);
                 }
                 for (int32_t c = start; c < start + 64; c += 16) {
                     {
@@ -6044,7 +5743,8 @@ HL_KERNEL_AVX2 void hl_sfa_bf16_d512_rope64_dot_1x8_avx2(const float *q, const h
         hl_vf_avx2 s0_3x = hl_vzero_avx2();
         hl_vf_avx2 s0_3y = hl_vzero_avx2();
         {
-            const float *const from = q + 0;
+            const int32_t paired = 512;
+            const float *const from = q;
             const uint16_t *const k0 =
                 (const uint16_t *)row0->key;
             const uint16_t *const k1 =
@@ -6053,28 +5753,29 @@ HL_KERNEL_AVX2 void hl_sfa_bf16_d512_rope64_dot_1x8_avx2(const float *q, const h
                 (const uint16_t *)row2->key;
             const uint16_t *const k3 =
                 (const uint16_t *)row3->key;
-            for (int32_t start = 0; start < 512; start += 64) {
+            for (int32_t start = 0; start < paired; start += 64) {
                 if (next != NULL) {
-                    const uint16_t *line;
-                    line = (const uint16_t *)next[j + 0].key + start;
-                    HL_FETCH(line + 0);
+                    const hl_row *const next0 = next + j + 0;
+                    const uint16_t *const line0 = start
+                        + (const uint16_t *)next0->key;
+                    const hl_row *const next1 = next + j + 1;
+                    const uint16_t *const line1 = start
+                        + (const uint16_t *)next1->key;
+                    const hl_row *const next2 = next + j + 2;
+                    const uint16_t *const line2 = start
+                        + (const uint16_t *)next2->key;
+                    const hl_row *const next3 = next + j + 3;
+                    const uint16_t *const line3 = start
+                        + (const uint16_t *)next3->key;
+                    HL_FETCH(line0 + 0);
+                    HL_FETCH(line1 + 0);
+                    HL_FETCH(line2 + 0);
+                    HL_FETCH(line3 + 0);
                     if (apart) {
-                        HL_FETCH(line + 32);
-                    }
-                    line = (const uint16_t *)next[j + 1].key + start;
-                    HL_FETCH(line + 0);
-                    if (apart) {
-                        HL_FETCH(line + 32);
-                    }
-                    line = (const uint16_t *)next[j + 2].key + start;
-                    HL_FETCH(line + 0);
-                    if (apart) {
-                        HL_FETCH(line + 32);
-                    }
-                    line = (const uint16_t *)next[j + 3].key + start;
-                    HL_FETCH(line + 0);
-                    if (apart) {
-                        HL_FETCH(line + 32);
+                        HL_FETCH(line0 + 32);
+                        HL_FETCH(line1 + 32);
+                        HL_FETCH(line2 + 32);
+                        HL_FETCH(line3 + 32);
                     }
                 }
                 for (int32_t c = start; c < start + 64; c += 16) {
@@ -6101,6 +5802,7 @@ HL_KERNEL_AVX2 void hl_sfa_bf16_d512_rope64_dot_1x8_avx2(const float *q, const h
             }
         }
         {
+            const int32_t paired = 64;
             const float *const from = q + 512;
             const uint16_t *const k0 =
                 (const uint16_t *)row0->rope;
@@ -6110,21 +5812,28 @@ HL_KERNEL_AVX2 void hl_sfa_bf16_d512_rope64_dot_1x8_avx2(const float *q, const h
                 (const uint16_t *)row2->rope;
             const uint16_t *const k3 =
                 (const uint16_t *)row3->rope;
-            for (int32_t start = 0; start < 64; start += 64) {
+            for (int32_t start = 0; start < paired; start += 64) {
                 if (next != NULL) {
-                    const uint16_t *line;
-                    line = (const uint16_t *)next[j + 0].rope + start;
-                    HL_FETCH(line + 0);
-                    HL_FETCH(line + 32);
-                    line = (const uint16_t *)next[j + 1].rope + start;
-                    HL_FETCH(line + 0);
-                    HL_FETCH(line + 32);
-                    line = (const uint16_t *)next[j + 2].rope + start;
-                    HL_FETCH(line + 0);
-                    HL_FETCH(line + 32);
-                    line = (const uint16_t *)next[j + 3].rope + start;
-                    HL_FETCH(line + 0);
-                    HL_FETCH(line + 32);
+                    const hl_row *const next0 = next + j + 0;
+                    const uint16_t *const line0 = start
+                        + (const uint16_t *)next0->rope;
+                    const hl_row *const next1 = next + j + 1;
+                    const uint16_t *const line1 = start
+                        + (const uint16_t *)next1->rope;
+                    const hl_row *const next2 = next + j + 2;
+                    const uint16_t *const line2 = start
+                        + (const uint16_t *)next2->rope;
+                    const hl_row *const next3 = next + j + 3;
+                    const uint16_t *const line3 = start
+                        + (const uint16_t *)next3->rope;
+                    HL_FETCH(line0 + 0);
+                    HL_FETCH(line1 + 0);
+                    HL_FETCH(line2 + 0);
+                    HL_FETCH(line3 + 0);
+                    HL_FETCH(line0 + 32);
+                    HL_FETCH(line1 + 32);
+                    HL_FETCH(line2 + 32);
+                    HL_FETCH(line3 + 32);
                 }
                 for (int32_t c = start; c < start + 64; c += 16) {
                     {
@@ -7554,117 +7263,39 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d512_rope64_dot_4x4_avx512(const float *q, con
         hl_vf_avx512 s3_1 = hl_vzero_avx512();
         hl_vf_avx512 s3_2 = hl_vzero_avx512();
         hl_vf_avx512 s3_3 = hl_vzero_avx512();
-        {
-            const float *const from = q + 0;
+        for (int32_t rope = 0; rope < 2; ++rope) {
+            const int32_t paired = rope ? 64 : 512;
+            const float *const from = rope ? q + 512 : q;
             const uint16_t *const k0 =
-                (const uint16_t *)row0->key;
+                (const uint16_t *)(rope ? row0->rope : row0->key);
             const uint16_t *const k1 =
-                (const uint16_t *)row1->key;
+                (const uint16_t *)(rope ? row1->rope : row1->key);
             const uint16_t *const k2 =
-                (const uint16_t *)row2->key;
+                (const uint16_t *)(rope ? row2->rope : row2->key);
             const uint16_t *const k3 =
-                (const uint16_t *)row3->key;
-            for (int32_t start = 0; start < 512; start += 64) {
+                (const uint16_t *)(rope ? row3->rope : row3->key);
+            for (int32_t start = 0; start < paired; start += 64) {
                 if (next != NULL) {
-                    const uint16_t *line;
-                    line = (const uint16_t *)next[j + 0].key + start;
-                    HL_FETCH(line + 0);
-                    HL_FETCH(line + 32);
-                    line = (const uint16_t *)next[j + 1].key + start;
-                    HL_FETCH(line + 0);
-                    HL_FETCH(line + 32);
-                    line = (const uint16_t *)next[j + 2].key + start;
-                    HL_FETCH(line + 0);
-                    HL_FETCH(line + 32);
-                    line = (const uint16_t *)next[j + 3].key + start;
-                    HL_FETCH(line + 0);
-                    HL_FETCH(line + 32);
-                }
-                for (int32_t c = start; c < start + 64; c += 32) {
-                    {
-                        const float *const qc = from + c + 0;
-                        hl_vf_avx512 q0;
-                        hl_vf_avx512 v0;
-                        hl_vf_avx512 w0;
-                        hl_vpair_bf16_avx512(k0 + c + 0, &v0, &w0);
-                        hl_vf_avx512 v1;
-                        hl_vf_avx512 w1;
-                        hl_vpair_bf16_avx512(k1 + c + 0, &v1, &w1);
-                        hl_vf_avx512 v2;
-                        hl_vf_avx512 w2;
-                        hl_vpair_bf16_avx512(k2 + c + 0, &v2, &w2);
-                        hl_vf_avx512 v3;
-                        hl_vf_avx512 w3;
-                        hl_vpair_bf16_avx512(k3 + c + 0, &v3, &w3);
-                        q0 = hl_vkeep_avx512(hl_vload_avx512(qc + 0 * QS));
-                        s0_0 = hl_vfma_avx512(v0, q0, s0_0);
-                        s0_1 = hl_vfma_avx512(v1, q0, s0_1);
-                        s0_2 = hl_vfma_avx512(v2, q0, s0_2);
-                        s0_3 = hl_vfma_avx512(v3, q0, s0_3);
-                        q0 = hl_vkeep_avx512(hl_vload_avx512(qc + 1 * QS));
-                        s1_0 = hl_vfma_avx512(v0, q0, s1_0);
-                        s1_1 = hl_vfma_avx512(v1, q0, s1_1);
-                        s1_2 = hl_vfma_avx512(v2, q0, s1_2);
-                        s1_3 = hl_vfma_avx512(v3, q0, s1_3);
-                        q0 = hl_vkeep_avx512(hl_vload_avx512(qc + 2 * QS));
-                        s2_0 = hl_vfma_avx512(v0, q0, s2_0);
-                        s2_1 = hl_vfma_avx512(v1, q0, s2_1);
-                        s2_2 = hl_vfma_avx512(v2, q0, s2_2);
-                        s2_3 = hl_vfma_avx512(v3, q0, s2_3);
-                        q0 = hl_vkeep_avx512(hl_vload_avx512(qc + 3 * QS));
-                        s3_0 = hl_vfma_avx512(v0, q0, s3_0);
-                        s3_1 = hl_vfma_avx512(v1, q0, s3_1);
-                        s3_2 = hl_vfma_avx512(v2, q0, s3_2);
-                        s3_3 = hl_vfma_avx512(v3, q0, s3_3);
-                        q0 = hl_vkeep_avx512(hl_vload_avx512(qc + 0 * QS + L));
-                        s0_0 = hl_vfma_avx512(w0, q0, s0_0);
-                        s0_1 = hl_vfma_avx512(w1, q0, s0_1);
-                        s0_2 = hl_vfma_avx512(w2, q0, s0_2);
-                        s0_3 = hl_vfma_avx512(w3, q0, s0_3);
-                        q0 = hl_vkeep_avx512(hl_vload_avx512(qc + 1 * QS + L));
-                        s1_0 = hl_vfma_avx512(w0, q0, s1_0);
-                        s1_1 = hl_vfma_avx512(w1, q0, s1_1);
-                        s1_2 = hl_vfma_avx512(w2, q0, s1_2);
-                        s1_3 = hl_vfma_avx512(w3, q0, s1_3);
-                        q0 = hl_vkeep_avx512(hl_vload_avx512(qc + 2 * QS + L));
-                        s2_0 = hl_vfma_avx512(w0, q0, s2_0);
-                        s2_1 = hl_vfma_avx512(w1, q0, s2_1);
-                        s2_2 = hl_vfma_avx512(w2, q0, s2_2);
-                        s2_3 = hl_vfma_avx512(w3, q0, s2_3);
-                        q0 = hl_vkeep_avx512(hl_vload_avx512(qc + 3 * QS + L));
-                        s3_0 = hl_vfma_avx512(w0, q0, s3_0);
-                        s3_1 = hl_vfma_avx512(w1, q0, s3_1);
-                        s3_2 = hl_vfma_avx512(w2, q0, s3_2);
-                        s3_3 = hl_vfma_avx512(w3, q0, s3_3);
-                    }
-                }
-            }
-        }
-        {
-            const float *const from = q + 512;
-            const uint16_t *const k0 =
-                (const uint16_t *)row0->rope;
-            const uint16_t *const k1 =
-                (const uint16_t *)row1->rope;
-            const uint16_t *const k2 =
-                (const uint16_t *)row2->rope;
-            const uint16_t *const k3 =
-                (const uint16_t *)row3->rope;
-            for (int32_t start = 0; start < 64; start += 64) {
-                if (next != NULL) {
-                    const uint16_t *line;
-                    line = (const uint16_t *)next[j + 0].rope + start;
-                    HL_FETCH(line + 0);
-                    HL_FETCH(line + 32);
-                    line = (const uint16_t *)next[j + 1].rope + start;
-                    HL_FETCH(line + 0);
-                    HL_FETCH(line + 32);
-                    line = (const uint16_t *)next[j + 2].rope + start;
-                    HL_FETCH(line + 0);
-                    HL_FETCH(line + 32);
-                    line = (const uint16_t *)next[j + 3].rope + start;
-                    HL_FETCH(line + 0);
-                    HL_FETCH(line + 32);
+                    const hl_row *const next0 = next + j + 0;
+                    const uint16_t *const line0 = start
+                        + (const uint16_t *)(rope ? next0->rope : next0->key);
+                    const hl_row *const next1 = next + j + 1;
+                    const uint16_t *const line1 = start
+                        + (const uint16_t *)(rope ? next1->rope : next1->key);
+                    const hl_row *const next2 = next + j + 2;
+                    const uint16_t *const line2 = start
+                        + (const uint16_t *)(rope ? next2->rope : next2->key);
+                    const hl_row *const next3 = next + j + 3;
+                    const uint16_t *const line3 = start
+                        + (const uint16_t *)(rope ? next3->rope : next3->key);
+                    HL_FETCH(line0 + 0);
+                    HL_FETCH(line1 + 0);
+                    HL_FETCH(line2 + 0);
+                    HL_FETCH(line3 + 0);
+                    HL_FETCH(line0 + 32);
+                    HL_FETCH(line1 + 32);
+                    HL_FETCH(line2 + 32);
+                    HL_FETCH(line3 + 32);
                 }
                 for (int32_t c = start; c < start + 64; c += 32) {
                     {
@@ -7783,166 +7414,69 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d512_rope64_dot_2x8_avx512(const float *q, con
         hl_vf_avx512 s1_5 = hl_vzero_avx512();
         hl_vf_avx512 s1_6 = hl_vzero_avx512();
         hl_vf_avx512 s1_7 = hl_vzero_avx512();
-        {
-            const float *const from = q + 0;
+        for (int32_t rope = 0; rope < 2; ++rope) {
+            const int32_t paired = rope ? 64 : 512;
+            const float *const from = rope ? q + 512 : q;
             const uint16_t *const k0 =
-                (const uint16_t *)row0->key;
+                (const uint16_t *)(rope ? row0->rope : row0->key);
             const uint16_t *const k1 =
-                (const uint16_t *)row1->key;
+                (const uint16_t *)(rope ? row1->rope : row1->key);
             const uint16_t *const k2 =
-                (const uint16_t *)row2->key;
+                (const uint16_t *)(rope ? row2->rope : row2->key);
             const uint16_t *const k3 =
-                (const uint16_t *)row3->key;
+                (const uint16_t *)(rope ? row3->rope : row3->key);
             const uint16_t *const k4 =
-                (const uint16_t *)row4->key;
+                (const uint16_t *)(rope ? row4->rope : row4->key);
             const uint16_t *const k5 =
-                (const uint16_t *)row5->key;
+                (const uint16_t *)(rope ? row5->rope : row5->key);
             const uint16_t *const k6 =
-                (const uint16_t *)row6->key;
+                (const uint16_t *)(rope ? row6->rope : row6->key);
             const uint16_t *const k7 =
-                (const uint16_t *)row7->key;
-            for (int32_t start = 0; start < 512; start += 64) {
+                (const uint16_t *)(rope ? row7->rope : row7->key);
+            for (int32_t start = 0; start < paired; start += 64) {
                 if (next != NULL) {
-                    const uint16_t *line;
-                    line = (const uint16_t *)next[j + 0].key + start;
-                    if (apart) {
-                        HL_FETCH(line + 0);
-                        HL_FETCH(line + 32);
+                    const hl_row *const next0 = next + j + 0;
+                    const uint16_t *const line0 = start
+                        + (const uint16_t *)(rope ? next0->rope : next0->key);
+                    const hl_row *const next1 = next + j + 1;
+                    const uint16_t *const line1 = start
+                        + (const uint16_t *)(rope ? next1->rope : next1->key);
+                    const hl_row *const next2 = next + j + 2;
+                    const uint16_t *const line2 = start
+                        + (const uint16_t *)(rope ? next2->rope : next2->key);
+                    const hl_row *const next3 = next + j + 3;
+                    const uint16_t *const line3 = start
+                        + (const uint16_t *)(rope ? next3->rope : next3->key);
+                    const hl_row *const next4 = next + j + 4;
+                    const uint16_t *const line4 = start
+                        + (const uint16_t *)(rope ? next4->rope : next4->key);
+                    const hl_row *const next5 = next + j + 5;
+                    const uint16_t *const line5 = start
+                        + (const uint16_t *)(rope ? next5->rope : next5->key);
+                    const hl_row *const next6 = next + j + 6;
+                    const uint16_t *const line6 = start
+                        + (const uint16_t *)(rope ? next6->rope : next6->key);
+                    const hl_row *const next7 = next + j + 7;
+                    const uint16_t *const line7 = start
+                        + (const uint16_t *)(rope ? next7->rope : next7->key);
+                    if (rope || apart) {
+                        HL_FETCH(line0 + 0);
+                        HL_FETCH(line1 + 0);
+                        HL_FETCH(line2 + 0);
+                        HL_FETCH(line3 + 0);
+                        HL_FETCH(line4 + 0);
+                        HL_FETCH(line5 + 0);
+                        HL_FETCH(line6 + 0);
+                        HL_FETCH(line7 + 0);
+                        HL_FETCH(line0 + 32);
+                        HL_FETCH(line1 + 32);
+                        HL_FETCH(line2 + 32);
+                        HL_FETCH(line3 + 32);
+                        HL_FETCH(line4 + 32);
+                        HL_FETCH(line5 + 32);
+                        HL_FETCH(line6 + 32);
+                        HL_FETCH(line7 + 32);
                     }
-                    line = (const uint16_t *)next[j + 1].key + start;
-                    if (apart) {
-                        HL_FETCH(line + 0);
-                        HL_FETCH(line + 32);
-                    }
-                    line = (const uint16_t *)next[j + 2].key + start;
-                    if (apart) {
-                        HL_FETCH(line + 0);
-                        HL_FETCH(line + 32);
-                    }
-                    line = (const uint16_t *)next[j + 3].key + start;
-                    if (apart) {
-                        HL_FETCH(line + 0);
-                        HL_FETCH(line + 32);
-                    }
-                    line = (const uint16_t *)next[j + 4].key + start;
-                    if (apart) {
-                        HL_FETCH(line + 0);
-                        HL_FETCH(line + 32);
-                    }
-                    line = (const uint16_t *)next[j + 5].key + start;
-                    if (apart) {
-                        HL_FETCH(line + 0);
-                        HL_FETCH(line + 32);
-                    }
-                    line = (const uint16_t *)next[j + 6].key + start;
-                    if (apart) {
-                        HL_FETCH(line + 0);
-                        HL_FETCH(line + 32);
-                    }
-                    line = (const uint16_t *)next[j + 7].key + start;
-                    if (apart) {
-                        HL_FETCH(line + 0);
-                        HL_FETCH(line + 32);
-                    }
-                }
-                for (int32_t c = start; c < start + 64; c += 32) {
-                    {
-                        const float *const qc = from + c + 0;
-                        hl_vf_avx512 v;
-                        hl_vf_avx512 w;
-                        const hl_vf_avx512 q0 = hl_vload_avx512(qc + 0 * QS);
-                        const hl_vf_avx512 p0 = hl_vload_avx512(qc + 0 * QS + L);
-                        const hl_vf_avx512 q1 = hl_vload_avx512(qc + 1 * QS);
-                        const hl_vf_avx512 p1 = hl_vload_avx512(qc + 1 * QS + L);
-                        hl_vpair_bf16_avx512(k0 + c + 0, &v, &w);
-                        s0_0 = hl_vfma_avx512(v, q0, s0_0);
-                        s1_0 = hl_vfma_avx512(v, q1, s1_0);
-                        s0_0 = hl_vfma_avx512(w, p0, s0_0);
-                        s1_0 = hl_vfma_avx512(w, p1, s1_0);
-                        hl_vpair_bf16_avx512(k1 + c + 0, &v, &w);
-                        s0_1 = hl_vfma_avx512(v, q0, s0_1);
-                        s1_1 = hl_vfma_avx512(v, q1, s1_1);
-                        s0_1 = hl_vfma_avx512(w, p0, s0_1);
-                        s1_1 = hl_vfma_avx512(w, p1, s1_1);
-                        hl_vpair_bf16_avx512(k2 + c + 0, &v, &w);
-                        s0_2 = hl_vfma_avx512(v, q0, s0_2);
-                        s1_2 = hl_vfma_avx512(v, q1, s1_2);
-                        s0_2 = hl_vfma_avx512(w, p0, s0_2);
-                        s1_2 = hl_vfma_avx512(w, p1, s1_2);
-                        hl_vpair_bf16_avx512(k3 + c + 0, &v, &w);
-                        s0_3 = hl_vfma_avx512(v, q0, s0_3);
-                        s1_3 = hl_vfma_avx512(v, q1, s1_3);
-                        s0_3 = hl_vfma_avx512(w, p0, s0_3);
-                        s1_3 = hl_vfma_avx512(w, p1, s1_3);
-                        hl_vpair_bf16_avx512(k4 + c + 0, &v, &w);
-                        s0_4 = hl_vfma_avx512(v, q0, s0_4);
-                        s1_4 = hl_vfma_avx512(v, q1, s1_4);
-                        s0_4 = hl_vfma_avx512(w, p0, s0_4);
-                        s1_4 = hl_vfma_avx512(w, p1, s1_4);
-                        hl_vpair_bf16_avx512(k5 + c + 0, &v, &w);
-                        s0_5 = hl_vfma_avx512(v, q0, s0_5);
-                        s1_5 = hl_vfma_avx512(v, q1, s1_5);
-                        s0_5 = hl_vfma_avx512(w, p0, s0_5);
-                        s1_5 = hl_vfma_avx512(w, p1, s1_5);
-                        hl_vpair_bf16_avx512(k6 + c + 0, &v, &w);
-                        s0_6 = hl_vfma_avx512(v, q0, s0_6);
-                        s1_6 = hl_vfma_avx512(v, q1, s1_6);
-                        s0_6 = hl_vfma_avx512(w, p0, s0_6);
-                        s1_6 = hl_vfma_avx512(w, p1, s1_6);
-                        hl_vpair_bf16_avx512(k7 + c + 0, &v, &w);
-                        s0_7 = hl_vfma_avx512(v, q0, s0_7);
-                        s1_7 = hl_vfma_avx512(v, q1, s1_7);
-                        s0_7 = hl_vfma_avx512(w, p0, s0_7);
-                        s1_7 = hl_vfma_avx512(w, p1, s1_7);
-                    }
-                }
-            }
-        }
-        {
-            const float *const from = q + 512;
-            const uint16_t *const k0 =
-                (const uint16_t *)row0->rope;
-            const uint16_t *const k1 =
-                (const uint16_t *)row1->rope;
-            const uint16_t *const k2 =
-                (const uint16_t *)row2->rope;
-            const uint16_t *const k3 =
-                (const uint16_t *)row3->rope;
-            const uint16_t *const k4 =
-                (const uint16_t *)row4->rope;
-            const uint16_t *const k5 =
-                (const uint16_t *)row5->rope;
-            const uint16_t *const k6 =
-                (const uint16_t *)row6->rope;
-            const uint16_t *const k7 =
-                (const uint16_t *)row7->rope;
-            for (int32_t start = 0; start < 64; start += 64) {
-                if (next != NULL) {
-                    const uint16_t *line;
-                    line = (const uint16_t *)next[j + 0].rope + start;
-                    HL_FETCH(line + 0);
-                    HL_FETCH(line + 32);
-                    line = (const uint16_t *)next[j + 1].rope + start;
-                    HL_FETCH(line + 0);
-                    HL_FETCH(line + 32);
-                    line = (const uint16_t *)next[j + 2].rope + start;
-                    HL_FETCH(line + 0);
-                    HL_FETCH(line + 32);
-                    line = (const uint16_t *)next[j + 3].rope + start;
-                    HL_FETCH(line + 0);
-                    HL_FETCH(line + 32);
-                    line = (const uint16_t *)next[j + 4].rope + start;
-                    HL_FETCH(line + 0);
-                    HL_FETCH(line + 32);
-                    line = (const uint16_t *)next[j + 5].rope + start;
-                    HL_FETCH(line + 0);
-                    HL_FETCH(line + 32);
-                    line = (const uint16_t *)next[j + 6].rope + start;
-                    HL_FETCH(line + 0);
-                    HL_FETCH(line + 32);
-                    line = (const uint16_t *)next[j + 7].rope + start;
-                    HL_FETCH(line + 0);
-                    HL_FETCH(line + 32);
                 }
                 for (int32_t c = start; c < start + 64; c += 32) {
                     {
@@ -8036,16 +7570,18 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d512_rope64_dot_1x16_avx512(const float *q, co
         hl_vf_avx512 s0_0z = hl_vzero_avx512();
         hl_vf_avx512 s0_0w = hl_vzero_avx512();
         {
-            const float *const from = q + 0;
+            const int32_t paired = 512;
+            const float *const from = q;
             const uint16_t *const k0 =
                 (const uint16_t *)row0->key;
-            for (int32_t start = 0; start < 512; start += 64) {
+            for (int32_t start = 0; start < paired; start += 64) {
                 if (next != NULL) {
-                    const uint16_t *line;
-                    line = (const uint16_t *)next[j + 0].key + start;
-                    HL_FETCH(line + 0);
+                    const hl_row *const next0 = next + j + 0;
+                    const uint16_t *const line0 = start
+                        + (const uint16_t *)next0->key;
+                    HL_FETCH(line0 + 0);
                     if (apart) {
-                        HL_FETCH(line + 32);
+                        HL_FETCH(line0 + 32);
                     }
                 }
                 for (int32_t c = start; c < start + 64; c += 64) {
@@ -8075,15 +7611,17 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d512_rope64_dot_1x16_avx512(const float *q, co
             }
         }
         {
+            const int32_t paired = 64;
             const float *const from = q + 512;
             const uint16_t *const k0 =
                 (const uint16_t *)row0->rope;
-            for (int32_t start = 0; start < 64; start += 64) {
+            for (int32_t start = 0; start < paired; start += 64) {
                 if (next != NULL) {
-                    const uint16_t *line;
-                    line = (const uint16_t *)next[j + 0].rope + start;
-                    HL_FETCH(line + 0);
-                    HL_FETCH(line + 32);
+                    const hl_row *const next0 = next + j + 0;
+                    const uint16_t *const line0 = start
+                        + (const uint16_t *)next0->rope;
+                    HL_FETCH(line0 + 0);
+                    HL_FETCH(line0 + 32);
                 }
                 for (int32_t c = start; c < start + 64; c += 64) {
                     {

@@ -1653,73 +1653,23 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_dot_4x2_scalar(const float *q, const 
         hl_vf_scalar s2_1 = hl_vzero_scalar();
         hl_vf_scalar s3_0 = hl_vzero_scalar();
         hl_vf_scalar s3_1 = hl_vzero_scalar();
-        {
-            const float *const from = q + 0;
+        for (int32_t rope = 0; rope < 2; ++rope) {
+            const int32_t paired = rope ? 8 : 32;
+            const float *const from = rope ? q + 32 : q;
             const float *const k0 =
-                (const float *)row0->key;
+                (const float *)(rope ? row0->rope : row0->key);
             const float *const k1 =
-                (const float *)row1->key;
-            for (int32_t start = 0; start < 32; start += 32) {
+                (const float *)(rope ? row1->rope : row1->key);
+            for (int32_t start = 0; start < paired; start += 2) {
                 if (next != NULL) {
-                    const float *line;
-                    line = (const float *)next[j + 0].key + start;
-                    HL_FETCH(line + 0);
-                    HL_FETCH(line + 16);
-                    line = (const float *)next[j + 1].key + start;
-                    HL_FETCH(line + 0);
-                    HL_FETCH(line + 16);
-                }
-                for (int32_t c = start; c < start + 32; c += 2) {
-                    {
-                        const float *const qc = from + c + 0;
-                        hl_vf_scalar q0;
-                        hl_vf_scalar v0;
-                        hl_vf_scalar w0;
-                        hl_vpair_scalar(k0 + c + 0, &v0, &w0);
-                        hl_vf_scalar v1;
-                        hl_vf_scalar w1;
-                        hl_vpair_scalar(k1 + c + 0, &v1, &w1);
-                        q0 = hl_vkeep_scalar(hl_vload_scalar(qc + 0 * QS));
-                        s0_0 = hl_vfma_scalar(v0, q0, s0_0);
-                        s0_1 = hl_vfma_scalar(v1, q0, s0_1);
-                        q0 = hl_vkeep_scalar(hl_vload_scalar(qc + 1 * QS));
-                        s1_0 = hl_vfma_scalar(v0, q0, s1_0);
-                        s1_1 = hl_vfma_scalar(v1, q0, s1_1);
-                        q0 = hl_vkeep_scalar(hl_vload_scalar(qc + 2 * QS));
-                        s2_0 = hl_vfma_scalar(v0, q0, s2_0);
-                        s2_1 = hl_vfma_scalar(v1, q0, s2_1);
-                        q0 = hl_vkeep_scalar(hl_vload_scalar(qc + 3 * QS));
-                        s3_0 = hl_vfma_scalar(v0, q0, s3_0);
-                        s3_1 = hl_vfma_scalar(v1, q0, s3_1);
-                        q0 = hl_vkeep_scalar(hl_vload_scalar(qc + 0 * QS + L));
-                        s0_0 = hl_vfma_scalar(w0, q0, s0_0);
-                        s0_1 = hl_vfma_scalar(w1, q0, s0_1);
-                        q0 = hl_vkeep_scalar(hl_vload_scalar(qc + 1 * QS + L));
-                        s1_0 = hl_vfma_scalar(w0, q0, s1_0);
-                        s1_1 = hl_vfma_scalar(w1, q0, s1_1);
-                        q0 = hl_vkeep_scalar(hl_vload_scalar(qc + 2 * QS + L));
-                        s2_0 = hl_vfma_scalar(w0, q0, s2_0);
-                        s2_1 = hl_vfma_scalar(w1, q0, s2_1);
-                        q0 = hl_vkeep_scalar(hl_vload_scalar(qc + 3 * QS + L));
-                        s3_0 = hl_vfma_scalar(w0, q0, s3_0);
-                        s3_1 = hl_vfma_scalar(w1, q0, s3_1);
-                    }
-                }
-            }
-        }
-        {
-            const float *const from = q + 32;
-            const float *const k0 =
-                (const float *)row0->rope;
-            const float *const k1 =
-                (const float *)row1->rope;
-            for (int32_t start = 0; start < 8; start += 2) {
-                if (next != NULL) {
-                    const float *line;
-                    line = (const float *)next[j + 0].rope + start;
-                    HL_FETCH(line + 0);
-                    line = (const float *)next[j + 1].rope + start;
-                    HL_FETCH(line + 0);
+                    const hl_row *const next0 = next + j + 0;
+                    const float *const line0 = start
+                        + (const float *)(rope ? next0->rope : next0->key);
+                    const hl_row *const next1 = next + j + 1;
+                    const float *const line1 = start
+                        + (const float *)(rope ? next1->rope : next1->key);
+                    HL_FETCH(line0 + 0);
+                    HL_FETCH(line1 + 0);
                 }
                 for (int32_t c = start; c < start + 2; c += 2) {
                     {
@@ -1796,86 +1746,35 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_dot_2x4_scalar(const float *q, const 
         hl_vf_scalar s1_1 = hl_vzero_scalar();
         hl_vf_scalar s1_2 = hl_vzero_scalar();
         hl_vf_scalar s1_3 = hl_vzero_scalar();
-        {
-            const float *const from = q + 0;
+        for (int32_t rope = 0; rope < 2; ++rope) {
+            const int32_t paired = rope ? 8 : 32;
+            const float *const from = rope ? q + 32 : q;
             const float *const k0 =
-                (const float *)row0->key;
+                (const float *)(rope ? row0->rope : row0->key);
             const float *const k1 =
-                (const float *)row1->key;
+                (const float *)(rope ? row1->rope : row1->key);
             const float *const k2 =
-                (const float *)row2->key;
+                (const float *)(rope ? row2->rope : row2->key);
             const float *const k3 =
-                (const float *)row3->key;
-            for (int32_t start = 0; start < 32; start += 32) {
+                (const float *)(rope ? row3->rope : row3->key);
+            for (int32_t start = 0; start < paired; start += 2) {
                 if (next != NULL) {
-                    const float *line;
-                    line = (const float *)next[j + 0].key + start;
-                    HL_FETCH(line + 0);
-                    HL_FETCH(line + 16);
-                    line = (const float *)next[j + 1].key + start;
-                    HL_FETCH(line + 0);
-                    HL_FETCH(line + 16);
-                    line = (const float *)next[j + 2].key + start;
-                    HL_FETCH(line + 0);
-                    HL_FETCH(line + 16);
-                    line = (const float *)next[j + 3].key + start;
-                    HL_FETCH(line + 0);
-                    HL_FETCH(line + 16);
-                }
-                for (int32_t c = start; c < start + 32; c += 2) {
-                    {
-                        const float *const qc = from + c + 0;
-                        hl_vf_scalar v;
-                        hl_vf_scalar w;
-                        const hl_vf_scalar q0 = hl_vload_scalar(qc + 0 * QS);
-                        const hl_vf_scalar p0 = hl_vload_scalar(qc + 0 * QS + L);
-                        const hl_vf_scalar q1 = hl_vload_scalar(qc + 1 * QS);
-                        const hl_vf_scalar p1 = hl_vload_scalar(qc + 1 * QS + L);
-                        hl_vpair_scalar(k0 + c + 0, &v, &w);
-                        s0_0 = hl_vfma_scalar(v, q0, s0_0);
-                        s1_0 = hl_vfma_scalar(v, q1, s1_0);
-                        s0_0 = hl_vfma_scalar(w, p0, s0_0);
-                        s1_0 = hl_vfma_scalar(w, p1, s1_0);
-                        hl_vpair_scalar(k1 + c + 0, &v, &w);
-                        s0_1 = hl_vfma_scalar(v, q0, s0_1);
-                        s1_1 = hl_vfma_scalar(v, q1, s1_1);
-                        s0_1 = hl_vfma_scalar(w, p0, s0_1);
-                        s1_1 = hl_vfma_scalar(w, p1, s1_1);
-                        hl_vpair_scalar(k2 + c + 0, &v, &w);
-                        s0_2 = hl_vfma_scalar(v, q0, s0_2);
-                        s1_2 = hl_vfma_scalar(v, q1, s1_2);
-                        s0_2 = hl_vfma_scalar(w, p0, s0_2);
-                        s1_2 = hl_vfma_scalar(w, p1, s1_2);
-                        hl_vpair_scalar(k3 + c + 0, &v, &w);
-                        s0_3 = hl_vfma_scalar(v, q0, s0_3);
-                        s1_3 = hl_vfma_scalar(v, q1, s1_3);
-                        s0_3 = hl_vfma_scalar(w, p0, s0_3);
-                        s1_3 = hl_vfma_scalar(w, p1, s1_3);
-                    }
-                }
-            }
-        }
-        {
-            const float *const from = q + 32;
-            const float *const k0 =
-                (const float *)row0->rope;
-            const float *const k1 =
-                (const float *)row1->rope;
-            const float *const k2 =
-                (const float *)row2->rope;
-            const float *const k3 =
-                (const float *)row3->rope;
-            for (int32_t start = 0; start < 8; start += 2) {
-                if (next != NULL) {
-                    const float *line;
-                    line = (const float *)next[j + 0].rope + start;
-                    HL_FETCH(line + 0);
-                    line = (const float *)next[j + 1].rope + start;
-                    HL_FETCH(line + 0);
-                    line = (const float *)next[j + 2].rope + start;
-                    HL_FETCH(line + 0);
-                    line = (const float *)next[j + 3].rope + start;
-                    HL_FETCH(line + 0);
+                    const hl_row *const next0 = next + j + 0;
+                    const float *const line0 = start
+                        + (const float *)(rope ? next0->rope : next0->key);
+                    const hl_row *const next1 = next + j + 1;
+                    const float *const line1 = start
+                        + (const float *)(rope ? next1->rope : next1->key);
+                    const hl_row *const next2 = next + j + 2;
+                    const float *const line2 = start
+                        + (const float *)(rope ? next2->rope : next2->key);
+                    const hl_row *const next3 = next + j + 3;
+                    const float *const line3 = start
+                        + (const float *)(rope ? next3->rope : next3->key);
+                    HL_FETCH(line0 + 0);
+                    HL_FETCH(line1 + 0);
+                    HL_FETCH(line2 + 0);
+                    HL_FETCH(line3 + 0);
                 }
                 for (int32_t c = start; c < start + 2; c += 2) {
                     {
@@ -1952,7 +1851,8 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_dot_1x8_scalar(const float *q, const 
         hl_vf_scalar s0_6 = hl_vzero_scalar();
         hl_vf_scalar s0_7 = hl_vzero_scalar();
         {
-            const float *const from = q + 0;
+            const int32_t paired = 32;
+            const float *const from = q;
             const float *const k0 =
                 (const float *)row0->key;
             const float *const k1 =
@@ -1969,33 +1869,48 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_dot_1x8_scalar(const float *q, const 
                 (const float *)row6->key;
             const float *const k7 =
                 (const float *)row7->key;
-            for (int32_t start = 0; start < 32; start += 32) {
+            for (int32_t start = 0; start < paired; start += 32) {
                 if (next != NULL) {
-                    const float *line;
-                    line = (const float *)next[j + 0].key + start;
-                    HL_FETCH(line + 0);
-                    HL_FETCH(line + 16);
-                    line = (const float *)next[j + 1].key + start;
-                    HL_FETCH(line + 0);
-                    HL_FETCH(line + 16);
-                    line = (const float *)next[j + 2].key + start;
-                    HL_FETCH(line + 0);
-                    HL_FETCH(line + 16);
-                    line = (const float *)next[j + 3].key + start;
-                    HL_FETCH(line + 0);
-                    HL_FETCH(line + 16);
-                    line = (const float *)next[j + 4].key + start;
-                    HL_FETCH(line + 0);
-                    HL_FETCH(line + 16);
-                    line = (const float *)next[j + 5].key + start;
-                    HL_FETCH(line + 0);
-                    HL_FETCH(line + 16);
-                    line = (const float *)next[j + 6].key + start;
-                    HL_FETCH(line + 0);
-                    HL_FETCH(line + 16);
-                    line = (const float *)next[j + 7].key + start;
-                    HL_FETCH(line + 0);
-                    HL_FETCH(line + 16);
+                    const hl_row *const next0 = next + j + 0;
+                    const float *const line0 = start
+                        + (const float *)next0->key;
+                    const hl_row *const next1 = next + j + 1;
+                    const float *const line1 = start
+                        + (const float *)next1->key;
+                    const hl_row *const next2 = next + j + 2;
+                    const float *const line2 = start
+                        + (const float *)next2->key;
+                    const hl_row *const next3 = next + j + 3;
+                    const float *const line3 = start
+                        + (const float *)next3->key;
+                    const hl_row *const next4 = next + j + 4;
+                    const float *const line4 = start
+                        + (const float *)next4->key;
+                    const hl_row *const next5 = next + j + 5;
+                    const float *const line5 = start
+                        + (const float *)next5->key;
+                    const hl_row *const next6 = next + j + 6;
+                    const float *const line6 = start
+                        + (const float *)next6->key;
+                    const hl_row *const next7 = next + j + 7;
+                    const float *const line7 = start
+                        + (const float *)next7->key;
+                    HL_FETCH(line0 + 0);
+                    HL_FETCH(line1 + 0);
+                    HL_FETCH(line2 + 0);
+                    HL_FETCH(line3 + 0);
+                    HL_FETCH(line4 + 0);
+                    HL_FETCH(line5 + 0);
+                    HL_FETCH(line6 + 0);
+                    HL_FETCH(line7 + 0);
+                    HL_FETCH(line0 + 16);
+                    HL_FETCH(line1 + 16);
+                    HL_FETCH(line2 + 16);
+                    HL_FETCH(line3 + 16);
+                    HL_FETCH(line4 + 16);
+                    HL_FETCH(line5 + 16);
+                    HL_FETCH(line6 + 16);
+                    HL_FETCH(line7 + 16);
                 }
                 for (int32_t c = start; c < start + 32; c += 2) {
                     {
@@ -2033,6 +1948,7 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_dot_1x8_scalar(const float *q, const 
             }
         }
         {
+            const int32_t paired = 8;
             const float *const from = q + 32;
             const float *const k0 =
                 (const float *)row0->rope;
@@ -2050,25 +1966,40 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_dot_1x8_scalar(const float *q, const 
                 (const float *)row6->rope;
             const float *const k7 =
                 (const float *)row7->rope;
-            for (int32_t start = 0; start < 8; start += 2) {
+            for (int32_t start = 0; start < paired; start += 2) {
                 if (next != NULL) {
-                    const float *line;
-                    line = (const float *)next[j + 0].rope + start;
-                    HL_FETCH(line + 0);
-                    line = (const float *)next[j + 1].rope + start;
-                    HL_FETCH(line + 0);
-                    line = (const float *)next[j + 2].rope + start;
-                    HL_FETCH(line + 0);
-                    line = (const float *)next[j + 3].rope + start;
-                    HL_FETCH(line + 0);
-                    line = (const float *)next[j + 4].rope + start;
-                    HL_FETCH(line + 0);
-                    line = (const float *)next[j + 5].rope + start;
-                    HL_FETCH(line + 0);
-                    line = (const float *)next[j + 6].rope + start;
-                    HL_FETCH(line + 0);
-                    line = (const float *)next[j + 7].rope + start;
-                    HL_FETCH(line + 0);
+                    const hl_row *const next0 = next + j + 0;
+                    const float *const line0 = start
+                        + (const float *)next0->rope;
+                    const hl_row *const next1 = next + j + 1;
+                    const float *const line1 = start
+                        + (const float *)next1->rope;
+                    const hl_row *const next2 = next + j + 2;
+                    const float *const line2 = start
+                        + (const float *)next2->rope;
+                    const hl_row *const next3 = next + j + 3;
+                    const float *const line3 = start
+                        + (const float *)next3->rope;
+                    const hl_row *const next4 = next + j + 4;
+                    const float *const line4 = start
+                        + (const float *)next4->rope;
+                    const hl_row *const next5 = next + j + 5;
+                    const float *const line5 = start
+                        + (const float *)next5->rope;
+                    const hl_row *const next6 = next + j + 6;
+                    const float *const line6 = start
+                        + (const float *)next6->rope;
+                    const hl_row *const next7 = next + j + 7;
+                    const float *const line7 = start
+                        + (const float *)next7->rope;
+                    HL_FETCH(line0 + 0);
+                    HL_FETCH(line1 + 0);
+                    HL_FETCH(line2 + 0);
+                    HL_FETCH(line3 + 0);
+                    HL_FETCH(line4 + 0);
+                    HL_FETCH(line5 + 0);
+                    HL_FETCH(line6 + 0);
+                    HL_FETCH(line7 + 0);
                 }
                 for (int32_t c = start; c < start + 2; c += 2) {
                     {

@@ -2046,20 +2046,24 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d64_dot_4x2_scalar(const float *q, const hl_row
         hl_vf_scalar s3_0 = hl_vzero_scalar();
         hl_vf_scalar s3_1 = hl_vzero_scalar();
         {
-            const float *const from = q + 0;
+            const int32_t paired = 64;
+            const float *const from = q;
             const float *const k0 =
                 (const float *)row0->key;
             const float *const k1 =
                 (const float *)row1->key;
-            for (int32_t start = 0; start < 64; start += 32) {
+            for (int32_t start = 0; start < paired; start += 32) {
                 if (next != NULL) {
-                    const float *line;
-                    line = (const float *)next[j + 0].key + start;
-                    HL_FETCH(line + 0);
-                    HL_FETCH(line + 16);
-                    line = (const float *)next[j + 1].key + start;
-                    HL_FETCH(line + 0);
-                    HL_FETCH(line + 16);
+                    const hl_row *const next0 = next + j + 0;
+                    const float *const line0 = start
+                        + (const float *)next0->key;
+                    const hl_row *const next1 = next + j + 1;
+                    const float *const line1 = start
+                        + (const float *)next1->key;
+                    HL_FETCH(line0 + 0);
+                    HL_FETCH(line1 + 0);
+                    HL_FETCH(line0 + 16);
+                    HL_FETCH(line1 + 16);
                 }
                 for (int32_t c = start; c < start + 32; c += 2) {
                     {
@@ -2138,7 +2142,8 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d64_dot_2x4_scalar(const float *q, const hl_row
         hl_vf_scalar s1_2 = hl_vzero_scalar();
         hl_vf_scalar s1_3 = hl_vzero_scalar();
         {
-            const float *const from = q + 0;
+            const int32_t paired = 64;
+            const float *const from = q;
             const float *const k0 =
                 (const float *)row0->key;
             const float *const k1 =
@@ -2147,21 +2152,28 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d64_dot_2x4_scalar(const float *q, const hl_row
                 (const float *)row2->key;
             const float *const k3 =
                 (const float *)row3->key;
-            for (int32_t start = 0; start < 64; start += 32) {
+            for (int32_t start = 0; start < paired; start += 32) {
                 if (next != NULL) {
-                    const float *line;
-                    line = (const float *)next[j + 0].key + start;
-                    HL_FETCH(line + 0);
-                    HL_FETCH(line + 16);
-                    line = (const float *)next[j + 1].key + start;
-                    HL_FETCH(line + 0);
-                    HL_FETCH(line + 16);
-                    line = (const float *)next[j + 2].key + start;
-                    HL_FETCH(line + 0);
-                    HL_FETCH(line + 16);
-                    line = (const float *)next[j + 3].key + start;
-                    HL_FETCH(line + 0);
-                    HL_FETCH(line + 16);
+                    const hl_row *const next0 = next + j + 0;
+                    const float *const line0 = start
+                        + (const float *)next0->key;
+                    const hl_row *const next1 = next + j + 1;
+                    const float *const line1 = start
+                        + (const float *)next1->key;
+                    const hl_row *const next2 = next + j + 2;
+                    const float *const line2 = start
+                        + (const float *)next2->key;
+                    const hl_row *const next3 = next + j + 3;
+                    const float *const line3 = start
+                        + (const float *)next3->key;
+                    HL_FETCH(line0 + 0);
+                    HL_FETCH(line1 + 0);
+                    HL_FETCH(line2 + 0);
+                    HL_FETCH(line3 + 0);
+                    HL_FETCH(line0 + 16);
+                    HL_FETCH(line1 + 16);
+                    HL_FETCH(line2 + 16);
+                    HL_FETCH(line3 + 16);
                 }
                 for (int32_t c = start; c < start + 32; c += 2) {
                     {
@@ -2239,7 +2251,8 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d64_dot_1x8_scalar(const float *q, const hl_row
         hl_vf_scalar s0_6 = hl_vzero_scalar();
         hl_vf_scalar s0_7 = hl_vzero_scalar();
         {
-            const float *const from = q + 0;
+            const int32_t paired = 64;
+            const float *const from = q;
             const float *const k0 =
                 (const float *)row0->key;
             const float *const k1 =
@@ -2256,33 +2269,48 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d64_dot_1x8_scalar(const float *q, const hl_row
                 (const float *)row6->key;
             const float *const k7 =
                 (const float *)row7->key;
-            for (int32_t start = 0; start < 64; start += 32) {
+            for (int32_t start = 0; start < paired; start += 32) {
                 if (next != NULL) {
-                    const float *line;
-                    line = (const float *)next[j + 0].key + start;
-                    HL_FETCH(line + 0);
-                    HL_FETCH(line + 16);
-                    line = (const float *)next[j + 1].key + start;
-                    HL_FETCH(line + 0);
-                    HL_FETCH(line + 16);
-                    line = (const float *)next[j + 2].key + start;
-                    HL_FETCH(line + 0);
-                    HL_FETCH(line + 16);
-                    line = (const float *)next[j + 3].key + start;
-                    HL_FETCH(line + 0);
-                    HL_FETCH(line + 16);
-                    line = (const float *)next[j + 4].key + start;
-                    HL_FETCH(line + 0);
-                    HL_FETCH(line + 16);
-                    line = (const float *)next[j + 5].key + start;
-                    HL_FETCH(line + 0);
-                    HL_FETCH(line + 16);
-                    line = (const float *)next[j + 6].key + start;
-                    HL_FETCH(line + 0);
-                    HL_FETCH(line + 16);
-                    line = (const float *)next[j + 7].key + start;
-                    HL_FETCH(line + 0);
-                    HL_FETCH(line + 16);
+                    const hl_row *const next0 = next + j + 0;
+                    const float *const line0 = start
+                        + (const float *)next0->key;
+                    const hl_row *const next1 = next + j + 1;
+                    const float *const line1 = start
+                        + (const float *)next1->key;
+                    const hl_row *const next2 = next + j + 2;
+                    const float *const line2 = start
+                        + (const float *)next2->key;
+                    const hl_row *const next3 = next + j + 3;
+                    const float *const line3 = start
+                        + (const float *)next3->key;
+                    const hl_row *const next4 = next + j + 4;
+                    const float *const line4 = start
+                        + (const float *)next4->key;
+                    const hl_row *const next5 = next + j + 5;
+                    const float *const line5 = start
+                        + (const float *)next5->key;
+                    const hl_row *const next6 = next + j + 6;
+                    const float *const line6 = start
+                        + (const float *)next6->key;
+                    const hl_row *const next7 = next + j + 7;
+                    const float *const line7 = start
+                        + (const float *)next7->key;
+                    HL_FETCH(line0 + 0);
+                    HL_FETCH(line1 + 0);
+                    HL_FETCH(line2 + 0);
+                    HL_FETCH(line3 + 0);
+                    HL_FETCH(line4 + 0);
+                    HL_FETCH(line5 + 0);
+                    HL_FETCH(line6 + 0);
+                    HL_FETCH(line7 + 0);
+                    HL_FETCH(line0 + 16);
+                    HL_FETCH(line1 + 16);
+                    HL_FETCH(line2 + 16);
+                    HL_FETCH(line3 + 16);
+                    HL_FETCH(line4 + 16);
+                    HL_FETCH(line5 + 16);
+                    HL_FETCH(line6 + 16);
+                    HL_FETCH(line7 + 16);
                 }
                 for (int32_t c = start; c < start + 32; c += 2) {
                     {
@@ -3308,7 +3336,8 @@ HL_KERNEL_NEON void hl_sfa_f32_d64_dot_4x4_neon(const float *q, const hl_row *ro
         hl_vf_neon s3_2 = hl_vzero_neon();
         hl_vf_neon s3_3 = hl_vzero_neon();
         {
-            const float *const from = q + 0;
+            const int32_t paired = 64;
+            const float *const from = q;
             const float *const k0 =
                 (const float *)row0->key;
             const float *const k1 =
@@ -3317,21 +3346,28 @@ HL_KERNEL_NEON void hl_sfa_f32_d64_dot_4x4_neon(const float *q, const hl_row *ro
                 (const float *)row2->key;
             const float *const k3 =
                 (const float *)row3->key;
-            for (int32_t start = 0; start < 64; start += 32) {
+            for (int32_t start = 0; start < paired; start += 32) {
                 if (next != NULL) {
-                    const float *line;
-                    line = (const float *)next[j + 0].key + start;
-                    HL_FETCH(line + 0);
-                    HL_FETCH(line + 16);
-                    line = (const float *)next[j + 1].key + start;
-                    HL_FETCH(line + 0);
-                    HL_FETCH(line + 16);
-                    line = (const float *)next[j + 2].key + start;
-                    HL_FETCH(line + 0);
-                    HL_FETCH(line + 16);
-                    line = (const float *)next[j + 3].key + start;
-                    HL_FETCH(line + 0);
-                    HL_FETCH(line + 16);
+                    const hl_row *const next0 = next + j + 0;
+                    const float *const line0 = start
+                        + (const float *)next0->key;
+                    const hl_row *const next1 = next + j + 1;
+                    const float *const line1 = start
+                        + (const float *)next1->key;
+                    const hl_row *const next2 = next + j + 2;
+                    const float *const line2 = start
+                        + (const float *)next2->key;
+                    const hl_row *const next3 = next + j + 3;
+                    const float *const line3 = start
+                        + (const float *)next3->key;
+                    HL_FETCH(line0 + 0);
+                    HL_FETCH(line1 + 0);
+                    HL_FETCH(line2 + 0);
+                    HL_FETCH(line3 + 0);
+                    HL_FETCH(line0 + 16);
+                    HL_FETCH(line1 + 16);
+                    HL_FETCH(line2 + 16);
+                    HL_FETCH(line3 + 16);
                 }
                 for (int32_t c = start; c < start + 32; c += 8) {
                     {
@@ -3448,7 +3484,8 @@ HL_KERNEL_NEON void hl_sfa_f32_d64_dot_2x8_neon(const float *q, const hl_row *ro
         hl_vf_neon s1_3x = hl_vzero_neon();
         hl_vf_neon s1_3y = hl_vzero_neon();
         {
-            const float *const from = q + 0;
+            const int32_t paired = 64;
+            const float *const from = q;
             const float *const k0 =
                 (const float *)row0->key;
             const float *const k1 =
@@ -3457,28 +3494,29 @@ HL_KERNEL_NEON void hl_sfa_f32_d64_dot_2x8_neon(const float *q, const hl_row *ro
                 (const float *)row2->key;
             const float *const k3 =
                 (const float *)row3->key;
-            for (int32_t start = 0; start < 64; start += 32) {
+            for (int32_t start = 0; start < paired; start += 32) {
                 if (next != NULL) {
-                    const float *line;
-                    line = (const float *)next[j + 0].key + start;
+                    const hl_row *const next0 = next + j + 0;
+                    const float *const line0 = start
+                        + (const float *)next0->key;
+                    const hl_row *const next1 = next + j + 1;
+                    const float *const line1 = start
+                        + (const float *)next1->key;
+                    const hl_row *const next2 = next + j + 2;
+                    const float *const line2 = start
+                        + (const float *)next2->key;
+                    const hl_row *const next3 = next + j + 3;
+                    const float *const line3 = start
+                        + (const float *)next3->key;
                     if (apart) {
-                        HL_FETCH(line + 0);
-                        HL_FETCH(line + 16);
-                    }
-                    line = (const float *)next[j + 1].key + start;
-                    if (apart) {
-                        HL_FETCH(line + 0);
-                        HL_FETCH(line + 16);
-                    }
-                    line = (const float *)next[j + 2].key + start;
-                    if (apart) {
-                        HL_FETCH(line + 0);
-                        HL_FETCH(line + 16);
-                    }
-                    line = (const float *)next[j + 3].key + start;
-                    if (apart) {
-                        HL_FETCH(line + 0);
-                        HL_FETCH(line + 16);
+                        HL_FETCH(line0 + 0);
+                        HL_FETCH(line1 + 0);
+                        HL_FETCH(line2 + 0);
+                        HL_FETCH(line3 + 0);
+                        HL_FETCH(line0 + 16);
+                        HL_FETCH(line1 + 16);
+                        HL_FETCH(line2 + 16);
+                        HL_FETCH(line3 + 16);
                     }
                 }
                 for (int32_t c = start; c < start + 32; c += 8) {
@@ -3553,7 +3591,8 @@ HL_KERNEL_NEON void hl_sfa_f32_d64_dot_1x16_neon(const float *q, const hl_row *r
         hl_vf_neon s0_3x = hl_vzero_neon();
         hl_vf_neon s0_3y = hl_vzero_neon();
         {
-            const float *const from = q + 0;
+            const int32_t paired = 64;
+            const float *const from = q;
             const float *const k0 =
                 (const float *)row0->key;
             const float *const k1 =
@@ -3562,28 +3601,29 @@ HL_KERNEL_NEON void hl_sfa_f32_d64_dot_1x16_neon(const float *q, const hl_row *r
                 (const float *)row2->key;
             const float *const k3 =
                 (const float *)row3->key;
-            for (int32_t start = 0; start < 64; start += 32) {
+            for (int32_t start = 0; start < paired; start += 32) {
                 if (next != NULL) {
-                    const float *line;
-                    line = (const float *)next[j + 0].key + start;
-                    HL_FETCH(line + 0);
+                    const hl_row *const next0 = next + j + 0;
+                    const float *const line0 = start
+                        + (const float *)next0->key;
+                    const hl_row *const next1 = next + j + 1;
+                    const float *const line1 = start
+                        + (const float *)next1->key;
+                    const hl_row *const next2 = next + j + 2;
+                    const float *const line2 = start
+                        + (const float *)next2->key;
+                    const hl_row *const next3 = next + j + 3;
+                    const float *const line3 = start
+                        + (const float *)next3->key;
+                    HL_FETCH(line0 + 0);
+                    HL_FETCH(line1 + 0);
+                    HL_FETCH(line2 + 0);
+                    HL_FETCH(line3 + 0);
                     if (apart) {
-                        HL_FETCH(line + 16);
-                    }
-                    line = (const float *)next[j + 1].key + start;
-                    HL_FETCH(line + 0);
-                    if (apart) {
-                        HL_FETCH(line + 16);
-                    }
-                    line = (const float *)next[j + 2].key + start;
-                    HL_FETCH(line + 0);
-                    if (apart) {
-                        HL_FETCH(line + 16);
-                    }
-                    line = (const float *)next[j + 3].key + start;
-                    HL_FETCH(line + 0);
-                    if (apart) {
-                        HL_FETCH(line + 16);
+                        HL_FETCH(line0 + 16);
+                        HL_FETCH(line1 + 16);
+                        HL_FETCH(line2 + 16);
+                        HL_FETCH(line3 + 16);
                     }
                 }
                 for (int32_t c = start; c < start + 32; c += 8) {
@@ -4898,20 +4938,24 @@ HL_KERNEL_AVX2 void hl_sfa_f32_d64_dot_4x2_avx2(const float *q, const hl_row *ro
         hl_vf_avx2 s3_0 = hl_vzero_avx2();
         hl_vf_avx2 s3_1 = hl_vzero_avx2();
         {
-            const float *const from = q + 0;
+            const int32_t paired = 64;
+            const float *const from = q;
             const float *const k0 =
                 (const float *)row0->key;
             const float *const k1 =
                 (const float *)row1->key;
-            for (int32_t start = 0; start < 64; start += 32) {
+            for (int32_t start = 0; start < paired; start += 32) {
                 if (next != NULL) {
-                    const float *line;
-                    line = (const float *)next[j + 0].key + start;
-                    HL_FETCH(line + 0);
-                    HL_FETCH(line + 16);
-                    line = (const float *)next[j + 1].key + start;
-                    HL_FETCH(line + 0);
-                    HL_FETCH(line + 16);
+                    const hl_row *const next0 = next + j + 0;
+                    const float *const line0 = start
+                        + (const float *)next0->key;
+                    const hl_row *const next1 = next + j + 1;
+                    const float *const line1 = start
+                        + (const float *)next1->key;
+                    HL_FETCH(line0 + 0);
+                    HL_FETCH(line1 + 0);
+                    HL_FETCH(line0 + 16);
+                    HL_FETCH(line1 + 16);
                 }
                 for (int32_t c = start; c < start + 32; c += 16) {
                     {
@@ -4990,7 +5034,8 @@ HL_KERNEL_AVX2 void hl_sfa_f32_d64_dot_2x4_avx2(const float *q, const hl_row *ro
         hl_vf_avx2 s1_2 = hl_vzero_avx2();
         hl_vf_avx2 s1_3 = hl_vzero_avx2();
         {
-            const float *const from = q + 0;
+            const int32_t paired = 64;
+            const float *const from = q;
             const float *const k0 =
                 (const float *)row0->key;
             const float *const k1 =
@@ -4999,28 +5044,29 @@ HL_KERNEL_AVX2 void hl_sfa_f32_d64_dot_2x4_avx2(const float *q, const hl_row *ro
                 (const float *)row2->key;
             const float *const k3 =
                 (const float *)row3->key;
-            for (int32_t start = 0; start < 64; start += 32) {
+            for (int32_t start = 0; start < paired; start += 32) {
                 if (next != NULL) {
-                    const float *line;
-                    line = (const float *)next[j + 0].key + start;
+                    const hl_row *const next0 = next + j + 0;
+                    const float *const line0 = start
+                        + (const float *)next0->key;
+                    const hl_row *const next1 = next + j + 1;
+                    const float *const line1 = start
+                        + (const float *)next1->key;
+                    const hl_row *const next2 = next + j + 2;
+                    const float *const line2 = start
+                        + (const float *)next2->key;
+                    const hl_row *const next3 = next + j + 3;
+                    const float *const line3 = start
+                        + (const float *)next3->key;
                     if (apart) {
-                        HL_FETCH(line + 0);
-                        HL_FETCH(line + 16);
-                    }
-                    line = (const float *)next[j + 1].key + start;
-                    if (apart) {
-                        HL_FETCH(line + 0);
-                        HL_FETCH(line + 16);
-                    }
-                    line = (const float *)next[j + 2].key + start;
-                    if (apart) {
-                        HL_FETCH(line + 0);
-                        HL_FETCH(line + 16);
-                    }
-                    line = (const float *)next[j + 3].key + start;
-                    if (apart) {
-                        HL_FETCH(line + 0);
-                        HL_FETCH(line + 16);
+                        HL_FETCH(line0 + 0);
+                        HL_FETCH(line1 + 0);
+                        HL_FETCH(line2 + 0);
+                        HL_FETCH(line3 + 0);
+                        HL_FETCH(line0 + 16);
+                        HL_FETCH(line1 + 16);
+                        HL_FETCH(line2 + 16);
+                        HL_FETCH(line3 + 16);
                     }
                 }
                 for (int32_t c = start; c < start + 32; c += 16) {
@@ -5095,7 +5141,8 @@ HL_KERNEL_AVX2 void hl_sfa_f32_d64_dot_1x8_avx2(const float *q, const hl_row *ro
         hl_vf_avx2 s0_3x = hl_vzero_avx2();
         hl_vf_avx2 s0_3y = hl_vzero_avx2();
         {
-            const float *const from = q + 0;
+            const int32_t paired = 64;
+            const float *const from = q;
             const float *const k0 =
                 (const float *)row0->key;
             const float *const k1 =
@@ -5104,28 +5151,29 @@ HL_KERNEL_AVX2 void hl_sfa_f32_d64_dot_1x8_avx2(const float *q, const hl_row *ro
                 (const float *)row2->key;
             const float *const k3 =
                 (const float *)row3->key;
-            for (int32_t start = 0; start < 64; start += 32) {
+            for (int32_t start = 0; start < paired; start += 32) {
                 if (next != NULL) {
-                    const float *line;
-                    line = (const float *)next[j + 0].key + start;
-                    HL_FETCH(line + 0);
+                    const hl_row *const next0 = next + j + 0;
+                    const float *const line0 = start
+                        + (const float *)next0->key;
+                    const hl_row *const next1 = next + j + 1;
+                    const float *const line1 = start
+                        + (const float *)next1->key;
+                    const hl_row *const next2 = next + j + 2;
+                    const float *const line2 = start
+                        + (const float *)next2->key;
+                    const hl_row *const next3 = next + j + 3;
+                    const float *const line3 = start
+                        + (const float *)next3->key;
+                    HL_FETCH(line0 + 0);
+                    HL_FETCH(line1 + 0);
+                    HL_FETCH(line2 + 0);
+                    HL_FETCH(line3 + 0);
                     if (apart) {
-                        HL_FETCH(line + 16);
-                    }
-                    line = (const float *)next[j + 1].key + start;
-                    HL_FETCH(line + 0);
-                    if (apart) {
-                        HL_FETCH(line + 16);
-                    }
-                    line = (const float *)next[j + 2].key + start;
-                    HL_FETCH(line + 0);
-                    if (apart) {
-                        HL_FETCH(line + 16);
-                    }
-                    line = (const float *)next[j + 3].key + start;
-                    HL_FETCH(line + 0);
-                    if (apart) {
-                        HL_FETCH(line + 16);
+                        HL_FETCH(line0 + 16);
+                        HL_FETCH(line1 + 16);
+                        HL_FETCH(line2 + 16);
+                        HL_FETCH(line3 + 16);
                     }
                 }
                 for (int32_t c = start; c < start + 32; c += 16) {
@@ -6530,7 +6578,8 @@ HL_KERNEL_AVX512 void hl_sfa_f32_d64_dot_4x4_avx512(const float *q, const hl_row
         hl_vf_avx512 s3_2 = hl_vzero_avx512();
         hl_vf_avx512 s3_3 = hl_vzero_avx512();
         {
-            const float *const from = q + 0;
+            const int32_t paired = 64;
+            const float *const from = q;
             const float *const k0 =
                 (const float *)row0->key;
             const float *const k1 =
@@ -6539,21 +6588,28 @@ HL_KERNEL_AVX512 void hl_sfa_f32_d64_dot_4x4_avx512(const float *q, const hl_row
                 (const float *)row2->key;
             const float *const k3 =
                 (const float *)row3->key;
-            for (int32_t start = 0; start < 64; start += 32) {
+            for (int32_t start = 0; start < paired; start += 32) {
                 if (next != NULL) {
-                    const float *line;
-                    line = (const float *)next[j + 0].key + start;
-                    HL_FETCH(line + 0);
-                    HL_FETCH(line + 16);
-                    line = (const float *)next[j + 1].key + start;
-                    HL_FETCH(line + 0);
-                    HL_FETCH(line + 16);
-                    line = (const float *)next[j + 2].key + start;
-                    HL_FETCH(line + 0);
-                    HL_FETCH(line + 16);
-                    line = (const float *)next[j + 3].key + start;
-                    HL_FETCH(line + 0);
-                    HL_FETCH(line + 16);
+                    const hl_row *const next0 = next + j + 0;
+                    const float *const line0 = start
+                        + (const float *)next0->key;
+                    const hl_row *const next1 = next + j + 1;
+                    const float *const line1 = start
+                        + (const float *)next1->key;
+                    const hl_row *const next2 = next + j + 2;
+                    const float *const line2 = start
+                        + (const float *)next2->key;
+                    const hl_row *const next3 = next + j + 3;
+                    const float *const line3 = start
+                        + (const float *)next3->key;
+                    HL_FETCH(line0 + 0);
+                    HL_FETCH(line1 + 0);
+                    HL_FETCH(line2 + 0);
+                    HL_FETCH(line3 + 0);
+                    HL_FETCH(line0 + 16);
+                    HL_FETCH(line1 + 16);
+                    HL_FETCH(line2 + 16);
+                    HL_FETCH(line3 + 16);
                 }
                 for (int32_t c = start; c < start + 32; c += 32) {
                     {
@@ -6674,7 +6730,8 @@ HL_KERNEL_AVX512 void hl_sfa_f32_d64_dot_2x8_avx512(const float *q, const hl_row
         hl_vf_avx512 s1_6 = hl_vzero_avx512();
         hl_vf_avx512 s1_7 = hl_vzero_avx512();
         {
-            const float *const from = q + 0;
+            const int32_t paired = 64;
+            const float *const from = q;
             const float *const k0 =
                 (const float *)row0->key;
             const float *const k1 =
@@ -6691,48 +6748,49 @@ HL_KERNEL_AVX512 void hl_sfa_f32_d64_dot_2x8_avx512(const float *q, const hl_row
                 (const float *)row6->key;
             const float *const k7 =
                 (const float *)row7->key;
-            for (int32_t start = 0; start < 64; start += 32) {
+            for (int32_t start = 0; start < paired; start += 32) {
                 if (next != NULL) {
-                    const float *line;
-                    line = (const float *)next[j + 0].key + start;
+                    const hl_row *const next0 = next + j + 0;
+                    const float *const line0 = start
+                        + (const float *)next0->key;
+                    const hl_row *const next1 = next + j + 1;
+                    const float *const line1 = start
+                        + (const float *)next1->key;
+                    const hl_row *const next2 = next + j + 2;
+                    const float *const line2 = start
+                        + (const float *)next2->key;
+                    const hl_row *const next3 = next + j + 3;
+                    const float *const line3 = start
+                        + (const float *)next3->key;
+                    const hl_row *const next4 = next + j + 4;
+                    const float *const line4 = start
+                        + (const float *)next4->key;
+                    const hl_row *const next5 = next + j + 5;
+                    const float *const line5 = start
+                        + (const float *)next5->key;
+                    const hl_row *const next6 = next + j + 6;
+                    const float *const line6 = start
+                        + (const float *)next6->key;
+                    const hl_row *const next7 = next + j + 7;
+                    const float *const line7 = start
+                        + (const float *)next7->key;
                     if (apart) {
-                        HL_FETCH(line + 0);
-                        HL_FETCH(line + 16);
-                    }
-                    line = (const float *)next[j + 1].key + start;
-                    if (apart) {
-                        HL_FETCH(line + 0);
-                        HL_FETCH(line + 16);
-                    }
-                    line = (const float *)next[j + 2].key + start;
-                    if (apart) {
-                        HL_FETCH(line + 0);
-                        HL_FETCH(line + 16);
-                    }
-                    line = (const float *)next[j + 3].key + start;
-                    if (apart) {
-                        HL_FETCH(line + 0);
-                        HL_FETCH(line + 16);
-                    }
-                    line = (const float *)next[j + 4].key + start;
-                    if (apart) {
-                        HL_FETCH(line + 0);
-                        HL_FETCH(line + 16);
-                    }
-                    line = (const float *)next[j + 5].key + start;
-                    if (apart) {
-                        HL_FETCH(line + 0);
-                        HL_FETCH(line + 16);
-                    }
-                    line = (const float *)next[j + 6].key + start;
-                    if (apart) {
-                        HL_FETCH(line + 0);
-                        HL_FETCH(line + 16);
-                    }
-                    line = (const float *)next[j + 7].key + start;
-                    if (apart) {
-                        HL_FETCH(line + 0);
-                        HL_FETCH(line + 16);
+                        HL_FETCH(line0 + 0);
+                        HL_FETCH(line1 + 0);
+                        HL_FETCH(line2 + 0);
+                        HL_FETCH(line3 + 0);
+                        HL_FETCH(line4 + 0);
+                        HL_FETCH(line5 + 0);
+                        HL_FETCH(line6 + 0);
+                        HL_FETCH(line7 + 0);
+                        HL_FETCH(line0 + 16);
+                        HL_FETCH(line1 + 16);
+                        HL_FETCH(line2 + 16);
+                        HL_FETCH(line3 + 16);
+                        HL_FETCH(line4 + 16);
+                        HL_FETCH(line5 + 16);
+                        HL_FETCH(line6 + 16);
+                        HL_FETCH(line7 + 16);
                     }
                 }
                 for (int32_t c = start; c < start + 32; c += 32) {
@@ -6827,18 +6885,20 @@ HL_KERNEL_AVX512 void hl_sfa_f32_d64_dot_1x16_avx512(const float *q, const hl_ro
         hl_vf_avx512 s0_0z = hl_vzero_avx512();
         hl_vf_avx512 s0_0w = hl_vzero_avx512();
         {
-            const float *const from = q + 0;
+            const int32_t paired = 64;
+            const float *const from = q;
             const float *const k0 =
                 (const float *)row0->key;
-            for (int32_t start = 0; start < 64; start += 64) {
+            for (int32_t start = 0; start < paired; start += 64) {
                 if (next != NULL) {
-                    const float *line;
-                    line = (const float *)next[j + 0].key + start;
-                    HL_FETCH(line + 0);
-                    HL_FETCH(line + 32);
+                    const hl_row *const next0 = next + j + 0;
+                    const float *const line0 = start
+                        + (const float *)next0->key;
+                    HL_FETCH(line0 + 0);
+                    HL_FETCH(line0 + 32);
                     if (apart) {
-                        HL_FETCH(line + 16);
-                        HL_FETCH(line + 48);
+                        HL_FETCH(line0 + 16);
+                        HL_FETCH(line0 + 48);
                     }
                 }
                 for (int32_t c = start; c < start + 64; c += 64) {
