@@ -15,7 +15,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 import check  # noqa: E402
 
-TARGETS = ["demo", "demo-embedded", "test", "check", "bench", "examples", "headers", "clean"]
+TARGETS = ["demo", "demo-embedded", "test", "check", "bench", "bench-peers", "examples", "headers", "clean"]
 
 
 def run(*command, **options):
