@@ -1788,12 +1788,10 @@ HL_WORD_AMX __m512i hl_halves_amx(const uint16_t *from, int32_t n)
 /* float16 in two parts of bfloat16, together exact; part 0 is the larger. */
 HL_WORD_AMX __m512i hl_part_amx(__m512i halves, int32_t part)
 {
-    __m512 low =
-        _mm512_maskz_cvtph_ps(hl_all_avx512(),
-                              _mm512_maskz_extracti64x4_epi64((__mmask8)0xff, halves, 0));
-    __m512 high =
-        _mm512_maskz_cvtph_ps(hl_all_avx512(),
-                              _mm512_maskz_extracti64x4_epi64((__mmask8)0xff, halves, 1));
+    const __m256i first = _mm512_maskz_extracti64x4_epi64((__mmask8)0xff, halves, 0);
+    const __m256i second = _mm512_maskz_extracti64x4_epi64((__mmask8)0xff, halves, 1);
+    __m512 low = _mm512_maskz_cvtph_ps(hl_all_avx512(), first);
+    __m512 high = _mm512_maskz_cvtph_ps(hl_all_avx512(), second);
     /* a NaN of float16 may be all ones, which rounding would carry into the sign */
     const __m512 nan = _mm512_castsi512_ps(_mm512_set1_epi32(0x7fc00000));
     __m512i words;
