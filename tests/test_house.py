@@ -15,7 +15,8 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 import check  # noqa: E402
 
-TARGETS = ["demo", "demo-embedded", "test", "check", "bench", "bench-peers", "examples", "headers", "clean"]
+TARGETS = ["demo", "demo-embedded", "test", "check", "bench", "bench-peers", "examples", "headers"]
+TARGETS += ["clean"]
 
 
 def run(*command, **options):
