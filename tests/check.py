@@ -41,7 +41,7 @@ COMPILE_SECONDS = 6.0
 
 # What an object may want from others. A compiler makes the first two of loops and copies by itself.
 MEMORY = "memcpy|memset"
-RUN_TIME_CHOICE = f"{MEMORY}|__cpu_model|__cpu_indicator_init|syscall"
+RUN_TIME_CHOICE = f"{MEMORY}|__cpu_model|__cpu_indicator_init"
 # In C++ an exception that would leave a parallel region ends the program: the last three.
 OPENMP = r"GOMP_\w+|omp_\w+|__kmpc_\w+|__gxx_personality_v0|_ZSt9terminatev|__cxa_begin_catch"
 CORTEX_M = rf"{MEMORY}|__aeabi_\w+"
