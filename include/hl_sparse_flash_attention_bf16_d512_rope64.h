@@ -1681,22 +1681,19 @@ HL_WORD_AMX __m512i hl_pair_amx(__m512 x, __m512 y)
     return _mm512_mask_blend_epi16((__mmask32)0xaaaaaaaau,
                                    _mm512_maskz_srli_epi32(hl_all_avx512(), low, 16), high);
 }
-/* What that rounding left over; of a weight, that is of x >= 0: nothing if it is infinite, which
- * would be an invalid operation. */
-HL_WORD_AMX __m512 hl_rest_amx(__m512 x)
+/* x so rounded, and what that left over. Of a weight, that is of x >= 0: nothing if it is infinite,
+ * which would be an invalid operation. */
+HL_WORD_AMX __m512 hl_rounded_amx(__m512 x)
 {
-    const __m512i half = _mm512_set1_epi32(0x8000);
     const __m512i top = _mm512_set1_epi32((int32_t)0xffff0000u);
-    const __m512i sum = _mm512_add_epi32(_mm512_castps_si512(x), half);
-    return _mm512_sub_ps(x, _mm512_castsi512_ps(_mm512_and_si512(sum, top)));
+    const __m512i sum = _mm512_add_epi32(_mm512_castps_si512(x), _mm512_set1_epi32(0x8000));
+    return _mm512_castsi512_ps(_mm512_and_si512(sum, top));
 }
+HL_WORD_AMX __m512 hl_rest_amx(__m512 x) { return _mm512_sub_ps(x, hl_rounded_amx(x)); }
 HL_WORD_AMX __m512 hl_rest_of_weight_amx(__m512 x)
 {
-    const __m512i half = _mm512_set1_epi32(0x8000);
-    const __m512i top = _mm512_set1_epi32((int32_t)0xffff0000u);
-    const __m512i sum = _mm512_add_epi32(_mm512_castps_si512(x), half);
     const __mmask16 finite = _mm512_cmp_ps_mask(x, _mm512_set1_ps(3.402823466e+38f), _CMP_LE_OQ);
-    return _mm512_maskz_sub_ps(finite, x, _mm512_castsi512_ps(_mm512_and_si512(sum, top)));
+    return _mm512_maskz_sub_ps(finite, x, hl_rounded_amx(x));
 }
 
 /* sum + x + y of such pairs. */
@@ -9311,17 +9308,18 @@ HL_WORD_AMX hl_vf_avx512 hl_sfa_bf16_d512_rope64_scaled_amx(const float *s, floa
     return hl_vfma_avx512(hl_vload_avx512(s), hl_vset_avx512(scale), hl_vzero_avx512());
 }
 
-/* P = 2^(S - m) of two keys and 16 heads. */
+/* P = 2^(S - m) of 16 heads and of two keys, or of the first alone if `keys` is 1. */
 HL_WORD_AMX void hl_sfa_bf16_d512_rope64_weigh_pair_amx(hl_sfa_bf16_d512_rope64_woven_amx *x,
-    int32_t i)
+    int32_t i, int32_t keys)
 {
     const int32_t half = i / 16;
     const float *const s = x->s + (ptrdiff_t)i * 32;
     const hl_vf_avx512 m = hl_vload_avx512(x->t->m + x->weigh.head + 16 * half);
     const hl_vf_avx512 s0 = hl_vsub_avx512(hl_sfa_bf16_d512_rope64_scaled_amx(s, x->scale), m);
-    const hl_vf_avx512 s1 = hl_vsub_avx512(hl_sfa_bf16_d512_rope64_scaled_amx(s + 16, x->scale), m);
+    const hl_vf_avx512 s1 = keys > 1
+        ? hl_vsub_avx512(hl_sfa_bf16_d512_rope64_scaled_amx(s + 16, x->scale), m) : s0;
     const hl_vf_avx512 p0 = hl_exp2_amx(s0);
-    const hl_vf_avx512 p1 = hl_exp2_amx(s1);
+    const hl_vf_avx512 p1 = keys > 1 ? hl_exp2_amx(s1) : hl_vzero_avx512();
     const __m512i pair = hl_pair_amx(p0, p1);
     unsigned char *const to = x->weigh.pairs + 64 * i;
     hl_vstore_avx512(x->top + 16 * half,
@@ -9333,33 +9331,22 @@ HL_WORD_AMX void hl_sfa_bf16_d512_rope64_weigh_pair_amx(hl_sfa_bf16_d512_rope64_
                      hl_add_pairs_amx(hl_vload_avx512(x->mass + 16 * half), pair));
 }
 
-/* The same of the last keys of a list: those that are missing weigh nothing. */
-HL_KERNEL_AMX void hl_sfa_bf16_d512_rope64_weigh_last_amx(hl_sfa_bf16_d512_rope64_woven_amx *x,
+/* The same of all keys of 16 heads at once: of the last keys of a list, and once more after m was
+ * raised. Keys that are missing weigh nothing. */
+HL_KERNEL_AMX void hl_sfa_bf16_d512_rope64_weigh_half_amx(hl_sfa_bf16_d512_rope64_woven_amx *x,
     int32_t half)
 {
-    enum { SUB = 32 };
-    const hl_vf_avx512 m = hl_vload_avx512(x->t->m + x->weigh.head + 16 * half);
-    hl_vf_avx512 sum = hl_vzero_avx512();
-    hl_vf_avx512 mass = hl_vzero_avx512();
-    hl_vf_avx512 top = hl_vload_avx512(x->top + 16 * half);
-    for (int32_t j = 0; j < SUB; j += 2) {
-        const float *const s = x->s + (16 * half + j / 2) * 32;
-        const hl_vf_avx512 s0 = hl_vsub_avx512(hl_sfa_bf16_d512_rope64_scaled_amx(s, x->scale), m);
-        const hl_vf_avx512 s1 =
-            hl_vsub_avx512(hl_sfa_bf16_d512_rope64_scaled_amx(s + 16, x->scale), m);
-        hl_vf_avx512 p0 = j < x->weigh.keys ? hl_exp2_amx(s0) : hl_vzero_avx512();
-        hl_vf_avx512 p1 = j + 1 < x->weigh.keys ? hl_exp2_amx(s1) : hl_vzero_avx512();
-        const __m512i pair = hl_pair_amx(p0, p1);
-        unsigned char *const to = x->weigh.pairs + 64 * (16 * half + j / 2);
-        top = j < x->weigh.keys ? hl_vmax_avx512(s0, top) : top;
-        top = j + 1 < x->weigh.keys ? hl_vmax_avx512(s1, top) : top;
-        sum = hl_vadd_avx512(sum, hl_vadd_avx512(p0, p1));
-        _mm512_storeu_si512(to, pair);
-        mass = hl_add_pairs_amx(mass, pair);
+    hl_vstore_avx512(x->sum + 16 * half, hl_vzero_avx512());
+    hl_vstore_avx512(x->mass + 16 * half, hl_vzero_avx512());
+    hl_vstore_avx512(x->top + 16 * half, hl_vset_avx512(-3.402823466e+38f));
+    for (int32_t i = 16 * half; i < 16 * half + 16; ++i) {
+        const int32_t keys = x->weigh.keys - (i - 16 * half) * 2;
+        if (keys > 0) {
+            hl_sfa_bf16_d512_rope64_weigh_pair_amx(x, i, keys);
+        } else {
+            _mm512_storeu_si512(x->weigh.pairs + 64 * i, _mm512_setzero_si512());
+        }
     }
-    hl_vstore_avx512(x->sum + 16 * half, sum);
-    hl_vstore_avx512(x->mass + 16 * half, mass);
-    hl_vstore_avx512(x->top + 16 * half, top);
 }
 
 /* Four heads of the unit that is two behind: rows of pairs of keys -> rows of P. */
@@ -9409,8 +9396,7 @@ HL_KERNEL_AMX void hl_sfa_bf16_d512_rope64_raise_amx(hl_sfa_bf16_d512_rope64_wov
             _mm512_storeu_si512(p + 64 * r, hl_scale_pairs_amx(words, hl_vset_avx512(factor[r])));
         }
     }
-    hl_vstore_avx512(x->top + 16 * half, hl_vset_avx512(-3.402823466e+38f));
-    hl_sfa_bf16_d512_rope64_weigh_last_amx(x, half);
+    hl_sfa_bf16_d512_rope64_weigh_half_amx(x, half);
 }
 
 /* What is left of the slices, and what they come to: l, the largest score. */
@@ -9421,12 +9407,12 @@ HL_KERNEL_AMX void hl_sfa_bf16_d512_rope64_settle_unit_amx(hl_sfa_bf16_d512_rope
         hl_sfa_bf16_d512_rope64_turn_quad_amx(x, x->quad);
     }
     for (; x->pair < x->pairs; ++x->pair) {
-        hl_sfa_bf16_d512_rope64_weigh_pair_amx(x, x->pair);
+        hl_sfa_bf16_d512_rope64_weigh_pair_amx(x, x->pair, 2);
     }
     for (int32_t half = 0; x->weigh.keys > 0 && half < 2; ++half) {
         const int32_t h = x->weigh.head + 16 * half;
         if (x->weigh.keys < SUB) {
-            hl_sfa_bf16_d512_rope64_weigh_last_amx(x, half);
+            hl_sfa_bf16_d512_rope64_weigh_half_amx(x, half);
         }
         if (_mm512_cmp_ps_mask(hl_vload_avx512(x->top + 16 * half), hl_vset_avx512(8.0f),
                                _CMP_GT_OQ)) {
@@ -9455,7 +9441,7 @@ HL_WORD_AMX void hl_sfa_bf16_d512_rope64_slice_amx(hl_sfa_bf16_d512_rope64_woven
         hl_sfa_bf16_d512_rope64_turn_quad_amx(x, x->quad);
     }
     for (int32_t i = 0; c >= 2 && i < 2 && x->pair < x->pairs; ++i, ++x->pair) {
-        hl_sfa_bf16_d512_rope64_weigh_pair_amx(x, x->pair);
+        hl_sfa_bf16_d512_rope64_weigh_pair_amx(x, x->pair, 2);
     }
 }
 

@@ -337,7 +337,7 @@ DEFECTS = {
         "hl_vset_avx512(t->mass[h]), hl_vset_avx512(1.0f)",
     ),
     "weights with the old maximum stay": (
-        "bf16_joined", 33, r"\n    \w+weigh_last_amx\(x, half\);\n\}", "\n}"
+        "bf16_joined", 33, r"\n    \w+weigh_half_amx\(x, half\);\n\}", "\n}"
     ),
     "the largest score is that of the last rescale": (
         "bf16_joined", 33, r"(x->t->top \+ h,\s*)hl_vmax_avx512\(", r"\1hl_vadd_avx512("
