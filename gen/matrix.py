@@ -7,6 +7,7 @@ TILE = 16  # rows of a tile, each of 64 bytes
 SUB = 32  # keys and heads of a unit of the matrix unit: 2 x 2 tiles, 4 accumulators of 8 registers
 BLOCK = 256  # keys: their values, 32 channels at a time, are 16 KiB and stay in L1
 MARGIN = 8  # powers of 2 that a weight may grow to before the maximum is raised: raising is dear
+PANEL_AHEAD = 32  # records between one that is decoded and the one that is asked for meanwhile
 FETCH_BYTES = 192  # every third line: the hardware brings its neighbours
 
 # Parts of bfloat16 that a number is made of: float16 has 11 bits, two times 8 hold them exactly.
@@ -49,6 +50,7 @@ class MatrixTile:
     pairs_a_column: int
     weigh_from: int
     fetch_lines: int
+    panel: object  # records: rows of bfloat16 that they are decoded to, None else
     exp2: str  # of weights
     block: int = BLOCK
     window: int = 2 * BLOCK  # keys whose rows are known at a time: these and the next block's
@@ -63,6 +65,33 @@ class MatrixTile:
     fetch_step: int = FETCH_BYTES // 64
     few_tiles_8: int = 5  # accumulators and P: as many rows as heads need
     few_tiles_16: int = 6
+
+    @property
+    def decoder_parameter(self):
+        return ", ki_decoder *decoder" if self.panel else ""
+
+    @property
+    def decoder(self):
+        return ", decoder" if self.panel else ""
+
+    @property
+    def query_words(self):
+        """What reads 16-bit rows as they are stored: those of Q, and of the cache if it has any."""
+        return "ki_query_words" if self.panel else "ki_words"
+
+    @property
+    def key_words(self):
+        """What reads a column of a row: of Q first; of the cache's last."""
+        made = [SimpleNamespace(name="ki_key_words", of="ki_words", what="key")]
+        if self.panel:
+            query = SimpleNamespace(name="ki_q_words", of="ki_query_words", what="row of Q")
+            made.insert(0, query)
+        return made
+
+    @property
+    def own(self):
+        """Records: rows that are decoded at a time, those of two blocks."""
+        return 2 * self.block if self.panel else 0
 
     @property
     def padded_c(self):
@@ -137,6 +166,27 @@ def pieces(sizes):
     return at, end
 
 
+def panel_of(kernel, columns, parts, at):
+    """Records: rows of the block as bfloat16 in whole columns, and those of the next block. They
+    are decoded in pieces, a tile of channels or the rotary ones, between products."""
+    if kernel.record is None:
+        return None
+    tile, scales = kernel.record.tile, kernel.record.count("scale")
+    row = columns * 64 * parts
+    return SimpleNamespace(
+        at=at,
+        part=columns * 64,
+        row=row,
+        side=BLOCK * row,
+        floats=2 * BLOCK * row // 4,
+        pieces=scales + (1 if kernel.rope else 0),
+        rope_at=-(-kernel.dk // 32) * 64,
+        ragged=tile % 32 != 0 or kernel.dk % 32 != 0,
+        nope_words=-(-kernel.dk // 32) * 32,
+        ahead=PANEL_AHEAD,
+    )
+
+
 def tile(kernel, isa):
     """The tiles of one kernel."""
     parts = PARTS[kernel.dtype]
@@ -161,6 +211,8 @@ def tile(kernel, isa):
         }
     )
     weigh_from = min(2, columns - 1)
+    k_bytes = max(many_bytes, few_bytes)
+    panel = panel_of(kernel, columns, parts, k_bytes)
     return MatrixTile(
         o_stride=32 * groups + 16,  # rows 2 KiB apart would share their cache sets
         dv_tail=kernel.dv % isa.lanes != 0,
@@ -173,15 +225,16 @@ def tile(kernel, isa):
         },
         memory={
             "q": TILE * columns * parts,
-            "k": -(-max(many_bytes, few_bytes) // 4),
+            "k": -(-k_bytes // 4) + (panel.floats if panel else 0),
             "v": 0,
             "s": BLOCK * 2 * parts // 4,
         },
         parts=parts,
         nope=nope,
         columns=columns,
-        direct=parts == 1 and kernel.dk % 32 == 0 and kernel.rope % 32 == 0,
-        value_direct=parts == 1 and kernel.dv % 32 == 0,
+        direct=parts == 1
+        and (panel is not None or (kernel.dk % 32 == 0 and kernel.rope % 32 == 0)),
+        value_direct=parts == 1 and (panel is not None or kernel.dv % 32 == 0),
         few=parts == 1,
         value_groups=groups,
         at=SimpleNamespace(**(few_at | many_at)),
@@ -189,6 +242,7 @@ def tile(kernel, isa):
         pairs_a_column=-(-32 // (columns - weigh_from)),
         weigh_from=weigh_from,
         fetch_lines=max(1, kernel.dk * 2 // FETCH_BYTES),
+        panel=panel,
         exp2="hl_exp2_amx" if kernel.math == "builtin" else "vexp2",
     )
 

@@ -51,6 +51,7 @@ class Memory:
     tiles: bool  # more than TILE_HEADS heads have rows of O for the padding too
     slices: tuple[Slice, ...]
     o_stride: int
+    own: int  # records: rows that are decoded at a time, at most
     align: int = ALIGN
     line: int = LINE
 
@@ -115,7 +116,7 @@ class Memory:
     @property
     def partials_macro(self):
         return (
-            f"({self.align} + 4 * (size_t)(r) * (size_t)(chunks) * (size_t)(heads)"
+            f"({self.align} + 4 * (size_t)(r) * (size_t)(c) * (size_t)(h)"
             f" * {self.floats_a_head})"
         )
 
@@ -147,8 +148,12 @@ def plan(tiles):
         Slice("s", s, 0, 0, "S^T, then P^T"),
         Slice("row", 0, 0, line(6 * window), "where keys lie, known ahead", "(hl_row *)(void *)"),
     ]
+    own = max(t.own for t in tiles)
+    if own:
+        why = "where they lie once they are decoded"
+        slices.append(Slice("own", 0, 0, line(6 * own), why, "(hl_row *)(void *)"))
     for name in ("state", "other"):
         slices.extend(Slice(f"{name}.{f}", 1, 0, 0, why) for f, why in state)
         slices.append(Slice(f"{name}.seen", 0, 0, LINE, "1 once a key was taken"))
         slices.append(Slice(f"{name}.o", 0, o_stride, 0, "O, not yet divided by l"))
-    return Memory(max(t.head_pad for t in tiles), matrices, tuple(slices), o_stride)
+    return Memory(max(t.head_pad for t in tiles), matrices, tuple(slices), o_stride, own)

@@ -1,6 +1,6 @@
 """The naming grammar, in both directions, and how the pages' short names are spelled in C.
 
-kernel  = <prefix>_<op>_<dtype>_d<DK>[x<DV>][_rope<ROPE>][_<feature>...][_<math>]
+kernel  = <prefix>_<op>_<dtype>[_<kv>]_d<DK>[x<DV>][_rope<ROPE>][_<feature>...][_<math>]
 private = <prefix>_<short op>_...        the same tail; its instruction set comes last
 """
 
@@ -10,18 +10,19 @@ from dataclasses import dataclass
 from gen.isa import WORDS
 
 # What an operator is called in public names, and in private ones.
-OPERATORS = {"sparse_flash_attention": "sfa"}
+OPERATORS = {"sparse_flash_attention": "sfa", "sparse_flash_attention_antiquant": "sfaq"}
 
 KERNEL = re.compile(
     r"(?P<prefix>[a-z][a-z0-9]*)_(?P<op>" + "|".join(OPERATORS) + r")_(?P<dtype>f32|f16|bf16)"
-    r"_d(?P<dk>\d+)(x(?P<dv>\d+))?(_rope(?P<rope>\d+))?(?P<rest>(_[a-z][a-z0-9]*)*)"
+    r"(_(?P<kv>[a-z][a-z0-9_]*?))?_d(?P<dk>\d+)(x(?P<dv>\d+))?(_rope(?P<rope>\d+))?(?P<rest>(_[a-z][a-z0-9]*)*)"
 )
 MATHS = ("builtin", "sleef", "libm")
 
 
-def tail(dtype, dk, dv, rope, features, math):
-    """Everything in a kernel's name behind its operator."""
-    parts = [dtype, f"d{dk}" + (f"x{dv}" if dv != dk else "")]
+def tail(dtype, kv, dk, dv, rope, features, math):
+    """Everything in a kernel's name behind its operator. dv: 0 where it is the usual one."""
+    parts = [dtype] + ([kv] if kv != dtype else [])
+    parts.append(f"d{dk}" + (f"x{dv}" if dv else ""))
     if rope:
         parts.append(f"rope{rope}")
     parts.extend(features)
@@ -45,13 +46,14 @@ def parse(name):
         return None
     rest = [word for word in match["rest"].split("_") if word]
     math = rest.pop() if rest and rest[-1] in MATHS else "builtin"
-    dk = int(match["dk"])
+    given_dv = {"dv": int(match["dv"])} if match["dv"] else {}
     return {
         "prefix": match["prefix"],
         "op": match["op"],
         "dtype": match["dtype"],
-        "dk": dk,
-        "dv": int(match["dv"] or dk),
+        "kv": match["kv"] or match["dtype"],
+        "dk": int(match["dk"]),
+        **given_dv,
         "rope": int(match["rope"] or 0),
         "features": rest,
         "math": math,

@@ -12,8 +12,9 @@ from gen import ABI, __version__, matrix, memory, tiling
 from gen.fill import WIDTH, refill
 from gen.formats import FORMATS
 from gen.isa import FORMAT_WORDS, ISAS
-from gen.names import Speller
-from gen.spec import Refusal
+from gen.names import OPERATORS, Speller
+from gen.record import formats_of, record_view
+from gen.refusal import Refusal
 
 CHUNK_KEYS = 2048  # keys summed before they are merged, unless the caller says otherwise
 MAX_GROUP = 65536  # query heads on one kv head: keeps every size of the workspace in 32 bits
@@ -85,17 +86,24 @@ def page(name, **context):
 
 
 @cache
+def fields_of(name):
+    """The fields of the args structs on a page, read from it: one list, not two."""
+    text = (template_folder() / f"{name}.h.j2").read_text(encoding="utf-8")
+    text = re.sub(r"/\*.*?\*/", "", text, flags=re.DOTALL)
+    bodies = re.findall(r"typedef struct hl_\w+_args \{(.*?)\n\} ", text, re.DOTALL)
+    return [field for body in bodies for field in re.findall(r"(\w+);", body)]
+
+
 def argument_names(op):
-    """The fields of the operator's args struct, read from its page: one list, not two."""
-    text = (template_folder() / "op" / f"{op}.h.j2").read_text(encoding="utf-8")
-    body = re.search(r"typedef struct hl_\w+_args \{(.*?)\n\} ", text, re.DOTALL)[1]
-    body = re.sub(r"/\*.*?\*/", "", body, flags=re.DOTALL)
-    return re.findall(r"(\w+);", body)
+    """The fields of an operator's args struct."""
+    return fields_of(f"op/{op}")
 
 
 def arguments():
-    rows = [*argument_names("sparse_flash_attention"), *EXTRA_ARGUMENTS]
-    return [SimpleNamespace(lower=name, upper=name.upper()) for name in rows]
+    """Everything that an error can name, in every header the same."""
+    pages = [f"op/{op}" for op in OPERATORS] + ["kv/args"]
+    rows = [field for name in pages for field in fields_of(name)] + list(EXTRA_ARGUMENTS)
+    return [SimpleNamespace(lower=name, upper=name.upper()) for name in dict.fromkeys(rows)]
 
 
 @dataclass(frozen=True)
@@ -121,6 +129,7 @@ def kernel_view(kernel):
     """What templates may ask about a kernel: every decision already taken."""
     fmt = FORMATS[kernel.dtype]
     words = FORMAT_WORDS[kernel.dtype]
+    stored = "f32" if kernel.record else kernel.dtype
     views = [
         SimpleNamespace(
             name=isa.name,
@@ -165,6 +174,15 @@ def kernel_view(kernel):
         pair=words["pair"],
         store=words["store"],
         store_n=words["store_n"],
+        stored=SimpleNamespace(  # a cache's rows, as the products read them
+            c_type=FORMATS[stored].c_type,
+            load=FORMAT_WORDS[stored]["load"],
+            load_n=FORMAT_WORDS[stored]["load_n"],
+            pair=FORMAT_WORDS[stored]["pair"],
+        ),
+        record=record_view(kernel),
+        of_records=f"; rows of {kernel.record.name}" if kernel.record else "",
+        value_apart="0" if kernel.record else "a->value != NULL",
         row_word=f"hl_vrow_{kernel.dtype}",
         from_float={"f32": "", "f16": "hl_f16_of_float", "bf16": "hl_bf16_of_float"}[kernel.dtype],
         exp2=Speller("hl", math=kernel.math, isa="scalar").word("vexp2"),
@@ -172,30 +190,35 @@ def kernel_view(kernel):
     )
 
 
-def words_page(isa, dtype, math):
-    """Words, exp2 and row loader of one instruction set, as one kernel needs them."""
-    speller = Speller("hl", isa=isa.name, words=isa.words, math=math)
-    if isa.tiles:
-        return speller.spell(
-            page(f"isa/{isa.name}.h.j2", formats=(dtype,), coefficients=EXP2_TILE_COEFFICIENTS)
-        )
-    fmt = FORMATS[dtype]
-    words = FORMAT_WORDS[dtype]
-    math_tag = "" if math == "builtin" else f"_{math.upper()}"
-    row = SimpleNamespace(
-        guard=f"HL_VROW_{dtype.upper()}_{isa.macro}",
-        word=f"hl_vrow_{dtype}_{isa.name}",
-        title=fmt.title,
-        c_type=fmt.c_type,
+def row_of(isa, name):
+    """The loader of a whole row of one element type."""
+    words = FORMAT_WORDS[name]
+    return SimpleNamespace(
+        guard=f"HL_VROW_{name.upper()}_{isa.macro}",
+        word=f"hl_vrow_{name}_{isa.name}",
+        title=FORMATS[name].title,
+        c_type=FORMATS[name].c_type,
         load=words["load"],
         load_n=words["load_n"],
     )
+
+
+def words_page(isa, formats, math):
+    """Words, exp2 and row loaders of one instruction set, for the element types given."""
+    speller = Speller("hl", isa=isa.name, words=isa.words, math=math)
+    if isa.tiles:
+        return speller.spell(
+            page(f"isa/{isa.name}.h.j2", formats=formats, coefficients=EXP2_TILE_COEFFICIENTS)
+        )
+    math_tag = "" if math == "builtin" else f"_{math.upper()}"
     exp2 = SimpleNamespace(
         guard=f"HL_VEXP2{math_tag}_{isa.macro}", coefficients=EXP2_COEFFICIENTS, ulp=EXP2_ULP
     )
-    text = page(f"isa/{isa.name}.h.j2", formats=(dtype,))
+    text = page(f"isa/{isa.name}.h.j2", formats=formats)
     text += page("step/exp2.h.j2", isa=isa, math=math, exp2=exp2)
-    text += page("kv/plain.h.j2", isa=isa, row=row)
+    for name in formats:
+        if name in FORMATS:
+            text += page("kv/plain.h.j2", isa=isa, row=row_of(isa, name))
     return speller.spell(text)
 
 
@@ -234,7 +257,7 @@ def kernel_page(kernel):
     tiles = tiles_of(kernel)
     mem = memory.plan(tiles)
     words = [
-        SimpleNamespace(isa=isa, text=words_page(isa, kernel.dtype, kernel.math))
+        SimpleNamespace(isa=isa, text=words_page(isa, formats_of(kernel), kernel.math))
         for isa in {**{ISAS["scalar"]: 0}, **dict.fromkeys(kernel.isas, 0)}
     ]
     regions = [
@@ -263,11 +286,14 @@ def command_of(header):
         "python3 -m gen header",
         f"--op {kernel.op}",
         f"--dtype {kernel.dtype}",
-        f"--dk {kernel.dk}",
     ]
-    if kernel.rope:
-        parts.append(f"--rope {kernel.rope}")
-    if kernel.dv != kernel.dk:
+    if kernel.record:
+        parts.append(f"--kv {kernel.kv}")
+    else:
+        parts.append(f"--dk {kernel.dk}")
+        if kernel.rope:
+            parts.append(f"--rope {kernel.rope}")
+    if kernel.dv != kernel.usual_dv:
         parts.append(f"--dv {kernel.dv}")
     parts.append(f"--layout-q {','.join(kernel.layout_q)}")
     parts.append(f"--layout-kv {','.join(kernel.layout_kv)}")
@@ -298,6 +324,7 @@ def wrap_command(command, width=92):
 def render_header(header):
     """The text of one header."""
     kernels = [kernel_view(kernel) for kernel in header.kernels]
+    ops = sorted({kernel.op for kernel in header.kernels})
     text = page(
         "header.h.j2",
         header=header,
@@ -311,7 +338,8 @@ def render_header(header):
         chunk=CHUNK_KEYS,
         libm=any(kernel.math == "libm" for kernel in header.kernels),
         log_error=LOG_ERROR,
-        ops=sorted({kernel.op for kernel in header.kernels}),
+        ops=ops,
+        records=any(kernel.record for kernel in header.kernels),
         isas=[
             isa
             for isa in ISAS.values()

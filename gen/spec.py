@@ -1,24 +1,24 @@
 """What a caller may ask for: defaults, and every refusal. A refusal says what, why, and `fix:`."""
 
-import difflib
 import hashlib
 import json
 import re
 import tomllib
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 
 from gen import names
-from gen.formats import FORMATS
+from gen.formats import FORMATS, RECORDS, SCALED, Record
 from gen.isa import ISAS
+from gen.records import CHANNELS_MAX, parse_record
+from gen.refusal import Refusal, identifier, nearest, whole
 
 CATALOGUE = Path(__file__).with_name("catalogue.toml")
 
 LAYOUTS_Q = ("BSND", "TND")
 LAYOUTS_KV = ("BSND", "TND", "PA_BSND")
 FEATURES = ("slots",)
-CHANNELS_MAX = 4096
 PREFIX_MAX = 8
 KERNEL_KEYS = (
     "op",
@@ -35,19 +35,6 @@ KERNEL_KEYS = (
     "prefix",
     "name",
 )
-
-
-class Refusal(ValueError):
-    """Something that cannot be generated. The text says what, why and how to mend it."""
-
-    def __init__(self, what, fix):
-        super().__init__(f"{what}; fix: {fix}")
-
-
-def nearest(word, known):
-    """'did you mean' for a misspelt word: the nearest known one, or all of them."""
-    close = difflib.get_close_matches(str(word), known, n=1, cutoff=0.5)
-    return f"did you mean {close[0]!r}?" if close else f"use one of {', '.join(known)}"
 
 
 def one_of(key, value, known):
@@ -70,27 +57,7 @@ def some_of(key, values, known, need_one=True):
 
 
 def channels(key, value, least):
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise Refusal(f"{key} = {value!r} is not a whole number", f"give {key} in channels")
-    if not least <= value <= CHANNELS_MAX:
-        raise Refusal(
-            f"{key} = {value} is out of range", f"choose {key} from {least} to {CHANNELS_MAX}"
-        )
-    return value
-
-
-def identifier(key, value):
-    if not isinstance(value, str) or not re.fullmatch(r"[a-z][a-z0-9_]*", value):
-        raise Refusal(
-            f"{key} = {value!r} is not a lower-case C identifier",
-            "start with a letter a-z, go on with a-z, 0-9 and _",
-        )
-    if "__" in value or value.endswith("_"):
-        raise Refusal(
-            f"{key} = {value!r} has an underscore too many: C++ reserves such names",
-            "write single underscores between words",
-        )
-    return value
+    return whole(key, value, least, CHANNELS_MAX, " in channels")
 
 
 @dataclass(frozen=True)
@@ -110,17 +77,24 @@ class Kernel:
     math: str
     prefix: str
     given_name: str = ""
+    record: Record | None = None  # how a row of the cache is stored, where it is quantised
 
     @property
     def d(self):
         """Channels of the dot product."""
         return self.dk + self.rope
 
+    @property
+    def usual_dv(self):
+        """Channels of the value if nobody says otherwise."""
+        return self.record.usual_dv if self.record else self.dk
+
     def _what(self):
         return {
             "dtype": self.dtype,
+            "kv": self.kv,
             "dk": self.dk,
-            "dv": self.dv,
+            "dv": self.dv if self.dv != self.usual_dv else 0,
             "rope": self.rope,
             "features": self.features,
             "math": self.math,
@@ -149,6 +123,11 @@ class Kernel:
             table["name"] = self.given_name
         return table
 
+    @property
+    def described(self):
+        """All that was asked for: the table, and what a record's name stands for."""
+        return {**self.table(), **({"record": asdict(self.record)} if self.record else {})}
+
 
 @dataclass(frozen=True)
 class Header:
@@ -165,45 +144,82 @@ class Header:
     @cached_property
     def digest(self):
         """Changes when, and only when, what was asked for changes."""
-        tables = [kernel.table() for kernel in self.kernels]
+        tables = [kernel.described for kernel in self.kernels]
         text = json.dumps([self.name, tables], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def parse_kernel(table, prefix=None):
-    """A kernel from its table (catalogue, TOML or command line), or a Refusal."""
-    if not isinstance(table, dict):
-        raise Refusal(f"a kernel is described by {table!r}", "describe it by a table")
-    for key in table:
-        if key not in KERNEL_KEYS:
-            raise Refusal(f"unknown key {key!r}", nearest(key, KERNEL_KEYS))
-    for key in ("op", "dtype", "dk"):
-        if key not in table:
-            raise Refusal(f"{key} is missing: it has no default", f"add {key}")
-    op = one_of("op", table["op"], tuple(names.OPERATORS))
-    dtype = one_of("dtype", table["dtype"], tuple(FORMATS))
-    kv = one_of("kv", table.get("kv", dtype), tuple(FORMATS))
-    if kv != dtype:
+def parse_cache(op, dtype, table, records):
+    """kv and the record that it names (None: rows of the query's own type)."""
+    kv = table.get("kv", dtype if op == "sparse_flash_attention" else None)
+    if op == "sparse_flash_attention":
+        if kv in records or kv in SCALED:
+            raise Refusal(
+                f"kv = {kv!r} is a quantised cache, which {op} does not have",
+                'set op to "sparse_flash_attention_antiquant"',
+            )
+        one_of("kv", kv, tuple(FORMATS))
+        if kv != dtype:
+            raise Refusal(
+                f"kv = {kv!r} differs from dtype = {dtype!r}: {op} has one type for query, key, "
+                "value",
+                f"leave kv out, or set it to {dtype!r}",
+            )
+        return kv, None
+    if dtype == "f32":
+        raise Refusal(f"dtype = 'f32': {op} has queries of 16 bits", "choose bf16 or f16")
+    if kv is None:
+        raise Refusal(f"kv is missing: {op} has to know its record", f"add kv = {min(records)!r}")
+    if kv in SCALED:
         raise Refusal(
-            f"kv = {kv!r} differs from dtype = {dtype!r}: {op} has one type for query, key, value",
-            f"leave kv out, or set it to {dtype!r}",
+            f"kv = {kv!r} has its scales in tensors of their own: {op} has them in its rows",
+            "choose a record; that cache is for the decode operator, which is not there yet",
         )
-    dk = channels("dk", table["dk"], 1)
-    rope = channels("rope", table.get("rope", 0), 0)
-    dv = channels("dv", table.get("dv", dk), 1)
-    if dv > dk:
+    return kv, records[one_of("kv", kv, tuple(records))]
+
+
+def parse_channels(op, table, record):
+    """dk, rope and dv; a record says them by itself."""
+    if record is None:
+        dk = channels("dk", table["dk"], 1)
+        rope = channels("rope", table.get("rope", 0), 0)
+        dv = channels("dv", table.get("dv", dk), 1)
+        widest, said = dk, "the key's nope part"
+    else:
+        dk, rope = record.count("nope"), record.count("rope")
+        for key, number in (("dk", dk), ("rope", rope)):
+            if table.get(key, number) != number:
+                raise Refusal(
+                    f"{key} = {table[key]!r}: a record {record.name} has {number}",
+                    f"leave {key} out, or describe a record of your own in a [[record]] table",
+                )
+        dv = channels("dv", table.get("dv", record.usual_dv), 1)
+        widest, said = dk + rope, "a whole row"
+    if dv > widest:
         raise Refusal(
-            f"dv = {dv} is more than dk = {dk}: the value cannot be wider than the key's nope part",
-            f"set dv to {dk} or less, or widen dk",
+            f"dv = {dv} is more than dk = {widest}: the value cannot be wider than {said}",
+            f"set dv to {widest} or less, or widen dk",
         )
     if rope > dk:
         raise Refusal(
             f"rope = {rope} is wider than dk = {dk} (dk counts the nope channels only)",
             f"set rope to {dk} or less; for joined rows of {dk + rope}, dk is the nope part",
         )
+    return dk, rope, dv
+
+
+def parse_layouts(op, table, record):
+    """layout_q and layout_kv, each of which has one of the other to go with."""
+    paged_only = record is not None and record.scales_behind
+    known = ("PA_BSND",) if paged_only else LAYOUTS_KV
     layout_q = some_of("layout_q", table.get("layout_q", LAYOUTS_Q), LAYOUTS_Q)
-    layout_kv = some_of("layout_kv", table.get("layout_kv", LAYOUTS_KV), LAYOUTS_KV)
+    layout_kv = some_of("layout_kv", table.get("layout_kv", known), LAYOUTS_KV)
     for layout in layout_kv:
+        if layout not in known:
+            raise Refusal(
+                f"layout_kv {layout}: the scales of a {record.name} lie behind the rows of a page",
+                "leave layout_kv out, or set it to PA_BSND",
+            )
         if layout != "PA_BSND" and layout not in layout_q:
             raise Refusal(
                 f"layout_kv {layout} without layout_q {layout}: {op} pairs an unpaged cache only "
@@ -216,6 +232,37 @@ def parse_kernel(table, prefix=None):
                 f"layout_q {layout} has no layout_kv to go with",
                 f"add {layout} or PA_BSND to layout_kv, or leave {layout} out of layout_q",
             )
+    return layout_q, layout_kv
+
+
+def check_tiles(isa, record, dk, dv):
+    """Tiles take values in columns of 32 channels, which have to follow each other."""
+    tiles = [name for name in isa if ISAS[name].tiles]
+    if record is not None and tiles and dv > dk and dk % 32 != 0:
+        raise Refusal(
+            f"isa {tiles[0]} with dv = {dv} beyond dk = {dk}: rotary channels would start within a "
+            "column of 32",
+            f"leave {tiles[0]} out of isa, or set dv to {dk} or less",
+        )
+
+
+def parse_kernel(table, prefix=None, records=RECORDS):
+    """A kernel from its table (catalogue, TOML or command line), or a Refusal."""
+    if not isinstance(table, dict):
+        raise Refusal(f"a kernel is described by {table!r}", "describe it by a table")
+    for key in table:
+        if key not in KERNEL_KEYS:
+            raise Refusal(f"unknown key {key!r}", nearest(key, KERNEL_KEYS))
+    for key in ("op", "dtype"):
+        if key not in table:
+            raise Refusal(f"{key} is missing: it has no default", f"add {key}")
+    op = one_of("op", table["op"], tuple(names.OPERATORS))
+    dtype = one_of("dtype", table["dtype"], tuple(FORMATS))
+    kv, record = parse_cache(op, dtype, table, records)
+    if record is None and "dk" not in table:
+        raise Refusal("dk is missing: it has no default", "add dk")
+    dk, rope, dv = parse_channels(op, table, record)
+    layout_q, layout_kv = parse_layouts(op, table, record)
     features = some_of("features", table.get("features", ()), FEATURES, need_one=False)
     math = one_of("math", table.get("math", "builtin"), names.MATHS)
     able = tuple(
@@ -240,6 +287,7 @@ def parse_kernel(table, prefix=None):
                 "what tiles are no help for",
                 f"add {ISAS[name].words} to isa",
             )
+    check_tiles(isa, record, dk, dv)
     prefix = identifier("prefix", table.get("prefix", prefix or "hl"))
     if "_" in prefix:
         raise Refusal(
@@ -261,16 +309,16 @@ def parse_kernel(table, prefix=None):
                 f"call it {prefix}_{given}",
             )
     return Kernel(
-        op, dtype, kv, dk, rope, dv, layout_q, layout_kv, features, isa, math, prefix, given
+        op, dtype, kv, dk, rope, dv, layout_q, layout_kv, features, isa, math, prefix, given, record
     )
 
 
-def parse_header(table, from_file=""):
+def parse_header(table, from_file="", records=RECORDS):
     """A header from its table: the keys of one kernel, or `name` and a list of `kernel`s."""
     if not isinstance(table, dict):
         raise Refusal(f"a header is described by {table!r}", "describe it by a table")
     if "kernel" not in table:
-        kernel = parse_kernel(table)
+        kernel = parse_kernel(table, None, records)
         return Header(kernel.name, (kernel,), from_file)
     for key in table:
         if key not in ("name", "prefix", "kernel"):
@@ -281,7 +329,7 @@ def parse_header(table, from_file=""):
     if not isinstance(table["kernel"], list) or not table["kernel"]:
         raise Refusal("kernel is not a list of tables", "write [[header.kernel]] for each")
     prefix = table.get("prefix")
-    kernels = tuple(parse_kernel(kernel, prefix) for kernel in table["kernel"])
+    kernels = tuple(parse_kernel(kernel, prefix, records) for kernel in table["kernel"])
     if len({kernel.prefix for kernel in kernels}) > 1:
         raise Refusal("kernels of one header have several prefixes", "give them the same prefix")
     seen = set()
@@ -296,7 +344,7 @@ def parse_header(table, from_file=""):
 
 
 def load_toml(path):
-    """All headers of a TOML file: [[header]] tables."""
+    """All headers of a TOML file: [[header]] tables, and [[record]] tables that they may name."""
     path = Path(path)
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -305,15 +353,22 @@ def load_toml(path):
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise Refusal(f"{path} is not TOML: {error}", "mend that line") from error
     for key in table:
-        if key != "header":
+        if key not in ("header", "record"):
             raise Refusal(
                 f"unknown key {key!r} at the top of {path.name}",
-                "put every description under [[header]]",
+                "put every description under [[header]] or [[record]]",
             )
     if not isinstance(table.get("header"), list) or not table["header"]:
         raise Refusal(f"{path.name} describes no header", "add a [[header]] table")
     from_file = "" if path.resolve() == CATALOGUE.resolve() else path.name
-    headers = [parse_header(header, from_file) for header in table["header"]]
+    if not isinstance(table.get("record", []), list):
+        raise Refusal(f"record in {path.name} is no list of tables", "write [[record]]")
+    own = [parse_record(record) for record in table.get("record", [])]
+    for record in own:
+        if sum(record.name == other.name for other in own) > 1:
+            raise Refusal(f"two records are called {record.name}", "give one of them a name")
+    records = {**RECORDS, **{record.name: record for record in own}}
+    headers = [parse_header(header, from_file, records) for header in table["header"]]
     seen = set()
     for header in headers:
         if header.name in seen:

@@ -56,9 +56,17 @@ class DotTile:
         return f"{heads} by {self.keys} keys, {together}"
 
     @property
-    def but(self):
-        """For the reader of the product: which lines are left to value tiles."""
-        return "; but for those that value tiles ask for" if self.runs[0].lines.apart else ""
+    def asks(self):
+        """Whether it asks for lines of later rows."""
+        return any(run.lines.any for run in self.runs)
+
+    @property
+    def meanwhile(self):
+        """For the reader of the product: which lines it asks for."""
+        if not self.asks:
+            return ""
+        but = "; but for those that value tiles ask for" if self.runs[0].lines.apart else ""
+        return f" Meanwhile lines of later\n * keys (next) are asked for, if there are any{but}."
 
     def kept(self, load):
         """A load whose number is used for several keys: GCC would load it again for each."""
@@ -73,9 +81,15 @@ class Lines:
     apart: tuple[int, ...]  # only where values are apart from keys
     shared: bool  # some of a row's lines are asked for by score tiles, some by value tiles
 
+    @property
+    def any(self):
+        return bool(self.always or self.apart)
+
     @classmethod
     def of(cls, channels, line, share, second=False):
-        """Of every two lines `share`: the first, or the second, or both."""
+        """Of every two lines `share`: the first, or the second, or both. line 0: none."""
+        if not line:
+            return cls((), (), shared=False)
         starts = tuple(range(0, channels, line))
         mine = starts if share == 2 else starts[second::2] if share == 1 else ()
         return cls(mine, tuple(at for at in starts if at not in mine), share > 0)
@@ -104,6 +118,7 @@ class Section:
     number: int
     field: str  # of hl_row
     start: int  # of the section in Q's rows
+    channels: int
     paired: int  # channels in whole pairs of vectors
     rests: tuple  # Rest: one more whole vector, and a part of one
 
@@ -188,6 +203,7 @@ class Tile:
     k_stride: int
     v_stride: int
     o_stride: int
+    own: int  # records: rows that are decoded at a time
     window: int  # keys whose rows are known at a time: two blocks, or two times what is ahead
     few: int | str  # up to so many heads rows are read in place; "all"
     few_block: int  # keys of a block then
@@ -201,6 +217,7 @@ class Tile:
     q_stride: int  # of Q's rows then
     paired: int  # value channels that vpair takes even and odd apart; 0 where it keeps the order
     dv_tail: bool
+    ragged: bool  # records: channels that share a scale are not whole vectors
     why: dict[str, str]
     head_pad: int  # heads are padded to a multiple of this in the workspace
     memory: dict[str, int]  # floats that k, v and (for each head) q and s need
@@ -336,6 +353,7 @@ def sections_of(kernel, lanes):
                 number=len(made),
                 field=field,
                 start=start,
+                channels=channels,
                 paired=paired,
                 rests=rests,
             )
@@ -380,7 +398,7 @@ def dot_tiles(registers, sections, dv, pair, line):
 
 def value_lines(channels, line, leaves):
     """What a value tile asks for: what score tiles leave; where values are apart, all."""
-    if leaves == 0:
+    if leaves == 0 and line:
         return Lines(tuple(range(0, channels, line)), (), shared=False)
     return Lines.of(channels, line, leaves, second=True)
 
@@ -422,10 +440,24 @@ def row_tiles(dots, dv, lanes, line, leaves):
     return tuple(made)
 
 
+def stored(kernel):
+    """What the products read rows as: a record is float32 by then."""
+    return FORMATS["f32" if kernel.record else kernel.dtype]
+
+
 def lean_block(kernel):
     """Keys of a block that stay in the first-level cache between their two uses."""
-    row = kernel.d * FORMATS[kernel.dtype].bytes
+    row = kernel.d * stored(kernel).bytes
     return max(16, LEAN_BYTES // row // 16 * 16)
+
+
+def ragged(kernel, step):
+    """Records: whether channels that share a scale end within a step."""
+    tile = kernel.record.tile if kernel.record else step
+    return tile % step != 0 or kernel.dk % step != 0
+
+
+RECORD_REASON = "records are decoded once for all heads, and read as float32 from then on"
 
 
 def few_reason(few):
@@ -446,7 +478,7 @@ def tile(kernel, isa):
     lanes = isa.lanes
     block = registers["block"]
     dots = registers["dots"]
-    line = LINE_BYTES // FORMATS[kernel.dtype].bytes
+    line = 0 if kernel.record else LINE_BYTES // stored(kernel).bytes
     sections = sections_of(kernel, lanes)
     window = 2 * max(block, registers["few_block"] + registers["few_ahead"])
     values = row_tiles(dots, kernel.dv, lanes, line, registers["leaves"])
@@ -457,6 +489,7 @@ def tile(kernel, isa):
     k_stride = round_up(max(k_stride, kernel.d), lanes)
     v_stride = round_up(kernel.dv, lanes)
     few_only = registers["few"] == "all"
+    decoded = registers["few_block"] if kernel.record else 0
     q_stride = round_up(kernel.dk, lanes) + round_up(kernel.rope, lanes)
     return Tile(
         lanes=lanes,
@@ -471,6 +504,7 @@ def tile(kernel, isa):
         k_stride=k_stride,
         v_stride=v_stride,
         o_stride=round_up(kernel.dv, lanes),
+        own=decoded,
         few=registers["few"],
         few_block=registers["few_block"],
         few_ahead=registers["few_ahead"],
@@ -481,20 +515,23 @@ def tile(kernel, isa):
         row_tiles=values,
         sections=sections,
         q_stride=q_stride,
-        paired=kernel.dv // (2 * lanes) * 2 * lanes if kernel.dtype in isa.even_odd else 0,
+        paired=kernel.dv // (2 * lanes) * 2 * lanes
+        if stored(kernel).name in isa.even_odd
+        else 0,
         dv_tail=kernel.dv % lanes != 0,
+        ragged=ragged(kernel, lanes),
         why={
             "registers": registers["why"],
             "block": f"{block} keys a block: P of a tile of heads stays in the first-level cache",
             "channels": f"{channels} channels of {panel} heads are "
             f"{channels * panel * 4 // 1024} KiB: they stay in the first-level cache",
-            "few": few_reason(registers["few"]),
+            "few": RECORD_REASON if kernel.record else few_reason(registers["few"]),
         },
         head_pad=lanes,
         memory={
             "q": max(kernel.d, q_stride),
-            "k": 0 if few_only else block * k_stride,
-            "v": 0 if few_only else block * v_stride,
+            "k": max(0 if few_only else block, decoded) * k_stride,
+            "v": 0 if few_only or kernel.record else block * v_stride,
             "s": max(block, registers["few_block"]),
         },
     )

@@ -55,7 +55,8 @@
  *   out 0, max = sink, sum 1. Padding rows and rows behind the last sequence: as without a sink.
  *
  * MEMORY
- *   One task needs HL_SPARSE_FLASH_ATTENTION_F16_D512_ROPE64_WORKSPACE_BYTES(G),
+ *   One task needs
+ *   HL_SPARSE_FLASH_ATTENTION_F16_D512_ROPE64_WORKSPACE_BYTES(G),
  *   1402048 bytes for G = 128, whatever the lengths.
  *   Nothing is read outside the rows that a list (or a length) names, and nothing before or behind
  *   a row; unused memory may hold NaN.
@@ -90,7 +91,7 @@
 /* ==== shared by every Headlight header ==== */
 
 #ifndef HL_COMMON
-#define HL_COMMON 1
+#define HL_COMMON 2
 
 #include <stddef.h>
 #include <stdint.h>
@@ -144,6 +145,7 @@ typedef enum hl_rule {
     HL_RULE_DISJOINT,    /* apart from all other memory     */
     HL_RULE_UNIQUE,      /* not twice in one list           */
     HL_RULE_ADDRESSABLE, /* at most PTRDIFF_MAX bytes large */
+    HL_RULE_PAIRED,      /* paged, or the query's layout    */
     HL_RULE_GENERATED    /* something this header contains  */
 } hl_rule;
 
@@ -192,6 +194,30 @@ typedef enum hl_argument {
     HL_ARG_KEY_ROPE_STRIDE,
     HL_ARG_VALUE_STRIDE,
     HL_ARG_OUT_STRIDE,
+    HL_ARG_KEY_DEQUANT_SCALE,
+    HL_ARG_VALUE_DEQUANT_SCALE,
+    HL_ARG_KEY_QUANT_MODE,
+    HL_ARG_VALUE_QUANT_MODE,
+    HL_ARG_QUANT_SCALE_REPO_MODE,
+    HL_ARG_TILE_SIZE,
+    HL_ARG_ROPE_HEAD_DIM,
+    HL_ARG_NOPE,
+    HL_ARG_ROPE,
+    HL_ARG_RECORDS,
+    HL_ARG_ROWS,
+    HL_ARG_NUMBERS_F32,
+    HL_ARG_POWER_OF_2,
+    HL_ARG_NOPE_STRIDE,
+    HL_ARG_ROPE_STRIDE,
+    HL_ARG_RECORD_STRIDE,
+    HL_ARG_PAGE_STRIDE,
+    HL_ARG_FROM,
+    HL_ARG_TO,
+    HL_ARG_BACK,
+    HL_ARG_FROM_STRIDE,
+    HL_ARG_TO_STRIDE,
+    HL_ARG_POSITIONS,
+    HL_ARG_LENGTHS,
     HL_ARG_PLAN,
     HL_ARG_ARGS,
     HL_ARG_WORKSPACE,
@@ -223,6 +249,12 @@ enum {
     HL_LAYOUT_PA_BSND = 2
 };
 
+/* What the entries of sparse_indices are. */
+enum {
+    HL_INDEX_BLOCKS = 0, /* logical blocks of sparse_block_size tokens of the row's own batch    */
+    HL_INDEX_SLOTS = 1   /* rows of the kv tensor; paged: block * block_size + token */
+};
+
 /* Instruction sets. HL_ISA_BEST lets plan choose; one that is absent is an error. */
 enum {
     HL_ISA_BEST = 0,
@@ -241,7 +273,7 @@ HL_API const char *hl_error_text(const hl_error *error, char *text, size_t size)
 }
 #endif
 
-#elif HL_COMMON != 1
+#elif HL_COMMON != 2
 #error "hl: headers of two generator versions in one file; regenerate the older one"
 #endif /* HL_COMMON */
 /* ==== the operator's arguments, shared by all of its kernels ==== */
@@ -252,12 +284,6 @@ HL_API const char *hl_error_text(const hl_error *error, char *text, size_t size)
 #ifdef __cplusplus
 extern "C" {
 #endif
-
-/* What the entries of sparse_indices are. */
-enum {
-    HL_INDEX_BLOCKS = 0, /* logical blocks of sparse_block_size tokens of the row's own batch    */
-    HL_INDEX_SLOTS = 1   /* rows of the kv tensor; paged: block * block_size + token */
-};
 
 /* One zero-initialised struct for every kernel of the operator; 0 is the default of every field
  * that is not marked "required". N1 = heads_q, N2 = heads_kv, G = N1/N2, B = batch.
@@ -360,7 +386,6 @@ typedef struct hl_sparse_flash_attention_parts {
     int32_t heads_kv;        /* 0: 1                                                             */
     int32_t out_f32;
 } hl_sparse_flash_attention_parts;
-
 #ifdef __cplusplus
 }
 #endif
@@ -481,7 +506,7 @@ typedef struct hl_state {
     float *seen;  /* 1 once a key was taken, else 0                                            */
 } hl_state;
 
-/* Where one token's channels are stored: key, rotary channels, value. */
+/* Where one token's channels are stored: key, rotary channels, value (records: scales). */
 typedef struct hl_row {
     const void *key;
     const void *rope;
@@ -503,6 +528,7 @@ typedef struct hl_space {
     float *v;        /* the block's values; == k where V is part of K                          */
     float *s;        /* S^T, then P^T: [key][head]                                             */
     hl_row *row;     /* where the keys of this block and of the next are stored                */
+    hl_row *own;     /* records: where those of this block are once they are decoded           */
     hl_state state;  /* of the row, or of its first chunk                                      */
     hl_state other;  /* of the chunk to be merged into it                                      */
 } hl_space;
@@ -813,6 +839,30 @@ static inline const char *hl_argument_name(hl_argument argument)
         "key_rope_stride",
         "value_stride",
         "out_stride",
+        "key_dequant_scale",
+        "value_dequant_scale",
+        "key_quant_mode",
+        "value_quant_mode",
+        "quant_scale_repo_mode",
+        "tile_size",
+        "rope_head_dim",
+        "nope",
+        "rope",
+        "records",
+        "rows",
+        "numbers_f32",
+        "power_of_2",
+        "nope_stride",
+        "rope_stride",
+        "record_stride",
+        "page_stride",
+        "from",
+        "to",
+        "back",
+        "from_stride",
+        "to_stride",
+        "positions",
+        "lengths",
         "plan",
         "args",
         "workspace",
@@ -836,6 +886,7 @@ static inline const char *hl_rule_words(hl_rule rule)
         " overlaps other memory of the call",
         " must not be twice in one list; it is ",
         " does not fit in memory",
+        " has to be paged (2), or laid out as the query is: ",
         " asks for what this header or this machine does not have; it is "
     };
     return words[(int32_t)rule];
@@ -855,7 +906,8 @@ HL_API const char *hl_error_text(const hl_error *error, char *text, size_t size)
     const char *const end = text + size - 1;
     const int32_t compares = error->rule == HL_RULE_AT_LEAST || error->rule == HL_RULE_AT_MOST
                              || error->rule == HL_RULE_EQUAL || error->rule == HL_RULE_MULTIPLE_OF
-                             || error->rule == HL_RULE_POWER_OF_2;
+                             || error->rule == HL_RULE_POWER_OF_2
+                             || error->rule == HL_RULE_PAIRED;
     const int32_t shows = error->rule == HL_RULE_NULL || error->rule == HL_RULE_UNIQUE
                           || error->rule == HL_RULE_GENERATED;
     if (error->status == HL_OK) {
@@ -965,17 +1017,16 @@ enum {
     HL_SPARSE_FLASH_ATTENTION_F16_D512_ROPE64_ROPE = 64, /* channels with rotary position */
     HL_SPARSE_FLASH_ATTENTION_F16_D512_ROPE64_DV = 512 /* channels of value, output   */
 };
-
 /* Bytes of workspace for one task, any alignment, as a constant expression: the exact figure for
  * `group` query heads on a kv head (heads_q / heads_kv). Sequence lengths do not matter. */
 #define HL_SPARSE_FLASH_ATTENTION_F16_D512_ROPE64_WORKSPACE_BYTES(group) \
     (64 + 4 * (842 * (((size_t)(group) + 31) / 32 * 32) \
      + 1056 * ((group) > 16 ? (((size_t)(group) + 31) / 32 * 32) : (size_t)(group)) + 107552))
 
-/* Bytes of args.partials that are enough to split r query rows of `heads` query heads into `chunks`
- * each; plan->split_bytes is the exact figure. */
-#define HL_SPARSE_FLASH_ATTENTION_F16_D512_ROPE64_PARTIALS_BYTES(r, heads, chunks) \
-    (64 + 4 * (size_t)(r) * (size_t)(chunks) * (size_t)(heads) * 1170)
+/* Bytes of args.partials that are enough to split r query rows of h query heads into c chunks each;
+ * plan->split_bytes is the exact figure. */
+#define HL_SPARSE_FLASH_ATTENTION_F16_D512_ROPE64_PARTIALS_BYTES(r, h, c) \
+    (64 + 4 * (size_t)(r) * (size_t)(c) * (size_t)(h) * 1170)
 
 /* Checks everything, fills in defaults, counts tasks. On an error *plan is untouched. */
 HL_API hl_status hl_sparse_flash_attention_f16_d512_rope64_plan(
@@ -1865,6 +1916,7 @@ static inline void hl_sfa_f16_d512_rope64_space(hl_space *w, void *workspace, in
     w->other.seen = at; /* 1 once a key was taken */
     at += 16;
     w->other.o = at; /* O, not yet divided by l */
+    w->own = NULL;
     if (!value_apart) {
         w->v = w->k;
     }
@@ -1978,7 +2030,7 @@ static inline hl_status hl_sfa_f16_d512_rope64_check_layout(hl_sparse_flash_atte
                          a->layout_kv, 0);
     }
     if (!paged && a->layout_kv != a->layout_query) {
-        return hl_refuse(error, HL_ERR_UNSUPPORTED, HL_ARG_LAYOUT_KV, HL_RULE_EQUAL, a->layout_kv,
+        return hl_refuse(error, HL_ERR_UNSUPPORTED, HL_ARG_LAYOUT_KV, HL_RULE_PAIRED, a->layout_kv,
                          a->layout_query);
     }
     if (!paged && a->seq_kv < 0) {
@@ -2289,7 +2341,6 @@ static inline void hl_sfa_f16_d512_rope64_row(const hl_sparse_flash_attention_ar
             + g->kv_head * a->value_stride.head;
     }
 }
-
 /* Key j of the group's batch as a row. 0: there is none. */
 static inline int32_t hl_sfa_f16_d512_rope64_find(const hl_sparse_flash_attention_args *a,
                                                   const hl_group *g, int32_t j, hl_row *row)
@@ -2962,8 +3013,10 @@ HL_KERNEL_SCALAR void hl_sfa_f16_d512_rope64_softmaxes_few_scalar(const hl_space
 
 /* ---- value: O = alpha O + P V ---- */
 
-/* 4 heads by 2 vectors of channels, read where they are stored. Meanwhile lines
- * of values 8 keys further on are asked for, as long as j < later. */
+/* 4 heads by 2 vectors of channels, read where they are stored.
+ * Meanwhile lines of values 8 keys further on are asked for, as long as
+ * j < later.
+ */
 HL_KERNEL_SCALAR void hl_sfa_f16_d512_rope64_pr_4x2_scalar(const float *p, const hl_row *row,
     int32_t c, float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
 {
@@ -3027,8 +3080,10 @@ HL_KERNEL_SCALAR void hl_sfa_f16_d512_rope64_pr_4x2_scalar(const float *p, const
                                     o3_1));
 }
 
-/* 2 heads by 4 vectors of channels, read where they are stored. Meanwhile lines
- * of values 8 keys further on are asked for, as long as j < later. */
+/* 2 heads by 4 vectors of channels, read where they are stored.
+ * Meanwhile lines of values 8 keys further on are asked for, as long as
+ * j < later.
+ */
 HL_KERNEL_SCALAR void hl_sfa_f16_d512_rope64_pr_2x4_scalar(const float *p, const hl_row *row,
     int32_t c, float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
 {
@@ -3093,8 +3148,10 @@ HL_KERNEL_SCALAR void hl_sfa_f16_d512_rope64_pr_2x4_scalar(const float *p, const
                                     o1_3));
 }
 
-/* 1 head by 8 vectors of channels, read where they are stored. Meanwhile lines
- * of values 8 keys further on are asked for, as long as j < later. */
+/* 1 head by 8 vectors of channels, read where they are stored.
+ * Meanwhile lines of values 8 keys further on are asked for, as long as
+ * j < later.
+ */
 HL_KERNEL_SCALAR void hl_sfa_f16_d512_rope64_pr_1x8_scalar(const float *p, const hl_row *row,
     int32_t c, float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
 {
@@ -3547,7 +3604,6 @@ HL_KERNEL_NEON void hl_sfa_f16_d512_rope64_load_q_neon(const hl_sparse_flash_att
         }
     }
 }
-
 /* One key's row as float32. */
 HL_KERNEL_NEON void hl_sfa_f16_d512_rope64_load_key_neon(const hl_row *row, float *to)
 {
@@ -4572,8 +4628,10 @@ HL_KERNEL_NEON void hl_sfa_f16_d512_rope64_value_neon(const hl_space *w, const h
     }
 }
 
-/* 4 heads by 4 vectors of channels, read where they are stored. Meanwhile lines
- * of values 24 keys further on are asked for, as long as j < later. */
+/* 4 heads by 4 vectors of channels, read where they are stored.
+ * Meanwhile lines of values 24 keys further on are asked for, as long as
+ * j < later.
+ */
 HL_KERNEL_NEON void hl_sfa_f16_d512_rope64_pr_4x4_neon(const float *p, const hl_row *row, int32_t c,
     float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
 {
@@ -4664,8 +4722,10 @@ HL_KERNEL_NEON void hl_sfa_f16_d512_rope64_pr_4x4_neon(const float *p, const hl_
                    hl_vfma_neon(hl_vset_neon(alpha[3]), hl_vload_neon(o + 3 * OS + 3 * L), o3_3));
 }
 
-/* 2 heads by 8 vectors of channels, read where they are stored. Meanwhile lines
- * of values 24 keys further on are asked for, as long as j < later. */
+/* 2 heads by 8 vectors of channels, read where they are stored.
+ * Meanwhile lines of values 24 keys further on are asked for, as long as
+ * j < later.
+ */
 HL_KERNEL_NEON void hl_sfa_f16_d512_rope64_pr_2x8_neon(const float *p, const hl_row *row, int32_t c,
     float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
 {
@@ -4760,8 +4820,10 @@ HL_KERNEL_NEON void hl_sfa_f16_d512_rope64_pr_2x8_neon(const float *p, const hl_
                    hl_vfma_neon(hl_vset_neon(alpha[1]), hl_vload_neon(o + 1 * OS + 7 * L), o1_7));
 }
 
-/* 1 head by 16 vectors of channels, read where they are stored. Meanwhile lines
- * of values 24 keys further on are asked for, as long as j < later. */
+/* 1 head by 16 vectors of channels, read where they are stored.
+ * Meanwhile lines of values 24 keys further on are asked for, as long as
+ * j < later.
+ */
 HL_KERNEL_NEON void hl_sfa_f16_d512_rope64_pr_1x16_neon(const float *p, const hl_row *row,
     int32_t c, float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
 {
@@ -5258,7 +5320,6 @@ HL_KERNEL_AVX2 void hl_sfa_f16_d512_rope64_load_q_avx2(const hl_sparse_flash_att
         }
     }
 }
-
 /* One key's row as float32. */
 HL_KERNEL_AVX2 void hl_sfa_f16_d512_rope64_load_key_avx2(const hl_row *row, float *to)
 {
@@ -6195,8 +6256,10 @@ HL_KERNEL_AVX2 void hl_sfa_f16_d512_rope64_value_avx2(const hl_space *w, const h
     }
 }
 
-/* 4 heads by 2 vectors of channels, read where they are stored. Meanwhile lines
- * of values 24 keys further on are asked for, as long as j < later. */
+/* 4 heads by 2 vectors of channels, read where they are stored.
+ * Meanwhile lines of values 24 keys further on are asked for, as long as
+ * j < later.
+ */
 HL_KERNEL_AVX2 void hl_sfa_f16_d512_rope64_pr_4x2_avx2(const float *p, const hl_row *row, int32_t c,
     float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
 {
@@ -6252,8 +6315,10 @@ HL_KERNEL_AVX2 void hl_sfa_f16_d512_rope64_pr_4x2_avx2(const float *p, const hl_
                    hl_vfma_avx2(hl_vset_avx2(alpha[3]), hl_vload_avx2(o + 3 * OS + 1 * L), o3_1));
 }
 
-/* 2 heads by 4 vectors of channels, read where they are stored. Meanwhile lines
- * of values 24 keys further on are asked for, as long as j < later. */
+/* 2 heads by 4 vectors of channels, read where they are stored.
+ * Meanwhile lines of values 24 keys further on are asked for, as long as
+ * j < later.
+ */
 HL_KERNEL_AVX2 void hl_sfa_f16_d512_rope64_pr_2x4_avx2(const float *p, const hl_row *row, int32_t c,
     float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
 {
@@ -6310,8 +6375,10 @@ HL_KERNEL_AVX2 void hl_sfa_f16_d512_rope64_pr_2x4_avx2(const float *p, const hl_
                    hl_vfma_avx2(hl_vset_avx2(alpha[1]), hl_vload_avx2(o + 1 * OS + 3 * L), o1_3));
 }
 
-/* 1 head by 8 vectors of channels, read where they are stored. Meanwhile lines
- * of values 24 keys further on are asked for, as long as j < later. */
+/* 1 head by 8 vectors of channels, read where they are stored.
+ * Meanwhile lines of values 24 keys further on are asked for, as long as
+ * j < later.
+ */
 HL_KERNEL_AVX2 void hl_sfa_f16_d512_rope64_pr_1x8_avx2(const float *p, const hl_row *row, int32_t c,
     float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
 {
@@ -6774,7 +6841,6 @@ HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_load_q_avx512(const hl_sparse_flash
         }
     }
 }
-
 /* One key's row as float32. */
 HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_load_key_avx512(const hl_row *row, float *to)
 {
@@ -8391,8 +8457,10 @@ HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_value_avx512(const hl_space *w, con
     }
 }
 
-/* 4 heads by 4 vectors of channels, read where they are stored. Meanwhile lines
- * of values 24 keys further on are asked for, as long as j < later. */
+/* 4 heads by 4 vectors of channels, read where they are stored.
+ * Meanwhile lines of values 24 keys further on are asked for, as long as
+ * j < later.
+ */
 HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_pr_4x4_avx512(const float *p, const hl_row *row,
     int32_t c, float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
 {
@@ -8500,8 +8568,10 @@ HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_pr_4x4_avx512(const float *p, const
                                     o3_3));
 }
 
-/* 2 heads by 8 vectors of channels, read where they are stored. Meanwhile lines
- * of values 24 keys further on are asked for, as long as j < later. */
+/* 2 heads by 8 vectors of channels, read where they are stored.
+ * Meanwhile lines of values 24 keys further on are asked for, as long as
+ * j < later.
+ */
 HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_pr_2x8_avx512(const float *p, const hl_row *row,
     int32_t c, float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
 {
@@ -8615,8 +8685,10 @@ HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_pr_2x8_avx512(const float *p, const
                                     o1_7));
 }
 
-/* 1 head by 16 vectors of channels, read where they are stored. Meanwhile lines
- * of values 24 keys further on are asked for, as long as j < later. */
+/* 1 head by 16 vectors of channels, read where they are stored.
+ * Meanwhile lines of values 24 keys further on are asked for, as long as
+ * j < later.
+ */
 HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_pr_1x16_avx512(const float *p, const hl_row *row,
     int32_t c, float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
 {

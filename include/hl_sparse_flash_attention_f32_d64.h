@@ -54,7 +54,8 @@
  *   out 0, max = sink, sum 1. Padding rows and rows behind the last sequence: as without a sink.
  *
  * MEMORY
- *   One task needs HL_SPARSE_FLASH_ATTENTION_F32_D64_WORKSPACE_BYTES(G),
+ *   One task needs
+ *   HL_SPARSE_FLASH_ATTENTION_F32_D64_WORKSPACE_BYTES(G),
  *   69824 bytes for G = 8, whatever the lengths.
  *   Nothing is read outside the rows that a list (or a length) names, and nothing before or behind
  *   a row; unused memory may hold NaN.
@@ -81,7 +82,7 @@
 /* ==== shared by every Headlight header ==== */
 
 #ifndef HL_COMMON
-#define HL_COMMON 1
+#define HL_COMMON 2
 
 #include <stddef.h>
 #include <stdint.h>
@@ -135,6 +136,7 @@ typedef enum hl_rule {
     HL_RULE_DISJOINT,    /* apart from all other memory     */
     HL_RULE_UNIQUE,      /* not twice in one list           */
     HL_RULE_ADDRESSABLE, /* at most PTRDIFF_MAX bytes large */
+    HL_RULE_PAIRED,      /* paged, or the query's layout    */
     HL_RULE_GENERATED    /* something this header contains  */
 } hl_rule;
 
@@ -183,6 +185,30 @@ typedef enum hl_argument {
     HL_ARG_KEY_ROPE_STRIDE,
     HL_ARG_VALUE_STRIDE,
     HL_ARG_OUT_STRIDE,
+    HL_ARG_KEY_DEQUANT_SCALE,
+    HL_ARG_VALUE_DEQUANT_SCALE,
+    HL_ARG_KEY_QUANT_MODE,
+    HL_ARG_VALUE_QUANT_MODE,
+    HL_ARG_QUANT_SCALE_REPO_MODE,
+    HL_ARG_TILE_SIZE,
+    HL_ARG_ROPE_HEAD_DIM,
+    HL_ARG_NOPE,
+    HL_ARG_ROPE,
+    HL_ARG_RECORDS,
+    HL_ARG_ROWS,
+    HL_ARG_NUMBERS_F32,
+    HL_ARG_POWER_OF_2,
+    HL_ARG_NOPE_STRIDE,
+    HL_ARG_ROPE_STRIDE,
+    HL_ARG_RECORD_STRIDE,
+    HL_ARG_PAGE_STRIDE,
+    HL_ARG_FROM,
+    HL_ARG_TO,
+    HL_ARG_BACK,
+    HL_ARG_FROM_STRIDE,
+    HL_ARG_TO_STRIDE,
+    HL_ARG_POSITIONS,
+    HL_ARG_LENGTHS,
     HL_ARG_PLAN,
     HL_ARG_ARGS,
     HL_ARG_WORKSPACE,
@@ -214,6 +240,12 @@ enum {
     HL_LAYOUT_PA_BSND = 2
 };
 
+/* What the entries of sparse_indices are. */
+enum {
+    HL_INDEX_BLOCKS = 0, /* logical blocks of sparse_block_size tokens of the row's own batch    */
+    HL_INDEX_SLOTS = 1   /* rows of the kv tensor; paged: block * block_size + token */
+};
+
 /* Instruction sets. HL_ISA_BEST lets plan choose; one that is absent is an error. */
 enum {
     HL_ISA_BEST = 0,
@@ -232,7 +264,7 @@ HL_API const char *hl_error_text(const hl_error *error, char *text, size_t size)
 }
 #endif
 
-#elif HL_COMMON != 1
+#elif HL_COMMON != 2
 #error "hl: headers of two generator versions in one file; regenerate the older one"
 #endif /* HL_COMMON */
 /* ==== the operator's arguments, shared by all of its kernels ==== */
@@ -243,12 +275,6 @@ HL_API const char *hl_error_text(const hl_error *error, char *text, size_t size)
 #ifdef __cplusplus
 extern "C" {
 #endif
-
-/* What the entries of sparse_indices are. */
-enum {
-    HL_INDEX_BLOCKS = 0, /* logical blocks of sparse_block_size tokens of the row's own batch    */
-    HL_INDEX_SLOTS = 1   /* rows of the kv tensor; paged: block * block_size + token */
-};
 
 /* One zero-initialised struct for every kernel of the operator; 0 is the default of every field
  * that is not marked "required". N1 = heads_q, N2 = heads_kv, G = N1/N2, B = batch.
@@ -351,7 +377,6 @@ typedef struct hl_sparse_flash_attention_parts {
     int32_t heads_kv;        /* 0: 1                                                             */
     int32_t out_f32;
 } hl_sparse_flash_attention_parts;
-
 #ifdef __cplusplus
 }
 #endif
@@ -472,7 +497,7 @@ typedef struct hl_state {
     float *seen;  /* 1 once a key was taken, else 0                                            */
 } hl_state;
 
-/* Where one token's channels are stored: key, rotary channels, value. */
+/* Where one token's channels are stored: key, rotary channels, value (records: scales). */
 typedef struct hl_row {
     const void *key;
     const void *rope;
@@ -494,6 +519,7 @@ typedef struct hl_space {
     float *v;        /* the block's values; == k where V is part of K                          */
     float *s;        /* S^T, then P^T: [key][head]                                             */
     hl_row *row;     /* where the keys of this block and of the next are stored                */
+    hl_row *own;     /* records: where those of this block are once they are decoded           */
     hl_state state;  /* of the row, or of its first chunk                                      */
     hl_state other;  /* of the chunk to be merged into it                                      */
 } hl_space;
@@ -804,6 +830,30 @@ static inline const char *hl_argument_name(hl_argument argument)
         "key_rope_stride",
         "value_stride",
         "out_stride",
+        "key_dequant_scale",
+        "value_dequant_scale",
+        "key_quant_mode",
+        "value_quant_mode",
+        "quant_scale_repo_mode",
+        "tile_size",
+        "rope_head_dim",
+        "nope",
+        "rope",
+        "records",
+        "rows",
+        "numbers_f32",
+        "power_of_2",
+        "nope_stride",
+        "rope_stride",
+        "record_stride",
+        "page_stride",
+        "from",
+        "to",
+        "back",
+        "from_stride",
+        "to_stride",
+        "positions",
+        "lengths",
         "plan",
         "args",
         "workspace",
@@ -827,6 +877,7 @@ static inline const char *hl_rule_words(hl_rule rule)
         " overlaps other memory of the call",
         " must not be twice in one list; it is ",
         " does not fit in memory",
+        " has to be paged (2), or laid out as the query is: ",
         " asks for what this header or this machine does not have; it is "
     };
     return words[(int32_t)rule];
@@ -846,7 +897,8 @@ HL_API const char *hl_error_text(const hl_error *error, char *text, size_t size)
     const char *const end = text + size - 1;
     const int32_t compares = error->rule == HL_RULE_AT_LEAST || error->rule == HL_RULE_AT_MOST
                              || error->rule == HL_RULE_EQUAL || error->rule == HL_RULE_MULTIPLE_OF
-                             || error->rule == HL_RULE_POWER_OF_2;
+                             || error->rule == HL_RULE_POWER_OF_2
+                             || error->rule == HL_RULE_PAIRED;
     const int32_t shows = error->rule == HL_RULE_NULL || error->rule == HL_RULE_UNIQUE
                           || error->rule == HL_RULE_GENERATED;
     if (error->status == HL_OK) {
@@ -934,17 +986,16 @@ enum {
     HL_SPARSE_FLASH_ATTENTION_F32_D64_ROPE = 0, /* channels with rotary position */
     HL_SPARSE_FLASH_ATTENTION_F32_D64_DV = 64 /* channels of value, output   */
 };
-
 /* Bytes of workspace for one task, any alignment, as a constant expression: the exact figure for
  * `group` query heads on a kv head (heads_q / heads_kv). Sequence lengths do not matter. */
 #define HL_SPARSE_FLASH_ATTENTION_F32_D64_WORKSPACE_BYTES(group) \
     (64 + 4 * (166 * (((size_t)(group) + 15) / 16 * 16) \
      + 128 * (size_t)(group) + 13760))
 
-/* Bytes of args.partials that are enough to split r query rows of `heads` query heads into `chunks`
- * each; plan->split_bytes is the exact figure. */
-#define HL_SPARSE_FLASH_ATTENTION_F32_D64_PARTIALS_BYTES(r, heads, chunks) \
-    (64 + 4 * (size_t)(r) * (size_t)(chunks) * (size_t)(heads) * 128)
+/* Bytes of args.partials that are enough to split r query rows of h query heads into c chunks each;
+ * plan->split_bytes is the exact figure. */
+#define HL_SPARSE_FLASH_ATTENTION_F32_D64_PARTIALS_BYTES(r, h, c) \
+    (64 + 4 * (size_t)(r) * (size_t)(c) * (size_t)(h) * 128)
 
 /* Checks everything, fills in defaults, counts tasks. On an error *plan is untouched. */
 HL_API hl_status hl_sparse_flash_attention_f32_d64_plan(hl_sparse_flash_attention_plan *plan,
@@ -1472,6 +1523,7 @@ static inline void hl_sfa_f32_d64_space(hl_space *w, void *workspace, int32_t gr
     w->other.seen = at; /* 1 once a key was taken */
     at += 16;
     w->other.o = at; /* O, not yet divided by l */
+    w->own = NULL;
     w->state.top = NULL;
     w->state.mass = NULL;
     w->other.top = NULL;
@@ -1595,7 +1647,7 @@ static inline hl_status hl_sfa_f32_d64_check_layout(hl_sparse_flash_attention_ar
                          a->layout_kv, 0);
     }
     if (!paged && a->layout_kv != a->layout_query) {
-        return hl_refuse(error, HL_ERR_UNSUPPORTED, HL_ARG_LAYOUT_KV, HL_RULE_EQUAL, a->layout_kv,
+        return hl_refuse(error, HL_ERR_UNSUPPORTED, HL_ARG_LAYOUT_KV, HL_RULE_PAIRED, a->layout_kv,
                          a->layout_query);
     }
     if (!paged && a->seq_kv < 0) {
@@ -1902,7 +1954,6 @@ static inline void hl_sfa_f32_d64_row(const hl_sparse_flash_attention_args *a, c
             + g->kv_head * a->value_stride.head;
     }
 }
-
 /* Key j of the group's batch as a row. 0: there is none. */
 static inline int32_t hl_sfa_f32_d64_find(const hl_sparse_flash_attention_args *a,
                                           const hl_group *g, int32_t j, hl_row *row)
@@ -2467,8 +2518,10 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d64_softmaxes_few_scalar(const hl_space *w, con
 
 /* ---- value: O = alpha O + P V ---- */
 
-/* 4 heads by 2 vectors of channels, read where they are stored. Meanwhile lines
- * of values 8 keys further on are asked for, as long as j < later. */
+/* 4 heads by 2 vectors of channels, read where they are stored.
+ * Meanwhile lines of values 8 keys further on are asked for, as long as
+ * j < later.
+ */
 HL_KERNEL_SCALAR void hl_sfa_f32_d64_pr_4x2_scalar(const float *p, const hl_row *row, int32_t c,
                                                    float *o, const float *alpha, int32_t n,
                                                    int32_t later, int32_t apart)
@@ -2533,8 +2586,10 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d64_pr_4x2_scalar(const float *p, const hl_row 
                                     o3_1));
 }
 
-/* 2 heads by 4 vectors of channels, read where they are stored. Meanwhile lines
- * of values 8 keys further on are asked for, as long as j < later. */
+/* 2 heads by 4 vectors of channels, read where they are stored.
+ * Meanwhile lines of values 8 keys further on are asked for, as long as
+ * j < later.
+ */
 HL_KERNEL_SCALAR void hl_sfa_f32_d64_pr_2x4_scalar(const float *p, const hl_row *row, int32_t c,
                                                    float *o, const float *alpha, int32_t n,
                                                    int32_t later, int32_t apart)
@@ -2600,8 +2655,10 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d64_pr_2x4_scalar(const float *p, const hl_row 
                                     o1_3));
 }
 
-/* 1 head by 8 vectors of channels, read where they are stored. Meanwhile lines
- * of values 8 keys further on are asked for, as long as j < later. */
+/* 1 head by 8 vectors of channels, read where they are stored.
+ * Meanwhile lines of values 8 keys further on are asked for, as long as
+ * j < later.
+ */
 HL_KERNEL_SCALAR void hl_sfa_f32_d64_pr_1x8_scalar(const float *p, const hl_row *row, int32_t c,
                                                    float *o, const float *alpha, int32_t n,
                                                    int32_t later, int32_t apart)
@@ -3032,7 +3089,6 @@ HL_KERNEL_NEON void hl_sfa_f32_d64_load_q_neon(const hl_sparse_flash_attention_a
         }
     }
 }
-
 /* One key's row as float32. */
 HL_KERNEL_NEON void hl_sfa_f32_d64_load_key_neon(const hl_row *row, float *to)
 {
@@ -4000,8 +4056,10 @@ HL_KERNEL_NEON void hl_sfa_f32_d64_value_neon(const hl_space *w, const hl_state 
     }
 }
 
-/* 4 heads by 4 vectors of channels, read where they are stored. Meanwhile lines
- * of values 24 keys further on are asked for, as long as j < later. */
+/* 4 heads by 4 vectors of channels, read where they are stored.
+ * Meanwhile lines of values 24 keys further on are asked for, as long as
+ * j < later.
+ */
 HL_KERNEL_NEON void hl_sfa_f32_d64_pr_4x4_neon(const float *p, const hl_row *row, int32_t c,
                                                float *o, const float *alpha, int32_t n,
                                                int32_t later, int32_t apart)
@@ -4093,8 +4151,10 @@ HL_KERNEL_NEON void hl_sfa_f32_d64_pr_4x4_neon(const float *p, const hl_row *row
                    hl_vfma_neon(hl_vset_neon(alpha[3]), hl_vload_neon(o + 3 * OS + 3 * L), o3_3));
 }
 
-/* 2 heads by 8 vectors of channels, read where they are stored. Meanwhile lines
- * of values 24 keys further on are asked for, as long as j < later. */
+/* 2 heads by 8 vectors of channels, read where they are stored.
+ * Meanwhile lines of values 24 keys further on are asked for, as long as
+ * j < later.
+ */
 HL_KERNEL_NEON void hl_sfa_f32_d64_pr_2x8_neon(const float *p, const hl_row *row, int32_t c,
                                                float *o, const float *alpha, int32_t n,
                                                int32_t later, int32_t apart)
@@ -4191,8 +4251,10 @@ HL_KERNEL_NEON void hl_sfa_f32_d64_pr_2x8_neon(const float *p, const hl_row *row
                    hl_vfma_neon(hl_vset_neon(alpha[1]), hl_vload_neon(o + 1 * OS + 7 * L), o1_7));
 }
 
-/* 1 head by 16 vectors of channels, read where they are stored. Meanwhile lines
- * of values 24 keys further on are asked for, as long as j < later. */
+/* 1 head by 16 vectors of channels, read where they are stored.
+ * Meanwhile lines of values 24 keys further on are asked for, as long as
+ * j < later.
+ */
 HL_KERNEL_NEON void hl_sfa_f32_d64_pr_1x16_neon(const float *p, const hl_row *row, int32_t c,
                                                 float *o, const float *alpha, int32_t n,
                                                 int32_t later, int32_t apart)
@@ -4672,7 +4734,6 @@ HL_KERNEL_AVX2 void hl_sfa_f32_d64_load_q_avx2(const hl_sparse_flash_attention_a
         }
     }
 }
-
 /* One key's row as float32. */
 HL_KERNEL_AVX2 void hl_sfa_f32_d64_load_key_avx2(const hl_row *row, float *to)
 {
@@ -5552,8 +5613,10 @@ HL_KERNEL_AVX2 void hl_sfa_f32_d64_value_avx2(const hl_space *w, const hl_state 
     }
 }
 
-/* 4 heads by 2 vectors of channels, read where they are stored. Meanwhile lines
- * of values 24 keys further on are asked for, as long as j < later. */
+/* 4 heads by 2 vectors of channels, read where they are stored.
+ * Meanwhile lines of values 24 keys further on are asked for, as long as
+ * j < later.
+ */
 HL_KERNEL_AVX2 void hl_sfa_f32_d64_pr_4x2_avx2(const float *p, const hl_row *row, int32_t c,
                                                float *o, const float *alpha, int32_t n,
                                                int32_t later, int32_t apart)
@@ -5610,8 +5673,10 @@ HL_KERNEL_AVX2 void hl_sfa_f32_d64_pr_4x2_avx2(const float *p, const hl_row *row
                    hl_vfma_avx2(hl_vset_avx2(alpha[3]), hl_vload_avx2(o + 3 * OS + 1 * L), o3_1));
 }
 
-/* 2 heads by 4 vectors of channels, read where they are stored. Meanwhile lines
- * of values 24 keys further on are asked for, as long as j < later. */
+/* 2 heads by 4 vectors of channels, read where they are stored.
+ * Meanwhile lines of values 24 keys further on are asked for, as long as
+ * j < later.
+ */
 HL_KERNEL_AVX2 void hl_sfa_f32_d64_pr_2x4_avx2(const float *p, const hl_row *row, int32_t c,
                                                float *o, const float *alpha, int32_t n,
                                                int32_t later, int32_t apart)
@@ -5670,8 +5735,10 @@ HL_KERNEL_AVX2 void hl_sfa_f32_d64_pr_2x4_avx2(const float *p, const hl_row *row
                    hl_vfma_avx2(hl_vset_avx2(alpha[1]), hl_vload_avx2(o + 1 * OS + 3 * L), o1_3));
 }
 
-/* 1 head by 8 vectors of channels, read where they are stored. Meanwhile lines
- * of values 24 keys further on are asked for, as long as j < later. */
+/* 1 head by 8 vectors of channels, read where they are stored.
+ * Meanwhile lines of values 24 keys further on are asked for, as long as
+ * j < later.
+ */
 HL_KERNEL_AVX2 void hl_sfa_f32_d64_pr_1x8_avx2(const float *p, const hl_row *row, int32_t c,
                                                float *o, const float *alpha, int32_t n,
                                                int32_t later, int32_t apart)
@@ -6117,7 +6184,6 @@ HL_KERNEL_AVX512 void hl_sfa_f32_d64_load_q_avx512(const hl_sparse_flash_attenti
         }
     }
 }
-
 /* One key's row as float32. */
 HL_KERNEL_AVX512 void hl_sfa_f32_d64_load_key_avx512(const hl_row *row, float *to)
 {
@@ -7708,8 +7774,10 @@ HL_KERNEL_AVX512 void hl_sfa_f32_d64_value_avx512(const hl_space *w, const hl_st
     }
 }
 
-/* 4 heads by 4 vectors of channels, read where they are stored. Meanwhile lines
- * of values 24 keys further on are asked for, as long as j < later. */
+/* 4 heads by 4 vectors of channels, read where they are stored.
+ * Meanwhile lines of values 24 keys further on are asked for, as long as
+ * j < later.
+ */
 HL_KERNEL_AVX512 void hl_sfa_f32_d64_pr_4x4_avx512(const float *p, const hl_row *row, int32_t c,
                                                    float *o, const float *alpha, int32_t n,
                                                    int32_t later, int32_t apart)
@@ -7820,8 +7888,10 @@ HL_KERNEL_AVX512 void hl_sfa_f32_d64_pr_4x4_avx512(const float *p, const hl_row 
                                     o3_3));
 }
 
-/* 2 heads by 4 vectors of channels, read where they are stored. Meanwhile lines
- * of values 24 keys further on are asked for, as long as j < later. */
+/* 2 heads by 4 vectors of channels, read where they are stored.
+ * Meanwhile lines of values 24 keys further on are asked for, as long as
+ * j < later.
+ */
 HL_KERNEL_AVX512 void hl_sfa_f32_d64_pr_2x4_avx512(const float *p, const hl_row *row, int32_t c,
                                                    float *o, const float *alpha, int32_t n,
                                                    int32_t later, int32_t apart)
@@ -7890,8 +7960,10 @@ HL_KERNEL_AVX512 void hl_sfa_f32_d64_pr_2x4_avx512(const float *p, const hl_row 
                                     o1_3));
 }
 
-/* 1 head by 4 vectors of channels, read where they are stored. Meanwhile lines
- * of values 24 keys further on are asked for, as long as j < later. */
+/* 1 head by 4 vectors of channels, read where they are stored.
+ * Meanwhile lines of values 24 keys further on are asked for, as long as
+ * j < later.
+ */
 HL_KERNEL_AVX512 void hl_sfa_f32_d64_pr_1x4_avx512(const float *p, const hl_row *row, int32_t c,
                                                    float *o, const float *alpha, int32_t n,
                                                    int32_t later, int32_t apart)

@@ -190,8 +190,10 @@ TABLES = [
 def test_names_go_both_ways(table):
     kernel = spec.parse_kernel(table)
     parsed = names.parse(kernel.name)
-    for key in ("op", "dtype", "dk", "dv", "rope", "math", "prefix"):
+    assert spec.parse_kernel(parsed).name == kernel.name
+    for key in ("op", "dtype", "kv", "dk", "rope", "math", "prefix"):
         assert parsed[key] == getattr(kernel, key)
+    assert parsed.get("dv", kernel.usual_dv) == kernel.dv
     assert tuple(parsed["features"]) == kernel.features
     assert spec.parse_kernel(kernel.table()) == kernel
     assert spec.parse_kernel(parsed).name == kernel.name
