@@ -172,31 +172,36 @@ def kernel_view(kernel):
     )
 
 
-def words_page(isa, dtype, math):
-    """Words, exp2 and row loader of one instruction set, as one kernel needs them."""
+def words_page(isa, formats, math):
+    """Words, exp2 and row loaders of one instruction set, for numbers of these formats."""
     speller = Speller("hl", isa=isa.name, words=isa.words, math=math)
     if isa.tiles:
         return speller.spell(
-            page(f"isa/{isa.name}.h.j2", formats=(dtype,), coefficients=EXP2_TILE_COEFFICIENTS)
+            page(f"isa/{isa.name}.h.j2", formats=formats, coefficients=EXP2_TILE_COEFFICIENTS)
         )
-    fmt = FORMATS[dtype]
-    words = FORMAT_WORDS[dtype]
     math_tag = "" if math == "builtin" else f"_{math.upper()}"
-    row = SimpleNamespace(
-        guard=f"HL_VROW_{dtype.upper()}_{isa.macro}",
-        word=f"hl_vrow_{dtype}_{isa.name}",
+    exp2 = SimpleNamespace(
+        guard=f"HL_VEXP2{math_tag}_{isa.macro}", coefficients=EXP2_COEFFICIENTS, ulp=EXP2_ULP
+    )
+    text = page(f"isa/{isa.name}.h.j2", formats=formats)
+    text += page("step/exp2.h.j2", isa=isa, math=math, exp2=exp2)
+    for name in formats:
+        if name in FORMATS:  # codes mean nothing without their scales
+            text += page("kv/plain.h.j2", isa=isa, row=plain_row(isa, FORMATS[name]))
+    return speller.spell(text)
+
+
+def plain_row(isa, fmt):
+    """A row of numbers, one after another, and the words that read it."""
+    words = FORMAT_WORDS[fmt.name]
+    return SimpleNamespace(
+        guard=f"HL_VROW_{fmt.name.upper()}_{isa.macro}",
+        word=f"hl_vrow_{fmt.name}_{isa.name}",
         title=fmt.title,
         c_type=fmt.c_type,
         load=words["load"],
         load_n=words["load_n"],
     )
-    exp2 = SimpleNamespace(
-        guard=f"HL_VEXP2{math_tag}_{isa.macro}", coefficients=EXP2_COEFFICIENTS, ulp=EXP2_ULP
-    )
-    text = page(f"isa/{isa.name}.h.j2", formats=(dtype,))
-    text += page("step/exp2.h.j2", isa=isa, math=math, exp2=exp2)
-    text += page("kv/plain.h.j2", isa=isa, row=row)
-    return speller.spell(text)
 
 
 STEPS = ("step/load", "step/score", "step/softmax", "step/value", "step/finish")
@@ -234,7 +239,7 @@ def kernel_page(kernel):
     tiles = tiles_of(kernel)
     mem = memory.plan(tiles)
     words = [
-        SimpleNamespace(isa=isa, text=words_page(isa, kernel.dtype, kernel.math))
+        SimpleNamespace(isa=isa, text=words_page(isa, (kernel.dtype,), kernel.math))
         for isa in {**{ISAS["scalar"]: 0}, **dict.fromkeys(kernel.isas, 0)}
     ]
     regions = [
