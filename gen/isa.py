@@ -136,6 +136,16 @@ WORDS = {
     "vstore_bf16": "as vstore, rounded to nearest even; a NaN stays a NaN",
     "vstore_bf16_n": "as vstore_n",
     "vpair_bf16": "as vpair, from bfloat16; on some x even, y odd numbers (Isa.even_odd)",
+    "vabs": "the absolute value",
+    "vquot": "x / d rounded once; r: 1 / d; d in 2^-90 .. 2^121, x / d is 0 or 2^-13 .. 2^9",
+    "vload_i8": "as vload, from int8",
+    "vload_i8_n": "as vload_n",
+    "vstore_i8": "as vstore, rounded to nearest even, never past +-127; |x| < 2^22",
+    "vstore_i8_n": "as vstore_n",
+    "vload_e4m3": "as vload, from FP8 E4M3",
+    "vload_e4m3_n": "as vload_n",
+    "vstore_e4m3": "as vstore, rounded to nearest even, never past +-448; x is finite",
+    "vstore_e4m3_n": "as vstore_n",
     "vrow": "a whole stored row to float32 (templates/kv)",
 }
 
@@ -161,5 +171,17 @@ FORMAT_WORDS = {
         "pair": "vpair_bf16",
         "store": "vstore_bf16",
         "store_n": "vstore_bf16_n",
+    },
+    "i8": {
+        "load": "vload_i8",
+        "load_n": "vload_i8_n",
+        "store": "vstore_i8",
+        "store_n": "vstore_i8_n",
+    },
+    "e4m3": {
+        "load": "vload_e4m3",
+        "load_n": "vload_e4m3_n",
+        "store": "vstore_e4m3",
+        "store_n": "vstore_e4m3_n",
     },
 }
