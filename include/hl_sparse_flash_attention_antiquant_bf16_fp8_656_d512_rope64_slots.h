@@ -1460,9 +1460,8 @@ HL_WORD_NEON void hl_put_codes_neon(uint8_t *p, int32_t n, uint8x8_t codes)
 #ifndef HL_WORDS_NEON_E4M3
 #define HL_WORDS_NEON_E4M3
 
-/* Its bits, put where float16 has them, are the number times 2^-8, subnormal or not; float16
- * becomes float32 whether or not subnormal numbers are flushed.
- * The codes of NaN come out as +-480. */
+/* The bits, put where float16 has them, are the number times 2^-8, subnormal or not; float16 turns
+ * into float32 even where subnormal numbers are flushed. The codes of NaN come out as +-480. */
 HL_WORD_NEON hl_vf_neon hl_vload_e4m3_n_neon(const uint8_t *p, int32_t n)
 {
     const int16x8_t wide = vshll_n_s8(vreinterpret_s8_u8(hl_codes_neon(p, n)), 7);
@@ -1485,7 +1484,8 @@ HL_WORD_NEON void hl_vstore_e4m3_n_neon(uint8_t *p, int32_t n, hl_vf_neon x)
     const uint32x4_t half = vaddq_u32(vaddq_u32(rest, odd), vdupq_n_u32(0xc407ffff));
     const uint32x4_t small = vcltq_u32(rest, vdupq_n_u32(0x3c800000));
     const uint32x4_t code = vbslq_u32(small, units, vshrq_n_u32(half, 20));
-    const uint16x4_t both = vmovn_u32(vsriq_n_u32(bits, vshlq_n_u32(code, 25), 1));
+    const uint32x4_t sign = vandq_u32(vshrq_n_u32(bits, 24), vdupq_n_u32(0x80));
+    const uint16x4_t both = vmovn_u32(vorrq_u32(code, sign));
     hl_put_codes_neon(p, n, vmovn_u16(vcombine_u16(both, both)));
 }
 HL_WORD_NEON void hl_vstore_e4m3_neon(uint8_t *p, hl_vf_neon x) { hl_vstore_e4m3_n_neon(p, 4, x); }
@@ -1653,8 +1653,8 @@ HL_WORD_AVX2 hl_vf_avx2 hl_vabs_avx2(hl_vf_avx2 x)
 {
     return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x);
 }
-/* One correction of x * r gives what division gives, the sign of 0 as well: what it would round
- * differently had to lie nearer to the middle of two numbers than any quotient does. */
+/* x * r corrected once is what division gives, next to the middle of two numbers too. The signs are
+ * chosen so that -0 stays -0. */
 HL_WORD_AVX2 hl_vf_avx2 hl_vquot_avx2(hl_vf_avx2 x, hl_vf_avx2 d, hl_vf_avx2 r)
 {
     const __m256 q = _mm256_mul_ps(x, r);
@@ -1665,9 +1665,8 @@ HL_WORD_AVX2 hl_vf_avx2 hl_vquot_avx2(hl_vf_avx2 x, hl_vf_avx2 d, hl_vf_avx2 r)
 #ifndef HL_WORDS_AVX2_E4M3
 #define HL_WORDS_AVX2_E4M3
 
-/* Its bits, put where float16 has them, are the number times 2^-8, subnormal or not; float16
- * becomes float32 whether or not subnormal numbers are flushed.
- * A NaN has all bits below the sign set. */
+/* The bits, put where float16 has them, are the number times 2^-8, subnormal or not; float16 turns
+ * into float32 even where subnormal numbers are flushed. A NaN has all bits but the sign set. */
 HL_WORD_AVX2 hl_vf_avx2 hl_vload_e4m3_avx2(const uint8_t *p)
 {
     const __m128i codes = _mm_loadl_epi64((const __m128i *)(const void *)p);
@@ -1915,8 +1914,8 @@ HL_WORD_AVX512 hl_vf_avx512 hl_vabs_avx512(hl_vf_avx512 x)
     const __m512i size = _mm512_set1_epi32(0x7fffffff);
     return _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(x), size));
 }
-/* One correction of x * r gives what division gives, the sign of 0 as well: what it would round
- * differently had to lie nearer to the middle of two numbers than any quotient does. */
+/* x * r corrected once is what division gives, next to the middle of two numbers too. The signs are
+ * chosen so that -0 stays -0. */
 HL_WORD_AVX512 hl_vf_avx512 hl_vquot_avx512(hl_vf_avx512 x, hl_vf_avx512 d, hl_vf_avx512 r)
 {
     const __m512 q = _mm512_mul_ps(x, r);
@@ -1927,9 +1926,8 @@ HL_WORD_AVX512 hl_vf_avx512 hl_vquot_avx512(hl_vf_avx512 x, hl_vf_avx512 d, hl_v
 #ifndef HL_WORDS_AVX512_E4M3
 #define HL_WORDS_AVX512_E4M3
 
-/* Its bits, put where float16 has them, are the number times 2^-8, subnormal or not; float16
- * becomes float32 whether or not subnormal numbers are flushed.
- * A NaN has all bits below the sign set. */
+/* The bits, put where float16 has them, are the number times 2^-8, subnormal or not; float16 turns
+ * into float32 even where subnormal numbers are flushed. A NaN has all bits but the sign set. */
 HL_WORD_AVX512 hl_vf_avx512 hl_widen_e4m3_avx512(__m128i codes)
 {
     const __m256i wide = _mm256_slli_epi16(_mm256_cvtepi8_epi16(codes), 7);

@@ -1614,8 +1614,8 @@ HL_WORD_AVX2 hl_vf_avx2 hl_vabs_avx2(hl_vf_avx2 x)
 {
     return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x);
 }
-/* One correction of x * r gives what division gives, the sign of 0 as well: what it would round
- * differently had to lie nearer to the middle of two numbers than any quotient does. */
+/* x * r corrected once is what division gives, next to the middle of two numbers too. The signs are
+ * chosen so that -0 stays -0. */
 HL_WORD_AVX2 hl_vf_avx2 hl_vquot_avx2(hl_vf_avx2 x, hl_vf_avx2 d, hl_vf_avx2 r)
 {
     const __m256 q = _mm256_mul_ps(x, r);
@@ -1856,8 +1856,8 @@ HL_WORD_AVX512 hl_vf_avx512 hl_vabs_avx512(hl_vf_avx512 x)
     const __m512i size = _mm512_set1_epi32(0x7fffffff);
     return _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(x), size));
 }
-/* One correction of x * r gives what division gives, the sign of 0 as well: what it would round
- * differently had to lie nearer to the middle of two numbers than any quotient does. */
+/* x * r corrected once is what division gives, next to the middle of two numbers too. The signs are
+ * chosen so that -0 stays -0. */
 HL_WORD_AVX512 hl_vf_avx512 hl_vquot_avx512(hl_vf_avx512 x, hl_vf_avx512 d, hl_vf_avx512 r)
 {
     const __m512 q = _mm512_mul_ps(x, r);
