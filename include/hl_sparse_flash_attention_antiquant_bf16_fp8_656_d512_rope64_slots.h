@@ -97,7 +97,8 @@
  * TILES
  *   On x86-64 Linux ..._plan and ..._isas ask the system once for the use of AMX tiles; where it
  *   says no, AVX-512 runs. A task leaves no tile configured; tiles of the caller's own are lost, as
- *   in any call (they are the caller's to save). There P is rounded to bfloat16 on its way to V
+ *   in any call (they are the caller's to save).
+ *   There keys, values and P are rounded to bfloat16
  *   (float16: to two parts of it), subnormal bfloat16 numbers count as 0, an infinite float16 as
  *   NaN, and up to 16 heads a value that is not finite reaches the channel beside it.
  *
@@ -2229,6 +2230,21 @@ HL_WORD_AMX __m512i hl_halves_amx(const uint16_t *from, int32_t n)
 {
     const __mmask32 some = n >= 32 ? (__mmask32)0xffffffffu : (__mmask32)((1u << n) - 1u);
     return _mm512_maskz_loadu_epi16(some, from);
+}
+
+#endif
+#ifndef HL_WORDS_AMX_CODES
+#define HL_WORDS_AMX_CODES
+
+/* Two vectors as 32 words of bfloat16, in their order; to nearest, ties away from 0. */
+HL_WORD_AMX __m512i hl_words_amx(__m512 x, __m512 y)
+{
+    const __m512i half = _mm512_set1_epi32(0x8000);
+    const __m512i high =
+        _mm512_set_epi16(63, 61, 59, 57, 55, 53, 51, 49, 47, 45, 43, 41, 39, 37, 35, 33, 31, 29, 27,
+                         25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
+    return _mm512_permutex2var_epi16(_mm512_add_epi32(_mm512_castps_si512(x), half), high,
+                                     _mm512_add_epi32(_mm512_castps_si512(y), half));
 }
 
 #endif
@@ -9322,7 +9338,7 @@ HL_WORD_AMX unsigned char *hl_sfaq_bf16_fp8_656_d512_rope64_slots_piece_amx(cons
 }
 
 /* Records are decoded once for all heads, into rows of bfloat16: those of the next block while the
- * matrix unit works on this one. A row is decoded in 5 pieces. */
+ * matrix unit works on this one. A row is decoded in 5 pieces: tiles, rotary channels. */
 typedef struct hl_sfaq_bf16_fp8_656_d512_rope64_slots_decoder_amx {
     const hl_row *row;  /* the records */
     unsigned char *to;
@@ -9335,18 +9351,7 @@ typedef struct hl_sfaq_bf16_fp8_656_d512_rope64_slots_decoder_amx {
     int32_t ready;      /* how many of them are there already */
 } hl_sfaq_bf16_fp8_656_d512_rope64_slots_decoder_amx;
 
-/* The rounded numbers of two vectors, as 32 words in their order. */
-HL_WORD_AMX __m512i hl_words_amx(__m512 x, __m512 y)
-{
-    const __m512i half = _mm512_set1_epi32(0x8000);
-    const __m512i high =
-        _mm512_set_epi16(63, 61, 59, 57, 55, 53, 51, 49, 47, 45, 43, 41, 39, 37, 35, 33, 31, 29, 27,
-                         25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
-    return _mm512_permutex2var_epi16(_mm512_add_epi32(_mm512_castps_si512(x), half), high,
-                                     _mm512_add_epi32(_mm512_castps_si512(y), half));
-}
-
-/* n of 32 numbers to their places in a row, to nearest, ties away from 0; 1 part. */
+/* n of 32 numbers to their places in a row, as bfloat16. */
 HL_WORD_AMX void hl_sfaq_bf16_fp8_656_d512_rope64_slots_put_words_amx(unsigned char *to, int32_t c,
     int32_t n, __m512 x, __m512 y)
 {
@@ -9435,15 +9440,12 @@ HL_WORD_AMX void hl_sfaq_bf16_fp8_656_d512_rope64_slots_decode_from_amx(
     d->known = known;
 }
 
-/* The rows of both halves of the panel; what no channel fills is 0. */
+/* The rows of both halves of the panel. */
 HL_KERNEL_AMX void hl_sfaq_bf16_fp8_656_d512_rope64_slots_own_rows_amx(const hl_space *w)
 {
     unsigned char *const panel = (unsigned char *)w->k + 78848;
     for (ptrdiff_t j = 0; j < 512; ++j) {
         unsigned char *const row = panel + j * 1152;
-        for (int32_t at = 0; at < 1152; at += 64) {
-            _mm512_storeu_si512(row + at, _mm512_setzero_si512());
-        }
         w->own[j].key = row;
         w->own[j].rope = row + 1024;
         w->own[j].value = row;
