@@ -255,6 +255,8 @@ def region_page(region, view):
         "isa": isa,
         "tile": region.tile,
         "t": region.tile,
+        "record": view.record,
+        "codes": getattr(region.tile, "codes", None),
         "task_attribute": f'__attribute__((target("{isa.target}")))\n' if isa.target else "",
     }
     pages = [*(TILE_STEPS if isa.tiles else STEPS), "algo/merge", "algo/forward"]

@@ -226,7 +226,8 @@ class Codes:
     rest: tuple  # and bytes of what is behind the codes
     tiles: tuple  # CodeTile, most heads first
     step: int  # floats from one tile's weights to the next
-    rope: str  # the word that loads rotary channels
+    rope_at: int  # of rotary channels in a row of Q
+    rope: str  # the word that loads them
     rope_n: str
     rope_whole: int  # of them in whole vectors
     rope_rest: int
@@ -548,6 +549,7 @@ def codes_of(kernel, isa, registers):
         c_type="uint16_t" if widen else "uint8_t",
         load=FORMAT_WORDS["bf16" if widen else kind]["load"],
         weights_at=registers["few_block"] * (-(-kernel.dk // 2)) if widen else 0,
+        rope_at=round_up(kernel.dk, lanes),
         rope=rope_words["load"],
         rope_n=rope_words["load_n"],
         rope_whole=kernel.rope // lanes * lanes,

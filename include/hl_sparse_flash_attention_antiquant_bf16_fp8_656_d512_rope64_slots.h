@@ -6776,8 +6776,8 @@ HL_KERNEL_AVX2 void hl_sfaq_bf16_fp8_656_d512_rope64_slots_value_few_avx2(const 
 
 /* ---- few heads: codes are widened to bfloat16, which holds them exactly ----
  *
- * That is half as much to write as float32. Scales come in once for 128 channels: score
- * scales sums of codes, value scales the weights. */
+ * That is half as much to write as float32. Scales come in once for 128 channels:
+ * score scales sums of codes, value scales the weights. */
 
 /* The block's codes; its scales and rotary channels are read where they are stored. Meanwhile
  * records are asked for that lie 8 further on. */
@@ -6808,14 +6808,16 @@ HL_KERNEL_AVX2 void hl_sfaq_bf16_fp8_656_d512_rope64_slots_dot_codes_4_avx2(cons
     for (int32_t j = 0; j < 2; j += 2) {
         const hl_row *const row0 = row + (last < j + 0 ? last : j + 0);
         const uint16_t *const k0 = (const uint16_t *)row0->key;
-        const uint16_t *const e0 = (const uint16_t *)row0->rope;
+        const uint16_t *const e0 =
+            (const uint16_t *)row0->rope;
         hl_vf_avx2 s0_0 = hl_vzero_avx2();
         hl_vf_avx2 s1_0 = hl_vzero_avx2();
         hl_vf_avx2 s2_0 = hl_vzero_avx2();
         hl_vf_avx2 s3_0 = hl_vzero_avx2();
         const hl_row *const row1 = row + (last < j + 1 ? last : j + 1);
         const uint16_t *const k1 = (const uint16_t *)row1->key;
-        const uint16_t *const e1 = (const uint16_t *)row1->rope;
+        const uint16_t *const e1 =
+            (const uint16_t *)row1->rope;
         hl_vf_avx2 s0_1 = hl_vzero_avx2();
         hl_vf_avx2 s1_1 = hl_vzero_avx2();
         hl_vf_avx2 s2_1 = hl_vzero_avx2();
@@ -6823,15 +6825,23 @@ HL_KERNEL_AVX2 void hl_sfaq_bf16_fp8_656_d512_rope64_slots_dot_codes_4_avx2(cons
         for (int32_t c = 0; c < 64; c += L) {
             hl_vf_avx2 v;
             v = hl_vload_bf16_avx2(e0 + c);
-            s0_0 = hl_vfma_avx2(v, hl_vload_avx2(q + 0 * QS + 512 + c), s0_0);
-            s1_0 = hl_vfma_avx2(v, hl_vload_avx2(q + 1 * QS + 512 + c), s1_0);
-            s2_0 = hl_vfma_avx2(v, hl_vload_avx2(q + 2 * QS + 512 + c), s2_0);
-            s3_0 = hl_vfma_avx2(v, hl_vload_avx2(q + 3 * QS + 512 + c), s3_0);
+            s0_0 =
+                hl_vfma_avx2(v, hl_vload_avx2(q + 0 * QS + 512 + c), s0_0);
+            s1_0 =
+                hl_vfma_avx2(v, hl_vload_avx2(q + 1 * QS + 512 + c), s1_0);
+            s2_0 =
+                hl_vfma_avx2(v, hl_vload_avx2(q + 2 * QS + 512 + c), s2_0);
+            s3_0 =
+                hl_vfma_avx2(v, hl_vload_avx2(q + 3 * QS + 512 + c), s3_0);
             v = hl_vload_bf16_avx2(e1 + c);
-            s0_1 = hl_vfma_avx2(v, hl_vload_avx2(q + 0 * QS + 512 + c), s0_1);
-            s1_1 = hl_vfma_avx2(v, hl_vload_avx2(q + 1 * QS + 512 + c), s1_1);
-            s2_1 = hl_vfma_avx2(v, hl_vload_avx2(q + 2 * QS + 512 + c), s2_1);
-            s3_1 = hl_vfma_avx2(v, hl_vload_avx2(q + 3 * QS + 512 + c), s3_1);
+            s0_1 =
+                hl_vfma_avx2(v, hl_vload_avx2(q + 0 * QS + 512 + c), s0_1);
+            s1_1 =
+                hl_vfma_avx2(v, hl_vload_avx2(q + 1 * QS + 512 + c), s1_1);
+            s2_1 =
+                hl_vfma_avx2(v, hl_vload_avx2(q + 2 * QS + 512 + c), s2_1);
+            s3_1 =
+                hl_vfma_avx2(v, hl_vload_avx2(q + 3 * QS + 512 + c), s3_1);
         }
         all[(j + 0) * 4 + 0] = s0_0;
         all[(j + 0) * 4 + 1] = s1_0;
@@ -6903,22 +6913,28 @@ HL_KERNEL_AVX2 void hl_sfaq_bf16_fp8_656_d512_rope64_slots_dot_codes_2_avx2(cons
     for (int32_t j = 0; j < 4; j += 2) {
         const hl_row *const row0 = row + (last < j + 0 ? last : j + 0);
         const uint16_t *const k0 = (const uint16_t *)row0->key;
-        const uint16_t *const e0 = (const uint16_t *)row0->rope;
+        const uint16_t *const e0 =
+            (const uint16_t *)row0->rope;
         hl_vf_avx2 s0_0 = hl_vzero_avx2();
         hl_vf_avx2 s1_0 = hl_vzero_avx2();
         const hl_row *const row1 = row + (last < j + 1 ? last : j + 1);
         const uint16_t *const k1 = (const uint16_t *)row1->key;
-        const uint16_t *const e1 = (const uint16_t *)row1->rope;
+        const uint16_t *const e1 =
+            (const uint16_t *)row1->rope;
         hl_vf_avx2 s0_1 = hl_vzero_avx2();
         hl_vf_avx2 s1_1 = hl_vzero_avx2();
         for (int32_t c = 0; c < 64; c += L) {
             hl_vf_avx2 v;
             v = hl_vload_bf16_avx2(e0 + c);
-            s0_0 = hl_vfma_avx2(v, hl_vload_avx2(q + 0 * QS + 512 + c), s0_0);
-            s1_0 = hl_vfma_avx2(v, hl_vload_avx2(q + 1 * QS + 512 + c), s1_0);
+            s0_0 =
+                hl_vfma_avx2(v, hl_vload_avx2(q + 0 * QS + 512 + c), s0_0);
+            s1_0 =
+                hl_vfma_avx2(v, hl_vload_avx2(q + 1 * QS + 512 + c), s1_0);
             v = hl_vload_bf16_avx2(e1 + c);
-            s0_1 = hl_vfma_avx2(v, hl_vload_avx2(q + 0 * QS + 512 + c), s0_1);
-            s1_1 = hl_vfma_avx2(v, hl_vload_avx2(q + 1 * QS + 512 + c), s1_1);
+            s0_1 =
+                hl_vfma_avx2(v, hl_vload_avx2(q + 0 * QS + 512 + c), s0_1);
+            s1_1 =
+                hl_vfma_avx2(v, hl_vload_avx2(q + 1 * QS + 512 + c), s1_1);
         }
         all[(j + 0) * 2 + 0] = s0_0;
         all[(j + 0) * 2 + 1] = s1_0;
@@ -6968,12 +6984,14 @@ HL_KERNEL_AVX2 void hl_sfaq_bf16_fp8_656_d512_rope64_slots_dot_codes_1_avx2(cons
     for (int32_t j = 0; j < 8; j += 1) {
         const hl_row *const row0 = row + (last < j + 0 ? last : j + 0);
         const uint16_t *const k0 = (const uint16_t *)row0->key;
-        const uint16_t *const e0 = (const uint16_t *)row0->rope;
+        const uint16_t *const e0 =
+            (const uint16_t *)row0->rope;
         hl_vf_avx2 s0_0 = hl_vzero_avx2();
         for (int32_t c = 0; c < 64; c += L) {
             hl_vf_avx2 v;
             v = hl_vload_bf16_avx2(e0 + c);
-            s0_0 = hl_vfma_avx2(v, hl_vload_avx2(q + 0 * QS + 512 + c), s0_0);
+            s0_0 =
+                hl_vfma_avx2(v, hl_vload_avx2(q + 0 * QS + 512 + c), s0_0);
         }
         {
             hl_vf_avx2 x0 = hl_vzero_avx2();
@@ -9537,8 +9555,8 @@ HL_KERNEL_AVX512 void hl_sfaq_bf16_fp8_656_d512_rope64_slots_value_few_avx512(co
 
 /* ---- few heads: codes are widened to bfloat16, which holds them exactly ----
  *
- * That is half as much to write as float32. Scales come in once for 128 channels: score
- * scales sums of codes, value scales the weights. */
+ * That is half as much to write as float32. Scales come in once for 128 channels:
+ * score scales sums of codes, value scales the weights. */
 
 /* The block's codes; its scales and rotary channels are read where they are stored. Meanwhile
  * records are asked for that lie 8 further on. */
@@ -9569,28 +9587,32 @@ HL_KERNEL_AVX512 void hl_sfaq_bf16_fp8_656_d512_rope64_slots_dot_codes_4_avx512(
     for (int32_t j = 0; j < 4; j += 4) {
         const hl_row *const row0 = row + (last < j + 0 ? last : j + 0);
         const uint16_t *const k0 = (const uint16_t *)row0->key;
-        const uint16_t *const e0 = (const uint16_t *)row0->rope;
+        const uint16_t *const e0 =
+            (const uint16_t *)row0->rope;
         hl_vf_avx512 s0_0 = hl_vzero_avx512();
         hl_vf_avx512 s1_0 = hl_vzero_avx512();
         hl_vf_avx512 s2_0 = hl_vzero_avx512();
         hl_vf_avx512 s3_0 = hl_vzero_avx512();
         const hl_row *const row1 = row + (last < j + 1 ? last : j + 1);
         const uint16_t *const k1 = (const uint16_t *)row1->key;
-        const uint16_t *const e1 = (const uint16_t *)row1->rope;
+        const uint16_t *const e1 =
+            (const uint16_t *)row1->rope;
         hl_vf_avx512 s0_1 = hl_vzero_avx512();
         hl_vf_avx512 s1_1 = hl_vzero_avx512();
         hl_vf_avx512 s2_1 = hl_vzero_avx512();
         hl_vf_avx512 s3_1 = hl_vzero_avx512();
         const hl_row *const row2 = row + (last < j + 2 ? last : j + 2);
         const uint16_t *const k2 = (const uint16_t *)row2->key;
-        const uint16_t *const e2 = (const uint16_t *)row2->rope;
+        const uint16_t *const e2 =
+            (const uint16_t *)row2->rope;
         hl_vf_avx512 s0_2 = hl_vzero_avx512();
         hl_vf_avx512 s1_2 = hl_vzero_avx512();
         hl_vf_avx512 s2_2 = hl_vzero_avx512();
         hl_vf_avx512 s3_2 = hl_vzero_avx512();
         const hl_row *const row3 = row + (last < j + 3 ? last : j + 3);
         const uint16_t *const k3 = (const uint16_t *)row3->key;
-        const uint16_t *const e3 = (const uint16_t *)row3->rope;
+        const uint16_t *const e3 =
+            (const uint16_t *)row3->rope;
         hl_vf_avx512 s0_3 = hl_vzero_avx512();
         hl_vf_avx512 s1_3 = hl_vzero_avx512();
         hl_vf_avx512 s2_3 = hl_vzero_avx512();
@@ -9598,25 +9620,41 @@ HL_KERNEL_AVX512 void hl_sfaq_bf16_fp8_656_d512_rope64_slots_dot_codes_4_avx512(
         for (int32_t c = 0; c < 64; c += L) {
             hl_vf_avx512 v;
             v = hl_vload_bf16_avx512(e0 + c);
-            s0_0 = hl_vfma_avx512(v, hl_vload_avx512(q + 0 * QS + 512 + c), s0_0);
-            s1_0 = hl_vfma_avx512(v, hl_vload_avx512(q + 1 * QS + 512 + c), s1_0);
-            s2_0 = hl_vfma_avx512(v, hl_vload_avx512(q + 2 * QS + 512 + c), s2_0);
-            s3_0 = hl_vfma_avx512(v, hl_vload_avx512(q + 3 * QS + 512 + c), s3_0);
+            s0_0 =
+                hl_vfma_avx512(v, hl_vload_avx512(q + 0 * QS + 512 + c), s0_0);
+            s1_0 =
+                hl_vfma_avx512(v, hl_vload_avx512(q + 1 * QS + 512 + c), s1_0);
+            s2_0 =
+                hl_vfma_avx512(v, hl_vload_avx512(q + 2 * QS + 512 + c), s2_0);
+            s3_0 =
+                hl_vfma_avx512(v, hl_vload_avx512(q + 3 * QS + 512 + c), s3_0);
             v = hl_vload_bf16_avx512(e1 + c);
-            s0_1 = hl_vfma_avx512(v, hl_vload_avx512(q + 0 * QS + 512 + c), s0_1);
-            s1_1 = hl_vfma_avx512(v, hl_vload_avx512(q + 1 * QS + 512 + c), s1_1);
-            s2_1 = hl_vfma_avx512(v, hl_vload_avx512(q + 2 * QS + 512 + c), s2_1);
-            s3_1 = hl_vfma_avx512(v, hl_vload_avx512(q + 3 * QS + 512 + c), s3_1);
+            s0_1 =
+                hl_vfma_avx512(v, hl_vload_avx512(q + 0 * QS + 512 + c), s0_1);
+            s1_1 =
+                hl_vfma_avx512(v, hl_vload_avx512(q + 1 * QS + 512 + c), s1_1);
+            s2_1 =
+                hl_vfma_avx512(v, hl_vload_avx512(q + 2 * QS + 512 + c), s2_1);
+            s3_1 =
+                hl_vfma_avx512(v, hl_vload_avx512(q + 3 * QS + 512 + c), s3_1);
             v = hl_vload_bf16_avx512(e2 + c);
-            s0_2 = hl_vfma_avx512(v, hl_vload_avx512(q + 0 * QS + 512 + c), s0_2);
-            s1_2 = hl_vfma_avx512(v, hl_vload_avx512(q + 1 * QS + 512 + c), s1_2);
-            s2_2 = hl_vfma_avx512(v, hl_vload_avx512(q + 2 * QS + 512 + c), s2_2);
-            s3_2 = hl_vfma_avx512(v, hl_vload_avx512(q + 3 * QS + 512 + c), s3_2);
+            s0_2 =
+                hl_vfma_avx512(v, hl_vload_avx512(q + 0 * QS + 512 + c), s0_2);
+            s1_2 =
+                hl_vfma_avx512(v, hl_vload_avx512(q + 1 * QS + 512 + c), s1_2);
+            s2_2 =
+                hl_vfma_avx512(v, hl_vload_avx512(q + 2 * QS + 512 + c), s2_2);
+            s3_2 =
+                hl_vfma_avx512(v, hl_vload_avx512(q + 3 * QS + 512 + c), s3_2);
             v = hl_vload_bf16_avx512(e3 + c);
-            s0_3 = hl_vfma_avx512(v, hl_vload_avx512(q + 0 * QS + 512 + c), s0_3);
-            s1_3 = hl_vfma_avx512(v, hl_vload_avx512(q + 1 * QS + 512 + c), s1_3);
-            s2_3 = hl_vfma_avx512(v, hl_vload_avx512(q + 2 * QS + 512 + c), s2_3);
-            s3_3 = hl_vfma_avx512(v, hl_vload_avx512(q + 3 * QS + 512 + c), s3_3);
+            s0_3 =
+                hl_vfma_avx512(v, hl_vload_avx512(q + 0 * QS + 512 + c), s0_3);
+            s1_3 =
+                hl_vfma_avx512(v, hl_vload_avx512(q + 1 * QS + 512 + c), s1_3);
+            s2_3 =
+                hl_vfma_avx512(v, hl_vload_avx512(q + 2 * QS + 512 + c), s2_3);
+            s3_3 =
+                hl_vfma_avx512(v, hl_vload_avx512(q + 3 * QS + 512 + c), s3_3);
         }
         all[(j + 0) * 4 + 0] = s0_0;
         all[(j + 0) * 4 + 1] = s1_0;
@@ -9732,38 +9770,50 @@ HL_KERNEL_AVX512 void hl_sfaq_bf16_fp8_656_d512_rope64_slots_dot_codes_2_avx512(
     for (int32_t j = 0; j < 8; j += 4) {
         const hl_row *const row0 = row + (last < j + 0 ? last : j + 0);
         const uint16_t *const k0 = (const uint16_t *)row0->key;
-        const uint16_t *const e0 = (const uint16_t *)row0->rope;
+        const uint16_t *const e0 =
+            (const uint16_t *)row0->rope;
         hl_vf_avx512 s0_0 = hl_vzero_avx512();
         hl_vf_avx512 s1_0 = hl_vzero_avx512();
         const hl_row *const row1 = row + (last < j + 1 ? last : j + 1);
         const uint16_t *const k1 = (const uint16_t *)row1->key;
-        const uint16_t *const e1 = (const uint16_t *)row1->rope;
+        const uint16_t *const e1 =
+            (const uint16_t *)row1->rope;
         hl_vf_avx512 s0_1 = hl_vzero_avx512();
         hl_vf_avx512 s1_1 = hl_vzero_avx512();
         const hl_row *const row2 = row + (last < j + 2 ? last : j + 2);
         const uint16_t *const k2 = (const uint16_t *)row2->key;
-        const uint16_t *const e2 = (const uint16_t *)row2->rope;
+        const uint16_t *const e2 =
+            (const uint16_t *)row2->rope;
         hl_vf_avx512 s0_2 = hl_vzero_avx512();
         hl_vf_avx512 s1_2 = hl_vzero_avx512();
         const hl_row *const row3 = row + (last < j + 3 ? last : j + 3);
         const uint16_t *const k3 = (const uint16_t *)row3->key;
-        const uint16_t *const e3 = (const uint16_t *)row3->rope;
+        const uint16_t *const e3 =
+            (const uint16_t *)row3->rope;
         hl_vf_avx512 s0_3 = hl_vzero_avx512();
         hl_vf_avx512 s1_3 = hl_vzero_avx512();
         for (int32_t c = 0; c < 64; c += L) {
             hl_vf_avx512 v;
             v = hl_vload_bf16_avx512(e0 + c);
-            s0_0 = hl_vfma_avx512(v, hl_vload_avx512(q + 0 * QS + 512 + c), s0_0);
-            s1_0 = hl_vfma_avx512(v, hl_vload_avx512(q + 1 * QS + 512 + c), s1_0);
+            s0_0 =
+                hl_vfma_avx512(v, hl_vload_avx512(q + 0 * QS + 512 + c), s0_0);
+            s1_0 =
+                hl_vfma_avx512(v, hl_vload_avx512(q + 1 * QS + 512 + c), s1_0);
             v = hl_vload_bf16_avx512(e1 + c);
-            s0_1 = hl_vfma_avx512(v, hl_vload_avx512(q + 0 * QS + 512 + c), s0_1);
-            s1_1 = hl_vfma_avx512(v, hl_vload_avx512(q + 1 * QS + 512 + c), s1_1);
+            s0_1 =
+                hl_vfma_avx512(v, hl_vload_avx512(q + 0 * QS + 512 + c), s0_1);
+            s1_1 =
+                hl_vfma_avx512(v, hl_vload_avx512(q + 1 * QS + 512 + c), s1_1);
             v = hl_vload_bf16_avx512(e2 + c);
-            s0_2 = hl_vfma_avx512(v, hl_vload_avx512(q + 0 * QS + 512 + c), s0_2);
-            s1_2 = hl_vfma_avx512(v, hl_vload_avx512(q + 1 * QS + 512 + c), s1_2);
+            s0_2 =
+                hl_vfma_avx512(v, hl_vload_avx512(q + 0 * QS + 512 + c), s0_2);
+            s1_2 =
+                hl_vfma_avx512(v, hl_vload_avx512(q + 1 * QS + 512 + c), s1_2);
             v = hl_vload_bf16_avx512(e3 + c);
-            s0_3 = hl_vfma_avx512(v, hl_vload_avx512(q + 0 * QS + 512 + c), s0_3);
-            s1_3 = hl_vfma_avx512(v, hl_vload_avx512(q + 1 * QS + 512 + c), s1_3);
+            s0_3 =
+                hl_vfma_avx512(v, hl_vload_avx512(q + 0 * QS + 512 + c), s0_3);
+            s1_3 =
+                hl_vfma_avx512(v, hl_vload_avx512(q + 1 * QS + 512 + c), s1_3);
         }
         all[(j + 0) * 2 + 0] = s0_0;
         all[(j + 0) * 2 + 1] = s1_0;
@@ -9837,12 +9887,14 @@ HL_KERNEL_AVX512 void hl_sfaq_bf16_fp8_656_d512_rope64_slots_dot_codes_1_avx512(
     for (int32_t j = 0; j < 16; j += 1) {
         const hl_row *const row0 = row + (last < j + 0 ? last : j + 0);
         const uint16_t *const k0 = (const uint16_t *)row0->key;
-        const uint16_t *const e0 = (const uint16_t *)row0->rope;
+        const uint16_t *const e0 =
+            (const uint16_t *)row0->rope;
         hl_vf_avx512 s0_0 = hl_vzero_avx512();
         for (int32_t c = 0; c < 64; c += L) {
             hl_vf_avx512 v;
             v = hl_vload_bf16_avx512(e0 + c);
-            s0_0 = hl_vfma_avx512(v, hl_vload_avx512(q + 0 * QS + 512 + c), s0_0);
+            s0_0 =
+                hl_vfma_avx512(v, hl_vload_avx512(q + 0 * QS + 512 + c), s0_0);
         }
         {
             hl_vf_avx512 x0 = hl_vzero_avx512();
@@ -10577,7 +10629,8 @@ HL_WORD_AMX unsigned char *hl_sfaq_bf16_fp8_656_d512_rope64_slots_piece_amx(cons
 }
 
 /* Records are decoded once for all heads, into rows of bfloat16: those of the next block while the
- * matrix unit works on this one. A row is decoded in 5 pieces: tiles, rotary channels. */
+ * matrix unit works on this one. A row is decoded in 5 pieces: its tiles of
+ * channels, then the rotary ones. */
 typedef struct hl_sfaq_bf16_fp8_656_d512_rope64_slots_decoder_amx {
     const hl_row *row;  /* the records */
     unsigned char *to;
@@ -10602,8 +10655,8 @@ HL_WORD_AMX void hl_sfaq_bf16_fp8_656_d512_rope64_slots_put_words_amx(unsigned c
 HL_WORD_AMX hl_vf_avx512 hl_sfaq_bf16_fp8_656_d512_rope64_slots_codes_amx(const uint8_t *code,
     int32_t n)
 {
-    return n >= 16 ? hl_vload_e4m3_avx512(code) : n > 0 ? hl_vload_e4m3_n_avx512(code, n)
-        : hl_vzero_avx512();
+    return n >= 16 ? hl_vload_e4m3_avx512(code)
+           : n > 0 ? hl_vload_e4m3_n_avx512(code, n) : hl_vzero_avx512();
 }
 
 /* The channels that share scale t: a NaN scale is made one that rounding cannot change. */
@@ -10724,7 +10777,6 @@ HL_WORD_AMX __m512i hl_sfaq_bf16_fp8_656_d512_rope64_slots_words_amx(const void 
     (void)n; /* rows are filled up with 0 */
     return _mm512_loadu_si512(words + 2 * c);
 }
-
 /* 32 halves of a stored row from channel c, 0 behind its n channels, as one part of bfloat16. */
 HL_WORD_AMX __m512i hl_sfaq_bf16_fp8_656_d512_rope64_slots_query_words_amx(const void *row,
     int32_t c, int32_t n, int32_t part)

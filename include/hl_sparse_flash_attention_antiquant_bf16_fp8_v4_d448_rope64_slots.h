@@ -9417,7 +9417,8 @@ HL_WORD_AMX unsigned char *hl_sfaq_bf16_fp8_v4_d448_rope64_slots_piece_amx(const
 }
 
 /* Records are decoded once for all heads, into rows of bfloat16: those of the next block while the
- * matrix unit works on this one. A row is decoded in 8 pieces: tiles, rotary channels. */
+ * matrix unit works on this one. A row is decoded in 8 pieces: its tiles of
+ * channels, then the rotary ones. */
 typedef struct hl_sfaq_bf16_fp8_v4_d448_rope64_slots_decoder_amx {
     const hl_row *row;  /* the records */
     unsigned char *to;
@@ -9442,8 +9443,8 @@ HL_WORD_AMX void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_put_words_amx(unsigned ch
 HL_WORD_AMX hl_vf_avx512 hl_sfaq_bf16_fp8_v4_d448_rope64_slots_codes_amx(const uint8_t *code,
     int32_t n)
 {
-    return n >= 16 ? hl_vload_e4m3_avx512(code) : n > 0 ? hl_vload_e4m3_n_avx512(code, n)
-        : hl_vzero_avx512();
+    return n >= 16 ? hl_vload_e4m3_avx512(code)
+           : n > 0 ? hl_vload_e4m3_n_avx512(code, n) : hl_vzero_avx512();
 }
 
 /* The channels that share scale t: a NaN scale is made one that rounding cannot change. */
@@ -9564,7 +9565,6 @@ HL_WORD_AMX __m512i hl_sfaq_bf16_fp8_v4_d448_rope64_slots_words_amx(const void *
     (void)n; /* rows are filled up with 0 */
     return _mm512_loadu_si512(words + 2 * c);
 }
-
 /* 32 halves of a stored row from channel c, 0 behind its n channels, as one part of bfloat16. */
 HL_WORD_AMX __m512i hl_sfaq_bf16_fp8_v4_d448_rope64_slots_query_words_amx(const void *row,
     int32_t c, int32_t n, int32_t part)

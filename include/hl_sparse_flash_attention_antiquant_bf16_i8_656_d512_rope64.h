@@ -6558,8 +6558,9 @@ HL_KERNEL_AVX2 void hl_sfaq_bf16_i8_656_d512_rope64_value_few_avx2(const hl_spac
 
 /* ---- few heads: codes are read where they are stored ----
  *
- * To make numbers of them again for each four heads costs less than to write them anywhere. Scales
- * come in once for 128 channels: score scales sums of codes, value scales the weights. */
+ * To make numbers of them again for each four heads costs less than to write them anywhere.
+ * Scales come in once for 128 channels: score scales sums of codes, value scales
+ * the weights. */
 /* 4 heads by 2 keys. Behind the last key its row is taken again.
  * Meanwhile later records (next) are asked for, if there are any.
  */
@@ -6571,14 +6572,16 @@ HL_KERNEL_AVX2 void hl_sfaq_bf16_i8_656_d512_rope64_dot_codes_4_avx2(const float
     for (int32_t j = 0; j < 2; j += 2) {
         const hl_row *const row0 = row + (last < j + 0 ? last : j + 0);
         const uint8_t *const k0 = (const uint8_t *)row0->key;
-        const uint16_t *const e0 = (const uint16_t *)row0->rope;
+        const uint16_t *const e0 =
+            (const uint16_t *)row0->rope;
         hl_vf_avx2 s0_0 = hl_vzero_avx2();
         hl_vf_avx2 s1_0 = hl_vzero_avx2();
         hl_vf_avx2 s2_0 = hl_vzero_avx2();
         hl_vf_avx2 s3_0 = hl_vzero_avx2();
         const hl_row *const row1 = row + (last < j + 1 ? last : j + 1);
         const uint8_t *const k1 = (const uint8_t *)row1->key;
-        const uint16_t *const e1 = (const uint16_t *)row1->rope;
+        const uint16_t *const e1 =
+            (const uint16_t *)row1->rope;
         hl_vf_avx2 s0_1 = hl_vzero_avx2();
         hl_vf_avx2 s1_1 = hl_vzero_avx2();
         hl_vf_avx2 s2_1 = hl_vzero_avx2();
@@ -6586,15 +6589,23 @@ HL_KERNEL_AVX2 void hl_sfaq_bf16_i8_656_d512_rope64_dot_codes_4_avx2(const float
         for (int32_t c = 0; c < 64; c += L) {
             hl_vf_avx2 v;
             v = hl_vload_bf16_avx2(e0 + c);
-            s0_0 = hl_vfma_avx2(v, hl_vload_avx2(q + 0 * QS + 512 + c), s0_0);
-            s1_0 = hl_vfma_avx2(v, hl_vload_avx2(q + 1 * QS + 512 + c), s1_0);
-            s2_0 = hl_vfma_avx2(v, hl_vload_avx2(q + 2 * QS + 512 + c), s2_0);
-            s3_0 = hl_vfma_avx2(v, hl_vload_avx2(q + 3 * QS + 512 + c), s3_0);
+            s0_0 =
+                hl_vfma_avx2(v, hl_vload_avx2(q + 0 * QS + 512 + c), s0_0);
+            s1_0 =
+                hl_vfma_avx2(v, hl_vload_avx2(q + 1 * QS + 512 + c), s1_0);
+            s2_0 =
+                hl_vfma_avx2(v, hl_vload_avx2(q + 2 * QS + 512 + c), s2_0);
+            s3_0 =
+                hl_vfma_avx2(v, hl_vload_avx2(q + 3 * QS + 512 + c), s3_0);
             v = hl_vload_bf16_avx2(e1 + c);
-            s0_1 = hl_vfma_avx2(v, hl_vload_avx2(q + 0 * QS + 512 + c), s0_1);
-            s1_1 = hl_vfma_avx2(v, hl_vload_avx2(q + 1 * QS + 512 + c), s1_1);
-            s2_1 = hl_vfma_avx2(v, hl_vload_avx2(q + 2 * QS + 512 + c), s2_1);
-            s3_1 = hl_vfma_avx2(v, hl_vload_avx2(q + 3 * QS + 512 + c), s3_1);
+            s0_1 =
+                hl_vfma_avx2(v, hl_vload_avx2(q + 0 * QS + 512 + c), s0_1);
+            s1_1 =
+                hl_vfma_avx2(v, hl_vload_avx2(q + 1 * QS + 512 + c), s1_1);
+            s2_1 =
+                hl_vfma_avx2(v, hl_vload_avx2(q + 2 * QS + 512 + c), s2_1);
+            s3_1 =
+                hl_vfma_avx2(v, hl_vload_avx2(q + 3 * QS + 512 + c), s3_1);
         }
         if (next != NULL) {
             HL_FETCH((const char *)next[j + 0].key + 512);
@@ -6683,22 +6694,28 @@ HL_KERNEL_AVX2 void hl_sfaq_bf16_i8_656_d512_rope64_dot_codes_2_avx2(const float
     for (int32_t j = 0; j < 4; j += 2) {
         const hl_row *const row0 = row + (last < j + 0 ? last : j + 0);
         const uint8_t *const k0 = (const uint8_t *)row0->key;
-        const uint16_t *const e0 = (const uint16_t *)row0->rope;
+        const uint16_t *const e0 =
+            (const uint16_t *)row0->rope;
         hl_vf_avx2 s0_0 = hl_vzero_avx2();
         hl_vf_avx2 s1_0 = hl_vzero_avx2();
         const hl_row *const row1 = row + (last < j + 1 ? last : j + 1);
         const uint8_t *const k1 = (const uint8_t *)row1->key;
-        const uint16_t *const e1 = (const uint16_t *)row1->rope;
+        const uint16_t *const e1 =
+            (const uint16_t *)row1->rope;
         hl_vf_avx2 s0_1 = hl_vzero_avx2();
         hl_vf_avx2 s1_1 = hl_vzero_avx2();
         for (int32_t c = 0; c < 64; c += L) {
             hl_vf_avx2 v;
             v = hl_vload_bf16_avx2(e0 + c);
-            s0_0 = hl_vfma_avx2(v, hl_vload_avx2(q + 0 * QS + 512 + c), s0_0);
-            s1_0 = hl_vfma_avx2(v, hl_vload_avx2(q + 1 * QS + 512 + c), s1_0);
+            s0_0 =
+                hl_vfma_avx2(v, hl_vload_avx2(q + 0 * QS + 512 + c), s0_0);
+            s1_0 =
+                hl_vfma_avx2(v, hl_vload_avx2(q + 1 * QS + 512 + c), s1_0);
             v = hl_vload_bf16_avx2(e1 + c);
-            s0_1 = hl_vfma_avx2(v, hl_vload_avx2(q + 0 * QS + 512 + c), s0_1);
-            s1_1 = hl_vfma_avx2(v, hl_vload_avx2(q + 1 * QS + 512 + c), s1_1);
+            s0_1 =
+                hl_vfma_avx2(v, hl_vload_avx2(q + 0 * QS + 512 + c), s0_1);
+            s1_1 =
+                hl_vfma_avx2(v, hl_vload_avx2(q + 1 * QS + 512 + c), s1_1);
         }
         if (next != NULL) {
             HL_FETCH((const char *)next[j + 0].key + 512);
@@ -6765,12 +6782,14 @@ HL_KERNEL_AVX2 void hl_sfaq_bf16_i8_656_d512_rope64_dot_codes_1_avx2(const float
     for (int32_t j = 0; j < 8; j += 1) {
         const hl_row *const row0 = row + (last < j + 0 ? last : j + 0);
         const uint8_t *const k0 = (const uint8_t *)row0->key;
-        const uint16_t *const e0 = (const uint16_t *)row0->rope;
+        const uint16_t *const e0 =
+            (const uint16_t *)row0->rope;
         hl_vf_avx2 s0_0 = hl_vzero_avx2();
         for (int32_t c = 0; c < 64; c += L) {
             hl_vf_avx2 v;
             v = hl_vload_bf16_avx2(e0 + c);
-            s0_0 = hl_vfma_avx2(v, hl_vload_avx2(q + 0 * QS + 512 + c), s0_0);
+            s0_0 =
+                hl_vfma_avx2(v, hl_vload_avx2(q + 0 * QS + 512 + c), s0_0);
         }
         if (next != NULL) {
             HL_FETCH((const char *)next[j + 0].key + 512);
@@ -9339,8 +9358,9 @@ HL_KERNEL_AVX512 void hl_sfaq_bf16_i8_656_d512_rope64_value_few_avx512(const hl_
 
 /* ---- few heads: codes are read where they are stored ----
  *
- * To make numbers of them again for each four heads costs less than to write them anywhere. Scales
- * come in once for 128 channels: score scales sums of codes, value scales the weights. */
+ * To make numbers of them again for each four heads costs less than to write them anywhere.
+ * Scales come in once for 128 channels: score scales sums of codes, value scales
+ * the weights. */
 /* 4 heads by 4 keys. Behind the last key its row is taken again.
  * Meanwhile later records (next) are asked for, if there are any.
  */
@@ -9352,28 +9372,32 @@ HL_KERNEL_AVX512 void hl_sfaq_bf16_i8_656_d512_rope64_dot_codes_4_avx512(const f
     for (int32_t j = 0; j < 4; j += 4) {
         const hl_row *const row0 = row + (last < j + 0 ? last : j + 0);
         const uint8_t *const k0 = (const uint8_t *)row0->key;
-        const uint16_t *const e0 = (const uint16_t *)row0->rope;
+        const uint16_t *const e0 =
+            (const uint16_t *)row0->rope;
         hl_vf_avx512 s0_0 = hl_vzero_avx512();
         hl_vf_avx512 s1_0 = hl_vzero_avx512();
         hl_vf_avx512 s2_0 = hl_vzero_avx512();
         hl_vf_avx512 s3_0 = hl_vzero_avx512();
         const hl_row *const row1 = row + (last < j + 1 ? last : j + 1);
         const uint8_t *const k1 = (const uint8_t *)row1->key;
-        const uint16_t *const e1 = (const uint16_t *)row1->rope;
+        const uint16_t *const e1 =
+            (const uint16_t *)row1->rope;
         hl_vf_avx512 s0_1 = hl_vzero_avx512();
         hl_vf_avx512 s1_1 = hl_vzero_avx512();
         hl_vf_avx512 s2_1 = hl_vzero_avx512();
         hl_vf_avx512 s3_1 = hl_vzero_avx512();
         const hl_row *const row2 = row + (last < j + 2 ? last : j + 2);
         const uint8_t *const k2 = (const uint8_t *)row2->key;
-        const uint16_t *const e2 = (const uint16_t *)row2->rope;
+        const uint16_t *const e2 =
+            (const uint16_t *)row2->rope;
         hl_vf_avx512 s0_2 = hl_vzero_avx512();
         hl_vf_avx512 s1_2 = hl_vzero_avx512();
         hl_vf_avx512 s2_2 = hl_vzero_avx512();
         hl_vf_avx512 s3_2 = hl_vzero_avx512();
         const hl_row *const row3 = row + (last < j + 3 ? last : j + 3);
         const uint8_t *const k3 = (const uint8_t *)row3->key;
-        const uint16_t *const e3 = (const uint16_t *)row3->rope;
+        const uint16_t *const e3 =
+            (const uint16_t *)row3->rope;
         hl_vf_avx512 s0_3 = hl_vzero_avx512();
         hl_vf_avx512 s1_3 = hl_vzero_avx512();
         hl_vf_avx512 s2_3 = hl_vzero_avx512();
@@ -9381,25 +9405,41 @@ HL_KERNEL_AVX512 void hl_sfaq_bf16_i8_656_d512_rope64_dot_codes_4_avx512(const f
         for (int32_t c = 0; c < 64; c += L) {
             hl_vf_avx512 v;
             v = hl_vload_bf16_avx512(e0 + c);
-            s0_0 = hl_vfma_avx512(v, hl_vload_avx512(q + 0 * QS + 512 + c), s0_0);
-            s1_0 = hl_vfma_avx512(v, hl_vload_avx512(q + 1 * QS + 512 + c), s1_0);
-            s2_0 = hl_vfma_avx512(v, hl_vload_avx512(q + 2 * QS + 512 + c), s2_0);
-            s3_0 = hl_vfma_avx512(v, hl_vload_avx512(q + 3 * QS + 512 + c), s3_0);
+            s0_0 =
+                hl_vfma_avx512(v, hl_vload_avx512(q + 0 * QS + 512 + c), s0_0);
+            s1_0 =
+                hl_vfma_avx512(v, hl_vload_avx512(q + 1 * QS + 512 + c), s1_0);
+            s2_0 =
+                hl_vfma_avx512(v, hl_vload_avx512(q + 2 * QS + 512 + c), s2_0);
+            s3_0 =
+                hl_vfma_avx512(v, hl_vload_avx512(q + 3 * QS + 512 + c), s3_0);
             v = hl_vload_bf16_avx512(e1 + c);
-            s0_1 = hl_vfma_avx512(v, hl_vload_avx512(q + 0 * QS + 512 + c), s0_1);
-            s1_1 = hl_vfma_avx512(v, hl_vload_avx512(q + 1 * QS + 512 + c), s1_1);
-            s2_1 = hl_vfma_avx512(v, hl_vload_avx512(q + 2 * QS + 512 + c), s2_1);
-            s3_1 = hl_vfma_avx512(v, hl_vload_avx512(q + 3 * QS + 512 + c), s3_1);
+            s0_1 =
+                hl_vfma_avx512(v, hl_vload_avx512(q + 0 * QS + 512 + c), s0_1);
+            s1_1 =
+                hl_vfma_avx512(v, hl_vload_avx512(q + 1 * QS + 512 + c), s1_1);
+            s2_1 =
+                hl_vfma_avx512(v, hl_vload_avx512(q + 2 * QS + 512 + c), s2_1);
+            s3_1 =
+                hl_vfma_avx512(v, hl_vload_avx512(q + 3 * QS + 512 + c), s3_1);
             v = hl_vload_bf16_avx512(e2 + c);
-            s0_2 = hl_vfma_avx512(v, hl_vload_avx512(q + 0 * QS + 512 + c), s0_2);
-            s1_2 = hl_vfma_avx512(v, hl_vload_avx512(q + 1 * QS + 512 + c), s1_2);
-            s2_2 = hl_vfma_avx512(v, hl_vload_avx512(q + 2 * QS + 512 + c), s2_2);
-            s3_2 = hl_vfma_avx512(v, hl_vload_avx512(q + 3 * QS + 512 + c), s3_2);
+            s0_2 =
+                hl_vfma_avx512(v, hl_vload_avx512(q + 0 * QS + 512 + c), s0_2);
+            s1_2 =
+                hl_vfma_avx512(v, hl_vload_avx512(q + 1 * QS + 512 + c), s1_2);
+            s2_2 =
+                hl_vfma_avx512(v, hl_vload_avx512(q + 2 * QS + 512 + c), s2_2);
+            s3_2 =
+                hl_vfma_avx512(v, hl_vload_avx512(q + 3 * QS + 512 + c), s3_2);
             v = hl_vload_bf16_avx512(e3 + c);
-            s0_3 = hl_vfma_avx512(v, hl_vload_avx512(q + 0 * QS + 512 + c), s0_3);
-            s1_3 = hl_vfma_avx512(v, hl_vload_avx512(q + 1 * QS + 512 + c), s1_3);
-            s2_3 = hl_vfma_avx512(v, hl_vload_avx512(q + 2 * QS + 512 + c), s2_3);
-            s3_3 = hl_vfma_avx512(v, hl_vload_avx512(q + 3 * QS + 512 + c), s3_3);
+            s0_3 =
+                hl_vfma_avx512(v, hl_vload_avx512(q + 0 * QS + 512 + c), s0_3);
+            s1_3 =
+                hl_vfma_avx512(v, hl_vload_avx512(q + 1 * QS + 512 + c), s1_3);
+            s2_3 =
+                hl_vfma_avx512(v, hl_vload_avx512(q + 2 * QS + 512 + c), s2_3);
+            s3_3 =
+                hl_vfma_avx512(v, hl_vload_avx512(q + 3 * QS + 512 + c), s3_3);
         }
         if (next != NULL) {
             HL_FETCH((const char *)next[j + 0].key + 512);
@@ -9544,38 +9584,50 @@ HL_KERNEL_AVX512 void hl_sfaq_bf16_i8_656_d512_rope64_dot_codes_2_avx512(const f
     for (int32_t j = 0; j < 8; j += 4) {
         const hl_row *const row0 = row + (last < j + 0 ? last : j + 0);
         const uint8_t *const k0 = (const uint8_t *)row0->key;
-        const uint16_t *const e0 = (const uint16_t *)row0->rope;
+        const uint16_t *const e0 =
+            (const uint16_t *)row0->rope;
         hl_vf_avx512 s0_0 = hl_vzero_avx512();
         hl_vf_avx512 s1_0 = hl_vzero_avx512();
         const hl_row *const row1 = row + (last < j + 1 ? last : j + 1);
         const uint8_t *const k1 = (const uint8_t *)row1->key;
-        const uint16_t *const e1 = (const uint16_t *)row1->rope;
+        const uint16_t *const e1 =
+            (const uint16_t *)row1->rope;
         hl_vf_avx512 s0_1 = hl_vzero_avx512();
         hl_vf_avx512 s1_1 = hl_vzero_avx512();
         const hl_row *const row2 = row + (last < j + 2 ? last : j + 2);
         const uint8_t *const k2 = (const uint8_t *)row2->key;
-        const uint16_t *const e2 = (const uint16_t *)row2->rope;
+        const uint16_t *const e2 =
+            (const uint16_t *)row2->rope;
         hl_vf_avx512 s0_2 = hl_vzero_avx512();
         hl_vf_avx512 s1_2 = hl_vzero_avx512();
         const hl_row *const row3 = row + (last < j + 3 ? last : j + 3);
         const uint8_t *const k3 = (const uint8_t *)row3->key;
-        const uint16_t *const e3 = (const uint16_t *)row3->rope;
+        const uint16_t *const e3 =
+            (const uint16_t *)row3->rope;
         hl_vf_avx512 s0_3 = hl_vzero_avx512();
         hl_vf_avx512 s1_3 = hl_vzero_avx512();
         for (int32_t c = 0; c < 64; c += L) {
             hl_vf_avx512 v;
             v = hl_vload_bf16_avx512(e0 + c);
-            s0_0 = hl_vfma_avx512(v, hl_vload_avx512(q + 0 * QS + 512 + c), s0_0);
-            s1_0 = hl_vfma_avx512(v, hl_vload_avx512(q + 1 * QS + 512 + c), s1_0);
+            s0_0 =
+                hl_vfma_avx512(v, hl_vload_avx512(q + 0 * QS + 512 + c), s0_0);
+            s1_0 =
+                hl_vfma_avx512(v, hl_vload_avx512(q + 1 * QS + 512 + c), s1_0);
             v = hl_vload_bf16_avx512(e1 + c);
-            s0_1 = hl_vfma_avx512(v, hl_vload_avx512(q + 0 * QS + 512 + c), s0_1);
-            s1_1 = hl_vfma_avx512(v, hl_vload_avx512(q + 1 * QS + 512 + c), s1_1);
+            s0_1 =
+                hl_vfma_avx512(v, hl_vload_avx512(q + 0 * QS + 512 + c), s0_1);
+            s1_1 =
+                hl_vfma_avx512(v, hl_vload_avx512(q + 1 * QS + 512 + c), s1_1);
             v = hl_vload_bf16_avx512(e2 + c);
-            s0_2 = hl_vfma_avx512(v, hl_vload_avx512(q + 0 * QS + 512 + c), s0_2);
-            s1_2 = hl_vfma_avx512(v, hl_vload_avx512(q + 1 * QS + 512 + c), s1_2);
+            s0_2 =
+                hl_vfma_avx512(v, hl_vload_avx512(q + 0 * QS + 512 + c), s0_2);
+            s1_2 =
+                hl_vfma_avx512(v, hl_vload_avx512(q + 1 * QS + 512 + c), s1_2);
             v = hl_vload_bf16_avx512(e3 + c);
-            s0_3 = hl_vfma_avx512(v, hl_vload_avx512(q + 0 * QS + 512 + c), s0_3);
-            s1_3 = hl_vfma_avx512(v, hl_vload_avx512(q + 1 * QS + 512 + c), s1_3);
+            s0_3 =
+                hl_vfma_avx512(v, hl_vload_avx512(q + 0 * QS + 512 + c), s0_3);
+            s1_3 =
+                hl_vfma_avx512(v, hl_vload_avx512(q + 1 * QS + 512 + c), s1_3);
         }
         if (next != NULL) {
             HL_FETCH((const char *)next[j + 0].key + 512);
@@ -9678,12 +9730,14 @@ HL_KERNEL_AVX512 void hl_sfaq_bf16_i8_656_d512_rope64_dot_codes_1_avx512(const f
     for (int32_t j = 0; j < 16; j += 1) {
         const hl_row *const row0 = row + (last < j + 0 ? last : j + 0);
         const uint8_t *const k0 = (const uint8_t *)row0->key;
-        const uint16_t *const e0 = (const uint16_t *)row0->rope;
+        const uint16_t *const e0 =
+            (const uint16_t *)row0->rope;
         hl_vf_avx512 s0_0 = hl_vzero_avx512();
         for (int32_t c = 0; c < 64; c += L) {
             hl_vf_avx512 v;
             v = hl_vload_bf16_avx512(e0 + c);
-            s0_0 = hl_vfma_avx512(v, hl_vload_avx512(q + 0 * QS + 512 + c), s0_0);
+            s0_0 =
+                hl_vfma_avx512(v, hl_vload_avx512(q + 0 * QS + 512 + c), s0_0);
         }
         if (next != NULL) {
             HL_FETCH((const char *)next[j + 0].key + 512);
@@ -10419,7 +10473,8 @@ HL_WORD_AMX unsigned char *hl_sfaq_bf16_i8_656_d512_rope64_piece_amx(const hl_sp
 }
 
 /* Records are decoded once for all heads, into rows of bfloat16: those of the next block while the
- * matrix unit works on this one. A row is decoded in 5 pieces: tiles, rotary channels. */
+ * matrix unit works on this one. A row is decoded in 5 pieces: its tiles of
+ * channels, then the rotary ones. */
 typedef struct hl_sfaq_bf16_i8_656_d512_rope64_decoder_amx {
     const hl_row *row;  /* the records */
     unsigned char *to;
@@ -10443,8 +10498,8 @@ HL_WORD_AMX void hl_sfaq_bf16_i8_656_d512_rope64_put_words_amx(unsigned char *to
 /* n > 0 codes, 0 where there are none. */
 HL_WORD_AMX hl_vf_avx512 hl_sfaq_bf16_i8_656_d512_rope64_codes_amx(const uint8_t *code, int32_t n)
 {
-    return n >= 16 ? hl_vload_i8_avx512(code) : n > 0 ? hl_vload_i8_n_avx512(code, n)
-        : hl_vzero_avx512();
+    return n >= 16 ? hl_vload_i8_avx512(code)
+           : n > 0 ? hl_vload_i8_n_avx512(code, n) : hl_vzero_avx512();
 }
 
 /* The channels that share scale t: a NaN scale is made one that rounding cannot change. */
@@ -10565,7 +10620,6 @@ HL_WORD_AMX __m512i hl_sfaq_bf16_i8_656_d512_rope64_words_amx(const void *row, i
     (void)n; /* rows are filled up with 0 */
     return _mm512_loadu_si512(words + 2 * c);
 }
-
 /* 32 halves of a stored row from channel c, 0 behind its n channels, as one part of bfloat16. */
 HL_WORD_AMX __m512i hl_sfaq_bf16_i8_656_d512_rope64_query_words_amx(const void *row, int32_t c,
     int32_t n, int32_t part)
