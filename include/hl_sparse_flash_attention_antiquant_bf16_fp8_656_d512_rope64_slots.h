@@ -3045,14 +3045,14 @@ HL_WORD_SCALAR void hl_sfaq_bf16_fp8_656_d512_rope64_slots_fetch_record_scalar(c
     HL_FETCH(record + 655);
 }
 
-/* The whole block, once for all heads; meanwhile records are asked for that lie 8
+/* The whole block, once for all heads; meanwhile records are asked for that lie 24
  * further on, in this block or in the next. */
 HL_KERNEL_SCALAR void hl_sfaq_bf16_fp8_656_d512_rope64_slots_load_scalar(const hl_space *w,
     const hl_block *b)
 {
     for (int32_t j = 0; j < b->n; ++j) {
-        if (j + 8 < b->n + b->n_later) {
-            hl_sfaq_bf16_fp8_656_d512_rope64_slots_fetch_record_scalar(&b->row[j + 8]);
+        if (j + 24 < b->n + b->n_later) {
+            hl_sfaq_bf16_fp8_656_d512_rope64_slots_fetch_record_scalar(&b->row[j + 24]);
         }
         hl_sfaq_bf16_fp8_656_d512_rope64_slots_decode_scalar(&b->row[j], w->k + (ptrdiff_t)j * 576);
     }
@@ -4108,14 +4108,14 @@ HL_WORD_NEON void hl_sfaq_bf16_fp8_656_d512_rope64_slots_fetch_record_neon(const
     HL_FETCH(record + 655);
 }
 
-/* The whole block, once for all heads; meanwhile records are asked for that lie 8
+/* The whole block, once for all heads; meanwhile records are asked for that lie 24
  * further on, in this block or in the next. */
 HL_KERNEL_NEON void hl_sfaq_bf16_fp8_656_d512_rope64_slots_load_neon(const hl_space *w,
     const hl_block *b)
 {
     for (int32_t j = 0; j < b->n; ++j) {
-        if (j + 8 < b->n + b->n_later) {
-            hl_sfaq_bf16_fp8_656_d512_rope64_slots_fetch_record_neon(&b->row[j + 8]);
+        if (j + 24 < b->n + b->n_later) {
+            hl_sfaq_bf16_fp8_656_d512_rope64_slots_fetch_record_neon(&b->row[j + 24]);
         }
         hl_sfaq_bf16_fp8_656_d512_rope64_slots_decode_neon(&b->row[j], w->k + (ptrdiff_t)j * 576);
     }
@@ -5741,14 +5741,14 @@ HL_WORD_AVX2 void hl_sfaq_bf16_fp8_656_d512_rope64_slots_fetch_record_avx2(const
     HL_FETCH(record + 655);
 }
 
-/* The whole block, once for all heads; meanwhile records are asked for that lie 8
+/* The whole block, once for all heads; meanwhile records are asked for that lie 24
  * further on, in this block or in the next. */
 HL_KERNEL_AVX2 void hl_sfaq_bf16_fp8_656_d512_rope64_slots_load_avx2(const hl_space *w,
     const hl_block *b)
 {
     for (int32_t j = 0; j < b->n; ++j) {
-        if (j + 8 < b->n + b->n_later) {
-            hl_sfaq_bf16_fp8_656_d512_rope64_slots_fetch_record_avx2(&b->row[j + 8]);
+        if (j + 24 < b->n + b->n_later) {
+            hl_sfaq_bf16_fp8_656_d512_rope64_slots_fetch_record_avx2(&b->row[j + 24]);
         }
         hl_sfaq_bf16_fp8_656_d512_rope64_slots_decode_avx2(&b->row[j], w->k + (ptrdiff_t)j * 576);
     }
@@ -6780,15 +6780,15 @@ HL_KERNEL_AVX2 void hl_sfaq_bf16_fp8_656_d512_rope64_slots_value_few_avx2(const 
  * score scales sums of codes, value scales the weights. */
 
 /* The block's codes; its scales and rotary channels are read where they are stored. Meanwhile
- * records are asked for that lie 8 further on. */
+ * records are asked for that lie 24 further on. */
 HL_KERNEL_AVX2 void hl_sfaq_bf16_fp8_656_d512_rope64_slots_widen_avx2(const hl_space *w,
     const hl_block *b)
 {
     uint16_t *to = (uint16_t *)(void *)w->k;
     for (int32_t j = 0; j < b->n; ++j, to += 512) {
         const uint8_t *const code = (const uint8_t *)b->row[j].key;
-        if (j + 8 < b->n + b->n_later) {
-            hl_sfaq_bf16_fp8_656_d512_rope64_slots_fetch_record_avx2(&b->row[j + 8]);
+        if (j + 24 < b->n + b->n_later) {
+            hl_sfaq_bf16_fp8_656_d512_rope64_slots_fetch_record_avx2(&b->row[j + 24]);
         }
         for (int32_t c = 0; c < 512; c += 32) {
             hl_vwiden_e4m3_avx2(code + c, to + c);
@@ -7682,14 +7682,14 @@ HL_WORD_AVX512 void hl_sfaq_bf16_fp8_656_d512_rope64_slots_fetch_record_avx512(c
     HL_FETCH(record + 655);
 }
 
-/* The whole block, once for all heads; meanwhile records are asked for that lie 8
+/* The whole block, once for all heads; meanwhile records are asked for that lie 24
  * further on, in this block or in the next. */
 HL_KERNEL_AVX512 void hl_sfaq_bf16_fp8_656_d512_rope64_slots_load_avx512(const hl_space *w,
     const hl_block *b)
 {
     for (int32_t j = 0; j < b->n; ++j) {
-        if (j + 8 < b->n + b->n_later) {
-            hl_sfaq_bf16_fp8_656_d512_rope64_slots_fetch_record_avx512(&b->row[j + 8]);
+        if (j + 24 < b->n + b->n_later) {
+            hl_sfaq_bf16_fp8_656_d512_rope64_slots_fetch_record_avx512(&b->row[j + 24]);
         }
         hl_sfaq_bf16_fp8_656_d512_rope64_slots_decode_avx512(&b->row[j], w->k + (ptrdiff_t)j * 576);
     }
@@ -9559,15 +9559,15 @@ HL_KERNEL_AVX512 void hl_sfaq_bf16_fp8_656_d512_rope64_slots_value_few_avx512(co
  * score scales sums of codes, value scales the weights. */
 
 /* The block's codes; its scales and rotary channels are read where they are stored. Meanwhile
- * records are asked for that lie 8 further on. */
+ * records are asked for that lie 24 further on. */
 HL_KERNEL_AVX512 void hl_sfaq_bf16_fp8_656_d512_rope64_slots_widen_avx512(const hl_space *w,
     const hl_block *b)
 {
     uint16_t *to = (uint16_t *)(void *)w->k;
     for (int32_t j = 0; j < b->n; ++j, to += 512) {
         const uint8_t *const code = (const uint8_t *)b->row[j].key;
-        if (j + 8 < b->n + b->n_later) {
-            hl_sfaq_bf16_fp8_656_d512_rope64_slots_fetch_record_avx512(&b->row[j + 8]);
+        if (j + 24 < b->n + b->n_later) {
+            hl_sfaq_bf16_fp8_656_d512_rope64_slots_fetch_record_avx512(&b->row[j + 24]);
         }
         for (int32_t c = 0; c < 512; c += 64) {
             hl_vwiden_e4m3_avx512(code + c, to + c);

@@ -3058,14 +3058,14 @@ HL_WORD_SCALAR void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_fetch_record_scalar(co
     HL_FETCH(row->value);
 }
 
-/* The whole block, once for all heads; meanwhile records are asked for that lie 8
+/* The whole block, once for all heads; meanwhile records are asked for that lie 24
  * further on, in this block or in the next. */
 HL_KERNEL_SCALAR void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_load_scalar(const hl_space *w,
     const hl_block *b)
 {
     for (int32_t j = 0; j < b->n; ++j) {
-        if (j + 8 < b->n + b->n_later) {
-            hl_sfaq_bf16_fp8_v4_d448_rope64_slots_fetch_record_scalar(&b->row[j + 8]);
+        if (j + 24 < b->n + b->n_later) {
+            hl_sfaq_bf16_fp8_v4_d448_rope64_slots_fetch_record_scalar(&b->row[j + 24]);
         }
         hl_sfaq_bf16_fp8_v4_d448_rope64_slots_decode_scalar(&b->row[j], w->k + (ptrdiff_t)j * 512);
     }
@@ -4120,14 +4120,14 @@ HL_WORD_NEON void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_fetch_record_neon(const 
     HL_FETCH(row->value);
 }
 
-/* The whole block, once for all heads; meanwhile records are asked for that lie 8
+/* The whole block, once for all heads; meanwhile records are asked for that lie 24
  * further on, in this block or in the next. */
 HL_KERNEL_NEON void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_load_neon(const hl_space *w,
     const hl_block *b)
 {
     for (int32_t j = 0; j < b->n; ++j) {
-        if (j + 8 < b->n + b->n_later) {
-            hl_sfaq_bf16_fp8_v4_d448_rope64_slots_fetch_record_neon(&b->row[j + 8]);
+        if (j + 24 < b->n + b->n_later) {
+            hl_sfaq_bf16_fp8_v4_d448_rope64_slots_fetch_record_neon(&b->row[j + 24]);
         }
         hl_sfaq_bf16_fp8_v4_d448_rope64_slots_decode_neon(&b->row[j], w->k + (ptrdiff_t)j * 512);
     }
@@ -5752,14 +5752,14 @@ HL_WORD_AVX2 void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_fetch_record_avx2(const 
     HL_FETCH(row->value);
 }
 
-/* The whole block, once for all heads; meanwhile records are asked for that lie 8
+/* The whole block, once for all heads; meanwhile records are asked for that lie 24
  * further on, in this block or in the next. */
 HL_KERNEL_AVX2 void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_load_avx2(const hl_space *w,
     const hl_block *b)
 {
     for (int32_t j = 0; j < b->n; ++j) {
-        if (j + 8 < b->n + b->n_later) {
-            hl_sfaq_bf16_fp8_v4_d448_rope64_slots_fetch_record_avx2(&b->row[j + 8]);
+        if (j + 24 < b->n + b->n_later) {
+            hl_sfaq_bf16_fp8_v4_d448_rope64_slots_fetch_record_avx2(&b->row[j + 24]);
         }
         hl_sfaq_bf16_fp8_v4_d448_rope64_slots_decode_avx2(&b->row[j], w->k + (ptrdiff_t)j * 512);
     }
@@ -7200,14 +7200,14 @@ HL_WORD_AVX512 void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_fetch_record_avx512(co
     HL_FETCH(row->value);
 }
 
-/* The whole block, once for all heads; meanwhile records are asked for that lie 8
+/* The whole block, once for all heads; meanwhile records are asked for that lie 24
  * further on, in this block or in the next. */
 HL_KERNEL_AVX512 void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_load_avx512(const hl_space *w,
     const hl_block *b)
 {
     for (int32_t j = 0; j < b->n; ++j) {
-        if (j + 8 < b->n + b->n_later) {
-            hl_sfaq_bf16_fp8_v4_d448_rope64_slots_fetch_record_avx512(&b->row[j + 8]);
+        if (j + 24 < b->n + b->n_later) {
+            hl_sfaq_bf16_fp8_v4_d448_rope64_slots_fetch_record_avx512(&b->row[j + 24]);
         }
         hl_sfaq_bf16_fp8_v4_d448_rope64_slots_decode_avx512(&b->row[j], w->k + (ptrdiff_t)j * 512);
     }

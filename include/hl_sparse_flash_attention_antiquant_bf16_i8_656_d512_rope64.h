@@ -2855,14 +2855,14 @@ HL_WORD_SCALAR void hl_sfaq_bf16_i8_656_d512_rope64_fetch_record_scalar(const hl
     HL_FETCH(record + 655);
 }
 
-/* The whole block, once for all heads; meanwhile records are asked for that lie 8
+/* The whole block, once for all heads; meanwhile records are asked for that lie 24
  * further on, in this block or in the next. */
 HL_KERNEL_SCALAR void hl_sfaq_bf16_i8_656_d512_rope64_load_scalar(const hl_space *w,
     const hl_block *b)
 {
     for (int32_t j = 0; j < b->n; ++j) {
-        if (j + 8 < b->n + b->n_later) {
-            hl_sfaq_bf16_i8_656_d512_rope64_fetch_record_scalar(&b->row[j + 8]);
+        if (j + 24 < b->n + b->n_later) {
+            hl_sfaq_bf16_i8_656_d512_rope64_fetch_record_scalar(&b->row[j + 24]);
         }
         hl_sfaq_bf16_i8_656_d512_rope64_decode_scalar(&b->row[j], w->k + (ptrdiff_t)j * 576);
     }
@@ -3909,13 +3909,13 @@ HL_WORD_NEON void hl_sfaq_bf16_i8_656_d512_rope64_fetch_record_neon(const hl_row
     HL_FETCH(record + 655);
 }
 
-/* The whole block, once for all heads; meanwhile records are asked for that lie 8
+/* The whole block, once for all heads; meanwhile records are asked for that lie 24
  * further on, in this block or in the next. */
 HL_KERNEL_NEON void hl_sfaq_bf16_i8_656_d512_rope64_load_neon(const hl_space *w, const hl_block *b)
 {
     for (int32_t j = 0; j < b->n; ++j) {
-        if (j + 8 < b->n + b->n_later) {
-            hl_sfaq_bf16_i8_656_d512_rope64_fetch_record_neon(&b->row[j + 8]);
+        if (j + 24 < b->n + b->n_later) {
+            hl_sfaq_bf16_i8_656_d512_rope64_fetch_record_neon(&b->row[j + 24]);
         }
         hl_sfaq_bf16_i8_656_d512_rope64_decode_neon(&b->row[j], w->k + (ptrdiff_t)j * 576);
     }
@@ -5528,13 +5528,13 @@ HL_WORD_AVX2 void hl_sfaq_bf16_i8_656_d512_rope64_fetch_record_avx2(const hl_row
     HL_FETCH(record + 655);
 }
 
-/* The whole block, once for all heads; meanwhile records are asked for that lie 8
+/* The whole block, once for all heads; meanwhile records are asked for that lie 24
  * further on, in this block or in the next. */
 HL_KERNEL_AVX2 void hl_sfaq_bf16_i8_656_d512_rope64_load_avx2(const hl_space *w, const hl_block *b)
 {
     for (int32_t j = 0; j < b->n; ++j) {
-        if (j + 8 < b->n + b->n_later) {
-            hl_sfaq_bf16_i8_656_d512_rope64_fetch_record_avx2(&b->row[j + 8]);
+        if (j + 24 < b->n + b->n_later) {
+            hl_sfaq_bf16_i8_656_d512_rope64_fetch_record_avx2(&b->row[j + 24]);
         }
         hl_sfaq_bf16_i8_656_d512_rope64_decode_avx2(&b->row[j], w->k + (ptrdiff_t)j * 576);
     }
@@ -7485,14 +7485,14 @@ HL_WORD_AVX512 void hl_sfaq_bf16_i8_656_d512_rope64_fetch_record_avx512(const hl
     HL_FETCH(record + 655);
 }
 
-/* The whole block, once for all heads; meanwhile records are asked for that lie 8
+/* The whole block, once for all heads; meanwhile records are asked for that lie 24
  * further on, in this block or in the next. */
 HL_KERNEL_AVX512 void hl_sfaq_bf16_i8_656_d512_rope64_load_avx512(const hl_space *w,
     const hl_block *b)
 {
     for (int32_t j = 0; j < b->n; ++j) {
-        if (j + 8 < b->n + b->n_later) {
-            hl_sfaq_bf16_i8_656_d512_rope64_fetch_record_avx512(&b->row[j + 8]);
+        if (j + 24 < b->n + b->n_later) {
+            hl_sfaq_bf16_i8_656_d512_rope64_fetch_record_avx512(&b->row[j + 24]);
         }
         hl_sfaq_bf16_i8_656_d512_rope64_decode_avx512(&b->row[j], w->k + (ptrdiff_t)j * 576);
     }
