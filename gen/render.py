@@ -136,6 +136,7 @@ def kernel_view(kernel):
             macro=isa.macro,
             title=isa.title,
             asked=bool(isa.detect) or isa.tiles,
+            words=ISAS[isa.words].macro,
             task=f"{kernel.private}_task_{isa.name}",
             merge=f"{kernel.private}_merge_{isa.name}",
         )
@@ -167,6 +168,8 @@ def kernel_view(kernel):
         layouts_kv=[SimpleNamespace(file=f"{n.lower()}.h.j2") for n in kernel.layout_kv],
         isas=views,
         scalar=next((view for view in views if view.name == "scalar"), None),
+        word_isas=[view for view in views if not ISAS[view.name].tiles],
+        tile_isas=[view for view in views if ISAS[view.name].tiles],
         isa_last=f"HL_ISA_{list(ISAS.values())[-1].macro}",
         tile_heads=matrix.least_heads(kernel),
         load=words["load"],
@@ -243,6 +246,8 @@ def region_page(region, view):
         pages.insert(-1, "tile/forward")
         if not region.tile.few:
             pages.remove("tile/few")
+    elif region.kernel.record:
+        pages.append("kv/rows")
     text = "\n".join(page(f"{name}.h.j2", **context) for name in pages)
     return region.speller.spell(text)
 

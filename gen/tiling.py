@@ -218,6 +218,8 @@ class Tile:
     paired: int  # value channels that vpair takes even and odd apart; 0 where it keeps the order
     dv_tail: bool
     ragged: bool  # records: channels that share a scale are not whole vectors
+    ragged_pairs: bool  # nor pairs of them
+    rope_ragged: bool  # rotary channels are not whole vectors
     why: dict[str, str]
     head_pad: int  # heads are padded to a multiple of this in the workspace
     memory: dict[str, int]  # floats that k, v and (for each head) q and s need
@@ -520,6 +522,8 @@ def tile(kernel, isa):
         else 0,
         dv_tail=kernel.dv % lanes != 0,
         ragged=ragged(kernel, lanes),
+        ragged_pairs=ragged(kernel, 2 * lanes),
+        rope_ragged=kernel.rope % lanes != 0,
         why={
             "registers": registers["why"],
             "block": f"{block} keys a block: P of a tile of heads stays in the first-level cache",
