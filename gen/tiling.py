@@ -517,9 +517,7 @@ def tile(kernel, isa):
         row_tiles=values,
         sections=sections,
         q_stride=q_stride,
-        paired=kernel.dv // (2 * lanes) * 2 * lanes
-        if stored(kernel).name in isa.even_odd
-        else 0,
+        paired=kernel.dv // (2 * lanes) * 2 * lanes if stored(kernel).name in isa.even_odd else 0,
         dv_tail=kernel.dv % lanes != 0,
         ragged=ragged(kernel, lanes),
         ragged_pairs=ragged(kernel, 2 * lanes),
