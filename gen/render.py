@@ -10,7 +10,7 @@ import jinja2
 
 from gen import ABI, __version__, matrix, memory, tiling
 from gen.fill import WIDTH, refill
-from gen.formats import FORMATS
+from gen.formats import CODES, FORMATS
 from gen.isa import FORMAT_WORDS, ISAS
 from gen.names import OPERATORS, Speller
 from gen.record import formats_of, record_view
@@ -206,6 +206,25 @@ def row_of(isa, name):
     )
 
 
+def scaled_page(isa, scaled):
+    """The loader of a row whose scales are in tensors of their own."""
+    words = FORMAT_WORDS[scaled.type]
+    by_channel = scaled.per == "channel"
+    row = SimpleNamespace(
+        guard=f"HL_VROW_{scaled.name.upper()}_{isa.macro}",
+        word=f"hl_vrow_{scaled.name}_{isa.name}",
+        name=scaled.name,
+        c_type=CODES[scaled.type].c_type,
+        by_channel=by_channel,
+        formula="(code + offset) * scale" if by_channel else "code * scale",
+        parameters="const float *scale, const float *offset" if by_channel else "float scale",
+        load=words["load"],
+        load_n=words["load_n"],
+    )
+    text = page("kv/scaled.h.j2", isa=isa, row=row)
+    return Speller("hl", isa=isa.name, words=isa.words).spell(text)
+
+
 def words_page(isa, formats, math):
     """Words, exp2 and row loaders of one instruction set, for the element types given."""
     speller = Speller("hl", isa=isa.name, words=isa.words, math=math)
@@ -246,7 +265,9 @@ def region_page(region, view):
         pages.insert(-1, "tile/forward")
         if not region.tile.few:
             pages.remove("tile/few")
-    elif region.kernel.record:
+    elif region.tile.codes:
+        pages.insert(pages.index("step/finish"), "kv/codes")
+    if region.kernel.record and not isa.tiles:
         pages.append("kv/rows")
     text = "\n".join(page(f"{name}.h.j2", **context) for name in pages)
     return region.speller.spell(text)
