@@ -108,13 +108,11 @@ def record_view(kernel):
         scales_behind=record.scales_behind,
         powers=scale.type == "e8m0",
         quotient=EXACT if scale.type == "e8m0" else "vquot(x, d, r)",
-        quotient_note=" Products with a\n * power of two are as exact as quotients."
-        if scale.type == "e8m0"
-        else "",
         numbers=numbers,
         rope_pairs=rope_pairs(numbers, rope.type) if rope else [],
         pads=pads_of(plan),
-        scale_words=SCALE_WORDS.get(scale.type, f", rounded to {scale.title}"),
+        scale_words=SCALE_WORDS.get(scale.type, f", rounded up to {scale.title}"),
+        scale_past=", or past what the scale can hold," if scale.type == "f16" else "",
         scale_none="the scale 2^-127" if scale.type == "e8m0" else "scale 0",
         lines=tuple(range(0, plan.bytes, LINE)),
         last_byte=plan.bytes - 1,

@@ -61,8 +61,9 @@
  *         640 .. 655  IEEE float32[4]   scales, of 128 channels each
  *   Scale: the tile's largest magnitude / 448; a code is x / scale to
  *   nearest even, saturated. A tile of nothing above 2^-80 has scale 0 and codes 0. A tile
- *   with a NaN or an infinity has the scale NaN: it stays visible. Reading takes any bits: zero,
- *   negative, subnormal, infinite and NaN scales and all 256 codes mean what they say.
+ *   with a NaN or an infinity has the scale NaN: it stays
+ *   visible. All instruction sets write the same bytes. Reading takes any bits: zero, negative,
+ *   subnormal, infinite and NaN scales and all 256 codes mean what they say.
  *
  * SELECTION (sparse_indices, HL_INDEX_BLOCKS)
  *   Entry id stands for the sparse_block_size tokens from id * sparse_block_size of the row's own
@@ -2409,7 +2410,6 @@ static inline hl_status hl_sfaq_bf16_fp8_656_d512_rope64_slots_check_strides(
     }
     return HL_OK;
 }
-
 /* ---- check: every argument, before anything is written ---- */
 
 /* Sizes, modes and numbers. Fills in the defaults of *a. */
@@ -4042,7 +4042,7 @@ HL_KERNEL_SCALAR float hl_sfaq_bf16_fp8_656_d512_rope64_slots_largest_bf16_scala
     return lane[0];
 }
 
-/* The codes of n numbers that share a scale; scale 0: all of them are 0. */
+/* The codes of n numbers that share a scale; 0: all of them are 0. */
 HL_KERNEL_SCALAR void hl_sfaq_bf16_fp8_656_d512_rope64_slots_put_codes_bf16_scalar(uint8_t *code,
     const uint16_t *from, int32_t n, float scale)
 {
@@ -4147,7 +4147,7 @@ HL_KERNEL_SCALAR float hl_sfaq_bf16_fp8_656_d512_rope64_slots_largest_f32_scalar
     return lane[0];
 }
 
-/* The codes of n numbers that share a scale; scale 0: all of them are 0. */
+/* The codes of n numbers that share a scale; 0: all of them are 0. */
 HL_KERNEL_SCALAR void hl_sfaq_bf16_fp8_656_d512_rope64_slots_put_codes_f32_scalar(uint8_t *code,
     const float *from, int32_t n, float scale)
 {
@@ -5940,7 +5940,7 @@ HL_KERNEL_NEON float hl_sfaq_bf16_fp8_656_d512_rope64_slots_largest_bf16_neon(co
     return lane[0];
 }
 
-/* The codes of n numbers that share a scale; scale 0: all of them are 0. */
+/* The codes of n numbers that share a scale; 0: all of them are 0. */
 HL_KERNEL_NEON void hl_sfaq_bf16_fp8_656_d512_rope64_slots_put_codes_bf16_neon(uint8_t *code,
     const uint16_t *from, int32_t n, float scale)
 {
@@ -6046,7 +6046,7 @@ HL_KERNEL_NEON float hl_sfaq_bf16_fp8_656_d512_rope64_slots_largest_f32_neon(con
     return lane[0];
 }
 
-/* The codes of n numbers that share a scale; scale 0: all of them are 0. */
+/* The codes of n numbers that share a scale; 0: all of them are 0. */
 HL_KERNEL_NEON void hl_sfaq_bf16_fp8_656_d512_rope64_slots_put_codes_f32_neon(uint8_t *code,
     const float *from, int32_t n, float scale)
 {
@@ -7655,7 +7655,7 @@ HL_KERNEL_AVX2 float hl_sfaq_bf16_fp8_656_d512_rope64_slots_largest_bf16_avx2(co
     return lane[0];
 }
 
-/* The codes of n numbers that share a scale; scale 0: all of them are 0. */
+/* The codes of n numbers that share a scale; 0: all of them are 0. */
 HL_KERNEL_AVX2 void hl_sfaq_bf16_fp8_656_d512_rope64_slots_put_codes_bf16_avx2(uint8_t *code,
     const uint16_t *from, int32_t n, float scale)
 {
@@ -7763,7 +7763,7 @@ HL_KERNEL_AVX2 float hl_sfaq_bf16_fp8_656_d512_rope64_slots_largest_f32_avx2(con
     return lane[0];
 }
 
-/* The codes of n numbers that share a scale; scale 0: all of them are 0. */
+/* The codes of n numbers that share a scale; 0: all of them are 0. */
 HL_KERNEL_AVX2 void hl_sfaq_bf16_fp8_656_d512_rope64_slots_put_codes_f32_avx2(uint8_t *code,
     const float *from, int32_t n, float scale)
 {
@@ -10214,7 +10214,7 @@ HL_KERNEL_AVX512 float hl_sfaq_bf16_fp8_656_d512_rope64_slots_largest_bf16_avx51
     return lane[0];
 }
 
-/* The codes of n numbers that share a scale; scale 0: all of them are 0. */
+/* The codes of n numbers that share a scale; 0: all of them are 0. */
 HL_KERNEL_AVX512 void hl_sfaq_bf16_fp8_656_d512_rope64_slots_put_codes_bf16_avx512(uint8_t *code,
     const uint16_t *from, int32_t n, float scale)
 {
@@ -10327,7 +10327,7 @@ HL_KERNEL_AVX512 float hl_sfaq_bf16_fp8_656_d512_rope64_slots_largest_f32_avx512
     return lane[0];
 }
 
-/* The codes of n numbers that share a scale; scale 0: all of them are 0. */
+/* The codes of n numbers that share a scale; 0: all of them are 0. */
 HL_KERNEL_AVX512 void hl_sfaq_bf16_fp8_656_d512_rope64_slots_put_codes_f32_avx512(uint8_t *code,
     const float *from, int32_t n, float scale)
 {

@@ -61,8 +61,9 @@
  *   ..._dequantise_rows is the way back.
  *   Scale: the tile's largest magnitude / 448, up to a power of 2; a code is x / scale to
  *   nearest even, saturated. A tile of nothing above 2^-80 has the scale 2^-127 and codes 0. A tile
- *   with a NaN or an infinity has the scale NaN: it stays visible. Reading takes any bits: zero,
- *   negative, subnormal, infinite and NaN scales and all 256 codes mean what they say.
+ *   with a NaN or an infinity has the scale NaN: it stays
+ *   visible. All instruction sets write the same bytes. Reading takes any bits: zero, negative,
+ *   subnormal, infinite and NaN scales and all 256 codes mean what they say.
  *
  * SELECTION (sparse_indices, HL_INDEX_BLOCKS)
  *   Entry id stands for the sparse_block_size tokens from id * sparse_block_size of the row's own
@@ -2391,9 +2392,10 @@ static inline float hl_sfaq_bf16_fp8_v4_d448_rope64_slots_put_scale(unsigned cha
 /* Bytes of a page: rows, what they have behind them, and padding. `row`: a stride, 0: packed. */
 static inline uint64_t hl_sfaq_bf16_fp8_v4_d448_rope64_slots_page_bytes(ptrdiff_t row, int64_t rows)
 {
-    const uint64_t each = (row != 0 ? (uint64_t)row : 576u) + 8u;
+    enum { ROW = 576, UNIT = 576 };
+    const uint64_t each = (row != 0 ? (uint64_t)row : (uint64_t)ROW) + 8u;
     const uint64_t all = hl_mul_cap((uint64_t)rows, each);
-    return hl_mul_cap(all / 576u + (all % 576u != 0), 576u);
+    return hl_mul_cap(all / UNIT + (all % UNIT != 0), UNIT);
 }
 
 /* Bytes from the first to behind the last record. */
@@ -2420,7 +2422,6 @@ static inline hl_status hl_sfaq_bf16_fp8_v4_d448_rope64_slots_check_strides(cons
     }
     return HL_OK;
 }
-
 /* ---- check: every argument, before anything is written ---- */
 
 /* Sizes, modes and numbers. Fills in the defaults of *a. */
@@ -4051,8 +4052,8 @@ HL_KERNEL_SCALAR float hl_sfaq_bf16_fp8_v4_d448_rope64_slots_largest_bf16_scalar
     return lane[0];
 }
 
-/* The codes of n numbers that share a scale; scale 0: all of them are 0. Products with a
- * power of two are as exact as quotients. */
+/* The codes of n numbers that share a scale; 0: all of them are 0. A scale is a power of two: a
+ * product with 1 / scale is exactly the quotient. */
 HL_KERNEL_SCALAR void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_put_codes_bf16_scalar(uint8_t *code,
     const uint16_t *from, int32_t n, float scale)
 {
@@ -4157,8 +4158,8 @@ HL_KERNEL_SCALAR float hl_sfaq_bf16_fp8_v4_d448_rope64_slots_largest_f32_scalar(
     return lane[0];
 }
 
-/* The codes of n numbers that share a scale; scale 0: all of them are 0. Products with a
- * power of two are as exact as quotients. */
+/* The codes of n numbers that share a scale; 0: all of them are 0. A scale is a power of two: a
+ * product with 1 / scale is exactly the quotient. */
 HL_KERNEL_SCALAR void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_put_codes_f32_scalar(uint8_t *code,
     const float *from, int32_t n, float scale)
 {
@@ -5949,8 +5950,8 @@ HL_KERNEL_NEON float hl_sfaq_bf16_fp8_v4_d448_rope64_slots_largest_bf16_neon(con
     return lane[0];
 }
 
-/* The codes of n numbers that share a scale; scale 0: all of them are 0. Products with a
- * power of two are as exact as quotients. */
+/* The codes of n numbers that share a scale; 0: all of them are 0. A scale is a power of two: a
+ * product with 1 / scale is exactly the quotient. */
 HL_KERNEL_NEON void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_put_codes_bf16_neon(uint8_t *code,
     const uint16_t *from, int32_t n, float scale)
 {
@@ -6056,8 +6057,8 @@ HL_KERNEL_NEON float hl_sfaq_bf16_fp8_v4_d448_rope64_slots_largest_f32_neon(cons
     return lane[0];
 }
 
-/* The codes of n numbers that share a scale; scale 0: all of them are 0. Products with a
- * power of two are as exact as quotients. */
+/* The codes of n numbers that share a scale; 0: all of them are 0. A scale is a power of two: a
+ * product with 1 / scale is exactly the quotient. */
 HL_KERNEL_NEON void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_put_codes_f32_neon(uint8_t *code,
     const float *from, int32_t n, float scale)
 {
@@ -7666,8 +7667,8 @@ HL_KERNEL_AVX2 float hl_sfaq_bf16_fp8_v4_d448_rope64_slots_largest_bf16_avx2(con
     return lane[0];
 }
 
-/* The codes of n numbers that share a scale; scale 0: all of them are 0. Products with a
- * power of two are as exact as quotients. */
+/* The codes of n numbers that share a scale; 0: all of them are 0. A scale is a power of two: a
+ * product with 1 / scale is exactly the quotient. */
 HL_KERNEL_AVX2 void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_put_codes_bf16_avx2(uint8_t *code,
     const uint16_t *from, int32_t n, float scale)
 {
@@ -7775,8 +7776,8 @@ HL_KERNEL_AVX2 float hl_sfaq_bf16_fp8_v4_d448_rope64_slots_largest_f32_avx2(cons
     return lane[0];
 }
 
-/* The codes of n numbers that share a scale; scale 0: all of them are 0. Products with a
- * power of two are as exact as quotients. */
+/* The codes of n numbers that share a scale; 0: all of them are 0. A scale is a power of two: a
+ * product with 1 / scale is exactly the quotient. */
 HL_KERNEL_AVX2 void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_put_codes_f32_avx2(uint8_t *code,
     const float *from, int32_t n, float scale)
 {
@@ -10227,8 +10228,8 @@ HL_KERNEL_AVX512 float hl_sfaq_bf16_fp8_v4_d448_rope64_slots_largest_bf16_avx512
     return lane[0];
 }
 
-/* The codes of n numbers that share a scale; scale 0: all of them are 0. Products with a
- * power of two are as exact as quotients. */
+/* The codes of n numbers that share a scale; 0: all of them are 0. A scale is a power of two: a
+ * product with 1 / scale is exactly the quotient. */
 HL_KERNEL_AVX512 void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_put_codes_bf16_avx512(uint8_t *code,
     const uint16_t *from, int32_t n, float scale)
 {
@@ -10341,8 +10342,8 @@ HL_KERNEL_AVX512 float hl_sfaq_bf16_fp8_v4_d448_rope64_slots_largest_f32_avx512(
     return lane[0];
 }
 
-/* The codes of n numbers that share a scale; scale 0: all of them are 0. Products with a
- * power of two are as exact as quotients. */
+/* The codes of n numbers that share a scale; 0: all of them are 0. A scale is a power of two: a
+ * product with 1 / scale is exactly the quotient. */
 HL_KERNEL_AVX512 void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_put_codes_f32_avx512(uint8_t *code,
     const float *from, int32_t n, float scale)
 {

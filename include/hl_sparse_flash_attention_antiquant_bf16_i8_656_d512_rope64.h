@@ -60,8 +60,9 @@
  *         528 .. 655  bfloat16[64]      rotary channels
  *   Scale: the tile's largest magnitude / 127; a code is x / scale to
  *   nearest even, saturated. A tile of nothing above 2^-80 has scale 0 and codes 0. A tile
- *   with a NaN or an infinity has the scale NaN: it stays visible. Reading takes any bits: zero,
- *   negative, subnormal, infinite and NaN scales and all 256 codes mean what they say.
+ *   with a NaN or an infinity has the scale NaN: it stays
+ *   visible. All instruction sets write the same bytes. Reading takes any bits: zero, negative,
+ *   subnormal, infinite and NaN scales and all 256 codes mean what they say.
  *
  * SELECTION (sparse_indices, HL_INDEX_BLOCKS)
  *   Entry id stands for the sparse_block_size tokens from id * sparse_block_size of the row's own
@@ -2331,7 +2332,6 @@ static inline hl_status hl_sfaq_bf16_i8_656_d512_rope64_check_strides(const hl_s
     }
     return HL_OK;
 }
-
 /* ---- check: every argument, before anything is written ---- */
 
 /* Sizes, modes and numbers. Fills in the defaults of *a. */
@@ -3913,7 +3913,7 @@ HL_KERNEL_SCALAR float hl_sfaq_bf16_i8_656_d512_rope64_largest_bf16_scalar(const
     return lane[0];
 }
 
-/* The codes of n numbers that share a scale; scale 0: all of them are 0. */
+/* The codes of n numbers that share a scale; 0: all of them are 0. */
 HL_KERNEL_SCALAR void hl_sfaq_bf16_i8_656_d512_rope64_put_codes_bf16_scalar(uint8_t *code,
     const uint16_t *from, int32_t n, float scale)
 {
@@ -4013,7 +4013,7 @@ HL_KERNEL_SCALAR float hl_sfaq_bf16_i8_656_d512_rope64_largest_f32_scalar(const 
     return lane[0];
 }
 
-/* The codes of n numbers that share a scale; scale 0: all of them are 0. */
+/* The codes of n numbers that share a scale; 0: all of them are 0. */
 HL_KERNEL_SCALAR void hl_sfaq_bf16_i8_656_d512_rope64_put_codes_f32_scalar(uint8_t *code,
     const float *from, int32_t n, float scale)
 {
@@ -5787,7 +5787,7 @@ HL_KERNEL_NEON float hl_sfaq_bf16_i8_656_d512_rope64_largest_bf16_neon(const uin
     return lane[0];
 }
 
-/* The codes of n numbers that share a scale; scale 0: all of them are 0. */
+/* The codes of n numbers that share a scale; 0: all of them are 0. */
 HL_KERNEL_NEON void hl_sfaq_bf16_i8_656_d512_rope64_put_codes_bf16_neon(uint8_t *code,
     const uint16_t *from, int32_t n, float scale)
 {
@@ -5888,7 +5888,7 @@ HL_KERNEL_NEON float hl_sfaq_bf16_i8_656_d512_rope64_largest_f32_neon(const floa
     return lane[0];
 }
 
-/* The codes of n numbers that share a scale; scale 0: all of them are 0. */
+/* The codes of n numbers that share a scale; 0: all of them are 0. */
 HL_KERNEL_NEON void hl_sfaq_bf16_i8_656_d512_rope64_put_codes_f32_neon(uint8_t *code,
     const float *from, int32_t n, float scale)
 {
@@ -7977,7 +7977,7 @@ HL_KERNEL_AVX2 float hl_sfaq_bf16_i8_656_d512_rope64_largest_bf16_avx2(const uin
     return lane[0];
 }
 
-/* The codes of n numbers that share a scale; scale 0: all of them are 0. */
+/* The codes of n numbers that share a scale; 0: all of them are 0. */
 HL_KERNEL_AVX2 void hl_sfaq_bf16_i8_656_d512_rope64_put_codes_bf16_avx2(uint8_t *code,
     const uint16_t *from, int32_t n, float scale)
 {
@@ -8080,7 +8080,7 @@ HL_KERNEL_AVX2 float hl_sfaq_bf16_i8_656_d512_rope64_largest_f32_avx2(const floa
     return lane[0];
 }
 
-/* The codes of n numbers that share a scale; scale 0: all of them are 0. */
+/* The codes of n numbers that share a scale; 0: all of them are 0. */
 HL_KERNEL_AVX2 void hl_sfaq_bf16_i8_656_d512_rope64_put_codes_f32_avx2(uint8_t *code,
     const float *from, int32_t n, float scale)
 {
@@ -11257,7 +11257,7 @@ HL_KERNEL_AVX512 float hl_sfaq_bf16_i8_656_d512_rope64_largest_bf16_avx512(const
     return lane[0];
 }
 
-/* The codes of n numbers that share a scale; scale 0: all of them are 0. */
+/* The codes of n numbers that share a scale; 0: all of them are 0. */
 HL_KERNEL_AVX512 void hl_sfaq_bf16_i8_656_d512_rope64_put_codes_bf16_avx512(uint8_t *code,
     const uint16_t *from, int32_t n, float scale)
 {
@@ -11365,7 +11365,7 @@ HL_KERNEL_AVX512 float hl_sfaq_bf16_i8_656_d512_rope64_largest_f32_avx512(const 
     return lane[0];
 }
 
-/* The codes of n numbers that share a scale; scale 0: all of them are 0. */
+/* The codes of n numbers that share a scale; 0: all of them are 0. */
 HL_KERNEL_AVX512 void hl_sfaq_bf16_i8_656_d512_rope64_put_codes_f32_avx512(uint8_t *code,
     const float *from, int32_t n, float scale)
 {
