@@ -80,6 +80,7 @@ def test_every_word_is_tested():
     for word in WORDS:
         listed = word in {w.name for w in (*BINARY, *UNARY)}
         general = re.sub(r"_(bf16|f16|i8|e4m3)(?=_n$|$)", "_{{ type }}", word)
+        listed = listed or f"hl_{word}{{{{ w }}}}(" in source
         assert listed or f"hl_{general}{{{{ w }}}}" in source or f"hl_{word}_{{{{ type" in source, (
             word
         )
@@ -322,6 +323,7 @@ class Pieces:
                 (self.take(n, np.uint8), self.take(lanes, np.uint8)) for n in range(1, lanes)
             ]
         made["flushed_e4m3"] = self.take(256)
+        made["vwiden_e4m3"] = self.take(256, np.uint16)
         made["scaled"] = [
             (n, *(self.take(-(-n // lanes) * lanes) for _ in SCALED)) for n in SCALED_ROWS
         ]
@@ -516,6 +518,12 @@ def test_codes_are_written(machine, isa, kind):
 @BY_ISA
 def test_codes_are_read_where_subnormal_numbers_are_flushed(machine, isa):
     assert same(of(machine, isa)["flushed_e4m3"], numbers_of("e4m3")).all()
+
+
+@BY_ISA
+def test_codes_are_widened(machine, isa):
+    wide = of(machine, isa)["vwiden_e4m3"].view(BF16).astype(np.float32)
+    assert same(wide, numbers_of("e4m3")).all()
 
 
 @BY_ISA
