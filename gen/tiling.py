@@ -270,6 +270,8 @@ class Tile:
     dv_tail: bool
     codes: Codes | None  # records that few heads read where they are stored
     ragged: bool  # records: channels that share a scale are not whole vectors
+    ragged_pairs: bool  # nor pairs of them
+    rope_ragged: bool  # rotary channels are not whole vectors
     why: dict[str, str]
     head_pad: int  # heads are padded to a multiple of this in the workspace
     memory: dict[str, int]  # floats that k, v and (for each head) q and s need
@@ -623,12 +625,12 @@ def tile(kernel, isa):
         row_tiles=values,
         sections=sections,
         q_stride=q_stride,
-        paired=kernel.dv // (2 * lanes) * 2 * lanes
-        if stored(kernel).name in isa.even_odd
-        else 0,
+        paired=kernel.dv // (2 * lanes) * 2 * lanes if stored(kernel).name in isa.even_odd else 0,
         dv_tail=kernel.dv % lanes != 0,
         codes=codes,
         ragged=ragged(kernel, lanes),
+        ragged_pairs=ragged(kernel, 2 * lanes),
+        rope_ragged=kernel.rope % lanes != 0,
         why={
             "registers": registers["why"],
             "block": f"{block} keys a block: P of a tile of heads stays in the first-level cache",
