@@ -11,22 +11,20 @@ SCALE_WORDS = {"f32": "", "e8m0": ", up to a power of 2"}
 
 
 def pieces_of(plan):
-    """A record byte by byte, for people: (first, last, elements, what)."""
+    """A record byte by byte, for people."""
     said = {
         "nope": "channels without position",
         "rope": "rotary channels",
         "scale": f"scales, of {plan.record.tile} channels each",
         "pad": "not read",
     }
-    return [
-        SimpleNamespace(
-            span=f"{place.at} .. {place.at + place.bytes - 1}",
-            elements=f"{place.type.title if place.type else 'byte'}[{place.field.count}]",
-            what=said[place.field.name],
-            behind=place.behind,
-        )
-        for place in plan.places
-    ]
+    made = []
+    for place in plan.places:
+        span = f"{place.at} .. {place.at + place.bytes - 1}"
+        elements = f"{place.type.title if place.type else 'byte'}[{place.field.count}]"
+        drawn = f"{span:>12}  {elements:<17} {said[place.field.name]}"
+        made.append(SimpleNamespace(drawn=drawn, behind=place.behind))
+    return made
 
 
 def number_words(fmt):
@@ -112,11 +110,12 @@ def record_view(kernel):
         rope_pairs=rope_pairs(numbers, rope.type) if rope else [],
         pads=pads_of(plan),
         scale_words=SCALE_WORDS.get(scale.type, f", rounded up to {scale.title}"),
-        scale_past=", or past what the scale can hold," if scale.type == "f16" else "",
+        scale_past="(or past what the scale can hold) " if scale.type == "f16" else "",
         scale_none="the scale 2^-127" if scale.type == "e8m0" else "scale 0",
         lines=tuple(range(0, plan.bytes, LINE)),
         last_byte=plan.bytes - 1,
         pieces=pieces_of(plan),
+        other_order="; ..._convert takes them to the other order:" if swapped else ".",
         swapped=bool(swapped),
         swapped_pieces=pieces_of(swapped) if swapped else [],
         moves=moves(plan, swapped) if swapped else [],

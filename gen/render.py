@@ -184,7 +184,8 @@ def kernel_view(kernel):
             pair=FORMAT_WORDS[stored]["pair"],
         ),
         record=record_view(kernel),
-        of_records=f"; rows of {kernel.record.name}" if kernel.record else "",
+        layouts_of_cache=", ".join(kernel.layout_kv)
+        + (f", rows of {kernel.record.name}" if kernel.record else ""),
         value_apart="0" if kernel.record else "a->value != NULL",
         row_word=f"hl_vrow_{kernel.dtype}",
         from_float={"f32": "", "f16": "hl_f16_of_float", "bf16": "hl_bf16_of_float"}[kernel.dtype],

@@ -9,7 +9,7 @@
  * WHAT
  *   hl_sparse_flash_attention_antiquant_bf16_fp8_v4_d448_rope64_slots
  *       bfloat16; key 448 + 64 rotary, value 512 channels;
- *       query BSND, TND; cache PA_BSND; rows of fp8_v4.
+ *       query BSND, TND; cache PA_BSND, rows of fp8_v4.
  *   Attention of each query row over the keys that a list names, or over all of them:
  *       score_j = scale_value * (q . k_j)
  *       out = sum_j exp(score_j - max) v_j / sum_j exp(score_j - max)
@@ -50,20 +50,22 @@
  *   plan.n_merges. Long rows are split over tasks if args.partials gives memory for it.
  *
  * RECORD
- *   fp8_v4, 576 bytes a token; little-endian; rows start at any multiple of 2.
+ *   fp8_v4, 576 bytes a token, little-endian; rows start at
+ *   any multiple of 2 bytes.
  *           0 .. 447  FP8 E4M3[448]     channels without position
  *         448 .. 575  bfloat16[64]      rotary channels
- *   Behind the rows of a page, 8 bytes for each of them; a page is filled up to a
- *   multiple of 576 bytes (key_stride.batch may say otherwise):
+ *   Behind the rows of a page, 8 bytes for each of them; a page is filled
+ *   up to a multiple of 576 bytes (key_stride.batch may say otherwise):
  *             0 .. 6  E8M0[7]           scales, of 64 channels each
  *             7 .. 7  byte[1]           not read
  *   ..._quantise_rows makes records of rows of numbers, ..._append does so in a cache,
  *   ..._dequantise_rows is the way back.
- *   Scale: the tile's largest magnitude / 448, up to a power of 2; a code is x / scale to
- *   nearest even, saturated. A tile of nothing above 2^-80 has the scale 2^-127 and codes 0. A tile
- *   with a NaN or an infinity has the scale NaN: it stays
- *   visible. All instruction sets write the same bytes. Reading takes any bits: zero, negative,
- *   subnormal, infinite and NaN scales and all 256 codes mean what they say.
+ *   Scale: the tile's largest magnitude / 448, up to a power of 2;
+ *   a code is x / scale to nearest even, saturated. A tile of nothing above 2^-80 has
+ *   the scale 2^-127 and codes 0. A tile with a NaN or an infinity
+ *   has the scale NaN: it stays visible. All instruction sets
+ *   write the same bytes. Reading takes any bits: zero, negative, subnormal, infinite and NaN
+ *   scales and all 256 codes mean what they say.
  *
  * SELECTION (sparse_indices, HL_INDEX_BLOCKS)
  *   Entry id stands for the sparse_block_size tokens from id * sparse_block_size of the row's own
@@ -1137,7 +1139,8 @@ enum {
 };
 /* Bytes of a page of so many rows: the rows, their scales, padding. */
 #define HL_SPARSE_FLASH_ATTENTION_ANTIQUANT_BF16_FP8_V4_D448_ROPE64_SLOTS_PAGE_BYTES(rows) \
-    (((size_t)(rows) * 584 + 575) / 576 * 576)
+    (((size_t)(rows) * 584 + 575) \
+     / 576 * 576)
 /* Bytes of workspace for one task, any alignment, as a constant expression: the exact figure for
  * `group` query heads on a kv head (heads_q / heads_kv). Sequence lengths do not matter. */
 #define HL_SPARSE_FLASH_ATTENTION_ANTIQUANT_BF16_FP8_V4_D448_ROPE64_SLOTS_WORKSPACE_BYTES(group) \

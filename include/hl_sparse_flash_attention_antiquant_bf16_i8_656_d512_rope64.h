@@ -8,7 +8,7 @@
  * WHAT
  *   hl_sparse_flash_attention_antiquant_bf16_i8_656_d512_rope64
  *       bfloat16; key 512 + 64 rotary, value 512 channels;
- *       query BSND, TND; cache BSND, TND, PA_BSND; rows of i8_656.
+ *       query BSND, TND; cache BSND, TND, PA_BSND, rows of i8_656.
  *   Attention of each query row over the keys that a list names, or over all of them:
  *       score_j = scale_value * (q . k_j)
  *       out = sum_j exp(score_j - max) v_j / sum_j exp(score_j - max)
@@ -49,7 +49,8 @@
  *   plan.n_merges. Long rows are split over tasks if args.partials gives memory for it.
  *
  * RECORD
- *   i8_656, 656 bytes a token; little-endian; rows start at any multiple of 4.
+ *   i8_656, 656 bytes a token, little-endian; rows start at
+ *   any multiple of 4 bytes.
  *           0 .. 511  int8[512]         channels without position
  *         512 .. 639  bfloat16[64]      rotary channels
  *         640 .. 655  IEEE float32[4]   scales, of 128 channels each
@@ -58,11 +59,12 @@
  *           0 .. 511  int8[512]         channels without position
  *         512 .. 527  IEEE float32[4]   scales, of 128 channels each
  *         528 .. 655  bfloat16[64]      rotary channels
- *   Scale: the tile's largest magnitude / 127; a code is x / scale to
- *   nearest even, saturated. A tile of nothing above 2^-80 has scale 0 and codes 0. A tile
- *   with a NaN or an infinity has the scale NaN: it stays
- *   visible. All instruction sets write the same bytes. Reading takes any bits: zero, negative,
- *   subnormal, infinite and NaN scales and all 256 codes mean what they say.
+ *   Scale: the tile's largest magnitude / 127;
+ *   a code is x / scale to nearest even, saturated. A tile of nothing above 2^-80 has
+ *   scale 0 and codes 0. A tile with a NaN or an infinity
+ *   has the scale NaN: it stays visible. All instruction sets
+ *   write the same bytes. Reading takes any bits: zero, negative, subnormal, infinite and NaN
+ *   scales and all 256 codes mean what they say.
  *
  * SELECTION (sparse_indices, HL_INDEX_BLOCKS)
  *   Entry id stands for the sparse_block_size tokens from id * sparse_block_size of the row's own
