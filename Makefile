@@ -29,9 +29,7 @@ demo-embedded: ## the same in small, as firmware for a Cortex-M4F under qemu
 
 test: ## all tests, the examples, the firmware
 	@$(SETUP) python cc cxx sleef arm64 arm
-	$(PYTHON) -m pytest tests
-	$(PYTHON) examples/run.py
-	$(PYTHON) examples/embedded/run.py
+	$(PYTHON) -m pytest tests -n $(JOBS) --dist loadfile
 
 check: ## what must hold of the product: same bytes, strict compiles, names, stack, linters
 	@$(SETUP) python cc cxx arm64 arm lint

@@ -93,7 +93,8 @@ class Case:
 
 def short(name: str) -> str:
     """hl_sparse_flash_attention_f32_d64 -> f32_d64."""
-    return name.removeprefix("hl_").removeprefix("sparse_flash_attention_")
+    return name.removeprefix("hl_").removeprefix("sparse_flash_attention_").removeprefix(
+        "antiquant_")
 
 
 def matches(pattern: str, label: str) -> bool:
@@ -119,6 +120,9 @@ SHAPES = {
     "bf16_d128_rope64": [Shape(16, 16, 4096, 4096, value=True),
                          Shape(16, 16, 1024, 1024, "causal", rows=128, value=True)],
     "f32_d64": [SMALL, Shape(32, 8, 4096, 4096, value=True)],
+    "bf16_i8_656_d512_rope64": mla_shapes((128, 64, 16, 8, 4, 2, 1)),
+    "bf16_fp8_656_d512_rope64_slots": mla_shapes((128, 16, 1), "slots"),
+    "bf16_fp8_v4_d448_rope64_slots": mla_shapes((128, 16), "slots"),
     "f32_d32_rope8": [mla(4, "dense", 64), mla(4, "list", 32, 64)],
 }
 

@@ -17,7 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from gen import bind
+from gen import bind, spec
+from gen.formats import Plan, layout
 
 BENCH = Path(__file__).resolve().parent
 ROOT = BENCH.parent
@@ -210,11 +211,13 @@ class Tensors:
     cache, so that a call finds its rows where they lie when other layers ran in between."""
 
     query: np.ndarray  # [rows][heads][dk]
-    key: np.ndarray  # [cache_keys][kv_heads][dk]
+    key: np.ndarray  # [cache_keys][kv_heads][dk]; records: [cache_keys][1][bytes], or pages
     value: np.ndarray | None  # [cache_keys][kv_heads][dv]
     lists: np.ndarray | None
     dv: int
     scale: float
+    numbers: np.ndarray | None = None  # what records stand for: [cache_keys][1][dk]
+    page: int = 1  # keys of one row of `key`
 
     def ids(self, turn: int) -> np.ndarray | slice:
         """The rows of the cache that call number `turn` reads."""
@@ -243,6 +246,20 @@ def tensors(shape: Shape, dk: int, dv: int, dtype: Any) -> Tensors:
                    SCORE_DEVIATION / dk**0.5)
 
 
+def record_tensors(shape: Shape, dk: int, dv: int, dtype: Any, record: Plan) -> Tensors:
+    """The same with a cache of records."""
+    import records
+
+    held = held_keys(shape)
+    query = normal_once("query", shape.rows, max(MOST_HEADS, shape.heads), dk, dtype)
+    name = next(n for n, kind in bind.DTYPES.items() if kind == dtype)
+    memory, numbers = records.cache(record.record, name, held)
+    page = held // len(memory)
+    entries = lists(shape.cache_keys, shape.keys) if shape.listed else None
+    return Tensors(np.ascontiguousarray(query[:, : shape.heads]), memory[: shape.cache_keys // page],
+                   None, entries, dv, SCORE_DEVIATION / dk**0.5, numbers[: shape.cache_keys], page)
+
+
 def exact(q: np.ndarray, k: np.ndarray, v: np.ndarray, scale: float,
           causal: bool) -> np.ndarray:
     """Attention in float64: q [rows][heads][dk] over one kv head's k [keys][dk], v [keys][dv]."""
@@ -255,14 +272,21 @@ def exact(q: np.ndarray, k: np.ndarray, v: np.ndarray, scale: float,
     return np.einsum("rhk,kd->rhd", p, v, optimize=True) / p.sum(axis=-1, keepdims=True)
 
 
+def tensors_of(shape: Shape, dk: int, dv: int, dtype: Any, record: Plan | None) -> Tensors:
+    """Of either kind of cache."""
+    return record_tensors(shape, dk, dv, dtype, record) if record else tensors(
+        shape, dk, dv, dtype)
+
+
 @functools.cache
-def reference(shape: Shape, dk: int, dv: int, dtype: Any, turn: int = 0) -> np.ndarray:
+def reference(shape: Shape, dk: int, dv: int, dtype: Any, record: Plan | None = None,
+              turn: int = 0) -> np.ndarray:
     """[rows][heads][dv] in float64, of call number `turn`."""
     if shape.kv_heads == 1 and shape.rows == 1 and shape.heads < MOST_HEADS:
         most = replace(shape, heads=MOST_HEADS)  # of the same keys: computed once for all heads
-        return reference(most, dk, dv, dtype, turn)[:, : shape.heads]
-    t = tensors(shape, dk, dv, dtype)
-    k = t.key[t.ids(turn)]
+        return reference(most, dk, dv, dtype, record, turn)[:, : shape.heads]
+    t = tensors_of(shape, dk, dv, dtype, record)
+    k = (t.key if t.numbers is None else t.numbers)[t.ids(turn)]
     v = k[..., :dv] if t.value is None else t.value[t.ids(turn)]
     group = shape.heads // shape.kv_heads
     return np.concatenate([
@@ -351,7 +375,8 @@ def ranges_of(shape: Shape, t: Tensors) -> list[list[np.ndarray]]:
     over the whole cache in turn, so that they come out of the same level of caches."""
     held = [x for x in (t.key, t.value) if x is not None]
     starts = range(0, shape.cache_keys - shape.keys + 1, shape.keys) if shape.listed else [0]
-    return [[x[start : start + shape.keys] for x in held] for start in starts]
+    return [[x[start // t.page : (start + shape.keys) // t.page] for x in held]
+            for start in starts]
 
 
 def reads(shape: Shape, t: Tensors, turn: Turn) -> dict[str, Step]:
@@ -418,6 +443,7 @@ class Build:
     """A kernel of a header, compiled as a user would: plain -O2."""
 
     kernel: bind.Kernel
+    record: Plan | None = None  # of what the cache is made
 
     @property
     def dk(self) -> int:
@@ -430,7 +456,12 @@ class Build:
 
     @property
     def kv_format(self) -> str:
-        """The element type of the cache: f32, f16, bf16."""
+        """The element type of the cache, f32, f16, bf16, or its record."""
+        return self.record.record.name if self.record else self.dtype
+
+    @property
+    def dtype(self) -> str:
+        """Of query and output."""
         return next(name for name, dtype in bind.DTYPES.items() if dtype == self.kernel.dtype)
 
     @functools.cached_property
@@ -440,15 +471,17 @@ class Build:
         return dict(sorted(found.items(), key=lambda item: -item[1]))
 
     def tensors(self, shape: Shape) -> Tensors:
-        return tensors(shape, self.dk, self.dv, self.kernel.dtype)
+        return tensors_of(shape, self.dk, self.dv, self.kernel.dtype, self.record)
 
     def reference(self, shape: Shape, turn: int = 0) -> np.ndarray:
-        return reference(shape, self.dk, self.dv, self.kernel.dtype, turn)
+        return reference(shape, self.dk, self.dv, self.kernel.dtype, self.record, turn)
 
     def flops(self, shape: Shape) -> int:
         return shape.flops(self.dk, self.dv)
 
     def bytes(self, shape: Shape) -> int:
+        if self.record:
+            return shape.kv_heads * shape.keys * (self.record.bytes + self.record.behind)
         return shape.bytes(self.dk, self.dv, self.kernel.dtype.itemsize)
 
     def address(self, suffix: str) -> int:
@@ -459,7 +492,9 @@ class Build:
 @functools.cache
 def build(path: Path) -> Build:
     """The only kernel of a header."""
-    return Build(bind.load(path))
+    described = [h.kernels[0] for h in spec.load_catalogue() if h.name == path.stem]
+    record = described[0].record if described else None
+    return Build(bind.load(path), layout(record, described[0].dtype) if record else None)
 
 
 # The relative error beyond which a result is wrong and not worth timing.
@@ -488,7 +523,8 @@ class Calls:
     def fields_of(self, turn: int, isa: int, options: dict[str, Any]) -> dict[str, Any]:
         """The arguments of one call; block_size in the options makes the cache a paged one."""
         shape, t, constants = self.shape, self.tensors, self.build.kernel.constants
-        if self.build.kernel.op != "hl_sparse_flash_attention":
+        known = ("hl_sparse_flash_attention", "hl_sparse_flash_attention_antiquant")
+        if self.build.kernel.op not in known:
             raise NotImplementedError(f"arguments of {self.build.kernel.op}; fix: add them here")
         fields: dict[str, Any] = {
             "query": t.query, "key": t.key, "value": t.value, "attention_out": self.out,
@@ -499,6 +535,12 @@ class Calls:
             fields |= {"sparse_indices": t.lists[turn], "list_length": shape.keys}
         if shape.selection == "slots":
             fields["index_kind"] = constants["HL_INDEX_SLOTS"]
+        if t.page > 1:  # one behind the other, each with its scales
+            table = np.arange(len(t.key), dtype=np.int32).reshape(1, -1)
+            fields |= {
+                "layout_kv": constants["HL_LAYOUT_PA_BSND"], "block_table": table,
+                "num_blocks": table.size, "max_blocks": table.size, "block_size": t.page,
+                "actual_seq_lengths_kv": np.array([shape.cache_keys], np.int32)}
         if "block_size" in options:
             table = pages(shape.cache_keys, options["block_size"])
             fields |= {
@@ -515,7 +557,7 @@ class Calls:
         if "block_size" in options:
             return 0.0
         error = relative_error(self.out, self.build.reference(self.shape))
-        if not error < WRONG[self.build.kv_format]:
+        if not error < WRONG[self.build.dtype]:
             raise RuntimeError(f"{self.build.kernel.name}, {self.shape.title}: the output is off "
                                f"by {error:.2g} of its norm")
         return error

@@ -9,7 +9,9 @@ The header is the one source: structs and constants are read from its text. bf16
 ml_dtypes. Compiled libraries are kept in build/cache, named by what went into them.
 """
 
+import contextlib
 import ctypes
+import fcntl
 import functools
 import hashlib
 import os
@@ -17,7 +19,7 @@ import re
 import subprocess
 import tempfile
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -170,6 +172,19 @@ def compiler_version(compiler: str) -> str:
     ).stdout
 
 
+@contextlib.contextmanager
+def one_at_a_time(path: Path) -> Iterator[None]:
+    """Others who come with the same path wait, in this process and in all others. The file is a
+    lock, gone afterwards; who then waits for it still goes in, with somebody new perhaps: what is
+    done in here has to be right twice at once, and is done twice only after a failure."""
+    with path.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
 def compile_c(
     files: dict[str, str],
     *,
@@ -190,6 +205,16 @@ def compile_c(
     if result.exists():
         return result
     result.parent.mkdir(parents=True, exist_ok=True)
+    with one_at_a_time(result.with_suffix(".lock")):
+        if not result.exists():
+            build_into(result, files, command, libs)
+    return result
+
+
+def build_into(
+    result: Path, files: dict[str, str], command: Sequence[str], libs: Sequence[str]
+) -> None:
+    """Runs the compiler beside the result, which appears whole or not at all."""
     with tempfile.TemporaryDirectory(dir=result.parent) as folder:
         for name, text in files.items():
             (Path(folder) / name).write_text(text)
@@ -200,7 +225,6 @@ def compile_c(
         if run.returncode:
             raise RuntimeError(f"{' '.join(run.args)}:\n{run.stderr}")
         os.replace(Path(folder) / "made", result)
-    return result
 
 
 def export_source(header: HeaderText, defines: Sequence[str] = (), extra: str = "") -> str:

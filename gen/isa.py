@@ -137,7 +137,7 @@ WORDS = {
     "vstore_bf16_n": "as vstore_n",
     "vpair_bf16": "as vpair, from bfloat16; on some x even, y odd numbers (Isa.even_odd)",
     "vabs": "the absolute value",
-    "vquot": "x / d as division rounds it, of r = 1 / d; d in 2^-90 .. 2^121, x / d 0 or over 2^-13",
+    "vquot": "x / d rounded once; r: 1 / d; d in 2^-90 .. 2^121, x / d is 0 or 2^-13 .. 2^9",
     "vload_i8": "as vload, from int8",
     "vload_i8_n": "as vload_n",
     "vstore_i8": "as vstore, rounded to nearest even, never past +-127; |x| < 2^22",

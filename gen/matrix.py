@@ -182,7 +182,7 @@ def panel_of(kernel, columns, parts, at):
         pieces=scales + (1 if kernel.rope else 0),
         rope_at=-(-kernel.dk // 32) * 64,
         ragged=tile % 32 != 0 or kernel.dk % 32 != 0,
-        nope_words=-(-kernel.dk // 32) * 32,
+        padded=kernel.dk % 32 != 0 or kernel.rope % 32 != 0,
         ahead=PANEL_AHEAD,
     )
 

@@ -243,6 +243,8 @@ def region_page(region, view):
         pages.insert(-1, "tile/forward")
         if not region.tile.few:
             pages.remove("tile/few")
+    elif region.tile.codes:
+        pages.insert(pages.index("step/finish"), "kv/codes")
     text = "\n".join(page(f"{name}.h.j2", **context) for name in pages)
     return region.speller.spell(text)
 

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 
 from gen import matrix
-from gen.formats import FORMATS
+from gen.formats import FORMATS, layout
+from gen.isa import FORMAT_WORDS
 
 AHEAD = 8  # rows of 1 KiB: enough to cover a miss, too few to crowd the fill buffers
 LEAN_BYTES = 20 * 1024  # of rows that stay in the first-level cache from score to value
@@ -189,6 +190,49 @@ class RowTile:
 
 
 @dataclass(frozen=True)
+class CodeTile:
+    """Products of some heads with codes, which are read where they are stored."""
+
+    heads: int
+    keys: int
+    once: int  # keys whose rows are read side by side
+    vecs: tuple[int, ...]  # vectors of channels of a value tile
+    groups: tuple  # one head: tiles of channels whose sums are formed side by side
+
+    @property
+    def channels(self):
+        return len(self.vecs)
+
+    @property
+    def title(self):
+        """For the reader of the product."""
+        return f"{self.heads} head{'s' if self.heads > 1 else ''} by {self.keys} keys"
+
+
+@dataclass(frozen=True)
+class Codes:
+    """Few heads: sums are of codes, tile by tile, and scales come in where a tile ends; weights are
+    scaled instead of values."""
+
+    most: int  # up to so many heads
+    block: int  # keys of a block
+    ahead: int  # keys between one that is scored and the one that is asked for meanwhile
+    lines: tuple  # bytes of a tile of channels at which lines start
+    rest: tuple  # and bytes of what is behind the codes
+    tiles: tuple  # CodeTile, most heads first
+    step: int  # floats from one tile's weights to the next
+    rope: str  # the word that loads rotary channels
+    rope_n: str
+    rope_whole: int  # of them in whole vectors
+    rope_rest: int
+
+    @property
+    def few(self):
+        """For the reader of the product."""
+        return f"up to {self.most} heads"
+
+
+@dataclass(frozen=True)
 class Tile:
     """Sizes of one kernel on one instruction set. Strides in floats."""
 
@@ -217,6 +261,7 @@ class Tile:
     q_stride: int  # of Q's rows then
     paired: int  # value channels that vpair takes even and odd apart; 0 where it keeps the order
     dv_tail: bool
+    codes: Codes | None  # records that few heads read where they are stored
     ragged: bool  # records: channels that share a scale are not whole vectors
     why: dict[str, str]
     head_pad: int  # heads are padded to a multiple of this in the workspace
@@ -251,8 +296,9 @@ class Tile:
     @property
     def block_c(self):
         few = str(self.few_block)
-        if self.lean_block != self.few_block:
-            few = f"plan->group <= {self.lean} ? {self.lean_block} : {few}"
+        lean = self.few_block if self.codes else self.lean_block  # records are small
+        if lean != self.few_block:
+            few = f"plan->group <= {self.lean} ? {lean} : {few}"
         return few if self.few == "all" else f"plan->group > {self.few} ? {self.block} : {few}"
 
     @property
@@ -451,6 +497,46 @@ def lean_block(kernel):
     return max(16, LEAN_BYTES // row // 16 * 16)
 
 
+# Up to so many heads codes are read where they are stored: more share the work of decoding them.
+CODES_MOST = {"avx2": 8, "avx512": 8}
+CODES_TYPES = ("i8",)  # numbers after two instructions; those of e4m3 take seven
+CODES_ONCE = {"avx2": {4: 2, 2: 2, 1: 1}, "avx512": {4: 4, 2: 4, 1: 1}}
+
+
+def codes_of(kernel, isa, registers):
+    """The tiles of a record whose channels are whole vectors; None for others."""
+    record, lanes = kernel.record, isa.lanes
+    if record is None or isa.name not in CODES_MOST:
+        return None
+    plan = layout(record, kernel.dtype)
+    rope = plan.place("rope")
+    whole = record.tile % (2 * lanes) == 0 and kernel.dk % record.tile == 0
+    if plan.place("nope").type.name not in CODES_TYPES or not whole or kernel.dv != kernel.dk:
+        return None
+    count = record.count("scale")
+    made = []
+    for heads, keys, *_ in registers["dots"]:
+        vecs = next(n for n in range(keys, 0, -1) if record.tile % (n * lanes) == 0)
+        chains = [tuple(range(t, min(t + 4, count))) for t in range(0, count, 4)]
+        once = CODES_ONCE[isa.name][heads]
+        made.append(CodeTile(heads, keys, once, tuple(range(vecs)), tuple(chains)))
+    behind = tuple(at for at in range(kernel.dk, plan.bytes, LINE_BYTES))
+    rope_words = FORMAT_WORDS[rope.type.name] if rope else {"load": "", "load_n": ""}
+    return Codes(
+        most=CODES_MOST[isa.name],
+        block=registers["few_block"],
+        ahead=registers["few_ahead"],
+        lines=tuple(range(0, record.tile, LINE_BYTES)),
+        rest=(*behind, plan.bytes - 1),
+        tiles=tuple(made),
+        step=registers["few_block"] * max(t.heads for t in made),
+        rope=rope_words["load"],
+        rope_n=rope_words["load_n"],
+        rope_whole=kernel.rope // lanes * lanes,
+        rope_rest=kernel.rope % lanes,
+    )
+
+
 def ragged(kernel, step):
     """Records: whether channels that share a scale end within a step."""
     tile = kernel.record.tile if kernel.record else step
@@ -489,6 +575,7 @@ def tile(kernel, isa):
     k_stride = round_up(max(k_stride, kernel.d), lanes)
     v_stride = round_up(kernel.dv, lanes)
     few_only = registers["few"] == "all"
+    codes = codes_of(kernel, isa, registers)
     decoded = registers["few_block"] if kernel.record else 0
     q_stride = round_up(kernel.dk, lanes) + round_up(kernel.rope, lanes)
     return Tile(
@@ -519,6 +606,7 @@ def tile(kernel, isa):
         if stored(kernel).name in isa.even_odd
         else 0,
         dv_tail=kernel.dv % lanes != 0,
+        codes=codes,
         ragged=ragged(kernel, lanes),
         why={
             "registers": registers["why"],

@@ -97,7 +97,8 @@
  * TILES
  *   On x86-64 Linux ..._plan and ..._isas ask the system once for the use of AMX tiles; where it
  *   says no, AVX-512 runs. A task leaves no tile configured; tiles of the caller's own are lost, as
- *   in any call (they are the caller's to save). There P is rounded to bfloat16 on its way to V
+ *   in any call (they are the caller's to save).
+ *   There keys, values and P are rounded to bfloat16
  *   (float16: to two parts of it), subnormal bfloat16 numbers count as 0, an infinite float16 as
  *   NaN, and up to 16 heads a value that is not finite reaches the channel beside it.
  *
@@ -1463,9 +1464,8 @@ HL_WORD_NEON void hl_put_codes_neon(uint8_t *p, int32_t n, uint8x8_t codes)
 #ifndef HL_WORDS_NEON_E4M3
 #define HL_WORDS_NEON_E4M3
 
-/* Its bits, put where float16 has them, are the number times 2^-8, subnormal or not; float16
- * becomes float32 whether or not subnormal numbers are flushed.
- * The codes of NaN come out as +-480. */
+/* The bits, put where float16 has them, are the number times 2^-8, subnormal or not; float16 turns
+ * into float32 even where subnormal numbers are flushed. The codes of NaN come out as +-480. */
 HL_WORD_NEON hl_vf_neon hl_vload_e4m3_n_neon(const uint8_t *p, int32_t n)
 {
     const int16x8_t wide = vshll_n_s8(vreinterpret_s8_u8(hl_codes_neon(p, n)), 7);
@@ -1488,7 +1488,8 @@ HL_WORD_NEON void hl_vstore_e4m3_n_neon(uint8_t *p, int32_t n, hl_vf_neon x)
     const uint32x4_t half = vaddq_u32(vaddq_u32(rest, odd), vdupq_n_u32(0xc407ffff));
     const uint32x4_t small = vcltq_u32(rest, vdupq_n_u32(0x3c800000));
     const uint32x4_t code = vbslq_u32(small, units, vshrq_n_u32(half, 20));
-    const uint16x4_t both = vmovn_u32(vsriq_n_u32(bits, vshlq_n_u32(code, 25), 1));
+    const uint32x4_t sign = vandq_u32(vshrq_n_u32(bits, 24), vdupq_n_u32(0x80));
+    const uint16x4_t both = vmovn_u32(vorrq_u32(code, sign));
     hl_put_codes_neon(p, n, vmovn_u16(vcombine_u16(both, both)));
 }
 HL_WORD_NEON void hl_vstore_e4m3_neon(uint8_t *p, hl_vf_neon x) { hl_vstore_e4m3_n_neon(p, 4, x); }
@@ -1656,8 +1657,8 @@ HL_WORD_AVX2 hl_vf_avx2 hl_vabs_avx2(hl_vf_avx2 x)
 {
     return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x);
 }
-/* One correction of x * r gives what division gives, the sign of 0 as well: what it would round
- * differently had to lie nearer to the middle of two numbers than any quotient does. */
+/* x * r corrected once is what division gives, next to the middle of two numbers too. The signs are
+ * chosen so that -0 stays -0. */
 HL_WORD_AVX2 hl_vf_avx2 hl_vquot_avx2(hl_vf_avx2 x, hl_vf_avx2 d, hl_vf_avx2 r)
 {
     const __m256 q = _mm256_mul_ps(x, r);
@@ -1668,9 +1669,8 @@ HL_WORD_AVX2 hl_vf_avx2 hl_vquot_avx2(hl_vf_avx2 x, hl_vf_avx2 d, hl_vf_avx2 r)
 #ifndef HL_WORDS_AVX2_E4M3
 #define HL_WORDS_AVX2_E4M3
 
-/* Its bits, put where float16 has them, are the number times 2^-8, subnormal or not; float16
- * becomes float32 whether or not subnormal numbers are flushed.
- * A NaN has all bits below the sign set. */
+/* The bits, put where float16 has them, are the number times 2^-8, subnormal or not; float16 turns
+ * into float32 even where subnormal numbers are flushed. A NaN has all bits but the sign set. */
 HL_WORD_AVX2 hl_vf_avx2 hl_vload_e4m3_avx2(const uint8_t *p)
 {
     const __m128i codes = _mm_loadl_epi64((const __m128i *)(const void *)p);
@@ -1918,8 +1918,8 @@ HL_WORD_AVX512 hl_vf_avx512 hl_vabs_avx512(hl_vf_avx512 x)
     const __m512i size = _mm512_set1_epi32(0x7fffffff);
     return _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(x), size));
 }
-/* One correction of x * r gives what division gives, the sign of 0 as well: what it would round
- * differently had to lie nearer to the middle of two numbers than any quotient does. */
+/* x * r corrected once is what division gives, next to the middle of two numbers too. The signs are
+ * chosen so that -0 stays -0. */
 HL_WORD_AVX512 hl_vf_avx512 hl_vquot_avx512(hl_vf_avx512 x, hl_vf_avx512 d, hl_vf_avx512 r)
 {
     const __m512 q = _mm512_mul_ps(x, r);
@@ -1930,9 +1930,8 @@ HL_WORD_AVX512 hl_vf_avx512 hl_vquot_avx512(hl_vf_avx512 x, hl_vf_avx512 d, hl_v
 #ifndef HL_WORDS_AVX512_E4M3
 #define HL_WORDS_AVX512_E4M3
 
-/* Its bits, put where float16 has them, are the number times 2^-8, subnormal or not; float16
- * becomes float32 whether or not subnormal numbers are flushed.
- * A NaN has all bits below the sign set. */
+/* The bits, put where float16 has them, are the number times 2^-8, subnormal or not; float16 turns
+ * into float32 even where subnormal numbers are flushed. A NaN has all bits but the sign set. */
 HL_WORD_AVX512 hl_vf_avx512 hl_widen_e4m3_avx512(__m128i codes)
 {
     const __m256i wide = _mm256_slli_epi16(_mm256_cvtepi8_epi16(codes), 7);
@@ -2234,6 +2233,21 @@ HL_WORD_AMX __m512i hl_halves_amx(const uint16_t *from, int32_t n)
 {
     const __mmask32 some = n >= 32 ? (__mmask32)0xffffffffu : (__mmask32)((1u << n) - 1u);
     return _mm512_maskz_loadu_epi16(some, from);
+}
+
+#endif
+#ifndef HL_WORDS_AMX_CODES
+#define HL_WORDS_AMX_CODES
+
+/* Two vectors as 32 words of bfloat16, in their order; to nearest, ties away from 0. */
+HL_WORD_AMX __m512i hl_words_amx(__m512 x, __m512 y)
+{
+    const __m512i half = _mm512_set1_epi32(0x8000);
+    const __m512i high =
+        _mm512_set_epi16(63, 61, 59, 57, 55, 53, 51, 49, 47, 45, 43, 41, 39, 37, 35, 33, 31, 29, 27,
+                         25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
+    return _mm512_permutex2var_epi16(_mm512_add_epi32(_mm512_castps_si512(x), half), high,
+                                     _mm512_add_epi32(_mm512_castps_si512(y), half));
 }
 
 #endif
@@ -9334,7 +9348,7 @@ HL_WORD_AMX unsigned char *hl_sfaq_bf16_fp8_v4_d448_rope64_slots_piece_amx(const
 }
 
 /* Records are decoded once for all heads, into rows of bfloat16: those of the next block while the
- * matrix unit works on this one. A row is decoded in 8 pieces. */
+ * matrix unit works on this one. A row is decoded in 8 pieces: tiles, rotary channels. */
 typedef struct hl_sfaq_bf16_fp8_v4_d448_rope64_slots_decoder_amx {
     const hl_row *row;  /* the records */
     unsigned char *to;
@@ -9347,18 +9361,7 @@ typedef struct hl_sfaq_bf16_fp8_v4_d448_rope64_slots_decoder_amx {
     int32_t ready;      /* how many of them are there already */
 } hl_sfaq_bf16_fp8_v4_d448_rope64_slots_decoder_amx;
 
-/* The rounded numbers of two vectors, as 32 words in their order. */
-HL_WORD_AMX __m512i hl_words_amx(__m512 x, __m512 y)
-{
-    const __m512i half = _mm512_set1_epi32(0x8000);
-    const __m512i high =
-        _mm512_set_epi16(63, 61, 59, 57, 55, 53, 51, 49, 47, 45, 43, 41, 39, 37, 35, 33, 31, 29, 27,
-                         25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
-    return _mm512_permutex2var_epi16(_mm512_add_epi32(_mm512_castps_si512(x), half), high,
-                                     _mm512_add_epi32(_mm512_castps_si512(y), half));
-}
-
-/* n of 32 numbers to their places in a row, to nearest, ties away from 0; 1 part. */
+/* n of 32 numbers to their places in a row, as bfloat16. */
 HL_WORD_AMX void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_put_words_amx(unsigned char *to, int32_t c,
     int32_t n, __m512 x, __m512 y)
 {
@@ -9447,15 +9450,12 @@ HL_WORD_AMX void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_decode_from_amx(
     d->known = known;
 }
 
-/* The rows of both halves of the panel; what no channel fills is 0. */
+/* The rows of both halves of the panel. */
 HL_KERNEL_AMX void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_own_rows_amx(const hl_space *w)
 {
     unsigned char *const panel = (unsigned char *)w->k + 76800;
     for (ptrdiff_t j = 0; j < 512; ++j) {
         unsigned char *const row = panel + j * 1024;
-        for (int32_t at = 0; at < 1024; at += 64) {
-            _mm512_storeu_si512(row + at, _mm512_setzero_si512());
-        }
         w->own[j].key = row;
         w->own[j].rope = row + 896;
         w->own[j].value = row;

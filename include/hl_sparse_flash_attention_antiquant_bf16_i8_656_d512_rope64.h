@@ -93,7 +93,8 @@
  * TILES
  *   On x86-64 Linux ..._plan and ..._isas ask the system once for the use of AMX tiles; where it
  *   says no, AVX-512 runs. A task leaves no tile configured; tiles of the caller's own are lost, as
- *   in any call (they are the caller's to save). There P is rounded to bfloat16 on its way to V
+ *   in any call (they are the caller's to save).
+ *   There keys, values and P are rounded to bfloat16
  *   (float16: to two parts of it), subnormal bfloat16 numbers count as 0, an infinite float16 as
  *   NaN, and up to 16 heads a value that is not finite reaches the channel beside it.
  *
@@ -1614,8 +1615,8 @@ HL_WORD_AVX2 hl_vf_avx2 hl_vabs_avx2(hl_vf_avx2 x)
 {
     return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x);
 }
-/* One correction of x * r gives what division gives, the sign of 0 as well: what it would round
- * differently had to lie nearer to the middle of two numbers than any quotient does. */
+/* x * r corrected once is what division gives, next to the middle of two numbers too. The signs are
+ * chosen so that -0 stays -0. */
 HL_WORD_AVX2 hl_vf_avx2 hl_vquot_avx2(hl_vf_avx2 x, hl_vf_avx2 d, hl_vf_avx2 r)
 {
     const __m256 q = _mm256_mul_ps(x, r);
@@ -1856,8 +1857,8 @@ HL_WORD_AVX512 hl_vf_avx512 hl_vabs_avx512(hl_vf_avx512 x)
     const __m512i size = _mm512_set1_epi32(0x7fffffff);
     return _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(x), size));
 }
-/* One correction of x * r gives what division gives, the sign of 0 as well: what it would round
- * differently had to lie nearer to the middle of two numbers than any quotient does. */
+/* x * r corrected once is what division gives, next to the middle of two numbers too. The signs are
+ * chosen so that -0 stays -0. */
 HL_WORD_AVX512 hl_vf_avx512 hl_vquot_avx512(hl_vf_avx512 x, hl_vf_avx512 d, hl_vf_avx512 r)
 {
     const __m512 q = _mm512_mul_ps(x, r);
@@ -2151,6 +2152,21 @@ HL_WORD_AMX __m512i hl_halves_amx(const uint16_t *from, int32_t n)
 {
     const __mmask32 some = n >= 32 ? (__mmask32)0xffffffffu : (__mmask32)((1u << n) - 1u);
     return _mm512_maskz_loadu_epi16(some, from);
+}
+
+#endif
+#ifndef HL_WORDS_AMX_CODES
+#define HL_WORDS_AMX_CODES
+
+/* Two vectors as 32 words of bfloat16, in their order; to nearest, ties away from 0. */
+HL_WORD_AMX __m512i hl_words_amx(__m512 x, __m512 y)
+{
+    const __m512i half = _mm512_set1_epi32(0x8000);
+    const __m512i high =
+        _mm512_set_epi16(63, 61, 59, 57, 55, 53, 51, 49, 47, 45, 43, 41, 39, 37, 35, 33, 31, 29, 27,
+                         25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
+    return _mm512_permutex2var_epi16(_mm512_add_epi32(_mm512_castps_si512(x), half), high,
+                                     _mm512_add_epi32(_mm512_castps_si512(y), half));
 }
 
 #endif
@@ -6540,6 +6556,497 @@ HL_KERNEL_AVX2 void hl_sfaq_bf16_i8_656_d512_rope64_value_few_avx2(const hl_spac
     }
 }
 
+/* ---- few heads: codes are read where they are stored ----
+ *
+ * To make numbers of them again for each four heads costs less than to write them anywhere. Scales
+ * come in once for 128 channels: score scales sums of codes, value scales the weights. */
+
+/* 4 heads by 2 keys. Behind the last key its row is taken again. Meanwhile later records (next) are
+ * asked for, if there are any. */
+HL_KERNEL_AVX2 void hl_sfaq_bf16_i8_656_d512_rope64_dot_codes_4_avx2(const float *q,
+    const hl_row *row, int32_t last, float *s, float scale, const hl_row *next)
+{
+    enum { L = 8, QS = 576, TILE = 128 };
+    hl_vf_avx2 all[8];
+    for (int32_t j = 0; j < 2; j += 2) {
+        const hl_row *const row0 = row + (last < j + 0 ? last : j + 0);
+        const uint8_t *const k0 = (const uint8_t *)row0->key;
+        const uint16_t *const e0 = (const uint16_t *)row0->rope;
+        hl_vf_avx2 s0_0 = hl_vzero_avx2();
+        hl_vf_avx2 s1_0 = hl_vzero_avx2();
+        hl_vf_avx2 s2_0 = hl_vzero_avx2();
+        hl_vf_avx2 s3_0 = hl_vzero_avx2();
+        const hl_row *const row1 = row + (last < j + 1 ? last : j + 1);
+        const uint8_t *const k1 = (const uint8_t *)row1->key;
+        const uint16_t *const e1 = (const uint16_t *)row1->rope;
+        hl_vf_avx2 s0_1 = hl_vzero_avx2();
+        hl_vf_avx2 s1_1 = hl_vzero_avx2();
+        hl_vf_avx2 s2_1 = hl_vzero_avx2();
+        hl_vf_avx2 s3_1 = hl_vzero_avx2();
+        for (int32_t c = 0; c < 64; c += L) {
+            hl_vf_avx2 v;
+            v = hl_vload_bf16_avx2(e0 + c);
+            s0_0 = hl_vfma_avx2(v, hl_vload_avx2(q + 0 * QS + 512 + c), s0_0);
+            s1_0 = hl_vfma_avx2(v, hl_vload_avx2(q + 1 * QS + 512 + c), s1_0);
+            s2_0 = hl_vfma_avx2(v, hl_vload_avx2(q + 2 * QS + 512 + c), s2_0);
+            s3_0 = hl_vfma_avx2(v, hl_vload_avx2(q + 3 * QS + 512 + c), s3_0);
+            v = hl_vload_bf16_avx2(e1 + c);
+            s0_1 = hl_vfma_avx2(v, hl_vload_avx2(q + 0 * QS + 512 + c), s0_1);
+            s1_1 = hl_vfma_avx2(v, hl_vload_avx2(q + 1 * QS + 512 + c), s1_1);
+            s2_1 = hl_vfma_avx2(v, hl_vload_avx2(q + 2 * QS + 512 + c), s2_1);
+            s3_1 = hl_vfma_avx2(v, hl_vload_avx2(q + 3 * QS + 512 + c), s3_1);
+        }
+        if (next != NULL) {
+            HL_FETCH((const char *)next[j + 0].key + 512);
+            HL_FETCH((const char *)next[j + 0].key + 576);
+            HL_FETCH((const char *)next[j + 0].key + 640);
+            HL_FETCH((const char *)next[j + 0].key + 655);
+            HL_FETCH((const char *)next[j + 1].key + 512);
+            HL_FETCH((const char *)next[j + 1].key + 576);
+            HL_FETCH((const char *)next[j + 1].key + 640);
+            HL_FETCH((const char *)next[j + 1].key + 655);
+        }
+        all[(j + 0) * 4 + 0] = s0_0;
+        all[(j + 0) * 4 + 1] = s1_0;
+        all[(j + 0) * 4 + 2] = s2_0;
+        all[(j + 0) * 4 + 3] = s3_0;
+        all[(j + 1) * 4 + 0] = s0_1;
+        all[(j + 1) * 4 + 1] = s1_1;
+        all[(j + 1) * 4 + 2] = s2_1;
+        all[(j + 1) * 4 + 3] = s3_1;
+        for (int32_t u = 0; u < 4; ++u) {
+            hl_vf_avx2 x;
+            s0_0 = hl_vzero_avx2();
+            s1_0 = hl_vzero_avx2();
+            s2_0 = hl_vzero_avx2();
+            s3_0 = hl_vzero_avx2();
+            s0_1 = hl_vzero_avx2();
+            s1_1 = hl_vzero_avx2();
+            s2_1 = hl_vzero_avx2();
+            s3_1 = hl_vzero_avx2();
+            if (next != NULL) {
+                HL_FETCH((const char *)next[j + 0].key + u * TILE + 0);
+                HL_FETCH((const char *)next[j + 0].key + u * TILE + 64);
+                HL_FETCH((const char *)next[j + 1].key + u * TILE + 0);
+                HL_FETCH((const char *)next[j + 1].key + u * TILE + 64);
+            }
+            for (int32_t c = u * TILE; c < (u + 1) * TILE; c += L) {
+                hl_vf_avx2 v;
+                const hl_vf_avx2 q0 = hl_vkeep_avx2(hl_vload_avx2(q + 0 * QS + c));
+                const hl_vf_avx2 q1 = hl_vkeep_avx2(hl_vload_avx2(q + 1 * QS + c));
+                const hl_vf_avx2 q2 = hl_vkeep_avx2(hl_vload_avx2(q + 2 * QS + c));
+                const hl_vf_avx2 q3 = hl_vkeep_avx2(hl_vload_avx2(q + 3 * QS + c));
+                v = hl_vload_i8_avx2(k0 + c);
+                s0_0 = hl_vfma_avx2(v, q0, s0_0);
+                s1_0 = hl_vfma_avx2(v, q1, s1_0);
+                s2_0 = hl_vfma_avx2(v, q2, s2_0);
+                s3_0 = hl_vfma_avx2(v, q3, s3_0);
+                v = hl_vload_i8_avx2(k1 + c);
+                s0_1 = hl_vfma_avx2(v, q0, s0_1);
+                s1_1 = hl_vfma_avx2(v, q1, s1_1);
+                s2_1 = hl_vfma_avx2(v, q2, s2_1);
+                s3_1 = hl_vfma_avx2(v, q3, s3_1);
+            }
+            x = hl_vset_avx2(hl_sfaq_bf16_i8_656_d512_rope64_scale(row0->value, u));
+            all[(j + 0) * 4 + 0] =
+                hl_vfma_avx2(x, s0_0, all[(j + 0) * 4 + 0]);
+            all[(j + 0) * 4 + 1] =
+                hl_vfma_avx2(x, s1_0, all[(j + 0) * 4 + 1]);
+            all[(j + 0) * 4 + 2] =
+                hl_vfma_avx2(x, s2_0, all[(j + 0) * 4 + 2]);
+            all[(j + 0) * 4 + 3] =
+                hl_vfma_avx2(x, s3_0, all[(j + 0) * 4 + 3]);
+            x = hl_vset_avx2(hl_sfaq_bf16_i8_656_d512_rope64_scale(row1->value, u));
+            all[(j + 1) * 4 + 0] =
+                hl_vfma_avx2(x, s0_1, all[(j + 1) * 4 + 0]);
+            all[(j + 1) * 4 + 1] =
+                hl_vfma_avx2(x, s1_1, all[(j + 1) * 4 + 1]);
+            all[(j + 1) * 4 + 2] =
+                hl_vfma_avx2(x, s2_1, all[(j + 1) * 4 + 2]);
+            all[(j + 1) * 4 + 3] =
+                hl_vfma_avx2(x, s3_1, all[(j + 1) * 4 + 3]);
+        }
+    }
+    for (int32_t i = 0; i < 8; i += L) {
+        hl_vstore_avx2(s + i, hl_vmul_avx2(hl_vsums_avx2(all + i), hl_vset_avx2(scale)));
+    }
+}
+
+/* 2 heads by 4 keys. Behind the last key its row is taken again. Meanwhile later records (next) are
+ * asked for, if there are any. */
+HL_KERNEL_AVX2 void hl_sfaq_bf16_i8_656_d512_rope64_dot_codes_2_avx2(const float *q,
+    const hl_row *row, int32_t last, float *s, float scale, const hl_row *next)
+{
+    enum { L = 8, QS = 576, TILE = 128 };
+    hl_vf_avx2 all[8];
+    for (int32_t j = 0; j < 4; j += 2) {
+        const hl_row *const row0 = row + (last < j + 0 ? last : j + 0);
+        const uint8_t *const k0 = (const uint8_t *)row0->key;
+        const uint16_t *const e0 = (const uint16_t *)row0->rope;
+        hl_vf_avx2 s0_0 = hl_vzero_avx2();
+        hl_vf_avx2 s1_0 = hl_vzero_avx2();
+        const hl_row *const row1 = row + (last < j + 1 ? last : j + 1);
+        const uint8_t *const k1 = (const uint8_t *)row1->key;
+        const uint16_t *const e1 = (const uint16_t *)row1->rope;
+        hl_vf_avx2 s0_1 = hl_vzero_avx2();
+        hl_vf_avx2 s1_1 = hl_vzero_avx2();
+        for (int32_t c = 0; c < 64; c += L) {
+            hl_vf_avx2 v;
+            v = hl_vload_bf16_avx2(e0 + c);
+            s0_0 = hl_vfma_avx2(v, hl_vload_avx2(q + 0 * QS + 512 + c), s0_0);
+            s1_0 = hl_vfma_avx2(v, hl_vload_avx2(q + 1 * QS + 512 + c), s1_0);
+            v = hl_vload_bf16_avx2(e1 + c);
+            s0_1 = hl_vfma_avx2(v, hl_vload_avx2(q + 0 * QS + 512 + c), s0_1);
+            s1_1 = hl_vfma_avx2(v, hl_vload_avx2(q + 1 * QS + 512 + c), s1_1);
+        }
+        if (next != NULL) {
+            HL_FETCH((const char *)next[j + 0].key + 512);
+            HL_FETCH((const char *)next[j + 0].key + 576);
+            HL_FETCH((const char *)next[j + 0].key + 640);
+            HL_FETCH((const char *)next[j + 0].key + 655);
+            HL_FETCH((const char *)next[j + 1].key + 512);
+            HL_FETCH((const char *)next[j + 1].key + 576);
+            HL_FETCH((const char *)next[j + 1].key + 640);
+            HL_FETCH((const char *)next[j + 1].key + 655);
+        }
+        all[(j + 0) * 2 + 0] = s0_0;
+        all[(j + 0) * 2 + 1] = s1_0;
+        all[(j + 1) * 2 + 0] = s0_1;
+        all[(j + 1) * 2 + 1] = s1_1;
+        for (int32_t u = 0; u < 4; ++u) {
+            hl_vf_avx2 x;
+            s0_0 = hl_vzero_avx2();
+            s1_0 = hl_vzero_avx2();
+            s0_1 = hl_vzero_avx2();
+            s1_1 = hl_vzero_avx2();
+            if (next != NULL) {
+                HL_FETCH((const char *)next[j + 0].key + u * TILE + 0);
+                HL_FETCH((const char *)next[j + 0].key + u * TILE + 64);
+                HL_FETCH((const char *)next[j + 1].key + u * TILE + 0);
+                HL_FETCH((const char *)next[j + 1].key + u * TILE + 64);
+            }
+            for (int32_t c = u * TILE; c < (u + 1) * TILE; c += L) {
+                hl_vf_avx2 v;
+                const hl_vf_avx2 q0 = hl_vkeep_avx2(hl_vload_avx2(q + 0 * QS + c));
+                const hl_vf_avx2 q1 = hl_vkeep_avx2(hl_vload_avx2(q + 1 * QS + c));
+                v = hl_vload_i8_avx2(k0 + c);
+                s0_0 = hl_vfma_avx2(v, q0, s0_0);
+                s1_0 = hl_vfma_avx2(v, q1, s1_0);
+                v = hl_vload_i8_avx2(k1 + c);
+                s0_1 = hl_vfma_avx2(v, q0, s0_1);
+                s1_1 = hl_vfma_avx2(v, q1, s1_1);
+            }
+            x = hl_vset_avx2(hl_sfaq_bf16_i8_656_d512_rope64_scale(row0->value, u));
+            all[(j + 0) * 2 + 0] =
+                hl_vfma_avx2(x, s0_0, all[(j + 0) * 2 + 0]);
+            all[(j + 0) * 2 + 1] =
+                hl_vfma_avx2(x, s1_0, all[(j + 0) * 2 + 1]);
+            x = hl_vset_avx2(hl_sfaq_bf16_i8_656_d512_rope64_scale(row1->value, u));
+            all[(j + 1) * 2 + 0] =
+                hl_vfma_avx2(x, s0_1, all[(j + 1) * 2 + 0]);
+            all[(j + 1) * 2 + 1] =
+                hl_vfma_avx2(x, s1_1, all[(j + 1) * 2 + 1]);
+        }
+    }
+    for (int32_t i = 0; i < 8; i += L) {
+        hl_vstore_avx2(s + i, hl_vmul_avx2(hl_vsums_avx2(all + i), hl_vset_avx2(scale)));
+    }
+}
+
+/* 1 head by 8 keys. Behind the last key its row is taken again. Meanwhile later records (next) are
+ * asked for, if there are any. */
+HL_KERNEL_AVX2 void hl_sfaq_bf16_i8_656_d512_rope64_dot_codes_1_avx2(const float *q,
+    const hl_row *row, int32_t last, float *s, float scale, const hl_row *next)
+{
+    enum { L = 8, QS = 576, TILE = 128 };
+    hl_vf_avx2 all[8];
+    for (int32_t j = 0; j < 8; j += 1) {
+        const hl_row *const row0 = row + (last < j + 0 ? last : j + 0);
+        const uint8_t *const k0 = (const uint8_t *)row0->key;
+        const uint16_t *const e0 = (const uint16_t *)row0->rope;
+        hl_vf_avx2 s0_0 = hl_vzero_avx2();
+        for (int32_t c = 0; c < 64; c += L) {
+            hl_vf_avx2 v;
+            v = hl_vload_bf16_avx2(e0 + c);
+            s0_0 = hl_vfma_avx2(v, hl_vload_avx2(q + 0 * QS + 512 + c), s0_0);
+        }
+        if (next != NULL) {
+            HL_FETCH((const char *)next[j + 0].key + 512);
+            HL_FETCH((const char *)next[j + 0].key + 576);
+            HL_FETCH((const char *)next[j + 0].key + 640);
+            HL_FETCH((const char *)next[j + 0].key + 655);
+        }
+        {
+            hl_vf_avx2 x0 = hl_vzero_avx2();
+            hl_vf_avx2 x1 = hl_vzero_avx2();
+            hl_vf_avx2 x2 = hl_vzero_avx2();
+            hl_vf_avx2 x3 = hl_vzero_avx2();
+            for (int32_t c = 0; c < TILE; c += L) {
+                x0 =
+                    hl_vfma_avx2(hl_vload_i8_avx2(k0 + 0 * TILE + c),
+                                 hl_vload_avx2(q + 0 * TILE + c), x0);
+                x1 =
+                    hl_vfma_avx2(hl_vload_i8_avx2(k0 + 1 * TILE + c),
+                                 hl_vload_avx2(q + 1 * TILE + c), x1);
+                x2 =
+                    hl_vfma_avx2(hl_vload_i8_avx2(k0 + 2 * TILE + c),
+                                 hl_vload_avx2(q + 2 * TILE + c), x2);
+                x3 =
+                    hl_vfma_avx2(hl_vload_i8_avx2(k0 + 3 * TILE + c),
+                                 hl_vload_avx2(q + 3 * TILE + c), x3);
+            }
+            if (next != NULL) {
+                HL_FETCH((const char *)next[j].key + 0 * TILE + 0);
+                HL_FETCH((const char *)next[j].key + 0 * TILE + 64);
+                HL_FETCH((const char *)next[j].key + 1 * TILE + 0);
+                HL_FETCH((const char *)next[j].key + 1 * TILE + 64);
+                HL_FETCH((const char *)next[j].key + 2 * TILE + 0);
+                HL_FETCH((const char *)next[j].key + 2 * TILE + 64);
+                HL_FETCH((const char *)next[j].key + 3 * TILE + 0);
+                HL_FETCH((const char *)next[j].key + 3 * TILE + 64);
+            }
+            s0_0 =
+                hl_vfma_avx2(hl_vset_avx2(hl_sfaq_bf16_i8_656_d512_rope64_scale(row0->value, 0)),
+                             x0, s0_0);
+            s0_0 =
+                hl_vfma_avx2(hl_vset_avx2(hl_sfaq_bf16_i8_656_d512_rope64_scale(row0->value, 1)),
+                             x1, s0_0);
+            s0_0 =
+                hl_vfma_avx2(hl_vset_avx2(hl_sfaq_bf16_i8_656_d512_rope64_scale(row0->value, 2)),
+                             x2, s0_0);
+            s0_0 =
+                hl_vfma_avx2(hl_vset_avx2(hl_sfaq_bf16_i8_656_d512_rope64_scale(row0->value, 3)),
+                             x3, s0_0);
+        }
+        all[j] = s0_0;
+    }
+    for (int32_t i = 0; i < 8; i += L) {
+        hl_vstore_avx2(s + i, hl_vmul_avx2(hl_vsums_avx2(all + i), hl_vset_avx2(scale)));
+    }
+}
+
+/* Scores lie as [key][head], for the heads of one tile together. */
+HL_KERNEL_AVX2 void hl_sfaq_bf16_i8_656_d512_rope64_score_codes_avx2(const hl_space *w,
+    const hl_block *b, int32_t group, float scale)
+{
+    enum { QS = 576, BLOCK = 48, AHEAD = 24 };
+    const int32_t known = b->n + b->n_later;
+    int32_t h = 0;
+    for (; h + 4 <= group; h += 4) {
+        for (int32_t j = 0; j < b->n; j += 2) {
+            const int32_t later = j + AHEAD;
+            hl_sfaq_bf16_i8_656_d512_rope64_dot_codes_4_avx2(w->q + (ptrdiff_t)h * QS, b->row + j,
+                b->n - 1 - j, w->s + h * BLOCK + j * 4, scale, h == 0 && later + 2 <= known ? b->row
+                + later : NULL);
+        }
+    }
+    for (; h + 2 <= group; h += 2) {
+        for (int32_t j = 0; j < b->n; j += 4) {
+            const int32_t later = j + AHEAD;
+            hl_sfaq_bf16_i8_656_d512_rope64_dot_codes_2_avx2(w->q + (ptrdiff_t)h * QS, b->row + j,
+                b->n - 1 - j, w->s + h * BLOCK + j * 2, scale, h == 0 && later + 4 <= known ? b->row
+                + later : NULL);
+        }
+    }
+    for (; h + 1 <= group; h += 1) {
+        for (int32_t j = 0; j < b->n; j += 8) {
+            const int32_t later = j + AHEAD;
+            hl_sfaq_bf16_i8_656_d512_rope64_dot_codes_1_avx2(w->q + (ptrdiff_t)h * QS, b->row + j,
+                b->n - 1 - j, w->s + h * BLOCK + j * 1, scale, h == 0 && later + 8 <= known ? b->row
+                + later : NULL);
+        }
+    }
+}
+
+/* P of one tile of heads times the scales of V, a copy for each tile of channels. */
+HL_KERNEL_AVX2 void hl_sfaq_bf16_i8_656_d512_rope64_scale_weights_avx2(const float *p,
+    const hl_row *row, int32_t n, int32_t heads, float *to)
+{
+    for (int32_t j = 0; j < n; ++j) {
+        for (int32_t u = 0; u < 4; ++u) {
+            const float scale = hl_sfaq_bf16_i8_656_d512_rope64_scale(row[j].value, u);
+            for (int32_t h = 0; h < heads; ++h) {
+                to[u * 192 + j * heads + h] = p[j * heads + h] * scale;
+            }
+        }
+    }
+}
+
+/* 4 heads by 2 vectors of channels. */
+HL_KERNEL_AVX2 void hl_sfaq_bf16_i8_656_d512_rope64_pv_codes_4_avx2(const float *p,
+    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n)
+{
+    enum { L = 8, OS = 512 };
+    hl_vf_avx2 o0_0 = hl_vzero_avx2();
+    hl_vf_avx2 o0_1 = hl_vzero_avx2();
+    hl_vf_avx2 o1_0 = hl_vzero_avx2();
+    hl_vf_avx2 o1_1 = hl_vzero_avx2();
+    hl_vf_avx2 o2_0 = hl_vzero_avx2();
+    hl_vf_avx2 o2_1 = hl_vzero_avx2();
+    hl_vf_avx2 o3_0 = hl_vzero_avx2();
+    hl_vf_avx2 o3_1 = hl_vzero_avx2();
+    for (int32_t j = 0; j < n; ++j) {
+        const uint8_t *const value = (const uint8_t *)row[j].key + c;
+        hl_vf_avx2 x;
+        const hl_vf_avx2 v0 = hl_vload_i8_avx2(value + 0 * L);
+        const hl_vf_avx2 v1 = hl_vload_i8_avx2(value + 1 * L);
+        x = hl_vset_avx2(p[j * 4 + 0]);
+        o0_0 = hl_vfma_avx2(x, v0, o0_0);
+        o0_1 = hl_vfma_avx2(x, v1, o0_1);
+        x = hl_vset_avx2(p[j * 4 + 1]);
+        o1_0 = hl_vfma_avx2(x, v0, o1_0);
+        o1_1 = hl_vfma_avx2(x, v1, o1_1);
+        x = hl_vset_avx2(p[j * 4 + 2]);
+        o2_0 = hl_vfma_avx2(x, v0, o2_0);
+        o2_1 = hl_vfma_avx2(x, v1, o2_1);
+        x = hl_vset_avx2(p[j * 4 + 3]);
+        o3_0 = hl_vfma_avx2(x, v0, o3_0);
+        o3_1 = hl_vfma_avx2(x, v1, o3_1);
+    }
+    hl_vstore_avx2(o + 0 * OS + 0 * L,
+                   hl_vfma_avx2(hl_vset_avx2(alpha[0]), hl_vload_avx2(o + 0 * OS + 0 * L), o0_0));
+    hl_vstore_avx2(o + 0 * OS + 1 * L,
+                   hl_vfma_avx2(hl_vset_avx2(alpha[0]), hl_vload_avx2(o + 0 * OS + 1 * L), o0_1));
+    hl_vstore_avx2(o + 1 * OS + 0 * L,
+                   hl_vfma_avx2(hl_vset_avx2(alpha[1]), hl_vload_avx2(o + 1 * OS + 0 * L), o1_0));
+    hl_vstore_avx2(o + 1 * OS + 1 * L,
+                   hl_vfma_avx2(hl_vset_avx2(alpha[1]), hl_vload_avx2(o + 1 * OS + 1 * L), o1_1));
+    hl_vstore_avx2(o + 2 * OS + 0 * L,
+                   hl_vfma_avx2(hl_vset_avx2(alpha[2]), hl_vload_avx2(o + 2 * OS + 0 * L), o2_0));
+    hl_vstore_avx2(o + 2 * OS + 1 * L,
+                   hl_vfma_avx2(hl_vset_avx2(alpha[2]), hl_vload_avx2(o + 2 * OS + 1 * L), o2_1));
+    hl_vstore_avx2(o + 3 * OS + 0 * L,
+                   hl_vfma_avx2(hl_vset_avx2(alpha[3]), hl_vload_avx2(o + 3 * OS + 0 * L), o3_0));
+    hl_vstore_avx2(o + 3 * OS + 1 * L,
+                   hl_vfma_avx2(hl_vset_avx2(alpha[3]), hl_vload_avx2(o + 3 * OS + 1 * L), o3_1));
+}
+
+/* 2 heads by 4 vectors of channels. */
+HL_KERNEL_AVX2 void hl_sfaq_bf16_i8_656_d512_rope64_pv_codes_2_avx2(const float *p,
+    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n)
+{
+    enum { L = 8, OS = 512 };
+    hl_vf_avx2 o0_0 = hl_vzero_avx2();
+    hl_vf_avx2 o0_1 = hl_vzero_avx2();
+    hl_vf_avx2 o0_2 = hl_vzero_avx2();
+    hl_vf_avx2 o0_3 = hl_vzero_avx2();
+    hl_vf_avx2 o1_0 = hl_vzero_avx2();
+    hl_vf_avx2 o1_1 = hl_vzero_avx2();
+    hl_vf_avx2 o1_2 = hl_vzero_avx2();
+    hl_vf_avx2 o1_3 = hl_vzero_avx2();
+    for (int32_t j = 0; j < n; ++j) {
+        const uint8_t *const value = (const uint8_t *)row[j].key + c;
+        hl_vf_avx2 x;
+        const hl_vf_avx2 v0 = hl_vload_i8_avx2(value + 0 * L);
+        const hl_vf_avx2 v1 = hl_vload_i8_avx2(value + 1 * L);
+        const hl_vf_avx2 v2 = hl_vload_i8_avx2(value + 2 * L);
+        const hl_vf_avx2 v3 = hl_vload_i8_avx2(value + 3 * L);
+        x = hl_vset_avx2(p[j * 2 + 0]);
+        o0_0 = hl_vfma_avx2(x, v0, o0_0);
+        o0_1 = hl_vfma_avx2(x, v1, o0_1);
+        o0_2 = hl_vfma_avx2(x, v2, o0_2);
+        o0_3 = hl_vfma_avx2(x, v3, o0_3);
+        x = hl_vset_avx2(p[j * 2 + 1]);
+        o1_0 = hl_vfma_avx2(x, v0, o1_0);
+        o1_1 = hl_vfma_avx2(x, v1, o1_1);
+        o1_2 = hl_vfma_avx2(x, v2, o1_2);
+        o1_3 = hl_vfma_avx2(x, v3, o1_3);
+    }
+    hl_vstore_avx2(o + 0 * OS + 0 * L,
+                   hl_vfma_avx2(hl_vset_avx2(alpha[0]), hl_vload_avx2(o + 0 * OS + 0 * L), o0_0));
+    hl_vstore_avx2(o + 0 * OS + 1 * L,
+                   hl_vfma_avx2(hl_vset_avx2(alpha[0]), hl_vload_avx2(o + 0 * OS + 1 * L), o0_1));
+    hl_vstore_avx2(o + 0 * OS + 2 * L,
+                   hl_vfma_avx2(hl_vset_avx2(alpha[0]), hl_vload_avx2(o + 0 * OS + 2 * L), o0_2));
+    hl_vstore_avx2(o + 0 * OS + 3 * L,
+                   hl_vfma_avx2(hl_vset_avx2(alpha[0]), hl_vload_avx2(o + 0 * OS + 3 * L), o0_3));
+    hl_vstore_avx2(o + 1 * OS + 0 * L,
+                   hl_vfma_avx2(hl_vset_avx2(alpha[1]), hl_vload_avx2(o + 1 * OS + 0 * L), o1_0));
+    hl_vstore_avx2(o + 1 * OS + 1 * L,
+                   hl_vfma_avx2(hl_vset_avx2(alpha[1]), hl_vload_avx2(o + 1 * OS + 1 * L), o1_1));
+    hl_vstore_avx2(o + 1 * OS + 2 * L,
+                   hl_vfma_avx2(hl_vset_avx2(alpha[1]), hl_vload_avx2(o + 1 * OS + 2 * L), o1_2));
+    hl_vstore_avx2(o + 1 * OS + 3 * L,
+                   hl_vfma_avx2(hl_vset_avx2(alpha[1]), hl_vload_avx2(o + 1 * OS + 3 * L), o1_3));
+}
+
+/* 1 head by 8 vectors of channels. */
+HL_KERNEL_AVX2 void hl_sfaq_bf16_i8_656_d512_rope64_pv_codes_1_avx2(const float *p,
+    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n)
+{
+    enum { L = 8, OS = 512 };
+    hl_vf_avx2 o0_0 = hl_vzero_avx2();
+    hl_vf_avx2 o0_1 = hl_vzero_avx2();
+    hl_vf_avx2 o0_2 = hl_vzero_avx2();
+    hl_vf_avx2 o0_3 = hl_vzero_avx2();
+    hl_vf_avx2 o0_4 = hl_vzero_avx2();
+    hl_vf_avx2 o0_5 = hl_vzero_avx2();
+    hl_vf_avx2 o0_6 = hl_vzero_avx2();
+    hl_vf_avx2 o0_7 = hl_vzero_avx2();
+    for (int32_t j = 0; j < n; ++j) {
+        const uint8_t *const value = (const uint8_t *)row[j].key + c;
+        hl_vf_avx2 x;
+        x = hl_vset_avx2(p[j]);
+        o0_0 = hl_vfma_avx2(x, hl_vload_i8_avx2(value + 0 * L), o0_0);
+        o0_1 = hl_vfma_avx2(x, hl_vload_i8_avx2(value + 1 * L), o0_1);
+        o0_2 = hl_vfma_avx2(x, hl_vload_i8_avx2(value + 2 * L), o0_2);
+        o0_3 = hl_vfma_avx2(x, hl_vload_i8_avx2(value + 3 * L), o0_3);
+        o0_4 = hl_vfma_avx2(x, hl_vload_i8_avx2(value + 4 * L), o0_4);
+        o0_5 = hl_vfma_avx2(x, hl_vload_i8_avx2(value + 5 * L), o0_5);
+        o0_6 = hl_vfma_avx2(x, hl_vload_i8_avx2(value + 6 * L), o0_6);
+        o0_7 = hl_vfma_avx2(x, hl_vload_i8_avx2(value + 7 * L), o0_7);
+    }
+    hl_vstore_avx2(o + 0 * OS + 0 * L,
+                   hl_vfma_avx2(hl_vset_avx2(alpha[0]), hl_vload_avx2(o + 0 * OS + 0 * L), o0_0));
+    hl_vstore_avx2(o + 0 * OS + 1 * L,
+                   hl_vfma_avx2(hl_vset_avx2(alpha[0]), hl_vload_avx2(o + 0 * OS + 1 * L), o0_1));
+    hl_vstore_avx2(o + 0 * OS + 2 * L,
+                   hl_vfma_avx2(hl_vset_avx2(alpha[0]), hl_vload_avx2(o + 0 * OS + 2 * L), o0_2));
+    hl_vstore_avx2(o + 0 * OS + 3 * L,
+                   hl_vfma_avx2(hl_vset_avx2(alpha[0]), hl_vload_avx2(o + 0 * OS + 3 * L), o0_3));
+    hl_vstore_avx2(o + 0 * OS + 4 * L,
+                   hl_vfma_avx2(hl_vset_avx2(alpha[0]), hl_vload_avx2(o + 0 * OS + 4 * L), o0_4));
+    hl_vstore_avx2(o + 0 * OS + 5 * L,
+                   hl_vfma_avx2(hl_vset_avx2(alpha[0]), hl_vload_avx2(o + 0 * OS + 5 * L), o0_5));
+    hl_vstore_avx2(o + 0 * OS + 6 * L,
+                   hl_vfma_avx2(hl_vset_avx2(alpha[0]), hl_vload_avx2(o + 0 * OS + 6 * L), o0_6));
+    hl_vstore_avx2(o + 0 * OS + 7 * L,
+                   hl_vfma_avx2(hl_vset_avx2(alpha[0]), hl_vload_avx2(o + 0 * OS + 7 * L), o0_7));
+}
+
+HL_KERNEL_AVX2 void hl_sfaq_bf16_i8_656_d512_rope64_value_codes_avx2(const hl_space *w,
+    const hl_state *t, const hl_block *b, int32_t group)
+{
+    enum { L = 8, OS = 512, BLOCK = 48 };
+    enum { DV = 512, TILE = 128, STEP = 192 };
+    float *const p = w->k; /* no row is decoded there */
+    int32_t h = 0;
+    for (; h + 4 <= group; h += 4) {
+        float *const o = t->o + (ptrdiff_t)h * OS;
+        hl_sfaq_bf16_i8_656_d512_rope64_scale_weights_avx2(w->s + h * BLOCK, b->row, b->n, 4, p);
+        for (int32_t c = 0; c < DV; c += 2 * L) {
+            hl_sfaq_bf16_i8_656_d512_rope64_pv_codes_4_avx2(p + c / TILE * STEP, b->row, c, o + c,
+                t->alpha + h, b->n);
+        }
+    }
+    for (; h + 2 <= group; h += 2) {
+        float *const o = t->o + (ptrdiff_t)h * OS;
+        hl_sfaq_bf16_i8_656_d512_rope64_scale_weights_avx2(w->s + h * BLOCK, b->row, b->n, 2, p);
+        for (int32_t c = 0; c < DV; c += 4 * L) {
+            hl_sfaq_bf16_i8_656_d512_rope64_pv_codes_2_avx2(p + c / TILE * STEP, b->row, c, o + c,
+                t->alpha + h, b->n);
+        }
+    }
+    for (; h + 1 <= group; h += 1) {
+        float *const o = t->o + (ptrdiff_t)h * OS;
+        hl_sfaq_bf16_i8_656_d512_rope64_scale_weights_avx2(w->s + h * BLOCK, b->row, b->n, 1, p);
+        for (int32_t c = 0; c < DV; c += 8 * L) {
+            hl_sfaq_bf16_i8_656_d512_rope64_pv_codes_1_avx2(p + c / TILE * STEP, b->row, c, o + c,
+                t->alpha + h, b->n);
+        }
+    }
+}
+
 /* ---- finish: O / l, converted; max, sum and LSE ---- */
 
 HL_KERNEL_AVX2 void hl_sfaq_bf16_i8_656_d512_rope64_store_out_avx2(
@@ -6727,6 +7234,12 @@ HL_KERNEL_AVX2 void hl_sfaq_bf16_i8_656_d512_rope64_block_avx2(
     const hl_block *b, int32_t padded)
 {
     if (plan->group <= 16) {
+        if (plan->group <= 8) {
+            hl_sfaq_bf16_i8_656_d512_rope64_score_codes_avx2(w, b, plan->group, plan->scale_log2);
+            hl_sfaq_bf16_i8_656_d512_rope64_softmaxes_few_avx2(w, t, plan->group, b->n);
+            hl_sfaq_bf16_i8_656_d512_rope64_value_codes_avx2(w, t, b, plan->group);
+            return;
+        }
         const hl_block own = {w->own, b->n, 0, 0}; /* the block, decoded */
         hl_sfaq_bf16_i8_656_d512_rope64_load_avx2(w, b);
         /* S = scale Q K^T, in units of log2 */
@@ -6753,7 +7266,7 @@ HL_KERNEL_AVX2 void hl_sfaq_bf16_i8_656_d512_rope64_forward_avx2(
     const hl_state *t, hl_cursor c, int32_t padded)
 {
     enum { CAP = 192, AHEAD = 24 };
-    const int32_t block = plan->group > 16 ? 96 : plan->group <= 3 ? 16 : 48;
+    const int32_t block = plan->group > 16 ? 96 : 48;
     const hl_sparse_flash_attention_antiquant_args *const a = &plan->args;
     int32_t known = hl_sfaq_bf16_i8_656_d512_rope64_next(a, g, &c, w->row, CAP);
     int32_t more = known == CAP;
@@ -8818,6 +9331,739 @@ HL_KERNEL_AVX512 void hl_sfaq_bf16_i8_656_d512_rope64_value_few_avx512(const hl_
     }
 }
 
+/* ---- few heads: codes are read where they are stored ----
+ *
+ * To make numbers of them again for each four heads costs less than to write them anywhere. Scales
+ * come in once for 128 channels: score scales sums of codes, value scales the weights. */
+
+/* 4 heads by 4 keys. Behind the last key its row is taken again. Meanwhile later records (next) are
+ * asked for, if there are any. */
+HL_KERNEL_AVX512 void hl_sfaq_bf16_i8_656_d512_rope64_dot_codes_4_avx512(const float *q,
+    const hl_row *row, int32_t last, float *s, float scale, const hl_row *next)
+{
+    enum { L = 16, QS = 576, TILE = 128 };
+    hl_vf_avx512 all[16];
+    for (int32_t j = 0; j < 4; j += 4) {
+        const hl_row *const row0 = row + (last < j + 0 ? last : j + 0);
+        const uint8_t *const k0 = (const uint8_t *)row0->key;
+        const uint16_t *const e0 = (const uint16_t *)row0->rope;
+        hl_vf_avx512 s0_0 = hl_vzero_avx512();
+        hl_vf_avx512 s1_0 = hl_vzero_avx512();
+        hl_vf_avx512 s2_0 = hl_vzero_avx512();
+        hl_vf_avx512 s3_0 = hl_vzero_avx512();
+        const hl_row *const row1 = row + (last < j + 1 ? last : j + 1);
+        const uint8_t *const k1 = (const uint8_t *)row1->key;
+        const uint16_t *const e1 = (const uint16_t *)row1->rope;
+        hl_vf_avx512 s0_1 = hl_vzero_avx512();
+        hl_vf_avx512 s1_1 = hl_vzero_avx512();
+        hl_vf_avx512 s2_1 = hl_vzero_avx512();
+        hl_vf_avx512 s3_1 = hl_vzero_avx512();
+        const hl_row *const row2 = row + (last < j + 2 ? last : j + 2);
+        const uint8_t *const k2 = (const uint8_t *)row2->key;
+        const uint16_t *const e2 = (const uint16_t *)row2->rope;
+        hl_vf_avx512 s0_2 = hl_vzero_avx512();
+        hl_vf_avx512 s1_2 = hl_vzero_avx512();
+        hl_vf_avx512 s2_2 = hl_vzero_avx512();
+        hl_vf_avx512 s3_2 = hl_vzero_avx512();
+        const hl_row *const row3 = row + (last < j + 3 ? last : j + 3);
+        const uint8_t *const k3 = (const uint8_t *)row3->key;
+        const uint16_t *const e3 = (const uint16_t *)row3->rope;
+        hl_vf_avx512 s0_3 = hl_vzero_avx512();
+        hl_vf_avx512 s1_3 = hl_vzero_avx512();
+        hl_vf_avx512 s2_3 = hl_vzero_avx512();
+        hl_vf_avx512 s3_3 = hl_vzero_avx512();
+        for (int32_t c = 0; c < 64; c += L) {
+            hl_vf_avx512 v;
+            v = hl_vload_bf16_avx512(e0 + c);
+            s0_0 = hl_vfma_avx512(v, hl_vload_avx512(q + 0 * QS + 512 + c), s0_0);
+            s1_0 = hl_vfma_avx512(v, hl_vload_avx512(q + 1 * QS + 512 + c), s1_0);
+            s2_0 = hl_vfma_avx512(v, hl_vload_avx512(q + 2 * QS + 512 + c), s2_0);
+            s3_0 = hl_vfma_avx512(v, hl_vload_avx512(q + 3 * QS + 512 + c), s3_0);
+            v = hl_vload_bf16_avx512(e1 + c);
+            s0_1 = hl_vfma_avx512(v, hl_vload_avx512(q + 0 * QS + 512 + c), s0_1);
+            s1_1 = hl_vfma_avx512(v, hl_vload_avx512(q + 1 * QS + 512 + c), s1_1);
+            s2_1 = hl_vfma_avx512(v, hl_vload_avx512(q + 2 * QS + 512 + c), s2_1);
+            s3_1 = hl_vfma_avx512(v, hl_vload_avx512(q + 3 * QS + 512 + c), s3_1);
+            v = hl_vload_bf16_avx512(e2 + c);
+            s0_2 = hl_vfma_avx512(v, hl_vload_avx512(q + 0 * QS + 512 + c), s0_2);
+            s1_2 = hl_vfma_avx512(v, hl_vload_avx512(q + 1 * QS + 512 + c), s1_2);
+            s2_2 = hl_vfma_avx512(v, hl_vload_avx512(q + 2 * QS + 512 + c), s2_2);
+            s3_2 = hl_vfma_avx512(v, hl_vload_avx512(q + 3 * QS + 512 + c), s3_2);
+            v = hl_vload_bf16_avx512(e3 + c);
+            s0_3 = hl_vfma_avx512(v, hl_vload_avx512(q + 0 * QS + 512 + c), s0_3);
+            s1_3 = hl_vfma_avx512(v, hl_vload_avx512(q + 1 * QS + 512 + c), s1_3);
+            s2_3 = hl_vfma_avx512(v, hl_vload_avx512(q + 2 * QS + 512 + c), s2_3);
+            s3_3 = hl_vfma_avx512(v, hl_vload_avx512(q + 3 * QS + 512 + c), s3_3);
+        }
+        if (next != NULL) {
+            HL_FETCH((const char *)next[j + 0].key + 512);
+            HL_FETCH((const char *)next[j + 0].key + 576);
+            HL_FETCH((const char *)next[j + 0].key + 640);
+            HL_FETCH((const char *)next[j + 0].key + 655);
+            HL_FETCH((const char *)next[j + 1].key + 512);
+            HL_FETCH((const char *)next[j + 1].key + 576);
+            HL_FETCH((const char *)next[j + 1].key + 640);
+            HL_FETCH((const char *)next[j + 1].key + 655);
+            HL_FETCH((const char *)next[j + 2].key + 512);
+            HL_FETCH((const char *)next[j + 2].key + 576);
+            HL_FETCH((const char *)next[j + 2].key + 640);
+            HL_FETCH((const char *)next[j + 2].key + 655);
+            HL_FETCH((const char *)next[j + 3].key + 512);
+            HL_FETCH((const char *)next[j + 3].key + 576);
+            HL_FETCH((const char *)next[j + 3].key + 640);
+            HL_FETCH((const char *)next[j + 3].key + 655);
+        }
+        all[(j + 0) * 4 + 0] = s0_0;
+        all[(j + 0) * 4 + 1] = s1_0;
+        all[(j + 0) * 4 + 2] = s2_0;
+        all[(j + 0) * 4 + 3] = s3_0;
+        all[(j + 1) * 4 + 0] = s0_1;
+        all[(j + 1) * 4 + 1] = s1_1;
+        all[(j + 1) * 4 + 2] = s2_1;
+        all[(j + 1) * 4 + 3] = s3_1;
+        all[(j + 2) * 4 + 0] = s0_2;
+        all[(j + 2) * 4 + 1] = s1_2;
+        all[(j + 2) * 4 + 2] = s2_2;
+        all[(j + 2) * 4 + 3] = s3_2;
+        all[(j + 3) * 4 + 0] = s0_3;
+        all[(j + 3) * 4 + 1] = s1_3;
+        all[(j + 3) * 4 + 2] = s2_3;
+        all[(j + 3) * 4 + 3] = s3_3;
+        for (int32_t u = 0; u < 4; ++u) {
+            hl_vf_avx512 x;
+            s0_0 = hl_vzero_avx512();
+            s1_0 = hl_vzero_avx512();
+            s2_0 = hl_vzero_avx512();
+            s3_0 = hl_vzero_avx512();
+            s0_1 = hl_vzero_avx512();
+            s1_1 = hl_vzero_avx512();
+            s2_1 = hl_vzero_avx512();
+            s3_1 = hl_vzero_avx512();
+            s0_2 = hl_vzero_avx512();
+            s1_2 = hl_vzero_avx512();
+            s2_2 = hl_vzero_avx512();
+            s3_2 = hl_vzero_avx512();
+            s0_3 = hl_vzero_avx512();
+            s1_3 = hl_vzero_avx512();
+            s2_3 = hl_vzero_avx512();
+            s3_3 = hl_vzero_avx512();
+            if (next != NULL) {
+                HL_FETCH((const char *)next[j + 0].key + u * TILE + 0);
+                HL_FETCH((const char *)next[j + 0].key + u * TILE + 64);
+                HL_FETCH((const char *)next[j + 1].key + u * TILE + 0);
+                HL_FETCH((const char *)next[j + 1].key + u * TILE + 64);
+                HL_FETCH((const char *)next[j + 2].key + u * TILE + 0);
+                HL_FETCH((const char *)next[j + 2].key + u * TILE + 64);
+                HL_FETCH((const char *)next[j + 3].key + u * TILE + 0);
+                HL_FETCH((const char *)next[j + 3].key + u * TILE + 64);
+            }
+            for (int32_t c = u * TILE; c < (u + 1) * TILE; c += L) {
+                hl_vf_avx512 v;
+                const hl_vf_avx512 q0 = hl_vkeep_avx512(hl_vload_avx512(q + 0 * QS + c));
+                const hl_vf_avx512 q1 = hl_vkeep_avx512(hl_vload_avx512(q + 1 * QS + c));
+                const hl_vf_avx512 q2 = hl_vkeep_avx512(hl_vload_avx512(q + 2 * QS + c));
+                const hl_vf_avx512 q3 = hl_vkeep_avx512(hl_vload_avx512(q + 3 * QS + c));
+                v = hl_vload_i8_avx512(k0 + c);
+                s0_0 = hl_vfma_avx512(v, q0, s0_0);
+                s1_0 = hl_vfma_avx512(v, q1, s1_0);
+                s2_0 = hl_vfma_avx512(v, q2, s2_0);
+                s3_0 = hl_vfma_avx512(v, q3, s3_0);
+                v = hl_vload_i8_avx512(k1 + c);
+                s0_1 = hl_vfma_avx512(v, q0, s0_1);
+                s1_1 = hl_vfma_avx512(v, q1, s1_1);
+                s2_1 = hl_vfma_avx512(v, q2, s2_1);
+                s3_1 = hl_vfma_avx512(v, q3, s3_1);
+                v = hl_vload_i8_avx512(k2 + c);
+                s0_2 = hl_vfma_avx512(v, q0, s0_2);
+                s1_2 = hl_vfma_avx512(v, q1, s1_2);
+                s2_2 = hl_vfma_avx512(v, q2, s2_2);
+                s3_2 = hl_vfma_avx512(v, q3, s3_2);
+                v = hl_vload_i8_avx512(k3 + c);
+                s0_3 = hl_vfma_avx512(v, q0, s0_3);
+                s1_3 = hl_vfma_avx512(v, q1, s1_3);
+                s2_3 = hl_vfma_avx512(v, q2, s2_3);
+                s3_3 = hl_vfma_avx512(v, q3, s3_3);
+            }
+            x = hl_vset_avx512(hl_sfaq_bf16_i8_656_d512_rope64_scale(row0->value, u));
+            all[(j + 0) * 4 + 0] =
+                hl_vfma_avx512(x, s0_0, all[(j + 0) * 4 + 0]);
+            all[(j + 0) * 4 + 1] =
+                hl_vfma_avx512(x, s1_0, all[(j + 0) * 4 + 1]);
+            all[(j + 0) * 4 + 2] =
+                hl_vfma_avx512(x, s2_0, all[(j + 0) * 4 + 2]);
+            all[(j + 0) * 4 + 3] =
+                hl_vfma_avx512(x, s3_0, all[(j + 0) * 4 + 3]);
+            x = hl_vset_avx512(hl_sfaq_bf16_i8_656_d512_rope64_scale(row1->value, u));
+            all[(j + 1) * 4 + 0] =
+                hl_vfma_avx512(x, s0_1, all[(j + 1) * 4 + 0]);
+            all[(j + 1) * 4 + 1] =
+                hl_vfma_avx512(x, s1_1, all[(j + 1) * 4 + 1]);
+            all[(j + 1) * 4 + 2] =
+                hl_vfma_avx512(x, s2_1, all[(j + 1) * 4 + 2]);
+            all[(j + 1) * 4 + 3] =
+                hl_vfma_avx512(x, s3_1, all[(j + 1) * 4 + 3]);
+            x = hl_vset_avx512(hl_sfaq_bf16_i8_656_d512_rope64_scale(row2->value, u));
+            all[(j + 2) * 4 + 0] =
+                hl_vfma_avx512(x, s0_2, all[(j + 2) * 4 + 0]);
+            all[(j + 2) * 4 + 1] =
+                hl_vfma_avx512(x, s1_2, all[(j + 2) * 4 + 1]);
+            all[(j + 2) * 4 + 2] =
+                hl_vfma_avx512(x, s2_2, all[(j + 2) * 4 + 2]);
+            all[(j + 2) * 4 + 3] =
+                hl_vfma_avx512(x, s3_2, all[(j + 2) * 4 + 3]);
+            x = hl_vset_avx512(hl_sfaq_bf16_i8_656_d512_rope64_scale(row3->value, u));
+            all[(j + 3) * 4 + 0] =
+                hl_vfma_avx512(x, s0_3, all[(j + 3) * 4 + 0]);
+            all[(j + 3) * 4 + 1] =
+                hl_vfma_avx512(x, s1_3, all[(j + 3) * 4 + 1]);
+            all[(j + 3) * 4 + 2] =
+                hl_vfma_avx512(x, s2_3, all[(j + 3) * 4 + 2]);
+            all[(j + 3) * 4 + 3] =
+                hl_vfma_avx512(x, s3_3, all[(j + 3) * 4 + 3]);
+        }
+    }
+    for (int32_t i = 0; i < 16; i += L) {
+        hl_vstore_avx512(s + i, hl_vmul_avx512(hl_vsums_avx512(all + i), hl_vset_avx512(scale)));
+    }
+}
+
+/* 2 heads by 8 keys. Behind the last key its row is taken again. Meanwhile later records (next) are
+ * asked for, if there are any. */
+HL_KERNEL_AVX512 void hl_sfaq_bf16_i8_656_d512_rope64_dot_codes_2_avx512(const float *q,
+    const hl_row *row, int32_t last, float *s, float scale, const hl_row *next)
+{
+    enum { L = 16, QS = 576, TILE = 128 };
+    hl_vf_avx512 all[16];
+    for (int32_t j = 0; j < 8; j += 4) {
+        const hl_row *const row0 = row + (last < j + 0 ? last : j + 0);
+        const uint8_t *const k0 = (const uint8_t *)row0->key;
+        const uint16_t *const e0 = (const uint16_t *)row0->rope;
+        hl_vf_avx512 s0_0 = hl_vzero_avx512();
+        hl_vf_avx512 s1_0 = hl_vzero_avx512();
+        const hl_row *const row1 = row + (last < j + 1 ? last : j + 1);
+        const uint8_t *const k1 = (const uint8_t *)row1->key;
+        const uint16_t *const e1 = (const uint16_t *)row1->rope;
+        hl_vf_avx512 s0_1 = hl_vzero_avx512();
+        hl_vf_avx512 s1_1 = hl_vzero_avx512();
+        const hl_row *const row2 = row + (last < j + 2 ? last : j + 2);
+        const uint8_t *const k2 = (const uint8_t *)row2->key;
+        const uint16_t *const e2 = (const uint16_t *)row2->rope;
+        hl_vf_avx512 s0_2 = hl_vzero_avx512();
+        hl_vf_avx512 s1_2 = hl_vzero_avx512();
+        const hl_row *const row3 = row + (last < j + 3 ? last : j + 3);
+        const uint8_t *const k3 = (const uint8_t *)row3->key;
+        const uint16_t *const e3 = (const uint16_t *)row3->rope;
+        hl_vf_avx512 s0_3 = hl_vzero_avx512();
+        hl_vf_avx512 s1_3 = hl_vzero_avx512();
+        for (int32_t c = 0; c < 64; c += L) {
+            hl_vf_avx512 v;
+            v = hl_vload_bf16_avx512(e0 + c);
+            s0_0 = hl_vfma_avx512(v, hl_vload_avx512(q + 0 * QS + 512 + c), s0_0);
+            s1_0 = hl_vfma_avx512(v, hl_vload_avx512(q + 1 * QS + 512 + c), s1_0);
+            v = hl_vload_bf16_avx512(e1 + c);
+            s0_1 = hl_vfma_avx512(v, hl_vload_avx512(q + 0 * QS + 512 + c), s0_1);
+            s1_1 = hl_vfma_avx512(v, hl_vload_avx512(q + 1 * QS + 512 + c), s1_1);
+            v = hl_vload_bf16_avx512(e2 + c);
+            s0_2 = hl_vfma_avx512(v, hl_vload_avx512(q + 0 * QS + 512 + c), s0_2);
+            s1_2 = hl_vfma_avx512(v, hl_vload_avx512(q + 1 * QS + 512 + c), s1_2);
+            v = hl_vload_bf16_avx512(e3 + c);
+            s0_3 = hl_vfma_avx512(v, hl_vload_avx512(q + 0 * QS + 512 + c), s0_3);
+            s1_3 = hl_vfma_avx512(v, hl_vload_avx512(q + 1 * QS + 512 + c), s1_3);
+        }
+        if (next != NULL) {
+            HL_FETCH((const char *)next[j + 0].key + 512);
+            HL_FETCH((const char *)next[j + 0].key + 576);
+            HL_FETCH((const char *)next[j + 0].key + 640);
+            HL_FETCH((const char *)next[j + 0].key + 655);
+            HL_FETCH((const char *)next[j + 1].key + 512);
+            HL_FETCH((const char *)next[j + 1].key + 576);
+            HL_FETCH((const char *)next[j + 1].key + 640);
+            HL_FETCH((const char *)next[j + 1].key + 655);
+            HL_FETCH((const char *)next[j + 2].key + 512);
+            HL_FETCH((const char *)next[j + 2].key + 576);
+            HL_FETCH((const char *)next[j + 2].key + 640);
+            HL_FETCH((const char *)next[j + 2].key + 655);
+            HL_FETCH((const char *)next[j + 3].key + 512);
+            HL_FETCH((const char *)next[j + 3].key + 576);
+            HL_FETCH((const char *)next[j + 3].key + 640);
+            HL_FETCH((const char *)next[j + 3].key + 655);
+        }
+        all[(j + 0) * 2 + 0] = s0_0;
+        all[(j + 0) * 2 + 1] = s1_0;
+        all[(j + 1) * 2 + 0] = s0_1;
+        all[(j + 1) * 2 + 1] = s1_1;
+        all[(j + 2) * 2 + 0] = s0_2;
+        all[(j + 2) * 2 + 1] = s1_2;
+        all[(j + 3) * 2 + 0] = s0_3;
+        all[(j + 3) * 2 + 1] = s1_3;
+        for (int32_t u = 0; u < 4; ++u) {
+            hl_vf_avx512 x;
+            s0_0 = hl_vzero_avx512();
+            s1_0 = hl_vzero_avx512();
+            s0_1 = hl_vzero_avx512();
+            s1_1 = hl_vzero_avx512();
+            s0_2 = hl_vzero_avx512();
+            s1_2 = hl_vzero_avx512();
+            s0_3 = hl_vzero_avx512();
+            s1_3 = hl_vzero_avx512();
+            if (next != NULL) {
+                HL_FETCH((const char *)next[j + 0].key + u * TILE + 0);
+                HL_FETCH((const char *)next[j + 0].key + u * TILE + 64);
+                HL_FETCH((const char *)next[j + 1].key + u * TILE + 0);
+                HL_FETCH((const char *)next[j + 1].key + u * TILE + 64);
+                HL_FETCH((const char *)next[j + 2].key + u * TILE + 0);
+                HL_FETCH((const char *)next[j + 2].key + u * TILE + 64);
+                HL_FETCH((const char *)next[j + 3].key + u * TILE + 0);
+                HL_FETCH((const char *)next[j + 3].key + u * TILE + 64);
+            }
+            for (int32_t c = u * TILE; c < (u + 1) * TILE; c += L) {
+                hl_vf_avx512 v;
+                const hl_vf_avx512 q0 = hl_vkeep_avx512(hl_vload_avx512(q + 0 * QS + c));
+                const hl_vf_avx512 q1 = hl_vkeep_avx512(hl_vload_avx512(q + 1 * QS + c));
+                v = hl_vload_i8_avx512(k0 + c);
+                s0_0 = hl_vfma_avx512(v, q0, s0_0);
+                s1_0 = hl_vfma_avx512(v, q1, s1_0);
+                v = hl_vload_i8_avx512(k1 + c);
+                s0_1 = hl_vfma_avx512(v, q0, s0_1);
+                s1_1 = hl_vfma_avx512(v, q1, s1_1);
+                v = hl_vload_i8_avx512(k2 + c);
+                s0_2 = hl_vfma_avx512(v, q0, s0_2);
+                s1_2 = hl_vfma_avx512(v, q1, s1_2);
+                v = hl_vload_i8_avx512(k3 + c);
+                s0_3 = hl_vfma_avx512(v, q0, s0_3);
+                s1_3 = hl_vfma_avx512(v, q1, s1_3);
+            }
+            x = hl_vset_avx512(hl_sfaq_bf16_i8_656_d512_rope64_scale(row0->value, u));
+            all[(j + 0) * 2 + 0] =
+                hl_vfma_avx512(x, s0_0, all[(j + 0) * 2 + 0]);
+            all[(j + 0) * 2 + 1] =
+                hl_vfma_avx512(x, s1_0, all[(j + 0) * 2 + 1]);
+            x = hl_vset_avx512(hl_sfaq_bf16_i8_656_d512_rope64_scale(row1->value, u));
+            all[(j + 1) * 2 + 0] =
+                hl_vfma_avx512(x, s0_1, all[(j + 1) * 2 + 0]);
+            all[(j + 1) * 2 + 1] =
+                hl_vfma_avx512(x, s1_1, all[(j + 1) * 2 + 1]);
+            x = hl_vset_avx512(hl_sfaq_bf16_i8_656_d512_rope64_scale(row2->value, u));
+            all[(j + 2) * 2 + 0] =
+                hl_vfma_avx512(x, s0_2, all[(j + 2) * 2 + 0]);
+            all[(j + 2) * 2 + 1] =
+                hl_vfma_avx512(x, s1_2, all[(j + 2) * 2 + 1]);
+            x = hl_vset_avx512(hl_sfaq_bf16_i8_656_d512_rope64_scale(row3->value, u));
+            all[(j + 3) * 2 + 0] =
+                hl_vfma_avx512(x, s0_3, all[(j + 3) * 2 + 0]);
+            all[(j + 3) * 2 + 1] =
+                hl_vfma_avx512(x, s1_3, all[(j + 3) * 2 + 1]);
+        }
+    }
+    for (int32_t i = 0; i < 16; i += L) {
+        hl_vstore_avx512(s + i, hl_vmul_avx512(hl_vsums_avx512(all + i), hl_vset_avx512(scale)));
+    }
+}
+
+/* 1 head by 16 keys. Behind the last key its row is taken again. Meanwhile later records (next) are
+ * asked for, if there are any. */
+HL_KERNEL_AVX512 void hl_sfaq_bf16_i8_656_d512_rope64_dot_codes_1_avx512(const float *q,
+    const hl_row *row, int32_t last, float *s, float scale, const hl_row *next)
+{
+    enum { L = 16, QS = 576, TILE = 128 };
+    hl_vf_avx512 all[16];
+    for (int32_t j = 0; j < 16; j += 1) {
+        const hl_row *const row0 = row + (last < j + 0 ? last : j + 0);
+        const uint8_t *const k0 = (const uint8_t *)row0->key;
+        const uint16_t *const e0 = (const uint16_t *)row0->rope;
+        hl_vf_avx512 s0_0 = hl_vzero_avx512();
+        for (int32_t c = 0; c < 64; c += L) {
+            hl_vf_avx512 v;
+            v = hl_vload_bf16_avx512(e0 + c);
+            s0_0 = hl_vfma_avx512(v, hl_vload_avx512(q + 0 * QS + 512 + c), s0_0);
+        }
+        if (next != NULL) {
+            HL_FETCH((const char *)next[j + 0].key + 512);
+            HL_FETCH((const char *)next[j + 0].key + 576);
+            HL_FETCH((const char *)next[j + 0].key + 640);
+            HL_FETCH((const char *)next[j + 0].key + 655);
+        }
+        {
+            hl_vf_avx512 x0 = hl_vzero_avx512();
+            hl_vf_avx512 x1 = hl_vzero_avx512();
+            hl_vf_avx512 x2 = hl_vzero_avx512();
+            hl_vf_avx512 x3 = hl_vzero_avx512();
+            for (int32_t c = 0; c < TILE; c += L) {
+                x0 =
+                    hl_vfma_avx512(hl_vload_i8_avx512(k0 + 0 * TILE + c),
+                                   hl_vload_avx512(q + 0 * TILE + c), x0);
+                x1 =
+                    hl_vfma_avx512(hl_vload_i8_avx512(k0 + 1 * TILE + c),
+                                   hl_vload_avx512(q + 1 * TILE + c), x1);
+                x2 =
+                    hl_vfma_avx512(hl_vload_i8_avx512(k0 + 2 * TILE + c),
+                                   hl_vload_avx512(q + 2 * TILE + c), x2);
+                x3 =
+                    hl_vfma_avx512(hl_vload_i8_avx512(k0 + 3 * TILE + c),
+                                   hl_vload_avx512(q + 3 * TILE + c), x3);
+            }
+            if (next != NULL) {
+                HL_FETCH((const char *)next[j].key + 0 * TILE + 0);
+                HL_FETCH((const char *)next[j].key + 0 * TILE + 64);
+                HL_FETCH((const char *)next[j].key + 1 * TILE + 0);
+                HL_FETCH((const char *)next[j].key + 1 * TILE + 64);
+                HL_FETCH((const char *)next[j].key + 2 * TILE + 0);
+                HL_FETCH((const char *)next[j].key + 2 * TILE + 64);
+                HL_FETCH((const char *)next[j].key + 3 * TILE + 0);
+                HL_FETCH((const char *)next[j].key + 3 * TILE + 64);
+            }
+            s0_0 =
+                hl_vfma_avx512(hl_vset_avx512(hl_sfaq_bf16_i8_656_d512_rope64_scale(row0->value,
+                    0)), x0, s0_0);
+            s0_0 =
+                hl_vfma_avx512(hl_vset_avx512(hl_sfaq_bf16_i8_656_d512_rope64_scale(row0->value,
+                    1)), x1, s0_0);
+            s0_0 =
+                hl_vfma_avx512(hl_vset_avx512(hl_sfaq_bf16_i8_656_d512_rope64_scale(row0->value,
+                    2)), x2, s0_0);
+            s0_0 =
+                hl_vfma_avx512(hl_vset_avx512(hl_sfaq_bf16_i8_656_d512_rope64_scale(row0->value,
+                    3)), x3, s0_0);
+        }
+        all[j] = s0_0;
+    }
+    for (int32_t i = 0; i < 16; i += L) {
+        hl_vstore_avx512(s + i, hl_vmul_avx512(hl_vsums_avx512(all + i), hl_vset_avx512(scale)));
+    }
+}
+
+/* Scores lie as [key][head], for the heads of one tile together. */
+HL_KERNEL_AVX512 void hl_sfaq_bf16_i8_656_d512_rope64_score_codes_avx512(const hl_space *w,
+    const hl_block *b, int32_t group, float scale)
+{
+    enum { QS = 576, BLOCK = 96, AHEAD = 24 };
+    const int32_t known = b->n + b->n_later;
+    int32_t h = 0;
+    for (; h + 4 <= group; h += 4) {
+        for (int32_t j = 0; j < b->n; j += 4) {
+            const int32_t later = j + AHEAD;
+            hl_sfaq_bf16_i8_656_d512_rope64_dot_codes_4_avx512(w->q + (ptrdiff_t)h * QS, b->row + j,
+                b->n - 1 - j, w->s + h * BLOCK + j * 4, scale, h == 0 && later + 4 <= known ? b->row
+                + later : NULL);
+        }
+    }
+    for (; h + 2 <= group; h += 2) {
+        for (int32_t j = 0; j < b->n; j += 8) {
+            const int32_t later = j + AHEAD;
+            hl_sfaq_bf16_i8_656_d512_rope64_dot_codes_2_avx512(w->q + (ptrdiff_t)h * QS, b->row + j,
+                b->n - 1 - j, w->s + h * BLOCK + j * 2, scale, h == 0 && later + 8 <= known ? b->row
+                + later : NULL);
+        }
+    }
+    for (; h + 1 <= group; h += 1) {
+        for (int32_t j = 0; j < b->n; j += 16) {
+            const int32_t later = j + AHEAD;
+            hl_sfaq_bf16_i8_656_d512_rope64_dot_codes_1_avx512(w->q + (ptrdiff_t)h * QS, b->row + j,
+                b->n - 1 - j, w->s + h * BLOCK + j * 1, scale, h == 0 && later + 16 <= known
+                ? b->row + later : NULL);
+        }
+    }
+}
+
+/* P of one tile of heads times the scales of V, a copy for each tile of channels. */
+HL_KERNEL_AVX512 void hl_sfaq_bf16_i8_656_d512_rope64_scale_weights_avx512(const float *p,
+    const hl_row *row, int32_t n, int32_t heads, float *to)
+{
+    for (int32_t j = 0; j < n; ++j) {
+        for (int32_t u = 0; u < 4; ++u) {
+            const float scale = hl_sfaq_bf16_i8_656_d512_rope64_scale(row[j].value, u);
+            for (int32_t h = 0; h < heads; ++h) {
+                to[u * 384 + j * heads + h] = p[j * heads + h] * scale;
+            }
+        }
+    }
+}
+
+/* 4 heads by 4 vectors of channels. */
+HL_KERNEL_AVX512 void hl_sfaq_bf16_i8_656_d512_rope64_pv_codes_4_avx512(const float *p,
+    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n)
+{
+    enum { L = 16, OS = 512 };
+    hl_vf_avx512 o0_0 = hl_vzero_avx512();
+    hl_vf_avx512 o0_1 = hl_vzero_avx512();
+    hl_vf_avx512 o0_2 = hl_vzero_avx512();
+    hl_vf_avx512 o0_3 = hl_vzero_avx512();
+    hl_vf_avx512 o1_0 = hl_vzero_avx512();
+    hl_vf_avx512 o1_1 = hl_vzero_avx512();
+    hl_vf_avx512 o1_2 = hl_vzero_avx512();
+    hl_vf_avx512 o1_3 = hl_vzero_avx512();
+    hl_vf_avx512 o2_0 = hl_vzero_avx512();
+    hl_vf_avx512 o2_1 = hl_vzero_avx512();
+    hl_vf_avx512 o2_2 = hl_vzero_avx512();
+    hl_vf_avx512 o2_3 = hl_vzero_avx512();
+    hl_vf_avx512 o3_0 = hl_vzero_avx512();
+    hl_vf_avx512 o3_1 = hl_vzero_avx512();
+    hl_vf_avx512 o3_2 = hl_vzero_avx512();
+    hl_vf_avx512 o3_3 = hl_vzero_avx512();
+    for (int32_t j = 0; j < n; ++j) {
+        const uint8_t *const value = (const uint8_t *)row[j].key + c;
+        hl_vf_avx512 x;
+        const hl_vf_avx512 v0 = hl_vload_i8_avx512(value + 0 * L);
+        const hl_vf_avx512 v1 = hl_vload_i8_avx512(value + 1 * L);
+        const hl_vf_avx512 v2 = hl_vload_i8_avx512(value + 2 * L);
+        const hl_vf_avx512 v3 = hl_vload_i8_avx512(value + 3 * L);
+        x = hl_vset_avx512(p[j * 4 + 0]);
+        o0_0 = hl_vfma_avx512(x, v0, o0_0);
+        o0_1 = hl_vfma_avx512(x, v1, o0_1);
+        o0_2 = hl_vfma_avx512(x, v2, o0_2);
+        o0_3 = hl_vfma_avx512(x, v3, o0_3);
+        x = hl_vset_avx512(p[j * 4 + 1]);
+        o1_0 = hl_vfma_avx512(x, v0, o1_0);
+        o1_1 = hl_vfma_avx512(x, v1, o1_1);
+        o1_2 = hl_vfma_avx512(x, v2, o1_2);
+        o1_3 = hl_vfma_avx512(x, v3, o1_3);
+        x = hl_vset_avx512(p[j * 4 + 2]);
+        o2_0 = hl_vfma_avx512(x, v0, o2_0);
+        o2_1 = hl_vfma_avx512(x, v1, o2_1);
+        o2_2 = hl_vfma_avx512(x, v2, o2_2);
+        o2_3 = hl_vfma_avx512(x, v3, o2_3);
+        x = hl_vset_avx512(p[j * 4 + 3]);
+        o3_0 = hl_vfma_avx512(x, v0, o3_0);
+        o3_1 = hl_vfma_avx512(x, v1, o3_1);
+        o3_2 = hl_vfma_avx512(x, v2, o3_2);
+        o3_3 = hl_vfma_avx512(x, v3, o3_3);
+    }
+    hl_vstore_avx512(o + 0 * OS + 0 * L,
+                     hl_vfma_avx512(hl_vset_avx512(alpha[0]), hl_vload_avx512(o + 0 * OS + 0 * L),
+                                    o0_0));
+    hl_vstore_avx512(o + 0 * OS + 1 * L,
+                     hl_vfma_avx512(hl_vset_avx512(alpha[0]), hl_vload_avx512(o + 0 * OS + 1 * L),
+                                    o0_1));
+    hl_vstore_avx512(o + 0 * OS + 2 * L,
+                     hl_vfma_avx512(hl_vset_avx512(alpha[0]), hl_vload_avx512(o + 0 * OS + 2 * L),
+                                    o0_2));
+    hl_vstore_avx512(o + 0 * OS + 3 * L,
+                     hl_vfma_avx512(hl_vset_avx512(alpha[0]), hl_vload_avx512(o + 0 * OS + 3 * L),
+                                    o0_3));
+    hl_vstore_avx512(o + 1 * OS + 0 * L,
+                     hl_vfma_avx512(hl_vset_avx512(alpha[1]), hl_vload_avx512(o + 1 * OS + 0 * L),
+                                    o1_0));
+    hl_vstore_avx512(o + 1 * OS + 1 * L,
+                     hl_vfma_avx512(hl_vset_avx512(alpha[1]), hl_vload_avx512(o + 1 * OS + 1 * L),
+                                    o1_1));
+    hl_vstore_avx512(o + 1 * OS + 2 * L,
+                     hl_vfma_avx512(hl_vset_avx512(alpha[1]), hl_vload_avx512(o + 1 * OS + 2 * L),
+                                    o1_2));
+    hl_vstore_avx512(o + 1 * OS + 3 * L,
+                     hl_vfma_avx512(hl_vset_avx512(alpha[1]), hl_vload_avx512(o + 1 * OS + 3 * L),
+                                    o1_3));
+    hl_vstore_avx512(o + 2 * OS + 0 * L,
+                     hl_vfma_avx512(hl_vset_avx512(alpha[2]), hl_vload_avx512(o + 2 * OS + 0 * L),
+                                    o2_0));
+    hl_vstore_avx512(o + 2 * OS + 1 * L,
+                     hl_vfma_avx512(hl_vset_avx512(alpha[2]), hl_vload_avx512(o + 2 * OS + 1 * L),
+                                    o2_1));
+    hl_vstore_avx512(o + 2 * OS + 2 * L,
+                     hl_vfma_avx512(hl_vset_avx512(alpha[2]), hl_vload_avx512(o + 2 * OS + 2 * L),
+                                    o2_2));
+    hl_vstore_avx512(o + 2 * OS + 3 * L,
+                     hl_vfma_avx512(hl_vset_avx512(alpha[2]), hl_vload_avx512(o + 2 * OS + 3 * L),
+                                    o2_3));
+    hl_vstore_avx512(o + 3 * OS + 0 * L,
+                     hl_vfma_avx512(hl_vset_avx512(alpha[3]), hl_vload_avx512(o + 3 * OS + 0 * L),
+                                    o3_0));
+    hl_vstore_avx512(o + 3 * OS + 1 * L,
+                     hl_vfma_avx512(hl_vset_avx512(alpha[3]), hl_vload_avx512(o + 3 * OS + 1 * L),
+                                    o3_1));
+    hl_vstore_avx512(o + 3 * OS + 2 * L,
+                     hl_vfma_avx512(hl_vset_avx512(alpha[3]), hl_vload_avx512(o + 3 * OS + 2 * L),
+                                    o3_2));
+    hl_vstore_avx512(o + 3 * OS + 3 * L,
+                     hl_vfma_avx512(hl_vset_avx512(alpha[3]), hl_vload_avx512(o + 3 * OS + 3 * L),
+                                    o3_3));
+}
+
+/* 2 heads by 8 vectors of channels. */
+HL_KERNEL_AVX512 void hl_sfaq_bf16_i8_656_d512_rope64_pv_codes_2_avx512(const float *p,
+    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n)
+{
+    enum { L = 16, OS = 512 };
+    hl_vf_avx512 o0_0 = hl_vzero_avx512();
+    hl_vf_avx512 o0_1 = hl_vzero_avx512();
+    hl_vf_avx512 o0_2 = hl_vzero_avx512();
+    hl_vf_avx512 o0_3 = hl_vzero_avx512();
+    hl_vf_avx512 o0_4 = hl_vzero_avx512();
+    hl_vf_avx512 o0_5 = hl_vzero_avx512();
+    hl_vf_avx512 o0_6 = hl_vzero_avx512();
+    hl_vf_avx512 o0_7 = hl_vzero_avx512();
+    hl_vf_avx512 o1_0 = hl_vzero_avx512();
+    hl_vf_avx512 o1_1 = hl_vzero_avx512();
+    hl_vf_avx512 o1_2 = hl_vzero_avx512();
+    hl_vf_avx512 o1_3 = hl_vzero_avx512();
+    hl_vf_avx512 o1_4 = hl_vzero_avx512();
+    hl_vf_avx512 o1_5 = hl_vzero_avx512();
+    hl_vf_avx512 o1_6 = hl_vzero_avx512();
+    hl_vf_avx512 o1_7 = hl_vzero_avx512();
+    for (int32_t j = 0; j < n; ++j) {
+        const uint8_t *const value = (const uint8_t *)row[j].key + c;
+        hl_vf_avx512 x;
+        const hl_vf_avx512 v0 = hl_vload_i8_avx512(value + 0 * L);
+        const hl_vf_avx512 v1 = hl_vload_i8_avx512(value + 1 * L);
+        const hl_vf_avx512 v2 = hl_vload_i8_avx512(value + 2 * L);
+        const hl_vf_avx512 v3 = hl_vload_i8_avx512(value + 3 * L);
+        const hl_vf_avx512 v4 = hl_vload_i8_avx512(value + 4 * L);
+        const hl_vf_avx512 v5 = hl_vload_i8_avx512(value + 5 * L);
+        const hl_vf_avx512 v6 = hl_vload_i8_avx512(value + 6 * L);
+        const hl_vf_avx512 v7 = hl_vload_i8_avx512(value + 7 * L);
+        x = hl_vset_avx512(p[j * 2 + 0]);
+        o0_0 = hl_vfma_avx512(x, v0, o0_0);
+        o0_1 = hl_vfma_avx512(x, v1, o0_1);
+        o0_2 = hl_vfma_avx512(x, v2, o0_2);
+        o0_3 = hl_vfma_avx512(x, v3, o0_3);
+        o0_4 = hl_vfma_avx512(x, v4, o0_4);
+        o0_5 = hl_vfma_avx512(x, v5, o0_5);
+        o0_6 = hl_vfma_avx512(x, v6, o0_6);
+        o0_7 = hl_vfma_avx512(x, v7, o0_7);
+        x = hl_vset_avx512(p[j * 2 + 1]);
+        o1_0 = hl_vfma_avx512(x, v0, o1_0);
+        o1_1 = hl_vfma_avx512(x, v1, o1_1);
+        o1_2 = hl_vfma_avx512(x, v2, o1_2);
+        o1_3 = hl_vfma_avx512(x, v3, o1_3);
+        o1_4 = hl_vfma_avx512(x, v4, o1_4);
+        o1_5 = hl_vfma_avx512(x, v5, o1_5);
+        o1_6 = hl_vfma_avx512(x, v6, o1_6);
+        o1_7 = hl_vfma_avx512(x, v7, o1_7);
+    }
+    hl_vstore_avx512(o + 0 * OS + 0 * L,
+                     hl_vfma_avx512(hl_vset_avx512(alpha[0]), hl_vload_avx512(o + 0 * OS + 0 * L),
+                                    o0_0));
+    hl_vstore_avx512(o + 0 * OS + 1 * L,
+                     hl_vfma_avx512(hl_vset_avx512(alpha[0]), hl_vload_avx512(o + 0 * OS + 1 * L),
+                                    o0_1));
+    hl_vstore_avx512(o + 0 * OS + 2 * L,
+                     hl_vfma_avx512(hl_vset_avx512(alpha[0]), hl_vload_avx512(o + 0 * OS + 2 * L),
+                                    o0_2));
+    hl_vstore_avx512(o + 0 * OS + 3 * L,
+                     hl_vfma_avx512(hl_vset_avx512(alpha[0]), hl_vload_avx512(o + 0 * OS + 3 * L),
+                                    o0_3));
+    hl_vstore_avx512(o + 0 * OS + 4 * L,
+                     hl_vfma_avx512(hl_vset_avx512(alpha[0]), hl_vload_avx512(o + 0 * OS + 4 * L),
+                                    o0_4));
+    hl_vstore_avx512(o + 0 * OS + 5 * L,
+                     hl_vfma_avx512(hl_vset_avx512(alpha[0]), hl_vload_avx512(o + 0 * OS + 5 * L),
+                                    o0_5));
+    hl_vstore_avx512(o + 0 * OS + 6 * L,
+                     hl_vfma_avx512(hl_vset_avx512(alpha[0]), hl_vload_avx512(o + 0 * OS + 6 * L),
+                                    o0_6));
+    hl_vstore_avx512(o + 0 * OS + 7 * L,
+                     hl_vfma_avx512(hl_vset_avx512(alpha[0]), hl_vload_avx512(o + 0 * OS + 7 * L),
+                                    o0_7));
+    hl_vstore_avx512(o + 1 * OS + 0 * L,
+                     hl_vfma_avx512(hl_vset_avx512(alpha[1]), hl_vload_avx512(o + 1 * OS + 0 * L),
+                                    o1_0));
+    hl_vstore_avx512(o + 1 * OS + 1 * L,
+                     hl_vfma_avx512(hl_vset_avx512(alpha[1]), hl_vload_avx512(o + 1 * OS + 1 * L),
+                                    o1_1));
+    hl_vstore_avx512(o + 1 * OS + 2 * L,
+                     hl_vfma_avx512(hl_vset_avx512(alpha[1]), hl_vload_avx512(o + 1 * OS + 2 * L),
+                                    o1_2));
+    hl_vstore_avx512(o + 1 * OS + 3 * L,
+                     hl_vfma_avx512(hl_vset_avx512(alpha[1]), hl_vload_avx512(o + 1 * OS + 3 * L),
+                                    o1_3));
+    hl_vstore_avx512(o + 1 * OS + 4 * L,
+                     hl_vfma_avx512(hl_vset_avx512(alpha[1]), hl_vload_avx512(o + 1 * OS + 4 * L),
+                                    o1_4));
+    hl_vstore_avx512(o + 1 * OS + 5 * L,
+                     hl_vfma_avx512(hl_vset_avx512(alpha[1]), hl_vload_avx512(o + 1 * OS + 5 * L),
+                                    o1_5));
+    hl_vstore_avx512(o + 1 * OS + 6 * L,
+                     hl_vfma_avx512(hl_vset_avx512(alpha[1]), hl_vload_avx512(o + 1 * OS + 6 * L),
+                                    o1_6));
+    hl_vstore_avx512(o + 1 * OS + 7 * L,
+                     hl_vfma_avx512(hl_vset_avx512(alpha[1]), hl_vload_avx512(o + 1 * OS + 7 * L),
+                                    o1_7));
+}
+
+/* 1 head by 8 vectors of channels. */
+HL_KERNEL_AVX512 void hl_sfaq_bf16_i8_656_d512_rope64_pv_codes_1_avx512(const float *p,
+    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n)
+{
+    enum { L = 16, OS = 512 };
+    hl_vf_avx512 o0_0 = hl_vzero_avx512();
+    hl_vf_avx512 o0_1 = hl_vzero_avx512();
+    hl_vf_avx512 o0_2 = hl_vzero_avx512();
+    hl_vf_avx512 o0_3 = hl_vzero_avx512();
+    hl_vf_avx512 o0_4 = hl_vzero_avx512();
+    hl_vf_avx512 o0_5 = hl_vzero_avx512();
+    hl_vf_avx512 o0_6 = hl_vzero_avx512();
+    hl_vf_avx512 o0_7 = hl_vzero_avx512();
+    for (int32_t j = 0; j < n; ++j) {
+        const uint8_t *const value = (const uint8_t *)row[j].key + c;
+        hl_vf_avx512 x;
+        x = hl_vset_avx512(p[j]);
+        o0_0 = hl_vfma_avx512(x, hl_vload_i8_avx512(value + 0 * L), o0_0);
+        o0_1 = hl_vfma_avx512(x, hl_vload_i8_avx512(value + 1 * L), o0_1);
+        o0_2 = hl_vfma_avx512(x, hl_vload_i8_avx512(value + 2 * L), o0_2);
+        o0_3 = hl_vfma_avx512(x, hl_vload_i8_avx512(value + 3 * L), o0_3);
+        o0_4 = hl_vfma_avx512(x, hl_vload_i8_avx512(value + 4 * L), o0_4);
+        o0_5 = hl_vfma_avx512(x, hl_vload_i8_avx512(value + 5 * L), o0_5);
+        o0_6 = hl_vfma_avx512(x, hl_vload_i8_avx512(value + 6 * L), o0_6);
+        o0_7 = hl_vfma_avx512(x, hl_vload_i8_avx512(value + 7 * L), o0_7);
+    }
+    hl_vstore_avx512(o + 0 * OS + 0 * L,
+                     hl_vfma_avx512(hl_vset_avx512(alpha[0]), hl_vload_avx512(o + 0 * OS + 0 * L),
+                                    o0_0));
+    hl_vstore_avx512(o + 0 * OS + 1 * L,
+                     hl_vfma_avx512(hl_vset_avx512(alpha[0]), hl_vload_avx512(o + 0 * OS + 1 * L),
+                                    o0_1));
+    hl_vstore_avx512(o + 0 * OS + 2 * L,
+                     hl_vfma_avx512(hl_vset_avx512(alpha[0]), hl_vload_avx512(o + 0 * OS + 2 * L),
+                                    o0_2));
+    hl_vstore_avx512(o + 0 * OS + 3 * L,
+                     hl_vfma_avx512(hl_vset_avx512(alpha[0]), hl_vload_avx512(o + 0 * OS + 3 * L),
+                                    o0_3));
+    hl_vstore_avx512(o + 0 * OS + 4 * L,
+                     hl_vfma_avx512(hl_vset_avx512(alpha[0]), hl_vload_avx512(o + 0 * OS + 4 * L),
+                                    o0_4));
+    hl_vstore_avx512(o + 0 * OS + 5 * L,
+                     hl_vfma_avx512(hl_vset_avx512(alpha[0]), hl_vload_avx512(o + 0 * OS + 5 * L),
+                                    o0_5));
+    hl_vstore_avx512(o + 0 * OS + 6 * L,
+                     hl_vfma_avx512(hl_vset_avx512(alpha[0]), hl_vload_avx512(o + 0 * OS + 6 * L),
+                                    o0_6));
+    hl_vstore_avx512(o + 0 * OS + 7 * L,
+                     hl_vfma_avx512(hl_vset_avx512(alpha[0]), hl_vload_avx512(o + 0 * OS + 7 * L),
+                                    o0_7));
+}
+
+HL_KERNEL_AVX512 void hl_sfaq_bf16_i8_656_d512_rope64_value_codes_avx512(const hl_space *w,
+    const hl_state *t, const hl_block *b, int32_t group)
+{
+    enum { L = 16, OS = 512, BLOCK = 96 };
+    enum { DV = 512, TILE = 128, STEP = 384 };
+    float *const p = w->k; /* no row is decoded there */
+    int32_t h = 0;
+    for (; h + 4 <= group; h += 4) {
+        float *const o = t->o + (ptrdiff_t)h * OS;
+        hl_sfaq_bf16_i8_656_d512_rope64_scale_weights_avx512(w->s + h * BLOCK, b->row, b->n, 4, p);
+        for (int32_t c = 0; c < DV; c += 4 * L) {
+            hl_sfaq_bf16_i8_656_d512_rope64_pv_codes_4_avx512(p + c / TILE * STEP, b->row, c, o + c,
+                t->alpha + h, b->n);
+        }
+    }
+    for (; h + 2 <= group; h += 2) {
+        float *const o = t->o + (ptrdiff_t)h * OS;
+        hl_sfaq_bf16_i8_656_d512_rope64_scale_weights_avx512(w->s + h * BLOCK, b->row, b->n, 2, p);
+        for (int32_t c = 0; c < DV; c += 8 * L) {
+            hl_sfaq_bf16_i8_656_d512_rope64_pv_codes_2_avx512(p + c / TILE * STEP, b->row, c, o + c,
+                t->alpha + h, b->n);
+        }
+    }
+    for (; h + 1 <= group; h += 1) {
+        float *const o = t->o + (ptrdiff_t)h * OS;
+        hl_sfaq_bf16_i8_656_d512_rope64_scale_weights_avx512(w->s + h * BLOCK, b->row, b->n, 1, p);
+        for (int32_t c = 0; c < DV; c += 8 * L) {
+            hl_sfaq_bf16_i8_656_d512_rope64_pv_codes_1_avx512(p + c / TILE * STEP, b->row, c, o + c,
+                t->alpha + h, b->n);
+        }
+    }
+}
+
 /* ---- finish: O / l, converted; max, sum and LSE ---- */
 
 HL_KERNEL_AVX512 void hl_sfaq_bf16_i8_656_d512_rope64_store_out_avx512(
@@ -9005,6 +10251,12 @@ HL_KERNEL_AVX512 void hl_sfaq_bf16_i8_656_d512_rope64_block_avx512(
     const hl_block *b, int32_t padded)
 {
     if (plan->group <= 32) {
+        if (plan->group <= 8) {
+            hl_sfaq_bf16_i8_656_d512_rope64_score_codes_avx512(w, b, plan->group, plan->scale_log2);
+            hl_sfaq_bf16_i8_656_d512_rope64_softmaxes_few_avx512(w, t, plan->group, b->n);
+            hl_sfaq_bf16_i8_656_d512_rope64_value_codes_avx512(w, t, b, plan->group);
+            return;
+        }
         const hl_block own = {w->own, b->n, 0, 0}; /* the block, decoded */
         hl_sfaq_bf16_i8_656_d512_rope64_load_avx512(w, b);
         /* S = scale Q K^T, in units of log2 */
@@ -9031,7 +10283,7 @@ HL_KERNEL_AVX512 void hl_sfaq_bf16_i8_656_d512_rope64_forward_avx512(
     const hl_state *t, hl_cursor c, int32_t padded)
 {
     enum { CAP = 240, AHEAD = 24 };
-    const int32_t block = plan->group > 32 ? 96 : plan->group <= 3 ? 16 : 96;
+    const int32_t block = plan->group > 32 ? 96 : 96;
     const hl_sparse_flash_attention_antiquant_args *const a = &plan->args;
     int32_t known = hl_sfaq_bf16_i8_656_d512_rope64_next(a, g, &c, w->row, CAP);
     int32_t more = known == CAP;
@@ -9155,7 +10407,7 @@ HL_WORD_AMX unsigned char *hl_sfaq_bf16_i8_656_d512_rope64_piece_amx(const hl_sp
 }
 
 /* Records are decoded once for all heads, into rows of bfloat16: those of the next block while the
- * matrix unit works on this one. A row is decoded in 5 pieces. */
+ * matrix unit works on this one. A row is decoded in 5 pieces: tiles, rotary channels. */
 typedef struct hl_sfaq_bf16_i8_656_d512_rope64_decoder_amx {
     const hl_row *row;  /* the records */
     unsigned char *to;
@@ -9168,18 +10420,7 @@ typedef struct hl_sfaq_bf16_i8_656_d512_rope64_decoder_amx {
     int32_t ready;      /* how many of them are there already */
 } hl_sfaq_bf16_i8_656_d512_rope64_decoder_amx;
 
-/* The rounded numbers of two vectors, as 32 words in their order. */
-HL_WORD_AMX __m512i hl_words_amx(__m512 x, __m512 y)
-{
-    const __m512i half = _mm512_set1_epi32(0x8000);
-    const __m512i high =
-        _mm512_set_epi16(63, 61, 59, 57, 55, 53, 51, 49, 47, 45, 43, 41, 39, 37, 35, 33, 31, 29, 27,
-                         25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
-    return _mm512_permutex2var_epi16(_mm512_add_epi32(_mm512_castps_si512(x), half), high,
-                                     _mm512_add_epi32(_mm512_castps_si512(y), half));
-}
-
-/* n of 32 numbers to their places in a row, to nearest, ties away from 0; 1 part. */
+/* n of 32 numbers to their places in a row, as bfloat16. */
 HL_WORD_AMX void hl_sfaq_bf16_i8_656_d512_rope64_put_words_amx(unsigned char *to, int32_t c,
     int32_t n, __m512 x, __m512 y)
 {
@@ -9267,15 +10508,12 @@ HL_WORD_AMX void hl_sfaq_bf16_i8_656_d512_rope64_decode_from_amx(
     d->known = known;
 }
 
-/* The rows of both halves of the panel; what no channel fills is 0. */
+/* The rows of both halves of the panel. */
 HL_KERNEL_AMX void hl_sfaq_bf16_i8_656_d512_rope64_own_rows_amx(const hl_space *w)
 {
     unsigned char *const panel = (unsigned char *)w->k + 78848;
     for (ptrdiff_t j = 0; j < 512; ++j) {
         unsigned char *const row = panel + j * 1152;
-        for (int32_t at = 0; at < 1152; at += 64) {
-            _mm512_storeu_si512(row + at, _mm512_setzero_si512());
-        }
         w->own[j].key = row;
         w->own[j].rope = row + 1024;
         w->own[j].value = row;

@@ -77,7 +77,8 @@
  * TILES
  *   On x86-64 Linux ..._plan and ..._isas ask the system once for the use of AMX tiles; where it
  *   says no, AVX-512 runs. A task leaves no tile configured; tiles of the caller's own are lost, as
- *   in any call (they are the caller's to save). There P is rounded to bfloat16 on its way to V
+ *   in any call (they are the caller's to save).
+ *   There P is rounded to bfloat16 on its way to V
  *   (float16: to two parts of it), subnormal bfloat16 numbers count as 0, an infinite float16 as
  *   NaN, and up to 16 heads a value that is not finite reaches the channel beside it.
  *

@@ -1,6 +1,7 @@
 """The NumPy binding: what it reads from a header, and its ways of failing."""
 
 import ctypes
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -142,6 +143,20 @@ def test_a_library_is_made_once(tmp_path, monkeypatch):
     assert bind.compile_c(files, flags=("-O1",)) != first
     assert bind.compile_c({"one.c": files["one.c"].replace("1;", "2;")}) != first
     assert len(list(tmp_path.iterdir())) == 3, "something was left behind"
+
+
+def test_who_comes_meanwhile_waits_for_the_library(tmp_path, monkeypatch):
+    """Several workers of one test run want the same: one compiles."""
+    monkeypatch.setenv("HEADLIGHT_CACHE", str(tmp_path / "cache"))
+    slow, log = tmp_path / "slow-cc", tmp_path / "log"
+    slow.write_text(f'#!/bin/sh\necho "$1" >>{log}\n[ "$1" = --version ] || sleep 0.3\ncc "$@"\n')
+    slow.chmod(0o755)
+    files = {"one.c": "int one(void);\nint one(void) { return 1; }\n"}
+    with ThreadPoolExecutor(4) as pool:
+        made = list(pool.map(lambda _: bind.compile_c(files, compiler=str(slow)), range(4)))
+    assert len(set(made)) == 1 and made[0].exists()
+    assert log.read_text().split().count("-O2") == 1
+    assert list((tmp_path / "cache").iterdir()) == [made[0]]
 
 
 def test_a_compiler_that_refuses_is_quoted(tmp_path, monkeypatch):

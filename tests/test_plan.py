@@ -131,7 +131,7 @@ size_t macro_partials(int64_t rows, int64_t heads, int64_t chunks)
 def test_macros_hold_what_plans_ask_for(name):
     """Workspace to the byte; partials at least, as the macro knows no head grouping."""
     k = kernel(name)
-    built = bind.load(text(name), flags=("-O1",), extra=MACROS.format(macro=k.macro))
+    built = bind.load(text(name), flags=("-O0",), extra=MACROS.format(macro=k.macro))
     workspace, partials = built.library.macro_workspace, built.library.macro_partials
     workspace.restype = partials.restype = ctypes.c_size_t
     partials.argtypes = (ctypes.c_int64,) * 3

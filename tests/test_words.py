@@ -10,17 +10,21 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import jinja2
+import ml_dtypes
 import numpy as np
 import pytest
 from helpers import BF16, WORDS_HERE
 from helpers_runner import AARCH64, QEMU, need_aarch64
 
-from gen import bind, spec
+from gen import bind, render, spec
+from gen.formats import CODES
 from gen.isa import ISAS, WORDS
 
 HERE = Path(__file__).resolve().parent
-N, ROW_MAX = 1 << 17, 40
+N, ROW_MAX, QUOTIENTS = 1 << 17, 40, 1 << 22
+E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
 ARRAYS = ("x", "y", "z", "tame", "fraction", "exponent", "small", "f16", "bf16", "power")
+ARRAYS += tuple(CODES)
 AT = {name: i for i, name in enumerate(ARRAYS)}
 BINARY = tuple(
     SimpleNamespace(name=n, x=AT[x], y=AT[y])
@@ -35,17 +39,24 @@ BINARY = tuple(
 UNARY = (
     SimpleNamespace(name="vround", x=AT["small"]),
     SimpleNamespace(name="vexp2", x=AT["power"]),
+    SimpleNamespace(name="vabs", x=AT["x"]),
 )
 MACHINES = {"here": WORDS_HERE, "aarch64": ("scalar", "neon")}
 
 
 @functools.cache
 def header_text() -> str:
-    """One header with all words: three kernels, one an element type."""
+    """One header with all words: three kernels, one an element type; behind them the words of the
+    formats that are no kernel's element type."""
     kernels = [
         {"op": "sparse_flash_attention", "dtype": t, "dk": 8} for t in ("f32", "f16", "bf16")
     ]
-    return bind.header_text(spec.parse_header({"name": "hl_words", "kernel": kernels}))
+    text = bind.header_text(spec.parse_header({"name": "hl_words", "kernel": kernels}))
+    for isa in ISAS.values():
+        if not isa.tiles:
+            words = render.words_page(isa, tuple(CODES), "builtin")
+            text += f"\n#if HL_HAS_{isa.macro}\n{words}#endif\n"
+    return text
 
 
 def defined_words(isa: str) -> set[str]:
@@ -66,7 +77,7 @@ def test_every_word_is_tested():
     source = (HERE / "words.c.j2").read_text()
     for word in WORDS:
         listed = word in {w.name for w in (*BINARY, *UNARY)}
-        general = re.sub(r"_(bf16|f16)(?=_n$|$)", "_{{ type }}", word)
+        general = re.sub(r"_(bf16|f16|i8|e4m3)(?=_n$|$)", "_{{ type }}", word)
         assert listed or f"hl_{general}{{{{ w }}}}" in source or f"hl_{word}_{{{{ type" in source, (
             word
         )
@@ -124,6 +135,69 @@ def near_halves(rng: np.random.Generator, dtype: np.dtype) -> np.ndarray:
     return rng.permutation(np.concatenate(around))[:N].astype(np.float32)
 
 
+def beside(x: np.ndarray) -> np.ndarray:
+    """Numbers, the next ones on both sides, and all of them with the other sign."""
+    near = [x, np.nextafter(x, np.float32(np.inf)), np.nextafter(x, np.float32(-np.inf))]
+    near = np.concatenate(near)
+    return np.concatenate([near, -near])
+
+
+def near_codes(rng: np.random.Generator, exact: np.ndarray, most: float) -> np.ndarray:
+    """The positive numbers of a format and what lies past them, the middles between neighbours, and
+    what is just beside; zeros; ordinary numbers, tiny ones, and large ones up to `most`."""
+    exact = exact.astype(np.float32)
+    hard = beside(np.concatenate([exact, (exact[1:] + exact[:-1]) / 2]))
+    hard = np.concatenate([hard, np.float32([0, -0.0, 1e-45, -1e-45, 1e-38, -1e-38, most, -most])])
+    made = rng.uniform(-1.1, 1.1, N) * exact.max()
+    made[: N // 4] = np.exp2(rng.uniform(-20, np.log2(most), N // 4)) * rng.choice([-1, 1], N // 4)
+    made = made.astype(np.float32)
+    made[-len(hard) :] = hard
+    return rng.permutation(made)
+
+
+def next_to_middles(rng: np.random.Generator, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """x and d whose quotient is as near to the middle of two float32 as one can be: as whole
+    numbers, 2^p x = m d + k with an odd m of 25 bits and k = -1 or 1. d between 1 and 2."""
+    d = rng.integers(1 << 22, 1 << 23, count, dtype=np.int64) * 2 + 1
+    k = rng.choice(np.array([-1, 1]), count)
+    p = rng.choice(np.array([24, 25]), count)  # 25: x < d
+    inverse = d.copy()
+    for _ in range(5):
+        inverse = inverse * (2 - d * inverse) & ((1 << 25) - 1)
+    m = -k * inverse & ((1 << p) - 1)
+    m += (m < 1 << 24).astype(np.int64) << 24
+    x = (m * d + k) >> p
+    good = ((x << p) == m * d + k) & (x >= 1 << 23) & (x < 1 << 24)
+    return (x[good] * 2.0**-23).astype(np.float32), (d[good] * 2.0**-23).astype(np.float32)
+
+
+@functools.cache
+def quotients() -> tuple[np.ndarray, np.ndarray]:
+    """What a cache is quantised by: d is the largest |x| by 127 or by 448, x as float32, float16 or
+    bfloat16 would be. A quarter are the hardest quotients there are."""
+    rng = np.random.default_rng(21)
+    kind = rng.integers(0, 3, QUOTIENTS)
+    cut = np.array([0, 0xFFFF, 0x1FFF], np.uint32)[kind]  # bits that bf16 and f16 do not have
+
+    def short(x: np.ndarray) -> np.ndarray:
+        return (x.view(np.uint32) & ~cut).view(np.float32)
+
+    most = short(np.exp2(rng.uniform(-81, 127.9, QUOTIENTS)).astype(np.float32))
+    d = most / rng.choice(np.array([127, 448], np.float32), QUOTIENTS)
+    size = np.where(rng.random(QUOTIENTS) < 0.8, rng.random(QUOTIENTS), 0)
+    size = np.maximum(size, np.exp2(rng.uniform(-18, 0, QUOTIENTS)))
+    size[:1000] = 1
+    x = short((most * size).astype(np.float32)) * rng.choice(np.float32([-1, 1]), QUOTIENTS)
+    x[1000:2000] = 0.0
+    x[2000:3000] = -0.0
+    hard = next_to_middles(rng, QUOTIENTS)
+    count = min(len(hard[0]), QUOTIENTS // 4)
+    scale = rng.integers(-90, 120, count).astype(np.int32)
+    d[-count:] = np.ldexp(hard[1][:count], scale)
+    x[-count:] = np.ldexp(hard[0][:count], scale + rng.integers(-12, 7, count).astype(np.int32))
+    return x, d
+
+
 @functools.cache
 def inputs() -> dict[str, np.ndarray]:
     rng = np.random.default_rng(20)
@@ -158,6 +232,8 @@ def inputs() -> dict[str, np.ndarray]:
         "f16": near_halves(rng, np.dtype(np.float16)),
         "bf16": near_halves(rng, BF16),
         "power": power,
+        "i8": near_codes(rng, np.arange(140), 2.0**22 - 1),
+        "e4m3": near_codes(rng, np.append(numbers_of("e4m3")[:127], 480), 2.0**20),
     }
 
 
@@ -179,7 +255,8 @@ def results(machine: str) -> dict[str, dict[str, np.ndarray]]:
         binary=BINARY,
         unary=UNARY,
         tame=AT["tame"],
-        type_input={"f16": AT["f16"], "bf16": AT["bf16"]},
+        type_input={name: AT[name] for name in ("f16", "bf16", *CODES)},
+        quotients=QUOTIENTS,
         row_max=ROW_MAX,
     )
     compiler = AARCH64 if machine == "aarch64" else "cc"
@@ -188,7 +265,8 @@ def results(machine: str) -> dict[str, dict[str, np.ndarray]]:
     )
     with tempfile.TemporaryDirectory() as folder:
         to, back = Path(folder) / "in", Path(folder) / "out"
-        to.write_bytes(b"".join(inputs()[name].tobytes() for name in ARRAYS))
+        arrays = [*(inputs()[name] for name in ARRAYS), *quotients()]
+        to.write_bytes(b"".join(array.tobytes() for array in arrays))
         command = [*(QEMU if machine == "aarch64" else ()), str(program), str(to), str(back)]
         run = subprocess.run(command, capture_output=True, text=True)
         assert run.returncode == 0, f"exit {run.returncode}: {run.stderr}"
@@ -231,6 +309,17 @@ class Pieces:
                 (self.take(lanes), self.take(n, np.uint16), self.take(lanes, np.uint16))
                 for n in range(1, lanes)
             ]
+        made["vquot"] = self.take(QUOTIENTS)
+        for kind in CODES:
+            made[f"loads_{kind}"] = [
+                (self.take((257 - n) * lanes).reshape(-1, lanes), self.take(lanes))
+                for n in range(1, lanes + 1)
+            ]
+            made[f"vstore_{kind}"] = self.take(N, np.uint8)
+            made[f"tails_{kind}"] = [
+                (self.take(n, np.uint8), self.take(lanes, np.uint8)) for n in range(1, lanes)
+            ]
+        made["flushed_e4m3"] = self.take(256)
         made["vpair"] = self.take(2 * lanes)
         for kind in ("f16", "bf16"):
             made[f"vpair_{kind}"] = self.take(65536)
@@ -268,6 +357,7 @@ def test_arithmetic(machine, isa):
         assert same(got["vmul"], x * y).all()
         larger = same(got["vmax"], np.where(x > y, x, y), zeros=True)  # a NaN in y stays,
         assert (larger | (np.isnan(x) & np.isnan(got["vmax"]))).all()  # one in x may
+        assert same(got["vabs"], abs(x)).all()
         assert same(got["vflush"], np.where(x < 0.5, np.float32(0), y)).all()
         exact = x.astype(np.float64) * y + z
         twice = (x * y + z).astype(np.float64)
@@ -370,6 +460,68 @@ def test_conversions(machine, isa, kind):
     assert not wrong.any(), (inputs()[kind][wrong][:5], got[f"vstore_{kind}"][wrong][:5])
 
 
+def numbers_of(kind: str) -> np.ndarray:
+    """What the 256 codes of a format stand for."""
+    codes = np.arange(256, dtype=np.uint8)
+    return codes.view(E4M3 if kind == "e4m3" else np.int8).astype(np.float32)
+
+
+def codes_of(kind: str, x: np.ndarray) -> np.ndarray:
+    """The codes that numbers are stored as."""
+    if kind == "e4m3":
+        return np.clip(x, -448, 448).astype(E4M3).view(np.uint8)
+    return np.clip(np.rint(x), -127, 127).astype(np.int8).view(np.uint8)
+
+
+def test_the_codes_expected_are_the_nearest_ones():
+    """ml_dtypes against a search among all codes in float64, where no two are equally near."""
+    x = inputs()["e4m3"][:4096]
+    finite = np.delete(np.arange(256), [0x7F, 0xFF])
+    far = abs(numbers_of("e4m3")[finite].astype(np.float64) - x[:, None].astype(np.float64))
+    chosen = abs(numbers_of("e4m3")[codes_of("e4m3", x)].astype(np.float64) - x)
+    assert (chosen == far.min(axis=1)).all()
+
+
+@BY_ISA
+@pytest.mark.parametrize("kind", CODES)
+def test_codes_are_read(machine, isa, kind):
+    """All 256, in every lane of a vector and of every tail."""
+    got, lanes, exact = of(machine, isa), ISAS[isa].lanes, numbers_of(kind)
+    for n, (loaded, first) in enumerate(got[f"loads_{kind}"], 1):
+        at = np.arange(257 - n)[:, None] + np.arange(lanes)
+        inside = np.arange(lanes) < n
+        want = np.where(inside, exact[np.minimum(at, 255)], np.float32(0))
+        assert same(loaded, want).all(), n
+        assert same(first, np.where(inside, exact[1 : 1 + lanes], np.float32(0))).all(), n
+
+
+@BY_ISA
+@pytest.mark.parametrize("kind", CODES)
+def test_codes_are_written(machine, isa, kind):
+    """The nearest one, from everywhere between them and past them; tails touch nothing else."""
+    got, lanes, x = of(machine, isa), ISAS[isa].lanes, inputs()[kind]
+    want = codes_of(kind, x)
+    wrong = got[f"vstore_{kind}"] != want
+    assert not wrong.any(), (x[wrong][:5], got[f"vstore_{kind}"][wrong][:5], want[wrong][:5])
+    for n, (last, first) in enumerate(got[f"tails_{kind}"], 1):
+        assert (last == want[:n]).all() and (first[:n] == want[:n]).all(), n
+        assert (first[n:] == 0x55).all() and len(first) == lanes, n
+
+
+@BY_ISA
+def test_codes_are_read_where_subnormal_numbers_are_flushed(machine, isa):
+    assert same(of(machine, isa)["flushed_e4m3"], numbers_of("e4m3")).all()
+
+
+@BY_ISA
+def test_quotients_are_rounded_as_division_rounds(machine, isa):
+    got = of(machine, isa)["vquot"]
+    x, d = quotients()
+    want = x / d
+    wrong = got.view(np.uint32) != want.view(np.uint32)
+    assert not wrong.any(), (wrong.sum(), x[wrong][:5], d[wrong][:5], got[wrong][:5])
+
+
 @BY_ISA
 def test_rows_are_padded_with_zeros(machine, isa):
     got, lanes = of(machine, isa), ISAS[isa].lanes
@@ -389,7 +541,7 @@ def test_rows_are_padded_with_zeros(machine, isa):
 def test_wide_words_are_the_scalar_ones(isa):
     """Where a word rounds once, all instruction sets agree in every bit."""
     wide, scalar = results("here")[isa], results("here")["scalar"]
-    for word in ("vadd", "vsub", "vmul", "vflush", "vload_f16", "vload_bf16"):
+    for word in ("vadd", "vsub", "vmul", "vflush", "vload_f16", "vload_bf16", "vabs"):
         assert same(wide[word], scalar[word]).all(), word
     normal = abs(wide["vscale"]) >= 2.0**-126
     assert same(wide["vscale"], scalar["vscale"])[normal].all()
