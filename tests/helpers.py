@@ -118,10 +118,10 @@ RECORD_TABLES: dict[str, dict[str, Any]] = {
             ],
             "tile": 16,
         },
-        {  # one scale a row, no rotary channels
+        {  # whole vectors of codes, which few heads read where they are; no rotary channels
             "name": "i8_alone",
-            "fields": [field("scale", "f32", 1), field("nope", "i8", 80)],
-            "tile": 80,
+            "fields": [field("scale", "f32", 3), field("nope", "i8", 96)],
+            "tile": 32,
         },
         {  # as fp8_v4 in small
             "name": "fp8_page",
@@ -131,11 +131,11 @@ RECORD_TABLES: dict[str, dict[str, Any]] = {
             "page_multiple": 96,
             "dv": 96,
         },
-        {  # other numbers behind a page, in tails
+        {  # such codes too, other numbers behind a page, and nothing that fills it up
             "name": "i8_page",
-            "fields": [field("nope", "i8", 40), field("rope", "query", 6)],
-            "tile": 16,
-            "behind": [field("pad", "bytes", 4), field("scale", "f32", 3)],
+            "fields": [field("nope", "i8", 64), field("rope", "query", 6)],
+            "tile": 32,
+            "behind": [field("pad", "bytes", 4), field("scale", "f32", 2)],
         },
     )
 }
