@@ -30,7 +30,7 @@ def pieces_of(plan):
 
 def words_of(place):
     """A field, with the words that read and write it."""
-    words = FORMAT_WORDS[place.type.name] if place.type.name in FORMAT_WORDS else {}
+    words = FORMAT_WORDS.get(place.type.name, {})
     return SimpleNamespace(
         type=place.type.name,
         title=place.type.title,
