@@ -117,7 +117,7 @@ RECORDS = {
 @dataclass(frozen=True)
 class Scaled:
     """Plain tensors of codes, K and V apart, with scales in a tensor of their own:
-    number = (code + offset) * scale."""
+    number = (code + offset) * scale. Read by render.scaled_page; no operator has them yet."""
 
     name: str
     type: str  # of CODES

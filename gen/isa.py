@@ -144,6 +144,7 @@ WORDS = {
     "vstore_i8_n": "as vstore_n",
     "vload_e4m3": "as vload, from FP8 E4M3",
     "vload_e4m3_n": "as vload_n",
+    "vwiden_e4m3": "4 * lanes codes to as many numbers of bfloat16, which hold them exactly",
     "vstore_e4m3": "as vstore, rounded to nearest even, never past +-448; x is finite",
     "vstore_e4m3_n": "as vstore_n",
     "vrow": "a whole stored row to float32 (templates/kv)",

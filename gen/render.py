@@ -10,7 +10,7 @@ import jinja2
 
 from gen import ABI, __version__, matrix, memory, tiling
 from gen.fill import WIDTH, refill
-from gen.formats import FORMATS
+from gen.formats import CODES, FORMATS
 from gen.isa import FORMAT_WORDS, ISAS
 from gen.names import OPERATORS, Speller
 from gen.record import formats_of, record_view
@@ -201,6 +201,25 @@ def row_of(isa, name):
         load=words["load"],
         load_n=words["load_n"],
     )
+
+
+def scaled_page(isa, scaled):
+    """The loader of a row whose scales are in tensors of their own."""
+    words = FORMAT_WORDS[scaled.type]
+    by_channel = scaled.per == "channel"
+    row = SimpleNamespace(
+        guard=f"HL_VROW_{scaled.name.upper()}_{isa.macro}",
+        word=f"hl_vrow_{scaled.name}_{isa.name}",
+        name=scaled.name,
+        c_type=CODES[scaled.type].c_type,
+        by_channel=by_channel,
+        formula="(code + offset) * scale" if by_channel else "code * scale",
+        parameters="const float *scale, const float *offset" if by_channel else "float scale",
+        load=words["load"],
+        load_n=words["load_n"],
+    )
+    text = page("kv/scaled.h.j2", isa=isa, row=row)
+    return Speller("hl", isa=isa.name, words=isa.words).spell(text)
 
 
 def words_page(isa, formats, math):

@@ -216,6 +216,11 @@ class Codes:
 
     most: int  # up to so many heads
     block: int  # keys of a block
+    lean_block: int  # and with up to `lean` heads
+    widen: int  # codes that are widened at a time; 0: they are read in place
+    c_type: str  # of what is read
+    load: str
+    weights_at: int  # floats in front of scaled weights, where widened rows are
     ahead: int  # keys between one that is scored and the one that is asked for meanwhile
     lines: tuple  # bytes of a tile of channels at which lines start
     rest: tuple  # and bytes of what is behind the codes
@@ -296,7 +301,7 @@ class Tile:
     @property
     def block_c(self):
         few = str(self.few_block)
-        lean = self.few_block if self.codes else self.lean_block  # records are small
+        lean = self.codes.lean_block if self.codes else self.lean_block
         if lean != self.few_block:
             few = f"plan->group <= {self.lean} ? {lean} : {few}"
         return few if self.few == "all" else f"plan->group > {self.few} ? {self.block} : {few}"
@@ -497,21 +502,27 @@ def lean_block(kernel):
     return max(16, LEAN_BYTES // row // 16 * 16)
 
 
-# Up to so many heads codes are read where they are stored: more share the work of decoding them.
-CODES_MOST = {"avx2": 8, "avx512": 8}
-CODES_TYPES = ("i8",)  # numbers after two instructions; those of e4m3 take seven
+# Up to so many heads sums are of codes: more share the work of decoding them.
+CODES_MOST = {"i8": 8, "e4m3": 4}
+CODES_ISAS = ("avx2", "avx512")
+# Codes that are numbers after two instructions are read in place; of others the block is first
+# widened to bfloat16, which is half as much to write as float32. widen: codes a word takes.
+CODES_WIDE = {"i8": 0, "e4m3": 4}
+CODES_LEAN = 16 * 1024  # bytes of widened rows that stay in the first-level cache, for `lean` heads
 CODES_ONCE = {"avx2": {4: 2, 2: 2, 1: 1}, "avx512": {4: 4, 2: 4, 1: 1}}
 
 
 def codes_of(kernel, isa, registers):
     """The tiles of a record whose channels are whole vectors; None for others."""
     record, lanes = kernel.record, isa.lanes
-    if record is None or isa.name not in CODES_MOST:
+    if record is None or isa.name not in CODES_ISAS:
         return None
     plan = layout(record, kernel.dtype)
     rope = plan.place("rope")
     whole = record.tile % (2 * lanes) == 0 and kernel.dk % record.tile == 0
-    if plan.place("nope").type.name not in CODES_TYPES or not whole or kernel.dv != kernel.dk:
+    kind = plan.place("nope").type.name
+    widen = CODES_WIDE[kind] * lanes
+    if not whole or kernel.dv != kernel.dk or (widen and kernel.dk % widen != 0):
         return None
     count = record.count("scale")
     made = []
@@ -523,13 +534,20 @@ def codes_of(kernel, isa, registers):
     behind = tuple(at for at in range(kernel.dk, plan.bytes, LINE_BYTES))
     rope_words = FORMAT_WORDS[rope.type.name] if rope else {"load": "", "load_n": ""}
     return Codes(
-        most=CODES_MOST[isa.name],
+        most=CODES_MOST[kind],
         block=registers["few_block"],
         ahead=registers["few_ahead"],
         lines=tuple(range(0, record.tile, LINE_BYTES)),
         rest=(*behind, plan.bytes - 1),
         tiles=tuple(made),
         step=registers["few_block"] * max(t.heads for t in made),
+        lean_block=min(registers["few_block"], max(16, CODES_LEAN // (2 * kernel.dk) // 16 * 16))
+        if widen
+        else registers["few_block"],
+        widen=widen,
+        c_type="uint16_t" if widen else "uint8_t",
+        load=FORMAT_WORDS["bf16" if widen else kind]["load"],
+        weights_at=registers["few_block"] * (-(-kernel.dk // 2)) if widen else 0,
         rope=rope_words["load"],
         rope_n=rope_words["load_n"],
         rope_whole=kernel.rope // lanes * lanes,

@@ -1300,6 +1300,12 @@ HL_WORD_SCALAR void hl_vstore_e4m3_n_scalar(uint8_t *p, int32_t n, hl_vf_scalar 
 {
     if (n > 0) *p = hl_e4m3_of_float(x);
 }
+HL_WORD_SCALAR void hl_vwiden_e4m3_scalar(const uint8_t *p, uint16_t *to)
+{
+    for (int32_t i = 0; i < 4; ++i) {
+        to[i] = hl_bf16_of_float(hl_float_of_e4m3(p[i]));
+    }
+}
 
 #endif
 #ifndef HL_VEXP2_SCALAR
@@ -1490,6 +1496,24 @@ HL_WORD_NEON void hl_vstore_e4m3_n_neon(uint8_t *p, int32_t n, hl_vf_neon x)
     hl_put_codes_neon(p, n, vmovn_u16(vcombine_u16(both, both)));
 }
 HL_WORD_NEON void hl_vstore_e4m3_neon(uint8_t *p, hl_vf_neon x) { hl_vstore_e4m3_n_neon(p, 4, x); }
+/* To bfloat16, byte by byte: the upper one is the exponent with another bias, the lower one what is
+ * left of the digits; subnormal numbers, of which there are 8, come out of a table. */
+HL_WORD_NEON void hl_vwiden_e4m3_neon(const uint8_t *p, uint16_t *to)
+{
+    const uint8x16_t table = vreinterpretq_u8_u64(vdupq_n_u64(0x3c3c3c3c3b3b3b00u));
+    const uint8x16_t table_low = vreinterpretq_u8_u64(vdupq_n_u64(0x60402000c0800000u));
+    const uint8x16_t x = vld1q_u8(p);
+    const uint8x16_t rest = vandq_u8(x, vdupq_n_u8(0x7f));
+    const uint8x16_t small = vcltq_u8(rest, vdupq_n_u8(8));
+    const uint8x16_t nan = vceqq_u8(rest, vdupq_n_u8(0x7f));
+    const uint8x16_t sign = vandq_u8(x, vdupq_n_u8(0x80));
+    const uint8x16_t three = vaddq_u8(vshrq_n_u8(rest, 4), vdupq_n_u8(0x3c));
+    const uint8x16_t high = vbslq_u8(small, vqtbl1q_u8(table, rest), vorrq_u8(three, nan));
+    const uint8x16_t low = vbslq_u8(small, vqtbl1q_u8(table_low, rest), vshlq_n_u8(x, 4));
+    const uint8x16_t upper = vorrq_u8(vandq_u8(high, vdupq_n_u8(0x7f)), sign);
+    vst1q_u16(to, vreinterpretq_u16_u8(vzip1q_u8(vorrq_u8(low, nan), upper)));
+    vst1q_u16(to + 8, vreinterpretq_u16_u8(vzip2q_u8(vorrq_u8(low, nan), upper)));
+}
 
 #endif
 #ifndef HL_VEXP2_NEON
@@ -1676,6 +1700,29 @@ HL_WORD_AVX2 hl_vf_avx2 hl_vload_e4m3_avx2(const uint8_t *p)
     const __m128i nan = _mm_cmpeq_epi16(rest, _mm_set1_epi16(0x3f80));
     const __m128i half = _mm_and_si128(wide, _mm_set1_epi16(-0x4001));
     return _mm256_mul_ps(_mm256_cvtph_ps(_mm_or_si128(half, nan)), _mm256_set1_ps(256.0f));
+}
+/* To bfloat16, byte by byte: the upper one is the exponent with another bias, the lower one what is
+ * left of the digits; subnormal numbers, of which there are 8, come out of a table. */
+HL_WORD_AVX2 void hl_vwiden_e4m3_avx2(const uint8_t *p, uint16_t *to)
+{
+    const __m256i loaded = _mm256_loadu_si256((const __m256i *)(const void *)p);
+    const __m256i x = _mm256_permute4x64_epi64(loaded, 0xd8);
+    const __m256i rest = _mm256_and_si256(x, _mm256_set1_epi8(0x7f));
+    const __m256i small = _mm256_cmpgt_epi8(_mm256_set1_epi8(8), rest);
+    const __m256i nan = _mm256_cmpeq_epi8(rest, _mm256_set1_epi8(0x7f));
+    const __m256i table = _mm256_set1_epi64x(0x3c3c3c3c3b3b3b00);
+    const __m256i table_low = _mm256_set1_epi64x(0x60402000c0800000);
+    const __m256i three = _mm256_and_si256(_mm256_srli_epi16(rest, 4), _mm256_set1_epi8(7));
+    const __m256i shifted = _mm256_and_si256(_mm256_slli_epi16(x, 4), _mm256_set1_epi8(-16));
+    const __m256i sign = _mm256_and_si256(x, _mm256_set1_epi8(-128));
+    __m256i high = _mm256_add_epi8(three, _mm256_set1_epi8(0x3c));
+    __m256i low = _mm256_blendv_epi8(shifted, _mm256_shuffle_epi8(table_low, rest), small);
+    high = _mm256_blendv_epi8(high, _mm256_shuffle_epi8(table, rest), small);
+    high = _mm256_or_si256(high, nan); /* all bits but the sign's, which is put right below */
+    high = _mm256_or_si256(_mm256_and_si256(high, _mm256_set1_epi8(0x7f)), sign);
+    low = _mm256_or_si256(low, nan);
+    _mm256_storeu_si256((__m256i *)(void *)to, _mm256_unpacklo_epi8(low, high));
+    _mm256_storeu_si256((__m256i *)(void *)(to + 16), _mm256_unpackhi_epi8(low, high));
 }
 /* There is no masked load of 8-bit lanes: the few go through memory of our own. */
 HL_WORD_AVX2 hl_vf_avx2 hl_vload_e4m3_n_avx2(const uint8_t *p, int32_t n)
@@ -1943,6 +1990,28 @@ HL_WORD_AVX512 hl_vf_avx512 hl_widen_e4m3_avx512(__m128i codes)
 }
 /* Small numbers: adding 2^14 leaves units of 2^-9. Others: just under half of the last place kept
  * is added. */
+/* To bfloat16, byte by byte: the upper one is the exponent with another bias, the lower one what is
+ * left of the digits; subnormal numbers, of which there are 8, come out of a table. */
+HL_WORD_AVX512 void hl_vwiden_e4m3_avx512(const uint8_t *p, uint16_t *to)
+{
+    const __m512i order = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
+    const __m512i x = _mm512_maskz_permutexvar_epi64((__mmask8)0xff, order, _mm512_loadu_si512(p));
+    const __m512i rest = _mm512_and_si512(x, _mm512_set1_epi8(0x7f));
+    const __mmask64 small = _mm512_cmplt_epu8_mask(rest, _mm512_set1_epi8(8));
+    const __mmask64 nan = _mm512_cmpeq_epi8_mask(rest, _mm512_set1_epi8(0x7f));
+    const __m512i table = _mm512_set4_epi32(0, 0, 0x3c3c3c3c, 0x3b3b3b00);
+    const __m512i table_low = _mm512_set4_epi32(0, 0, 0x60402000, (int32_t)0xc0800000u);
+    const __m512i three = _mm512_and_si512(_mm512_srli_epi16(rest, 4), _mm512_set1_epi8(7));
+    const __m512i shifted = _mm512_and_si512(_mm512_slli_epi16(x, 4), _mm512_set1_epi8(-16));
+    __m512i high = _mm512_add_epi8(three, _mm512_set1_epi8(0x3c));
+    __m512i low = _mm512_mask_shuffle_epi8(shifted, small, table_low, rest);
+    high = _mm512_mask_shuffle_epi8(high, small, table, rest);
+    high = _mm512_mask_mov_epi8(high, nan, _mm512_set1_epi8(0x7f));
+    low = _mm512_mask_mov_epi8(low, nan, _mm512_set1_epi8(-64));
+    high = _mm512_or_si512(high, _mm512_and_si512(x, _mm512_set1_epi8(-128)));
+    _mm512_storeu_si512(to, _mm512_unpacklo_epi8(low, high));
+    _mm512_storeu_si512(to + 32, _mm512_unpackhi_epi8(low, high));
+}
 HL_WORD_AVX512 __m128i hl_narrow_e4m3_avx512(hl_vf_avx512 x)
 {
     const __mmask16 all = hl_all_avx512();
@@ -6711,6 +6780,470 @@ HL_KERNEL_AVX2 void hl_sfaq_bf16_fp8_656_d512_rope64_slots_value_few_avx2(const 
     }
 }
 
+/* ---- few heads: codes are widened to bfloat16, which holds them exactly ----
+ *
+ * That is half as much to write as float32. Scales come in once for 128 channels: score
+ * scales sums of codes, value scales the weights. */
+
+/* The block's codes; its scales and rotary channels are read where they are stored. Meanwhile
+ * records are asked for that lie 8 further on. */
+HL_KERNEL_AVX2 void hl_sfaq_bf16_fp8_656_d512_rope64_slots_widen_avx2(const hl_space *w,
+    const hl_block *b)
+{
+    uint16_t *to = (uint16_t *)(void *)w->k;
+    for (int32_t j = 0; j < b->n; ++j, to += 512) {
+        const uint8_t *const code = (const uint8_t *)b->row[j].key;
+        if (j + 8 < b->n + b->n_later) {
+            hl_sfaq_bf16_fp8_656_d512_rope64_slots_fetch_record_avx2(&b->row[j + 8]);
+        }
+        for (int32_t c = 0; c < 512; c += 32) {
+            hl_vwiden_e4m3_avx2(code + c, to + c);
+        }
+        w->own[j].key = to;
+        w->own[j].rope = b->row[j].rope;
+        w->own[j].value = b->row[j].value;
+    }
+}
+/* 4 heads by 2 keys. Behind the last key its row is taken again.
+ */
+HL_KERNEL_AVX2 void hl_sfaq_bf16_fp8_656_d512_rope64_slots_dot_codes_4_avx2(const float *q,
+    const hl_row *row, int32_t last, float *s, float scale)
+{
+    enum { L = 8, QS = 576, TILE = 128 };
+    hl_vf_avx2 all[8];
+    for (int32_t j = 0; j < 2; j += 2) {
+        const hl_row *const row0 = row + (last < j + 0 ? last : j + 0);
+        const uint16_t *const k0 = (const uint16_t *)row0->key;
+        const uint16_t *const e0 = (const uint16_t *)row0->rope;
+        hl_vf_avx2 s0_0 = hl_vzero_avx2();
+        hl_vf_avx2 s1_0 = hl_vzero_avx2();
+        hl_vf_avx2 s2_0 = hl_vzero_avx2();
+        hl_vf_avx2 s3_0 = hl_vzero_avx2();
+        const hl_row *const row1 = row + (last < j + 1 ? last : j + 1);
+        const uint16_t *const k1 = (const uint16_t *)row1->key;
+        const uint16_t *const e1 = (const uint16_t *)row1->rope;
+        hl_vf_avx2 s0_1 = hl_vzero_avx2();
+        hl_vf_avx2 s1_1 = hl_vzero_avx2();
+        hl_vf_avx2 s2_1 = hl_vzero_avx2();
+        hl_vf_avx2 s3_1 = hl_vzero_avx2();
+        for (int32_t c = 0; c < 64; c += L) {
+            hl_vf_avx2 v;
+            v = hl_vload_bf16_avx2(e0 + c);
+            s0_0 = hl_vfma_avx2(v, hl_vload_avx2(q + 0 * QS + 512 + c), s0_0);
+            s1_0 = hl_vfma_avx2(v, hl_vload_avx2(q + 1 * QS + 512 + c), s1_0);
+            s2_0 = hl_vfma_avx2(v, hl_vload_avx2(q + 2 * QS + 512 + c), s2_0);
+            s3_0 = hl_vfma_avx2(v, hl_vload_avx2(q + 3 * QS + 512 + c), s3_0);
+            v = hl_vload_bf16_avx2(e1 + c);
+            s0_1 = hl_vfma_avx2(v, hl_vload_avx2(q + 0 * QS + 512 + c), s0_1);
+            s1_1 = hl_vfma_avx2(v, hl_vload_avx2(q + 1 * QS + 512 + c), s1_1);
+            s2_1 = hl_vfma_avx2(v, hl_vload_avx2(q + 2 * QS + 512 + c), s2_1);
+            s3_1 = hl_vfma_avx2(v, hl_vload_avx2(q + 3 * QS + 512 + c), s3_1);
+        }
+        all[(j + 0) * 4 + 0] = s0_0;
+        all[(j + 0) * 4 + 1] = s1_0;
+        all[(j + 0) * 4 + 2] = s2_0;
+        all[(j + 0) * 4 + 3] = s3_0;
+        all[(j + 1) * 4 + 0] = s0_1;
+        all[(j + 1) * 4 + 1] = s1_1;
+        all[(j + 1) * 4 + 2] = s2_1;
+        all[(j + 1) * 4 + 3] = s3_1;
+        for (int32_t u = 0; u < 4; ++u) {
+            hl_vf_avx2 x;
+            s0_0 = hl_vzero_avx2();
+            s1_0 = hl_vzero_avx2();
+            s2_0 = hl_vzero_avx2();
+            s3_0 = hl_vzero_avx2();
+            s0_1 = hl_vzero_avx2();
+            s1_1 = hl_vzero_avx2();
+            s2_1 = hl_vzero_avx2();
+            s3_1 = hl_vzero_avx2();
+            for (int32_t c = u * TILE; c < (u + 1) * TILE; c += L) {
+                hl_vf_avx2 v;
+                const hl_vf_avx2 q0 = hl_vkeep_avx2(hl_vload_avx2(q + 0 * QS + c));
+                const hl_vf_avx2 q1 = hl_vkeep_avx2(hl_vload_avx2(q + 1 * QS + c));
+                const hl_vf_avx2 q2 = hl_vkeep_avx2(hl_vload_avx2(q + 2 * QS + c));
+                const hl_vf_avx2 q3 = hl_vkeep_avx2(hl_vload_avx2(q + 3 * QS + c));
+                v = hl_vload_bf16_avx2(k0 + c);
+                s0_0 = hl_vfma_avx2(v, q0, s0_0);
+                s1_0 = hl_vfma_avx2(v, q1, s1_0);
+                s2_0 = hl_vfma_avx2(v, q2, s2_0);
+                s3_0 = hl_vfma_avx2(v, q3, s3_0);
+                v = hl_vload_bf16_avx2(k1 + c);
+                s0_1 = hl_vfma_avx2(v, q0, s0_1);
+                s1_1 = hl_vfma_avx2(v, q1, s1_1);
+                s2_1 = hl_vfma_avx2(v, q2, s2_1);
+                s3_1 = hl_vfma_avx2(v, q3, s3_1);
+            }
+            x = hl_vset_avx2(hl_sfaq_bf16_fp8_656_d512_rope64_slots_scale(row0->value, u));
+            all[(j + 0) * 4 + 0] =
+                hl_vfma_avx2(x, s0_0, all[(j + 0) * 4 + 0]);
+            all[(j + 0) * 4 + 1] =
+                hl_vfma_avx2(x, s1_0, all[(j + 0) * 4 + 1]);
+            all[(j + 0) * 4 + 2] =
+                hl_vfma_avx2(x, s2_0, all[(j + 0) * 4 + 2]);
+            all[(j + 0) * 4 + 3] =
+                hl_vfma_avx2(x, s3_0, all[(j + 0) * 4 + 3]);
+            x = hl_vset_avx2(hl_sfaq_bf16_fp8_656_d512_rope64_slots_scale(row1->value, u));
+            all[(j + 1) * 4 + 0] =
+                hl_vfma_avx2(x, s0_1, all[(j + 1) * 4 + 0]);
+            all[(j + 1) * 4 + 1] =
+                hl_vfma_avx2(x, s1_1, all[(j + 1) * 4 + 1]);
+            all[(j + 1) * 4 + 2] =
+                hl_vfma_avx2(x, s2_1, all[(j + 1) * 4 + 2]);
+            all[(j + 1) * 4 + 3] =
+                hl_vfma_avx2(x, s3_1, all[(j + 1) * 4 + 3]);
+        }
+    }
+    for (int32_t i = 0; i < 8; i += L) {
+        hl_vstore_avx2(s + i, hl_vmul_avx2(hl_vsums_avx2(all + i), hl_vset_avx2(scale)));
+    }
+}
+
+/* 2 heads by 4 keys. Behind the last key its row is taken again.
+ */
+HL_KERNEL_AVX2 void hl_sfaq_bf16_fp8_656_d512_rope64_slots_dot_codes_2_avx2(const float *q,
+    const hl_row *row, int32_t last, float *s, float scale)
+{
+    enum { L = 8, QS = 576, TILE = 128 };
+    hl_vf_avx2 all[8];
+    for (int32_t j = 0; j < 4; j += 2) {
+        const hl_row *const row0 = row + (last < j + 0 ? last : j + 0);
+        const uint16_t *const k0 = (const uint16_t *)row0->key;
+        const uint16_t *const e0 = (const uint16_t *)row0->rope;
+        hl_vf_avx2 s0_0 = hl_vzero_avx2();
+        hl_vf_avx2 s1_0 = hl_vzero_avx2();
+        const hl_row *const row1 = row + (last < j + 1 ? last : j + 1);
+        const uint16_t *const k1 = (const uint16_t *)row1->key;
+        const uint16_t *const e1 = (const uint16_t *)row1->rope;
+        hl_vf_avx2 s0_1 = hl_vzero_avx2();
+        hl_vf_avx2 s1_1 = hl_vzero_avx2();
+        for (int32_t c = 0; c < 64; c += L) {
+            hl_vf_avx2 v;
+            v = hl_vload_bf16_avx2(e0 + c);
+            s0_0 = hl_vfma_avx2(v, hl_vload_avx2(q + 0 * QS + 512 + c), s0_0);
+            s1_0 = hl_vfma_avx2(v, hl_vload_avx2(q + 1 * QS + 512 + c), s1_0);
+            v = hl_vload_bf16_avx2(e1 + c);
+            s0_1 = hl_vfma_avx2(v, hl_vload_avx2(q + 0 * QS + 512 + c), s0_1);
+            s1_1 = hl_vfma_avx2(v, hl_vload_avx2(q + 1 * QS + 512 + c), s1_1);
+        }
+        all[(j + 0) * 2 + 0] = s0_0;
+        all[(j + 0) * 2 + 1] = s1_0;
+        all[(j + 1) * 2 + 0] = s0_1;
+        all[(j + 1) * 2 + 1] = s1_1;
+        for (int32_t u = 0; u < 4; ++u) {
+            hl_vf_avx2 x;
+            s0_0 = hl_vzero_avx2();
+            s1_0 = hl_vzero_avx2();
+            s0_1 = hl_vzero_avx2();
+            s1_1 = hl_vzero_avx2();
+            for (int32_t c = u * TILE; c < (u + 1) * TILE; c += L) {
+                hl_vf_avx2 v;
+                const hl_vf_avx2 q0 = hl_vkeep_avx2(hl_vload_avx2(q + 0 * QS + c));
+                const hl_vf_avx2 q1 = hl_vkeep_avx2(hl_vload_avx2(q + 1 * QS + c));
+                v = hl_vload_bf16_avx2(k0 + c);
+                s0_0 = hl_vfma_avx2(v, q0, s0_0);
+                s1_0 = hl_vfma_avx2(v, q1, s1_0);
+                v = hl_vload_bf16_avx2(k1 + c);
+                s0_1 = hl_vfma_avx2(v, q0, s0_1);
+                s1_1 = hl_vfma_avx2(v, q1, s1_1);
+            }
+            x = hl_vset_avx2(hl_sfaq_bf16_fp8_656_d512_rope64_slots_scale(row0->value, u));
+            all[(j + 0) * 2 + 0] =
+                hl_vfma_avx2(x, s0_0, all[(j + 0) * 2 + 0]);
+            all[(j + 0) * 2 + 1] =
+                hl_vfma_avx2(x, s1_0, all[(j + 0) * 2 + 1]);
+            x = hl_vset_avx2(hl_sfaq_bf16_fp8_656_d512_rope64_slots_scale(row1->value, u));
+            all[(j + 1) * 2 + 0] =
+                hl_vfma_avx2(x, s0_1, all[(j + 1) * 2 + 0]);
+            all[(j + 1) * 2 + 1] =
+                hl_vfma_avx2(x, s1_1, all[(j + 1) * 2 + 1]);
+        }
+    }
+    for (int32_t i = 0; i < 8; i += L) {
+        hl_vstore_avx2(s + i, hl_vmul_avx2(hl_vsums_avx2(all + i), hl_vset_avx2(scale)));
+    }
+}
+
+/* 1 head by 8 keys. Behind the last key its row is taken again.
+ */
+HL_KERNEL_AVX2 void hl_sfaq_bf16_fp8_656_d512_rope64_slots_dot_codes_1_avx2(const float *q,
+    const hl_row *row, int32_t last, float *s, float scale)
+{
+    enum { L = 8, QS = 576, TILE = 128 };
+    hl_vf_avx2 all[8];
+    for (int32_t j = 0; j < 8; j += 1) {
+        const hl_row *const row0 = row + (last < j + 0 ? last : j + 0);
+        const uint16_t *const k0 = (const uint16_t *)row0->key;
+        const uint16_t *const e0 = (const uint16_t *)row0->rope;
+        hl_vf_avx2 s0_0 = hl_vzero_avx2();
+        for (int32_t c = 0; c < 64; c += L) {
+            hl_vf_avx2 v;
+            v = hl_vload_bf16_avx2(e0 + c);
+            s0_0 = hl_vfma_avx2(v, hl_vload_avx2(q + 0 * QS + 512 + c), s0_0);
+        }
+        {
+            hl_vf_avx2 x0 = hl_vzero_avx2();
+            hl_vf_avx2 x1 = hl_vzero_avx2();
+            hl_vf_avx2 x2 = hl_vzero_avx2();
+            hl_vf_avx2 x3 = hl_vzero_avx2();
+            for (int32_t c = 0; c < TILE; c += L) {
+                x0 =
+                    hl_vfma_avx2(hl_vload_bf16_avx2(k0 + 0 * TILE + c),
+                                 hl_vload_avx2(q + 0 * TILE + c), x0);
+                x1 =
+                    hl_vfma_avx2(hl_vload_bf16_avx2(k0 + 1 * TILE + c),
+                                 hl_vload_avx2(q + 1 * TILE + c), x1);
+                x2 =
+                    hl_vfma_avx2(hl_vload_bf16_avx2(k0 + 2 * TILE + c),
+                                 hl_vload_avx2(q + 2 * TILE + c), x2);
+                x3 =
+                    hl_vfma_avx2(hl_vload_bf16_avx2(k0 + 3 * TILE + c),
+                                 hl_vload_avx2(q + 3 * TILE + c), x3);
+            }
+            s0_0 =
+                hl_vfma_avx2(hl_vset_avx2(hl_sfaq_bf16_fp8_656_d512_rope64_slots_scale(row0->value,
+                    0)), x0, s0_0);
+            s0_0 =
+                hl_vfma_avx2(hl_vset_avx2(hl_sfaq_bf16_fp8_656_d512_rope64_slots_scale(row0->value,
+                    1)), x1, s0_0);
+            s0_0 =
+                hl_vfma_avx2(hl_vset_avx2(hl_sfaq_bf16_fp8_656_d512_rope64_slots_scale(row0->value,
+                    2)), x2, s0_0);
+            s0_0 =
+                hl_vfma_avx2(hl_vset_avx2(hl_sfaq_bf16_fp8_656_d512_rope64_slots_scale(row0->value,
+                    3)), x3, s0_0);
+        }
+        all[j] = s0_0;
+    }
+    for (int32_t i = 0; i < 8; i += L) {
+        hl_vstore_avx2(s + i, hl_vmul_avx2(hl_vsums_avx2(all + i), hl_vset_avx2(scale)));
+    }
+}
+
+/* Scores lie as [key][head], for the heads of one tile together. */
+HL_KERNEL_AVX2 void hl_sfaq_bf16_fp8_656_d512_rope64_slots_score_codes_avx2(const hl_space *w,
+    const hl_block *b, int32_t group, float scale)
+{
+    enum { QS = 576, BLOCK = 48 };
+    int32_t h = 0;
+    for (; h + 4 <= group; h += 4) {
+        for (int32_t j = 0; j < b->n; j += 2) {
+            const float *const q = w->q + (ptrdiff_t)h * QS;
+            float *const s = w->s + h * BLOCK + j * 4;
+            hl_sfaq_bf16_fp8_656_d512_rope64_slots_dot_codes_4_avx2(q, b->row + j, b->n - 1 - j, s,
+                scale);
+        }
+    }
+    for (; h + 2 <= group; h += 2) {
+        for (int32_t j = 0; j < b->n; j += 4) {
+            const float *const q = w->q + (ptrdiff_t)h * QS;
+            float *const s = w->s + h * BLOCK + j * 2;
+            hl_sfaq_bf16_fp8_656_d512_rope64_slots_dot_codes_2_avx2(q, b->row + j, b->n - 1 - j, s,
+                scale);
+        }
+    }
+    for (; h + 1 <= group; h += 1) {
+        for (int32_t j = 0; j < b->n; j += 8) {
+            const float *const q = w->q + (ptrdiff_t)h * QS;
+            float *const s = w->s + h * BLOCK + j * 1;
+            hl_sfaq_bf16_fp8_656_d512_rope64_slots_dot_codes_1_avx2(q, b->row + j, b->n - 1 - j, s,
+                scale);
+        }
+    }
+}
+
+/* P of one tile of heads times the scales of V, a copy for each tile of channels. */
+HL_KERNEL_AVX2 void hl_sfaq_bf16_fp8_656_d512_rope64_slots_scale_weights_avx2(const float *p,
+    const hl_row *row, int32_t n, int32_t heads, float *to)
+{
+    for (int32_t j = 0; j < n; ++j) {
+        for (int32_t u = 0; u < 4; ++u) {
+            const float scale = hl_sfaq_bf16_fp8_656_d512_rope64_slots_scale(row[j].value, u);
+            for (int32_t h = 0; h < heads; ++h) {
+                to[u * 192 + j * heads + h] = p[j * heads + h] * scale;
+            }
+        }
+    }
+}
+
+/* 4 heads by 2 vectors of channels. */
+HL_KERNEL_AVX2 void hl_sfaq_bf16_fp8_656_d512_rope64_slots_pv_codes_4_avx2(const float *p,
+    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n)
+{
+    enum { L = 8, OS = 512 };
+    hl_vf_avx2 o0_0 = hl_vzero_avx2();
+    hl_vf_avx2 o0_1 = hl_vzero_avx2();
+    hl_vf_avx2 o1_0 = hl_vzero_avx2();
+    hl_vf_avx2 o1_1 = hl_vzero_avx2();
+    hl_vf_avx2 o2_0 = hl_vzero_avx2();
+    hl_vf_avx2 o2_1 = hl_vzero_avx2();
+    hl_vf_avx2 o3_0 = hl_vzero_avx2();
+    hl_vf_avx2 o3_1 = hl_vzero_avx2();
+    for (int32_t j = 0; j < n; ++j) {
+        const uint16_t *const value = (const uint16_t *)row[j].key + c;
+        hl_vf_avx2 x;
+        const hl_vf_avx2 v0 = hl_vload_bf16_avx2(value + 0 * L);
+        const hl_vf_avx2 v1 = hl_vload_bf16_avx2(value + 1 * L);
+        x = hl_vset_avx2(p[j * 4 + 0]);
+        o0_0 = hl_vfma_avx2(x, v0, o0_0);
+        o0_1 = hl_vfma_avx2(x, v1, o0_1);
+        x = hl_vset_avx2(p[j * 4 + 1]);
+        o1_0 = hl_vfma_avx2(x, v0, o1_0);
+        o1_1 = hl_vfma_avx2(x, v1, o1_1);
+        x = hl_vset_avx2(p[j * 4 + 2]);
+        o2_0 = hl_vfma_avx2(x, v0, o2_0);
+        o2_1 = hl_vfma_avx2(x, v1, o2_1);
+        x = hl_vset_avx2(p[j * 4 + 3]);
+        o3_0 = hl_vfma_avx2(x, v0, o3_0);
+        o3_1 = hl_vfma_avx2(x, v1, o3_1);
+    }
+    hl_vstore_avx2(o + 0 * OS + 0 * L,
+                   hl_vfma_avx2(hl_vset_avx2(alpha[0]), hl_vload_avx2(o + 0 * OS + 0 * L), o0_0));
+    hl_vstore_avx2(o + 0 * OS + 1 * L,
+                   hl_vfma_avx2(hl_vset_avx2(alpha[0]), hl_vload_avx2(o + 0 * OS + 1 * L), o0_1));
+    hl_vstore_avx2(o + 1 * OS + 0 * L,
+                   hl_vfma_avx2(hl_vset_avx2(alpha[1]), hl_vload_avx2(o + 1 * OS + 0 * L), o1_0));
+    hl_vstore_avx2(o + 1 * OS + 1 * L,
+                   hl_vfma_avx2(hl_vset_avx2(alpha[1]), hl_vload_avx2(o + 1 * OS + 1 * L), o1_1));
+    hl_vstore_avx2(o + 2 * OS + 0 * L,
+                   hl_vfma_avx2(hl_vset_avx2(alpha[2]), hl_vload_avx2(o + 2 * OS + 0 * L), o2_0));
+    hl_vstore_avx2(o + 2 * OS + 1 * L,
+                   hl_vfma_avx2(hl_vset_avx2(alpha[2]), hl_vload_avx2(o + 2 * OS + 1 * L), o2_1));
+    hl_vstore_avx2(o + 3 * OS + 0 * L,
+                   hl_vfma_avx2(hl_vset_avx2(alpha[3]), hl_vload_avx2(o + 3 * OS + 0 * L), o3_0));
+    hl_vstore_avx2(o + 3 * OS + 1 * L,
+                   hl_vfma_avx2(hl_vset_avx2(alpha[3]), hl_vload_avx2(o + 3 * OS + 1 * L), o3_1));
+}
+
+/* 2 heads by 4 vectors of channels. */
+HL_KERNEL_AVX2 void hl_sfaq_bf16_fp8_656_d512_rope64_slots_pv_codes_2_avx2(const float *p,
+    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n)
+{
+    enum { L = 8, OS = 512 };
+    hl_vf_avx2 o0_0 = hl_vzero_avx2();
+    hl_vf_avx2 o0_1 = hl_vzero_avx2();
+    hl_vf_avx2 o0_2 = hl_vzero_avx2();
+    hl_vf_avx2 o0_3 = hl_vzero_avx2();
+    hl_vf_avx2 o1_0 = hl_vzero_avx2();
+    hl_vf_avx2 o1_1 = hl_vzero_avx2();
+    hl_vf_avx2 o1_2 = hl_vzero_avx2();
+    hl_vf_avx2 o1_3 = hl_vzero_avx2();
+    for (int32_t j = 0; j < n; ++j) {
+        const uint16_t *const value = (const uint16_t *)row[j].key + c;
+        hl_vf_avx2 x;
+        const hl_vf_avx2 v0 = hl_vload_bf16_avx2(value + 0 * L);
+        const hl_vf_avx2 v1 = hl_vload_bf16_avx2(value + 1 * L);
+        const hl_vf_avx2 v2 = hl_vload_bf16_avx2(value + 2 * L);
+        const hl_vf_avx2 v3 = hl_vload_bf16_avx2(value + 3 * L);
+        x = hl_vset_avx2(p[j * 2 + 0]);
+        o0_0 = hl_vfma_avx2(x, v0, o0_0);
+        o0_1 = hl_vfma_avx2(x, v1, o0_1);
+        o0_2 = hl_vfma_avx2(x, v2, o0_2);
+        o0_3 = hl_vfma_avx2(x, v3, o0_3);
+        x = hl_vset_avx2(p[j * 2 + 1]);
+        o1_0 = hl_vfma_avx2(x, v0, o1_0);
+        o1_1 = hl_vfma_avx2(x, v1, o1_1);
+        o1_2 = hl_vfma_avx2(x, v2, o1_2);
+        o1_3 = hl_vfma_avx2(x, v3, o1_3);
+    }
+    hl_vstore_avx2(o + 0 * OS + 0 * L,
+                   hl_vfma_avx2(hl_vset_avx2(alpha[0]), hl_vload_avx2(o + 0 * OS + 0 * L), o0_0));
+    hl_vstore_avx2(o + 0 * OS + 1 * L,
+                   hl_vfma_avx2(hl_vset_avx2(alpha[0]), hl_vload_avx2(o + 0 * OS + 1 * L), o0_1));
+    hl_vstore_avx2(o + 0 * OS + 2 * L,
+                   hl_vfma_avx2(hl_vset_avx2(alpha[0]), hl_vload_avx2(o + 0 * OS + 2 * L), o0_2));
+    hl_vstore_avx2(o + 0 * OS + 3 * L,
+                   hl_vfma_avx2(hl_vset_avx2(alpha[0]), hl_vload_avx2(o + 0 * OS + 3 * L), o0_3));
+    hl_vstore_avx2(o + 1 * OS + 0 * L,
+                   hl_vfma_avx2(hl_vset_avx2(alpha[1]), hl_vload_avx2(o + 1 * OS + 0 * L), o1_0));
+    hl_vstore_avx2(o + 1 * OS + 1 * L,
+                   hl_vfma_avx2(hl_vset_avx2(alpha[1]), hl_vload_avx2(o + 1 * OS + 1 * L), o1_1));
+    hl_vstore_avx2(o + 1 * OS + 2 * L,
+                   hl_vfma_avx2(hl_vset_avx2(alpha[1]), hl_vload_avx2(o + 1 * OS + 2 * L), o1_2));
+    hl_vstore_avx2(o + 1 * OS + 3 * L,
+                   hl_vfma_avx2(hl_vset_avx2(alpha[1]), hl_vload_avx2(o + 1 * OS + 3 * L), o1_3));
+}
+
+/* 1 head by 8 vectors of channels. */
+HL_KERNEL_AVX2 void hl_sfaq_bf16_fp8_656_d512_rope64_slots_pv_codes_1_avx2(const float *p,
+    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n)
+{
+    enum { L = 8, OS = 512 };
+    hl_vf_avx2 o0_0 = hl_vzero_avx2();
+    hl_vf_avx2 o0_1 = hl_vzero_avx2();
+    hl_vf_avx2 o0_2 = hl_vzero_avx2();
+    hl_vf_avx2 o0_3 = hl_vzero_avx2();
+    hl_vf_avx2 o0_4 = hl_vzero_avx2();
+    hl_vf_avx2 o0_5 = hl_vzero_avx2();
+    hl_vf_avx2 o0_6 = hl_vzero_avx2();
+    hl_vf_avx2 o0_7 = hl_vzero_avx2();
+    for (int32_t j = 0; j < n; ++j) {
+        const uint16_t *const value = (const uint16_t *)row[j].key + c;
+        hl_vf_avx2 x;
+        x = hl_vset_avx2(p[j]);
+        o0_0 = hl_vfma_avx2(x, hl_vload_bf16_avx2(value + 0 * L), o0_0);
+        o0_1 = hl_vfma_avx2(x, hl_vload_bf16_avx2(value + 1 * L), o0_1);
+        o0_2 = hl_vfma_avx2(x, hl_vload_bf16_avx2(value + 2 * L), o0_2);
+        o0_3 = hl_vfma_avx2(x, hl_vload_bf16_avx2(value + 3 * L), o0_3);
+        o0_4 = hl_vfma_avx2(x, hl_vload_bf16_avx2(value + 4 * L), o0_4);
+        o0_5 = hl_vfma_avx2(x, hl_vload_bf16_avx2(value + 5 * L), o0_5);
+        o0_6 = hl_vfma_avx2(x, hl_vload_bf16_avx2(value + 6 * L), o0_6);
+        o0_7 = hl_vfma_avx2(x, hl_vload_bf16_avx2(value + 7 * L), o0_7);
+    }
+    hl_vstore_avx2(o + 0 * OS + 0 * L,
+                   hl_vfma_avx2(hl_vset_avx2(alpha[0]), hl_vload_avx2(o + 0 * OS + 0 * L), o0_0));
+    hl_vstore_avx2(o + 0 * OS + 1 * L,
+                   hl_vfma_avx2(hl_vset_avx2(alpha[0]), hl_vload_avx2(o + 0 * OS + 1 * L), o0_1));
+    hl_vstore_avx2(o + 0 * OS + 2 * L,
+                   hl_vfma_avx2(hl_vset_avx2(alpha[0]), hl_vload_avx2(o + 0 * OS + 2 * L), o0_2));
+    hl_vstore_avx2(o + 0 * OS + 3 * L,
+                   hl_vfma_avx2(hl_vset_avx2(alpha[0]), hl_vload_avx2(o + 0 * OS + 3 * L), o0_3));
+    hl_vstore_avx2(o + 0 * OS + 4 * L,
+                   hl_vfma_avx2(hl_vset_avx2(alpha[0]), hl_vload_avx2(o + 0 * OS + 4 * L), o0_4));
+    hl_vstore_avx2(o + 0 * OS + 5 * L,
+                   hl_vfma_avx2(hl_vset_avx2(alpha[0]), hl_vload_avx2(o + 0 * OS + 5 * L), o0_5));
+    hl_vstore_avx2(o + 0 * OS + 6 * L,
+                   hl_vfma_avx2(hl_vset_avx2(alpha[0]), hl_vload_avx2(o + 0 * OS + 6 * L), o0_6));
+    hl_vstore_avx2(o + 0 * OS + 7 * L,
+                   hl_vfma_avx2(hl_vset_avx2(alpha[0]), hl_vload_avx2(o + 0 * OS + 7 * L), o0_7));
+}
+
+HL_KERNEL_AVX2 void hl_sfaq_bf16_fp8_656_d512_rope64_slots_value_codes_avx2(const hl_space *w,
+    const hl_state *t, const hl_block *b, int32_t group)
+{
+    enum { L = 8, OS = 512, BLOCK = 48 };
+    enum { DV = 512, TILE = 128, STEP = 192 };
+    float *const p = w->k + 12288; /* where no row is decoded */
+    int32_t h = 0;
+    for (; h + 4 <= group; h += 4) {
+        float *const o = t->o + (ptrdiff_t)h * OS;
+        hl_sfaq_bf16_fp8_656_d512_rope64_slots_scale_weights_avx2(w->s + h * BLOCK, b->row, b->n, 4,
+            p);
+        for (int32_t c = 0; c < DV; c += 2 * L) {
+            hl_sfaq_bf16_fp8_656_d512_rope64_slots_pv_codes_4_avx2(p + c / TILE * STEP, b->row, c, o
+                + c, t->alpha + h, b->n);
+        }
+    }
+    for (; h + 2 <= group; h += 2) {
+        float *const o = t->o + (ptrdiff_t)h * OS;
+        hl_sfaq_bf16_fp8_656_d512_rope64_slots_scale_weights_avx2(w->s + h * BLOCK, b->row, b->n, 2,
+            p);
+        for (int32_t c = 0; c < DV; c += 4 * L) {
+            hl_sfaq_bf16_fp8_656_d512_rope64_slots_pv_codes_2_avx2(p + c / TILE * STEP, b->row, c, o
+                + c, t->alpha + h, b->n);
+        }
+    }
+    for (; h + 1 <= group; h += 1) {
+        float *const o = t->o + (ptrdiff_t)h * OS;
+        hl_sfaq_bf16_fp8_656_d512_rope64_slots_scale_weights_avx2(w->s + h * BLOCK, b->row, b->n, 1,
+            p);
+        for (int32_t c = 0; c < DV; c += 8 * L) {
+            hl_sfaq_bf16_fp8_656_d512_rope64_slots_pv_codes_1_avx2(p + c / TILE * STEP, b->row, c, o
+                + c, t->alpha + h, b->n);
+        }
+    }
+}
+
 /* ---- finish: O / l, converted; max, sum and LSE ---- */
 
 HL_KERNEL_AVX2 void hl_sfaq_bf16_fp8_656_d512_rope64_slots_store_out_avx2(
@@ -6904,6 +7437,16 @@ HL_KERNEL_AVX2 void hl_sfaq_bf16_fp8_656_d512_rope64_slots_block_avx2(
     const hl_block *b, int32_t padded)
 {
     if (plan->group <= 16) {
+        if (plan->group <= 4) {
+            const hl_block wide = {w->own, b->n, 0, 0};
+            hl_sfaq_bf16_fp8_656_d512_rope64_slots_widen_avx2(w, b);
+            b = &wide;
+            hl_sfaq_bf16_fp8_656_d512_rope64_slots_score_codes_avx2(w, b, plan->group,
+                plan->scale_log2);
+            hl_sfaq_bf16_fp8_656_d512_rope64_slots_softmaxes_few_avx2(w, t, plan->group, b->n);
+            hl_sfaq_bf16_fp8_656_d512_rope64_slots_value_codes_avx2(w, t, b, plan->group);
+            return;
+        }
         const hl_block own = {w->own, b->n, 0, 0}; /* the block, decoded */
         hl_sfaq_bf16_fp8_656_d512_rope64_slots_load_avx2(w, b);
         /* S = scale Q K^T, in units of log2 */
@@ -8998,6 +9541,692 @@ HL_KERNEL_AVX512 void hl_sfaq_bf16_fp8_656_d512_rope64_slots_value_few_avx512(co
     }
 }
 
+/* ---- few heads: codes are widened to bfloat16, which holds them exactly ----
+ *
+ * That is half as much to write as float32. Scales come in once for 128 channels: score
+ * scales sums of codes, value scales the weights. */
+
+/* The block's codes; its scales and rotary channels are read where they are stored. Meanwhile
+ * records are asked for that lie 8 further on. */
+HL_KERNEL_AVX512 void hl_sfaq_bf16_fp8_656_d512_rope64_slots_widen_avx512(const hl_space *w,
+    const hl_block *b)
+{
+    uint16_t *to = (uint16_t *)(void *)w->k;
+    for (int32_t j = 0; j < b->n; ++j, to += 512) {
+        const uint8_t *const code = (const uint8_t *)b->row[j].key;
+        if (j + 8 < b->n + b->n_later) {
+            hl_sfaq_bf16_fp8_656_d512_rope64_slots_fetch_record_avx512(&b->row[j + 8]);
+        }
+        for (int32_t c = 0; c < 512; c += 64) {
+            hl_vwiden_e4m3_avx512(code + c, to + c);
+        }
+        w->own[j].key = to;
+        w->own[j].rope = b->row[j].rope;
+        w->own[j].value = b->row[j].value;
+    }
+}
+/* 4 heads by 4 keys. Behind the last key its row is taken again.
+ */
+HL_KERNEL_AVX512 void hl_sfaq_bf16_fp8_656_d512_rope64_slots_dot_codes_4_avx512(const float *q,
+    const hl_row *row, int32_t last, float *s, float scale)
+{
+    enum { L = 16, QS = 576, TILE = 128 };
+    hl_vf_avx512 all[16];
+    for (int32_t j = 0; j < 4; j += 4) {
+        const hl_row *const row0 = row + (last < j + 0 ? last : j + 0);
+        const uint16_t *const k0 = (const uint16_t *)row0->key;
+        const uint16_t *const e0 = (const uint16_t *)row0->rope;
+        hl_vf_avx512 s0_0 = hl_vzero_avx512();
+        hl_vf_avx512 s1_0 = hl_vzero_avx512();
+        hl_vf_avx512 s2_0 = hl_vzero_avx512();
+        hl_vf_avx512 s3_0 = hl_vzero_avx512();
+        const hl_row *const row1 = row + (last < j + 1 ? last : j + 1);
+        const uint16_t *const k1 = (const uint16_t *)row1->key;
+        const uint16_t *const e1 = (const uint16_t *)row1->rope;
+        hl_vf_avx512 s0_1 = hl_vzero_avx512();
+        hl_vf_avx512 s1_1 = hl_vzero_avx512();
+        hl_vf_avx512 s2_1 = hl_vzero_avx512();
+        hl_vf_avx512 s3_1 = hl_vzero_avx512();
+        const hl_row *const row2 = row + (last < j + 2 ? last : j + 2);
+        const uint16_t *const k2 = (const uint16_t *)row2->key;
+        const uint16_t *const e2 = (const uint16_t *)row2->rope;
+        hl_vf_avx512 s0_2 = hl_vzero_avx512();
+        hl_vf_avx512 s1_2 = hl_vzero_avx512();
+        hl_vf_avx512 s2_2 = hl_vzero_avx512();
+        hl_vf_avx512 s3_2 = hl_vzero_avx512();
+        const hl_row *const row3 = row + (last < j + 3 ? last : j + 3);
+        const uint16_t *const k3 = (const uint16_t *)row3->key;
+        const uint16_t *const e3 = (const uint16_t *)row3->rope;
+        hl_vf_avx512 s0_3 = hl_vzero_avx512();
+        hl_vf_avx512 s1_3 = hl_vzero_avx512();
+        hl_vf_avx512 s2_3 = hl_vzero_avx512();
+        hl_vf_avx512 s3_3 = hl_vzero_avx512();
+        for (int32_t c = 0; c < 64; c += L) {
+            hl_vf_avx512 v;
+            v = hl_vload_bf16_avx512(e0 + c);
+            s0_0 = hl_vfma_avx512(v, hl_vload_avx512(q + 0 * QS + 512 + c), s0_0);
+            s1_0 = hl_vfma_avx512(v, hl_vload_avx512(q + 1 * QS + 512 + c), s1_0);
+            s2_0 = hl_vfma_avx512(v, hl_vload_avx512(q + 2 * QS + 512 + c), s2_0);
+            s3_0 = hl_vfma_avx512(v, hl_vload_avx512(q + 3 * QS + 512 + c), s3_0);
+            v = hl_vload_bf16_avx512(e1 + c);
+            s0_1 = hl_vfma_avx512(v, hl_vload_avx512(q + 0 * QS + 512 + c), s0_1);
+            s1_1 = hl_vfma_avx512(v, hl_vload_avx512(q + 1 * QS + 512 + c), s1_1);
+            s2_1 = hl_vfma_avx512(v, hl_vload_avx512(q + 2 * QS + 512 + c), s2_1);
+            s3_1 = hl_vfma_avx512(v, hl_vload_avx512(q + 3 * QS + 512 + c), s3_1);
+            v = hl_vload_bf16_avx512(e2 + c);
+            s0_2 = hl_vfma_avx512(v, hl_vload_avx512(q + 0 * QS + 512 + c), s0_2);
+            s1_2 = hl_vfma_avx512(v, hl_vload_avx512(q + 1 * QS + 512 + c), s1_2);
+            s2_2 = hl_vfma_avx512(v, hl_vload_avx512(q + 2 * QS + 512 + c), s2_2);
+            s3_2 = hl_vfma_avx512(v, hl_vload_avx512(q + 3 * QS + 512 + c), s3_2);
+            v = hl_vload_bf16_avx512(e3 + c);
+            s0_3 = hl_vfma_avx512(v, hl_vload_avx512(q + 0 * QS + 512 + c), s0_3);
+            s1_3 = hl_vfma_avx512(v, hl_vload_avx512(q + 1 * QS + 512 + c), s1_3);
+            s2_3 = hl_vfma_avx512(v, hl_vload_avx512(q + 2 * QS + 512 + c), s2_3);
+            s3_3 = hl_vfma_avx512(v, hl_vload_avx512(q + 3 * QS + 512 + c), s3_3);
+        }
+        all[(j + 0) * 4 + 0] = s0_0;
+        all[(j + 0) * 4 + 1] = s1_0;
+        all[(j + 0) * 4 + 2] = s2_0;
+        all[(j + 0) * 4 + 3] = s3_0;
+        all[(j + 1) * 4 + 0] = s0_1;
+        all[(j + 1) * 4 + 1] = s1_1;
+        all[(j + 1) * 4 + 2] = s2_1;
+        all[(j + 1) * 4 + 3] = s3_1;
+        all[(j + 2) * 4 + 0] = s0_2;
+        all[(j + 2) * 4 + 1] = s1_2;
+        all[(j + 2) * 4 + 2] = s2_2;
+        all[(j + 2) * 4 + 3] = s3_2;
+        all[(j + 3) * 4 + 0] = s0_3;
+        all[(j + 3) * 4 + 1] = s1_3;
+        all[(j + 3) * 4 + 2] = s2_3;
+        all[(j + 3) * 4 + 3] = s3_3;
+        for (int32_t u = 0; u < 4; ++u) {
+            hl_vf_avx512 x;
+            s0_0 = hl_vzero_avx512();
+            s1_0 = hl_vzero_avx512();
+            s2_0 = hl_vzero_avx512();
+            s3_0 = hl_vzero_avx512();
+            s0_1 = hl_vzero_avx512();
+            s1_1 = hl_vzero_avx512();
+            s2_1 = hl_vzero_avx512();
+            s3_1 = hl_vzero_avx512();
+            s0_2 = hl_vzero_avx512();
+            s1_2 = hl_vzero_avx512();
+            s2_2 = hl_vzero_avx512();
+            s3_2 = hl_vzero_avx512();
+            s0_3 = hl_vzero_avx512();
+            s1_3 = hl_vzero_avx512();
+            s2_3 = hl_vzero_avx512();
+            s3_3 = hl_vzero_avx512();
+            for (int32_t c = u * TILE; c < (u + 1) * TILE; c += L) {
+                hl_vf_avx512 v;
+                const hl_vf_avx512 q0 = hl_vkeep_avx512(hl_vload_avx512(q + 0 * QS + c));
+                const hl_vf_avx512 q1 = hl_vkeep_avx512(hl_vload_avx512(q + 1 * QS + c));
+                const hl_vf_avx512 q2 = hl_vkeep_avx512(hl_vload_avx512(q + 2 * QS + c));
+                const hl_vf_avx512 q3 = hl_vkeep_avx512(hl_vload_avx512(q + 3 * QS + c));
+                v = hl_vload_bf16_avx512(k0 + c);
+                s0_0 = hl_vfma_avx512(v, q0, s0_0);
+                s1_0 = hl_vfma_avx512(v, q1, s1_0);
+                s2_0 = hl_vfma_avx512(v, q2, s2_0);
+                s3_0 = hl_vfma_avx512(v, q3, s3_0);
+                v = hl_vload_bf16_avx512(k1 + c);
+                s0_1 = hl_vfma_avx512(v, q0, s0_1);
+                s1_1 = hl_vfma_avx512(v, q1, s1_1);
+                s2_1 = hl_vfma_avx512(v, q2, s2_1);
+                s3_1 = hl_vfma_avx512(v, q3, s3_1);
+                v = hl_vload_bf16_avx512(k2 + c);
+                s0_2 = hl_vfma_avx512(v, q0, s0_2);
+                s1_2 = hl_vfma_avx512(v, q1, s1_2);
+                s2_2 = hl_vfma_avx512(v, q2, s2_2);
+                s3_2 = hl_vfma_avx512(v, q3, s3_2);
+                v = hl_vload_bf16_avx512(k3 + c);
+                s0_3 = hl_vfma_avx512(v, q0, s0_3);
+                s1_3 = hl_vfma_avx512(v, q1, s1_3);
+                s2_3 = hl_vfma_avx512(v, q2, s2_3);
+                s3_3 = hl_vfma_avx512(v, q3, s3_3);
+            }
+            x = hl_vset_avx512(hl_sfaq_bf16_fp8_656_d512_rope64_slots_scale(row0->value, u));
+            all[(j + 0) * 4 + 0] =
+                hl_vfma_avx512(x, s0_0, all[(j + 0) * 4 + 0]);
+            all[(j + 0) * 4 + 1] =
+                hl_vfma_avx512(x, s1_0, all[(j + 0) * 4 + 1]);
+            all[(j + 0) * 4 + 2] =
+                hl_vfma_avx512(x, s2_0, all[(j + 0) * 4 + 2]);
+            all[(j + 0) * 4 + 3] =
+                hl_vfma_avx512(x, s3_0, all[(j + 0) * 4 + 3]);
+            x = hl_vset_avx512(hl_sfaq_bf16_fp8_656_d512_rope64_slots_scale(row1->value, u));
+            all[(j + 1) * 4 + 0] =
+                hl_vfma_avx512(x, s0_1, all[(j + 1) * 4 + 0]);
+            all[(j + 1) * 4 + 1] =
+                hl_vfma_avx512(x, s1_1, all[(j + 1) * 4 + 1]);
+            all[(j + 1) * 4 + 2] =
+                hl_vfma_avx512(x, s2_1, all[(j + 1) * 4 + 2]);
+            all[(j + 1) * 4 + 3] =
+                hl_vfma_avx512(x, s3_1, all[(j + 1) * 4 + 3]);
+            x = hl_vset_avx512(hl_sfaq_bf16_fp8_656_d512_rope64_slots_scale(row2->value, u));
+            all[(j + 2) * 4 + 0] =
+                hl_vfma_avx512(x, s0_2, all[(j + 2) * 4 + 0]);
+            all[(j + 2) * 4 + 1] =
+                hl_vfma_avx512(x, s1_2, all[(j + 2) * 4 + 1]);
+            all[(j + 2) * 4 + 2] =
+                hl_vfma_avx512(x, s2_2, all[(j + 2) * 4 + 2]);
+            all[(j + 2) * 4 + 3] =
+                hl_vfma_avx512(x, s3_2, all[(j + 2) * 4 + 3]);
+            x = hl_vset_avx512(hl_sfaq_bf16_fp8_656_d512_rope64_slots_scale(row3->value, u));
+            all[(j + 3) * 4 + 0] =
+                hl_vfma_avx512(x, s0_3, all[(j + 3) * 4 + 0]);
+            all[(j + 3) * 4 + 1] =
+                hl_vfma_avx512(x, s1_3, all[(j + 3) * 4 + 1]);
+            all[(j + 3) * 4 + 2] =
+                hl_vfma_avx512(x, s2_3, all[(j + 3) * 4 + 2]);
+            all[(j + 3) * 4 + 3] =
+                hl_vfma_avx512(x, s3_3, all[(j + 3) * 4 + 3]);
+        }
+    }
+    for (int32_t i = 0; i < 16; i += L) {
+        hl_vstore_avx512(s + i, hl_vmul_avx512(hl_vsums_avx512(all + i), hl_vset_avx512(scale)));
+    }
+}
+
+/* 2 heads by 8 keys. Behind the last key its row is taken again.
+ */
+HL_KERNEL_AVX512 void hl_sfaq_bf16_fp8_656_d512_rope64_slots_dot_codes_2_avx512(const float *q,
+    const hl_row *row, int32_t last, float *s, float scale)
+{
+    enum { L = 16, QS = 576, TILE = 128 };
+    hl_vf_avx512 all[16];
+    for (int32_t j = 0; j < 8; j += 4) {
+        const hl_row *const row0 = row + (last < j + 0 ? last : j + 0);
+        const uint16_t *const k0 = (const uint16_t *)row0->key;
+        const uint16_t *const e0 = (const uint16_t *)row0->rope;
+        hl_vf_avx512 s0_0 = hl_vzero_avx512();
+        hl_vf_avx512 s1_0 = hl_vzero_avx512();
+        const hl_row *const row1 = row + (last < j + 1 ? last : j + 1);
+        const uint16_t *const k1 = (const uint16_t *)row1->key;
+        const uint16_t *const e1 = (const uint16_t *)row1->rope;
+        hl_vf_avx512 s0_1 = hl_vzero_avx512();
+        hl_vf_avx512 s1_1 = hl_vzero_avx512();
+        const hl_row *const row2 = row + (last < j + 2 ? last : j + 2);
+        const uint16_t *const k2 = (const uint16_t *)row2->key;
+        const uint16_t *const e2 = (const uint16_t *)row2->rope;
+        hl_vf_avx512 s0_2 = hl_vzero_avx512();
+        hl_vf_avx512 s1_2 = hl_vzero_avx512();
+        const hl_row *const row3 = row + (last < j + 3 ? last : j + 3);
+        const uint16_t *const k3 = (const uint16_t *)row3->key;
+        const uint16_t *const e3 = (const uint16_t *)row3->rope;
+        hl_vf_avx512 s0_3 = hl_vzero_avx512();
+        hl_vf_avx512 s1_3 = hl_vzero_avx512();
+        for (int32_t c = 0; c < 64; c += L) {
+            hl_vf_avx512 v;
+            v = hl_vload_bf16_avx512(e0 + c);
+            s0_0 = hl_vfma_avx512(v, hl_vload_avx512(q + 0 * QS + 512 + c), s0_0);
+            s1_0 = hl_vfma_avx512(v, hl_vload_avx512(q + 1 * QS + 512 + c), s1_0);
+            v = hl_vload_bf16_avx512(e1 + c);
+            s0_1 = hl_vfma_avx512(v, hl_vload_avx512(q + 0 * QS + 512 + c), s0_1);
+            s1_1 = hl_vfma_avx512(v, hl_vload_avx512(q + 1 * QS + 512 + c), s1_1);
+            v = hl_vload_bf16_avx512(e2 + c);
+            s0_2 = hl_vfma_avx512(v, hl_vload_avx512(q + 0 * QS + 512 + c), s0_2);
+            s1_2 = hl_vfma_avx512(v, hl_vload_avx512(q + 1 * QS + 512 + c), s1_2);
+            v = hl_vload_bf16_avx512(e3 + c);
+            s0_3 = hl_vfma_avx512(v, hl_vload_avx512(q + 0 * QS + 512 + c), s0_3);
+            s1_3 = hl_vfma_avx512(v, hl_vload_avx512(q + 1 * QS + 512 + c), s1_3);
+        }
+        all[(j + 0) * 2 + 0] = s0_0;
+        all[(j + 0) * 2 + 1] = s1_0;
+        all[(j + 1) * 2 + 0] = s0_1;
+        all[(j + 1) * 2 + 1] = s1_1;
+        all[(j + 2) * 2 + 0] = s0_2;
+        all[(j + 2) * 2 + 1] = s1_2;
+        all[(j + 3) * 2 + 0] = s0_3;
+        all[(j + 3) * 2 + 1] = s1_3;
+        for (int32_t u = 0; u < 4; ++u) {
+            hl_vf_avx512 x;
+            s0_0 = hl_vzero_avx512();
+            s1_0 = hl_vzero_avx512();
+            s0_1 = hl_vzero_avx512();
+            s1_1 = hl_vzero_avx512();
+            s0_2 = hl_vzero_avx512();
+            s1_2 = hl_vzero_avx512();
+            s0_3 = hl_vzero_avx512();
+            s1_3 = hl_vzero_avx512();
+            for (int32_t c = u * TILE; c < (u + 1) * TILE; c += L) {
+                hl_vf_avx512 v;
+                const hl_vf_avx512 q0 = hl_vkeep_avx512(hl_vload_avx512(q + 0 * QS + c));
+                const hl_vf_avx512 q1 = hl_vkeep_avx512(hl_vload_avx512(q + 1 * QS + c));
+                v = hl_vload_bf16_avx512(k0 + c);
+                s0_0 = hl_vfma_avx512(v, q0, s0_0);
+                s1_0 = hl_vfma_avx512(v, q1, s1_0);
+                v = hl_vload_bf16_avx512(k1 + c);
+                s0_1 = hl_vfma_avx512(v, q0, s0_1);
+                s1_1 = hl_vfma_avx512(v, q1, s1_1);
+                v = hl_vload_bf16_avx512(k2 + c);
+                s0_2 = hl_vfma_avx512(v, q0, s0_2);
+                s1_2 = hl_vfma_avx512(v, q1, s1_2);
+                v = hl_vload_bf16_avx512(k3 + c);
+                s0_3 = hl_vfma_avx512(v, q0, s0_3);
+                s1_3 = hl_vfma_avx512(v, q1, s1_3);
+            }
+            x = hl_vset_avx512(hl_sfaq_bf16_fp8_656_d512_rope64_slots_scale(row0->value, u));
+            all[(j + 0) * 2 + 0] =
+                hl_vfma_avx512(x, s0_0, all[(j + 0) * 2 + 0]);
+            all[(j + 0) * 2 + 1] =
+                hl_vfma_avx512(x, s1_0, all[(j + 0) * 2 + 1]);
+            x = hl_vset_avx512(hl_sfaq_bf16_fp8_656_d512_rope64_slots_scale(row1->value, u));
+            all[(j + 1) * 2 + 0] =
+                hl_vfma_avx512(x, s0_1, all[(j + 1) * 2 + 0]);
+            all[(j + 1) * 2 + 1] =
+                hl_vfma_avx512(x, s1_1, all[(j + 1) * 2 + 1]);
+            x = hl_vset_avx512(hl_sfaq_bf16_fp8_656_d512_rope64_slots_scale(row2->value, u));
+            all[(j + 2) * 2 + 0] =
+                hl_vfma_avx512(x, s0_2, all[(j + 2) * 2 + 0]);
+            all[(j + 2) * 2 + 1] =
+                hl_vfma_avx512(x, s1_2, all[(j + 2) * 2 + 1]);
+            x = hl_vset_avx512(hl_sfaq_bf16_fp8_656_d512_rope64_slots_scale(row3->value, u));
+            all[(j + 3) * 2 + 0] =
+                hl_vfma_avx512(x, s0_3, all[(j + 3) * 2 + 0]);
+            all[(j + 3) * 2 + 1] =
+                hl_vfma_avx512(x, s1_3, all[(j + 3) * 2 + 1]);
+        }
+    }
+    for (int32_t i = 0; i < 16; i += L) {
+        hl_vstore_avx512(s + i, hl_vmul_avx512(hl_vsums_avx512(all + i), hl_vset_avx512(scale)));
+    }
+}
+
+/* 1 head by 16 keys. Behind the last key its row is taken again.
+ */
+HL_KERNEL_AVX512 void hl_sfaq_bf16_fp8_656_d512_rope64_slots_dot_codes_1_avx512(const float *q,
+    const hl_row *row, int32_t last, float *s, float scale)
+{
+    enum { L = 16, QS = 576, TILE = 128 };
+    hl_vf_avx512 all[16];
+    for (int32_t j = 0; j < 16; j += 1) {
+        const hl_row *const row0 = row + (last < j + 0 ? last : j + 0);
+        const uint16_t *const k0 = (const uint16_t *)row0->key;
+        const uint16_t *const e0 = (const uint16_t *)row0->rope;
+        hl_vf_avx512 s0_0 = hl_vzero_avx512();
+        for (int32_t c = 0; c < 64; c += L) {
+            hl_vf_avx512 v;
+            v = hl_vload_bf16_avx512(e0 + c);
+            s0_0 = hl_vfma_avx512(v, hl_vload_avx512(q + 0 * QS + 512 + c), s0_0);
+        }
+        {
+            hl_vf_avx512 x0 = hl_vzero_avx512();
+            hl_vf_avx512 x1 = hl_vzero_avx512();
+            hl_vf_avx512 x2 = hl_vzero_avx512();
+            hl_vf_avx512 x3 = hl_vzero_avx512();
+            for (int32_t c = 0; c < TILE; c += L) {
+                x0 =
+                    hl_vfma_avx512(hl_vload_bf16_avx512(k0 + 0 * TILE + c),
+                                   hl_vload_avx512(q + 0 * TILE + c), x0);
+                x1 =
+                    hl_vfma_avx512(hl_vload_bf16_avx512(k0 + 1 * TILE + c),
+                                   hl_vload_avx512(q + 1 * TILE + c), x1);
+                x2 =
+                    hl_vfma_avx512(hl_vload_bf16_avx512(k0 + 2 * TILE + c),
+                                   hl_vload_avx512(q + 2 * TILE + c), x2);
+                x3 =
+                    hl_vfma_avx512(hl_vload_bf16_avx512(k0 + 3 * TILE + c),
+                                   hl_vload_avx512(q + 3 * TILE + c), x3);
+            }
+            s0_0 =
+                hl_vfma_avx512(
+                hl_vset_avx512(hl_sfaq_bf16_fp8_656_d512_rope64_slots_scale(row0->value, 0)), x0,
+                               s0_0);
+            s0_0 =
+                hl_vfma_avx512(
+                hl_vset_avx512(hl_sfaq_bf16_fp8_656_d512_rope64_slots_scale(row0->value, 1)), x1,
+                               s0_0);
+            s0_0 =
+                hl_vfma_avx512(
+                hl_vset_avx512(hl_sfaq_bf16_fp8_656_d512_rope64_slots_scale(row0->value, 2)), x2,
+                               s0_0);
+            s0_0 =
+                hl_vfma_avx512(
+                hl_vset_avx512(hl_sfaq_bf16_fp8_656_d512_rope64_slots_scale(row0->value, 3)), x3,
+                               s0_0);
+        }
+        all[j] = s0_0;
+    }
+    for (int32_t i = 0; i < 16; i += L) {
+        hl_vstore_avx512(s + i, hl_vmul_avx512(hl_vsums_avx512(all + i), hl_vset_avx512(scale)));
+    }
+}
+
+/* Scores lie as [key][head], for the heads of one tile together. */
+HL_KERNEL_AVX512 void hl_sfaq_bf16_fp8_656_d512_rope64_slots_score_codes_avx512(const hl_space *w,
+    const hl_block *b, int32_t group, float scale)
+{
+    enum { QS = 576, BLOCK = 96 };
+    int32_t h = 0;
+    for (; h + 4 <= group; h += 4) {
+        for (int32_t j = 0; j < b->n; j += 4) {
+            const float *const q = w->q + (ptrdiff_t)h * QS;
+            float *const s = w->s + h * BLOCK + j * 4;
+            hl_sfaq_bf16_fp8_656_d512_rope64_slots_dot_codes_4_avx512(q, b->row + j, b->n - 1 - j,
+                s, scale);
+        }
+    }
+    for (; h + 2 <= group; h += 2) {
+        for (int32_t j = 0; j < b->n; j += 8) {
+            const float *const q = w->q + (ptrdiff_t)h * QS;
+            float *const s = w->s + h * BLOCK + j * 2;
+            hl_sfaq_bf16_fp8_656_d512_rope64_slots_dot_codes_2_avx512(q, b->row + j, b->n - 1 - j,
+                s, scale);
+        }
+    }
+    for (; h + 1 <= group; h += 1) {
+        for (int32_t j = 0; j < b->n; j += 16) {
+            const float *const q = w->q + (ptrdiff_t)h * QS;
+            float *const s = w->s + h * BLOCK + j * 1;
+            hl_sfaq_bf16_fp8_656_d512_rope64_slots_dot_codes_1_avx512(q, b->row + j, b->n - 1 - j,
+                s, scale);
+        }
+    }
+}
+
+/* P of one tile of heads times the scales of V, a copy for each tile of channels. */
+HL_KERNEL_AVX512 void hl_sfaq_bf16_fp8_656_d512_rope64_slots_scale_weights_avx512(const float *p,
+    const hl_row *row, int32_t n, int32_t heads, float *to)
+{
+    for (int32_t j = 0; j < n; ++j) {
+        for (int32_t u = 0; u < 4; ++u) {
+            const float scale = hl_sfaq_bf16_fp8_656_d512_rope64_slots_scale(row[j].value, u);
+            for (int32_t h = 0; h < heads; ++h) {
+                to[u * 384 + j * heads + h] = p[j * heads + h] * scale;
+            }
+        }
+    }
+}
+
+/* 4 heads by 4 vectors of channels. */
+HL_KERNEL_AVX512 void hl_sfaq_bf16_fp8_656_d512_rope64_slots_pv_codes_4_avx512(const float *p,
+    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n)
+{
+    enum { L = 16, OS = 512 };
+    hl_vf_avx512 o0_0 = hl_vzero_avx512();
+    hl_vf_avx512 o0_1 = hl_vzero_avx512();
+    hl_vf_avx512 o0_2 = hl_vzero_avx512();
+    hl_vf_avx512 o0_3 = hl_vzero_avx512();
+    hl_vf_avx512 o1_0 = hl_vzero_avx512();
+    hl_vf_avx512 o1_1 = hl_vzero_avx512();
+    hl_vf_avx512 o1_2 = hl_vzero_avx512();
+    hl_vf_avx512 o1_3 = hl_vzero_avx512();
+    hl_vf_avx512 o2_0 = hl_vzero_avx512();
+    hl_vf_avx512 o2_1 = hl_vzero_avx512();
+    hl_vf_avx512 o2_2 = hl_vzero_avx512();
+    hl_vf_avx512 o2_3 = hl_vzero_avx512();
+    hl_vf_avx512 o3_0 = hl_vzero_avx512();
+    hl_vf_avx512 o3_1 = hl_vzero_avx512();
+    hl_vf_avx512 o3_2 = hl_vzero_avx512();
+    hl_vf_avx512 o3_3 = hl_vzero_avx512();
+    for (int32_t j = 0; j < n; ++j) {
+        const uint16_t *const value = (const uint16_t *)row[j].key + c;
+        hl_vf_avx512 x;
+        const hl_vf_avx512 v0 = hl_vload_bf16_avx512(value + 0 * L);
+        const hl_vf_avx512 v1 = hl_vload_bf16_avx512(value + 1 * L);
+        const hl_vf_avx512 v2 = hl_vload_bf16_avx512(value + 2 * L);
+        const hl_vf_avx512 v3 = hl_vload_bf16_avx512(value + 3 * L);
+        x = hl_vset_avx512(p[j * 4 + 0]);
+        o0_0 = hl_vfma_avx512(x, v0, o0_0);
+        o0_1 = hl_vfma_avx512(x, v1, o0_1);
+        o0_2 = hl_vfma_avx512(x, v2, o0_2);
+        o0_3 = hl_vfma_avx512(x, v3, o0_3);
+        x = hl_vset_avx512(p[j * 4 + 1]);
+        o1_0 = hl_vfma_avx512(x, v0, o1_0);
+        o1_1 = hl_vfma_avx512(x, v1, o1_1);
+        o1_2 = hl_vfma_avx512(x, v2, o1_2);
+        o1_3 = hl_vfma_avx512(x, v3, o1_3);
+        x = hl_vset_avx512(p[j * 4 + 2]);
+        o2_0 = hl_vfma_avx512(x, v0, o2_0);
+        o2_1 = hl_vfma_avx512(x, v1, o2_1);
+        o2_2 = hl_vfma_avx512(x, v2, o2_2);
+        o2_3 = hl_vfma_avx512(x, v3, o2_3);
+        x = hl_vset_avx512(p[j * 4 + 3]);
+        o3_0 = hl_vfma_avx512(x, v0, o3_0);
+        o3_1 = hl_vfma_avx512(x, v1, o3_1);
+        o3_2 = hl_vfma_avx512(x, v2, o3_2);
+        o3_3 = hl_vfma_avx512(x, v3, o3_3);
+    }
+    hl_vstore_avx512(o + 0 * OS + 0 * L,
+                     hl_vfma_avx512(hl_vset_avx512(alpha[0]), hl_vload_avx512(o + 0 * OS + 0 * L),
+                                    o0_0));
+    hl_vstore_avx512(o + 0 * OS + 1 * L,
+                     hl_vfma_avx512(hl_vset_avx512(alpha[0]), hl_vload_avx512(o + 0 * OS + 1 * L),
+                                    o0_1));
+    hl_vstore_avx512(o + 0 * OS + 2 * L,
+                     hl_vfma_avx512(hl_vset_avx512(alpha[0]), hl_vload_avx512(o + 0 * OS + 2 * L),
+                                    o0_2));
+    hl_vstore_avx512(o + 0 * OS + 3 * L,
+                     hl_vfma_avx512(hl_vset_avx512(alpha[0]), hl_vload_avx512(o + 0 * OS + 3 * L),
+                                    o0_3));
+    hl_vstore_avx512(o + 1 * OS + 0 * L,
+                     hl_vfma_avx512(hl_vset_avx512(alpha[1]), hl_vload_avx512(o + 1 * OS + 0 * L),
+                                    o1_0));
+    hl_vstore_avx512(o + 1 * OS + 1 * L,
+                     hl_vfma_avx512(hl_vset_avx512(alpha[1]), hl_vload_avx512(o + 1 * OS + 1 * L),
+                                    o1_1));
+    hl_vstore_avx512(o + 1 * OS + 2 * L,
+                     hl_vfma_avx512(hl_vset_avx512(alpha[1]), hl_vload_avx512(o + 1 * OS + 2 * L),
+                                    o1_2));
+    hl_vstore_avx512(o + 1 * OS + 3 * L,
+                     hl_vfma_avx512(hl_vset_avx512(alpha[1]), hl_vload_avx512(o + 1 * OS + 3 * L),
+                                    o1_3));
+    hl_vstore_avx512(o + 2 * OS + 0 * L,
+                     hl_vfma_avx512(hl_vset_avx512(alpha[2]), hl_vload_avx512(o + 2 * OS + 0 * L),
+                                    o2_0));
+    hl_vstore_avx512(o + 2 * OS + 1 * L,
+                     hl_vfma_avx512(hl_vset_avx512(alpha[2]), hl_vload_avx512(o + 2 * OS + 1 * L),
+                                    o2_1));
+    hl_vstore_avx512(o + 2 * OS + 2 * L,
+                     hl_vfma_avx512(hl_vset_avx512(alpha[2]), hl_vload_avx512(o + 2 * OS + 2 * L),
+                                    o2_2));
+    hl_vstore_avx512(o + 2 * OS + 3 * L,
+                     hl_vfma_avx512(hl_vset_avx512(alpha[2]), hl_vload_avx512(o + 2 * OS + 3 * L),
+                                    o2_3));
+    hl_vstore_avx512(o + 3 * OS + 0 * L,
+                     hl_vfma_avx512(hl_vset_avx512(alpha[3]), hl_vload_avx512(o + 3 * OS + 0 * L),
+                                    o3_0));
+    hl_vstore_avx512(o + 3 * OS + 1 * L,
+                     hl_vfma_avx512(hl_vset_avx512(alpha[3]), hl_vload_avx512(o + 3 * OS + 1 * L),
+                                    o3_1));
+    hl_vstore_avx512(o + 3 * OS + 2 * L,
+                     hl_vfma_avx512(hl_vset_avx512(alpha[3]), hl_vload_avx512(o + 3 * OS + 2 * L),
+                                    o3_2));
+    hl_vstore_avx512(o + 3 * OS + 3 * L,
+                     hl_vfma_avx512(hl_vset_avx512(alpha[3]), hl_vload_avx512(o + 3 * OS + 3 * L),
+                                    o3_3));
+}
+
+/* 2 heads by 8 vectors of channels. */
+HL_KERNEL_AVX512 void hl_sfaq_bf16_fp8_656_d512_rope64_slots_pv_codes_2_avx512(const float *p,
+    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n)
+{
+    enum { L = 16, OS = 512 };
+    hl_vf_avx512 o0_0 = hl_vzero_avx512();
+    hl_vf_avx512 o0_1 = hl_vzero_avx512();
+    hl_vf_avx512 o0_2 = hl_vzero_avx512();
+    hl_vf_avx512 o0_3 = hl_vzero_avx512();
+    hl_vf_avx512 o0_4 = hl_vzero_avx512();
+    hl_vf_avx512 o0_5 = hl_vzero_avx512();
+    hl_vf_avx512 o0_6 = hl_vzero_avx512();
+    hl_vf_avx512 o0_7 = hl_vzero_avx512();
+    hl_vf_avx512 o1_0 = hl_vzero_avx512();
+    hl_vf_avx512 o1_1 = hl_vzero_avx512();
+    hl_vf_avx512 o1_2 = hl_vzero_avx512();
+    hl_vf_avx512 o1_3 = hl_vzero_avx512();
+    hl_vf_avx512 o1_4 = hl_vzero_avx512();
+    hl_vf_avx512 o1_5 = hl_vzero_avx512();
+    hl_vf_avx512 o1_6 = hl_vzero_avx512();
+    hl_vf_avx512 o1_7 = hl_vzero_avx512();
+    for (int32_t j = 0; j < n; ++j) {
+        const uint16_t *const value = (const uint16_t *)row[j].key + c;
+        hl_vf_avx512 x;
+        const hl_vf_avx512 v0 = hl_vload_bf16_avx512(value + 0 * L);
+        const hl_vf_avx512 v1 = hl_vload_bf16_avx512(value + 1 * L);
+        const hl_vf_avx512 v2 = hl_vload_bf16_avx512(value + 2 * L);
+        const hl_vf_avx512 v3 = hl_vload_bf16_avx512(value + 3 * L);
+        const hl_vf_avx512 v4 = hl_vload_bf16_avx512(value + 4 * L);
+        const hl_vf_avx512 v5 = hl_vload_bf16_avx512(value + 5 * L);
+        const hl_vf_avx512 v6 = hl_vload_bf16_avx512(value + 6 * L);
+        const hl_vf_avx512 v7 = hl_vload_bf16_avx512(value + 7 * L);
+        x = hl_vset_avx512(p[j * 2 + 0]);
+        o0_0 = hl_vfma_avx512(x, v0, o0_0);
+        o0_1 = hl_vfma_avx512(x, v1, o0_1);
+        o0_2 = hl_vfma_avx512(x, v2, o0_2);
+        o0_3 = hl_vfma_avx512(x, v3, o0_3);
+        o0_4 = hl_vfma_avx512(x, v4, o0_4);
+        o0_5 = hl_vfma_avx512(x, v5, o0_5);
+        o0_6 = hl_vfma_avx512(x, v6, o0_6);
+        o0_7 = hl_vfma_avx512(x, v7, o0_7);
+        x = hl_vset_avx512(p[j * 2 + 1]);
+        o1_0 = hl_vfma_avx512(x, v0, o1_0);
+        o1_1 = hl_vfma_avx512(x, v1, o1_1);
+        o1_2 = hl_vfma_avx512(x, v2, o1_2);
+        o1_3 = hl_vfma_avx512(x, v3, o1_3);
+        o1_4 = hl_vfma_avx512(x, v4, o1_4);
+        o1_5 = hl_vfma_avx512(x, v5, o1_5);
+        o1_6 = hl_vfma_avx512(x, v6, o1_6);
+        o1_7 = hl_vfma_avx512(x, v7, o1_7);
+    }
+    hl_vstore_avx512(o + 0 * OS + 0 * L,
+                     hl_vfma_avx512(hl_vset_avx512(alpha[0]), hl_vload_avx512(o + 0 * OS + 0 * L),
+                                    o0_0));
+    hl_vstore_avx512(o + 0 * OS + 1 * L,
+                     hl_vfma_avx512(hl_vset_avx512(alpha[0]), hl_vload_avx512(o + 0 * OS + 1 * L),
+                                    o0_1));
+    hl_vstore_avx512(o + 0 * OS + 2 * L,
+                     hl_vfma_avx512(hl_vset_avx512(alpha[0]), hl_vload_avx512(o + 0 * OS + 2 * L),
+                                    o0_2));
+    hl_vstore_avx512(o + 0 * OS + 3 * L,
+                     hl_vfma_avx512(hl_vset_avx512(alpha[0]), hl_vload_avx512(o + 0 * OS + 3 * L),
+                                    o0_3));
+    hl_vstore_avx512(o + 0 * OS + 4 * L,
+                     hl_vfma_avx512(hl_vset_avx512(alpha[0]), hl_vload_avx512(o + 0 * OS + 4 * L),
+                                    o0_4));
+    hl_vstore_avx512(o + 0 * OS + 5 * L,
+                     hl_vfma_avx512(hl_vset_avx512(alpha[0]), hl_vload_avx512(o + 0 * OS + 5 * L),
+                                    o0_5));
+    hl_vstore_avx512(o + 0 * OS + 6 * L,
+                     hl_vfma_avx512(hl_vset_avx512(alpha[0]), hl_vload_avx512(o + 0 * OS + 6 * L),
+                                    o0_6));
+    hl_vstore_avx512(o + 0 * OS + 7 * L,
+                     hl_vfma_avx512(hl_vset_avx512(alpha[0]), hl_vload_avx512(o + 0 * OS + 7 * L),
+                                    o0_7));
+    hl_vstore_avx512(o + 1 * OS + 0 * L,
+                     hl_vfma_avx512(hl_vset_avx512(alpha[1]), hl_vload_avx512(o + 1 * OS + 0 * L),
+                                    o1_0));
+    hl_vstore_avx512(o + 1 * OS + 1 * L,
+                     hl_vfma_avx512(hl_vset_avx512(alpha[1]), hl_vload_avx512(o + 1 * OS + 1 * L),
+                                    o1_1));
+    hl_vstore_avx512(o + 1 * OS + 2 * L,
+                     hl_vfma_avx512(hl_vset_avx512(alpha[1]), hl_vload_avx512(o + 1 * OS + 2 * L),
+                                    o1_2));
+    hl_vstore_avx512(o + 1 * OS + 3 * L,
+                     hl_vfma_avx512(hl_vset_avx512(alpha[1]), hl_vload_avx512(o + 1 * OS + 3 * L),
+                                    o1_3));
+    hl_vstore_avx512(o + 1 * OS + 4 * L,
+                     hl_vfma_avx512(hl_vset_avx512(alpha[1]), hl_vload_avx512(o + 1 * OS + 4 * L),
+                                    o1_4));
+    hl_vstore_avx512(o + 1 * OS + 5 * L,
+                     hl_vfma_avx512(hl_vset_avx512(alpha[1]), hl_vload_avx512(o + 1 * OS + 5 * L),
+                                    o1_5));
+    hl_vstore_avx512(o + 1 * OS + 6 * L,
+                     hl_vfma_avx512(hl_vset_avx512(alpha[1]), hl_vload_avx512(o + 1 * OS + 6 * L),
+                                    o1_6));
+    hl_vstore_avx512(o + 1 * OS + 7 * L,
+                     hl_vfma_avx512(hl_vset_avx512(alpha[1]), hl_vload_avx512(o + 1 * OS + 7 * L),
+                                    o1_7));
+}
+
+/* 1 head by 8 vectors of channels. */
+HL_KERNEL_AVX512 void hl_sfaq_bf16_fp8_656_d512_rope64_slots_pv_codes_1_avx512(const float *p,
+    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n)
+{
+    enum { L = 16, OS = 512 };
+    hl_vf_avx512 o0_0 = hl_vzero_avx512();
+    hl_vf_avx512 o0_1 = hl_vzero_avx512();
+    hl_vf_avx512 o0_2 = hl_vzero_avx512();
+    hl_vf_avx512 o0_3 = hl_vzero_avx512();
+    hl_vf_avx512 o0_4 = hl_vzero_avx512();
+    hl_vf_avx512 o0_5 = hl_vzero_avx512();
+    hl_vf_avx512 o0_6 = hl_vzero_avx512();
+    hl_vf_avx512 o0_7 = hl_vzero_avx512();
+    for (int32_t j = 0; j < n; ++j) {
+        const uint16_t *const value = (const uint16_t *)row[j].key + c;
+        hl_vf_avx512 x;
+        x = hl_vset_avx512(p[j]);
+        o0_0 = hl_vfma_avx512(x, hl_vload_bf16_avx512(value + 0 * L), o0_0);
+        o0_1 = hl_vfma_avx512(x, hl_vload_bf16_avx512(value + 1 * L), o0_1);
+        o0_2 = hl_vfma_avx512(x, hl_vload_bf16_avx512(value + 2 * L), o0_2);
+        o0_3 = hl_vfma_avx512(x, hl_vload_bf16_avx512(value + 3 * L), o0_3);
+        o0_4 = hl_vfma_avx512(x, hl_vload_bf16_avx512(value + 4 * L), o0_4);
+        o0_5 = hl_vfma_avx512(x, hl_vload_bf16_avx512(value + 5 * L), o0_5);
+        o0_6 = hl_vfma_avx512(x, hl_vload_bf16_avx512(value + 6 * L), o0_6);
+        o0_7 = hl_vfma_avx512(x, hl_vload_bf16_avx512(value + 7 * L), o0_7);
+    }
+    hl_vstore_avx512(o + 0 * OS + 0 * L,
+                     hl_vfma_avx512(hl_vset_avx512(alpha[0]), hl_vload_avx512(o + 0 * OS + 0 * L),
+                                    o0_0));
+    hl_vstore_avx512(o + 0 * OS + 1 * L,
+                     hl_vfma_avx512(hl_vset_avx512(alpha[0]), hl_vload_avx512(o + 0 * OS + 1 * L),
+                                    o0_1));
+    hl_vstore_avx512(o + 0 * OS + 2 * L,
+                     hl_vfma_avx512(hl_vset_avx512(alpha[0]), hl_vload_avx512(o + 0 * OS + 2 * L),
+                                    o0_2));
+    hl_vstore_avx512(o + 0 * OS + 3 * L,
+                     hl_vfma_avx512(hl_vset_avx512(alpha[0]), hl_vload_avx512(o + 0 * OS + 3 * L),
+                                    o0_3));
+    hl_vstore_avx512(o + 0 * OS + 4 * L,
+                     hl_vfma_avx512(hl_vset_avx512(alpha[0]), hl_vload_avx512(o + 0 * OS + 4 * L),
+                                    o0_4));
+    hl_vstore_avx512(o + 0 * OS + 5 * L,
+                     hl_vfma_avx512(hl_vset_avx512(alpha[0]), hl_vload_avx512(o + 0 * OS + 5 * L),
+                                    o0_5));
+    hl_vstore_avx512(o + 0 * OS + 6 * L,
+                     hl_vfma_avx512(hl_vset_avx512(alpha[0]), hl_vload_avx512(o + 0 * OS + 6 * L),
+                                    o0_6));
+    hl_vstore_avx512(o + 0 * OS + 7 * L,
+                     hl_vfma_avx512(hl_vset_avx512(alpha[0]), hl_vload_avx512(o + 0 * OS + 7 * L),
+                                    o0_7));
+}
+
+HL_KERNEL_AVX512 void hl_sfaq_bf16_fp8_656_d512_rope64_slots_value_codes_avx512(const hl_space *w,
+    const hl_state *t, const hl_block *b, int32_t group)
+{
+    enum { L = 16, OS = 512, BLOCK = 96 };
+    enum { DV = 512, TILE = 128, STEP = 384 };
+    float *const p = w->k + 24576; /* where no row is decoded */
+    int32_t h = 0;
+    for (; h + 4 <= group; h += 4) {
+        float *const o = t->o + (ptrdiff_t)h * OS;
+        hl_sfaq_bf16_fp8_656_d512_rope64_slots_scale_weights_avx512(w->s + h * BLOCK, b->row, b->n,
+            4, p);
+        for (int32_t c = 0; c < DV; c += 4 * L) {
+            hl_sfaq_bf16_fp8_656_d512_rope64_slots_pv_codes_4_avx512(p + c / TILE * STEP, b->row, c,
+                o + c, t->alpha + h, b->n);
+        }
+    }
+    for (; h + 2 <= group; h += 2) {
+        float *const o = t->o + (ptrdiff_t)h * OS;
+        hl_sfaq_bf16_fp8_656_d512_rope64_slots_scale_weights_avx512(w->s + h * BLOCK, b->row, b->n,
+            2, p);
+        for (int32_t c = 0; c < DV; c += 8 * L) {
+            hl_sfaq_bf16_fp8_656_d512_rope64_slots_pv_codes_2_avx512(p + c / TILE * STEP, b->row, c,
+                o + c, t->alpha + h, b->n);
+        }
+    }
+    for (; h + 1 <= group; h += 1) {
+        float *const o = t->o + (ptrdiff_t)h * OS;
+        hl_sfaq_bf16_fp8_656_d512_rope64_slots_scale_weights_avx512(w->s + h * BLOCK, b->row, b->n,
+            1, p);
+        for (int32_t c = 0; c < DV; c += 8 * L) {
+            hl_sfaq_bf16_fp8_656_d512_rope64_slots_pv_codes_1_avx512(p + c / TILE * STEP, b->row, c,
+                o + c, t->alpha + h, b->n);
+        }
+    }
+}
+
 /* ---- finish: O / l, converted; max, sum and LSE ---- */
 
 HL_KERNEL_AVX512 void hl_sfaq_bf16_fp8_656_d512_rope64_slots_store_out_avx512(
@@ -9191,6 +10420,16 @@ HL_KERNEL_AVX512 void hl_sfaq_bf16_fp8_656_d512_rope64_slots_block_avx512(
     const hl_block *b, int32_t padded)
 {
     if (plan->group <= 32) {
+        if (plan->group <= 4) {
+            const hl_block wide = {w->own, b->n, 0, 0};
+            hl_sfaq_bf16_fp8_656_d512_rope64_slots_widen_avx512(w, b);
+            b = &wide;
+            hl_sfaq_bf16_fp8_656_d512_rope64_slots_score_codes_avx512(w, b, plan->group,
+                plan->scale_log2);
+            hl_sfaq_bf16_fp8_656_d512_rope64_slots_softmaxes_few_avx512(w, t, plan->group, b->n);
+            hl_sfaq_bf16_fp8_656_d512_rope64_slots_value_codes_avx512(w, t, b, plan->group);
+            return;
+        }
         const hl_block own = {w->own, b->n, 0, 0}; /* the block, decoded */
         hl_sfaq_bf16_fp8_656_d512_rope64_slots_load_avx512(w, b);
         /* S = scale Q K^T, in units of log2 */

@@ -1303,6 +1303,12 @@ HL_WORD_SCALAR void hl_vstore_e4m3_n_scalar(uint8_t *p, int32_t n, hl_vf_scalar 
 {
     if (n > 0) *p = hl_e4m3_of_float(x);
 }
+HL_WORD_SCALAR void hl_vwiden_e4m3_scalar(const uint8_t *p, uint16_t *to)
+{
+    for (int32_t i = 0; i < 4; ++i) {
+        to[i] = hl_bf16_of_float(hl_float_of_e4m3(p[i]));
+    }
+}
 
 #endif
 #ifndef HL_VEXP2_SCALAR
@@ -1493,6 +1499,24 @@ HL_WORD_NEON void hl_vstore_e4m3_n_neon(uint8_t *p, int32_t n, hl_vf_neon x)
     hl_put_codes_neon(p, n, vmovn_u16(vcombine_u16(both, both)));
 }
 HL_WORD_NEON void hl_vstore_e4m3_neon(uint8_t *p, hl_vf_neon x) { hl_vstore_e4m3_n_neon(p, 4, x); }
+/* To bfloat16, byte by byte: the upper one is the exponent with another bias, the lower one what is
+ * left of the digits; subnormal numbers, of which there are 8, come out of a table. */
+HL_WORD_NEON void hl_vwiden_e4m3_neon(const uint8_t *p, uint16_t *to)
+{
+    const uint8x16_t table = vreinterpretq_u8_u64(vdupq_n_u64(0x3c3c3c3c3b3b3b00u));
+    const uint8x16_t table_low = vreinterpretq_u8_u64(vdupq_n_u64(0x60402000c0800000u));
+    const uint8x16_t x = vld1q_u8(p);
+    const uint8x16_t rest = vandq_u8(x, vdupq_n_u8(0x7f));
+    const uint8x16_t small = vcltq_u8(rest, vdupq_n_u8(8));
+    const uint8x16_t nan = vceqq_u8(rest, vdupq_n_u8(0x7f));
+    const uint8x16_t sign = vandq_u8(x, vdupq_n_u8(0x80));
+    const uint8x16_t three = vaddq_u8(vshrq_n_u8(rest, 4), vdupq_n_u8(0x3c));
+    const uint8x16_t high = vbslq_u8(small, vqtbl1q_u8(table, rest), vorrq_u8(three, nan));
+    const uint8x16_t low = vbslq_u8(small, vqtbl1q_u8(table_low, rest), vshlq_n_u8(x, 4));
+    const uint8x16_t upper = vorrq_u8(vandq_u8(high, vdupq_n_u8(0x7f)), sign);
+    vst1q_u16(to, vreinterpretq_u16_u8(vzip1q_u8(vorrq_u8(low, nan), upper)));
+    vst1q_u16(to + 8, vreinterpretq_u16_u8(vzip2q_u8(vorrq_u8(low, nan), upper)));
+}
 
 #endif
 #ifndef HL_VEXP2_NEON
@@ -1679,6 +1703,29 @@ HL_WORD_AVX2 hl_vf_avx2 hl_vload_e4m3_avx2(const uint8_t *p)
     const __m128i nan = _mm_cmpeq_epi16(rest, _mm_set1_epi16(0x3f80));
     const __m128i half = _mm_and_si128(wide, _mm_set1_epi16(-0x4001));
     return _mm256_mul_ps(_mm256_cvtph_ps(_mm_or_si128(half, nan)), _mm256_set1_ps(256.0f));
+}
+/* To bfloat16, byte by byte: the upper one is the exponent with another bias, the lower one what is
+ * left of the digits; subnormal numbers, of which there are 8, come out of a table. */
+HL_WORD_AVX2 void hl_vwiden_e4m3_avx2(const uint8_t *p, uint16_t *to)
+{
+    const __m256i loaded = _mm256_loadu_si256((const __m256i *)(const void *)p);
+    const __m256i x = _mm256_permute4x64_epi64(loaded, 0xd8);
+    const __m256i rest = _mm256_and_si256(x, _mm256_set1_epi8(0x7f));
+    const __m256i small = _mm256_cmpgt_epi8(_mm256_set1_epi8(8), rest);
+    const __m256i nan = _mm256_cmpeq_epi8(rest, _mm256_set1_epi8(0x7f));
+    const __m256i table = _mm256_set1_epi64x(0x3c3c3c3c3b3b3b00);
+    const __m256i table_low = _mm256_set1_epi64x(0x60402000c0800000);
+    const __m256i three = _mm256_and_si256(_mm256_srli_epi16(rest, 4), _mm256_set1_epi8(7));
+    const __m256i shifted = _mm256_and_si256(_mm256_slli_epi16(x, 4), _mm256_set1_epi8(-16));
+    const __m256i sign = _mm256_and_si256(x, _mm256_set1_epi8(-128));
+    __m256i high = _mm256_add_epi8(three, _mm256_set1_epi8(0x3c));
+    __m256i low = _mm256_blendv_epi8(shifted, _mm256_shuffle_epi8(table_low, rest), small);
+    high = _mm256_blendv_epi8(high, _mm256_shuffle_epi8(table, rest), small);
+    high = _mm256_or_si256(high, nan); /* all bits but the sign's, which is put right below */
+    high = _mm256_or_si256(_mm256_and_si256(high, _mm256_set1_epi8(0x7f)), sign);
+    low = _mm256_or_si256(low, nan);
+    _mm256_storeu_si256((__m256i *)(void *)to, _mm256_unpacklo_epi8(low, high));
+    _mm256_storeu_si256((__m256i *)(void *)(to + 16), _mm256_unpackhi_epi8(low, high));
 }
 /* There is no masked load of 8-bit lanes: the few go through memory of our own. */
 HL_WORD_AVX2 hl_vf_avx2 hl_vload_e4m3_n_avx2(const uint8_t *p, int32_t n)
@@ -1946,6 +1993,28 @@ HL_WORD_AVX512 hl_vf_avx512 hl_widen_e4m3_avx512(__m128i codes)
 }
 /* Small numbers: adding 2^14 leaves units of 2^-9. Others: just under half of the last place kept
  * is added. */
+/* To bfloat16, byte by byte: the upper one is the exponent with another bias, the lower one what is
+ * left of the digits; subnormal numbers, of which there are 8, come out of a table. */
+HL_WORD_AVX512 void hl_vwiden_e4m3_avx512(const uint8_t *p, uint16_t *to)
+{
+    const __m512i order = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
+    const __m512i x = _mm512_maskz_permutexvar_epi64((__mmask8)0xff, order, _mm512_loadu_si512(p));
+    const __m512i rest = _mm512_and_si512(x, _mm512_set1_epi8(0x7f));
+    const __mmask64 small = _mm512_cmplt_epu8_mask(rest, _mm512_set1_epi8(8));
+    const __mmask64 nan = _mm512_cmpeq_epi8_mask(rest, _mm512_set1_epi8(0x7f));
+    const __m512i table = _mm512_set4_epi32(0, 0, 0x3c3c3c3c, 0x3b3b3b00);
+    const __m512i table_low = _mm512_set4_epi32(0, 0, 0x60402000, (int32_t)0xc0800000u);
+    const __m512i three = _mm512_and_si512(_mm512_srli_epi16(rest, 4), _mm512_set1_epi8(7));
+    const __m512i shifted = _mm512_and_si512(_mm512_slli_epi16(x, 4), _mm512_set1_epi8(-16));
+    __m512i high = _mm512_add_epi8(three, _mm512_set1_epi8(0x3c));
+    __m512i low = _mm512_mask_shuffle_epi8(shifted, small, table_low, rest);
+    high = _mm512_mask_shuffle_epi8(high, small, table, rest);
+    high = _mm512_mask_mov_epi8(high, nan, _mm512_set1_epi8(0x7f));
+    low = _mm512_mask_mov_epi8(low, nan, _mm512_set1_epi8(-64));
+    high = _mm512_or_si512(high, _mm512_and_si512(x, _mm512_set1_epi8(-128)));
+    _mm512_storeu_si512(to, _mm512_unpacklo_epi8(low, high));
+    _mm512_storeu_si512(to + 32, _mm512_unpackhi_epi8(low, high));
+}
 HL_WORD_AVX512 __m128i hl_narrow_e4m3_avx512(hl_vf_avx512 x)
 {
     const __mmask16 all = hl_all_avx512();

@@ -6563,9 +6563,9 @@ HL_KERNEL_AVX2 void hl_sfaq_bf16_i8_656_d512_rope64_value_few_avx2(const hl_spac
  *
  * To make numbers of them again for each four heads costs less than to write them anywhere. Scales
  * come in once for 128 channels: score scales sums of codes, value scales the weights. */
-
-/* 4 heads by 2 keys. Behind the last key its row is taken again. Meanwhile later records (next) are
- * asked for, if there are any. */
+/* 4 heads by 2 keys. Behind the last key its row is taken again.
+ * Meanwhile later records (next) are asked for, if there are any.
+ */
 HL_KERNEL_AVX2 void hl_sfaq_bf16_i8_656_d512_rope64_dot_codes_4_avx2(const float *q,
     const hl_row *row, int32_t last, float *s, float scale, const hl_row *next)
 {
@@ -6675,8 +6675,9 @@ HL_KERNEL_AVX2 void hl_sfaq_bf16_i8_656_d512_rope64_dot_codes_4_avx2(const float
     }
 }
 
-/* 2 heads by 4 keys. Behind the last key its row is taken again. Meanwhile later records (next) are
- * asked for, if there are any. */
+/* 2 heads by 4 keys. Behind the last key its row is taken again.
+ * Meanwhile later records (next) are asked for, if there are any.
+ */
 HL_KERNEL_AVX2 void hl_sfaq_bf16_i8_656_d512_rope64_dot_codes_2_avx2(const float *q,
     const hl_row *row, int32_t last, float *s, float scale, const hl_row *next)
 {
@@ -6756,8 +6757,9 @@ HL_KERNEL_AVX2 void hl_sfaq_bf16_i8_656_d512_rope64_dot_codes_2_avx2(const float
     }
 }
 
-/* 1 head by 8 keys. Behind the last key its row is taken again. Meanwhile later records (next) are
- * asked for, if there are any. */
+/* 1 head by 8 keys. Behind the last key its row is taken again.
+ * Meanwhile later records (next) are asked for, if there are any.
+ */
 HL_KERNEL_AVX2 void hl_sfaq_bf16_i8_656_d512_rope64_dot_codes_1_avx2(const float *q,
     const hl_row *row, int32_t last, float *s, float scale, const hl_row *next)
 {
@@ -6832,31 +6834,35 @@ HL_KERNEL_AVX2 void hl_sfaq_bf16_i8_656_d512_rope64_dot_codes_1_avx2(const float
 HL_KERNEL_AVX2 void hl_sfaq_bf16_i8_656_d512_rope64_score_codes_avx2(const hl_space *w,
     const hl_block *b, int32_t group, float scale)
 {
-    enum { QS = 576, BLOCK = 48, AHEAD = 24 };
+    enum { QS = 576, BLOCK = 48 };
+    enum { AHEAD = 24 };
     const int32_t known = b->n + b->n_later;
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
         for (int32_t j = 0; j < b->n; j += 2) {
+            const float *const q = w->q + (ptrdiff_t)h * QS;
+            float *const s = w->s + h * BLOCK + j * 4;
             const int32_t later = j + AHEAD;
-            hl_sfaq_bf16_i8_656_d512_rope64_dot_codes_4_avx2(w->q + (ptrdiff_t)h * QS, b->row + j,
-                b->n - 1 - j, w->s + h * BLOCK + j * 4, scale, h == 0 && later + 2 <= known ? b->row
-                + later : NULL);
+            hl_sfaq_bf16_i8_656_d512_rope64_dot_codes_4_avx2(q, b->row + j, b->n - 1 - j, s, scale,
+                h == 0 && later + 2 <= known ? b->row + later : NULL);
         }
     }
     for (; h + 2 <= group; h += 2) {
         for (int32_t j = 0; j < b->n; j += 4) {
+            const float *const q = w->q + (ptrdiff_t)h * QS;
+            float *const s = w->s + h * BLOCK + j * 2;
             const int32_t later = j + AHEAD;
-            hl_sfaq_bf16_i8_656_d512_rope64_dot_codes_2_avx2(w->q + (ptrdiff_t)h * QS, b->row + j,
-                b->n - 1 - j, w->s + h * BLOCK + j * 2, scale, h == 0 && later + 4 <= known ? b->row
-                + later : NULL);
+            hl_sfaq_bf16_i8_656_d512_rope64_dot_codes_2_avx2(q, b->row + j, b->n - 1 - j, s, scale,
+                h == 0 && later + 4 <= known ? b->row + later : NULL);
         }
     }
     for (; h + 1 <= group; h += 1) {
         for (int32_t j = 0; j < b->n; j += 8) {
+            const float *const q = w->q + (ptrdiff_t)h * QS;
+            float *const s = w->s + h * BLOCK + j * 1;
             const int32_t later = j + AHEAD;
-            hl_sfaq_bf16_i8_656_d512_rope64_dot_codes_1_avx2(w->q + (ptrdiff_t)h * QS, b->row + j,
-                b->n - 1 - j, w->s + h * BLOCK + j * 1, scale, h == 0 && later + 8 <= known ? b->row
-                + later : NULL);
+            hl_sfaq_bf16_i8_656_d512_rope64_dot_codes_1_avx2(q, b->row + j, b->n - 1 - j, s, scale,
+                h == 0 && later + 8 <= known ? b->row + later : NULL);
         }
     }
 }
@@ -7022,7 +7028,7 @@ HL_KERNEL_AVX2 void hl_sfaq_bf16_i8_656_d512_rope64_value_codes_avx2(const hl_sp
 {
     enum { L = 8, OS = 512, BLOCK = 48 };
     enum { DV = 512, TILE = 128, STEP = 192 };
-    float *const p = w->k; /* no row is decoded there */
+    float *const p = w->k + 0; /* where no row is decoded */
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
         float *const o = t->o + (ptrdiff_t)h * OS;
@@ -9338,9 +9344,9 @@ HL_KERNEL_AVX512 void hl_sfaq_bf16_i8_656_d512_rope64_value_few_avx512(const hl_
  *
  * To make numbers of them again for each four heads costs less than to write them anywhere. Scales
  * come in once for 128 channels: score scales sums of codes, value scales the weights. */
-
-/* 4 heads by 4 keys. Behind the last key its row is taken again. Meanwhile later records (next) are
- * asked for, if there are any. */
+/* 4 heads by 4 keys. Behind the last key its row is taken again.
+ * Meanwhile later records (next) are asked for, if there are any.
+ */
 HL_KERNEL_AVX512 void hl_sfaq_bf16_i8_656_d512_rope64_dot_codes_4_avx512(const float *q,
     const hl_row *row, int32_t last, float *s, float scale, const hl_row *next)
 {
@@ -9530,8 +9536,9 @@ HL_KERNEL_AVX512 void hl_sfaq_bf16_i8_656_d512_rope64_dot_codes_4_avx512(const f
     }
 }
 
-/* 2 heads by 8 keys. Behind the last key its row is taken again. Meanwhile later records (next) are
- * asked for, if there are any. */
+/* 2 heads by 8 keys. Behind the last key its row is taken again.
+ * Meanwhile later records (next) are asked for, if there are any.
+ */
 HL_KERNEL_AVX512 void hl_sfaq_bf16_i8_656_d512_rope64_dot_codes_2_avx512(const float *q,
     const hl_row *row, int32_t last, float *s, float scale, const hl_row *next)
 {
@@ -9663,8 +9670,9 @@ HL_KERNEL_AVX512 void hl_sfaq_bf16_i8_656_d512_rope64_dot_codes_2_avx512(const f
     }
 }
 
-/* 1 head by 16 keys. Behind the last key its row is taken again. Meanwhile later records (next) are
- * asked for, if there are any. */
+/* 1 head by 16 keys. Behind the last key its row is taken again.
+ * Meanwhile later records (next) are asked for, if there are any.
+ */
 HL_KERNEL_AVX512 void hl_sfaq_bf16_i8_656_d512_rope64_dot_codes_1_avx512(const float *q,
     const hl_row *row, int32_t last, float *s, float scale, const hl_row *next)
 {
@@ -9739,31 +9747,35 @@ HL_KERNEL_AVX512 void hl_sfaq_bf16_i8_656_d512_rope64_dot_codes_1_avx512(const f
 HL_KERNEL_AVX512 void hl_sfaq_bf16_i8_656_d512_rope64_score_codes_avx512(const hl_space *w,
     const hl_block *b, int32_t group, float scale)
 {
-    enum { QS = 576, BLOCK = 96, AHEAD = 24 };
+    enum { QS = 576, BLOCK = 96 };
+    enum { AHEAD = 24 };
     const int32_t known = b->n + b->n_later;
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
         for (int32_t j = 0; j < b->n; j += 4) {
+            const float *const q = w->q + (ptrdiff_t)h * QS;
+            float *const s = w->s + h * BLOCK + j * 4;
             const int32_t later = j + AHEAD;
-            hl_sfaq_bf16_i8_656_d512_rope64_dot_codes_4_avx512(w->q + (ptrdiff_t)h * QS, b->row + j,
-                b->n - 1 - j, w->s + h * BLOCK + j * 4, scale, h == 0 && later + 4 <= known ? b->row
-                + later : NULL);
+            hl_sfaq_bf16_i8_656_d512_rope64_dot_codes_4_avx512(q, b->row + j, b->n - 1 - j, s,
+                scale, h == 0 && later + 4 <= known ? b->row + later : NULL);
         }
     }
     for (; h + 2 <= group; h += 2) {
         for (int32_t j = 0; j < b->n; j += 8) {
+            const float *const q = w->q + (ptrdiff_t)h * QS;
+            float *const s = w->s + h * BLOCK + j * 2;
             const int32_t later = j + AHEAD;
-            hl_sfaq_bf16_i8_656_d512_rope64_dot_codes_2_avx512(w->q + (ptrdiff_t)h * QS, b->row + j,
-                b->n - 1 - j, w->s + h * BLOCK + j * 2, scale, h == 0 && later + 8 <= known ? b->row
-                + later : NULL);
+            hl_sfaq_bf16_i8_656_d512_rope64_dot_codes_2_avx512(q, b->row + j, b->n - 1 - j, s,
+                scale, h == 0 && later + 8 <= known ? b->row + later : NULL);
         }
     }
     for (; h + 1 <= group; h += 1) {
         for (int32_t j = 0; j < b->n; j += 16) {
+            const float *const q = w->q + (ptrdiff_t)h * QS;
+            float *const s = w->s + h * BLOCK + j * 1;
             const int32_t later = j + AHEAD;
-            hl_sfaq_bf16_i8_656_d512_rope64_dot_codes_1_avx512(w->q + (ptrdiff_t)h * QS, b->row + j,
-                b->n - 1 - j, w->s + h * BLOCK + j * 1, scale, h == 0 && later + 16 <= known
-                ? b->row + later : NULL);
+            hl_sfaq_bf16_i8_656_d512_rope64_dot_codes_1_avx512(q, b->row + j, b->n - 1 - j, s,
+                scale, h == 0 && later + 16 <= known ? b->row + later : NULL);
         }
     }
 }
@@ -10039,7 +10051,7 @@ HL_KERNEL_AVX512 void hl_sfaq_bf16_i8_656_d512_rope64_value_codes_avx512(const h
 {
     enum { L = 16, OS = 512, BLOCK = 96 };
     enum { DV = 512, TILE = 128, STEP = 384 };
-    float *const p = w->k; /* no row is decoded there */
+    float *const p = w->k + 0; /* where no row is decoded */
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
         float *const o = t->o + (ptrdiff_t)h * OS;

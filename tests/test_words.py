@@ -17,10 +17,11 @@ from helpers import BF16, WORDS_HERE
 from helpers_runner import AARCH64, QEMU, need_aarch64
 
 from gen import bind, render, spec
-from gen.formats import CODES
+from gen.formats import CODES, SCALED
 from gen.isa import ISAS, WORDS
 
 HERE = Path(__file__).resolve().parent
+SCALED_ROWS = (*range(1, 40), *range(40, 257, 24))
 N, ROW_MAX, QUOTIENTS = 1 << 17, 40, 1 << 22
 E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
 ARRAYS = ("x", "y", "z", "tame", "fraction", "exponent", "small", "f16", "bf16", "power")
@@ -55,6 +56,7 @@ def header_text() -> str:
     for isa in ISAS.values():
         if not isa.tiles:
             words = render.words_page(isa, tuple(CODES), "builtin")
+            words += "".join(render.scaled_page(isa, scaled) for scaled in SCALED.values())
             text += f"\n#if HL_HAS_{isa.macro}\n{words}#endif\n"
     return text
 
@@ -67,7 +69,7 @@ def defined_words(isa: str) -> set[str]:
 
 
 def test_every_instruction_set_has_the_same_words():
-    expected = (set(WORDS) - {"vrow"}) | {f"vrow_{t}" for t in ("f32", "f16", "bf16")}
+    expected = (set(WORDS) - {"vrow"}) | {f"vrow_{t}" for t in ("f32", "f16", "bf16", *SCALED)}
     for name, isa in ISAS.items():
         assert isa.words != name or defined_words(name) == expected, name
 
@@ -78,6 +80,7 @@ def test_every_word_is_tested():
     for word in WORDS:
         listed = word in {w.name for w in (*BINARY, *UNARY)}
         general = re.sub(r"_(bf16|f16|i8|e4m3)(?=_n$|$)", "_{{ type }}", word)
+        listed = listed or f"hl_{word}{{{{ w }}}}(" in source
         assert listed or f"hl_{general}{{{{ w }}}}" in source or f"hl_{word}_{{{{ type" in source, (
             word
         )
@@ -320,6 +323,10 @@ class Pieces:
                 (self.take(n, np.uint8), self.take(lanes, np.uint8)) for n in range(1, lanes)
             ]
         made["flushed_e4m3"] = self.take(256)
+        made["vwiden_e4m3"] = self.take(256, np.uint16)
+        made["scaled"] = [
+            (n, *(self.take(-(-n // lanes) * lanes) for _ in SCALED)) for n in SCALED_ROWS
+        ]
         made["vpair"] = self.take(2 * lanes)
         for kind in ("f16", "bf16"):
             made[f"vpair_{kind}"] = self.take(65536)
@@ -511,6 +518,24 @@ def test_codes_are_written(machine, isa, kind):
 @BY_ISA
 def test_codes_are_read_where_subnormal_numbers_are_flushed(machine, isa):
     assert same(of(machine, isa)["flushed_e4m3"], numbers_of("e4m3")).all()
+
+
+@BY_ISA
+def test_codes_are_widened(machine, isa):
+    wide = of(machine, isa)["vwiden_e4m3"].view(BF16).astype(np.float32)
+    assert same(wide, numbers_of("e4m3")).all()
+
+
+@BY_ISA
+def test_rows_with_scales_beside_them(machine, isa):
+    """Per channel with an offset, per token without; whatever the scales are, 0 behind the row."""
+    scale, offset = inputs()["x"], inputs()["y"]
+    for n, by_channel, by_token in of(machine, isa)["scaled"]:
+        codes = numbers_of("i8")[256 - n :]
+        with np.errstate(all="ignore"):
+            assert same(by_channel[:n], (codes + offset[:n]) * scale[:n]).all(), n
+            assert same(by_token[:n], codes * scale[n]).all(), n
+        assert not by_token[n:].any() and not by_channel[n:].any(), n
 
 
 @BY_ISA
