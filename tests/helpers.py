@@ -137,6 +137,17 @@ RECORD_TABLES: dict[str, dict[str, Any]] = {
             "tile": 32,
             "behind": [field("pad", "bytes", 4), field("scale", "f32", 2)],
         },
+        {  # codes that few heads widen to bfloat16, and padding in two places
+            "name": "fp8_codes",
+            "fields": [
+                field("pad", "bytes", 4),
+                field("nope", "e4m3", 64),
+                field("rope", "query", 3),
+                field("pad", "bytes", 2),
+                field("scale", "f32", 2),
+            ],
+            "tile": 32,
+        },
     )
 }
 RECORD_SPECS: dict[str, dict[str, Any]] = {
@@ -145,6 +156,7 @@ RECORD_SPECS: dict[str, dict[str, Any]] = {
     "bf16_i8_alone": {"dtype": "bf16", "kv": "i8_alone"},
     "bf16_fp8_page": {"dtype": "bf16", "kv": "fp8_page", "features": ["slots"]},
     "f16_i8_page": {"dtype": "f16", "kv": "i8_page"},
+    "bf16_fp8_codes": {"dtype": "bf16", "kv": "fp8_codes", "isa": ["scalar", "avx2", "avx512"]},
 }
 SMALL_RECORDS = tuple(RECORD_SPECS)
 LIBS = {"builtin": (), "sleef": ("-lsleef", "-lm"), "libm": ("-lm",)}
