@@ -75,6 +75,27 @@ def check_places(record):
             )
 
 
+def check_pages(record):
+    """What is behind a page's rows is there for the scales, and ends where a page may begin."""
+    if record.behind and not record.scales_behind:
+        raise Refusal(
+            f"record {record.name!r} has no scale behind the page's rows, but other things",
+            "leave behind out; a call's key_stride.batch may step over what it does not know",
+        )
+    if record.page_multiple > 1 and not record.scales_behind:
+        raise Refusal(
+            f"record {record.name!r} has a page_multiple, but no scale in behind",
+            "leave page_multiple out; the stride of pages is an argument (key_stride.batch)",
+        )
+    align = layout(record, "bf16").align
+    if record.page_multiple > 1 and record.page_multiple % align:
+        raise Refusal(
+            f"record {record.name!r}: page_multiple = {record.page_multiple} is no multiple of "
+            f"{align}, so that rows of later pages would not be aligned",
+            f"choose a multiple of {align}, or leave page_multiple out",
+        )
+
+
 def parse_record(table):
     """A Record from its table, or a Refusal."""
     if not isinstance(table, dict):
@@ -109,11 +130,10 @@ def parse_record(table):
             f"{tile}",
             f"give scale the count {scales}, or choose another tile",
         )
-    multiple = whole(
-        f"page_multiple of record {name!r}", table.get("page_multiple", 1), 1, 1 << 20
-    )
+    multiple = whole(f"page_multiple of record {name!r}", table.get("page_multiple", 1), 1, 1 << 20)
     every = nope.count + (rope.count if rope else 0)
     dv = whole(f"dv of record {name!r}", table.get("dv", nope.count), 1, every)
     record = Record(name, fields, tile, behind, multiple, dv)
     check_places(record)
+    check_pages(record)
     return record

@@ -339,8 +339,9 @@ def command_of(header):
     return " ".join(parts)
 
 
-def wrap_command(command, width=92):
-    """The command over several lines, each to be joined by a backslash."""
+def wrap_command(command, width=91):
+    """The command over several lines, each to be joined by a backslash. 7 columns are in front of
+    a line in the banner, 2 behind it."""
     lines = [""]
     for word in re.split(r" (?=--?[a-z])", command):
         if lines[-1] and len(lines[-1]) + len(word) + 1 > width:

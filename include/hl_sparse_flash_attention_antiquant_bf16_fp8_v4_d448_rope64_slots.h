@@ -1994,14 +1994,17 @@ HL_WORD_AVX512 hl_vf_avx512 hl_vquot_avx512(hl_vf_avx512 x, hl_vf_avx512 d, hl_v
 #define HL_WORDS_AVX512_E4M3
 
 /* The bits, put where float16 has them, are the number times 2^-8, subnormal or not; float16 turns
- * into float32 even where subnormal numbers are flushed. A NaN has all bits but the sign set. */
+ * into float32 even where subnormal numbers are flushed. A NaN has all bits but the sign set; what
+ * it becomes has nothing in the bits that tiles add to (hl_words_amx). */
 HL_WORD_AVX512 hl_vf_avx512 hl_widen_e4m3_avx512(__m128i codes)
 {
     const __m256i wide = _mm256_slli_epi16(_mm256_cvtepi8_epi16(codes), 7);
     const __m256i rest = _mm256_and_si256(wide, _mm256_set1_epi16(0x3f80));
-    const __m256i nan = _mm256_cmpeq_epi16(rest, _mm256_set1_epi16(0x3f80));
+    const __mmask16 nan = _mm256_cmpeq_epi16_mask(rest, _mm256_set1_epi16(0x3f80));
     const __m256i half = _mm256_and_si256(wide, _mm256_set1_epi16(-0x4001));
-    const __m512 x = _mm512_maskz_cvtph_ps(hl_all_avx512(), _mm256_or_si256(half, nan));
+    const __m512 x =
+        _mm512_maskz_cvtph_ps(hl_all_avx512(),
+                              _mm256_mask_mov_epi16(half, nan, _mm256_set1_epi16(0x7e00)));
     return _mm512_mul_ps(x, _mm512_set1_ps(256.0f));
 }
 /* Small numbers: adding 2^14 leaves units of 2^-9. Others: just under half of the last place kept
@@ -2768,11 +2771,14 @@ static inline hl_status hl_sfaq_bf16_fp8_v4_d448_rope64_slots_check_memory(
             return status;
         }
     }
-    status =
-        hl_sfaq_bf16_fp8_v4_d448_rope64_slots_check_strides(&a->key_stride, HL_ARG_KEY_STRIDE,
-        error);
-    if (status != HL_OK) {
-        return status;
+    {
+        hl_stride used = a->key_stride;
+        used.batch = tnd_kv ? 0 : used.batch;
+        status =
+            hl_sfaq_bf16_fp8_v4_d448_rope64_slots_check_strides(&used, HL_ARG_KEY_STRIDE, error);
+        if (status != HL_OK) {
+            return status;
+        }
     }
     extent[0] = hl_extent(&a->query_stride, b_q, a->seq_q, n1, query_width, 2u);
     extent[1] = hl_extent(&a->query_rope_stride, b_q, a->seq_q, n1, 64, 2u);

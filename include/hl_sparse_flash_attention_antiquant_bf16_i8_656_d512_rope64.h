@@ -2587,10 +2587,13 @@ static inline hl_status hl_sfaq_bf16_i8_656_d512_rope64_check_memory(
             return status;
         }
     }
-    status =
-        hl_sfaq_bf16_i8_656_d512_rope64_check_strides(&a->key_stride, HL_ARG_KEY_STRIDE, error);
-    if (status != HL_OK) {
-        return status;
+    {
+        hl_stride used = a->key_stride;
+        used.batch = tnd_kv ? 0 : used.batch;
+        status = hl_sfaq_bf16_i8_656_d512_rope64_check_strides(&used, HL_ARG_KEY_STRIDE, error);
+        if (status != HL_OK) {
+            return status;
+        }
     }
     extent[0] = hl_extent(&a->query_stride, b_q, a->seq_q, n1, query_width, 2u);
     extent[1] = hl_extent(&a->query_rope_stride, b_q, a->seq_q, n1, 64, 2u);

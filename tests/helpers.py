@@ -1,5 +1,6 @@
 """The kernels that the tests run, and how results are held against the oracle."""
 
+import dataclasses
 import functools
 import platform
 import re
@@ -11,9 +12,19 @@ import helpers_tiles
 import ml_dtypes
 import numpy as np
 import pytest
-from oracle import Args, Output, by_kv_head, plain, rows, sparse_flash_attention
+from oracle import (
+    RECORDS,
+    Args,
+    Output,
+    Record,
+    by_kv_head,
+    decoded,
+    plain,
+    rows,
+    sparse_flash_attention,
+)
 
-from gen import bind, spec
+from gen import bind, formats, records, spec
 from gen.isa import ISAS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -45,6 +56,7 @@ def isas_here() -> tuple[str, ...]:
 ISAS_HERE = isas_here()
 WORDS_HERE = tuple(isa for isa in ISAS_HERE if not ISAS[isa].tiles)  # that have words of their own
 OP = "sparse_flash_attention"
+ANTIQUANT = "sparse_flash_attention_antiquant"
 BOTH, ALL = ["BSND", "TND"], ["BSND", "TND", "PA_BSND"]
 
 FEW_HEADS = 16  # on tiles: up to so many take another way through a block, or with float16 none
@@ -75,13 +87,106 @@ TILE_SPECS: dict[str, dict[str, Any]] = {
     "f16_tails": {"dtype": "f16", "dk": 33, "rope": 5, "dv": 33, **ON_TILES},
     "f16_whole": {"dtype": "f16", "dk": 64, "rope": 32, "dv": 64, **ON_TILES},
 }
+
+
+# Caches of records that only tests have, and their kernels: odd ones, so that every vector has a
+# tail and every tile of a scale too, and each of those things that no shipped record has.
+def field(name: str, kind: str, count: int) -> dict[str, Any]:
+    return {"name": name, "type": kind, "count": count}
+
+
+RECORD_TABLES: dict[str, dict[str, Any]] = {
+    table["name"]: table
+    for table in (
+        {  # bfloat16 scales, three channels with the last one, a byte that fills up
+            "name": "i8_tails",
+            "fields": [
+                field("nope", "i8", 33),
+                field("pad", "bytes", 1),
+                field("rope", "query", 5),
+                field("scale", "bf16", 4),
+            ],
+            "tile": 10,
+        },
+        {  # rotary channels first and of a type of their own
+            "name": "fp8_wide",
+            "fields": [
+                field("rope", "f32", 16),
+                field("scale", "f16", 3),
+                field("pad", "bytes", 2),
+                field("nope", "e4m3", 48),
+            ],
+            "tile": 16,
+        },
+        {  # whole vectors of codes, which few heads read where they are; no rotary channels
+            "name": "i8_alone",
+            "fields": [field("scale", "f32", 3), field("nope", "i8", 96)],
+            "tile": 32,
+        },
+        {  # as fp8_v4 in small
+            "name": "fp8_page",
+            "fields": [field("nope", "e4m3", 64), field("rope", "bf16", 32)],
+            "tile": 32,
+            "behind": [field("scale", "e8m0", 2), field("pad", "bytes", 2)],
+            "page_multiple": 96,
+            "dv": 96,
+        },
+        {  # such codes too, other numbers behind a page, and nothing that fills it up
+            "name": "i8_page",
+            "fields": [field("nope", "i8", 64), field("rope", "query", 6)],
+            "tile": 32,
+            "behind": [field("pad", "bytes", 4), field("scale", "f32", 2)],
+        },
+        {  # codes that few heads widen to bfloat16, and padding in two places
+            "name": "fp8_codes",
+            "fields": [
+                field("pad", "bytes", 4),
+                field("nope", "e4m3", 64),
+                field("rope", "query", 3),
+                field("pad", "bytes", 2),
+                field("scale", "f32", 2),
+            ],
+            "tile": 32,
+        },
+    )
+}
+RECORD_SPECS: dict[str, dict[str, Any]] = {
+    "f16_i8_tails": {"dtype": "f16", "kv": "i8_tails", "features": ["slots"]},
+    "bf16_fp8_wide": {"dtype": "bf16", "kv": "fp8_wide", "dv": 21},
+    "bf16_i8_alone": {"dtype": "bf16", "kv": "i8_alone"},
+    "bf16_fp8_page": {"dtype": "bf16", "kv": "fp8_page", "features": ["slots"]},
+    "f16_i8_page": {"dtype": "f16", "kv": "i8_page"},
+    "bf16_fp8_codes": {"dtype": "bf16", "kv": "fp8_codes", "isa": ["scalar", "avx2", "avx512"]},
+}
+SMALL_RECORDS = tuple(RECORD_SPECS)
 LIBS = {"builtin": (), "sleef": ("-lsleef", "-lm"), "libm": ("-lm",)}
 
 
 def table(name: str, **changes: Any) -> dict[str, Any]:
-    """The generator's table of one of SPECS or TILE_SPECS."""
+    """The generator's table of one of SPECS, TILE_SPECS or RECORD_SPECS."""
+    if name in RECORD_SPECS:
+        return {"op": ANTIQUANT, **RECORD_SPECS[name], **changes}
     base = {"op": OP, "layout_q": BOTH, "layout_kv": ALL}
     return {**base, **(SPECS | TILE_SPECS)[name], **changes}
+
+
+@functools.cache
+def known_records() -> dict[str, Any]:
+    """The generator's records, and those of the tests as it reads them."""
+    own = {name: records.parse_record(table) for name, table in RECORD_TABLES.items()}
+    return {**formats.RECORDS, **own}
+
+
+def record_of(kv: str) -> Record | None:
+    """What the oracle knows of a cache's rows."""
+    if kv not in RECORD_TABLES:
+        return RECORDS.get(kv)
+    made = RECORD_TABLES[kv]
+    fields, behind = (
+        tuple((f["name"], f["type"], f["count"]) for f in made.get(where, ()))
+        for where in ("fields", "behind")
+    )
+    return Record(fields, made["tile"], behind, made.get("page_multiple", 1))
 
 
 @functools.cache
@@ -89,6 +194,8 @@ def header(name: str) -> Any:
     """The generator's Header of one of these, or of a shipped header."""
     if name in SPECS or name in TILE_SPECS:
         return spec.parse_header(table(name))
+    if name in RECORD_SPECS:
+        return spec.parse_header(table(name), records=known_records())
     return next(h for h in spec.load_catalogue() if h.name == name)
 
 
@@ -152,13 +259,17 @@ def kernel(name: str) -> bind.Kernel:
     math = SPECS.get(name, {}).get("math", "builtin")
     made = bind.load(text(name), libs=LIBS[math])
     made.dtype = bind.DTYPES[header(name).kernels[0].dtype]
+    made.record = record_of(header(name).kernels[0].kv)
     return made
 
 
 @functools.cache
-def shipped() -> tuple[str, ...]:
-    """Names of the shipped headers of the operator."""
-    return tuple(h.name for h in spec.load_catalogue() if all(k.op == OP for k in h.kernels))
+def shipped(op: str = OP) -> tuple[str, ...]:
+    """Names of the shipped headers of an operator."""
+    return tuple(h.name for h in spec.load_catalogue() if all(k.op == op for k in h.kernels))
+
+
+SHIPPED_RECORDS = shipped(ANTIQUANT)
 
 
 # ---- the error rule -----------------------------------------------------------------------------
@@ -204,6 +315,27 @@ def sizes(a: Args) -> Sizes:
 def on_tiles(a: Args, isa: str) -> bool:
     """Whether a call is computed on tiles: float16 with up to 16 heads is left to the words."""
     return ISAS[isa].tiles and (a.query.dtype == BF16 or a.heads_q // a.heads_kv > FEW_HEADS)
+
+
+def to_bf16(x: np.ndarray) -> np.ndarray:
+    """float32 to the nearest bfloat16 number, ties away from zero; as float32."""
+    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
+    rounded = ((bits + np.uint32(0x8000)) & np.uint32(0xFFFF0000)).view(np.float32)
+    return np.where(np.isnan(x), np.float32(np.nan), rounded)
+
+
+def as_computed(a: Args, isa: str) -> Args:
+    """The call with the numbers that a kernel computes with: those of records are rounded to
+    bfloat16 on tiles, for float16 queries to two such parts."""
+    made = decoded(a)
+    if a.record is None or not on_tiles(a, isa):
+        return made
+    high = to_bf16(made.key)
+    if a.query.dtype == BF16:
+        return dataclasses.replace(made, key=high)
+    with np.errstate(all="ignore"):
+        low = to_bf16(made.key - high)
+        return dataclasses.replace(made, key=high.astype(np.float64) + low)
 
 
 def last_place(dtype: np.dtype) -> float:
@@ -315,6 +447,7 @@ def check_stats(a: Args, got: dict[str, np.ndarray], want: Output, isa: str) -> 
 def check(a: Args, got: dict[str, np.ndarray], isa: str, strict: bool = False) -> Output:
     """All outputs of one call, made on an instruction set, against the oracle; strict: enough
     elements for the error rule to need no slack but FlashAttention's."""
+    a = as_computed(a, isa)
     want = sparse_flash_attention(a)
     check_out(a, got["attention_out"], want, a.query.dtype, isa, strict)
     check_stats(a, got, want, isa)

@@ -1,7 +1,9 @@
-"""Random calls of sparse_flash_attention, and the ways to lay them out in memory.
+"""Random calls of sparse_flash_attention and its antiquant sister, and the ways to lay them out in
+memory.
 
-A Shape says what a call looks like; make_case fills it with numbers. Whatever the call must not
-read is NaN (tensors) or nonsense (tables and lists behind their ends).
+A Shape says what a call looks like; make_case fills it with numbers, or with records. Whatever the
+call must not read is NaN (tensors), bytes 0xff (records, what pads them) or nonsense (tables and
+lists behind their ends).
 """
 
 import dataclasses
@@ -12,7 +14,7 @@ from typing import Any
 import numpy as np
 from helpers_memory import Arena, in_child
 from hypothesis import strategies as st
-from oracle import BLOCKS, BSND, PA_BSND, SLOTS, TND, Args, flat, rows
+from oracle import BLOCKS, BSND, PA_BSND, SLOTS, TND, Args, Record, field_bytes, flat, rows
 
 INT_MAX, INT_MIN = 2**31 - 1, -(2**31)
 TENSORS = ("query", "query_rope", "key", "key_rope", "value")
@@ -28,6 +30,9 @@ POINTERS = (
 STATS = ("softmax_max", "softmax_sum", "softmax_lse")
 BLOCKS_AND_DENSE = ("none", "blocks", "blocks", "blocks")
 SPREADS = ("normal", "flat", "huge", "dominant", "equal", "growing", "falling", "cancel", "tiny")
+# And of records: any codes, with scales of 0.1 .. 1, or of -100 .. 100.
+RECORD_SPREADS = (*SPREADS, "codes", "wild")
+NOT_READ = 0x10001  # what `value` points to where the cache holds records
 
 
 @dataclass(frozen=True)
@@ -102,6 +107,8 @@ class Case:
     def inputs(self) -> dict[str, np.ndarray]:
         """The arrays behind the input pointers that are not NULL."""
         named = {name: getattr(self.args, name) for name in POINTERS}
+        if self.args.record is not None:
+            named["key"] = packed(self.args)[0]
         return {name: array for name, array in named.items() if array is not None}
 
     def stats_shape(self) -> tuple[int, ...]:
@@ -157,7 +164,9 @@ def run_guarded(kernel: Any, case: Case, way: Way) -> dict[str, np.ndarray]:
     fields = {**case.sizes(), "isa": kernel.isas()[way.isa], "chunk_keys": way.chunk_keys}
     with Arena(way.flush) as arena:
         for name, array in case.inputs().items():
-            if way.strides and name in TENSORS:
+            if way.strides and name == "key" and case.args.record is not None:
+                array, fields["key_stride"] = strided_records(rng, case.args)
+            elif way.strides and name in TENSORS:
                 array, fields[f"{name}_stride"] = strided(rng, array)
             fields[name] = arena.place(array)
         outputs = places = case.outputs(arena, way.stats)
@@ -307,11 +316,17 @@ def make_case(kernel: Any, shape: Shape) -> Case:
         shape_kv = (batch, max(shape.lens_kv, default=0) + shape.pad_kv)
     q = np.zeros((math.prod(shape_q), n1, width))
     k = np.zeros((math.prod(shape_kv), n2, width))
-    v = np.zeros((len(k), n2, kernel.dv)) if shape.value else None
+    record: Record | None = getattr(kernel, "record", None)
+    v = np.zeros((len(k), n2, kernel.dv)) if shape.value and record is None else None
     scale = fill(rng, shape, q, k, v)
+    if record is not None:
+        stored = encode(rng, k, record, kernel.dtype, shape.spread)
+    else:
+        stored = k.astype(kernel.dtype)
     args = Args(
         query=q.reshape(*shape_q, n1, width).astype(kernel.dtype),
-        key=k.reshape(*shape_kv, n2, width).astype(kernel.dtype),
+        key=stored.reshape(*shape_kv, n2, stored.shape[-1]),
+        record=record,
         value=None if v is None else v.reshape(*shape_kv, n2, kernel.dv).astype(kernel.dtype),
         scale_value=scale,
         dv=kernel.dv,
@@ -331,10 +346,10 @@ def make_case(kernel: Any, shape: Shape) -> Case:
             args.sinks[rng.random(n1) < 0.5] = rng.choice([np.inf, -np.inf])
     if kernel.rope and not shape.joined_q:
         args.query, args.query_rope = split(args.query, kernel.dk)
-    if kernel.rope and not shape.joined_k:
+    if kernel.rope and not shape.joined_k and record is None:
         args.key, args.key_rope = split(args.key, kernel.dk)
     poison_unread(args)
-    return Case(shape, args)
+    return Case(shape, args, {"value": NOT_READ} if record is not None and shape.value else {})
 
 
 def split(joined: np.ndarray, dk: int) -> tuple[np.ndarray, np.ndarray]:
@@ -410,21 +425,113 @@ def poison_unread(args: Args) -> None:
     for name in TENSORS:
         tensor = getattr(args, name)
         if tensor is not None and tensor.size:
-            flat(tensor)[~(q_seen if name.startswith("query") else k_seen)] = np.nan
+            unread = ~(q_seen if name.startswith("query") else k_seen)
+            flat(tensor)[unread] = 0xFF if tensor.dtype == np.uint8 else np.nan
+
+
+# ---- records ------------------------------------------------------------------------------------
+
+LARGEST = {"i8": 127.0, "e4m3": 448.0}
+
+
+def encode(
+    rng: np.random.Generator, numbers: np.ndarray, record: Record, dtype: np.dtype, spread: str
+) -> np.ndarray:
+    """Records of rows of float64: bytes [..][those of a record and of its piece behind a page]. A
+    tile's largest magnitude becomes the largest code, and half of the scales are negative where
+    their type can be. What pads them is 0xff."""
+    size = record.bytes_of((*record.fields, *record.behind), dtype)
+    made = np.full((*numbers.shape[:-1], size), 0xFF, np.uint8)
+    fields = field_bytes(made, record, dtype)
+    kinds = {what: kind for what, kind, _ in (*record.fields, *record.behind)}
+    nope = fields["nope"].shape[-1]
+    if "rope" in fields:
+        fields["rope"][...] = numbers[..., nope:]
+    if spread in ("codes", "wild"):
+        random_codes(rng, fields, kinds, -100.0 if spread == "wild" else 0.1)
+        return made
+    for t in range(fields["scale"].shape[-1]):
+        channels = slice(t * record.tile, min((t + 1) * record.tile, nope))
+        some = numbers[..., channels]
+        scale = abs(some).max(axis=-1) / LARGEST[kinds["nope"]]
+        if kinds["scale"] == "e8m0":
+            code = np.clip(np.ceil(np.log2(np.maximum(scale, 1e-60))) + 127, 0, 254)
+            fields["scale"][..., t] = code
+            scale = np.ldexp(1.0, code.astype(int) - 127)
+        else:
+            scale = scale * rng.choice([-1.0, 1.0], scale.shape)
+            fields["scale"][..., t] = scale
+            scale = fields["scale"][..., t].astype(np.float64)
+        with np.errstate(all="ignore"):
+            codes = np.where(scale[..., None] != 0, some / scale[..., None], 0.0)
+        most = LARGEST[kinds["nope"]]
+        codes = np.clip(codes, -most, most)
+        fields["nope"][..., channels] = np.rint(codes) if kinds["nope"] == "i8" else codes
+    return made
+
+
+def random_codes(
+    rng: np.random.Generator, fields: dict[str, np.ndarray], kinds: dict[str, str], least: float
+) -> None:
+    """Every code with the same probability, but for NaNs; scales from a range of them."""
+    codes = rng.integers(0, 256, fields["nope"].shape).astype(np.uint8)
+    if kinds["nope"] == "e4m3":
+        codes = np.where(codes & 0x7F == 0x7F, codes ^ 1, codes).astype(np.uint8)
+    fields["nope"].view(np.uint8)[...] = codes
+    if kinds["scale"] == "e8m0":
+        fields["scale"][...] = rng.integers(120, 130, fields["scale"].shape)
+    else:
+        fields["scale"][...] = rng.uniform(
+            least, -least if least < 0 else 1.0, fields["scale"].shape
+        )
+
+
+def packed(a: Args, row: int = 0, page: int = 0) -> tuple[np.ndarray, tuple[int, int, int]]:
+    """The records of a call in memory, one after another, and the strides (page, row, head) in
+    bytes. Where they have pieces behind the rows of a page: whole pages, `row` bytes from row to
+    row, `page` bytes more than they need from page to page, but not behind the last one."""
+    if not a.record.behind:
+        return a.key, (0, 0, 0)
+    size = a.record.bytes_of(a.record.fields, a.query.dtype)
+    pages, rows_, _, both = a.key.shape
+    row = row or size
+    every = rows_ * (row + both - size)
+    filled = -(-every // a.record.page_multiple) * a.record.page_multiple
+    memory = np.full((pages, filled + page), 0xFF, np.uint8)
+    for i in range(rows_):
+        memory[:, i * row : i * row + size] = a.key[:, i, 0, :size]
+        behind = rows_ * row + i * (both - size)
+        memory[:, behind : behind + both - size] = a.key[:, i, 0, size:]
+    if pages == 0:
+        return memory.reshape(-1), (filled + page, row, 0)
+    # what fills the last page up is not memory that a call may touch
+    return memory.reshape(-1)[: memory.size - (filled + page - every)], (filled + page, row, 0)
+
+
+def strided_records(rng: np.random.Generator, a: Args) -> tuple[np.ndarray, tuple[int, ...]]:
+    """The same records with gaps of 0xff in any place that strides allow."""
+    align = a.record.align(a.query.dtype)
+    if not a.record.behind:
+        return strided(rng, a.key, align)
+    size = a.record.bytes_of(a.record.fields, a.query.dtype)
+    row, page = (align * int(rng.integers(0, 5)) for _ in range(2))
+    return packed(a, size + row, page)
 
 
 # ---- memory layouts -----------------------------------------------------------------------------
 
 
-def strided(rng: np.random.Generator, tensor: np.ndarray) -> tuple[np.ndarray, tuple[int, ...]]:
+def strided(
+    rng: np.random.Generator, tensor: np.ndarray, multiple: int = 1
+) -> tuple[np.ndarray, tuple[int, ...]]:
     """The same tensor with gaps of NaN between heads, rows and batches, its axes in any order in
     memory: the memory (flat) and the strides (batch, row, head) that find it."""
     outer = tensor.shape[:-1]
     strides = [0] * len(outer)
-    step = tensor.shape[-1] + int(rng.integers(0, 4))
+    step = tensor.shape[-1] + int(rng.integers(0, 4)) * multiple
     for axis in rng.permutation(len(outer)):
         strides[axis] = step
-        step = step * max(outer[axis], 1) + int(rng.integers(0, 5))
+        step = step * max(outer[axis], 1) + int(rng.integers(0, 5)) * multiple
     memory = poison((max(step, 1),), tensor.dtype)
     place = np.lib.stride_tricks.as_strided(
         memory, tensor.shape, (*(s * tensor.itemsize for s in strides), tensor.itemsize)
@@ -455,6 +562,8 @@ def shapes(
     max_keys: int = 70,
     max_rows: int = 4,
     groups: st.SearchStrategy[int] = SMALL_GROUPS,
+    heads_kv: tuple[int, ...] = (1, 1, 2, 3),
+    spreads: tuple[str, ...] = SPREADS,
 ) -> Shape:
     """Any small call."""
     layout_kv = draw(st.sampled_from(layouts))
@@ -469,7 +578,7 @@ def shapes(
     return Shape(
         lens_q=lens_q,
         lens_kv=lens_kv,
-        heads_kv=draw(st.sampled_from((1, 1, 2, 3))),
+        heads_kv=draw(st.sampled_from(heads_kv)),
         group=draw(groups),
         layout_q=layout_q,
         layout_kv=layout_kv,
@@ -486,7 +595,7 @@ def shapes(
         joined_k=rope and draw(st.booleans()),
         value=draw(st.booleans()),
         sinks=draw(st.sampled_from(("none", "none", "plain", "infinite"))),
-        spread=draw(st.sampled_from(SPREADS)),
+        spread=draw(st.sampled_from(spreads)),
         lengths_given=draw(st.booleans()),
         seed=draw(st.integers(0, 2**32 - 1)),
     )

@@ -2,7 +2,9 @@
 qemu, and builds with sanitizers. The C side is runner.c."""
 
 import ctypes
+import dataclasses
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -43,8 +45,10 @@ def program(
 ) -> Path:
     """runner.c around one kernel."""
     files = {"header.h": text, "runner.c": (HERE / "runner.c").read_text()}
+    operator = re.search(rf"\b{name}_workspace_bytes\(\s*const (\w+)_args\b", text)[1]
+    named = (f"-DKERNEL={name}", f"-DOPERATOR={operator}")
     return bind.compile_c(
-        files, compiler=compiler, flags=(*flags, f"-DKERNEL={name}"), libs=libs, suffix=".bin"
+        files, compiler=compiler, flags=(*flags, *named), libs=libs, suffix=".bin"
     )
 
 
@@ -90,9 +94,10 @@ def play(
 
 
 def various(
-    seed: int, count: int, *, slots: bool, rope: bool, max_keys: int = 70
+    seed: int, count: int, *, slots: bool, rope: bool, max_keys: int = 70, paged: bool = False
 ) -> list[tuple[Shape, Way]]:
-    """Calls of all kinds, drawn once: for programs that run many calls in one go."""
+    """Calls of all kinds, drawn once: for programs that run many calls in one go. paged: all of
+    them, with one kv head."""
     rng = np.random.default_rng(seed)
     made = []
     for _ in range(count):
@@ -123,6 +128,8 @@ def various(
             spread=str(pick(SPREADS)),
             seed=int(rng.integers(1 << 30)),
         )
+        if paged:
+            shape = dataclasses.replace(shape, layout_kv=PA_BSND, heads_kv=1)
         made.append(
             (
                 shape,

@@ -2,21 +2,121 @@
 
 `sparse_flash_attention` follows the documents of the operator and nothing of the generated code.
 Arguments have the names and shapes of the fields of the C struct; pointers are NumPy arrays.
+Its sister whose cache holds records, `sparse_flash_attention_antiquant`, is the same on the numbers
+that the records stand for: `decoded`.
 """
 
+import dataclasses
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import ml_dtypes
 import numpy as np
 
 BSND, TND, PA_BSND = 0, 1, 2
 BLOCKS, SLOTS = 0, 1
 
 
+# ---- rows of a quantised cache ------------------------------------------------------------------
+
+STORED = {
+    "i8": np.dtype(np.int8),
+    "e4m3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "e8m0": np.dtype(np.uint8),  # 2^(code - 127)
+    "f32": np.dtype(np.float32),
+    "f16": np.dtype(np.float16),
+    "bf16": np.dtype(ml_dtypes.bfloat16),
+}
+
+
+@dataclass(frozen=True)
+class Record:
+    """A row of a cache: (what, type, count) in the order of its bytes; what is nope, rope, scale or
+    pad. `behind` is of the same kind and lies behind all rows of a page."""
+
+    fields: tuple[tuple[str, str, int], ...]
+    tile: int  # nope channels that share a scale
+    behind: tuple[tuple[str, str, int], ...] = ()
+    page_multiple: int = 1  # what a page's bytes are filled up to
+
+    def width(self, kind: str, query: np.dtype) -> int:
+        """Bytes of one number of a type."""
+        return 1 if kind == "bytes" else (query if kind == "query" else STORED[kind]).itemsize
+
+    def bytes_of(self, fields: tuple[tuple[str, str, int], ...], query: np.dtype) -> int:
+        return sum(count * self.width(kind, query) for _, kind, count in fields)
+
+    def align(self, query: np.dtype) -> int:
+        """A record starts at any multiple of its widest number."""
+        return max(self.width(kind, query) for _, kind, _ in (*self.fields, *self.behind))
+
+
+# The shipped ones, from the documents of those who made them.
+RECORDS = {
+    "i8_656": Record((("nope", "i8", 512), ("rope", "query", 64), ("scale", "f32", 4)), tile=128),
+    "fp8_656": Record((("nope", "e4m3", 512), ("scale", "f32", 4), ("rope", "bf16", 64)), tile=128),
+    "fp8_v4": Record(
+        (("nope", "e4m3", 448), ("rope", "bf16", 64)),
+        tile=64,
+        behind=(("scale", "e8m0", 7), ("pad", "bytes", 1)),
+        page_multiple=576,
+    ),
+}
+
+
+def field_bytes(rows: np.ndarray, record: Record, query: np.dtype) -> dict[str, np.ndarray]:
+    """Each field but pad of records [..][bytes, those behind the page's rows last], as numbers:
+    views, so that writing to them writes to the records."""
+    found, at = {}, 0
+    for what, kind, count in (*record.fields, *record.behind):
+        size = count * record.width(kind, query)
+        if what != "pad":
+            piece = rows[..., at : at + size]
+            found[what] = piece.view(query if kind == "query" else STORED[kind])
+        at += size
+    assert at == rows.shape[-1]
+    return found
+
+
+def scales_of(stored: np.ndarray, kind: str) -> np.ndarray:
+    """Scales as float32. E8M0 is an exponent; its code 255 is the NaN."""
+    if kind != "e8m0":
+        return stored.astype(np.float32)
+    powers = np.ldexp(1.0, stored.astype(np.int32) - 127)
+    return np.where(stored == 255, np.nan, powers).astype(np.float32)
+
+
+def decode(rows: np.ndarray, record: Record, query: np.dtype) -> np.ndarray:
+    """Records as rows of float32: codes times the scale of their tile, rounded once, then the
+    rotary channels as they are."""
+    found = field_bytes(rows, record, query)
+    kind = next(kind for what, kind, _ in (*record.fields, *record.behind) if what == "scale")
+    code = found["nope"].astype(np.float32)
+    scale = np.repeat(scales_of(found["scale"], kind), record.tile, axis=-1)
+    with np.errstate(all="ignore"):
+        nope = code * scale[..., : code.shape[-1]]
+    if "rope" not in found:
+        return nope
+    return np.concatenate([nope, found["rope"].astype(np.float32)], axis=-1)
+
+
+def decoded(a: "Args") -> "Args":
+    """The same call on the numbers of its records: value is the first dv channels of the key."""
+    if a.record is None:
+        return a
+    key = decode(a.key, a.record, a.query.dtype)
+    return dataclasses.replace(a, key=key, record=None)
+
+
+# ---- the operators ------------------------------------------------------------------------------
+
+
 @dataclass
 class Args:
-    """Arguments of sparse_flash_attention; `dv` is the value's width when key holds the values."""
+    """Arguments of sparse_flash_attention; `dv` is the value's width when key holds the values.
+
+    With a record key is bytes, [..][heads][those of a record and of its piece behind the page]."""
 
     query: np.ndarray
     key: np.ndarray
@@ -36,6 +136,7 @@ class Args:
     layout_kv: int = BSND
     sparse_mode: int = 0
     index_kind: int = BLOCKS
+    record: Record | None = None
 
     @property
     def heads_q(self) -> int:
@@ -121,6 +222,7 @@ def slots(ids: np.ndarray, length: int, n_slots: int) -> np.ndarray:
 
 def rows(a: Args) -> Iterator[Row]:
     """Every query row that is not padding, once for each kv head."""
+    a = decoded(a)
     q, k = joined(a.query, a.query_rope), joined(a.key, a.key_rope)
     v = k[..., : a.dv] if a.value is None else flat(a.value)
     group = a.heads_q // a.heads_kv
@@ -191,7 +293,7 @@ def attend_plain(r: Row, a: Args) -> np.ndarray:
 
 
 def sparse_flash_attention(a: Args) -> Output:
-    """The operator. Rows that are padding, or that see no key and no sink: 0, 0, 0 and -inf."""
+    """Both operators. Rows that are padding, or that see no key and no sink: 0, 0, 0 and -inf."""
     n_rows = math.prod(a.query.shape[:-2])
     group = a.heads_q // a.heads_kv
     out = np.zeros((n_rows, a.heads_q, a.dv))

@@ -3,7 +3,7 @@
  * or with sanitizers. Struct layouts are those of the machine that wrote the file (64 bit, little
  * endian, as here).
  *
- *     cc -DKERNEL=name runner.c        header.h beside it
+ *     cc -DKERNEL=name -DOPERATOR=its_operator runner.c        header.h beside it
  *     runner calls results
  *
  * A file of calls: count, then for each call: size of args, mode, pieces; args; for each piece its
@@ -20,8 +20,8 @@
 #define JOIN_(a, b) a##b
 #define JOIN(a, b) JOIN_(a, b)
 
-typedef hl_sparse_flash_attention_args args_t;
-typedef hl_sparse_flash_attention_plan plan_t;
+typedef JOIN(OPERATOR, _args) args_t;
+typedef JOIN(OPERATOR, _plan) plan_t;
 
 enum { BY_TASK = 1, PARTIALS = 2, FLUSH_LEFT = 4, CANARY = 0xC3, PIECES = 32 };
 

@@ -262,8 +262,8 @@ TABLE = [
         Bad("bsnd", {"layout_kv": v}, "UNSUPPORTED", "layout_kv", "GENERATED", (), v)
         for v in (3, -1)
     ),
-    Bad("bsnd", {"layout_kv": TND}, "UNSUPPORTED", "layout_kv", "EQUAL", (), TND, BSND),
-    Bad("tnd", {"layout_kv": BSND}, "UNSUPPORTED", "layout_kv", "EQUAL", (), BSND, TND),
+    Bad("bsnd", {"layout_kv": TND}, "UNSUPPORTED", "layout_kv", "PAIRED", (), TND, BSND),
+    Bad("tnd", {"layout_kv": BSND}, "UNSUPPORTED", "layout_kv", "PAIRED", (), BSND, TND),
     Bad("slots", {"sparse_mode": 3}, "UNSUPPORTED", "sparse_mode", "NULL", (), 3),
     *(
         Bad("bsnd", {"isa": v}, "UNSUPPORTED", "isa", "GENERATED", (), v)
@@ -367,10 +367,8 @@ def refuse(k: bind.Kernel, fields: dict[str, Any], bad: Bad) -> bind.Result:
     return result
 
 
-@pytest.mark.parametrize("bad", TABLE, ids=lambda bad: bad.id)
-def test_refused(bad):
-    k = kernel(NAME)
-    _, fields = base(bad.base)
+def check_refused(k: bind.Kernel, fields: dict[str, Any], bad: Bad) -> str:
+    """A call that was fine before one change: refused, in a sentence, and nothing is written."""
     arrays = {name: array for name, array in fields.items() if isinstance(array, np.ndarray)}
     before = {name: array.tobytes() for name, array in arrays.items()}
     change = bad.change(fields) if callable(bad.change) else bad.change
@@ -380,9 +378,25 @@ def test_refused(bad):
     assert sentence.startswith(bad.argument) and len(sentence) < 160 and sentence.isprintable()
     for at in bad.position:
         assert f"[{at}]" in sentence
-    if bad.rule in ("AT_LEAST", "AT_MOST", "EQUAL", "MULTIPLE_OF", "POWER_OF_2"):
+    if bad.rule in ("AT_LEAST", "AT_MOST", "EQUAL", "MULTIPLE_OF", "POWER_OF_2", "PAIRED"):
         assert str(result.value) in sentence and str(result.limit) in sentence
     print(sentence)
+    return sentence
+
+
+@pytest.mark.parametrize("bad", TABLE, ids=lambda bad: bad.id)
+def test_refused(bad):
+    check_refused(kernel(NAME), base(bad.base)[1], bad)
+
+
+@pytest.mark.parametrize("layout", ["bsnd", "tnd"])
+def test_a_cache_in_the_other_layout_is_told_what_would_do(layout):
+    """Not a number that a layout has to equal: the query's layout, or pages."""
+    k = kernel(NAME)
+    _, fields = base(layout)
+    other = BSND if layout == "tnd" else TND
+    sentence = k.run(**{**fields, "layout_kv": other}).error_text
+    assert "paged" in sentence and "as the query is" in sentence
 
 
 @pytest.mark.parametrize("name", BASES)

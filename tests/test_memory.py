@@ -219,7 +219,7 @@ def test_offsets_beyond_two_to_the_33_bytes(name, isa, group):
         LIBC.munmap(address, blocks * row)
 
 
-@pytest.mark.parametrize("name", ["f16_small", "bf16_small"])
+@pytest.mark.parametrize("name", ["f16_small", "bf16_small", "f16_i8_tails", "bf16_fp8_page"])
 def test_sanitizers(name):
     """Address and undefined-behaviour sanitizers over all kinds of calls and instruction sets. At
     -O0 every access is still there to be seen, and it compiles in a quarter of -O1's time."""
@@ -229,7 +229,8 @@ def test_sanitizers(name):
     calls, cases = [], []
     for _, isa in pairs(name):
         for group in groups_of(name, isa, 0):
-            for shape, way in various(9, 60, slots=True, rope=True):
+            paged = k.record is not None and bool(k.record.behind)
+            for shape, way in various(9, 60, slots=True, rope=True, paged=paged):
                 shape = dataclasses.replace(shape, group=shape.group + group)
                 case = make_case(k, shape)
                 cases.append((case, isa))

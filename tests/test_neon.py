@@ -1,10 +1,14 @@
 """The NEON code, run by qemu on any machine, against the same oracle and the same error rule."""
 
+import dataclasses
+
+import numpy as np
 import pytest
-from helpers import LIBS, check, header, kernel, same_bits, text
-from helpers_cases import Case, Shape, Way, make_case
+from helpers import LIBS, SHIPPED_RECORDS, check, header, kernel, same_bits, text
+from helpers_cases import RECORD_SPREADS, Case, Shape, Way, make_case
 from helpers_runner import QEMU, need_aarch64, play, program, record, various
-from oracle import PA_BSND
+from oracle import PA_BSND, flat, rows
+from test_antiquant import fields_of, single_keys
 
 NEON_ISAS = ["scalar", "neon"]
 DEEPSEEK = "hl_sparse_flash_attention_bf16_d512_rope64"
@@ -88,6 +92,64 @@ def test_the_shipped_header():
     case = make_case(k, shape)
     (got,) = run_under_qemu(DEEPSEEK, [(case, Way())], "neon")
     check(case.args, got, "neon")
+
+
+@pytest.mark.parametrize(
+    "name", ["f16_i8_tails", "bf16_fp8_wide", "bf16_i8_alone", "bf16_fp8_page"]
+)
+def test_any_call_on_records(name):
+    k = kernel(name)
+    slots, paged = "slots" in header(name).kernels[0].features, bool(k.record.behind)
+    drawn = various(7, 120, slots=slots, rope=k.rope > 0, paged=paged)
+    cases = []
+    for i, (shape, way) in enumerate(drawn):
+        spread = RECORD_SPREADS[i % len(RECORD_SPREADS)]
+        cases.append((make_case(k, dataclasses.replace(shape, spread=spread)), way))
+    for (case, _), got in zip(cases, run_under_qemu(name, cases, "neon"), strict=True):
+        check(case.args, got, "neon")
+
+
+@pytest.mark.parametrize("name", ["f16_i8_tails", "bf16_fp8_page", *SHIPPED_RECORDS])
+def test_every_code_of_a_record(name):
+    """Rows that see one key each return it: every code but NaN's, which make a row NaN."""
+    k = kernel(name)
+    count = -(-256 // min(k.dk, k.dv))
+    case = single_keys(name, 1, count)
+    codes = fields_of(case)["nope"].view(np.uint8)
+    codes[...] = np.arange(codes.size).reshape(codes.shape) % 256
+    if "fp8" in name:
+        codes[codes & 0x7F == 0x7F] = 0
+    (got,) = run_under_qemu(name, [(case, Way())], "neon")
+    for r in rows(case.args):
+        assert (flat(got["attention_out"])[r.row] == r.v).all()
+    if "fp8" in name:
+        for nan in (0x7F, 0xFF):
+            bad = case.changed(key=case.args.key.copy())
+            fields_of(bad)["nope"].view(np.uint8)[..., -1] = nan
+            (got,) = run_under_qemu(name, [(bad, Way())], "neon")
+            assert np.isnan(got["attention_out"]).all()
+
+
+@pytest.mark.parametrize("name", SHIPPED_RECORDS)
+def test_the_shipped_records(name):
+    """Few heads and many, a list over pages."""
+    k = kernel(name)
+    cases = []
+    for group in (1, 3, 8, 17, 33):
+        shape = Shape(
+            lens_q=(2,),
+            lens_kv=(60,),
+            group=group,
+            layout_kv=PA_BSND,
+            block_size=16,
+            lists="blocks",
+            list_length=40,
+            sparse_mode=3,
+            seed=group,
+        )
+        cases.append((make_case(k, shape), Way(flush=("left", "right")[group % 2])))
+    for (case, _), got in zip(cases, run_under_qemu(name, cases, "neon"), strict=True):
+        check(case.args, got, "neon")
 
 
 def test_partials_order_and_guards_change_no_bit():

@@ -4,7 +4,7 @@ import ctypes
 
 import numpy as np
 import pytest
-from helpers import best_in, by_pair, kernel, shipped, text
+from helpers import SHIPPED_RECORDS, best_in, by_pair, kernel, shipped, text
 from helpers_cases import Shape, make_case, run
 from oracle import BSND, PA_BSND, TND
 
@@ -127,7 +127,18 @@ size_t macro_partials(int64_t rows, int64_t heads, int64_t chunks)
 """
 
 
-@pytest.mark.parametrize("name", ["f32_small", "f16_small", "bf16_259", *shipped()])
+PAGES = {  # 500 keys, as every record has them
+    "layout_kv": PA_BSND,
+    "block_table": np.zeros((2, 5), np.int32),
+    "block_size": 100,
+    "max_blocks": 5,
+    "num_blocks": 1,
+}
+
+
+@pytest.mark.parametrize(
+    "name", ["f32_small", "f16_small", "bf16_259", *shipped(), *SHIPPED_RECORDS]
+)
 def test_macros_hold_what_plans_ask_for(name):
     """Workspace to the byte; partials at least, as the macro knows no head grouping."""
     k = kernel(name)
@@ -135,6 +146,7 @@ def test_macros_hold_what_plans_ask_for(name):
     workspace, partials = built.library.macro_workspace, built.library.macro_partials
     workspace.restype = partials.restype = ctypes.c_size_t
     partials.argtypes = (ctypes.c_int64,) * 3
+    heads = 1 if k.record is not None and k.record.behind else 2
     for isa in k.isas().values():
         for group in (1, 2, 3, 7, 8, 15, 16, 17, 31, 33, 64, 127, 128, 1000, 65536):
             sizes = {
@@ -146,16 +158,19 @@ def test_macros_hold_what_plans_ask_for(name):
                 "batch": 2,
                 "seq_q": 3,
                 "seq_kv": 500,
-                "heads_q": 2 * group,
-                "heads_kv": 2,
+                "heads_q": heads * group,
+                "heads_kv": heads,
                 "scale_value": 1.0,
                 "chunk_keys": 128,
                 "isa": isa,
             }
+            if k.record is not None:
+                del sizes["key_rope"]
+                sizes |= PAGES
             plan, result = k.plan(**sizes)
             assert result.ok, result.error_text
             assert plan.task_bytes == workspace(group) and plan.chunks == 4
-            assert plan.split_bytes <= partials(6, 2 * group, 4), (group, isa)
+            assert plan.split_bytes <= partials(6, heads * group, 4), (group, isa)
 
 
 @by_pair("bf16_small")
