@@ -15,6 +15,7 @@
  * machines that the bench runs on. */
 typedef int call_function(const void *args, void *workspace, size_t bytes, void *error);
 typedef int plan_function(void *plan, const void *args, void *error);
+typedef int routine_function(const void *args, void *error);
 typedef void task_function(const void *plan, int64_t i, void *workspace);
 typedef void merge_function(const void *plan, int64_t i);
 
@@ -45,6 +46,19 @@ double bench_plans(plan_function *make, void *plan, const void *args, int count)
     const double begin = nanoseconds(CLOCK_THREAD_CPUTIME_ID);
     for (int i = 0; i < count; i++) {
         const int status = make(plan, args, NULL);
+        if (status != 0) {
+            return (double)status;
+        }
+    }
+    return nanoseconds(CLOCK_THREAD_CPUTIME_ID) - begin;
+}
+
+/* `count` calls of a routine that writes or reads records, all with the same arguments. */
+double bench_routines(routine_function *call, const void *args, int count)
+{
+    const double begin = nanoseconds(CLOCK_THREAD_CPUTIME_ID);
+    for (int i = 0; i < count; i++) {
+        const int status = call(args, NULL);
         if (status != 0) {
             return (double)status;
         }

@@ -435,6 +435,7 @@ def driver() -> ctypes.CDLL:
     library = ctypes.CDLL(str(path))
     declare(library.bench_calls, "ppziiipz", "d")
     declare(library.bench_plans, "pppi", "d")
+    declare(library.bench_routines, "ppi", "d")
     declare(library.bench_threads, "pppllzip", "d")
     return library
 
@@ -496,6 +497,31 @@ def build(path: Path) -> Build:
     described = [h.kernels[0] for h in spec.load_catalogue() if h.name == path.stem]
     record = described[0].record if described else None
     return Build(bind.load(path), layout(record, described[0].dtype) if record else None)
+
+
+def build_cache(made: Build, rows: int) -> np.ndarray:
+    """Memory for so many records, of which nothing is in a cache yet that others read."""
+    import records
+
+    plan = made.record
+    if not plan.behind:
+        return allocate((rows, 1, plan.bytes), np.uint8)
+    body = records.BLOCK_SIZE * (plan.bytes + plan.behind)
+    page = -(-body // plan.record.page_multiple) * plan.record.page_multiple
+    return allocate((rows // records.BLOCK_SIZE, page), np.uint8)
+
+
+class Routine:
+    """One of the routines that write and read records, as a step: nanoseconds a call."""
+
+    def __init__(self, made: Build, suffix: str, fields: dict[str, Any], count: int = 1) -> None:
+        kernel = made.kernel
+        self.address, self.count = made.address(f"_{suffix}"), count
+        self.args = kernel.struct(kernel.Rows[suffix], fields)
+
+    def __call__(self) -> float:
+        ns = driver().bench_routines(self.address, ctypes.byref(self.args), self.count)
+        return checked(ns) / self.count
 
 
 # The relative error beyond which a result is wrong and not worth timing.

@@ -269,8 +269,89 @@ def maths(bench: Bench) -> Table:
     return table
 
 
+# ---- caches of records --------------------------------------------------------------------------
+
+
+RECORDS = ("bf16_i8_656_d512_rope64", "bf16_fp8_656_d512_rope64_slots",
+           "bf16_fp8_v4_d448_rope64_slots")
+
+
+def of_records(bench: Bench) -> dict[str, m.Build]:
+    """The kernels whose caches are made of records, by their formats."""
+    made = [m.build(bench.include / f"hl_sparse_flash_attention_antiquant_{name}.h")
+            for name in RECORDS]
+    return {build.kv_format: build for build in made}
+
+
+def beside_bf16(bench: Bench) -> Table:
+    """Records against plain rows, the same shapes in turn."""
+    table = Table("Caches of records: time relative to the bf16 cache",
+                  ["record", "heads", "isa", "dense 2048", "dense 8192", "dense 32768",
+                   "2048 of 32768"],
+                  "Below 1: faster than bf16 rows, which take 1152 bytes a token.", left=3)
+    for name, build in of_records(bench).items():
+        if (build.dk, build.dv) != (bench.mla.dk, bench.mla.dv):
+            continue  # other channels, other work
+        listed = "list" if name == "i8_656" else "slots"
+        for heads in (128, 16, 8, 4, 2, 1):
+            for isa in bench.vectors:
+                cells = []
+                for selection, keys, cache in (("dense", 2048, 0), ("dense", 8192, 0),
+                                               ("dense", 32768, 0), ("list", 2048, 32768)):
+                    plain = m.Calls(bench.mla, mla(heads, selection, keys, cache), isa)
+                    other = mla(heads, listed if cache else selection, keys, cache)
+                    t = alternate({"plain": plain, "records": m.Calls(build, other, isa)},
+                                  bench.rounds, seconds=3)
+                    cells.append(f"{np.median(t['records'] / t['plain']):.2f}")
+                table.add(name, str(heads), isa, *cells)
+    return table
+
+
+def writing(bench: Bench) -> Table:
+    """Rows of bf16 into records and back, against reading as many bytes."""
+    table = Table("Writing records: 32768 rows of bf16, and one",
+                  ["record", "isa", "quantise, ns a row", "of read", "append", "of read",
+                   "dequantise", "of read", "append one row, ns"],
+                  "of read: bytes read and written over the time, against the bandwidth of reading "
+                  "as many.", left=2)
+    rows = bench.scaled(32768)
+    for name, build in of_records(bench).items():
+        source = m.normal_once("key", rows, 1, build.dk, build.kernel.dtype)
+        memory = m.build_cache(build, rows)
+        block = 64 if build.record.behind else 0
+        both = source.nbytes + memory.nbytes
+        read = m.swept_memory(max(both, bench.swept))[:both]
+        paged = {"layout_kv": build.kernel.constants["HL_LAYOUT_PA_BSND"], "block_size": block,
+                 "num_blocks": len(memory), "max_blocks": len(memory),
+                 "block_table": np.arange(len(memory), dtype=np.int32)} if block else {
+                     "seq_kv": rows}
+        for isa in bench.vectors:
+            shared = {"rows": rows, "isa": build.isas[isa]}
+            place = {"block_size": block} if block else {}
+            into = {"nope": source, "key": memory, "batch": 1,
+                    "positions": np.zeros(1, np.int32), **shared, **paged}
+            steps = {
+                "plain": m.Read([[read]], 0), "ahead": m.Read([[read]], m.READ_AHEAD),
+                "quantise_rows": m.Routine(build, "quantise_rows", {
+                    "nope": source, "records": memory, **shared, **place}),
+                "append": m.Routine(build, "append", into),
+                "dequantise_rows": m.Routine(build, "dequantise_rows", {
+                    "nope": m.allocate(source.shape, source.dtype), "records": memory, **shared,
+                    **place}),
+                "one": m.Routine(build, "append", {**into, "rows": 1}, count=200),
+            }
+            t = alternate(steps, bench.rounds, seconds=10)
+            speed = np.maximum(t["plain"], t["ahead"])
+            cells = []
+            for routine in ("quantise_rows", "append", "dequantise_rows"):
+                cells += [f"{np.median(t[routine]) / rows:.0f}",
+                          percent(np.median(both / t[routine] / speed))]
+            table.add(name, isa, *cells, f"{np.median(t['one']):.0f}")
+    return table
+
+
 def tables(bench: Bench) -> Iterator[Table]:
     """What README and docs quote beside the main table."""
-    for make in (list_cost, ways, maths):
+    for make in (list_cost, ways, maths, beside_bf16, writing):
         yield make(bench)
 

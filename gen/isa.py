@@ -147,6 +147,9 @@ WORDS = {
     "vwiden_e4m3": "4 * lanes codes to as many numbers of bfloat16, which hold them exactly",
     "vstore_e4m3": "as vstore, rounded to nearest even, never past +-448; x is finite",
     "vstore_e4m3_n": "as vstore_n",
+    "vpeak_bf16": "the largest magnitude of n numbers of bfloat16; NaN if one is NaN or infinite",
+    "vput_i8_bf16": "2 * lanes codes of what vpair_bf16 reads, as vstore_i8; |x| <= 127.49",
+    "vput_e4m3_bf16": "the same as vstore_e4m3; |x| <= 463",
     "vrow": "a whole stored row to float32 (templates/kv)",
 }
 

@@ -27,10 +27,15 @@ def pieces_of(plan):
     return made
 
 
-def number_words(fmt):
-    """Numbers of one type beside a record, with the words that read and write them."""
+def number_words(fmt, code=""):
+    """Numbers of one type beside a record, with the words that read and write them; bfloat16 has
+    quicker ones to become codes."""
     words = FORMAT_WORDS[fmt.name]
+    quick = fmt.name == "bf16" and code
     return SimpleNamespace(
+        peak=bool(quick),
+        largest="vpeak_bf16" if quick else f"ki_largest_{fmt.name}",
+        put=f"vput_{code}_bf16" if quick else "",
         type=fmt.name,
         title=fmt.title,
         c_type=fmt.c_type,
@@ -87,7 +92,9 @@ def record_view(kernel):
     plan = layout(record, kernel.dtype)
     nope, scale = words_of(plan.place("nope")), words_of(plan.place("scale"))
     rope = words_of(plan.place("rope")) if plan.place("rope") else None
-    numbers = [number_words(FORMATS[name]) for name in dict.fromkeys((kernel.dtype, "f32"))]
+    numbers = [
+        number_words(FORMATS[name], nope.type) for name in dict.fromkeys((kernel.dtype, "f32"))
+    ]
     swapped = swapped_plan(record, kernel.dtype)
     return SimpleNamespace(
         name=record.name,
@@ -106,6 +113,7 @@ def record_view(kernel):
         scales_behind=record.scales_behind,
         powers=scale.type == "e8m0",
         quotient=EXACT if scale.type == "e8m0" else "vquot(x, d, r)",
+        quotient_y=EXACT.replace("x", "y") if scale.type == "e8m0" else "vquot(y, d, r)",
         numbers=numbers,
         rope_pairs=rope_pairs(numbers, rope.type) if rope else [],
         pads=pads_of(plan),

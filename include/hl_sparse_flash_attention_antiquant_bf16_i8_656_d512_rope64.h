@@ -1298,6 +1298,29 @@ HL_WORD_SCALAR void hl_vstore_i8_n_scalar(uint8_t *p, int32_t n, hl_vf_scalar x)
 }
 
 #endif
+#ifndef HL_WORDS_SCALAR_CODES_OF_BF16
+#define HL_WORDS_SCALAR_CODES_OF_BF16
+
+HL_WORD_SCALAR float hl_vpeak_bf16_scalar(const uint16_t *p, int32_t n)
+{
+    uint32_t most = 0;
+    for (int32_t i = 0; i < n; ++i) {
+        const uint32_t size = p[i] & 0x7fffu;
+        most = size > most ? size : most;
+    }
+    return hl_float_of(most >= 0x7f80u ? 0x7fc00000u : most << 16);
+}
+
+#endif
+#ifndef HL_WORDS_SCALAR_I8_OF_BF16
+#define HL_WORDS_SCALAR_I8_OF_BF16
+
+HL_WORD_SCALAR void hl_vput_i8_bf16_scalar(uint8_t *p, hl_vf_scalar x, hl_vf_scalar y)
+{
+    hl_vstore_i8_scalar(p, x); hl_vstore_i8_scalar(p + 1, y);
+}
+
+#endif
 #ifndef HL_VEXP2_SCALAR
 #define HL_VEXP2_SCALAR
 
@@ -1470,6 +1493,37 @@ HL_WORD_NEON void hl_vstore_i8_n_neon(uint8_t *p, int32_t n, hl_vf_neon x)
     hl_put_codes_neon(p, n, vreinterpret_u8_s8(vmax_s8(codes, vdup_n_s8(-127))));
 }
 HL_WORD_NEON void hl_vstore_i8_neon(uint8_t *p, hl_vf_neon x) { hl_vstore_i8_n_neon(p, 4, x); }
+
+#endif
+#ifndef HL_WORDS_NEON_CODES_OF_BF16
+#define HL_WORDS_NEON_CODES_OF_BF16
+
+/* The largest magnitude as an integer, which the bits behind the sign are ordered as; NaN and
+ * infinity are above all numbers. */
+HL_WORD_NEON float hl_vpeak_bf16_neon(const uint16_t *p, int32_t n)
+{
+    uint16x8_t all = vdupq_n_u16(0);
+    uint32_t most;
+    int32_t c = 0;
+    for (; c + 8 <= n; c += 8) {
+        all = vmaxq_u16(vandq_u16(vld1q_u16(p + c), vdupq_n_u16(0x7fff)), all);
+    }
+    most = vmaxvq_u16(all);
+    for (; c < n; ++c) {
+        const uint32_t size = p[c] & 0x7fffu;
+        most = size > most ? size : most;
+    }
+    return hl_float_of(most >= 0x7f80u ? 0x7fc00000u : most << 16);
+}
+
+#endif
+#ifndef HL_WORDS_NEON_I8_OF_BF16
+#define HL_WORDS_NEON_I8_OF_BF16
+
+HL_WORD_NEON void hl_vput_i8_bf16_neon(uint8_t *p, hl_vf_neon x, hl_vf_neon y)
+{
+    hl_vstore_i8_neon(p, x); hl_vstore_i8_neon(p + 4, y);
+}
 
 #endif
 #ifndef HL_VEXP2_NEON
@@ -1670,6 +1724,51 @@ HL_WORD_AVX2 void hl_vstore_i8_n_avx2(uint8_t *p, int32_t n, hl_vf_avx2 x)
     uint8_t few[8];
     hl_vstore_i8_avx2(few, x);
     HL_COPY(p, few, (size_t)n);
+}
+
+#endif
+#ifndef HL_WORDS_AVX2_CODES_OF_BF16
+#define HL_WORDS_AVX2_CODES_OF_BF16
+
+/* The largest magnitude as an integer, which the bits behind the sign are ordered as; NaN and
+ * infinity are above all numbers. */
+HL_WORD_AVX2 float hl_vpeak_bf16_avx2(const uint16_t *p, int32_t n)
+{
+    const __m256i behind = _mm256_set1_epi16(0x7fff);
+    __m256i all = _mm256_setzero_si256();
+    __m128i half;
+    uint32_t most;
+    int32_t c = 0;
+    for (; c + 16 <= n; c += 16) {
+        const __m256i loaded = _mm256_loadu_si256((const __m256i *)(const void *)(p + c));
+        all = _mm256_max_epu16(_mm256_and_si256(loaded, behind), all);
+    }
+    half = _mm_max_epu16(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1));
+    half = _mm_minpos_epu16(_mm_xor_si128(half, _mm_set1_epi16(-1)));
+    most = ~(uint32_t)_mm_cvtsi128_si32(half) & 0xffffu;
+    for (; c < n; ++c) {
+        const uint32_t size = p[c] & 0x7fffu;
+        most = size > most ? size : most;
+    }
+    return hl_float_of(most >= 0x7f80u ? 0x7fc00000u : most << 16);
+}
+/* Codes of even and odd numbers, in the low bytes, in turn. */
+HL_WORD_AVX2 void hl_put_codes_avx2(uint8_t *p, __m256i even, __m256i odd)
+{
+    const __m256i low = _mm256_and_si256(even, _mm256_set1_epi32(0xff));
+    const __m256i high = _mm256_srli_epi32(_mm256_slli_epi32(odd, 24), 16);
+    const __m256i both = _mm256_or_si256(low, high);
+    const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(both, both), 0x08);
+    _mm_storeu_si128((__m128i *)(void *)p, _mm256_castsi256_si128(packed));
+}
+
+#endif
+#ifndef HL_WORDS_AVX2_I8_OF_BF16
+#define HL_WORDS_AVX2_I8_OF_BF16
+
+HL_WORD_AVX2 void hl_vput_i8_bf16_avx2(uint8_t *p, hl_vf_avx2 x, hl_vf_avx2 y)
+{
+    hl_put_codes_avx2(p, _mm256_cvtps_epi32(x), _mm256_cvtps_epi32(y));
 }
 
 #endif
@@ -1914,6 +2013,56 @@ HL_WORD_AVX512 void hl_vstore_i8_avx512(uint8_t *p, hl_vf_avx512 x)
 HL_WORD_AVX512 void hl_vstore_i8_n_avx512(uint8_t *p, int32_t n, hl_vf_avx512 x)
 {
     _mm_mask_storeu_epi8(p, hl_first_avx512(n), hl_narrow_i8_avx512(x));
+}
+
+#endif
+#ifndef HL_WORDS_AVX512_CODES_OF_BF16
+#define HL_WORDS_AVX512_CODES_OF_BF16
+
+/* The largest magnitude as an integer, which the bits behind the sign are ordered as; NaN and
+ * infinity are above all numbers. */
+HL_WORD_AVX512 float hl_vpeak_bf16_avx512(const uint16_t *p, int32_t n)
+{
+    const __m512i behind = _mm512_set1_epi16(0x7fff);
+    const __mmask32 every = (__mmask32)0xffffffffu;
+    __m512i all = _mm512_setzero_si512();
+    __m256i half;
+    __m128i most;
+    uint32_t bits;
+    int32_t c = 0;
+    for (; c + 32 <= n; c += 32) {
+        const __m512i size = _mm512_and_si512(_mm512_loadu_si512(p + c), behind);
+        all = _mm512_maskz_max_epu16(every, size, all);
+    }
+    if (c < n) {
+        const __mmask32 some = (__mmask32)((1u << (n - c)) - 1u);
+        const __m512i size = _mm512_and_si512(_mm512_maskz_loadu_epi16(some, p + c), behind);
+        all = _mm512_maskz_max_epu16(every, size, all);
+    }
+    half =
+        _mm256_max_epu16(_mm512_maskz_extracti64x4_epi64((__mmask8)0xff, all, 0),
+                         _mm512_maskz_extracti64x4_epi64((__mmask8)0xff, all, 1));
+    most = _mm_max_epu16(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+    most = _mm_minpos_epu16(_mm_xor_si128(most, _mm_set1_epi16(-1)));
+    bits = ~(uint32_t)_mm_cvtsi128_si32(most) & 0xffffu;
+    return hl_float_of(bits >= 0x7f80u ? 0x7fc00000u : bits << 16);
+}
+/* Codes of even and odd numbers, in the low bytes, in turn. */
+HL_WORD_AVX512 void hl_put_codes_avx512(uint8_t *p, __m512i even, __m512i odd)
+{
+    const __m512i low = _mm512_and_si512(even, _mm512_set1_epi32(0xff));
+    const __m512i both = _mm512_or_si512(low, _mm512_maskz_slli_epi32(hl_all_avx512(), odd, 8));
+    _mm256_storeu_si256((__m256i *)(void *)p, _mm512_maskz_cvtepi32_epi16(hl_all_avx512(), both));
+}
+
+#endif
+#ifndef HL_WORDS_AVX512_I8_OF_BF16
+#define HL_WORDS_AVX512_I8_OF_BF16
+
+HL_WORD_AVX512 void hl_vput_i8_bf16_avx512(uint8_t *p, hl_vf_avx512 x, hl_vf_avx512 y)
+{
+    hl_put_codes_avx512(p, _mm512_maskz_cvtps_epi32(hl_all_avx512(), x),
+                        _mm512_maskz_cvtps_epi32(hl_all_avx512(), y));
 }
 
 #endif
@@ -3894,30 +4043,6 @@ HL_KERNEL_SCALAR void hl_sfaq_bf16_i8_656_d512_rope64_convert_bf16_f32_scalar(vo
         hl_vstore_scalar(y + c, hl_vload_bf16_scalar(x + c));
     }
 }
-/* The largest magnitude of n numbers; NaN if one of them is NaN or infinite: then 0 * x is NaN. */
-HL_KERNEL_SCALAR float hl_sfaq_bf16_i8_656_d512_rope64_largest_bf16_scalar(const uint16_t *from,
-    int32_t n)
-{
-    enum { L = 1 };
-    hl_vf_scalar most = hl_vzero_scalar();
-    hl_vf_scalar more = hl_vzero_scalar();
-    hl_vf_scalar spoilt = hl_vzero_scalar();
-    hl_vf_scalar x;
-    hl_vf_scalar y;
-    float lane[L];
-    int32_t c = 0;
-    for (; c + 2 * L <= n; c += 2 * L) { /* in any order */
-        hl_vpair_bf16_scalar(from + c, &x, &y);
-        most = hl_vmax_scalar(hl_vabs_scalar(x), most);
-        more = hl_vmax_scalar(hl_vabs_scalar(y), more);
-        spoilt = hl_vfma_scalar(x, hl_vzero_scalar(), spoilt);
-        spoilt = hl_vfma_scalar(y, hl_vzero_scalar(), spoilt);
-    }
-    most = hl_vmax_scalar(more, most);
-    hl_vstore_scalar(lane, hl_vadd_scalar(most, spoilt));
-    return lane[0];
-}
-
 /* The codes of n numbers that share a scale; 0: all of them are 0. */
 HL_KERNEL_SCALAR void hl_sfaq_bf16_i8_656_d512_rope64_put_codes_bf16_scalar(uint8_t *code,
     const uint16_t *from, int32_t n, float scale)
@@ -3934,6 +4059,12 @@ HL_KERNEL_SCALAR void hl_sfaq_bf16_i8_656_d512_rope64_put_codes_bf16_scalar(uint
     }
     r = hl_vset_scalar(1.0f / scale);
     d = hl_vset_scalar(scale);
+    for (; c + 2 * L <= n; c += 2 * L) {
+        hl_vf_scalar x;
+        hl_vf_scalar y;
+        hl_vpair_bf16_scalar(from + c, &x, &y);
+        hl_vput_i8_bf16_scalar(code + c, hl_vquot_scalar(x, d, r), hl_vquot_scalar(y, d, r));
+    }
     for (; c + L <= n; c += L) {
         const hl_vf_scalar x = hl_vload_bf16_scalar(from + c);
         hl_vstore_i8_scalar(code + c, hl_vquot_scalar(x, d, r));
@@ -3951,14 +4082,14 @@ HL_KERNEL_SCALAR void hl_sfaq_bf16_i8_656_d512_rope64_encode_bf16_scalar(const h
         const uint16_t *const nope = first + (ptrdiff_t)i * run->number_step[0];
         unsigned char *const record = run->to[0] + (ptrdiff_t)i * run->record_step[0];
         unsigned char *const holder = run->to[1] + (ptrdiff_t)i * run->record_step[1];
-        float most = hl_sfaq_bf16_i8_656_d512_rope64_largest_bf16_scalar(nope, TILE);
+        float most = hl_vpeak_bf16_scalar(nope, TILE);
         for (int32_t c = 0; c < DK; c += TILE) {
             const float scale =
                 hl_sfaq_bf16_i8_656_d512_rope64_put_scale(holder + 640, c / TILE, most, power_of_2);
             const int32_t n = DK - c < TILE ? DK - c : TILE;
             const int32_t later = DK - c - TILE < TILE ? DK - c - TILE : TILE;
             if (later > 0) { /* meanwhile */
-                most = hl_sfaq_bf16_i8_656_d512_rope64_largest_bf16_scalar(nope + c + TILE, later);
+                most = hl_vpeak_bf16_scalar(nope + c + TILE, later);
             }
             hl_sfaq_bf16_i8_656_d512_rope64_put_codes_bf16_scalar(record + 0 + c, nope + c, n,
                 scale);
@@ -5764,34 +5895,6 @@ HL_KERNEL_NEON void hl_sfaq_bf16_i8_656_d512_rope64_convert_bf16_f32_neon(void *
         hl_vstore_neon(y + c, hl_vload_bf16_neon(x + c));
     }
 }
-/* The largest magnitude of n numbers; NaN if one of them is NaN or infinite: then 0 * x is NaN. */
-HL_KERNEL_NEON float hl_sfaq_bf16_i8_656_d512_rope64_largest_bf16_neon(const uint16_t *from,
-    int32_t n)
-{
-    enum { L = 4 };
-    hl_vf_neon most = hl_vzero_neon();
-    hl_vf_neon more = hl_vzero_neon();
-    hl_vf_neon spoilt = hl_vzero_neon();
-    hl_vf_neon x;
-    hl_vf_neon y;
-    float lane[L];
-    int32_t c = 0;
-    for (; c + 2 * L <= n; c += 2 * L) { /* in any order */
-        hl_vpair_bf16_neon(from + c, &x, &y);
-        most = hl_vmax_neon(hl_vabs_neon(x), most);
-        more = hl_vmax_neon(hl_vabs_neon(y), more);
-        spoilt = hl_vfma_neon(x, hl_vzero_neon(), spoilt);
-        spoilt = hl_vfma_neon(y, hl_vzero_neon(), spoilt);
-    }
-    most = hl_vmax_neon(more, most);
-    most = hl_vmax_neon(hl_vswap_neon(most, 1), most);
-    spoilt = hl_vadd_neon(hl_vswap_neon(spoilt, 1), spoilt);
-    most = hl_vmax_neon(hl_vswap_neon(most, 2), most);
-    spoilt = hl_vadd_neon(hl_vswap_neon(spoilt, 2), spoilt);
-    hl_vstore_neon(lane, hl_vadd_neon(most, spoilt));
-    return lane[0];
-}
-
 /* The codes of n numbers that share a scale; 0: all of them are 0. */
 HL_KERNEL_NEON void hl_sfaq_bf16_i8_656_d512_rope64_put_codes_bf16_neon(uint8_t *code,
     const uint16_t *from, int32_t n, float scale)
@@ -5808,6 +5911,12 @@ HL_KERNEL_NEON void hl_sfaq_bf16_i8_656_d512_rope64_put_codes_bf16_neon(uint8_t 
     }
     r = hl_vset_neon(1.0f / scale);
     d = hl_vset_neon(scale);
+    for (; c + 2 * L <= n; c += 2 * L) {
+        hl_vf_neon x;
+        hl_vf_neon y;
+        hl_vpair_bf16_neon(from + c, &x, &y);
+        hl_vput_i8_bf16_neon(code + c, hl_vquot_neon(x, d, r), hl_vquot_neon(y, d, r));
+    }
     for (; c + L <= n; c += L) {
         const hl_vf_neon x = hl_vload_bf16_neon(from + c);
         hl_vstore_i8_neon(code + c, hl_vquot_neon(x, d, r));
@@ -5825,14 +5934,14 @@ HL_KERNEL_NEON void hl_sfaq_bf16_i8_656_d512_rope64_encode_bf16_neon(const hl_kv
         const uint16_t *const nope = first + (ptrdiff_t)i * run->number_step[0];
         unsigned char *const record = run->to[0] + (ptrdiff_t)i * run->record_step[0];
         unsigned char *const holder = run->to[1] + (ptrdiff_t)i * run->record_step[1];
-        float most = hl_sfaq_bf16_i8_656_d512_rope64_largest_bf16_neon(nope, TILE);
+        float most = hl_vpeak_bf16_neon(nope, TILE);
         for (int32_t c = 0; c < DK; c += TILE) {
             const float scale =
                 hl_sfaq_bf16_i8_656_d512_rope64_put_scale(holder + 640, c / TILE, most, power_of_2);
             const int32_t n = DK - c < TILE ? DK - c : TILE;
             const int32_t later = DK - c - TILE < TILE ? DK - c - TILE : TILE;
             if (later > 0) { /* meanwhile */
-                most = hl_sfaq_bf16_i8_656_d512_rope64_largest_bf16_neon(nope + c + TILE, later);
+                most = hl_vpeak_bf16_neon(nope + c + TILE, later);
             }
             hl_sfaq_bf16_i8_656_d512_rope64_put_codes_bf16_neon(record + 0 + c, nope + c, n, scale);
         }
@@ -7977,36 +8086,6 @@ HL_KERNEL_AVX2 void hl_sfaq_bf16_i8_656_d512_rope64_convert_bf16_f32_avx2(void *
         hl_vstore_avx2(y + c, hl_vload_bf16_avx2(x + c));
     }
 }
-/* The largest magnitude of n numbers; NaN if one of them is NaN or infinite: then 0 * x is NaN. */
-HL_KERNEL_AVX2 float hl_sfaq_bf16_i8_656_d512_rope64_largest_bf16_avx2(const uint16_t *from,
-    int32_t n)
-{
-    enum { L = 8 };
-    hl_vf_avx2 most = hl_vzero_avx2();
-    hl_vf_avx2 more = hl_vzero_avx2();
-    hl_vf_avx2 spoilt = hl_vzero_avx2();
-    hl_vf_avx2 x;
-    hl_vf_avx2 y;
-    float lane[L];
-    int32_t c = 0;
-    for (; c + 2 * L <= n; c += 2 * L) { /* in any order */
-        hl_vpair_bf16_avx2(from + c, &x, &y);
-        most = hl_vmax_avx2(hl_vabs_avx2(x), most);
-        more = hl_vmax_avx2(hl_vabs_avx2(y), more);
-        spoilt = hl_vfma_avx2(x, hl_vzero_avx2(), spoilt);
-        spoilt = hl_vfma_avx2(y, hl_vzero_avx2(), spoilt);
-    }
-    most = hl_vmax_avx2(more, most);
-    most = hl_vmax_avx2(hl_vswap_avx2(most, 1), most);
-    spoilt = hl_vadd_avx2(hl_vswap_avx2(spoilt, 1), spoilt);
-    most = hl_vmax_avx2(hl_vswap_avx2(most, 2), most);
-    spoilt = hl_vadd_avx2(hl_vswap_avx2(spoilt, 2), spoilt);
-    most = hl_vmax_avx2(hl_vswap_avx2(most, 4), most);
-    spoilt = hl_vadd_avx2(hl_vswap_avx2(spoilt, 4), spoilt);
-    hl_vstore_avx2(lane, hl_vadd_avx2(most, spoilt));
-    return lane[0];
-}
-
 /* The codes of n numbers that share a scale; 0: all of them are 0. */
 HL_KERNEL_AVX2 void hl_sfaq_bf16_i8_656_d512_rope64_put_codes_bf16_avx2(uint8_t *code,
     const uint16_t *from, int32_t n, float scale)
@@ -8023,6 +8102,12 @@ HL_KERNEL_AVX2 void hl_sfaq_bf16_i8_656_d512_rope64_put_codes_bf16_avx2(uint8_t 
     }
     r = hl_vset_avx2(1.0f / scale);
     d = hl_vset_avx2(scale);
+    for (; c + 2 * L <= n; c += 2 * L) {
+        hl_vf_avx2 x;
+        hl_vf_avx2 y;
+        hl_vpair_bf16_avx2(from + c, &x, &y);
+        hl_vput_i8_bf16_avx2(code + c, hl_vquot_avx2(x, d, r), hl_vquot_avx2(y, d, r));
+    }
     for (; c + L <= n; c += L) {
         const hl_vf_avx2 x = hl_vload_bf16_avx2(from + c);
         hl_vstore_i8_avx2(code + c, hl_vquot_avx2(x, d, r));
@@ -8040,14 +8125,14 @@ HL_KERNEL_AVX2 void hl_sfaq_bf16_i8_656_d512_rope64_encode_bf16_avx2(const hl_kv
         const uint16_t *const nope = first + (ptrdiff_t)i * run->number_step[0];
         unsigned char *const record = run->to[0] + (ptrdiff_t)i * run->record_step[0];
         unsigned char *const holder = run->to[1] + (ptrdiff_t)i * run->record_step[1];
-        float most = hl_sfaq_bf16_i8_656_d512_rope64_largest_bf16_avx2(nope, TILE);
+        float most = hl_vpeak_bf16_avx2(nope, TILE);
         for (int32_t c = 0; c < DK; c += TILE) {
             const float scale =
                 hl_sfaq_bf16_i8_656_d512_rope64_put_scale(holder + 640, c / TILE, most, power_of_2);
             const int32_t n = DK - c < TILE ? DK - c : TILE;
             const int32_t later = DK - c - TILE < TILE ? DK - c - TILE : TILE;
             if (later > 0) { /* meanwhile */
-                most = hl_sfaq_bf16_i8_656_d512_rope64_largest_bf16_avx2(nope + c + TILE, later);
+                most = hl_vpeak_bf16_avx2(nope + c + TILE, later);
             }
             hl_sfaq_bf16_i8_656_d512_rope64_put_codes_bf16_avx2(record + 0 + c, nope + c, n, scale);
         }
@@ -11296,38 +11381,6 @@ HL_KERNEL_AVX512 void hl_sfaq_bf16_i8_656_d512_rope64_convert_bf16_f32_avx512(vo
         hl_vstore_avx512(y + c, hl_vload_bf16_avx512(x + c));
     }
 }
-/* The largest magnitude of n numbers; NaN if one of them is NaN or infinite: then 0 * x is NaN. */
-HL_KERNEL_AVX512 float hl_sfaq_bf16_i8_656_d512_rope64_largest_bf16_avx512(const uint16_t *from,
-    int32_t n)
-{
-    enum { L = 16 };
-    hl_vf_avx512 most = hl_vzero_avx512();
-    hl_vf_avx512 more = hl_vzero_avx512();
-    hl_vf_avx512 spoilt = hl_vzero_avx512();
-    hl_vf_avx512 x;
-    hl_vf_avx512 y;
-    float lane[L];
-    int32_t c = 0;
-    for (; c + 2 * L <= n; c += 2 * L) { /* in any order */
-        hl_vpair_bf16_avx512(from + c, &x, &y);
-        most = hl_vmax_avx512(hl_vabs_avx512(x), most);
-        more = hl_vmax_avx512(hl_vabs_avx512(y), more);
-        spoilt = hl_vfma_avx512(x, hl_vzero_avx512(), spoilt);
-        spoilt = hl_vfma_avx512(y, hl_vzero_avx512(), spoilt);
-    }
-    most = hl_vmax_avx512(more, most);
-    most = hl_vmax_avx512(hl_vswap_avx512(most, 1), most);
-    spoilt = hl_vadd_avx512(hl_vswap_avx512(spoilt, 1), spoilt);
-    most = hl_vmax_avx512(hl_vswap_avx512(most, 2), most);
-    spoilt = hl_vadd_avx512(hl_vswap_avx512(spoilt, 2), spoilt);
-    most = hl_vmax_avx512(hl_vswap_avx512(most, 4), most);
-    spoilt = hl_vadd_avx512(hl_vswap_avx512(spoilt, 4), spoilt);
-    most = hl_vmax_avx512(hl_vswap_avx512(most, 8), most);
-    spoilt = hl_vadd_avx512(hl_vswap_avx512(spoilt, 8), spoilt);
-    hl_vstore_avx512(lane, hl_vadd_avx512(most, spoilt));
-    return lane[0];
-}
-
 /* The codes of n numbers that share a scale; 0: all of them are 0. */
 HL_KERNEL_AVX512 void hl_sfaq_bf16_i8_656_d512_rope64_put_codes_bf16_avx512(uint8_t *code,
     const uint16_t *from, int32_t n, float scale)
@@ -11344,6 +11397,12 @@ HL_KERNEL_AVX512 void hl_sfaq_bf16_i8_656_d512_rope64_put_codes_bf16_avx512(uint
     }
     r = hl_vset_avx512(1.0f / scale);
     d = hl_vset_avx512(scale);
+    for (; c + 2 * L <= n; c += 2 * L) {
+        hl_vf_avx512 x;
+        hl_vf_avx512 y;
+        hl_vpair_bf16_avx512(from + c, &x, &y);
+        hl_vput_i8_bf16_avx512(code + c, hl_vquot_avx512(x, d, r), hl_vquot_avx512(y, d, r));
+    }
     for (; c + L <= n; c += L) {
         const hl_vf_avx512 x = hl_vload_bf16_avx512(from + c);
         hl_vstore_i8_avx512(code + c, hl_vquot_avx512(x, d, r));
@@ -11361,14 +11420,14 @@ HL_KERNEL_AVX512 void hl_sfaq_bf16_i8_656_d512_rope64_encode_bf16_avx512(const h
         const uint16_t *const nope = first + (ptrdiff_t)i * run->number_step[0];
         unsigned char *const record = run->to[0] + (ptrdiff_t)i * run->record_step[0];
         unsigned char *const holder = run->to[1] + (ptrdiff_t)i * run->record_step[1];
-        float most = hl_sfaq_bf16_i8_656_d512_rope64_largest_bf16_avx512(nope, TILE);
+        float most = hl_vpeak_bf16_avx512(nope, TILE);
         for (int32_t c = 0; c < DK; c += TILE) {
             const float scale =
                 hl_sfaq_bf16_i8_656_d512_rope64_put_scale(holder + 640, c / TILE, most, power_of_2);
             const int32_t n = DK - c < TILE ? DK - c : TILE;
             const int32_t later = DK - c - TILE < TILE ? DK - c - TILE : TILE;
             if (later > 0) { /* meanwhile */
-                most = hl_sfaq_bf16_i8_656_d512_rope64_largest_bf16_avx512(nope + c + TILE, later);
+                most = hl_vpeak_bf16_avx512(nope + c + TILE, later);
             }
             hl_sfaq_bf16_i8_656_d512_rope64_put_codes_bf16_avx512(record + 0 + c, nope + c, n,
                 scale);

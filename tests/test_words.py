@@ -21,6 +21,7 @@ from gen.formats import CODES, SCALED
 from gen.isa import ISAS, WORDS
 
 HERE = Path(__file__).resolve().parent
+PEAKS = range(0, 65536 - 96, 61)
 SCALED_ROWS = (*range(1, 40), *range(40, 257, 24))
 N, ROW_MAX, QUOTIENTS = 1 << 17, 40, 1 << 22
 E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
@@ -55,7 +56,7 @@ def header_text() -> str:
     text = bind.header_text(spec.parse_header({"name": "hl_words", "kernel": kernels}))
     for isa in ISAS.values():
         if not isa.tiles:
-            words = render.words_page(isa, tuple(CODES), "builtin")
+            words = render.words_page(isa, ("bf16", *CODES), "builtin")
             words += "".join(render.scaled_page(isa, scaled) for scaled in SCALED.values())
             text += f"\n#if HL_HAS_{isa.macro}\n{words}#endif\n"
     return text
@@ -80,7 +81,8 @@ def test_every_word_is_tested():
     for word in WORDS:
         listed = word in {w.name for w in (*BINARY, *UNARY)}
         general = re.sub(r"_(bf16|f16|i8|e4m3)(?=_n$|$)", "_{{ type }}", word)
-        listed = listed or f"hl_{word}{{{{ w }}}}(" in source
+        of_type = re.sub(r"_(i8|e4m3)_", "_{{ type }}_", word)
+        listed = listed or any(f"hl_{name}{{{{ w }}}}(" in source for name in (word, of_type))
         assert listed or f"hl_{general}{{{{ w }}}}" in source or f"hl_{word}_{{{{ type" in source, (
             word
         )
@@ -324,6 +326,9 @@ class Pieces:
             ]
         made["flushed_e4m3"] = self.take(256)
         made["vwiden_e4m3"] = self.take(256, np.uint16)
+        for kind in CODES:
+            made[f"vput_{kind}"] = self.take(65536, np.uint8), self.take(N // 2, np.uint8)
+        made["vpeak"] = self.take(len(PEAKS))
         made["scaled"] = [
             (n, *(self.take(-(-n // lanes) * lanes) for _ in SCALED)) for n in SCALED_ROWS
         ]
@@ -518,6 +523,28 @@ def test_codes_are_written(machine, isa, kind):
 @BY_ISA
 def test_codes_are_read_where_subnormal_numbers_are_flushed(machine, isa):
     assert same(of(machine, isa)["flushed_e4m3"], numbers_of("e4m3")).all()
+
+
+@BY_ISA
+@pytest.mark.parametrize("kind", CODES)
+def test_pairs_become_codes(machine, isa, kind):
+    """In the order in which they lie, from bfloat16 and from between its numbers."""
+    most = {"i8": 127.49, "e4m3": 463}[kind]
+    halves, between = of(machine, isa)[f"vput_{kind}"]
+    exact = np.arange(65536, dtype=np.uint32).astype(np.uint16).view(BF16).astype(np.float32)
+    for x, got in ((exact, halves), (inputs()[kind][: N // 2], between)):
+        fits = abs(x) <= most
+        wrong = fits & (got != codes_of(kind, np.where(fits, x, 0)))
+        assert fits.sum() > N // 16 and not wrong.any(), (x[wrong][:5], got[wrong][:5])
+
+
+@BY_ISA
+def test_the_largest_magnitude(machine, isa):
+    halves = np.arange(65536, dtype=np.uint32).astype(np.uint16).view(BF16).astype(np.float32)
+    for i, got in zip(PEAKS, of(machine, isa)["vpeak"], strict=True):
+        x = abs(halves[i : i + i % 97])
+        want = np.max(x, initial=0) if np.isfinite(x).all() else np.nan
+        assert same(got, np.float32(want)), i
 
 
 @BY_ISA
