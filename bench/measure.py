@@ -256,8 +256,9 @@ def record_tensors(shape: Shape, dk: int, dv: int, dtype: Any, record: Plan) -> 
     memory, numbers = records.cache(record.record, name, held)
     page = held // len(memory)
     entries = lists(shape.cache_keys, shape.keys) if shape.listed else None
-    return Tensors(np.ascontiguousarray(query[:, : shape.heads]), memory[: shape.cache_keys // page],
-                   None, entries, dv, SCORE_DEVIATION / dk**0.5, numbers[: shape.cache_keys], page)
+    return Tensors(np.ascontiguousarray(query[:, : shape.heads]),
+                   memory[: shape.cache_keys // page], None, entries, dv,
+                   SCORE_DEVIATION / dk**0.5, numbers[: shape.cache_keys], page)
 
 
 def exact(q: np.ndarray, k: np.ndarray, v: np.ndarray, scale: float,

@@ -42,6 +42,12 @@ C_TYPES = {
     "ptrdiff_t": ctypes.c_ssize_t,
 }
 POINTED = {"float": np.dtype(np.float32), "int32_t": np.dtype(np.int32)}
+ROUTINES = {  # of a cache's records -> the middle of their struct's name
+    "quantise_rows": "quantise",
+    "dequantise_rows": "dequantise",
+    "append": "append",
+    "convert": "convert",
+}
 TENSORS = ("query", "query_rope", "key", "key_rope", "value")
 
 
@@ -292,6 +298,11 @@ class Kernel:
                 f"{header.prefix}_error",
             )
         )
+        self.Rows = {  # of routines that only caches of records have
+            routine: made[f"{header.prefix}_kv_{struct}_args"]
+            for routine, struct in ROUTINES.items()
+            if f"{name}_{routine}(" in header.text
+        }
         self.constants = header.constants
         macro = self.macro = name.upper()
         self.dk, self.rope, self.dv = (self.constants[f"{macro}_{n}"] for n in ("DK", "ROPE", "DV"))
@@ -309,6 +320,7 @@ class Kernel:
             ("_merge_parts", status, (p, p)),
             ("_workspace_bytes", size, (p,)),
             ("_isas", ctypes.c_uint32, ()),
+            *((f"_{routine}", status, (p, p)) for routine in self.Rows),
         ):
             function = self.library[self.name + suffix]
             function.restype, function.argtypes = result, parameters
@@ -457,6 +469,29 @@ class Kernel:
         parts, error = self.struct(self.Parts, fields), self.Error()
         status = self._c_merge_parts(ctypes.byref(parts), ctypes.byref(error))
         return self.result(status, error)
+
+    def _rows(self, routine: str, fields: dict[str, Any]) -> Result:
+        if routine not in self.Rows:
+            raise TypeError(f"{self.name} has no {routine}: its cache holds plain rows")
+        args, error = self.struct(self.Rows[routine], fields), self.Error()
+        status = getattr(self, f"_c_{routine}")(ctypes.byref(args), ctypes.byref(error))
+        return self.result(status, error)
+
+    def quantise_rows(self, **fields: Any) -> Result:
+        """Rows of numbers to records, one after another."""
+        return self._rows("quantise_rows", fields)
+
+    def dequantise_rows(self, **fields: Any) -> Result:
+        """Records to rows of numbers."""
+        return self._rows("dequantise_rows", fields)
+
+    def append(self, **fields: Any) -> Result:
+        """New rows of each batch to records of a cache."""
+        return self._rows("append", fields)
+
+    def convert(self, **fields: Any) -> Result:
+        """Records to those with scales and rotary channels in each other's places, or back."""
+        return self._rows("convert", fields)
 
     def isas(self) -> dict[str, int]:
         """Instruction sets that the header has and this machine runs: name -> value of args.isa."""

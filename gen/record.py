@@ -2,29 +2,64 @@
 
 from types import SimpleNamespace
 
-from gen.formats import CODE_LIMIT, layout
+from gen.formats import CODE_LIMIT, FORMATS, layout
 from gen.isa import FORMAT_WORDS
 
 LINE = 64
+EXACT = "vmul(x, r)"  # for x / d, where d is a power of two
 SCALE_WORDS = {"f32": "", "e8m0": ", up to a power of 2"}
 
 
 def pieces_of(plan):
-    """A record byte by byte, for people: (first, last, elements, what)."""
+    """A record byte by byte, for people."""
     said = {
         "nope": "channels without position",
         "rope": "rotary channels",
         "scale": f"scales, of {plan.record.tile} channels each",
         "pad": "not read",
     }
+    made = []
+    for place in plan.places:
+        span = f"{place.at} .. {place.at + place.bytes - 1}"
+        elements = f"{place.type.title if place.type else 'byte'}[{place.field.count}]"
+        drawn = f"{span:>12}  {elements:<17} {said[place.field.name]}"
+        made.append(SimpleNamespace(drawn=drawn, behind=place.behind))
+    return made
+
+
+def number_words(fmt):
+    """Numbers of one type beside a record, with the words that read and write them."""
+    words = FORMAT_WORDS[fmt.name]
+    return SimpleNamespace(
+        type=fmt.name,
+        title=fmt.title,
+        c_type=fmt.c_type,
+        **{name: words[name] for name in ("load", "load_n", "pair", "store", "store_n")},
+    )
+
+
+def rope_pairs(numbers, rope):
+    """How rotary channels get from numbers into a record and back."""
+    names = dict.fromkeys(pair for x in numbers for pair in ((x.type, rope), (rope, x.type)))
     return [
         SimpleNamespace(
-            span=f"{place.at} .. {place.at + place.bytes - 1}",
-            elements=f"{place.type.title if place.type else 'byte'}[{place.field.count}]",
-            what=said[place.field.name],
-            behind=place.behind,
+            name=f"{of}_{to}",
+            same=of == to,
+            of=number_words(FORMATS[of]),
+            to=number_words(FORMATS[to]),
+        )
+        for of, to in names
+    ]
+
+
+def pads_of(plan):
+    """Bytes that are written as 0: a record is the same however it came to be."""
+    return [
+        SimpleNamespace(
+            of="holder" if place.behind else "record", at=place.at, end=place.at + place.bytes
         )
         for place in plan.places
+        if place.type is None
     ]
 
 
@@ -38,6 +73,7 @@ def words_of(place):
         at=place.at,
         count=place.field.count,
         bytes=place.type.bytes,
+        all_bytes=place.bytes,
         row_word=f"hl_vrow_{place.type.name}",
         **{name: words.get(name, "") for name in ("load", "load_n", "store", "store_n")},
     )
@@ -51,7 +87,8 @@ def record_view(kernel):
     plan = layout(record, kernel.dtype)
     nope, scale = words_of(plan.place("nope")), words_of(plan.place("scale"))
     rope = words_of(plan.place("rope")) if plan.place("rope") else None
-    swapped = record.swapped()
+    numbers = [number_words(FORMATS[name]) for name in dict.fromkeys((kernel.dtype, "f32"))]
+    swapped = swapped_plan(record, kernel.dtype)
     return SimpleNamespace(
         name=record.name,
         bytes=plan.bytes,
@@ -67,15 +104,32 @@ def record_view(kernel):
         rope=rope,
         scale=scale,
         scales_behind=record.scales_behind,
-        scale_words=SCALE_WORDS.get(scale.type, f", rounded to {scale.title}"),
+        powers=scale.type == "e8m0",
+        quotient=EXACT if scale.type == "e8m0" else "vquot(x, d, r)",
+        numbers=numbers,
+        rope_pairs=rope_pairs(numbers, rope.type) if rope else [],
+        pads=pads_of(plan),
+        scale_words=SCALE_WORDS.get(scale.type, f", rounded up to {scale.title}"),
+        scale_past="(or past what the scale can hold) " if scale.type == "f16" else "",
         scale_none="the scale 2^-127" if scale.type == "e8m0" else "scale 0",
         lines=tuple(range(0, plan.bytes, LINE)),
         last_byte=plan.bytes - 1,
         pieces=pieces_of(plan),
+        other_order="; ..._convert takes them to the other order:" if swapped else ".",
         swapped=bool(swapped),
-        swapped_pieces=pieces_of(layout(swapped, kernel.dtype)) if swapped else [],
-        moves=moves(plan, layout(swapped, kernel.dtype)) if swapped else [],
+        swapped_pieces=pieces_of(swapped) if swapped else [],
+        moves=moves(plan, swapped) if swapped else [],
     )
+
+
+def swapped_plan(record, dtype):
+    """The other order of a record, None if there is none whose numbers lie at multiples of their
+    own size."""
+    swapped = record.swapped()
+    plan = layout(swapped, dtype) if swapped else None
+    if plan and any(place.type and place.at % place.type.bytes for place in plan.places):
+        return None
+    return plan
 
 
 def moves(plan, other):

@@ -136,6 +136,7 @@ def kernel_view(kernel):
             macro=isa.macro,
             title=isa.title,
             asked=bool(isa.detect) or isa.tiles,
+            words=ISAS[isa.words].macro,
             task=f"{kernel.private}_task_{isa.name}",
             merge=f"{kernel.private}_merge_{isa.name}",
         )
@@ -167,6 +168,8 @@ def kernel_view(kernel):
         layouts_kv=[SimpleNamespace(file=f"{n.lower()}.h.j2") for n in kernel.layout_kv],
         isas=views,
         scalar=next((view for view in views if view.name == "scalar"), None),
+        word_isas=[view for view in views if not ISAS[view.name].tiles],
+        tile_isas=[view for view in views if ISAS[view.name].tiles],
         isa_last=f"HL_ISA_{list(ISAS.values())[-1].macro}",
         tile_heads=matrix.least_heads(kernel),
         load=words["load"],
@@ -181,7 +184,8 @@ def kernel_view(kernel):
             pair=FORMAT_WORDS[stored]["pair"],
         ),
         record=record_view(kernel),
-        of_records=f"; rows of {kernel.record.name}" if kernel.record else "",
+        layouts_of_cache=", ".join(kernel.layout_kv)
+        + (f", rows of {kernel.record.name}" if kernel.record else ""),
         value_apart="0" if kernel.record else "a->value != NULL",
         row_word=f"hl_vrow_{kernel.dtype}",
         from_float={"f32": "", "f16": "hl_f16_of_float", "bf16": "hl_bf16_of_float"}[kernel.dtype],
@@ -255,6 +259,8 @@ def region_page(region, view):
         "isa": isa,
         "tile": region.tile,
         "t": region.tile,
+        "record": view.record,
+        "codes": getattr(region.tile, "codes", None),
         "task_attribute": f'__attribute__((target("{isa.target}")))\n' if isa.target else "",
     }
     pages = [*(TILE_STEPS if isa.tiles else STEPS), "algo/merge", "algo/forward"]
@@ -264,6 +270,8 @@ def region_page(region, view):
             pages.remove("tile/few")
     elif region.tile.codes:
         pages.insert(pages.index("step/finish"), "kv/codes")
+    if region.kernel.record and not isa.tiles:
+        pages.append("kv/rows")
     text = "\n".join(page(f"{name}.h.j2", **context) for name in pages)
     return region.speller.spell(text)
 

@@ -7,6 +7,7 @@ from gen.formats import FORMATS, layout
 from gen.isa import FORMAT_WORDS
 
 AHEAD = 8  # rows of 1 KiB: enough to cover a miss, too few to crowd the fill buffers
+RECORDS_AHEAD = 24  # records are smaller and decoding takes its time: 5 % with lists
 LEAN_BYTES = 20 * 1024  # of rows that stay in the first-level cache from score to value
 LINE_BYTES = 64
 L1_BYTES = 16 * 1024  # what a slice of a Q panel may take of the first-level cache
@@ -226,7 +227,8 @@ class Codes:
     rest: tuple  # and bytes of what is behind the codes
     tiles: tuple  # CodeTile, most heads first
     step: int  # floats from one tile's weights to the next
-    rope: str  # the word that loads rotary channels
+    rope_at: int  # of rotary channels in a row of Q
+    rope: str  # the word that loads them
     rope_n: str
     rope_whole: int  # of them in whole vectors
     rope_rest: int
@@ -268,6 +270,8 @@ class Tile:
     dv_tail: bool
     codes: Codes | None  # records that few heads read where they are stored
     ragged: bool  # records: channels that share a scale are not whole vectors
+    ragged_pairs: bool  # nor pairs of them
+    rope_ragged: bool  # rotary channels are not whole vectors
     why: dict[str, str]
     head_pad: int  # heads are padded to a multiple of this in the workspace
     memory: dict[str, int]  # floats that k, v and (for each head) q and s need
@@ -548,6 +552,7 @@ def codes_of(kernel, isa, registers):
         c_type="uint16_t" if widen else "uint8_t",
         load=FORMAT_WORDS["bf16" if widen else kind]["load"],
         weights_at=registers["few_block"] * (-(-kernel.dk // 2)) if widen else 0,
+        rope_at=round_up(kernel.dk, lanes),
         rope=rope_words["load"],
         rope_n=rope_words["load_n"],
         rope_whole=kernel.rope // lanes * lanes,
@@ -599,7 +604,7 @@ def tile(kernel, isa):
     return Tile(
         lanes=lanes,
         block=block,
-        ahead=AHEAD,
+        ahead=RECORDS_AHEAD if kernel.record else AHEAD,
         window=window,
         rows=registers["rows"],
         vecs=registers["vecs"],
@@ -620,12 +625,12 @@ def tile(kernel, isa):
         row_tiles=values,
         sections=sections,
         q_stride=q_stride,
-        paired=kernel.dv // (2 * lanes) * 2 * lanes
-        if stored(kernel).name in isa.even_odd
-        else 0,
+        paired=kernel.dv // (2 * lanes) * 2 * lanes if stored(kernel).name in isa.even_odd else 0,
         dv_tail=kernel.dv % lanes != 0,
         codes=codes,
         ragged=ragged(kernel, lanes),
+        ragged_pairs=ragged(kernel, 2 * lanes),
+        rope_ragged=kernel.rope % lanes != 0,
         why={
             "registers": registers["why"],
             "block": f"{block} keys a block: P of a tile of heads stays in the first-level cache",

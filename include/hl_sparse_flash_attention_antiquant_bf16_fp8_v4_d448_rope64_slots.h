@@ -9,7 +9,7 @@
  * WHAT
  *   hl_sparse_flash_attention_antiquant_bf16_fp8_v4_d448_rope64_slots
  *       bfloat16; key 448 + 64 rotary, value 512 channels;
- *       query BSND, TND; cache PA_BSND; rows of fp8_v4.
+ *       query BSND, TND; cache PA_BSND, rows of fp8_v4.
  *   Attention of each query row over the keys that a list names, or over all of them:
  *       score_j = scale_value * (q . k_j)
  *       out = sum_j exp(score_j - max) v_j / sum_j exp(score_j - max)
@@ -50,19 +50,22 @@
  *   plan.n_merges. Long rows are split over tasks if args.partials gives memory for it.
  *
  * RECORD
- *   fp8_v4, 576 bytes a token; little-endian; rows start at any multiple of 2.
+ *   fp8_v4, 576 bytes a token, little-endian; rows start at
+ *   any multiple of 2 bytes.
  *           0 .. 447  FP8 E4M3[448]     channels without position
  *         448 .. 575  bfloat16[64]      rotary channels
- *   Behind the rows of a page, 8 bytes for each of them; a page is filled up to a
- *   multiple of 576 bytes (key_stride.batch may say otherwise):
+ *   Behind the rows of a page, 8 bytes for each of them; a page is filled
+ *   up to a multiple of 576 bytes (key_stride.batch may say otherwise):
  *             0 .. 6  E8M0[7]           scales, of 64 channels each
  *             7 .. 7  byte[1]           not read
  *   ..._quantise_rows makes records of rows of numbers, ..._append does so in a cache,
  *   ..._dequantise_rows is the way back.
- *   Scale: the tile's largest magnitude / 448, up to a power of 2; a code is x / scale to
- *   nearest even, saturated. A tile of nothing above 2^-80 has the scale 2^-127 and codes 0. A tile
- *   with a NaN or an infinity has the scale NaN: it stays visible. Reading takes any bits: zero,
- *   negative, subnormal, infinite and NaN scales and all 256 codes mean what they say.
+ *   Scale: the tile's largest magnitude / 448, up to a power of 2;
+ *   a code is x / scale to nearest even, saturated. A tile of nothing above 2^-80 has
+ *   the scale 2^-127 and codes 0. A tile with a NaN or an infinity
+ *   has the scale NaN: it stays visible. All instruction sets
+ *   write the same bytes. Reading takes any bits: zero, negative, subnormal, infinite and NaN
+ *   scales and all 256 codes mean what they say.
  *
  * SELECTION (sparse_indices, HL_INDEX_BLOCKS)
  *   Entry id stands for the sparse_block_size tokens from id * sparse_block_size of the row's own
@@ -451,7 +454,7 @@ typedef struct hl_kv_dequantise_args {
     void *nope;              /* required [rows][DK], in the query's type, rounded to nearest even */
     void *rope;              /* [rows][ROPE]; NULL: rows are joined, DK + ROPE wide              */
     int64_t rows;
-    int32_t numbers_f32; /* 1: nope and rope are float, and nothing is rounded but the product */
+    int32_t numbers_f32;     /* 1: nope and rope are float: only the product is rounded          */
     int32_t block_size;      /* as above */
     int32_t isa;
     ptrdiff_t nope_stride;
@@ -477,8 +480,10 @@ typedef struct hl_kv_append_args {
     const void *rope;           /* [B][S][N2][ROPE]; NULL: rows are joined, DK + ROPE wide       */
     void *key;                  /* required: the cache, [B][S2][N2][RECORD], or
                                  * [num_blocks][block_size][N2][RECORD]                          */
-    const int32_t *block_table; /* PA: required [B][max_blocks]                                  */
-    const int32_t *positions;   /* required [B]: the token that a batch's first new row becomes  */
+    const int32_t *block_table; /* PA: required [B][max_blocks]; only entries that new rows need
+                                 * are read                                                      */
+    const int32_t *positions;   /* required [B]: the token that a batch's first new row becomes;
+                                 * not read where there is none                                  */
     const int32_t *lengths;     /* [B] new rows of each batch, 0 .. S; NULL: S                   */
     int32_t batch;              /* B                                                             */
     int32_t rows;               /* S                                                             */
@@ -1134,7 +1139,8 @@ enum {
 };
 /* Bytes of a page of so many rows: the rows, their scales, padding. */
 #define HL_SPARSE_FLASH_ATTENTION_ANTIQUANT_BF16_FP8_V4_D448_ROPE64_SLOTS_PAGE_BYTES(rows) \
-    (((size_t)(rows) * 584 + 575) / 576 * 576)
+    (((size_t)(rows) * 584 + 575) \
+     / 576 * 576)
 /* Bytes of workspace for one task, any alignment, as a constant expression: the exact figure for
  * `group` query heads on a kv head (heads_q / heads_kv). Sequence lengths do not matter. */
 #define HL_SPARSE_FLASH_ATTENTION_ANTIQUANT_BF16_FP8_V4_D448_ROPE64_SLOTS_WORKSPACE_BYTES(group) \
@@ -1173,6 +1179,16 @@ HL_API size_t hl_sparse_flash_attention_antiquant_bf16_fp8_v4_d448_rope64_slots_
 /* Merges the results of several calls over parts of one context, in the order of the parts. */
 HL_API hl_status hl_sparse_flash_attention_antiquant_bf16_fp8_v4_d448_rope64_slots_merge_parts(
     const hl_sparse_flash_attention_antiquant_parts *parts, hl_error *error);
+
+/* Rows of numbers become records, one after another, and records rows of numbers. */
+HL_API hl_status hl_sparse_flash_attention_antiquant_bf16_fp8_v4_d448_rope64_slots_quantise_rows(
+    const hl_kv_quantise_args *args, hl_error *error);
+HL_API hl_status hl_sparse_flash_attention_antiquant_bf16_fp8_v4_d448_rope64_slots_dequantise_rows(
+    const hl_kv_dequantise_args *args, hl_error *error);
+
+/* New rows of each batch become records of a cache, paged or not. */
+HL_API hl_status hl_sparse_flash_attention_antiquant_bf16_fp8_v4_d448_rope64_slots_append(
+    const hl_kv_append_args *args, hl_error *error);
 
 /* Bit 1 << HL_ISA_... is set for each instruction set in this header that runs here. */
 HL_API uint32_t hl_sparse_flash_attention_antiquant_bf16_fp8_v4_d448_rope64_slots_isas(void);
@@ -2412,6 +2428,22 @@ static inline hl_state hl_sfaq_bf16_fp8_v4_d448_rope64_slots_partial(
 }
 /* ---- the cache's memory: records ---- */
 
+#ifndef HL_KV_RUN
+#define HL_KV_RUN
+
+/* Rows at even steps that become records, or records that become rows. Numbers are in two parts,
+ * [0] without position, [1] rotary; so are records: [0] the record, [1] what holds its scales, the
+ * record itself or its part behind the page's rows. */
+typedef struct hl_kv_run {
+    const unsigned char *from[2];
+    unsigned char *to[2];
+    ptrdiff_t number_step[2]; /* from row to row: in numbers, */
+    ptrdiff_t record_step[2]; /* in bytes                     */
+    int64_t rows;
+} hl_kv_run;
+
+#endif
+
 /* Scale t of a record. */
 static inline float hl_sfaq_bf16_fp8_v4_d448_rope64_slots_scale(const void *scales, int32_t t)
 {
@@ -2419,12 +2451,26 @@ static inline float hl_sfaq_bf16_fp8_v4_d448_rope64_slots_scale(const void *scal
     return hl_float_of(code == 255u ? 0x7fc00000u : code == 0u ? 0x00400000u : code << 23);
 }
 
+/* Writes scale t of a record, for a tile whose largest magnitude is `most`, NaN if one of its
+ * numbers is not finite. Returns what they are to be divided by; 0: all codes are 0. */
+static inline float hl_sfaq_bf16_fp8_v4_d448_rope64_slots_put_scale(unsigned char *scales,
+    int32_t t, float most, int32_t power_of_2)
+{
+    const uint32_t quotient = hl_bits_of(most / 448.0f);
+    const uint32_t exact = most < hl_float_of(0x17800000u) ? 0u : quotient; /* 2^-80 */
+    const uint32_t power = (exact + 0x7fffffu) & 0xff800000u; /* of two, itself or the next */
+    (void)power_of_2; /* always */
+    scales[t] = (uint8_t)(most != most ? 255u : power >> 23);
+    return most != most ? 0.0f : hl_float_of(power);
+}
+
 /* Bytes of a page: rows, what they have behind them, and padding. `row`: a stride, 0: packed. */
 static inline uint64_t hl_sfaq_bf16_fp8_v4_d448_rope64_slots_page_bytes(ptrdiff_t row, int64_t rows)
 {
-    const uint64_t each = (row != 0 ? (uint64_t)row : 576u) + 8u;
+    enum { ROW = 576, UNIT = 576 };
+    const uint64_t each = (row != 0 ? (uint64_t)row : (uint64_t)ROW) + 8u;
     const uint64_t all = hl_mul_cap((uint64_t)rows, each);
-    return hl_mul_cap(all / 576u + (all % 576u != 0), 576u);
+    return hl_mul_cap(all / UNIT + (all % UNIT != 0), UNIT);
 }
 
 /* Bytes from the first to behind the last record. */
@@ -2451,7 +2497,6 @@ static inline hl_status hl_sfaq_bf16_fp8_v4_d448_rope64_slots_check_strides(cons
     }
     return HL_OK;
 }
-
 /* ---- check: every argument, before anything is written ---- */
 
 /* Sizes, modes and numbers. Fills in the defaults of *a. */
@@ -3064,14 +3109,14 @@ HL_WORD_SCALAR void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_fetch_record_scalar(co
     HL_FETCH(row->value);
 }
 
-/* The whole block, once for all heads; meanwhile records are asked for that lie 8
+/* The whole block, once for all heads; meanwhile records are asked for that lie 24
  * further on, in this block or in the next. */
 HL_KERNEL_SCALAR void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_load_scalar(const hl_space *w,
     const hl_block *b)
 {
     for (int32_t j = 0; j < b->n; ++j) {
-        if (j + 8 < b->n + b->n_later) {
-            hl_sfaq_bf16_fp8_v4_d448_rope64_slots_fetch_record_scalar(&b->row[j + 8]);
+        if (j + 24 < b->n + b->n_later) {
+            hl_sfaq_bf16_fp8_v4_d448_rope64_slots_fetch_record_scalar(&b->row[j + 24]);
         }
         hl_sfaq_bf16_fp8_v4_d448_rope64_slots_decode_scalar(&b->row[j], w->k + (ptrdiff_t)j * 512);
     }
@@ -4029,6 +4074,270 @@ static inline void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_merge_scalar(
     hl_sfaq_bf16_fp8_v4_d448_rope64_slots_finish_scalar(plan, &g, &whole, padded);
 }
 
+/* ---- rows: numbers -> records, records -> numbers ---- */
+
+/* Rotary channels, bit for bit. */
+HL_KERNEL_SCALAR void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_convert_bf16_bf16_scalar(void *to,
+    const void *from)
+{
+    HL_COPY(to, from, 128);
+}
+/* Rotary channels, rounded to nearest even where the type has fewer bits. */
+HL_KERNEL_SCALAR void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_convert_f32_bf16_scalar(void *to,
+    const void *from)
+{
+    enum { L = 1, ROPE = 64 };
+    const float *const x = (const float *)from;
+    uint16_t *const y = (uint16_t *)to;
+    int32_t c = 0;
+    for (; c + L <= ROPE; c += L) {
+        hl_vstore_bf16_scalar(y + c, hl_vload_scalar(x + c));
+    }
+}
+/* Rotary channels, rounded to nearest even where the type has fewer bits. */
+HL_KERNEL_SCALAR void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_convert_bf16_f32_scalar(void *to,
+    const void *from)
+{
+    enum { L = 1, ROPE = 64 };
+    const uint16_t *const x = (const uint16_t *)from;
+    float *const y = (float *)to;
+    int32_t c = 0;
+    for (; c + L <= ROPE; c += L) {
+        hl_vstore_scalar(y + c, hl_vload_bf16_scalar(x + c));
+    }
+}
+/* The largest magnitude of n numbers; NaN if one of them is NaN or infinite: then 0 * x is NaN. */
+HL_KERNEL_SCALAR float hl_sfaq_bf16_fp8_v4_d448_rope64_slots_largest_bf16_scalar(
+    const uint16_t *from, int32_t n)
+{
+    enum { L = 1 };
+    hl_vf_scalar most = hl_vzero_scalar();
+    hl_vf_scalar more = hl_vzero_scalar();
+    hl_vf_scalar spoilt = hl_vzero_scalar();
+    hl_vf_scalar x;
+    hl_vf_scalar y;
+    float lane[L];
+    int32_t c = 0;
+    for (; c + 2 * L <= n; c += 2 * L) { /* in any order */
+        hl_vpair_bf16_scalar(from + c, &x, &y);
+        most = hl_vmax_scalar(hl_vabs_scalar(x), most);
+        more = hl_vmax_scalar(hl_vabs_scalar(y), more);
+        spoilt = hl_vfma_scalar(x, hl_vzero_scalar(), spoilt);
+        spoilt = hl_vfma_scalar(y, hl_vzero_scalar(), spoilt);
+    }
+    most = hl_vmax_scalar(more, most);
+    hl_vstore_scalar(lane, hl_vadd_scalar(most, spoilt));
+    return lane[0];
+}
+
+/* The codes of n numbers that share a scale; 0: all of them are 0. A scale is a power of two: a
+ * product with 1 / scale is exactly the quotient. */
+HL_KERNEL_SCALAR void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_put_codes_bf16_scalar(uint8_t *code,
+    const uint16_t *from, int32_t n, float scale)
+{
+    enum { L = 1 };
+    hl_vf_scalar r;
+    int32_t c = 0;
+    if (scale == 0.0f) {
+        for (; c < n; ++c) {
+            code[c] = 0;
+        }
+        return;
+    }
+    r = hl_vset_scalar(1.0f / scale);
+    for (; c + L <= n; c += L) {
+        const hl_vf_scalar x = hl_vload_bf16_scalar(from + c);
+        hl_vstore_e4m3_scalar(code + c, hl_vmul_scalar(x, r));
+    }
+}
+
+/* Rows of bfloat16 become records. */
+HL_KERNEL_SCALAR void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_encode_bf16_scalar(const hl_kv_run *run,
+    int32_t power_of_2)
+{
+    enum { DK = 448, TILE = 64 };
+    const uint16_t *const first = (const uint16_t *)(const void *)run->from[0];
+    const uint16_t *const rotary = (const uint16_t *)(const void *)run->from[1];
+    for (int64_t i = 0; i < run->rows; ++i) {
+        const uint16_t *const nope = first + (ptrdiff_t)i * run->number_step[0];
+        unsigned char *const record = run->to[0] + (ptrdiff_t)i * run->record_step[0];
+        unsigned char *const holder = run->to[1] + (ptrdiff_t)i * run->record_step[1];
+        float most = hl_sfaq_bf16_fp8_v4_d448_rope64_slots_largest_bf16_scalar(nope, TILE);
+        for (int32_t c = 0; c < DK; c += TILE) {
+            const float scale =
+                hl_sfaq_bf16_fp8_v4_d448_rope64_slots_put_scale(holder + 0, c / TILE, most,
+                    power_of_2);
+            const int32_t n = DK - c < TILE ? DK - c : TILE;
+            const int32_t later = DK - c - TILE < TILE ? DK - c - TILE : TILE;
+            if (later > 0) { /* meanwhile */
+                most =
+                    hl_sfaq_bf16_fp8_v4_d448_rope64_slots_largest_bf16_scalar(nope + c + TILE,
+                    later);
+            }
+            hl_sfaq_bf16_fp8_v4_d448_rope64_slots_put_codes_bf16_scalar(record + 0 + c, nope + c, n,
+                scale);
+        }
+        hl_sfaq_bf16_fp8_v4_d448_rope64_slots_convert_bf16_bf16_scalar(record + 448, rotary
+            + (ptrdiff_t)i * run->number_step[1]);
+        for (int32_t at = 7; at < 8; ++at) { /* pad */
+            holder[at] = 0;
+        }
+    }
+}
+
+/* Records become rows of bfloat16. */
+HL_KERNEL_SCALAR void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_restore_bf16_scalar(
+    const hl_kv_run *run)
+{
+    enum { L = 1, DK = 448, TILE = 64 };
+    uint16_t *const first = (uint16_t *)(void *)run->to[0];
+    uint16_t *const rotary = (uint16_t *)(void *)run->to[1];
+    for (int64_t i = 0; i < run->rows; ++i) {
+        const unsigned char *const record = run->from[0] + (ptrdiff_t)i * run->record_step[0];
+        const unsigned char *const holder = run->from[1] + (ptrdiff_t)i * run->record_step[1];
+        const uint8_t *const code = record + 0;
+        uint16_t *const nope = first + (ptrdiff_t)i * run->number_step[0];
+        for (int32_t c0 = 0; c0 < DK; c0 += TILE) {
+            const int32_t end = DK - c0 < TILE ? DK : c0 + TILE;
+            const hl_vf_scalar scale =
+                hl_vset_scalar(hl_sfaq_bf16_fp8_v4_d448_rope64_slots_scale(holder + 0, c0 / TILE));
+            int32_t c = c0;
+            for (; c + L <= end; c += L) {
+                hl_vstore_bf16_scalar(nope + c,
+                                      hl_vmul_scalar(hl_vload_e4m3_scalar(code + c), scale));
+            }
+        }
+        hl_sfaq_bf16_fp8_v4_d448_rope64_slots_convert_bf16_bf16_scalar(rotary + (ptrdiff_t)i
+            * run->number_step[1], record + 448);
+    }
+}
+
+/* The largest magnitude of n numbers; NaN if one of them is NaN or infinite: then 0 * x is NaN. */
+HL_KERNEL_SCALAR float hl_sfaq_bf16_fp8_v4_d448_rope64_slots_largest_f32_scalar(const float *from,
+    int32_t n)
+{
+    enum { L = 1 };
+    hl_vf_scalar most = hl_vzero_scalar();
+    hl_vf_scalar more = hl_vzero_scalar();
+    hl_vf_scalar spoilt = hl_vzero_scalar();
+    hl_vf_scalar x;
+    hl_vf_scalar y;
+    float lane[L];
+    int32_t c = 0;
+    for (; c + 2 * L <= n; c += 2 * L) { /* in any order */
+        hl_vpair_scalar(from + c, &x, &y);
+        most = hl_vmax_scalar(hl_vabs_scalar(x), most);
+        more = hl_vmax_scalar(hl_vabs_scalar(y), more);
+        spoilt = hl_vfma_scalar(x, hl_vzero_scalar(), spoilt);
+        spoilt = hl_vfma_scalar(y, hl_vzero_scalar(), spoilt);
+    }
+    most = hl_vmax_scalar(more, most);
+    hl_vstore_scalar(lane, hl_vadd_scalar(most, spoilt));
+    return lane[0];
+}
+
+/* The codes of n numbers that share a scale; 0: all of them are 0. A scale is a power of two: a
+ * product with 1 / scale is exactly the quotient. */
+HL_KERNEL_SCALAR void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_put_codes_f32_scalar(uint8_t *code,
+    const float *from, int32_t n, float scale)
+{
+    enum { L = 1 };
+    hl_vf_scalar r;
+    int32_t c = 0;
+    if (scale == 0.0f) {
+        for (; c < n; ++c) {
+            code[c] = 0;
+        }
+        return;
+    }
+    r = hl_vset_scalar(1.0f / scale);
+    for (; c + L <= n; c += L) {
+        const hl_vf_scalar x = hl_vload_scalar(from + c);
+        hl_vstore_e4m3_scalar(code + c, hl_vmul_scalar(x, r));
+    }
+}
+
+/* Rows of IEEE float32 become records. */
+HL_KERNEL_SCALAR void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_encode_f32_scalar(const hl_kv_run *run,
+    int32_t power_of_2)
+{
+    enum { DK = 448, TILE = 64 };
+    const float *const first = (const float *)(const void *)run->from[0];
+    const float *const rotary = (const float *)(const void *)run->from[1];
+    for (int64_t i = 0; i < run->rows; ++i) {
+        const float *const nope = first + (ptrdiff_t)i * run->number_step[0];
+        unsigned char *const record = run->to[0] + (ptrdiff_t)i * run->record_step[0];
+        unsigned char *const holder = run->to[1] + (ptrdiff_t)i * run->record_step[1];
+        float most = hl_sfaq_bf16_fp8_v4_d448_rope64_slots_largest_f32_scalar(nope, TILE);
+        for (int32_t c = 0; c < DK; c += TILE) {
+            const float scale =
+                hl_sfaq_bf16_fp8_v4_d448_rope64_slots_put_scale(holder + 0, c / TILE, most,
+                    power_of_2);
+            const int32_t n = DK - c < TILE ? DK - c : TILE;
+            const int32_t later = DK - c - TILE < TILE ? DK - c - TILE : TILE;
+            if (later > 0) { /* meanwhile */
+                most =
+                    hl_sfaq_bf16_fp8_v4_d448_rope64_slots_largest_f32_scalar(nope + c + TILE,
+                    later);
+            }
+            hl_sfaq_bf16_fp8_v4_d448_rope64_slots_put_codes_f32_scalar(record + 0 + c, nope + c, n,
+                scale);
+        }
+        hl_sfaq_bf16_fp8_v4_d448_rope64_slots_convert_f32_bf16_scalar(record + 448, rotary
+            + (ptrdiff_t)i * run->number_step[1]);
+        for (int32_t at = 7; at < 8; ++at) { /* pad */
+            holder[at] = 0;
+        }
+    }
+}
+
+/* Records become rows of IEEE float32. */
+HL_KERNEL_SCALAR void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_restore_f32_scalar(const hl_kv_run *run)
+{
+    enum { L = 1, DK = 448, TILE = 64 };
+    float *const first = (float *)(void *)run->to[0];
+    float *const rotary = (float *)(void *)run->to[1];
+    for (int64_t i = 0; i < run->rows; ++i) {
+        const unsigned char *const record = run->from[0] + (ptrdiff_t)i * run->record_step[0];
+        const unsigned char *const holder = run->from[1] + (ptrdiff_t)i * run->record_step[1];
+        const uint8_t *const code = record + 0;
+        float *const nope = first + (ptrdiff_t)i * run->number_step[0];
+        for (int32_t c0 = 0; c0 < DK; c0 += TILE) {
+            const int32_t end = DK - c0 < TILE ? DK : c0 + TILE;
+            const hl_vf_scalar scale =
+                hl_vset_scalar(hl_sfaq_bf16_fp8_v4_d448_rope64_slots_scale(holder + 0, c0 / TILE));
+            int32_t c = c0;
+            for (; c + L <= end; c += L) {
+                hl_vstore_scalar(nope + c, hl_vmul_scalar(hl_vload_e4m3_scalar(code + c), scale));
+            }
+        }
+        hl_sfaq_bf16_fp8_v4_d448_rope64_slots_convert_bf16_f32_scalar(rotary + (ptrdiff_t)i
+            * run->number_step[1], record + 448);
+    }
+}
+
+/* Rows of either type become records, .. */
+HL_KERNEL_SCALAR void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_encode_scalar(const hl_kv_run *run,
+    int32_t numbers_f32, int32_t power_of_2)
+{
+    if (numbers_f32) {
+        hl_sfaq_bf16_fp8_v4_d448_rope64_slots_encode_f32_scalar(run, power_of_2);
+    } else {
+        hl_sfaq_bf16_fp8_v4_d448_rope64_slots_encode_bf16_scalar(run, power_of_2);
+    }
+}
+
+/* .. and the other way. */
+HL_KERNEL_SCALAR void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_restore_scalar(const hl_kv_run *run,
+    int32_t numbers_f32)
+{
+    if (numbers_f32) {
+        hl_sfaq_bf16_fp8_v4_d448_rope64_slots_restore_f32_scalar(run);
+    } else {
+        hl_sfaq_bf16_fp8_v4_d448_rope64_slots_restore_bf16_scalar(run);
+    }
+}
+
 /* ==== hl_sparse_flash_attention_antiquant_bf16_fp8_v4_d448_rope64_slots ====
  * AArch64 NEON (neon).
  * Tiles: 8 x 2 accumulators, 2 vectors and a broadcast of 32 registers.
@@ -4126,14 +4435,14 @@ HL_WORD_NEON void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_fetch_record_neon(const 
     HL_FETCH(row->value);
 }
 
-/* The whole block, once for all heads; meanwhile records are asked for that lie 8
+/* The whole block, once for all heads; meanwhile records are asked for that lie 24
  * further on, in this block or in the next. */
 HL_KERNEL_NEON void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_load_neon(const hl_space *w,
     const hl_block *b)
 {
     for (int32_t j = 0; j < b->n; ++j) {
-        if (j + 8 < b->n + b->n_later) {
-            hl_sfaq_bf16_fp8_v4_d448_rope64_slots_fetch_record_neon(&b->row[j + 8]);
+        if (j + 24 < b->n + b->n_later) {
+            hl_sfaq_bf16_fp8_v4_d448_rope64_slots_fetch_record_neon(&b->row[j + 24]);
         }
         hl_sfaq_bf16_fp8_v4_d448_rope64_slots_decode_neon(&b->row[j], w->k + (ptrdiff_t)j * 512);
     }
@@ -5659,6 +5968,274 @@ static inline void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_merge_neon(
     hl_sfaq_bf16_fp8_v4_d448_rope64_slots_finish_neon(plan, &g, &whole, padded);
 }
 
+/* ---- rows: numbers -> records, records -> numbers ---- */
+
+/* Rotary channels, bit for bit. */
+HL_KERNEL_NEON void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_convert_bf16_bf16_neon(void *to,
+    const void *from)
+{
+    HL_COPY(to, from, 128);
+}
+/* Rotary channels, rounded to nearest even where the type has fewer bits. */
+HL_KERNEL_NEON void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_convert_f32_bf16_neon(void *to,
+    const void *from)
+{
+    enum { L = 4, ROPE = 64 };
+    const float *const x = (const float *)from;
+    uint16_t *const y = (uint16_t *)to;
+    int32_t c = 0;
+    for (; c + L <= ROPE; c += L) {
+        hl_vstore_bf16_neon(y + c, hl_vload_neon(x + c));
+    }
+}
+/* Rotary channels, rounded to nearest even where the type has fewer bits. */
+HL_KERNEL_NEON void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_convert_bf16_f32_neon(void *to,
+    const void *from)
+{
+    enum { L = 4, ROPE = 64 };
+    const uint16_t *const x = (const uint16_t *)from;
+    float *const y = (float *)to;
+    int32_t c = 0;
+    for (; c + L <= ROPE; c += L) {
+        hl_vstore_neon(y + c, hl_vload_bf16_neon(x + c));
+    }
+}
+/* The largest magnitude of n numbers; NaN if one of them is NaN or infinite: then 0 * x is NaN. */
+HL_KERNEL_NEON float hl_sfaq_bf16_fp8_v4_d448_rope64_slots_largest_bf16_neon(const uint16_t *from,
+    int32_t n)
+{
+    enum { L = 4 };
+    hl_vf_neon most = hl_vzero_neon();
+    hl_vf_neon more = hl_vzero_neon();
+    hl_vf_neon spoilt = hl_vzero_neon();
+    hl_vf_neon x;
+    hl_vf_neon y;
+    float lane[L];
+    int32_t c = 0;
+    for (; c + 2 * L <= n; c += 2 * L) { /* in any order */
+        hl_vpair_bf16_neon(from + c, &x, &y);
+        most = hl_vmax_neon(hl_vabs_neon(x), most);
+        more = hl_vmax_neon(hl_vabs_neon(y), more);
+        spoilt = hl_vfma_neon(x, hl_vzero_neon(), spoilt);
+        spoilt = hl_vfma_neon(y, hl_vzero_neon(), spoilt);
+    }
+    most = hl_vmax_neon(more, most);
+    most = hl_vmax_neon(hl_vswap_neon(most, 1), most);
+    spoilt = hl_vadd_neon(hl_vswap_neon(spoilt, 1), spoilt);
+    most = hl_vmax_neon(hl_vswap_neon(most, 2), most);
+    spoilt = hl_vadd_neon(hl_vswap_neon(spoilt, 2), spoilt);
+    hl_vstore_neon(lane, hl_vadd_neon(most, spoilt));
+    return lane[0];
+}
+
+/* The codes of n numbers that share a scale; 0: all of them are 0. A scale is a power of two: a
+ * product with 1 / scale is exactly the quotient. */
+HL_KERNEL_NEON void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_put_codes_bf16_neon(uint8_t *code,
+    const uint16_t *from, int32_t n, float scale)
+{
+    enum { L = 4 };
+    hl_vf_neon r;
+    int32_t c = 0;
+    if (scale == 0.0f) {
+        for (; c < n; ++c) {
+            code[c] = 0;
+        }
+        return;
+    }
+    r = hl_vset_neon(1.0f / scale);
+    for (; c + L <= n; c += L) {
+        const hl_vf_neon x = hl_vload_bf16_neon(from + c);
+        hl_vstore_e4m3_neon(code + c, hl_vmul_neon(x, r));
+    }
+}
+
+/* Rows of bfloat16 become records. */
+HL_KERNEL_NEON void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_encode_bf16_neon(const hl_kv_run *run,
+    int32_t power_of_2)
+{
+    enum { DK = 448, TILE = 64 };
+    const uint16_t *const first = (const uint16_t *)(const void *)run->from[0];
+    const uint16_t *const rotary = (const uint16_t *)(const void *)run->from[1];
+    for (int64_t i = 0; i < run->rows; ++i) {
+        const uint16_t *const nope = first + (ptrdiff_t)i * run->number_step[0];
+        unsigned char *const record = run->to[0] + (ptrdiff_t)i * run->record_step[0];
+        unsigned char *const holder = run->to[1] + (ptrdiff_t)i * run->record_step[1];
+        float most = hl_sfaq_bf16_fp8_v4_d448_rope64_slots_largest_bf16_neon(nope, TILE);
+        for (int32_t c = 0; c < DK; c += TILE) {
+            const float scale =
+                hl_sfaq_bf16_fp8_v4_d448_rope64_slots_put_scale(holder + 0, c / TILE, most,
+                    power_of_2);
+            const int32_t n = DK - c < TILE ? DK - c : TILE;
+            const int32_t later = DK - c - TILE < TILE ? DK - c - TILE : TILE;
+            if (later > 0) { /* meanwhile */
+                most =
+                    hl_sfaq_bf16_fp8_v4_d448_rope64_slots_largest_bf16_neon(nope + c + TILE, later);
+            }
+            hl_sfaq_bf16_fp8_v4_d448_rope64_slots_put_codes_bf16_neon(record + 0 + c, nope + c, n,
+                scale);
+        }
+        hl_sfaq_bf16_fp8_v4_d448_rope64_slots_convert_bf16_bf16_neon(record + 448, rotary
+            + (ptrdiff_t)i * run->number_step[1]);
+        for (int32_t at = 7; at < 8; ++at) { /* pad */
+            holder[at] = 0;
+        }
+    }
+}
+
+/* Records become rows of bfloat16. */
+HL_KERNEL_NEON void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_restore_bf16_neon(const hl_kv_run *run)
+{
+    enum { L = 4, DK = 448, TILE = 64 };
+    uint16_t *const first = (uint16_t *)(void *)run->to[0];
+    uint16_t *const rotary = (uint16_t *)(void *)run->to[1];
+    for (int64_t i = 0; i < run->rows; ++i) {
+        const unsigned char *const record = run->from[0] + (ptrdiff_t)i * run->record_step[0];
+        const unsigned char *const holder = run->from[1] + (ptrdiff_t)i * run->record_step[1];
+        const uint8_t *const code = record + 0;
+        uint16_t *const nope = first + (ptrdiff_t)i * run->number_step[0];
+        for (int32_t c0 = 0; c0 < DK; c0 += TILE) {
+            const int32_t end = DK - c0 < TILE ? DK : c0 + TILE;
+            const hl_vf_neon scale =
+                hl_vset_neon(hl_sfaq_bf16_fp8_v4_d448_rope64_slots_scale(holder + 0, c0 / TILE));
+            int32_t c = c0;
+            for (; c + L <= end; c += L) {
+                hl_vstore_bf16_neon(nope + c, hl_vmul_neon(hl_vload_e4m3_neon(code + c), scale));
+            }
+        }
+        hl_sfaq_bf16_fp8_v4_d448_rope64_slots_convert_bf16_bf16_neon(rotary + (ptrdiff_t)i
+            * run->number_step[1], record + 448);
+    }
+}
+
+/* The largest magnitude of n numbers; NaN if one of them is NaN or infinite: then 0 * x is NaN. */
+HL_KERNEL_NEON float hl_sfaq_bf16_fp8_v4_d448_rope64_slots_largest_f32_neon(const float *from,
+    int32_t n)
+{
+    enum { L = 4 };
+    hl_vf_neon most = hl_vzero_neon();
+    hl_vf_neon more = hl_vzero_neon();
+    hl_vf_neon spoilt = hl_vzero_neon();
+    hl_vf_neon x;
+    hl_vf_neon y;
+    float lane[L];
+    int32_t c = 0;
+    for (; c + 2 * L <= n; c += 2 * L) { /* in any order */
+        hl_vpair_neon(from + c, &x, &y);
+        most = hl_vmax_neon(hl_vabs_neon(x), most);
+        more = hl_vmax_neon(hl_vabs_neon(y), more);
+        spoilt = hl_vfma_neon(x, hl_vzero_neon(), spoilt);
+        spoilt = hl_vfma_neon(y, hl_vzero_neon(), spoilt);
+    }
+    most = hl_vmax_neon(more, most);
+    most = hl_vmax_neon(hl_vswap_neon(most, 1), most);
+    spoilt = hl_vadd_neon(hl_vswap_neon(spoilt, 1), spoilt);
+    most = hl_vmax_neon(hl_vswap_neon(most, 2), most);
+    spoilt = hl_vadd_neon(hl_vswap_neon(spoilt, 2), spoilt);
+    hl_vstore_neon(lane, hl_vadd_neon(most, spoilt));
+    return lane[0];
+}
+
+/* The codes of n numbers that share a scale; 0: all of them are 0. A scale is a power of two: a
+ * product with 1 / scale is exactly the quotient. */
+HL_KERNEL_NEON void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_put_codes_f32_neon(uint8_t *code,
+    const float *from, int32_t n, float scale)
+{
+    enum { L = 4 };
+    hl_vf_neon r;
+    int32_t c = 0;
+    if (scale == 0.0f) {
+        for (; c < n; ++c) {
+            code[c] = 0;
+        }
+        return;
+    }
+    r = hl_vset_neon(1.0f / scale);
+    for (; c + L <= n; c += L) {
+        const hl_vf_neon x = hl_vload_neon(from + c);
+        hl_vstore_e4m3_neon(code + c, hl_vmul_neon(x, r));
+    }
+}
+
+/* Rows of IEEE float32 become records. */
+HL_KERNEL_NEON void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_encode_f32_neon(const hl_kv_run *run,
+    int32_t power_of_2)
+{
+    enum { DK = 448, TILE = 64 };
+    const float *const first = (const float *)(const void *)run->from[0];
+    const float *const rotary = (const float *)(const void *)run->from[1];
+    for (int64_t i = 0; i < run->rows; ++i) {
+        const float *const nope = first + (ptrdiff_t)i * run->number_step[0];
+        unsigned char *const record = run->to[0] + (ptrdiff_t)i * run->record_step[0];
+        unsigned char *const holder = run->to[1] + (ptrdiff_t)i * run->record_step[1];
+        float most = hl_sfaq_bf16_fp8_v4_d448_rope64_slots_largest_f32_neon(nope, TILE);
+        for (int32_t c = 0; c < DK; c += TILE) {
+            const float scale =
+                hl_sfaq_bf16_fp8_v4_d448_rope64_slots_put_scale(holder + 0, c / TILE, most,
+                    power_of_2);
+            const int32_t n = DK - c < TILE ? DK - c : TILE;
+            const int32_t later = DK - c - TILE < TILE ? DK - c - TILE : TILE;
+            if (later > 0) { /* meanwhile */
+                most =
+                    hl_sfaq_bf16_fp8_v4_d448_rope64_slots_largest_f32_neon(nope + c + TILE, later);
+            }
+            hl_sfaq_bf16_fp8_v4_d448_rope64_slots_put_codes_f32_neon(record + 0 + c, nope + c, n,
+                scale);
+        }
+        hl_sfaq_bf16_fp8_v4_d448_rope64_slots_convert_f32_bf16_neon(record + 448, rotary
+            + (ptrdiff_t)i * run->number_step[1]);
+        for (int32_t at = 7; at < 8; ++at) { /* pad */
+            holder[at] = 0;
+        }
+    }
+}
+
+/* Records become rows of IEEE float32. */
+HL_KERNEL_NEON void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_restore_f32_neon(const hl_kv_run *run)
+{
+    enum { L = 4, DK = 448, TILE = 64 };
+    float *const first = (float *)(void *)run->to[0];
+    float *const rotary = (float *)(void *)run->to[1];
+    for (int64_t i = 0; i < run->rows; ++i) {
+        const unsigned char *const record = run->from[0] + (ptrdiff_t)i * run->record_step[0];
+        const unsigned char *const holder = run->from[1] + (ptrdiff_t)i * run->record_step[1];
+        const uint8_t *const code = record + 0;
+        float *const nope = first + (ptrdiff_t)i * run->number_step[0];
+        for (int32_t c0 = 0; c0 < DK; c0 += TILE) {
+            const int32_t end = DK - c0 < TILE ? DK : c0 + TILE;
+            const hl_vf_neon scale =
+                hl_vset_neon(hl_sfaq_bf16_fp8_v4_d448_rope64_slots_scale(holder + 0, c0 / TILE));
+            int32_t c = c0;
+            for (; c + L <= end; c += L) {
+                hl_vstore_neon(nope + c, hl_vmul_neon(hl_vload_e4m3_neon(code + c), scale));
+            }
+        }
+        hl_sfaq_bf16_fp8_v4_d448_rope64_slots_convert_bf16_f32_neon(rotary + (ptrdiff_t)i
+            * run->number_step[1], record + 448);
+    }
+}
+
+/* Rows of either type become records, .. */
+HL_KERNEL_NEON void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_encode_neon(const hl_kv_run *run,
+    int32_t numbers_f32, int32_t power_of_2)
+{
+    if (numbers_f32) {
+        hl_sfaq_bf16_fp8_v4_d448_rope64_slots_encode_f32_neon(run, power_of_2);
+    } else {
+        hl_sfaq_bf16_fp8_v4_d448_rope64_slots_encode_bf16_neon(run, power_of_2);
+    }
+}
+
+/* .. and the other way. */
+HL_KERNEL_NEON void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_restore_neon(const hl_kv_run *run,
+    int32_t numbers_f32)
+{
+    if (numbers_f32) {
+        hl_sfaq_bf16_fp8_v4_d448_rope64_slots_restore_f32_neon(run);
+    } else {
+        hl_sfaq_bf16_fp8_v4_d448_rope64_slots_restore_bf16_neon(run);
+    }
+}
+
 #endif /* HL_HAS_NEON */
 
 /* ==== hl_sparse_flash_attention_antiquant_bf16_fp8_v4_d448_rope64_slots ====
@@ -5758,14 +6335,14 @@ HL_WORD_AVX2 void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_fetch_record_avx2(const 
     HL_FETCH(row->value);
 }
 
-/* The whole block, once for all heads; meanwhile records are asked for that lie 8
+/* The whole block, once for all heads; meanwhile records are asked for that lie 24
  * further on, in this block or in the next. */
 HL_KERNEL_AVX2 void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_load_avx2(const hl_space *w,
     const hl_block *b)
 {
     for (int32_t j = 0; j < b->n; ++j) {
-        if (j + 8 < b->n + b->n_later) {
-            hl_sfaq_bf16_fp8_v4_d448_rope64_slots_fetch_record_avx2(&b->row[j + 8]);
+        if (j + 24 < b->n + b->n_later) {
+            hl_sfaq_bf16_fp8_v4_d448_rope64_slots_fetch_record_avx2(&b->row[j + 24]);
         }
         hl_sfaq_bf16_fp8_v4_d448_rope64_slots_decode_avx2(&b->row[j], w->k + (ptrdiff_t)j * 512);
     }
@@ -7106,6 +7683,278 @@ static inline void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_merge_avx2(
     hl_sfaq_bf16_fp8_v4_d448_rope64_slots_finish_avx2(plan, &g, &whole, padded);
 }
 
+/* ---- rows: numbers -> records, records -> numbers ---- */
+
+/* Rotary channels, bit for bit. */
+HL_KERNEL_AVX2 void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_convert_bf16_bf16_avx2(void *to,
+    const void *from)
+{
+    HL_COPY(to, from, 128);
+}
+/* Rotary channels, rounded to nearest even where the type has fewer bits. */
+HL_KERNEL_AVX2 void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_convert_f32_bf16_avx2(void *to,
+    const void *from)
+{
+    enum { L = 8, ROPE = 64 };
+    const float *const x = (const float *)from;
+    uint16_t *const y = (uint16_t *)to;
+    int32_t c = 0;
+    for (; c + L <= ROPE; c += L) {
+        hl_vstore_bf16_avx2(y + c, hl_vload_avx2(x + c));
+    }
+}
+/* Rotary channels, rounded to nearest even where the type has fewer bits. */
+HL_KERNEL_AVX2 void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_convert_bf16_f32_avx2(void *to,
+    const void *from)
+{
+    enum { L = 8, ROPE = 64 };
+    const uint16_t *const x = (const uint16_t *)from;
+    float *const y = (float *)to;
+    int32_t c = 0;
+    for (; c + L <= ROPE; c += L) {
+        hl_vstore_avx2(y + c, hl_vload_bf16_avx2(x + c));
+    }
+}
+/* The largest magnitude of n numbers; NaN if one of them is NaN or infinite: then 0 * x is NaN. */
+HL_KERNEL_AVX2 float hl_sfaq_bf16_fp8_v4_d448_rope64_slots_largest_bf16_avx2(const uint16_t *from,
+    int32_t n)
+{
+    enum { L = 8 };
+    hl_vf_avx2 most = hl_vzero_avx2();
+    hl_vf_avx2 more = hl_vzero_avx2();
+    hl_vf_avx2 spoilt = hl_vzero_avx2();
+    hl_vf_avx2 x;
+    hl_vf_avx2 y;
+    float lane[L];
+    int32_t c = 0;
+    for (; c + 2 * L <= n; c += 2 * L) { /* in any order */
+        hl_vpair_bf16_avx2(from + c, &x, &y);
+        most = hl_vmax_avx2(hl_vabs_avx2(x), most);
+        more = hl_vmax_avx2(hl_vabs_avx2(y), more);
+        spoilt = hl_vfma_avx2(x, hl_vzero_avx2(), spoilt);
+        spoilt = hl_vfma_avx2(y, hl_vzero_avx2(), spoilt);
+    }
+    most = hl_vmax_avx2(more, most);
+    most = hl_vmax_avx2(hl_vswap_avx2(most, 1), most);
+    spoilt = hl_vadd_avx2(hl_vswap_avx2(spoilt, 1), spoilt);
+    most = hl_vmax_avx2(hl_vswap_avx2(most, 2), most);
+    spoilt = hl_vadd_avx2(hl_vswap_avx2(spoilt, 2), spoilt);
+    most = hl_vmax_avx2(hl_vswap_avx2(most, 4), most);
+    spoilt = hl_vadd_avx2(hl_vswap_avx2(spoilt, 4), spoilt);
+    hl_vstore_avx2(lane, hl_vadd_avx2(most, spoilt));
+    return lane[0];
+}
+
+/* The codes of n numbers that share a scale; 0: all of them are 0. A scale is a power of two: a
+ * product with 1 / scale is exactly the quotient. */
+HL_KERNEL_AVX2 void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_put_codes_bf16_avx2(uint8_t *code,
+    const uint16_t *from, int32_t n, float scale)
+{
+    enum { L = 8 };
+    hl_vf_avx2 r;
+    int32_t c = 0;
+    if (scale == 0.0f) {
+        for (; c < n; ++c) {
+            code[c] = 0;
+        }
+        return;
+    }
+    r = hl_vset_avx2(1.0f / scale);
+    for (; c + L <= n; c += L) {
+        const hl_vf_avx2 x = hl_vload_bf16_avx2(from + c);
+        hl_vstore_e4m3_avx2(code + c, hl_vmul_avx2(x, r));
+    }
+}
+
+/* Rows of bfloat16 become records. */
+HL_KERNEL_AVX2 void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_encode_bf16_avx2(const hl_kv_run *run,
+    int32_t power_of_2)
+{
+    enum { DK = 448, TILE = 64 };
+    const uint16_t *const first = (const uint16_t *)(const void *)run->from[0];
+    const uint16_t *const rotary = (const uint16_t *)(const void *)run->from[1];
+    for (int64_t i = 0; i < run->rows; ++i) {
+        const uint16_t *const nope = first + (ptrdiff_t)i * run->number_step[0];
+        unsigned char *const record = run->to[0] + (ptrdiff_t)i * run->record_step[0];
+        unsigned char *const holder = run->to[1] + (ptrdiff_t)i * run->record_step[1];
+        float most = hl_sfaq_bf16_fp8_v4_d448_rope64_slots_largest_bf16_avx2(nope, TILE);
+        for (int32_t c = 0; c < DK; c += TILE) {
+            const float scale =
+                hl_sfaq_bf16_fp8_v4_d448_rope64_slots_put_scale(holder + 0, c / TILE, most,
+                    power_of_2);
+            const int32_t n = DK - c < TILE ? DK - c : TILE;
+            const int32_t later = DK - c - TILE < TILE ? DK - c - TILE : TILE;
+            if (later > 0) { /* meanwhile */
+                most =
+                    hl_sfaq_bf16_fp8_v4_d448_rope64_slots_largest_bf16_avx2(nope + c + TILE, later);
+            }
+            hl_sfaq_bf16_fp8_v4_d448_rope64_slots_put_codes_bf16_avx2(record + 0 + c, nope + c, n,
+                scale);
+        }
+        hl_sfaq_bf16_fp8_v4_d448_rope64_slots_convert_bf16_bf16_avx2(record + 448, rotary
+            + (ptrdiff_t)i * run->number_step[1]);
+        for (int32_t at = 7; at < 8; ++at) { /* pad */
+            holder[at] = 0;
+        }
+    }
+}
+
+/* Records become rows of bfloat16. */
+HL_KERNEL_AVX2 void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_restore_bf16_avx2(const hl_kv_run *run)
+{
+    enum { L = 8, DK = 448, TILE = 64 };
+    uint16_t *const first = (uint16_t *)(void *)run->to[0];
+    uint16_t *const rotary = (uint16_t *)(void *)run->to[1];
+    for (int64_t i = 0; i < run->rows; ++i) {
+        const unsigned char *const record = run->from[0] + (ptrdiff_t)i * run->record_step[0];
+        const unsigned char *const holder = run->from[1] + (ptrdiff_t)i * run->record_step[1];
+        const uint8_t *const code = record + 0;
+        uint16_t *const nope = first + (ptrdiff_t)i * run->number_step[0];
+        for (int32_t c0 = 0; c0 < DK; c0 += TILE) {
+            const int32_t end = DK - c0 < TILE ? DK : c0 + TILE;
+            const hl_vf_avx2 scale =
+                hl_vset_avx2(hl_sfaq_bf16_fp8_v4_d448_rope64_slots_scale(holder + 0, c0 / TILE));
+            int32_t c = c0;
+            for (; c + L <= end; c += L) {
+                hl_vstore_bf16_avx2(nope + c, hl_vmul_avx2(hl_vload_e4m3_avx2(code + c), scale));
+            }
+        }
+        hl_sfaq_bf16_fp8_v4_d448_rope64_slots_convert_bf16_bf16_avx2(rotary + (ptrdiff_t)i
+            * run->number_step[1], record + 448);
+    }
+}
+
+/* The largest magnitude of n numbers; NaN if one of them is NaN or infinite: then 0 * x is NaN. */
+HL_KERNEL_AVX2 float hl_sfaq_bf16_fp8_v4_d448_rope64_slots_largest_f32_avx2(const float *from,
+    int32_t n)
+{
+    enum { L = 8 };
+    hl_vf_avx2 most = hl_vzero_avx2();
+    hl_vf_avx2 more = hl_vzero_avx2();
+    hl_vf_avx2 spoilt = hl_vzero_avx2();
+    hl_vf_avx2 x;
+    hl_vf_avx2 y;
+    float lane[L];
+    int32_t c = 0;
+    for (; c + 2 * L <= n; c += 2 * L) { /* in any order */
+        hl_vpair_avx2(from + c, &x, &y);
+        most = hl_vmax_avx2(hl_vabs_avx2(x), most);
+        more = hl_vmax_avx2(hl_vabs_avx2(y), more);
+        spoilt = hl_vfma_avx2(x, hl_vzero_avx2(), spoilt);
+        spoilt = hl_vfma_avx2(y, hl_vzero_avx2(), spoilt);
+    }
+    most = hl_vmax_avx2(more, most);
+    most = hl_vmax_avx2(hl_vswap_avx2(most, 1), most);
+    spoilt = hl_vadd_avx2(hl_vswap_avx2(spoilt, 1), spoilt);
+    most = hl_vmax_avx2(hl_vswap_avx2(most, 2), most);
+    spoilt = hl_vadd_avx2(hl_vswap_avx2(spoilt, 2), spoilt);
+    most = hl_vmax_avx2(hl_vswap_avx2(most, 4), most);
+    spoilt = hl_vadd_avx2(hl_vswap_avx2(spoilt, 4), spoilt);
+    hl_vstore_avx2(lane, hl_vadd_avx2(most, spoilt));
+    return lane[0];
+}
+
+/* The codes of n numbers that share a scale; 0: all of them are 0. A scale is a power of two: a
+ * product with 1 / scale is exactly the quotient. */
+HL_KERNEL_AVX2 void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_put_codes_f32_avx2(uint8_t *code,
+    const float *from, int32_t n, float scale)
+{
+    enum { L = 8 };
+    hl_vf_avx2 r;
+    int32_t c = 0;
+    if (scale == 0.0f) {
+        for (; c < n; ++c) {
+            code[c] = 0;
+        }
+        return;
+    }
+    r = hl_vset_avx2(1.0f / scale);
+    for (; c + L <= n; c += L) {
+        const hl_vf_avx2 x = hl_vload_avx2(from + c);
+        hl_vstore_e4m3_avx2(code + c, hl_vmul_avx2(x, r));
+    }
+}
+
+/* Rows of IEEE float32 become records. */
+HL_KERNEL_AVX2 void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_encode_f32_avx2(const hl_kv_run *run,
+    int32_t power_of_2)
+{
+    enum { DK = 448, TILE = 64 };
+    const float *const first = (const float *)(const void *)run->from[0];
+    const float *const rotary = (const float *)(const void *)run->from[1];
+    for (int64_t i = 0; i < run->rows; ++i) {
+        const float *const nope = first + (ptrdiff_t)i * run->number_step[0];
+        unsigned char *const record = run->to[0] + (ptrdiff_t)i * run->record_step[0];
+        unsigned char *const holder = run->to[1] + (ptrdiff_t)i * run->record_step[1];
+        float most = hl_sfaq_bf16_fp8_v4_d448_rope64_slots_largest_f32_avx2(nope, TILE);
+        for (int32_t c = 0; c < DK; c += TILE) {
+            const float scale =
+                hl_sfaq_bf16_fp8_v4_d448_rope64_slots_put_scale(holder + 0, c / TILE, most,
+                    power_of_2);
+            const int32_t n = DK - c < TILE ? DK - c : TILE;
+            const int32_t later = DK - c - TILE < TILE ? DK - c - TILE : TILE;
+            if (later > 0) { /* meanwhile */
+                most =
+                    hl_sfaq_bf16_fp8_v4_d448_rope64_slots_largest_f32_avx2(nope + c + TILE, later);
+            }
+            hl_sfaq_bf16_fp8_v4_d448_rope64_slots_put_codes_f32_avx2(record + 0 + c, nope + c, n,
+                scale);
+        }
+        hl_sfaq_bf16_fp8_v4_d448_rope64_slots_convert_f32_bf16_avx2(record + 448, rotary
+            + (ptrdiff_t)i * run->number_step[1]);
+        for (int32_t at = 7; at < 8; ++at) { /* pad */
+            holder[at] = 0;
+        }
+    }
+}
+
+/* Records become rows of IEEE float32. */
+HL_KERNEL_AVX2 void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_restore_f32_avx2(const hl_kv_run *run)
+{
+    enum { L = 8, DK = 448, TILE = 64 };
+    float *const first = (float *)(void *)run->to[0];
+    float *const rotary = (float *)(void *)run->to[1];
+    for (int64_t i = 0; i < run->rows; ++i) {
+        const unsigned char *const record = run->from[0] + (ptrdiff_t)i * run->record_step[0];
+        const unsigned char *const holder = run->from[1] + (ptrdiff_t)i * run->record_step[1];
+        const uint8_t *const code = record + 0;
+        float *const nope = first + (ptrdiff_t)i * run->number_step[0];
+        for (int32_t c0 = 0; c0 < DK; c0 += TILE) {
+            const int32_t end = DK - c0 < TILE ? DK : c0 + TILE;
+            const hl_vf_avx2 scale =
+                hl_vset_avx2(hl_sfaq_bf16_fp8_v4_d448_rope64_slots_scale(holder + 0, c0 / TILE));
+            int32_t c = c0;
+            for (; c + L <= end; c += L) {
+                hl_vstore_avx2(nope + c, hl_vmul_avx2(hl_vload_e4m3_avx2(code + c), scale));
+            }
+        }
+        hl_sfaq_bf16_fp8_v4_d448_rope64_slots_convert_bf16_f32_avx2(rotary + (ptrdiff_t)i
+            * run->number_step[1], record + 448);
+    }
+}
+
+/* Rows of either type become records, .. */
+HL_KERNEL_AVX2 void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_encode_avx2(const hl_kv_run *run,
+    int32_t numbers_f32, int32_t power_of_2)
+{
+    if (numbers_f32) {
+        hl_sfaq_bf16_fp8_v4_d448_rope64_slots_encode_f32_avx2(run, power_of_2);
+    } else {
+        hl_sfaq_bf16_fp8_v4_d448_rope64_slots_encode_bf16_avx2(run, power_of_2);
+    }
+}
+
+/* .. and the other way. */
+HL_KERNEL_AVX2 void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_restore_avx2(const hl_kv_run *run,
+    int32_t numbers_f32)
+{
+    if (numbers_f32) {
+        hl_sfaq_bf16_fp8_v4_d448_rope64_slots_restore_f32_avx2(run);
+    } else {
+        hl_sfaq_bf16_fp8_v4_d448_rope64_slots_restore_bf16_avx2(run);
+    }
+}
+
 #endif /* HL_HAS_AVX2 */
 
 /* ==== hl_sparse_flash_attention_antiquant_bf16_fp8_v4_d448_rope64_slots ====
@@ -7206,14 +8055,14 @@ HL_WORD_AVX512 void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_fetch_record_avx512(co
     HL_FETCH(row->value);
 }
 
-/* The whole block, once for all heads; meanwhile records are asked for that lie 8
+/* The whole block, once for all heads; meanwhile records are asked for that lie 24
  * further on, in this block or in the next. */
 HL_KERNEL_AVX512 void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_load_avx512(const hl_space *w,
     const hl_block *b)
 {
     for (int32_t j = 0; j < b->n; ++j) {
-        if (j + 8 < b->n + b->n_later) {
-            hl_sfaq_bf16_fp8_v4_d448_rope64_slots_fetch_record_avx512(&b->row[j + 8]);
+        if (j + 24 < b->n + b->n_later) {
+            hl_sfaq_bf16_fp8_v4_d448_rope64_slots_fetch_record_avx512(&b->row[j + 24]);
         }
         hl_sfaq_bf16_fp8_v4_d448_rope64_slots_decode_avx512(&b->row[j], w->k + (ptrdiff_t)j * 512);
     }
@@ -9393,6 +10242,286 @@ static inline void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_merge_avx512(
     hl_sfaq_bf16_fp8_v4_d448_rope64_slots_finish_avx512(plan, &g, &whole, padded);
 }
 
+/* ---- rows: numbers -> records, records -> numbers ---- */
+
+/* Rotary channels, bit for bit. */
+HL_KERNEL_AVX512 void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_convert_bf16_bf16_avx512(void *to,
+    const void *from)
+{
+    HL_COPY(to, from, 128);
+}
+/* Rotary channels, rounded to nearest even where the type has fewer bits. */
+HL_KERNEL_AVX512 void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_convert_f32_bf16_avx512(void *to,
+    const void *from)
+{
+    enum { L = 16, ROPE = 64 };
+    const float *const x = (const float *)from;
+    uint16_t *const y = (uint16_t *)to;
+    int32_t c = 0;
+    for (; c + L <= ROPE; c += L) {
+        hl_vstore_bf16_avx512(y + c, hl_vload_avx512(x + c));
+    }
+}
+/* Rotary channels, rounded to nearest even where the type has fewer bits. */
+HL_KERNEL_AVX512 void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_convert_bf16_f32_avx512(void *to,
+    const void *from)
+{
+    enum { L = 16, ROPE = 64 };
+    const uint16_t *const x = (const uint16_t *)from;
+    float *const y = (float *)to;
+    int32_t c = 0;
+    for (; c + L <= ROPE; c += L) {
+        hl_vstore_avx512(y + c, hl_vload_bf16_avx512(x + c));
+    }
+}
+/* The largest magnitude of n numbers; NaN if one of them is NaN or infinite: then 0 * x is NaN. */
+HL_KERNEL_AVX512 float hl_sfaq_bf16_fp8_v4_d448_rope64_slots_largest_bf16_avx512(
+    const uint16_t *from, int32_t n)
+{
+    enum { L = 16 };
+    hl_vf_avx512 most = hl_vzero_avx512();
+    hl_vf_avx512 more = hl_vzero_avx512();
+    hl_vf_avx512 spoilt = hl_vzero_avx512();
+    hl_vf_avx512 x;
+    hl_vf_avx512 y;
+    float lane[L];
+    int32_t c = 0;
+    for (; c + 2 * L <= n; c += 2 * L) { /* in any order */
+        hl_vpair_bf16_avx512(from + c, &x, &y);
+        most = hl_vmax_avx512(hl_vabs_avx512(x), most);
+        more = hl_vmax_avx512(hl_vabs_avx512(y), more);
+        spoilt = hl_vfma_avx512(x, hl_vzero_avx512(), spoilt);
+        spoilt = hl_vfma_avx512(y, hl_vzero_avx512(), spoilt);
+    }
+    most = hl_vmax_avx512(more, most);
+    most = hl_vmax_avx512(hl_vswap_avx512(most, 1), most);
+    spoilt = hl_vadd_avx512(hl_vswap_avx512(spoilt, 1), spoilt);
+    most = hl_vmax_avx512(hl_vswap_avx512(most, 2), most);
+    spoilt = hl_vadd_avx512(hl_vswap_avx512(spoilt, 2), spoilt);
+    most = hl_vmax_avx512(hl_vswap_avx512(most, 4), most);
+    spoilt = hl_vadd_avx512(hl_vswap_avx512(spoilt, 4), spoilt);
+    most = hl_vmax_avx512(hl_vswap_avx512(most, 8), most);
+    spoilt = hl_vadd_avx512(hl_vswap_avx512(spoilt, 8), spoilt);
+    hl_vstore_avx512(lane, hl_vadd_avx512(most, spoilt));
+    return lane[0];
+}
+
+/* The codes of n numbers that share a scale; 0: all of them are 0. A scale is a power of two: a
+ * product with 1 / scale is exactly the quotient. */
+HL_KERNEL_AVX512 void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_put_codes_bf16_avx512(uint8_t *code,
+    const uint16_t *from, int32_t n, float scale)
+{
+    enum { L = 16 };
+    hl_vf_avx512 r;
+    int32_t c = 0;
+    if (scale == 0.0f) {
+        for (; c < n; ++c) {
+            code[c] = 0;
+        }
+        return;
+    }
+    r = hl_vset_avx512(1.0f / scale);
+    for (; c + L <= n; c += L) {
+        const hl_vf_avx512 x = hl_vload_bf16_avx512(from + c);
+        hl_vstore_e4m3_avx512(code + c, hl_vmul_avx512(x, r));
+    }
+}
+
+/* Rows of bfloat16 become records. */
+HL_KERNEL_AVX512 void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_encode_bf16_avx512(const hl_kv_run *run,
+    int32_t power_of_2)
+{
+    enum { DK = 448, TILE = 64 };
+    const uint16_t *const first = (const uint16_t *)(const void *)run->from[0];
+    const uint16_t *const rotary = (const uint16_t *)(const void *)run->from[1];
+    for (int64_t i = 0; i < run->rows; ++i) {
+        const uint16_t *const nope = first + (ptrdiff_t)i * run->number_step[0];
+        unsigned char *const record = run->to[0] + (ptrdiff_t)i * run->record_step[0];
+        unsigned char *const holder = run->to[1] + (ptrdiff_t)i * run->record_step[1];
+        float most = hl_sfaq_bf16_fp8_v4_d448_rope64_slots_largest_bf16_avx512(nope, TILE);
+        for (int32_t c = 0; c < DK; c += TILE) {
+            const float scale =
+                hl_sfaq_bf16_fp8_v4_d448_rope64_slots_put_scale(holder + 0, c / TILE, most,
+                    power_of_2);
+            const int32_t n = DK - c < TILE ? DK - c : TILE;
+            const int32_t later = DK - c - TILE < TILE ? DK - c - TILE : TILE;
+            if (later > 0) { /* meanwhile */
+                most =
+                    hl_sfaq_bf16_fp8_v4_d448_rope64_slots_largest_bf16_avx512(nope + c + TILE,
+                    later);
+            }
+            hl_sfaq_bf16_fp8_v4_d448_rope64_slots_put_codes_bf16_avx512(record + 0 + c, nope + c, n,
+                scale);
+        }
+        hl_sfaq_bf16_fp8_v4_d448_rope64_slots_convert_bf16_bf16_avx512(record + 448, rotary
+            + (ptrdiff_t)i * run->number_step[1]);
+        for (int32_t at = 7; at < 8; ++at) { /* pad */
+            holder[at] = 0;
+        }
+    }
+}
+
+/* Records become rows of bfloat16. */
+HL_KERNEL_AVX512 void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_restore_bf16_avx512(
+    const hl_kv_run *run)
+{
+    enum { L = 16, DK = 448, TILE = 64 };
+    uint16_t *const first = (uint16_t *)(void *)run->to[0];
+    uint16_t *const rotary = (uint16_t *)(void *)run->to[1];
+    for (int64_t i = 0; i < run->rows; ++i) {
+        const unsigned char *const record = run->from[0] + (ptrdiff_t)i * run->record_step[0];
+        const unsigned char *const holder = run->from[1] + (ptrdiff_t)i * run->record_step[1];
+        const uint8_t *const code = record + 0;
+        uint16_t *const nope = first + (ptrdiff_t)i * run->number_step[0];
+        for (int32_t c0 = 0; c0 < DK; c0 += TILE) {
+            const int32_t end = DK - c0 < TILE ? DK : c0 + TILE;
+            const hl_vf_avx512 scale =
+                hl_vset_avx512(hl_sfaq_bf16_fp8_v4_d448_rope64_slots_scale(holder + 0, c0 / TILE));
+            int32_t c = c0;
+            for (; c + L <= end; c += L) {
+                hl_vstore_bf16_avx512(nope + c,
+                                      hl_vmul_avx512(hl_vload_e4m3_avx512(code + c), scale));
+            }
+        }
+        hl_sfaq_bf16_fp8_v4_d448_rope64_slots_convert_bf16_bf16_avx512(rotary + (ptrdiff_t)i
+            * run->number_step[1], record + 448);
+    }
+}
+
+/* The largest magnitude of n numbers; NaN if one of them is NaN or infinite: then 0 * x is NaN. */
+HL_KERNEL_AVX512 float hl_sfaq_bf16_fp8_v4_d448_rope64_slots_largest_f32_avx512(const float *from,
+    int32_t n)
+{
+    enum { L = 16 };
+    hl_vf_avx512 most = hl_vzero_avx512();
+    hl_vf_avx512 more = hl_vzero_avx512();
+    hl_vf_avx512 spoilt = hl_vzero_avx512();
+    hl_vf_avx512 x;
+    hl_vf_avx512 y;
+    float lane[L];
+    int32_t c = 0;
+    for (; c + 2 * L <= n; c += 2 * L) { /* in any order */
+        hl_vpair_avx512(from + c, &x, &y);
+        most = hl_vmax_avx512(hl_vabs_avx512(x), most);
+        more = hl_vmax_avx512(hl_vabs_avx512(y), more);
+        spoilt = hl_vfma_avx512(x, hl_vzero_avx512(), spoilt);
+        spoilt = hl_vfma_avx512(y, hl_vzero_avx512(), spoilt);
+    }
+    most = hl_vmax_avx512(more, most);
+    most = hl_vmax_avx512(hl_vswap_avx512(most, 1), most);
+    spoilt = hl_vadd_avx512(hl_vswap_avx512(spoilt, 1), spoilt);
+    most = hl_vmax_avx512(hl_vswap_avx512(most, 2), most);
+    spoilt = hl_vadd_avx512(hl_vswap_avx512(spoilt, 2), spoilt);
+    most = hl_vmax_avx512(hl_vswap_avx512(most, 4), most);
+    spoilt = hl_vadd_avx512(hl_vswap_avx512(spoilt, 4), spoilt);
+    most = hl_vmax_avx512(hl_vswap_avx512(most, 8), most);
+    spoilt = hl_vadd_avx512(hl_vswap_avx512(spoilt, 8), spoilt);
+    hl_vstore_avx512(lane, hl_vadd_avx512(most, spoilt));
+    return lane[0];
+}
+
+/* The codes of n numbers that share a scale; 0: all of them are 0. A scale is a power of two: a
+ * product with 1 / scale is exactly the quotient. */
+HL_KERNEL_AVX512 void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_put_codes_f32_avx512(uint8_t *code,
+    const float *from, int32_t n, float scale)
+{
+    enum { L = 16 };
+    hl_vf_avx512 r;
+    int32_t c = 0;
+    if (scale == 0.0f) {
+        for (; c < n; ++c) {
+            code[c] = 0;
+        }
+        return;
+    }
+    r = hl_vset_avx512(1.0f / scale);
+    for (; c + L <= n; c += L) {
+        const hl_vf_avx512 x = hl_vload_avx512(from + c);
+        hl_vstore_e4m3_avx512(code + c, hl_vmul_avx512(x, r));
+    }
+}
+
+/* Rows of IEEE float32 become records. */
+HL_KERNEL_AVX512 void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_encode_f32_avx512(const hl_kv_run *run,
+    int32_t power_of_2)
+{
+    enum { DK = 448, TILE = 64 };
+    const float *const first = (const float *)(const void *)run->from[0];
+    const float *const rotary = (const float *)(const void *)run->from[1];
+    for (int64_t i = 0; i < run->rows; ++i) {
+        const float *const nope = first + (ptrdiff_t)i * run->number_step[0];
+        unsigned char *const record = run->to[0] + (ptrdiff_t)i * run->record_step[0];
+        unsigned char *const holder = run->to[1] + (ptrdiff_t)i * run->record_step[1];
+        float most = hl_sfaq_bf16_fp8_v4_d448_rope64_slots_largest_f32_avx512(nope, TILE);
+        for (int32_t c = 0; c < DK; c += TILE) {
+            const float scale =
+                hl_sfaq_bf16_fp8_v4_d448_rope64_slots_put_scale(holder + 0, c / TILE, most,
+                    power_of_2);
+            const int32_t n = DK - c < TILE ? DK - c : TILE;
+            const int32_t later = DK - c - TILE < TILE ? DK - c - TILE : TILE;
+            if (later > 0) { /* meanwhile */
+                most =
+                    hl_sfaq_bf16_fp8_v4_d448_rope64_slots_largest_f32_avx512(nope + c + TILE,
+                    later);
+            }
+            hl_sfaq_bf16_fp8_v4_d448_rope64_slots_put_codes_f32_avx512(record + 0 + c, nope + c, n,
+                scale);
+        }
+        hl_sfaq_bf16_fp8_v4_d448_rope64_slots_convert_f32_bf16_avx512(record + 448, rotary
+            + (ptrdiff_t)i * run->number_step[1]);
+        for (int32_t at = 7; at < 8; ++at) { /* pad */
+            holder[at] = 0;
+        }
+    }
+}
+
+/* Records become rows of IEEE float32. */
+HL_KERNEL_AVX512 void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_restore_f32_avx512(const hl_kv_run *run)
+{
+    enum { L = 16, DK = 448, TILE = 64 };
+    float *const first = (float *)(void *)run->to[0];
+    float *const rotary = (float *)(void *)run->to[1];
+    for (int64_t i = 0; i < run->rows; ++i) {
+        const unsigned char *const record = run->from[0] + (ptrdiff_t)i * run->record_step[0];
+        const unsigned char *const holder = run->from[1] + (ptrdiff_t)i * run->record_step[1];
+        const uint8_t *const code = record + 0;
+        float *const nope = first + (ptrdiff_t)i * run->number_step[0];
+        for (int32_t c0 = 0; c0 < DK; c0 += TILE) {
+            const int32_t end = DK - c0 < TILE ? DK : c0 + TILE;
+            const hl_vf_avx512 scale =
+                hl_vset_avx512(hl_sfaq_bf16_fp8_v4_d448_rope64_slots_scale(holder + 0, c0 / TILE));
+            int32_t c = c0;
+            for (; c + L <= end; c += L) {
+                hl_vstore_avx512(nope + c, hl_vmul_avx512(hl_vload_e4m3_avx512(code + c), scale));
+            }
+        }
+        hl_sfaq_bf16_fp8_v4_d448_rope64_slots_convert_bf16_f32_avx512(rotary + (ptrdiff_t)i
+            * run->number_step[1], record + 448);
+    }
+}
+
+/* Rows of either type become records, .. */
+HL_KERNEL_AVX512 void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_encode_avx512(const hl_kv_run *run,
+    int32_t numbers_f32, int32_t power_of_2)
+{
+    if (numbers_f32) {
+        hl_sfaq_bf16_fp8_v4_d448_rope64_slots_encode_f32_avx512(run, power_of_2);
+    } else {
+        hl_sfaq_bf16_fp8_v4_d448_rope64_slots_encode_bf16_avx512(run, power_of_2);
+    }
+}
+
+/* .. and the other way. */
+HL_KERNEL_AVX512 void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_restore_avx512(const hl_kv_run *run,
+    int32_t numbers_f32)
+{
+    if (numbers_f32) {
+        hl_sfaq_bf16_fp8_v4_d448_rope64_slots_restore_f32_avx512(run);
+    } else {
+        hl_sfaq_bf16_fp8_v4_d448_rope64_slots_restore_bf16_avx512(run);
+    }
+}
+
 #endif /* HL_HAS_AVX512 */
 
 /* ==== hl_sparse_flash_attention_antiquant_bf16_fp8_v4_d448_rope64_slots ====
@@ -9423,7 +10552,8 @@ HL_WORD_AMX unsigned char *hl_sfaq_bf16_fp8_v4_d448_rope64_slots_piece_amx(const
 }
 
 /* Records are decoded once for all heads, into rows of bfloat16: those of the next block while the
- * matrix unit works on this one. A row is decoded in 8 pieces: tiles, rotary channels. */
+ * matrix unit works on this one. A row is decoded in 8 pieces: its tiles of
+ * channels, then the rotary ones. */
 typedef struct hl_sfaq_bf16_fp8_v4_d448_rope64_slots_decoder_amx {
     const hl_row *row;  /* the records */
     unsigned char *to;
@@ -9448,8 +10578,8 @@ HL_WORD_AMX void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_put_words_amx(unsigned ch
 HL_WORD_AMX hl_vf_avx512 hl_sfaq_bf16_fp8_v4_d448_rope64_slots_codes_amx(const uint8_t *code,
     int32_t n)
 {
-    return n >= 16 ? hl_vload_e4m3_avx512(code) : n > 0 ? hl_vload_e4m3_n_avx512(code, n)
-        : hl_vzero_avx512();
+    return n >= 16 ? hl_vload_e4m3_avx512(code)
+           : n > 0 ? hl_vload_e4m3_n_avx512(code, n) : hl_vzero_avx512();
 }
 
 /* The channels that share scale t: a NaN scale is made one that rounding cannot change. */
@@ -9570,7 +10700,6 @@ HL_WORD_AMX __m512i hl_sfaq_bf16_fp8_v4_d448_rope64_slots_words_amx(const void *
     (void)n; /* rows are filled up with 0 */
     return _mm512_loadu_si512(words + 2 * c);
 }
-
 /* 32 halves of a stored row from channel c, 0 behind its n channels, as one part of bfloat16. */
 HL_WORD_AMX __m512i hl_sfaq_bf16_fp8_v4_d448_rope64_slots_query_words_amx(const void *row,
     int32_t c, int32_t n, int32_t part)
@@ -11515,6 +12644,590 @@ HL_API hl_status hl_sparse_flash_attention_antiquant_bf16_fp8_v4_d448_rope64_slo
                         at);
                 }
             }
+        }
+    }
+    return HL_OK;
+}
+/* ==== hl_sparse_flash_attention_antiquant_bf16_fp8_v4_d448_rope64_slots ====
+ * Rows: quantise, dequantise, append. */
+
+/* The instruction set that turns rows into records and back: the best that is here and has words of
+ * its own. Tiles are looked for only if they are named: that is a system call. 0: not here. */
+static inline int32_t hl_sfaq_bf16_fp8_v4_d448_rope64_slots_words(int32_t asked)
+{
+#if HL_HAS_AVX512
+    if ((asked == HL_ISA_BEST || asked == HL_ISA_AVX512) && hl_runs_avx512()) {
+        return HL_ISA_AVX512;
+    }
+#endif
+#if HL_HAS_AVX2
+    if ((asked == HL_ISA_BEST || asked == HL_ISA_AVX2) && hl_runs_avx2()) {
+        return HL_ISA_AVX2;
+    }
+#endif
+#if HL_HAS_NEON
+    if (asked == HL_ISA_BEST || asked == HL_ISA_NEON) {
+        return HL_ISA_NEON;
+    }
+#endif
+#if !HL_ISA_ONLY || defined(HL_ISA_ONLY_SCALAR)
+    if (asked == HL_ISA_BEST || asked == HL_ISA_SCALAR) {
+        return HL_ISA_SCALAR;
+    }
+#endif
+#if HL_HAS_AMX
+    if (asked == HL_ISA_AMX && hl_runs_amx()) {
+        return HL_ISA_AVX512;
+    }
+#endif
+    return HL_ISA_BEST;
+}
+
+/* A run of rows becomes records. */
+static inline void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_encode(int32_t isa, const hl_kv_run *run,
+    int32_t numbers_f32, int32_t power_of_2)
+{
+    switch (isa) {
+#if HL_HAS_SCALAR
+    case HL_ISA_SCALAR:
+        hl_sfaq_bf16_fp8_v4_d448_rope64_slots_encode_scalar(run, numbers_f32, power_of_2);
+        break;
+#endif
+#if HL_HAS_NEON
+    case HL_ISA_NEON:
+        hl_sfaq_bf16_fp8_v4_d448_rope64_slots_encode_neon(run, numbers_f32, power_of_2);
+        break;
+#endif
+#if HL_HAS_AVX2
+    case HL_ISA_AVX2:
+        hl_sfaq_bf16_fp8_v4_d448_rope64_slots_encode_avx2(run, numbers_f32, power_of_2);
+        break;
+#endif
+#if HL_HAS_AVX512
+    case HL_ISA_AVX512:
+        hl_sfaq_bf16_fp8_v4_d448_rope64_slots_encode_avx512(run, numbers_f32, power_of_2);
+        break;
+#endif
+    default:
+        break;
+    }
+}
+
+/* A run of records becomes rows. */
+static inline void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_restore(int32_t isa, const hl_kv_run *run,
+    int32_t numbers_f32)
+{
+    switch (isa) {
+#if HL_HAS_SCALAR
+    case HL_ISA_SCALAR:
+        hl_sfaq_bf16_fp8_v4_d448_rope64_slots_restore_scalar(run, numbers_f32);
+        break;
+#endif
+#if HL_HAS_NEON
+    case HL_ISA_NEON:
+        hl_sfaq_bf16_fp8_v4_d448_rope64_slots_restore_neon(run, numbers_f32);
+        break;
+#endif
+#if HL_HAS_AVX2
+    case HL_ISA_AVX2:
+        hl_sfaq_bf16_fp8_v4_d448_rope64_slots_restore_avx2(run, numbers_f32);
+        break;
+#endif
+#if HL_HAS_AVX512
+    case HL_ISA_AVX512:
+        hl_sfaq_bf16_fp8_v4_d448_rope64_slots_restore_avx512(run, numbers_f32);
+        break;
+#endif
+    default:
+        break;
+    }
+}
+
+/* The instruction set that was asked for, or the best. */
+static inline hl_status hl_sfaq_bf16_fp8_v4_d448_rope64_slots_choose_words(int32_t *isa,
+    hl_error *error)
+{
+    const int32_t words = hl_sfaq_bf16_fp8_v4_d448_rope64_slots_words(*isa);
+    if (words == HL_ISA_BEST) {
+        return hl_refuse(error, HL_ERR_UNSUPPORTED, HL_ARG_ISA, HL_RULE_GENERATED, *isa, 0);
+    }
+    *isa = words;
+    return HL_OK;
+}
+
+/* What is 0 or 1; and rotary channels only where records have them. */
+static inline hl_status hl_sfaq_bf16_fp8_v4_d448_rope64_slots_check_flags(int32_t numbers_f32,
+    int32_t power_of_2, const void *rope, hl_error *error)
+{
+    if (numbers_f32 != 0 && numbers_f32 != 1) {
+        return hl_refuse(error, HL_ERR_SHAPE, HL_ARG_NUMBERS_F32, HL_RULE_AT_MOST, numbers_f32, 1);
+    }
+    if (power_of_2 != 0 && power_of_2 != 1) {
+        return hl_refuse(error, HL_ERR_SHAPE, HL_ARG_POWER_OF_2, HL_RULE_AT_MOST, power_of_2, 1);
+    }
+    (void)rope;
+    return HL_OK;
+}
+
+/* A step from row to row, 0: packed. Rows do not overlap, and start at multiples of `align`. */
+static inline hl_status hl_sfaq_bf16_fp8_v4_d448_rope64_slots_check_step(ptrdiff_t *step,
+    int64_t row, int64_t align, hl_argument argument, hl_error *error)
+{
+    *step = *step != 0 ? *step : (ptrdiff_t)row;
+    if (*step < row) {
+        return hl_refuse(error, HL_ERR_SHAPE, argument, HL_RULE_AT_LEAST, *step, row);
+    }
+    if (*step % align != 0) {
+        return hl_refuse(error, HL_ERR_SHAPE, argument, HL_RULE_MULTIPLE_OF, *step, align);
+    }
+    return HL_OK;
+}
+
+/* Bytes from the first to behind the last of so many rows. */
+static inline uint64_t hl_sfaq_bf16_fp8_v4_d448_rope64_slots_rows_extent(int64_t rows,
+    ptrdiff_t step, int64_t row, uint64_t element)
+{
+    hl_stride stride;
+    stride.batch = 0;
+    stride.row = step;
+    stride.head = 0;
+    return hl_extent(&stride, 1, rows, 1, row, element);
+}
+
+/* Rows of numbers, and their records one after another: what quantise and dequantise share. */
+typedef struct hl_sfaq_bf16_fp8_v4_d448_rope64_slots_bulk {
+    const void *nope;
+    const void *rope;
+    const void *records;
+    int64_t rows;
+    int32_t number;        /* bytes of one                */
+    int32_t block_size;
+    int32_t isa;
+    ptrdiff_t nope_step;   /* from row to row, in numbers */
+    ptrdiff_t rope_step;
+    ptrdiff_t record_step; /* in bytes                    */
+    ptrdiff_t page_step;
+} hl_sfaq_bf16_fp8_v4_d448_rope64_slots_bulk;
+
+/* Pages: records, then what all of them have behind. */
+static inline hl_status hl_sfaq_bf16_fp8_v4_d448_rope64_slots_check_pages(
+    hl_sfaq_bf16_fp8_v4_d448_rope64_slots_bulk *x, hl_error *error)
+{
+    const uint64_t packed =
+        hl_sfaq_bf16_fp8_v4_d448_rope64_slots_page_bytes(x->record_step, x->block_size);
+    int64_t each;
+    if (x->block_size < 1) {
+        return hl_refuse(error, HL_ERR_SHAPE, HL_ARG_BLOCK_SIZE, HL_RULE_AT_LEAST, x->block_size,
+                         1);
+    }
+    if (packed > (uint64_t)PTRDIFF_MAX) {
+        return hl_refuse(error, HL_ERR_SHAPE, HL_ARG_BLOCK_SIZE, HL_RULE_ADDRESSABLE, INT64_MAX,
+                         (int64_t)PTRDIFF_MAX);
+    }
+    x->page_step = x->page_step != 0 ? x->page_step : (ptrdiff_t)packed;
+    each = (int64_t)x->record_step + 8;
+    return hl_sfaq_bf16_fp8_v4_d448_rope64_slots_check_step(&x->page_step, x->block_size * each, 2,
+        HL_ARG_PAGE_STRIDE, error);
+}
+
+/* Bytes from the first to behind the last scale: pages are whole, but for the last one. */
+static inline uint64_t hl_sfaq_bf16_fp8_v4_d448_rope64_slots_records_extent(
+    const hl_sfaq_bf16_fp8_v4_d448_rope64_slots_bulk *x)
+{
+    const int64_t before = x->rows > 0 ? (x->rows - 1) / x->block_size : 0;
+    const uint64_t last = (uint64_t)(x->rows - before * x->block_size) * 8u;
+    const uint64_t page = (uint64_t)x->block_size * (uint64_t)x->record_step + last;
+    const uint64_t pages = hl_mul_cap((uint64_t)before, (uint64_t)x->page_step);
+    return x->rows > 0 ? hl_add_cap(page, pages) : 0;
+}
+
+/* The rows from the first of a page on, as far as their records lie at even steps: its rows. */
+static inline int64_t hl_sfaq_bf16_fp8_v4_d448_rope64_slots_even_rows(
+    const hl_sfaq_bf16_fp8_v4_d448_rope64_slots_bulk *x, int64_t row, ptrdiff_t *record,
+    ptrdiff_t *holder)
+{
+    const int64_t left = x->rows - row;
+    *record = (ptrdiff_t)(row / x->block_size) * x->page_step;
+    *holder = *record + x->block_size * x->record_step;
+    return left < x->block_size ? left : x->block_size;
+}
+
+/* Everything but the flags; fills in packed steps and the instruction set. */
+static inline hl_status hl_sfaq_bf16_fp8_v4_d448_rope64_slots_check_bulk(
+    hl_sfaq_bf16_fp8_v4_d448_rope64_slots_bulk *x, int32_t writes_records, hl_error *error)
+{
+    const int32_t writes_numbers = !writes_records;
+    const uint32_t number = (uint32_t)x->number;
+    const int32_t width = x->rope != NULL ? 448 : 512;
+    hl_status status;
+    if (x->rows < 0) {
+        return hl_refuse(error, HL_ERR_SHAPE, HL_ARG_ROWS, HL_RULE_AT_LEAST, x->rows, 0);
+    }
+    status =
+        hl_sfaq_bf16_fp8_v4_d448_rope64_slots_check_step(&x->nope_step, width, 1,
+        HL_ARG_NOPE_STRIDE, error);
+    if (status == HL_OK) {
+        status =
+            hl_sfaq_bf16_fp8_v4_d448_rope64_slots_check_step(&x->rope_step, 64, 1,
+            HL_ARG_ROPE_STRIDE, error);
+    }
+    if (status == HL_OK) {
+        status =
+            hl_sfaq_bf16_fp8_v4_d448_rope64_slots_check_step(&x->record_step, 576, 2,
+            HL_ARG_RECORD_STRIDE, error);
+    }
+    if (status == HL_OK) {
+        status = hl_sfaq_bf16_fp8_v4_d448_rope64_slots_check_pages(x, error);
+    }
+    if (status == HL_OK) {
+        const uint64_t nope =
+            hl_sfaq_bf16_fp8_v4_d448_rope64_slots_rows_extent(x->rows, x->nope_step, width, number);
+        const uint64_t rope =
+            hl_sfaq_bf16_fp8_v4_d448_rope64_slots_rows_extent(x->rows, x->rope_step, 64, number);
+        const hl_range range[] = {
+            {x->nope, nope, HL_ARG_NOPE, writes_numbers, number},
+            {x->rope, x->rope != NULL ? rope : 0, HL_ARG_ROPE, writes_numbers, number},
+            {x->records, hl_sfaq_bf16_fp8_v4_d448_rope64_slots_records_extent(x), HL_ARG_RECORDS,
+             writes_records, 2u}
+        };
+        status = hl_check_ranges(range, (int32_t)(sizeof range / sizeof range[0]), error);
+    }
+    return status == HL_OK ? hl_sfaq_bf16_fp8_v4_d448_rope64_slots_choose_words(&x->isa, error)
+        : status;
+}
+
+HL_API hl_status hl_sparse_flash_attention_antiquant_bf16_fp8_v4_d448_rope64_slots_quantise_rows(
+    const hl_kv_quantise_args *args, hl_error *error)
+{
+    hl_sfaq_bf16_fp8_v4_d448_rope64_slots_bulk x;
+    hl_kv_run run;
+    hl_status status;
+    (void)hl_refuse(error, HL_OK, HL_ARG_NONE, HL_RULE_NONE, 0, 0);
+    if (args == NULL) {
+        return hl_refuse(error, HL_ERR_NULL, HL_ARG_ARGS, HL_RULE_NOT_NULL, 0, 0);
+    }
+    x.nope = args->nope;
+    x.rope = args->rope;
+    x.records = args->records;
+    x.rows = args->rows;
+    x.number = args->numbers_f32 ? 4 : 2;
+    x.block_size = args->block_size;
+    x.isa = args->isa;
+    x.nope_step = args->nope_stride;
+    x.rope_step = args->rope_stride;
+    x.record_step = args->record_stride;
+    x.page_step = args->page_stride;
+    status =
+        hl_sfaq_bf16_fp8_v4_d448_rope64_slots_check_flags(args->numbers_f32, args->power_of_2,
+        args->rope, error);
+    if (status == HL_OK) {
+        status = hl_sfaq_bf16_fp8_v4_d448_rope64_slots_check_bulk(&x, 1, error);
+    }
+    if (status != HL_OK) {
+        return status;
+    }
+    run.number_step[0] = x.nope_step;
+    run.number_step[1] = x.rope != NULL ? x.rope_step : x.nope_step;
+    run.record_step[0] = x.record_step;
+    run.record_step[1] = 8;
+    for (int64_t row = 0; row < x.rows; row += run.rows) {
+        const unsigned char *const nope = (const unsigned char *)args->nope;
+        const unsigned char *const rope = (const unsigned char *)args->rope;
+        unsigned char *const records = (unsigned char *)args->records;
+        ptrdiff_t record;
+        ptrdiff_t holder;
+        run.rows = hl_sfaq_bf16_fp8_v4_d448_rope64_slots_even_rows(&x, row, &record, &holder);
+        run.from[0] = nope + (ptrdiff_t)row * x.nope_step * x.number;
+        run.from[1] = rope != NULL ? rope + (ptrdiff_t)row * x.rope_step * x.number
+                                   : run.from[0] + 448 * x.number;
+        run.to[0] = records + record;
+        run.to[1] = records + holder;
+        hl_sfaq_bf16_fp8_v4_d448_rope64_slots_encode(x.isa, &run, args->numbers_f32,
+            args->power_of_2);
+    }
+    return HL_OK;
+}
+
+HL_API hl_status hl_sparse_flash_attention_antiquant_bf16_fp8_v4_d448_rope64_slots_dequantise_rows(
+    const hl_kv_dequantise_args *args, hl_error *error)
+{
+    hl_sfaq_bf16_fp8_v4_d448_rope64_slots_bulk x;
+    hl_kv_run run;
+    hl_status status;
+    (void)hl_refuse(error, HL_OK, HL_ARG_NONE, HL_RULE_NONE, 0, 0);
+    if (args == NULL) {
+        return hl_refuse(error, HL_ERR_NULL, HL_ARG_ARGS, HL_RULE_NOT_NULL, 0, 0);
+    }
+    x.nope = args->nope;
+    x.rope = args->rope;
+    x.records = args->records;
+    x.rows = args->rows;
+    x.number = args->numbers_f32 ? 4 : 2;
+    x.block_size = args->block_size;
+    x.isa = args->isa;
+    x.nope_step = args->nope_stride;
+    x.rope_step = args->rope_stride;
+    x.record_step = args->record_stride;
+    x.page_step = args->page_stride;
+    status =
+        hl_sfaq_bf16_fp8_v4_d448_rope64_slots_check_flags(args->numbers_f32, 0, args->rope, error);
+    if (status == HL_OK) {
+        status = hl_sfaq_bf16_fp8_v4_d448_rope64_slots_check_bulk(&x, 0, error);
+    }
+    if (status != HL_OK) {
+        return status;
+    }
+    run.number_step[0] = x.nope_step;
+    run.number_step[1] = x.rope != NULL ? x.rope_step : x.nope_step;
+    run.record_step[0] = x.record_step;
+    run.record_step[1] = 8;
+    for (int64_t row = 0; row < x.rows; row += run.rows) {
+        const unsigned char *const records = (const unsigned char *)args->records;
+        unsigned char *const nope = (unsigned char *)args->nope;
+        unsigned char *const rope = (unsigned char *)args->rope;
+        ptrdiff_t record;
+        ptrdiff_t holder;
+        run.rows = hl_sfaq_bf16_fp8_v4_d448_rope64_slots_even_rows(&x, row, &record, &holder);
+        run.from[0] = records + record;
+        run.from[1] = records + holder;
+        run.to[0] = nope + (ptrdiff_t)row * x.nope_step * x.number;
+        run.to[1] = rope != NULL ? rope + (ptrdiff_t)row * x.rope_step * x.number
+                                 : run.to[0] + 448 * x.number;
+        hl_sfaq_bf16_fp8_v4_d448_rope64_slots_restore(x.isa, &run, args->numbers_f32);
+    }
+    return HL_OK;
+}
+
+/* Sizes, layout, flags. Fills in the defaults of *a. */
+static inline hl_status hl_sfaq_bf16_fp8_v4_d448_rope64_slots_check_append_sizes(
+    hl_kv_append_args *a, hl_error *error)
+{
+    const int32_t paged = a->layout_kv == HL_LAYOUT_PA_BSND;
+    const struct {
+        int32_t value;
+        int32_t least;
+        hl_argument argument;
+    } counts[] = {
+        {a->batch, 0, HL_ARG_BATCH},
+        {a->rows, 0, HL_ARG_ROWS},
+        {a->heads_kv, 0, HL_ARG_HEADS_KV},
+        {paged ? 0 : a->seq_kv, 0, HL_ARG_SEQ_KV},
+        {paged ? a->num_blocks : 0, 0, HL_ARG_NUM_BLOCKS},
+        {paged ? a->block_size : 1, 1, HL_ARG_BLOCK_SIZE},
+        {paged ? a->max_blocks : 0, 0, HL_ARG_MAX_BLOCKS}
+    };
+    for (size_t i = 0; i < sizeof counts / sizeof counts[0]; ++i) {
+        if (counts[i].value < counts[i].least) {
+            return hl_refuse(error, HL_ERR_SHAPE, counts[i].argument, HL_RULE_AT_LEAST,
+                             counts[i].value, counts[i].least);
+        }
+    }
+    a->heads_kv = a->heads_kv != 0 ? a->heads_kv : 1;
+    if (a->heads_kv != 1) { /* a page's scales are one a row */
+        return hl_refuse(error, HL_ERR_SHAPE, HL_ARG_HEADS_KV, HL_RULE_EQUAL, a->heads_kv, 1);
+    }
+    if (!paged) {
+        return hl_refuse(error, HL_ERR_UNSUPPORTED, HL_ARG_LAYOUT_KV, HL_RULE_GENERATED,
+                         a->layout_kv, 0);
+    }
+    if (!paged && a->block_table != NULL) {
+        return hl_refuse(error, HL_ERR_UNSUPPORTED, HL_ARG_BLOCK_TABLE, HL_RULE_NULL, 1, 0);
+    }
+    if (paged && (int64_t)a->max_blocks * a->block_size > INT32_MAX) {
+        return hl_refuse(error, HL_ERR_SHAPE, HL_ARG_MAX_BLOCKS, HL_RULE_AT_MOST, a->max_blocks,
+                         INT32_MAX / a->block_size);
+    }
+    return hl_sfaq_bf16_fp8_v4_d448_rope64_slots_check_flags(a->numbers_f32, a->power_of_2, a->rope,
+        error);
+}
+
+/* Strides, alignment, extents; and the cache overlaps nothing else. */
+static inline hl_status hl_sfaq_bf16_fp8_v4_d448_rope64_slots_check_append_memory(
+    hl_kv_append_args *a, hl_error *error)
+{
+    const int32_t paged = a->layout_kv == HL_LAYOUT_PA_BSND;
+    const int64_t pages = paged ? a->num_blocks : a->batch;
+    const int64_t tokens = paged ? a->block_size : a->seq_kv;
+    const uint32_t number = a->numbers_f32 ? 4u : 2u;
+    const int32_t any = a->batch > 0 && a->rows > 0 ? 1 : 0; /* else nothing is read or written */
+    const int64_t heads = a->heads_kv;
+    const int32_t width = a->rope != NULL ? 448 : 512;
+    const struct {
+        hl_stride *stride;
+        int64_t batches;
+        int64_t rows;
+        int64_t channels;
+        hl_argument argument;
+    } tensor[] = {
+        {&a->nope_stride, a->batch, a->rows, width, HL_ARG_NOPE_STRIDE},
+        {&a->rope_stride, a->batch, a->rows, 64, HL_ARG_ROPE_STRIDE},
+        {&a->key_stride, pages, tokens, 576, HL_ARG_KEY_STRIDE}
+    };
+    hl_status status = HL_OK;
+    const uint64_t packed =
+        hl_sfaq_bf16_fp8_v4_d448_rope64_slots_page_bytes(a->key_stride.row, tokens);
+    if (a->key_stride.batch == 0 && a->key_stride.row >= 0 && packed <= (uint64_t)PTRDIFF_MAX) {
+        a->key_stride.batch = (ptrdiff_t)packed;
+    }
+    for (size_t i = 0; status == HL_OK && i < sizeof tensor / sizeof tensor[0]; ++i) {
+        status =
+            hl_default_stride(tensor[i].stride, tensor[i].rows, heads, tensor[i].channels,
+                              tensor[i].argument, error);
+        if (status == HL_OK) {
+            status =
+                hl_check_apart(tensor[i].stride, tensor[i].batches, tensor[i].rows, heads,
+                               tensor[i].channels, tensor[i].argument, error);
+        }
+    }
+    if (status == HL_OK) {
+        status =
+            hl_sfaq_bf16_fp8_v4_d448_rope64_slots_check_strides(&a->key_stride, HL_ARG_KEY_STRIDE,
+            error);
+    }
+    if (status == HL_OK && pages > 1) { /* nor may a page reach into the scales of the one before */
+        const uint64_t page =
+            hl_sfaq_bf16_fp8_v4_d448_rope64_slots_cache_extent(&a->key_stride, 1, tokens, 1);
+        if (page > (uint64_t)a->key_stride.batch) {
+            return hl_refuse(error, HL_ERR_SHAPE, HL_ARG_KEY_STRIDE, HL_RULE_AT_LEAST,
+                             a->key_stride.batch, page > (uint64_t)INT64_MAX ? INT64_MAX
+                             : (int64_t)page);
+        }
+    }
+    if (status == HL_OK) {
+        const uint64_t nope = hl_extent(&a->nope_stride, a->batch, a->rows, heads, width, number);
+        const uint64_t rope =
+            hl_extent(&a->rope_stride, a->batch, a->rows, heads, 64, number);
+        const uint64_t each = 4u * (uint64_t)a->batch;
+        const uint64_t table = each * (uint64_t)a->max_blocks;
+        const hl_range range[] = {
+            {a->nope, nope, HL_ARG_NOPE, 0, number},
+            {a->rope, a->rope != NULL ? rope : 0, HL_ARG_ROPE, 0, number},
+            {a->block_table, a->block_table != NULL ? table : 0, HL_ARG_BLOCK_TABLE, 0, 4u},
+            {a->positions, any ? each : 0, HL_ARG_POSITIONS, 0, 4u},
+            {a->lengths, a->lengths != NULL ? each : 0, HL_ARG_LENGTHS, 0, 4u},
+            {a->key, any
+             ? hl_sfaq_bf16_fp8_v4_d448_rope64_slots_cache_extent(&a->key_stride, pages, tokens,
+                    heads) : 0, HL_ARG_KEY, 1,
+             2u}
+        };
+        status = hl_check_ranges(range, (int32_t)(sizeof range / sizeof range[0]), error);
+    }
+    return status;
+}
+
+/* New rows of a batch. */
+static inline int32_t hl_sfaq_bf16_fp8_v4_d448_rope64_slots_new_rows(const hl_kv_append_args *a,
+    int32_t b)
+{
+    return a->lengths != NULL ? a->lengths[b] : a->rows;
+}
+
+/* New rows and their places in each batch, and the table entries that are needed for them. */
+static inline hl_status hl_sfaq_bf16_fp8_v4_d448_rope64_slots_check_append_places(
+    const hl_kv_append_args *a, hl_error *error)
+{
+    const int32_t paged = a->layout_kv == HL_LAYOUT_PA_BSND;
+    const int32_t tokens = paged ? a->max_blocks * a->block_size : a->seq_kv;
+    for (int32_t b = 0; a->rows > 0 && b < a->batch; ++b) {
+        const int32_t n = hl_sfaq_bf16_fp8_v4_d448_rope64_slots_new_rows(a, b);
+        const int32_t first = a->positions[b];
+        int32_t last;
+        if (n < 0 || n > a->rows) {
+            return hl_refuse_at(error, HL_ERR_LENGTH, HL_ARG_LENGTHS, n < 0 ? HL_RULE_AT_LEAST
+                                : HL_RULE_AT_MOST, 1, b, 0, n, n < 0 ? 0 : a->rows);
+        }
+        if (n == 0) {
+            continue; /* nothing else of this batch counts */
+        }
+        if (first < 0 || first > (int64_t)tokens - n) {
+            return hl_refuse_at(error, HL_ERR_LENGTH, HL_ARG_POSITIONS, first < 0 ? HL_RULE_AT_LEAST
+                                : HL_RULE_AT_MOST, 1, b, 0, first, first < 0 ? 0
+                                : (int64_t)tokens - n);
+        }
+        if (!paged) {
+            continue;
+        }
+        if (a->block_table == NULL) {
+            return hl_refuse(error, HL_ERR_NULL, HL_ARG_BLOCK_TABLE, HL_RULE_NOT_NULL, 0, 0);
+        }
+        last = (first + n - 1) / a->block_size;
+        for (int32_t i = first / a->block_size; i <= last; ++i) {
+            const int32_t id = a->block_table[(ptrdiff_t)b * a->max_blocks + i];
+            if (id < 0 || id >= a->num_blocks) {
+                return hl_refuse_at(error, HL_ERR_BLOCK_ID, HL_ARG_BLOCK_TABLE, id < 0
+                                    ? HL_RULE_AT_LEAST : HL_RULE_AT_MOST, 2, b, i, id, id < 0 ? 0
+                                    : (int64_t)a->num_blocks - 1);
+            }
+        }
+    }
+    return HL_OK;
+}
+
+/* New rows i .. i+n-1 of batch b, whose records lie side by side from token `inner` of page `outer`
+ * on (not paged: of batch `outer`). */
+static inline void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_append_run(const hl_kv_append_args *a,
+    int32_t b, int32_t i, int32_t n, hl_loc at)
+{
+    const int32_t number = a->numbers_f32 ? 4 : 2;
+    const hl_stride *const nope = &a->nope_stride;
+    const hl_stride *const rope = a->rope != NULL ? &a->rope_stride : nope;
+    unsigned char *const page = (unsigned char *)a->key + at.outer * a->key_stride.batch;
+    hl_kv_run run;
+    run.rows = n;
+    run.number_step[0] = nope->row;
+    run.number_step[1] = rope->row;
+    run.record_step[0] = a->key_stride.row;
+    run.record_step[1] = 8;
+    for (int32_t h = 0; h < a->heads_kv; ++h) {
+        const ptrdiff_t from = b * nope->batch + i * nope->row + h * nope->head;
+        const ptrdiff_t rotary = b * rope->batch + i * rope->row + h * rope->head;
+        run.from[0] = (const unsigned char *)a->nope + from * number;
+        run.from[1] = a->rope != NULL ? (const unsigned char *)a->rope + rotary * number
+                                      : run.from[0] + 448 * number;
+        run.to[0] = page + at.inner * a->key_stride.row + h * a->key_stride.head;
+        run.to[1] = page + a->block_size * a->key_stride.row + at.inner * 8;
+        hl_sfaq_bf16_fp8_v4_d448_rope64_slots_encode(a->isa, &run, a->numbers_f32, a->power_of_2);
+    }
+}
+
+HL_API hl_status hl_sparse_flash_attention_antiquant_bf16_fp8_v4_d448_rope64_slots_append(
+    const hl_kv_append_args *args, hl_error *error)
+{
+    hl_kv_append_args a;
+    hl_status status;
+    (void)hl_refuse(error, HL_OK, HL_ARG_NONE, HL_RULE_NONE, 0, 0);
+    if (args == NULL) {
+        return hl_refuse(error, HL_ERR_NULL, HL_ARG_ARGS, HL_RULE_NOT_NULL, 0, 0);
+    }
+    a = *args;
+    status = hl_sfaq_bf16_fp8_v4_d448_rope64_slots_check_append_sizes(&a, error);
+    if (status == HL_OK) {
+        status = hl_sfaq_bf16_fp8_v4_d448_rope64_slots_check_append_memory(&a, error);
+    }
+    if (status == HL_OK) {
+        status = hl_sfaq_bf16_fp8_v4_d448_rope64_slots_check_append_places(&a, error);
+    }
+    if (status == HL_OK) {
+        status = hl_sfaq_bf16_fp8_v4_d448_rope64_slots_choose_words(&a.isa, error);
+    }
+    if (status != HL_OK || a.rows == 0) {
+        return status;
+    }
+    for (int32_t b = 0; b < a.batch; ++b) {
+        const int32_t rows = hl_sfaq_bf16_fp8_v4_d448_rope64_slots_new_rows(&a, b);
+        int32_t n = 0;
+        for (int32_t i = 0; i < rows; i += n) {
+            hl_loc at;
+            at.outer = b;
+            at.inner = a.positions[b] + i;
+            n = rows - i;
+            if (a.layout_kv == HL_LAYOUT_PA_BSND) {
+                const int32_t entry = at.inner / a.block_size;
+                at.outer = a.block_table[(ptrdiff_t)b * a.max_blocks + entry];
+                at.inner %= a.block_size;
+                n = n < a.block_size - at.inner ? n : a.block_size - at.inner;
+            }
+            hl_sfaq_bf16_fp8_v4_d448_rope64_slots_append_run(&a, b, i, n, at);
         }
     }
     return HL_OK;

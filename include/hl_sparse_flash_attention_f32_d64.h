@@ -21,7 +21,8 @@
  *   No library, no malloc, no threads, no globals.
  *
  * DOES NOT
- *   backward, dropout, position bias, masks other than sparse modes 0 and 3, quantised caches.
+ *   backward, dropout, position bias, masks other than sparse modes 0 and 3, quantised caches
+ *   (that is hl_sparse_flash_attention_antiquant).
  *
  * USE
  *       hl_sparse_flash_attention_args args = {0};
