@@ -2,6 +2,7 @@
 code and scale. What it shares with the plain operator is tested there; here it is drawn too."""
 
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
@@ -219,13 +220,13 @@ def test_what_is_asked_for_twice_may_say_what_is_so(name, isa, group):
 
 
 def single_keys(name: str, group: int, count: int) -> Case:
-    """Rows that see one key each, which is what they return."""
-    k = kernel(name)
+    """Rows that see one key each, every one another, which is what they return."""
     lens = (1,) * count
-    shape = shape_of(
-        name, lens_q=lens, lens_kv=lens, group=group, block_size=1, spare_blocks=0, seed=count
-    )
-    case = make_case(k, shape)
+    shape = shape_of(name, lens_q=lens, lens_kv=lens, group=group, block_size=1, spare_blocks=0)
+    for seed in range(50):
+        case = make_case(kernel(name), dataclasses.replace(shape, seed=seed))
+        if len({int(r.kv_rows[0]) for r in rows(case.args)}) == count:
+            break
     case.args.scale_value = 0.01
     case.extra["out_f32"] = 1
     return case
@@ -283,6 +284,35 @@ def test_both_nan_codes(name, isa, group):
             assert same_bits(got["attention_out"][others], clean[others])
 
 
+NANS = {  # quiet, signalling, with every bit set
+    np.dtype(np.float32): (0x7FC00000, 0x7F800001, 0xFF800001, 0x7FFFFFFF, 0xFFFFFFFF, 0x7FFF8000),
+    np.dtype(np.float16): (0x7E00, 0x7C01, 0xFC01, 0x7FFF, 0xFFFF),
+    BF16: (0x7FC0, 0x7F81, 0xFF81, 0x7FFF, 0xFFFF),
+    np.dtype(np.uint8): (255,),
+}
+
+
+@by_way(*EVERY, few=1)
+def test_every_nan_is_a_nan(name, isa, group):
+    """Scales and rotary channels of any bits that mean one: nothing rounds them away."""
+    for what in ("scale", "rope"):
+        case = single_keys(name, group, 8)
+        fields = fields_of(case)
+        fields["nope"][...] = 1.0
+        if what not in fields:
+            continue
+        places = [r.kv_rows[0] for r in rows(case.args)]
+        bits = NANS[fields[what].dtype]
+        field = fields[what].view(f"u{fields[what].itemsize}")
+        for row, one in enumerate(bits):
+            field[places[row], 0, row % field.shape[-1]] = one
+        got = run(kernel(name), case, isa)
+        nan = np.arange(8) < len(bits)
+        assert (np.isnan(got["attention_out"]).all(axis=(1, 2, 3)) == nan).all(), what
+        assert not np.isnan(got["attention_out"][~nan]).any()
+        assert (np.isnan(got["softmax_lse"]).reshape(8, -1).all(axis=1) == nan).all(), what
+
+
 FINITE = {"zero": 0.0, "minus zero": -0.0, "negative": -0.75, "subnormal": 1e-40, "large": 30.0}
 FINITE_POWERS = {"2^-127": 0, "2^-126": 1, "1": 127, "2^4": 131}
 
@@ -315,6 +345,30 @@ def test_finite_scales_of_any_kind(name, isa, group):
             raise AssertionError(f"scale {what}, key {at}: {error}") from error
 
 
+@by_way(*SMALL_RECORDS, few=1)
+def test_one_key_with_any_finite_scale_is_returned(name, isa, group):
+    """As float32 has the product, subnormal or not; on tiles subnormal numbers count as 0."""
+    k = kernel(name)
+    few_bits = scale_kind(name) == "f16"
+    largest, smallest = (3e4, 2.0**-24) if few_bits else (2.0**100, 2.0**-140)
+    scales = [0.0, -0.0, -0.75, 1.0 / 3.0, smallest, -smallest, largest, -largest]
+    if scale_kind(name) == "e8m0":
+        scales = [0, 1, 2, 120, 127, 200, 227, 90]
+    case = single_keys(name, group, len(scales))
+    case.args.scale_value = 0.0
+    fields = fields_of(case)
+    for row, scale in zip([r.kv_rows[0] for r in rows(case.args)], scales, strict=True):
+        fields["scale"][row] = scale
+    fields["nope"][...] = np.arange(k.dk) % 15 - 7
+    got = flat(run(k, case, isa)["attention_out"])
+    for r in rows(as_computed(case.args, isa)):
+        if ISAS[isa].tiles:
+            near = 2.0**-22 if case.dtype == BF16 else 2.0**-15
+            assert np.allclose(got[r.row], r.v, rtol=near, atol=2.0**-125), scales[r.row]
+        else:
+            assert (got[r.row] == r.v).all(), scales[r.row]
+
+
 @by_way(*SMALL_RECORDS, few=2)
 def test_scales_that_are_not_finite(name, isa, group):
     """NaN, or infinite with products of one sign: NaN where the oracle says so, in the rows that
@@ -323,22 +377,24 @@ def test_scales_that_are_not_finite(name, isa, group):
     shape = shape_of(name, lens_q=(2,), lens_kv=(37,), group=group, sparse_mode=3, seed=4)
     clean = make_case(k, shape)
     clean.args.scale_value = 0.1
-    for tensor in (clean.args.query, clean.args.query_rope):
-        if tensor is not None:
-            tensor[...] = abs(tensor)
     fields_of(clean)["nope"][...] = 1.0
-    before = run(k, clean, isa)
     kinds = (255,) if scale_kind(name) == "e8m0" else (np.nan, np.inf, -np.inf)
-    for scale in kinds:
-        for at, t in ((36, 0), (0, -1), (20, 0)):
+    for sign in (1, -1):
+        for tensor in (clean.args.query, clean.args.query_rope):
+            if tensor is not None:
+                tensor[...] = sign * abs(tensor)
+        before = run(k, clean, isa)
+        for scale, (at, t) in itertools.product(kinds, ((36, 0), (0, -1), (20, 0))):
             case, _ = with_scale(clean, at, t, scale)
             got = run(k, case, isa)
             want = sparse_flash_attention(as_computed(case.args, isa))
             out = got["attention_out"].astype(np.float64)
             assert (np.isnan(out) == np.isnan(want.out)).all(), (scale, at)
-            assert np.isnan(want.out).any() or scale == -np.inf  # behind the value's channels
+            assert np.isnan(want.out).any() or np.isinf(scale)  # it may lie behind the value
             for stat in ("max", "lse"):
                 found, exact = got[f"softmax_{stat}"], getattr(want, stat)
+                if not np.isinf(scale):
+                    assert (np.isnan(found) == np.isnan(exact)).all(), (scale, at, stat)
                 assert (np.isfinite(found) == np.isfinite(exact)).all(), (scale, at, stat)
             if at == 36:  # the first row does not see the last key
                 assert same_bits(got["attention_out"][:, 0], before["attention_out"][:, 0])
