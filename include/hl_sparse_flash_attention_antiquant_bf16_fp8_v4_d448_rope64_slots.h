@@ -1871,21 +1871,21 @@ HL_WORD_AVX2 void hl_put_codes_avx2(uint8_t *p, __m256i even, __m256i odd)
 #ifndef HL_WORDS_AVX2_E4M3_OF_BF16
 #define HL_WORDS_AVX2_E4M3_OF_BF16
 
-/* Added to 1.5 * 2^23 of its last places, a number leaves them in the low bits; below 2^-6 they are
- * all the same. |x| is at most 448, or rounded to it. */
+/* A number is added to 1.5 * 2^23 of its last places (below 2^-6 they are all the same), which
+ * leaves how many of them it has in the low byte; what its exponent counts for comes on top, less
+ * 968, or plus 56 in a byte. The bits above the byte are not used. */
 HL_WORD_AVX2 __m256i hl_code_e4m3_avx2(hl_vf_avx2 x)
 {
     const __m256i bits = _mm256_castps_si256(x);
-    const __m256i size = _mm256_and_si256(bits, _mm256_set1_epi32(0x7fffffff));
+    const __m256i sign = _mm256_and_si256(bits, _mm256_set1_epi32((int32_t)0x80000000u));
     const __m256i power =
         _mm256_max_epi32(_mm256_and_si256(bits, _mm256_set1_epi32(0x7f800000)),
                          _mm256_set1_epi32(0x3c800000));
-    const __m256i much = _mm256_add_epi32(power, _mm256_set1_epi32(0x0a400000));
-    const __m256 sum = _mm256_add_ps(_mm256_castsi256_ps(size), _mm256_castsi256_ps(much));
-    const __m256i places = _mm256_sub_epi32(_mm256_castps_si256(sum), much);
-    const __m256i eights = _mm256_sub_epi32(_mm256_srli_epi32(power, 20), _mm256_set1_epi32(968));
-    const __m256i sign = _mm256_and_si256(_mm256_srli_epi32(bits, 24), _mm256_set1_epi32(0x80));
-    return _mm256_or_si256(_mm256_add_epi32(places, eights), sign);
+    const __m256i size = _mm256_add_epi32(power, _mm256_set1_epi32(0x0a400000 + 56));
+    const __m256 sum = _mm256_add_ps(x, _mm256_castsi256_ps(_mm256_or_si256(size, sign)));
+    const __m256i code = _mm256_add_epi32(_mm256_castps_si256(sum), _mm256_srli_epi32(power, 20));
+    const __m256i rest = _mm256_and_si256(code, _mm256_set1_epi32(0x7f));
+    return _mm256_or_si256(rest, _mm256_srli_epi32(sign, 24));
 }
 HL_WORD_AVX2 void hl_vput_e4m3_bf16_avx2(uint8_t *p, hl_vf_avx2 x, hl_vf_avx2 y)
 {
@@ -2225,24 +2225,24 @@ HL_WORD_AVX512 void hl_put_codes_avx512(uint8_t *p, __m512i even, __m512i odd)
 #ifndef HL_WORDS_AVX512_E4M3_OF_BF16
 #define HL_WORDS_AVX512_E4M3_OF_BF16
 
-/* Added to 1.5 * 2^23 of its last places, a number leaves them in the low bits; below 2^-6 they are
- * all the same. |x| is at most 448, or rounded to it. */
+/* A number is added to 1.5 * 2^23 of its last places (below 2^-6 they are all the same), which
+ * leaves how many of them it has in the low byte; what its exponent counts for comes on top, less
+ * 968, or plus 56 in a byte. The bits above the byte are not used. */
 HL_WORD_AVX512 __m512i hl_code_e4m3_avx512(hl_vf_avx512 x)
 {
     const __mmask16 all = hl_all_avx512();
     const __m512i bits = _mm512_castps_si512(x);
-    const __m512i size = _mm512_and_si512(bits, _mm512_set1_epi32(0x7fffffff));
     const __m512i power =
         _mm512_maskz_max_epi32(all, _mm512_and_si512(bits, _mm512_set1_epi32(0x7f800000)),
                                _mm512_set1_epi32(0x3c800000));
-    const __m512i much = _mm512_add_epi32(power, _mm512_set1_epi32(0x0a400000));
-    const __m512 sum = _mm512_add_ps(_mm512_castsi512_ps(size), _mm512_castsi512_ps(much));
-    const __m512i places = _mm512_sub_epi32(_mm512_castps_si512(sum), much);
-    const __m512i eights =
-        _mm512_sub_epi32(_mm512_maskz_srli_epi32(all, power, 20), _mm512_set1_epi32(968));
-    const __m512i sign =
-        _mm512_and_si512(_mm512_maskz_srli_epi32(all, bits, 24), _mm512_set1_epi32(0x80));
-    return _mm512_or_si512(_mm512_add_epi32(places, eights), sign);
+    const __m512i size = _mm512_add_epi32(power, _mm512_set1_epi32(0x0a400000 + 56));
+    const __m512i much = _mm512_maskz_ternarylogic_epi32(all, size, bits,
+        _mm512_set1_epi32((int32_t)0x80000000u), 0xf8); /* the sign as well */
+    const __m512 sum = _mm512_add_ps(x, _mm512_castsi512_ps(much));
+    const __m512i code =
+        _mm512_add_epi32(_mm512_castps_si512(sum), _mm512_maskz_srli_epi32(all, power, 20));
+    return _mm512_maskz_ternarylogic_epi32(all, code, _mm512_maskz_srli_epi32(all, bits, 24),
+        _mm512_set1_epi32(0x7f), 0xe4); /* its sign, the code's other 7 bits */
 }
 HL_WORD_AVX512 void hl_vput_e4m3_bf16_avx512(uint8_t *p, hl_vf_avx512 x, hl_vf_avx512 y)
 {
