@@ -1,4 +1,5 @@
-"""Measures how far the shipped kernels are from float64: the table of docs/numerics.md.
+"""Measures how far the shipped kernels are from float64, and what caches of records cost: the tables
+of docs/numerics.md.
 
     build/venv/bin/python bench/errors.py
 """
@@ -51,12 +52,70 @@ def measure(name: str, spread: float, keys: int) -> list[str]:
             f"{relative(plain, want.out):.2e}", f"{lse:.1e}"]
 
 
+# ---- caches of records ---------------------------------------------------------------------------
+
+
+def latents(kind: str, keys: int, width: int) -> np.ndarray:
+    """Rows as a model might make them. normal: standard normal numbers. outliers: 8 of the channels
+    are ten times as large, and one number in a thousand is twenty times as large."""
+    rng = np.random.default_rng(2)
+    rows = rng.standard_normal((keys, width), np.float32)
+    if kind == "outliers":
+        rows[:, rng.choice(width, 8, replace=False)] *= 10
+        rows[rng.random(rows.shape) < 1e-3] *= 20
+    return rows
+
+
+def of_cache(name: str, kind: str, power_of_2: int, keys: int = 2048) -> list[str]:
+    """One kind of cache, written by the header's own routine, against the bf16 rows that it is made
+    of: attention in float64 over both, so that nothing but the cache is seen."""
+    kernel = bind.load(ROOT / "include" / f"hl_sparse_flash_attention_antiquant_{name}.h")
+    width, dk = kernel.dk + kernel.rope, kernel.dk
+    rows = latents(kind, keys, width).astype(kernel.dtype)
+    macro = kernel.name.upper()
+    record = kernel.constants[f"{macro}_RECORD"]
+    behind = 8 if "fp8_v4" in name else 0
+    block = {"block_size": 64} if behind else {}
+    records = np.zeros(keys * (record + behind) + 576 * keys // 64, np.uint8)
+    decoded = np.zeros((keys, width), np.float32)
+    assert kernel.quantise_rows(nope=rows, records=records, rows=keys, power_of_2=power_of_2,
+                                **block).ok
+    assert kernel.dequantise_rows(records=records, nope=decoded, rows=keys, numbers_f32=1,
+                                  **block).ok
+    q = np.random.default_rng(3).standard_normal((128, width))
+    plain, made = rows.astype(np.float64), decoded.astype(np.float64)
+    scale = SPREADS[0] / np.std(q @ plain.T)
+
+    def attention(k: np.ndarray) -> np.ndarray:
+        s = scale * (q @ k.T)
+        p = np.exp(s - s.max(axis=1, keepdims=True))
+        return p @ k[:, : kernel.dv] / p.sum(axis=1, keepdims=True)
+
+    want, got = attention(plain), attention(made)
+    cosine = np.sum(want * got, axis=1) / (np.linalg.norm(want, axis=1)
+                                           * np.linalg.norm(got, axis=1))
+    label = name.split("_d")[0].removeprefix("bf16_") + (", powers of 2" if power_of_2 else "")
+    return [label, f"{record + behind}", kind, f"{relative(made[:, :dk], plain[:, :dk]):.1e}",
+            f"{relative(got, want):.1e}", f"{cosine.mean():.5f}"]
+
+
+CACHES = (("bf16_i8_656_d512_rope64", 0), ("bf16_i8_656_d512_rope64", 1),
+          ("bf16_fp8_656_d512_rope64_slots", 0), ("bf16_fp8_656_d512_rope64_slots", 1),
+          ("bf16_fp8_v4_d448_rope64_slots", 0))
+CACHE_COLUMNS = ("record", "bytes a token", "latents", "error of the rows", "of the output",
+                 "cosine")
+
+
 def main() -> int:
     print(f"| {' | '.join(COLUMNS)} |\n|{' --- |' * len(COLUMNS)}")
     for name in KERNELS:
         for spread in SPREADS:
             for keys in KEYS:
                 print(f"| {' | '.join(measure(name, spread, keys))} |")
+    print(f"\n| {' | '.join(CACHE_COLUMNS)} |\n|{' --- |' * len(CACHE_COLUMNS)}")
+    for name, power_of_2 in CACHES:
+        for kind in ("normal", "outliers"):
+            print(f"| {' | '.join(of_cache(name, kind, power_of_2))} |")
     return 0
 
 
