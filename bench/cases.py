@@ -270,8 +270,8 @@ def measure(case: Case, rounds: int, seconds: float) -> Measured:
     calls = m.Calls(made, case.shape, case.isa)
     reads = m.reads(case.shape, calls.tensors, calls.turn)
     gather: dict[str, m.Step] = {}
-    if case.shape.listed and calls.tensors.key[0].nbytes % 64 == 0:
-        t = calls.tensors
+    t = calls.tensors
+    if case.shape.listed and t.page == 1 and t.key[0].nbytes % 64 == 0:
         gather = {"gather": m.Gather(t.key, t.lists, 0, calls.turn),
                   "gather ahead": m.Gather(t.key, t.lists, m.ROWS_AHEAD, calls.turn)}
     limited_by = case.limited_by or case.isa

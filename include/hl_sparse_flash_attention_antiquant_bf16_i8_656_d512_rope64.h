@@ -7448,67 +7448,105 @@ HL_KERNEL_AVX2 void hl_sfaq_bf16_i8_656_d512_rope64_dot_codes_1_avx2(const float
 {
     enum { L = 8, QS = 576, TILE = 128 };
     hl_vf_avx2 all[8];
-    for (int32_t j = 0; j < 8; j += 1) {
+    for (int32_t j = 0; j < 8; j += 2) {
         const hl_row *const row0 = row + (last < j + 0 ? last : j + 0);
         const uint8_t *const k0 = (const uint8_t *)row0->key;
         const uint16_t *const e0 =
             (const uint16_t *)row0->rope;
         hl_vf_avx2 s0_0 = hl_vzero_avx2();
+        const hl_row *const row1 = row + (last < j + 1 ? last : j + 1);
+        const uint8_t *const k1 = (const uint8_t *)row1->key;
+        const uint16_t *const e1 =
+            (const uint16_t *)row1->rope;
+        hl_vf_avx2 s0_1 = hl_vzero_avx2();
         for (int32_t c = 0; c < 64; c += L) {
             hl_vf_avx2 v;
             v = hl_vload_bf16_avx2(e0 + c);
             s0_0 =
                 hl_vfma_avx2(v, hl_vload_avx2(q + 0 * QS + 512 + c), s0_0);
+            v = hl_vload_bf16_avx2(e1 + c);
+            s0_1 =
+                hl_vfma_avx2(v, hl_vload_avx2(q + 0 * QS + 512 + c), s0_1);
         }
         if (next != NULL) {
             HL_FETCH((const char *)next[j + 0].key + 512);
             HL_FETCH((const char *)next[j + 0].key + 576);
             HL_FETCH((const char *)next[j + 0].key + 640);
             HL_FETCH((const char *)next[j + 0].key + 655);
+            HL_FETCH((const char *)next[j + 1].key + 512);
+            HL_FETCH((const char *)next[j + 1].key + 576);
+            HL_FETCH((const char *)next[j + 1].key + 640);
+            HL_FETCH((const char *)next[j + 1].key + 655);
         }
         {
-            hl_vf_avx2 x0 = hl_vzero_avx2();
-            hl_vf_avx2 x1 = hl_vzero_avx2();
-            hl_vf_avx2 x2 = hl_vzero_avx2();
-            hl_vf_avx2 x3 = hl_vzero_avx2();
+            hl_vf_avx2 x0_0 = hl_vzero_avx2();
+            hl_vf_avx2 x0_1 = hl_vzero_avx2();
+            hl_vf_avx2 x1_0 = hl_vzero_avx2();
+            hl_vf_avx2 x1_1 = hl_vzero_avx2();
+            hl_vf_avx2 x2_0 = hl_vzero_avx2();
+            hl_vf_avx2 x2_1 = hl_vzero_avx2();
+            hl_vf_avx2 x3_0 = hl_vzero_avx2();
+            hl_vf_avx2 x3_1 = hl_vzero_avx2();
             for (int32_t c = 0; c < TILE; c += L) {
-                x0 =
-                    hl_vfma_avx2(hl_vload_i8_avx2(k0 + 0 * TILE + c),
-                                 hl_vload_avx2(q + 0 * TILE + c), x0);
-                x1 =
-                    hl_vfma_avx2(hl_vload_i8_avx2(k0 + 1 * TILE + c),
-                                 hl_vload_avx2(q + 1 * TILE + c), x1);
-                x2 =
-                    hl_vfma_avx2(hl_vload_i8_avx2(k0 + 2 * TILE + c),
-                                 hl_vload_avx2(q + 2 * TILE + c), x2);
-                x3 =
-                    hl_vfma_avx2(hl_vload_i8_avx2(k0 + 3 * TILE + c),
-                                 hl_vload_avx2(q + 3 * TILE + c), x3);
+                hl_vf_avx2 q0;
+                q0 = hl_vkeep_avx2(hl_vload_avx2(q + 0 * TILE + c));
+                x0_0 = hl_vfma_avx2(hl_vload_i8_avx2(k0 + 0 * TILE + c), q0, x0_0);
+                x0_1 = hl_vfma_avx2(hl_vload_i8_avx2(k1 + 0 * TILE + c), q0, x0_1);
+                q0 = hl_vkeep_avx2(hl_vload_avx2(q + 1 * TILE + c));
+                x1_0 = hl_vfma_avx2(hl_vload_i8_avx2(k0 + 1 * TILE + c), q0, x1_0);
+                x1_1 = hl_vfma_avx2(hl_vload_i8_avx2(k1 + 1 * TILE + c), q0, x1_1);
+                q0 = hl_vkeep_avx2(hl_vload_avx2(q + 2 * TILE + c));
+                x2_0 = hl_vfma_avx2(hl_vload_i8_avx2(k0 + 2 * TILE + c), q0, x2_0);
+                x2_1 = hl_vfma_avx2(hl_vload_i8_avx2(k1 + 2 * TILE + c), q0, x2_1);
+                q0 = hl_vkeep_avx2(hl_vload_avx2(q + 3 * TILE + c));
+                x3_0 = hl_vfma_avx2(hl_vload_i8_avx2(k0 + 3 * TILE + c), q0, x3_0);
+                x3_1 = hl_vfma_avx2(hl_vload_i8_avx2(k1 + 3 * TILE + c), q0, x3_1);
             }
             if (next != NULL) {
-                HL_FETCH((const char *)next[j].key + 0 * TILE + 0);
-                HL_FETCH((const char *)next[j].key + 0 * TILE + 64);
-                HL_FETCH((const char *)next[j].key + 1 * TILE + 0);
-                HL_FETCH((const char *)next[j].key + 1 * TILE + 64);
-                HL_FETCH((const char *)next[j].key + 2 * TILE + 0);
-                HL_FETCH((const char *)next[j].key + 2 * TILE + 64);
-                HL_FETCH((const char *)next[j].key + 3 * TILE + 0);
-                HL_FETCH((const char *)next[j].key + 3 * TILE + 64);
+                HL_FETCH((const char *)next[j + 0].key + 0 * TILE + 0);
+                HL_FETCH((const char *)next[j + 1].key + 0 * TILE + 0);
+                HL_FETCH((const char *)next[j + 0].key + 0 * TILE + 64);
+                HL_FETCH((const char *)next[j + 1].key + 0 * TILE + 64);
+                HL_FETCH((const char *)next[j + 0].key + 1 * TILE + 0);
+                HL_FETCH((const char *)next[j + 1].key + 1 * TILE + 0);
+                HL_FETCH((const char *)next[j + 0].key + 1 * TILE + 64);
+                HL_FETCH((const char *)next[j + 1].key + 1 * TILE + 64);
+                HL_FETCH((const char *)next[j + 0].key + 2 * TILE + 0);
+                HL_FETCH((const char *)next[j + 1].key + 2 * TILE + 0);
+                HL_FETCH((const char *)next[j + 0].key + 2 * TILE + 64);
+                HL_FETCH((const char *)next[j + 1].key + 2 * TILE + 64);
+                HL_FETCH((const char *)next[j + 0].key + 3 * TILE + 0);
+                HL_FETCH((const char *)next[j + 1].key + 3 * TILE + 0);
+                HL_FETCH((const char *)next[j + 0].key + 3 * TILE + 64);
+                HL_FETCH((const char *)next[j + 1].key + 3 * TILE + 64);
             }
             s0_0 =
                 hl_vfma_avx2(hl_vset_avx2(hl_sfaq_bf16_i8_656_d512_rope64_scale(row0->value, 0)),
-                             x0, s0_0);
+                             x0_0, s0_0);
+            s0_1 =
+                hl_vfma_avx2(hl_vset_avx2(hl_sfaq_bf16_i8_656_d512_rope64_scale(row1->value, 0)),
+                             x0_1, s0_1);
             s0_0 =
                 hl_vfma_avx2(hl_vset_avx2(hl_sfaq_bf16_i8_656_d512_rope64_scale(row0->value, 1)),
-                             x1, s0_0);
+                             x1_0, s0_0);
+            s0_1 =
+                hl_vfma_avx2(hl_vset_avx2(hl_sfaq_bf16_i8_656_d512_rope64_scale(row1->value, 1)),
+                             x1_1, s0_1);
             s0_0 =
                 hl_vfma_avx2(hl_vset_avx2(hl_sfaq_bf16_i8_656_d512_rope64_scale(row0->value, 2)),
-                             x2, s0_0);
+                             x2_0, s0_0);
+            s0_1 =
+                hl_vfma_avx2(hl_vset_avx2(hl_sfaq_bf16_i8_656_d512_rope64_scale(row1->value, 2)),
+                             x2_1, s0_1);
             s0_0 =
                 hl_vfma_avx2(hl_vset_avx2(hl_sfaq_bf16_i8_656_d512_rope64_scale(row0->value, 3)),
-                             x3, s0_0);
+                             x3_0, s0_0);
+            s0_1 =
+                hl_vfma_avx2(hl_vset_avx2(hl_sfaq_bf16_i8_656_d512_rope64_scale(row1->value, 3)),
+                             x3_1, s0_1);
         }
-        all[j] = s0_0;
+        all[j + 0] = s0_0;
+        all[j + 1] = s0_1;
     }
     for (int32_t i = 0; i < 8; i += L) {
         hl_vstore_avx2(s + i, hl_vmul_avx2(hl_vsums_avx2(all + i), hl_vset_avx2(scale)));
@@ -10652,48 +10690,45 @@ HL_KERNEL_AVX512 void hl_sfaq_bf16_i8_656_d512_rope64_dot_codes_1_avx512(const f
             HL_FETCH((const char *)next[j + 0].key + 655);
         }
         {
-            hl_vf_avx512 x0 = hl_vzero_avx512();
-            hl_vf_avx512 x1 = hl_vzero_avx512();
-            hl_vf_avx512 x2 = hl_vzero_avx512();
-            hl_vf_avx512 x3 = hl_vzero_avx512();
+            hl_vf_avx512 x0_0 = hl_vzero_avx512();
+            hl_vf_avx512 x1_0 = hl_vzero_avx512();
+            hl_vf_avx512 x2_0 = hl_vzero_avx512();
+            hl_vf_avx512 x3_0 = hl_vzero_avx512();
             for (int32_t c = 0; c < TILE; c += L) {
-                x0 =
-                    hl_vfma_avx512(hl_vload_i8_avx512(k0 + 0 * TILE + c),
-                                   hl_vload_avx512(q + 0 * TILE + c), x0);
-                x1 =
-                    hl_vfma_avx512(hl_vload_i8_avx512(k0 + 1 * TILE + c),
-                                   hl_vload_avx512(q + 1 * TILE + c), x1);
-                x2 =
-                    hl_vfma_avx512(hl_vload_i8_avx512(k0 + 2 * TILE + c),
-                                   hl_vload_avx512(q + 2 * TILE + c), x2);
-                x3 =
-                    hl_vfma_avx512(hl_vload_i8_avx512(k0 + 3 * TILE + c),
-                                   hl_vload_avx512(q + 3 * TILE + c), x3);
+                hl_vf_avx512 q0;
+                q0 = hl_vload_avx512(q + 0 * TILE + c);
+                x0_0 = hl_vfma_avx512(hl_vload_i8_avx512(k0 + 0 * TILE + c), q0, x0_0);
+                q0 = hl_vload_avx512(q + 1 * TILE + c);
+                x1_0 = hl_vfma_avx512(hl_vload_i8_avx512(k0 + 1 * TILE + c), q0, x1_0);
+                q0 = hl_vload_avx512(q + 2 * TILE + c);
+                x2_0 = hl_vfma_avx512(hl_vload_i8_avx512(k0 + 2 * TILE + c), q0, x2_0);
+                q0 = hl_vload_avx512(q + 3 * TILE + c);
+                x3_0 = hl_vfma_avx512(hl_vload_i8_avx512(k0 + 3 * TILE + c), q0, x3_0);
             }
             if (next != NULL) {
-                HL_FETCH((const char *)next[j].key + 0 * TILE + 0);
-                HL_FETCH((const char *)next[j].key + 0 * TILE + 64);
-                HL_FETCH((const char *)next[j].key + 1 * TILE + 0);
-                HL_FETCH((const char *)next[j].key + 1 * TILE + 64);
-                HL_FETCH((const char *)next[j].key + 2 * TILE + 0);
-                HL_FETCH((const char *)next[j].key + 2 * TILE + 64);
-                HL_FETCH((const char *)next[j].key + 3 * TILE + 0);
-                HL_FETCH((const char *)next[j].key + 3 * TILE + 64);
+                HL_FETCH((const char *)next[j + 0].key + 0 * TILE + 0);
+                HL_FETCH((const char *)next[j + 0].key + 0 * TILE + 64);
+                HL_FETCH((const char *)next[j + 0].key + 1 * TILE + 0);
+                HL_FETCH((const char *)next[j + 0].key + 1 * TILE + 64);
+                HL_FETCH((const char *)next[j + 0].key + 2 * TILE + 0);
+                HL_FETCH((const char *)next[j + 0].key + 2 * TILE + 64);
+                HL_FETCH((const char *)next[j + 0].key + 3 * TILE + 0);
+                HL_FETCH((const char *)next[j + 0].key + 3 * TILE + 64);
             }
             s0_0 =
                 hl_vfma_avx512(hl_vset_avx512(hl_sfaq_bf16_i8_656_d512_rope64_scale(row0->value,
-                    0)), x0, s0_0);
+                    0)), x0_0, s0_0);
             s0_0 =
                 hl_vfma_avx512(hl_vset_avx512(hl_sfaq_bf16_i8_656_d512_rope64_scale(row0->value,
-                    1)), x1, s0_0);
+                    1)), x1_0, s0_0);
             s0_0 =
                 hl_vfma_avx512(hl_vset_avx512(hl_sfaq_bf16_i8_656_d512_rope64_scale(row0->value,
-                    2)), x2, s0_0);
+                    2)), x2_0, s0_0);
             s0_0 =
                 hl_vfma_avx512(hl_vset_avx512(hl_sfaq_bf16_i8_656_d512_rope64_scale(row0->value,
-                    3)), x3, s0_0);
+                    3)), x3_0, s0_0);
         }
-        all[j] = s0_0;
+        all[j + 0] = s0_0;
     }
     for (int32_t i = 0; i < 16; i += L) {
         hl_vstore_avx512(s + i, hl_vmul_avx512(hl_vsums_avx512(all + i), hl_vset_avx512(scale)));
