@@ -1,5 +1,5 @@
-"""Measures how far the shipped kernels are from float64, and what caches of records cost: the tables
-of docs/numerics.md.
+"""Measures how far the shipped kernels are from float64, and what caches of records cost: the
+tables of docs/numerics.md and of the README.
 
     build/venv/bin/python bench/errors.py
 """
