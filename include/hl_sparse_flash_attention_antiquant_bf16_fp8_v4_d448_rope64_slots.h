@@ -13117,9 +13117,6 @@ static inline hl_status hl_sfaq_bf16_fp8_v4_d448_rope64_slots_check_append_sizes
         return hl_refuse(error, HL_ERR_UNSUPPORTED, HL_ARG_LAYOUT_KV, HL_RULE_GENERATED,
                          a->layout_kv, 0);
     }
-    if (!paged && a->block_table != NULL) {
-        return hl_refuse(error, HL_ERR_UNSUPPORTED, HL_ARG_BLOCK_TABLE, HL_RULE_NULL, 1, 0);
-    }
     if (paged && (int64_t)a->max_blocks * a->block_size > INT32_MAX) {
         return hl_refuse(error, HL_ERR_SHAPE, HL_ARG_MAX_BLOCKS, HL_RULE_AT_MOST, a->max_blocks,
                          INT32_MAX / a->block_size);
