@@ -128,8 +128,12 @@ def test_key_counts_round_every_block_and_chunk(name, isa, group):
     """Scores grow, so that each block's largest is above the last one's, and every rescale runs."""
     k = kernel(name)
     counts = sorted(
-        {*range(0, 6), *(n + d for n in (8, 16, 32, 48, 64, 128, 256) for d in (-1, 0, 1))}
-    )
+        {
+            *range(0, 6),
+            *(n + d for n in (8, 16, 32, 48, 64, 128, 256, 512) for d in (-1, 0, 1)),
+            770,
+        }
+    )  # on tiles a block of 256 is decoded beside the products of the one before, by turns
     for n in counts:
         case = make_case(k, shape_of(name, lens_kv=(n,), group=group, spread="growing", seed=n))
         for chunk in (0, 128) if n > 128 else (0,):
