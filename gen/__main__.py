@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 
 from gen import __version__, memory, render, spec
+from gen.formats import RECORDS, layout
 from gen.spec import Refusal
 
 INCLUDE = Path(__file__).parent.parent / "include"
@@ -120,10 +121,11 @@ def run_list(_options):
 
 def describe(kernel):
     rope = f" + {kernel.rope}" if kernel.rope else ""
+    cache = f", cache of {kernel.kv}" if kernel.record else ""
     extra = f", {', '.join(kernel.features)}" if kernel.features else ""
     math = f", math {kernel.math}" if kernel.math != "builtin" else ""
     return (
-        f"{kernel.dtype}, key {kernel.dk}{rope}, value {kernel.dv}, "
+        f"{kernel.dtype}{cache}, key {kernel.dk}{rope}, value {kernel.dv}, "
         f"layouts {'/'.join(kernel.layout_q)} x {'/'.join(kernel.layout_kv)}, "
         f"isa {' '.join(kernel.isa)}{extra}{math}"
     )
@@ -141,8 +143,10 @@ def run_show(options):
 def show_kernel(kernel, options):
     tiles = render.tiles_of(kernel)
     mem = memory.plan(tiles)
-    bytes_each = render.FORMATS[kernel.dtype].bytes
-    row = kernel.d * bytes_each
+    row = kernel.d * render.FORMATS[kernel.dtype].bytes
+    if kernel.record:
+        plan = layout(kernel.record, kernel.dtype)
+        row = plan.bytes + plan.behind
     print(f"\n{kernel.name}\n  {describe(kernel)}")
     print(f"\n  arguments (hl_{kernel.op}_args)")
     print("    " + ", ".join(render.argument_names(kernel.op)))
@@ -216,7 +220,7 @@ def parser():
     one.add_argument("--only", help="this header of the TOML file")
     one.add_argument("--op", help=", ".join(spec.names.OPERATORS))
     one.add_argument("--dtype", help="query and output: " + ", ".join(spec.FORMATS))
-    one.add_argument("--kv", help="storage of key and value; the dtype if not given")
+    one.add_argument("--kv", help="a quantised cache: " + ", ".join(RECORDS))
     one.add_argument("--dk", type=int, help="channels of the key without the rotary ones (nope)")
     one.add_argument("--rope", type=int, help="rotary channels, 0 if not given")
     one.add_argument("--dv", type=int, help="channels of the value, dk if not given")

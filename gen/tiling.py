@@ -238,9 +238,10 @@ class Codes:
     rope_rest: int
 
     @property
-    def few(self):
-        """For the reader of the product."""
-        return f"up to {self.most} heads"
+    def said(self):
+        """For people."""
+        how = f"widened to bfloat16, {self.widen} at a time" if self.widen else "read in place"
+        return f"up to {self.most} heads: sums of codes, {how}"
 
 
 @dataclass(frozen=True)
@@ -283,7 +284,9 @@ class Tile:
     @property
     def shape_lines(self):
         """For people."""
+        codes = (self.codes.said,) if self.codes else ()
         return (
+            *codes,
             f"score tiles {self.rows} keys x {self.vecs} vectors of heads",
             f"value tiles {self.value_heads} heads x {self.value_vecs} vectors of channels",
             "few heads: dot products of "
