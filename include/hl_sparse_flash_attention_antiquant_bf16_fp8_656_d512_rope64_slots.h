@@ -3621,35 +3621,38 @@ HL_KERNEL_SCALAR void hl_sfaq_bf16_fp8_656_d512_rope64_slots_dot_1x8_scalar(cons
     }
 }
 
-/* Few heads: scores lie as [key][head], for the heads of one tile together. */
+/* Few heads: scores lie as [key][head], for the heads of one tile together. Meanwhile the next
+ * block's records, n_later of them, are asked for: decoding alone would wait for them. */
 HL_KERNEL_SCALAR void hl_sfaq_bf16_fp8_656_d512_rope64_slots_score_few_scalar(const hl_space *w,
-    const hl_block *b, int32_t group, float scale)
+    const hl_block *b, int32_t group, float scale, const hl_row *later, int32_t n_later)
 {
-    enum { QS = 576, BLOCK = 16, AHEAD = 8 };
-    const int32_t known = b->n + b->n_later;
+    enum { QS = 576, BLOCK = 16 };
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
         for (int32_t j = 0; j < b->n; j += 2) {
-            const int32_t later = j + AHEAD;
+            for (int32_t i = j; h == 0 && i < j + 2 && i < n_later; ++i) {
+                hl_sfaq_bf16_fp8_656_d512_rope64_slots_fetch_record_scalar(&later[i]);
+            }
             hl_sfaq_bf16_fp8_656_d512_rope64_slots_dot_4x2_scalar(w->q + (ptrdiff_t)h * QS, b->row
-                + j, b->n - 1 - j, w->s + h * BLOCK + j * 4, scale, h == 0 && later + 2 <= known
-                ? b->row + later : NULL, b->value_apart);
+                + j, b->n - 1 - j, w->s + h * BLOCK + j * 4, scale, NULL, 0);
         }
     }
     for (; h + 2 <= group; h += 2) {
         for (int32_t j = 0; j < b->n; j += 4) {
-            const int32_t later = j + AHEAD;
+            for (int32_t i = j; h == 0 && i < j + 4 && i < n_later; ++i) {
+                hl_sfaq_bf16_fp8_656_d512_rope64_slots_fetch_record_scalar(&later[i]);
+            }
             hl_sfaq_bf16_fp8_656_d512_rope64_slots_dot_2x4_scalar(w->q + (ptrdiff_t)h * QS, b->row
-                + j, b->n - 1 - j, w->s + h * BLOCK + j * 2, scale, h == 0 && later + 4 <= known
-                ? b->row + later : NULL, b->value_apart);
+                + j, b->n - 1 - j, w->s + h * BLOCK + j * 2, scale, NULL, 0);
         }
     }
     for (; h + 1 <= group; h += 1) {
         for (int32_t j = 0; j < b->n; j += 8) {
-            const int32_t later = j + AHEAD;
+            for (int32_t i = j; h == 0 && i < j + 8 && i < n_later; ++i) {
+                hl_sfaq_bf16_fp8_656_d512_rope64_slots_fetch_record_scalar(&later[i]);
+            }
             hl_sfaq_bf16_fp8_656_d512_rope64_slots_dot_1x8_scalar(w->q + (ptrdiff_t)h * QS, b->row
-                + j, b->n - 1 - j, w->s + h * BLOCK + j * 1, scale, h == 0 && later + 8 <= known
-                ? b->row + later : NULL, b->value_apart);
+                + j, b->n - 1 - j, w->s + h * BLOCK + j * 1, scale, NULL, 0);
         }
     }
 }
@@ -4144,7 +4147,8 @@ HL_KERNEL_SCALAR void hl_sfaq_bf16_fp8_656_d512_rope64_slots_block_scalar(
     const hl_block own = {w->own, b->n, 0, 0}; /* the block, decoded */
     hl_sfaq_bf16_fp8_656_d512_rope64_slots_load_scalar(w, b);
     /* S = scale Q K^T, in units of log2 */
-    hl_sfaq_bf16_fp8_656_d512_rope64_slots_score_few_scalar(w, &own, plan->group, plan->scale_log2);
+    hl_sfaq_bf16_fp8_656_d512_rope64_slots_score_few_scalar(w, &own, plan->group, plan->scale_log2,
+        b->row + b->n, b->n_later);
     /* m' = max(m, rowmax S);  P = 2^(S - m');  l, alpha */
     hl_sfaq_bf16_fp8_656_d512_rope64_slots_softmaxes_few_scalar(w, t, plan->group, b->n);
     /* O = alpha O + P V */
@@ -5164,35 +5168,38 @@ HL_KERNEL_NEON void hl_sfaq_bf16_fp8_656_d512_rope64_slots_dot_1x16_neon(const f
     }
 }
 
-/* Few heads: scores lie as [key][head], for the heads of one tile together. */
+/* Few heads: scores lie as [key][head], for the heads of one tile together. Meanwhile the next
+ * block's records, n_later of them, are asked for: decoding alone would wait for them. */
 HL_KERNEL_NEON void hl_sfaq_bf16_fp8_656_d512_rope64_slots_score_few_neon(const hl_space *w,
-    const hl_block *b, int32_t group, float scale)
+    const hl_block *b, int32_t group, float scale, const hl_row *later, int32_t n_later)
 {
-    enum { QS = 576, BLOCK = 64, AHEAD = 24 };
-    const int32_t known = b->n + b->n_later;
+    enum { QS = 576, BLOCK = 64 };
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
         for (int32_t j = 0; j < b->n; j += 4) {
-            const int32_t later = j + AHEAD;
+            for (int32_t i = j; h == 0 && i < j + 4 && i < n_later; ++i) {
+                hl_sfaq_bf16_fp8_656_d512_rope64_slots_fetch_record_neon(&later[i]);
+            }
             hl_sfaq_bf16_fp8_656_d512_rope64_slots_dot_4x4_neon(w->q + (ptrdiff_t)h * QS, b->row
-                + j, b->n - 1 - j, w->s + h * BLOCK + j * 4, scale, h == 0 && later + 4 <= known
-                ? b->row + later : NULL, b->value_apart);
+                + j, b->n - 1 - j, w->s + h * BLOCK + j * 4, scale, NULL, 0);
         }
     }
     for (; h + 2 <= group; h += 2) {
         for (int32_t j = 0; j < b->n; j += 8) {
-            const int32_t later = j + AHEAD;
+            for (int32_t i = j; h == 0 && i < j + 8 && i < n_later; ++i) {
+                hl_sfaq_bf16_fp8_656_d512_rope64_slots_fetch_record_neon(&later[i]);
+            }
             hl_sfaq_bf16_fp8_656_d512_rope64_slots_dot_2x8_neon(w->q + (ptrdiff_t)h * QS, b->row
-                + j, b->n - 1 - j, w->s + h * BLOCK + j * 2, scale, h == 0 && later + 8 <= known
-                ? b->row + later : NULL, b->value_apart);
+                + j, b->n - 1 - j, w->s + h * BLOCK + j * 2, scale, NULL, 0);
         }
     }
     for (; h + 1 <= group; h += 1) {
         for (int32_t j = 0; j < b->n; j += 16) {
-            const int32_t later = j + AHEAD;
+            for (int32_t i = j; h == 0 && i < j + 16 && i < n_later; ++i) {
+                hl_sfaq_bf16_fp8_656_d512_rope64_slots_fetch_record_neon(&later[i]);
+            }
             hl_sfaq_bf16_fp8_656_d512_rope64_slots_dot_1x16_neon(w->q + (ptrdiff_t)h * QS, b->row
-                + j, b->n - 1 - j, w->s + h * BLOCK + j * 1, scale, h == 0 && later + 16 <= known
-                ? b->row + later : NULL, b->value_apart);
+                + j, b->n - 1 - j, w->s + h * BLOCK + j * 1, scale, NULL, 0);
         }
     }
 }
@@ -6004,7 +6011,7 @@ HL_KERNEL_NEON void hl_sfaq_bf16_fp8_656_d512_rope64_slots_block_neon(
         hl_sfaq_bf16_fp8_656_d512_rope64_slots_load_neon(w, b);
         /* S = scale Q K^T, in units of log2 */
         hl_sfaq_bf16_fp8_656_d512_rope64_slots_score_few_neon(w, &own, plan->group,
-            plan->scale_log2);
+            plan->scale_log2, b->row + b->n, b->n_later);
         /* m' = max(m, rowmax S);  P = 2^(S - m');  l, alpha */
         hl_sfaq_bf16_fp8_656_d512_rope64_slots_softmaxes_few_neon(w, t, plan->group, b->n);
         /* O = alpha O + P V */
@@ -6958,35 +6965,38 @@ HL_KERNEL_AVX2 void hl_sfaq_bf16_fp8_656_d512_rope64_slots_dot_1x8_avx2(const fl
     }
 }
 
-/* Few heads: scores lie as [key][head], for the heads of one tile together. */
+/* Few heads: scores lie as [key][head], for the heads of one tile together. Meanwhile the next
+ * block's records, n_later of them, are asked for: decoding alone would wait for them. */
 HL_KERNEL_AVX2 void hl_sfaq_bf16_fp8_656_d512_rope64_slots_score_few_avx2(const hl_space *w,
-    const hl_block *b, int32_t group, float scale)
+    const hl_block *b, int32_t group, float scale, const hl_row *later, int32_t n_later)
 {
-    enum { QS = 576, BLOCK = 48, AHEAD = 24 };
-    const int32_t known = b->n + b->n_later;
+    enum { QS = 576, BLOCK = 48 };
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
         for (int32_t j = 0; j < b->n; j += 2) {
-            const int32_t later = j + AHEAD;
+            for (int32_t i = j; h == 0 && i < j + 2 && i < n_later; ++i) {
+                hl_sfaq_bf16_fp8_656_d512_rope64_slots_fetch_record_avx2(&later[i]);
+            }
             hl_sfaq_bf16_fp8_656_d512_rope64_slots_dot_4x2_avx2(w->q + (ptrdiff_t)h * QS, b->row
-                + j, b->n - 1 - j, w->s + h * BLOCK + j * 4, scale, h == 0 && later + 2 <= known
-                ? b->row + later : NULL, b->value_apart);
+                + j, b->n - 1 - j, w->s + h * BLOCK + j * 4, scale, NULL, 0);
         }
     }
     for (; h + 2 <= group; h += 2) {
         for (int32_t j = 0; j < b->n; j += 4) {
-            const int32_t later = j + AHEAD;
+            for (int32_t i = j; h == 0 && i < j + 4 && i < n_later; ++i) {
+                hl_sfaq_bf16_fp8_656_d512_rope64_slots_fetch_record_avx2(&later[i]);
+            }
             hl_sfaq_bf16_fp8_656_d512_rope64_slots_dot_2x4_avx2(w->q + (ptrdiff_t)h * QS, b->row
-                + j, b->n - 1 - j, w->s + h * BLOCK + j * 2, scale, h == 0 && later + 4 <= known
-                ? b->row + later : NULL, b->value_apart);
+                + j, b->n - 1 - j, w->s + h * BLOCK + j * 2, scale, NULL, 0);
         }
     }
     for (; h + 1 <= group; h += 1) {
         for (int32_t j = 0; j < b->n; j += 8) {
-            const int32_t later = j + AHEAD;
+            for (int32_t i = j; h == 0 && i < j + 8 && i < n_later; ++i) {
+                hl_sfaq_bf16_fp8_656_d512_rope64_slots_fetch_record_avx2(&later[i]);
+            }
             hl_sfaq_bf16_fp8_656_d512_rope64_slots_dot_1x8_avx2(w->q + (ptrdiff_t)h * QS, b->row
-                + j, b->n - 1 - j, w->s + h * BLOCK + j * 1, scale, h == 0 && later + 8 <= known
-                ? b->row + later : NULL, b->value_apart);
+                + j, b->n - 1 - j, w->s + h * BLOCK + j * 1, scale, NULL, 0);
         }
     }
 }
@@ -8209,7 +8219,7 @@ HL_KERNEL_AVX2 void hl_sfaq_bf16_fp8_656_d512_rope64_slots_block_avx2(
         hl_sfaq_bf16_fp8_656_d512_rope64_slots_load_avx2(w, b);
         /* S = scale Q K^T, in units of log2 */
         hl_sfaq_bf16_fp8_656_d512_rope64_slots_score_few_avx2(w, &own, plan->group,
-            plan->scale_log2);
+            plan->scale_log2, b->row + b->n, b->n_later);
         /* m' = max(m, rowmax S);  P = 2^(S - m');  l, alpha */
         hl_sfaq_bf16_fp8_656_d512_rope64_slots_softmaxes_few_avx2(w, t, plan->group, b->n);
         /* O = alpha O + P V */
@@ -9425,35 +9435,38 @@ HL_KERNEL_AVX512 void hl_sfaq_bf16_fp8_656_d512_rope64_slots_dot_1x16_avx512(con
     }
 }
 
-/* Few heads: scores lie as [key][head], for the heads of one tile together. */
+/* Few heads: scores lie as [key][head], for the heads of one tile together. Meanwhile the next
+ * block's records, n_later of them, are asked for: decoding alone would wait for them. */
 HL_KERNEL_AVX512 void hl_sfaq_bf16_fp8_656_d512_rope64_slots_score_few_avx512(const hl_space *w,
-    const hl_block *b, int32_t group, float scale)
+    const hl_block *b, int32_t group, float scale, const hl_row *later, int32_t n_later)
 {
-    enum { QS = 576, BLOCK = 96, AHEAD = 24 };
-    const int32_t known = b->n + b->n_later;
+    enum { QS = 576, BLOCK = 96 };
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
         for (int32_t j = 0; j < b->n; j += 4) {
-            const int32_t later = j + AHEAD;
+            for (int32_t i = j; h == 0 && i < j + 4 && i < n_later; ++i) {
+                hl_sfaq_bf16_fp8_656_d512_rope64_slots_fetch_record_avx512(&later[i]);
+            }
             hl_sfaq_bf16_fp8_656_d512_rope64_slots_dot_4x4_avx512(w->q + (ptrdiff_t)h * QS, b->row
-                + j, b->n - 1 - j, w->s + h * BLOCK + j * 4, scale, h == 0 && later + 4 <= known
-                ? b->row + later : NULL, b->value_apart);
+                + j, b->n - 1 - j, w->s + h * BLOCK + j * 4, scale, NULL, 0);
         }
     }
     for (; h + 2 <= group; h += 2) {
         for (int32_t j = 0; j < b->n; j += 8) {
-            const int32_t later = j + AHEAD;
+            for (int32_t i = j; h == 0 && i < j + 8 && i < n_later; ++i) {
+                hl_sfaq_bf16_fp8_656_d512_rope64_slots_fetch_record_avx512(&later[i]);
+            }
             hl_sfaq_bf16_fp8_656_d512_rope64_slots_dot_2x8_avx512(w->q + (ptrdiff_t)h * QS, b->row
-                + j, b->n - 1 - j, w->s + h * BLOCK + j * 2, scale, h == 0 && later + 8 <= known
-                ? b->row + later : NULL, b->value_apart);
+                + j, b->n - 1 - j, w->s + h * BLOCK + j * 2, scale, NULL, 0);
         }
     }
     for (; h + 1 <= group; h += 1) {
         for (int32_t j = 0; j < b->n; j += 16) {
-            const int32_t later = j + AHEAD;
+            for (int32_t i = j; h == 0 && i < j + 16 && i < n_later; ++i) {
+                hl_sfaq_bf16_fp8_656_d512_rope64_slots_fetch_record_avx512(&later[i]);
+            }
             hl_sfaq_bf16_fp8_656_d512_rope64_slots_dot_1x16_avx512(w->q + (ptrdiff_t)h * QS, b->row
-                + j, b->n - 1 - j, w->s + h * BLOCK + j * 1, scale, h == 0 && later + 16 <= known
-                ? b->row + later : NULL, b->value_apart);
+                + j, b->n - 1 - j, w->s + h * BLOCK + j * 1, scale, NULL, 0);
         }
     }
 }
@@ -11466,7 +11479,7 @@ HL_KERNEL_AVX512 void hl_sfaq_bf16_fp8_656_d512_rope64_slots_block_avx512(
         hl_sfaq_bf16_fp8_656_d512_rope64_slots_load_avx512(w, b);
         /* S = scale Q K^T, in units of log2 */
         hl_sfaq_bf16_fp8_656_d512_rope64_slots_score_few_avx512(w, &own, plan->group,
-            plan->scale_log2);
+            plan->scale_log2, b->row + b->n, b->n_later);
         /* m' = max(m, rowmax S);  P = 2^(S - m');  l, alpha */
         hl_sfaq_bf16_fp8_656_d512_rope64_slots_softmaxes_few_avx512(w, t, plan->group, b->n);
         /* O = alpha O + P V */
