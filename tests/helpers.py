@@ -179,14 +179,16 @@ def known_records() -> dict[str, Any]:
 
 def record_of(kv: str) -> Record | None:
     """What the oracle knows of a cache's rows."""
-    if kv not in RECORD_TABLES:
-        return RECORDS.get(kv)
-    made = RECORD_TABLES[kv]
+    return record_from(RECORD_TABLES[kv]) if kv in RECORD_TABLES else RECORDS.get(kv)
+
+
+def record_from(table: dict[str, Any]) -> Record:
+    """A caller's own record, from the table that the generator reads too."""
     fields, behind = (
-        tuple((f["name"], f["type"], f["count"]) for f in made.get(where, ()))
+        tuple((f["name"], f.get("type", "bytes"), f["count"]) for f in table.get(where, ()))
         for where in ("fields", "behind")
     )
-    return Record(fields, made["tile"], behind, made.get("page_multiple", 1))
+    return Record(fields, table["tile"], behind, table.get("page_multiple", 1))
 
 
 @functools.cache

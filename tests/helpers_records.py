@@ -4,7 +4,9 @@ import functools
 from pathlib import Path
 from typing import Any
 
-from oracle_records import BF16, E4M3, E8M0, F16, F32, I8, Form
+import oracle
+from helpers import record_from
+from oracle_records import Form
 
 from gen import bind, render, spec
 from gen.formats import RECORDS
@@ -12,21 +14,6 @@ from gen.records import parse_record
 
 ROOT = Path(__file__).resolve().parent.parent
 OP = "sparse_flash_attention_antiquant"
-FORMS = {
-    "i8_656": Form(I8, 512, 128, F32, 640, 656, rope_at=512, rope=64),
-    "fp8_656": Form(E4M3, 512, 128, F32, 512, 656, rope_at=528, rope=64),
-    "fp8_v4": Form(
-        E4M3, 448, 64, E8M0, 0, 576, rope_at=448, rope=64, behind=8, page_multiple=576, align=2
-    ),
-    # No tile, no section and no number of scales is a whole vector; rope has a type of its own.
-    "odd": Form(I8, 33, 10, BF16, 46, 60, rope_at=36, rope=5, rope_type=F16, align=2),
-    "norope": Form(E4M3, 48, 16, F16, 48, 54, align=2),
-    "after": Form(
-        I8, 20, 8, E8M0, 1, 26, rope_at=20, rope=3, rope_type=F16, behind=4, page_multiple=64,
-        align=2,
-    ),
-    "wide": Form(E4M3, 16, 7, F32, 32, 44, rope_at=16, rope=4, rope_type=F32),
-}  # fmt: skip
 SHIPPED = {
     "i8_656": "bf16_i8_656_d512_rope64",
     "fp8_656": "bf16_fp8_656_d512_rope64_slots",
@@ -42,6 +29,7 @@ def pad(count: int) -> dict[str, Any]:
     return {"name": "pad", "count": count}
 
 
+# No tile, no section and no number of scales is a whole vector; rope has a type of its own.
 OWN = {
     "odd": (
         "bf16",
@@ -72,6 +60,15 @@ OWN = {
         },
     ),
 }  # fmt: skip
+
+
+FORMS = {
+    **{name: Form(oracle.RECORDS[name], bind.DTYPES["bf16"]) for name in SHIPPED},
+    **{
+        name: Form(record_from(table), bind.DTYPES[dtype])
+        for name, (dtype, table) in OWN.items()
+    },
+}
 
 
 @functools.cache

@@ -1,20 +1,14 @@
-"""Records of a quantised cache, byte by byte: slow, in NumPy, and nothing of the generated code.
-
-A Form says where a record's fields lie, in literals. `encode` is what quantise_rows has to write,
-`decode` what dequantise_rows has to read.
-"""
+"""What the routines of a quantised cache have to write: slow, in NumPy, nothing of the generated
+code. `encode` is what quantise_rows has to make, `decode` what dequantise_rows has to read."""
 
 from dataclasses import dataclass
 
-import ml_dtypes
 import numpy as np
+from oracle import STORED, Record, field_bytes
+from oracle import decode as numbers_of
 
-BF16 = np.dtype(ml_dtypes.bfloat16)
-F16 = np.dtype(np.float16)
-F32 = np.dtype(np.float32)
-E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
-E8M0 = np.dtype(np.uint8)  # 2^(code - 127), 255 is NaN
-I8 = np.dtype(np.int8)
+BF16, F16, F32 = STORED["bf16"], STORED["f16"], STORED["f32"]
+E4M3, E8M0, I8 = STORED["e4m3"], STORED["e8m0"], STORED["i8"]
 
 LIMIT = {I8: 127.0, E4M3: 448.0}
 TINY = np.float32(2.0**-80)
@@ -22,20 +16,70 @@ TINY = np.float32(2.0**-80)
 
 @dataclass(frozen=True)
 class Form:
-    """One record: where what lies, in bytes."""
+    """One record with the query's type known: where what lies, in bytes."""
 
-    element: np.dtype
-    dk: int
-    tile: int
-    scale: np.dtype
-    scale_at: int  # from the row's start, or from the start of what the row has behind its page
-    bytes: int
-    rope_at: int = 0
-    rope: int = 0
-    rope_type: np.dtype = BF16
-    behind: int = 0  # bytes that a row has behind its page's rows: there are its scales
-    page_multiple: int = 1
-    align: int = 4
+    record: Record
+    query: np.dtype
+
+    def place(self, name: str) -> tuple[np.dtype, int, int]:
+        """Type, count and first byte of a field: from the row's start, or from the start of what
+        the row has behind its page. Nothing of it: a count of 0."""
+        for fields in (self.record.fields, self.record.behind):
+            at = 0
+            for what, kind, count in fields:
+                if what == name:
+                    return self.query if kind == "query" else STORED[kind], count, at
+                at += count * self.record.width(kind, self.query)
+        return self.query, 0, 0
+
+    @property
+    def element(self) -> np.dtype:
+        return self.place("nope")[0]
+
+    @property
+    def dk(self) -> int:
+        return self.place("nope")[1]
+
+    @property
+    def rope(self) -> int:
+        return self.place("rope")[1]
+
+    @property
+    def rope_type(self) -> np.dtype:
+        return self.place("rope")[0]
+
+    @property
+    def rope_at(self) -> int:
+        return self.place("rope")[2]
+
+    @property
+    def scale(self) -> np.dtype:
+        return self.place("scale")[0]
+
+    @property
+    def scale_at(self) -> int:
+        return self.place("scale")[2]
+
+    @property
+    def tile(self) -> int:
+        return self.record.tile
+
+    @property
+    def bytes(self) -> int:
+        return self.record.bytes_of(self.record.fields, self.query)
+
+    @property
+    def behind(self) -> int:
+        """Bytes that a row has behind its page's rows: there are its scales."""
+        return self.record.bytes_of(self.record.behind, self.query)
+
+    @property
+    def page_multiple(self) -> int:
+        return self.record.page_multiple
+
+    @property
+    def align(self) -> int:
+        return self.record.align(self.query)
 
     @property
     def tiles(self) -> int:
@@ -119,21 +163,12 @@ def rounded(x: np.ndarray, dtype: np.dtype) -> np.ndarray:
 def decode(
     form: Form, record: np.ndarray, behind: np.ndarray, dtype: np.dtype
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of numbers: [rows][dk] and [rows][rope]."""
-    holder = behind if form.behind else record
-    size = form.scale.itemsize
-    bits = holder[:, form.scale_at : form.scale_at + form.tiles * size].copy()
-    if form.scale == E8M0:
-        scale = np.where(bits == 255, np.nan, 2.0 ** (bits.astype(np.float64) - 127))
-    else:
-        scale = bits.view(form.scale)
-    codes = record[:, : form.dk].copy().view(form.element).astype(np.float32)
-    each = np.repeat(scale.astype(np.float32), form.tile, axis=1)[:, : form.dk]
+    """Rows of numbers: [rows][dk] and [rows][rope]; rotary bits as they are where types agree."""
+    rows = np.concatenate([record, behind], axis=1)
     with np.errstate(all="ignore"):
-        nope = (codes * each).astype(dtype)
-    width = form.rope * form.rope_type.itemsize
-    rope = record[:, form.rope_at : form.rope_at + width].copy().view(form.rope_type)
-    return nope, rope if rope.dtype == dtype else rounded(rope, dtype)
+        nope = numbers_of(rows, form.record, form.query)[:, : form.dk].astype(dtype)
+    rope = field_bytes(rows, form.record, form.query).get("rope", np.zeros((len(rows), 0), dtype))
+    return nope, rope.copy() if rope.dtype == dtype else rounded(rope, dtype)
 
 
 def swap(form: Form, record: np.ndarray) -> np.ndarray:
