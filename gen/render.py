@@ -13,7 +13,7 @@ from gen.fill import WIDTH, refill
 from gen.formats import CODES, FORMATS
 from gen.isa import FORMAT_WORDS, ISAS
 from gen.names import OPERATORS, Speller
-from gen.record import formats_of, record_view
+from gen.record_view import formats_of, record_view
 from gen.refusal import Refusal
 
 CHUNK_KEYS = 2048  # keys summed before they are merged, unless the caller says otherwise
