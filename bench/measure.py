@@ -29,6 +29,7 @@ READ_AHEAD = 1024  # bytes; beyond that nothing is gained
 ROWS_AHEAD = 4  # of a gather
 SAMPLE_NS = 2e6  # a sample of a kernel is as many calls as fill this
 READ_SAMPLE_NS = 3e5
+BLOCK_SIZE = 64  # of pages, where scales lie behind a page's rows
 SWEPT = 1 << 30  # bytes read before a call that is to find cold caches
 VECTOR_BYTES = {"scalar": 16, "neon": 16, "avx2": 32, "avx512": 64}
 MATRIX_ISAS = ("amx",)  # whose limit is the matrix unit, not a vector's multiply-adds
@@ -246,14 +247,24 @@ def tensors(shape: Shape, dk: int, dv: int, dtype: Any) -> Tensors:
                    SCORE_DEVIATION / dk**0.5)
 
 
-def record_tensors(shape: Shape, dk: int, dv: int, dtype: Any, record: Plan) -> Tensors:
-    """The same with a cache of records."""
-    import records
+@functools.cache
+def records(made: "Build", rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """A cache of records of normal rows, written by the header's own routine, and the numbers that
+    it reads back: [rows][1][dk]. (tests/test_rows.py holds both against an oracle.)"""
+    memory, numbers = build_cache(made, rows), allocate((rows, 1, made.dk), np.float32)
+    shared = {"rows": rows, "records": memory, "numbers_f32": 1,
+              "block_size": BLOCK_SIZE if made.record.behind else 0}
+    made.kernel.quantise_rows(nope=normal_once("key", rows, 1, made.dk, np.float32),
+                              **shared).check()
+    made.kernel.dequantise_rows(nope=numbers, **shared).check()
+    return memory, numbers
 
+
+def record_tensors(shape: Shape, dk: int, dv: int, dtype: Any, made: "Build") -> Tensors:
+    """The same with a cache of records."""
     held = held_keys(shape)
     query = normal_once("query", shape.rows, max(MOST_HEADS, shape.heads), dk, dtype)
-    name = next(n for n, kind in bind.DTYPES.items() if kind == dtype)
-    memory, numbers = records.cache(record.record, name, held)
+    memory, numbers = records(made, held)
     page = held // len(memory)
     entries = lists(shape.cache_keys, shape.keys) if shape.listed else None
     return Tensors(np.ascontiguousarray(query[:, : shape.heads]),
@@ -273,20 +284,19 @@ def exact(q: np.ndarray, k: np.ndarray, v: np.ndarray, scale: float,
     return np.einsum("rhk,kd->rhd", p, v, optimize=True) / p.sum(axis=-1, keepdims=True)
 
 
-def tensors_of(shape: Shape, dk: int, dv: int, dtype: Any, record: Plan | None) -> Tensors:
-    """Of either kind of cache."""
-    return record_tensors(shape, dk, dv, dtype, record) if record else tensors(
-        shape, dk, dv, dtype)
+def tensors_of(shape: Shape, dk: int, dv: int, dtype: Any, made: "Build | None") -> Tensors:
+    """Of either kind of cache; `made`: whose records it is of."""
+    return record_tensors(shape, dk, dv, dtype, made) if made else tensors(shape, dk, dv, dtype)
 
 
 @functools.cache
-def reference(shape: Shape, dk: int, dv: int, dtype: Any, record: Plan | None = None,
+def reference(shape: Shape, dk: int, dv: int, dtype: Any, made: "Build | None" = None,
               turn: int = 0) -> np.ndarray:
     """[rows][heads][dv] in float64, of call number `turn`."""
     if shape.kv_heads == 1 and shape.rows == 1 and shape.heads < MOST_HEADS:
         most = replace(shape, heads=MOST_HEADS)  # of the same keys: computed once for all heads
-        return reference(most, dk, dv, dtype, record, turn)[:, : shape.heads]
-    t = tensors_of(shape, dk, dv, dtype, record)
+        return reference(most, dk, dv, dtype, made, turn)[:, : shape.heads]
+    t = tensors_of(shape, dk, dv, dtype, made)
     k = (t.key if t.numbers is None else t.numbers)[t.ids(turn)]
     v = k[..., :dv] if t.value is None else t.value[t.ids(turn)]
     group = shape.heads // shape.kv_heads
@@ -457,6 +467,11 @@ class Build:
         return self.kernel.dv
 
     @property
+    def of_records(self) -> "Build | None":
+        """Itself where its cache is made of records."""
+        return self if self.record else None
+
+    @property
     def kv_format(self) -> str:
         """The element type of the cache, f32, f16, bf16, or its record."""
         return self.record.record.name if self.record else self.dtype
@@ -473,10 +488,10 @@ class Build:
         return dict(sorted(found.items(), key=lambda item: -item[1]))
 
     def tensors(self, shape: Shape) -> Tensors:
-        return tensors_of(shape, self.dk, self.dv, self.kernel.dtype, self.record)
+        return tensors_of(shape, self.dk, self.dv, self.kernel.dtype, self.of_records)
 
     def reference(self, shape: Shape, turn: int = 0) -> np.ndarray:
-        return reference(shape, self.dk, self.dv, self.kernel.dtype, self.record, turn)
+        return reference(shape, self.dk, self.dv, self.kernel.dtype, self.of_records, turn)
 
     def flops(self, shape: Shape) -> int:
         return shape.flops(self.dk, self.dv)
@@ -500,15 +515,13 @@ def build(path: Path) -> Build:
 
 
 def build_cache(made: Build, rows: int) -> np.ndarray:
-    """Memory for so many records, of which nothing is in a cache yet that others read."""
-    import records
-
+    """Memory for so many records: [rows][1][bytes], or [pages][bytes of a page]."""
     plan = made.record
     if not plan.behind:
         return allocate((rows, 1, plan.bytes), np.uint8)
-    body = records.BLOCK_SIZE * (plan.bytes + plan.behind)
+    body = BLOCK_SIZE * (plan.bytes + plan.behind)
     page = -(-body // plan.record.page_multiple) * plan.record.page_multiple
-    return allocate((rows // records.BLOCK_SIZE, page), np.uint8)
+    return allocate((rows // BLOCK_SIZE, page), np.uint8)
 
 
 class Routine:

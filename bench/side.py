@@ -318,7 +318,7 @@ def writing(bench: Bench) -> Table:
     for name, build in of_records(bench).items():
         source = m.normal_once("key", rows, 1, build.dk, build.kernel.dtype)
         memory = m.build_cache(build, rows)
-        block = 64 if build.record.behind else 0
+        block = m.BLOCK_SIZE if build.record.behind else 0
         both = source.nbytes + memory.nbytes
         read = m.swept_memory(max(both, bench.swept))[:both]
         paged = {"layout_kv": build.kernel.constants["HL_LAYOUT_PA_BSND"], "block_size": block,

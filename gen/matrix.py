@@ -177,7 +177,6 @@ def panel_of(kernel, columns, parts, at):
         at=at,
         part=columns * 64,
         row=row,
-        side=BLOCK * row,
         floats=2 * BLOCK * row // 4,
         pieces=scales + (1 if kernel.rope else 0),
         rope_at=-(-kernel.dk // 32) * 64,

@@ -220,8 +220,7 @@ class Codes:
     scaled instead of values."""
 
     most: int  # up to so many heads
-    block: int  # keys of a block
-    lean_block: int  # and with up to `lean` heads
+    lean_block: int  # keys of a block with up to `lean` heads
     widen: int  # codes that are widened at a time; 0: they are read in place
     c_type: str  # of what is read
     load: str
@@ -546,7 +545,6 @@ def codes_of(kernel, isa, registers):
     rope_words = FORMAT_WORDS[rope.type.name] if rope else {"load": "", "load_n": ""}
     return Codes(
         most=CODES_MOST[kind],
-        block=registers["few_block"],
         ahead=registers["few_ahead"],
         lines=tuple(range(0, record.tile, LINE_BYTES)),
         rest=(*behind, plan.bytes - 1),
