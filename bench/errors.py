@@ -13,6 +13,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+import measure as m  # noqa: E402
 import oracle  # noqa: E402
 
 from gen import bind  # noqa: E402
@@ -69,21 +70,16 @@ def latents(kind: str, keys: int, width: int) -> np.ndarray:
 def of_cache(name: str, kind: str, power_of_2: int, keys: int = 2048) -> list[str]:
     """One kind of cache, written by the header's own routine, against the bf16 rows that it is made
     of: attention in float64 over both, so that nothing but the cache is seen."""
-    kernel = bind.load(ROOT / "include" / f"hl_sparse_flash_attention_antiquant_{name}.h")
-    width, dk = kernel.dk + kernel.rope, kernel.dk
+    made = m.build(ROOT / "include" / f"hl_sparse_flash_attention_antiquant_{name}.h")
+    kernel, width, dk = made.kernel, made.dk, made.kernel.dk
     rows = latents(kind, keys, width).astype(kernel.dtype)
-    macro = kernel.name.upper()
-    record = kernel.constants[f"{macro}_RECORD"]
-    behind = 8 if "fp8_v4" in name else 0
-    block = {"block_size": 64} if behind else {}
-    records = np.zeros(keys * (record + behind) + 576 * keys // 64, np.uint8)
     decoded = np.zeros((keys, width), np.float32)
-    assert kernel.quantise_rows(nope=rows, records=records, rows=keys, power_of_2=power_of_2,
-                                **block).ok
-    assert kernel.dequantise_rows(records=records, nope=decoded, rows=keys, numbers_f32=1,
-                                  **block).ok
+    shared = {"rows": keys, "records": m.build_cache(made, keys),
+              "block_size": m.BLOCK_SIZE if made.record.behind else 0}
+    kernel.quantise_rows(nope=rows, power_of_2=power_of_2, **shared).check()
+    kernel.dequantise_rows(nope=decoded, numbers_f32=1, **shared).check()
     q = np.random.default_rng(3).standard_normal((128, width))
-    plain, made = rows.astype(np.float64), decoded.astype(np.float64)
+    plain, coded = rows.astype(np.float64), decoded.astype(np.float64)
     scale = SPREADS[0] / np.std(q @ plain.T)
 
     def attention(k: np.ndarray) -> np.ndarray:
@@ -91,11 +87,12 @@ def of_cache(name: str, kind: str, power_of_2: int, keys: int = 2048) -> list[st
         p = np.exp(s - s.max(axis=1, keepdims=True))
         return p @ k[:, : kernel.dv] / p.sum(axis=1, keepdims=True)
 
-    want, got = attention(plain), attention(made)
+    want, got = attention(plain), attention(coded)
     cosine = np.sum(want * got, axis=1) / (np.linalg.norm(want, axis=1)
                                            * np.linalg.norm(got, axis=1))
     label = name.split("_d")[0].removeprefix("bf16_") + (", powers of 2" if power_of_2 else "")
-    return [label, f"{record + behind}", kind, f"{relative(made[:, :dk], plain[:, :dk]):.1e}",
+    size = made.record.bytes + made.record.behind
+    return [label, f"{size}", kind, f"{relative(coded[:, :dk], plain[:, :dk]):.1e}",
             f"{relative(got, want):.1e}", f"{cosine.mean():.5f}"]
 
 
