@@ -39,6 +39,7 @@ STACK_BYTES_SCALAR = 2048  # in a header for microcontrollers
 STACK_BYTES_UNOPTIMISED = 131072  # -O0 keeps every vector of an unrolled tile in memory
 STACK_USAGE = "-fstack-usage"  # writes what inspect_export reads
 COMPILE_SECONDS = 6.0
+COMPILE_READINGS = 4
 
 # What an object may want from others. A compiler makes the first two of loops and copies by itself.
 MEMORY = "memcpy|memset"
@@ -329,7 +330,8 @@ def strict_compiles() -> Iterator[Check]:
 
 
 def compile_time() -> Iterator[Check]:
-    """A header costs its user less than 6 seconds of gcc -O2, which is silent about it."""
+    """A header costs its user less than 6 seconds of gcc -O2, which is silent about it. What else
+    the machine does can only lengthen a reading, so that the least of a few counts."""
     for name in header_names():
         source = static_user(name)
         command = [*compiler_for("gcc", "c99"), "-O2", f"-I{INCLUDE}"]
@@ -337,8 +339,11 @@ def compile_time() -> Iterator[Check]:
 
         def run(command=command) -> str:
             # Another process measures its child, so that this one's other children do not count.
-            seconds = float(execute([sys.executable, __file__, "--time", *command]))
-            if seconds > COMPILE_SECONDS:
+            for _ in range(COMPILE_READINGS):
+                seconds = float(execute([sys.executable, __file__, "--time", *command]))
+                if seconds <= COMPILE_SECONDS:
+                    break
+            else:
                 raise Wrong(f"{seconds:.1f} s of processor time, more than {COMPILE_SECONDS}")
             return f"{seconds:.1f} s of processor time"
 
