@@ -47,6 +47,11 @@ def find_header(name):
     return spec.parse_header(table)
 
 
+def every_word(of_operators):
+    """All words that some operator knows, each once."""
+    return ", ".join(dict.fromkeys(word for words in of_operators.values() for word in words))
+
+
 def split_words(text):
     return [word for word in text.replace(" ", ",").split(",") if word]
 
@@ -224,9 +229,9 @@ def parser():
     one.add_argument("--dk", type=int, help="channels of the key without the rotary ones (nope)")
     one.add_argument("--rope", type=int, help="rotary channels, 0 if not given")
     one.add_argument("--dv", type=int, help="channels of the value, dk if not given")
-    one.add_argument("--layout-q", action="append", help=", ".join(spec.LAYOUTS_Q))
-    one.add_argument("--layout-kv", action="append", help=", ".join(spec.LAYOUTS_KV))
-    one.add_argument("--feature", action="append", help=", ".join(spec.FEATURES))
+    one.add_argument("--layout-q", action="append", help=every_word(spec.LAYOUTS_Q))
+    one.add_argument("--layout-kv", action="append", help=every_word(spec.LAYOUTS_KV))
+    one.add_argument("--feature", action="append", help=every_word(spec.FEATURES))
     one.add_argument("--isa", action="append", help=", ".join(spec.ISAS))
     one.add_argument("--math", help=", ".join(spec.names.MATHS))
     one.add_argument("--prefix", help="of every name in the header; hl if not given")
