@@ -139,6 +139,7 @@ def decode_view(kernel):
             "value_shared": not kernel.record,
             "value_apart": "0" if kernel.record else "a->value != NULL",
             "query_at": "g->query + h * a->query_stride.head",
+            "q_heads": "group",
             "stats_at": "g->stats + h",
             "head_at": "h",
             "has_keys": "t->l[h] != 0.0f || *t->seen != 0.0f",
@@ -180,8 +181,12 @@ def decode_view(kernel):
         else "a->block_size",
         "positions_matter": "a->pse_shift != NULL"
         + (" || a->alibi_slopes != NULL" if "alibi" in has else ""),
+        "scores_change": "a->pse_shift != NULL"
+        + (" || a->alibi_slopes != NULL" if "alibi" in has else "")
+        + (" || a->softcap != 0.0f" if "softcap" in has else ""),
         "to_float": {"f32": "", "f16": "hl_float_of_f16", "bf16": "hl_float_of_bf16"}[kernel.dtype],
         "query_at": "k_query_at(a, g, h)",
+        "q_heads": "g->group",
         "stats_at": "g->stats + h % g->heads * g->rows + h / g->heads",
         "head_at": "h % g->heads",
         "has_keys": "t->l[h] != 0.0f",

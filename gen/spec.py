@@ -279,6 +279,12 @@ def parse_layouts(op, table, record):
     return layout_q, layout_kv
 
 
+def tiles_fit(op, isa, dtype, kv):
+    """Whether an instruction set is of use: decoding waits for memory, and what tiles could do for
+    float16 in two parts, or for codes, words do as well."""
+    return op != DECODE or not isa.tiles or dtype == kv == "bf16"
+
+
 def check_tiles(isa, record, dk, dv):
     """Tiles take values in columns of 32 channels, which have to follow each other."""
     tiles = [name for name in isa if ISAS[name].tiles]
@@ -312,12 +318,15 @@ def parse_kernel(table, prefix=None, records=RECORDS):
     able = tuple(
         name
         for name, isa in ISAS.items()
-        if math in isa.maths and dtype in isa.formats and not (op == DECODE and isa.tiles)
+        if math in isa.maths and dtype in isa.formats and tiles_fit(op, isa, dtype, kv)
     )
     isa = some_of("isa", table.get("isa", able), tuple(ISAS))
     for name in isa:
-        if op == DECODE and ISAS[name].tiles:
-            raise Refusal(f"isa {name}: {op} has no tiles yet", f"leave {name} out of isa")
+        if not tiles_fit(op, ISAS[name], dtype, kv):
+            raise Refusal(
+                f"isa {name} with dtype {dtype} and kv {kv}: when decoding, tiles take bf16 only",
+                f"leave {name} out of isa",
+            )
         if dtype not in ISAS[name].formats:
             raise Refusal(
                 f"isa {name} cannot load {dtype}: it has words for {', '.join(ISAS[name].formats)}",
