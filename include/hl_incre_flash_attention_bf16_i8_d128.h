@@ -3299,7 +3299,8 @@ HL_KERNEL_SCALAR void hl_ifa_bf16_i8_d128_score_few_scalar(const hl_space *w, co
 
 /* ---- bias: what the operator does to scores between q . k and softmax ----
  *
- * In units of log2. Scores of some queries lie as [key][query], `step` floats from key to key. */
+ * In units of log2. Scores of some queries: `ks` floats from key to key, `qs` from query to
+ * query. */
 
 /* The number of a token in antiquant_scale or antiquant_offset, K's or V's. */
 HL_KERNEL_SCALAR const float *hl_ifa_bf16_i8_d128_token_numbers_scalar(
@@ -3312,7 +3313,7 @@ HL_KERNEL_SCALAR const float *hl_ifa_bf16_i8_d128_token_numbers_scalar(
 /* K's scales and offsets that are not in Q: a number a token, and what offsets add to a query's
  * scores (w->shift, from hl_ifa_bf16_i8_d128_load_q_scalar). */
 HL_KERNEL_SCALAR void hl_ifa_bf16_i8_d128_bias_codes_scalar(const hl_incre_flash_attention_args *a,
-    const hl_group *g, const hl_block *b, const float *shift, float *s, int32_t step,
+    const hl_group *g, const hl_block *b, const float *shift, float *s, int32_t ks, int32_t qs,
     int32_t queries)
 {
     if (a->antiquant_mode == HL_ANTIQUANT_TOKEN) {
@@ -3327,13 +3328,13 @@ HL_KERNEL_SCALAR void hl_ifa_bf16_i8_d128_bias_codes_scalar(const hl_incre_flash
                     0)[b->row[j].token];
             }
             for (int32_t h = 0; h < queries; ++h) {
-                s[j * step + h] = x * (s[j * step + h] + offset * shift[h]);
+                s[j * ks + h * qs] = x * (s[j * ks + h * qs] + offset * shift[h]);
             }
         }
     } else if (a->antiquant_offset != NULL) {
         for (int32_t j = 0; j < b->n; ++j) {
             for (int32_t h = 0; h < queries; ++h) {
-                s[j * step + h] += shift[h];
+                s[j * ks + h * qs] += shift[h];
             }
         }
     }
@@ -3342,7 +3343,7 @@ HL_KERNEL_SCALAR void hl_ifa_bf16_i8_d128_bias_codes_scalar(const hl_incre_flash
 /* pse_shift, for queries from h0 on. */
 HL_KERNEL_SCALAR void hl_ifa_bf16_i8_d128_bias_positions_scalar(
     const hl_incre_flash_attention_args *a, const hl_group *g, const hl_block *b, int32_t h0,
-    float *s, int32_t step, int32_t queries)
+    float *s, int32_t ks, int32_t qs, int32_t queries)
 {
     const float log2e = 1.44269504f;
     for (int32_t h = 0; h < queries; ++h) {
@@ -3353,7 +3354,7 @@ HL_KERNEL_SCALAR void hl_ifa_bf16_i8_d128_bias_positions_scalar(
             const uint16_t *const pse = (const uint16_t *)a->pse_shift
                 + ((batch * a->heads_q + head) * a->seq_q + i) * a->pse_width;
             for (int32_t j = 0; j < b->n; ++j) {
-                s[j * step + h] += log2e * hl_float_of_bf16(pse[b->row[j].token]);
+                s[j * ks + h * qs] += log2e * hl_float_of_bf16(pse[b->row[j].token]);
             }
         }
     }
@@ -3361,16 +3362,15 @@ HL_KERNEL_SCALAR void hl_ifa_bf16_i8_d128_bias_positions_scalar(
 
 /* All of it, in the operator's order. */
 HL_KERNEL_SCALAR void hl_ifa_bf16_i8_d128_bias_scalar(const hl_incre_flash_attention_plan *plan,
-    const hl_group *g, const hl_space *w, const hl_block *b, int32_t h0, float *s, int32_t step,
-    int32_t queries)
+    const hl_group *g, const hl_space *w, const hl_block *b, int32_t h0, float *s, int32_t ks,
+    int32_t qs, int32_t queries)
 {
     const hl_incre_flash_attention_args *const a = &plan->args;
-    hl_ifa_bf16_i8_d128_bias_codes_scalar(a, g, b, w->shift + h0, s, step, queries);
+    hl_ifa_bf16_i8_d128_bias_codes_scalar(a, g, b, w->shift + h0, s, ks, qs, queries);
     if (a->pse_shift != NULL) {
-        hl_ifa_bf16_i8_d128_bias_positions_scalar(a, g, b, h0, s, step, queries);
+        hl_ifa_bf16_i8_d128_bias_positions_scalar(a, g, b, h0, s, ks, qs, queries);
     }
 }
-
 /* Few queries: their scores lie tile by tile. */
 HL_KERNEL_SCALAR void hl_ifa_bf16_i8_d128_bias_few_scalar(const hl_incre_flash_attention_plan *plan,
     const hl_group *g, const hl_space *w, const hl_block *b)
@@ -3378,13 +3378,13 @@ HL_KERNEL_SCALAR void hl_ifa_bf16_i8_d128_bias_few_scalar(const hl_incre_flash_a
     enum { BLOCK = 16 };
     int32_t h = 0;
     for (; h + 4 <= g->group; h += 4) {
-        hl_ifa_bf16_i8_d128_bias_scalar(plan, g, w, b, h, w->s + h * BLOCK, 4, 4);
+        hl_ifa_bf16_i8_d128_bias_scalar(plan, g, w, b, h, w->s + h * BLOCK, 4, 1, 4);
     }
     for (; h + 2 <= g->group; h += 2) {
-        hl_ifa_bf16_i8_d128_bias_scalar(plan, g, w, b, h, w->s + h * BLOCK, 2, 2);
+        hl_ifa_bf16_i8_d128_bias_scalar(plan, g, w, b, h, w->s + h * BLOCK, 2, 1, 2);
     }
     for (; h + 1 <= g->group; h += 1) {
-        hl_ifa_bf16_i8_d128_bias_scalar(plan, g, w, b, h, w->s + h * BLOCK, 1, 1);
+        hl_ifa_bf16_i8_d128_bias_scalar(plan, g, w, b, h, w->s + h * BLOCK, 1, 1, 1);
     }
 }
 /* V's numbers that are one a token: weights take the scale; what the offset adds to every channel
@@ -3984,7 +3984,6 @@ HL_KERNEL_SCALAR void hl_ifa_bf16_i8_d128_forward_row_scalar(
         t->l[h0 + h] = row.l[h];
     }
 }
-
 /* One chunk of a group's keys: those that all rows see, at once; then each row's own. */
 HL_KERNEL_SCALAR void hl_ifa_bf16_i8_d128_chunk_scalar(const hl_incre_flash_attention_plan *plan,
     const hl_group *g, const hl_space *w, const hl_state *t, int32_t chunk, int32_t padded)
@@ -4884,7 +4883,8 @@ HL_KERNEL_NEON void hl_ifa_bf16_i8_d128_score_few_neon(const hl_space *w, const 
 
 /* ---- bias: what the operator does to scores between q . k and softmax ----
  *
- * In units of log2. Scores of some queries lie as [key][query], `step` floats from key to key. */
+ * In units of log2. Scores of some queries: `ks` floats from key to key, `qs` from query to
+ * query. */
 
 /* The number of a token in antiquant_scale or antiquant_offset, K's or V's. */
 HL_KERNEL_NEON const float *hl_ifa_bf16_i8_d128_token_numbers_neon(
@@ -4897,7 +4897,7 @@ HL_KERNEL_NEON const float *hl_ifa_bf16_i8_d128_token_numbers_neon(
 /* K's scales and offsets that are not in Q: a number a token, and what offsets add to a query's
  * scores (w->shift, from hl_ifa_bf16_i8_d128_load_q_neon). */
 HL_KERNEL_NEON void hl_ifa_bf16_i8_d128_bias_codes_neon(const hl_incre_flash_attention_args *a,
-    const hl_group *g, const hl_block *b, const float *shift, float *s, int32_t step,
+    const hl_group *g, const hl_block *b, const float *shift, float *s, int32_t ks, int32_t qs,
     int32_t queries)
 {
     if (a->antiquant_mode == HL_ANTIQUANT_TOKEN) {
@@ -4912,13 +4912,13 @@ HL_KERNEL_NEON void hl_ifa_bf16_i8_d128_bias_codes_neon(const hl_incre_flash_att
                     0)[b->row[j].token];
             }
             for (int32_t h = 0; h < queries; ++h) {
-                s[j * step + h] = x * (s[j * step + h] + offset * shift[h]);
+                s[j * ks + h * qs] = x * (s[j * ks + h * qs] + offset * shift[h]);
             }
         }
     } else if (a->antiquant_offset != NULL) {
         for (int32_t j = 0; j < b->n; ++j) {
             for (int32_t h = 0; h < queries; ++h) {
-                s[j * step + h] += shift[h];
+                s[j * ks + h * qs] += shift[h];
             }
         }
     }
@@ -4926,7 +4926,8 @@ HL_KERNEL_NEON void hl_ifa_bf16_i8_d128_bias_codes_neon(const hl_incre_flash_att
 
 /* pse_shift, for queries from h0 on. */
 HL_KERNEL_NEON void hl_ifa_bf16_i8_d128_bias_positions_neon(const hl_incre_flash_attention_args *a,
-    const hl_group *g, const hl_block *b, int32_t h0, float *s, int32_t step, int32_t queries)
+    const hl_group *g, const hl_block *b, int32_t h0, float *s, int32_t ks, int32_t qs,
+    int32_t queries)
 {
     const float log2e = 1.44269504f;
     for (int32_t h = 0; h < queries; ++h) {
@@ -4937,7 +4938,7 @@ HL_KERNEL_NEON void hl_ifa_bf16_i8_d128_bias_positions_neon(const hl_incre_flash
             const uint16_t *const pse = (const uint16_t *)a->pse_shift
                 + ((batch * a->heads_q + head) * a->seq_q + i) * a->pse_width;
             for (int32_t j = 0; j < b->n; ++j) {
-                s[j * step + h] += log2e * hl_float_of_bf16(pse[b->row[j].token]);
+                s[j * ks + h * qs] += log2e * hl_float_of_bf16(pse[b->row[j].token]);
             }
         }
     }
@@ -4947,15 +4948,14 @@ HL_KERNEL_NEON void hl_ifa_bf16_i8_d128_bias_positions_neon(const hl_incre_flash
 HL_KERNEL_NEON void hl_ifa_bf16_i8_d128_bias_neon(const hl_incre_flash_attention_plan *plan,
                                                   const hl_group *g, const hl_space *w,
                                                   const hl_block *b, int32_t h0, float *s,
-                                                  int32_t step, int32_t queries)
+                                                  int32_t ks, int32_t qs, int32_t queries)
 {
     const hl_incre_flash_attention_args *const a = &plan->args;
-    hl_ifa_bf16_i8_d128_bias_codes_neon(a, g, b, w->shift + h0, s, step, queries);
+    hl_ifa_bf16_i8_d128_bias_codes_neon(a, g, b, w->shift + h0, s, ks, qs, queries);
     if (a->pse_shift != NULL) {
-        hl_ifa_bf16_i8_d128_bias_positions_neon(a, g, b, h0, s, step, queries);
+        hl_ifa_bf16_i8_d128_bias_positions_neon(a, g, b, h0, s, ks, qs, queries);
     }
 }
-
 /* Few queries: their scores lie tile by tile. */
 HL_KERNEL_NEON void hl_ifa_bf16_i8_d128_bias_few_neon(const hl_incre_flash_attention_plan *plan,
     const hl_group *g, const hl_space *w, const hl_block *b)
@@ -4963,13 +4963,13 @@ HL_KERNEL_NEON void hl_ifa_bf16_i8_d128_bias_few_neon(const hl_incre_flash_atten
     enum { BLOCK = 64 };
     int32_t h = 0;
     for (; h + 4 <= g->group; h += 4) {
-        hl_ifa_bf16_i8_d128_bias_neon(plan, g, w, b, h, w->s + h * BLOCK, 4, 4);
+        hl_ifa_bf16_i8_d128_bias_neon(plan, g, w, b, h, w->s + h * BLOCK, 4, 1, 4);
     }
     for (; h + 2 <= g->group; h += 2) {
-        hl_ifa_bf16_i8_d128_bias_neon(plan, g, w, b, h, w->s + h * BLOCK, 2, 2);
+        hl_ifa_bf16_i8_d128_bias_neon(plan, g, w, b, h, w->s + h * BLOCK, 2, 1, 2);
     }
     for (; h + 1 <= g->group; h += 1) {
-        hl_ifa_bf16_i8_d128_bias_neon(plan, g, w, b, h, w->s + h * BLOCK, 1, 1);
+        hl_ifa_bf16_i8_d128_bias_neon(plan, g, w, b, h, w->s + h * BLOCK, 1, 1, 1);
     }
 }
 /* V's numbers that are one a token: weights take the scale; what the offset adds to every channel
@@ -5834,7 +5834,7 @@ HL_KERNEL_NEON void hl_ifa_bf16_i8_d128_block_neon(const hl_incre_flash_attentio
     hl_ifa_bf16_i8_d128_load_neon(w, b);
     /* S = scale Q K^T, in units of log2 */
     hl_ifa_bf16_i8_d128_score_neon(w, padded, b->n, plan->scale_log2);
-    hl_ifa_bf16_i8_d128_bias_neon(plan, g, w, b, 0, w->s, padded, g->group);
+    hl_ifa_bf16_i8_d128_bias_neon(plan, g, w, b, 0, w->s, padded, 1, g->group);
     /* m' = max(m, rowmax S);  P = 2^(S - m');  l, alpha */
     hl_ifa_bf16_i8_d128_softmax_neon(w->s, t, padded, b->n);
     if (plan->args.antiquant_mode == HL_ANTIQUANT_TOKEN) {
@@ -5911,7 +5911,6 @@ HL_KERNEL_NEON void hl_ifa_bf16_i8_d128_forward_row_neon(const hl_incre_flash_at
         t->l[h0 + h] = row.l[h];
     }
 }
-
 /* One chunk of a group's keys: those that all rows see, at once; then each row's own. */
 HL_KERNEL_NEON void hl_ifa_bf16_i8_d128_chunk_neon(const hl_incre_flash_attention_plan *plan,
                                                    const hl_group *g, const hl_space *w,
@@ -6722,7 +6721,8 @@ HL_KERNEL_AVX2 void hl_ifa_bf16_i8_d128_score_few_avx2(const hl_space *w, const 
 
 /* ---- bias: what the operator does to scores between q . k and softmax ----
  *
- * In units of log2. Scores of some queries lie as [key][query], `step` floats from key to key. */
+ * In units of log2. Scores of some queries: `ks` floats from key to key, `qs` from query to
+ * query. */
 
 /* The number of a token in antiquant_scale or antiquant_offset, K's or V's. */
 HL_KERNEL_AVX2 const float *hl_ifa_bf16_i8_d128_token_numbers_avx2(
@@ -6735,7 +6735,7 @@ HL_KERNEL_AVX2 const float *hl_ifa_bf16_i8_d128_token_numbers_avx2(
 /* K's scales and offsets that are not in Q: a number a token, and what offsets add to a query's
  * scores (w->shift, from hl_ifa_bf16_i8_d128_load_q_avx2). */
 HL_KERNEL_AVX2 void hl_ifa_bf16_i8_d128_bias_codes_avx2(const hl_incre_flash_attention_args *a,
-    const hl_group *g, const hl_block *b, const float *shift, float *s, int32_t step,
+    const hl_group *g, const hl_block *b, const float *shift, float *s, int32_t ks, int32_t qs,
     int32_t queries)
 {
     if (a->antiquant_mode == HL_ANTIQUANT_TOKEN) {
@@ -6750,13 +6750,13 @@ HL_KERNEL_AVX2 void hl_ifa_bf16_i8_d128_bias_codes_avx2(const hl_incre_flash_att
                     0)[b->row[j].token];
             }
             for (int32_t h = 0; h < queries; ++h) {
-                s[j * step + h] = x * (s[j * step + h] + offset * shift[h]);
+                s[j * ks + h * qs] = x * (s[j * ks + h * qs] + offset * shift[h]);
             }
         }
     } else if (a->antiquant_offset != NULL) {
         for (int32_t j = 0; j < b->n; ++j) {
             for (int32_t h = 0; h < queries; ++h) {
-                s[j * step + h] += shift[h];
+                s[j * ks + h * qs] += shift[h];
             }
         }
     }
@@ -6764,7 +6764,8 @@ HL_KERNEL_AVX2 void hl_ifa_bf16_i8_d128_bias_codes_avx2(const hl_incre_flash_att
 
 /* pse_shift, for queries from h0 on. */
 HL_KERNEL_AVX2 void hl_ifa_bf16_i8_d128_bias_positions_avx2(const hl_incre_flash_attention_args *a,
-    const hl_group *g, const hl_block *b, int32_t h0, float *s, int32_t step, int32_t queries)
+    const hl_group *g, const hl_block *b, int32_t h0, float *s, int32_t ks, int32_t qs,
+    int32_t queries)
 {
     const float log2e = 1.44269504f;
     for (int32_t h = 0; h < queries; ++h) {
@@ -6775,7 +6776,7 @@ HL_KERNEL_AVX2 void hl_ifa_bf16_i8_d128_bias_positions_avx2(const hl_incre_flash
             const uint16_t *const pse = (const uint16_t *)a->pse_shift
                 + ((batch * a->heads_q + head) * a->seq_q + i) * a->pse_width;
             for (int32_t j = 0; j < b->n; ++j) {
-                s[j * step + h] += log2e * hl_float_of_bf16(pse[b->row[j].token]);
+                s[j * ks + h * qs] += log2e * hl_float_of_bf16(pse[b->row[j].token]);
             }
         }
     }
@@ -6785,15 +6786,14 @@ HL_KERNEL_AVX2 void hl_ifa_bf16_i8_d128_bias_positions_avx2(const hl_incre_flash
 HL_KERNEL_AVX2 void hl_ifa_bf16_i8_d128_bias_avx2(const hl_incre_flash_attention_plan *plan,
                                                   const hl_group *g, const hl_space *w,
                                                   const hl_block *b, int32_t h0, float *s,
-                                                  int32_t step, int32_t queries)
+                                                  int32_t ks, int32_t qs, int32_t queries)
 {
     const hl_incre_flash_attention_args *const a = &plan->args;
-    hl_ifa_bf16_i8_d128_bias_codes_avx2(a, g, b, w->shift + h0, s, step, queries);
+    hl_ifa_bf16_i8_d128_bias_codes_avx2(a, g, b, w->shift + h0, s, ks, qs, queries);
     if (a->pse_shift != NULL) {
-        hl_ifa_bf16_i8_d128_bias_positions_avx2(a, g, b, h0, s, step, queries);
+        hl_ifa_bf16_i8_d128_bias_positions_avx2(a, g, b, h0, s, ks, qs, queries);
     }
 }
-
 /* Few queries: their scores lie tile by tile. */
 HL_KERNEL_AVX2 void hl_ifa_bf16_i8_d128_bias_few_avx2(const hl_incre_flash_attention_plan *plan,
     const hl_group *g, const hl_space *w, const hl_block *b)
@@ -6801,13 +6801,13 @@ HL_KERNEL_AVX2 void hl_ifa_bf16_i8_d128_bias_few_avx2(const hl_incre_flash_atten
     enum { BLOCK = 48 };
     int32_t h = 0;
     for (; h + 4 <= g->group; h += 4) {
-        hl_ifa_bf16_i8_d128_bias_avx2(plan, g, w, b, h, w->s + h * BLOCK, 4, 4);
+        hl_ifa_bf16_i8_d128_bias_avx2(plan, g, w, b, h, w->s + h * BLOCK, 4, 1, 4);
     }
     for (; h + 2 <= g->group; h += 2) {
-        hl_ifa_bf16_i8_d128_bias_avx2(plan, g, w, b, h, w->s + h * BLOCK, 2, 2);
+        hl_ifa_bf16_i8_d128_bias_avx2(plan, g, w, b, h, w->s + h * BLOCK, 2, 1, 2);
     }
     for (; h + 1 <= g->group; h += 1) {
-        hl_ifa_bf16_i8_d128_bias_avx2(plan, g, w, b, h, w->s + h * BLOCK, 1, 1);
+        hl_ifa_bf16_i8_d128_bias_avx2(plan, g, w, b, h, w->s + h * BLOCK, 1, 1, 1);
     }
 }
 /* V's numbers that are one a token: weights take the scale; what the offset adds to every channel
@@ -7566,7 +7566,7 @@ HL_KERNEL_AVX2 void hl_ifa_bf16_i8_d128_block_avx2(const hl_incre_flash_attentio
     hl_ifa_bf16_i8_d128_load_avx2(w, b);
     /* S = scale Q K^T, in units of log2 */
     hl_ifa_bf16_i8_d128_score_avx2(w, padded, b->n, plan->scale_log2);
-    hl_ifa_bf16_i8_d128_bias_avx2(plan, g, w, b, 0, w->s, padded, g->group);
+    hl_ifa_bf16_i8_d128_bias_avx2(plan, g, w, b, 0, w->s, padded, 1, g->group);
     /* m' = max(m, rowmax S);  P = 2^(S - m');  l, alpha */
     hl_ifa_bf16_i8_d128_softmax_avx2(w->s, t, padded, b->n);
     if (plan->args.antiquant_mode == HL_ANTIQUANT_TOKEN) {
@@ -7643,7 +7643,6 @@ HL_KERNEL_AVX2 void hl_ifa_bf16_i8_d128_forward_row_avx2(const hl_incre_flash_at
         t->l[h0 + h] = row.l[h];
     }
 }
-
 /* One chunk of a group's keys: those that all rows see, at once; then each row's own. */
 HL_KERNEL_AVX2 void hl_ifa_bf16_i8_d128_chunk_avx2(const hl_incre_flash_attention_plan *plan,
                                                    const hl_group *g, const hl_space *w,
@@ -8732,7 +8731,8 @@ HL_KERNEL_AVX512 void hl_ifa_bf16_i8_d128_score_few_avx512(const hl_space *w, co
 
 /* ---- bias: what the operator does to scores between q . k and softmax ----
  *
- * In units of log2. Scores of some queries lie as [key][query], `step` floats from key to key. */
+ * In units of log2. Scores of some queries: `ks` floats from key to key, `qs` from query to
+ * query. */
 
 /* The number of a token in antiquant_scale or antiquant_offset, K's or V's. */
 HL_KERNEL_AVX512 const float *hl_ifa_bf16_i8_d128_token_numbers_avx512(
@@ -8745,7 +8745,7 @@ HL_KERNEL_AVX512 const float *hl_ifa_bf16_i8_d128_token_numbers_avx512(
 /* K's scales and offsets that are not in Q: a number a token, and what offsets add to a query's
  * scores (w->shift, from hl_ifa_bf16_i8_d128_load_q_avx512). */
 HL_KERNEL_AVX512 void hl_ifa_bf16_i8_d128_bias_codes_avx512(const hl_incre_flash_attention_args *a,
-    const hl_group *g, const hl_block *b, const float *shift, float *s, int32_t step,
+    const hl_group *g, const hl_block *b, const float *shift, float *s, int32_t ks, int32_t qs,
     int32_t queries)
 {
     if (a->antiquant_mode == HL_ANTIQUANT_TOKEN) {
@@ -8760,13 +8760,13 @@ HL_KERNEL_AVX512 void hl_ifa_bf16_i8_d128_bias_codes_avx512(const hl_incre_flash
                     0)[b->row[j].token];
             }
             for (int32_t h = 0; h < queries; ++h) {
-                s[j * step + h] = x * (s[j * step + h] + offset * shift[h]);
+                s[j * ks + h * qs] = x * (s[j * ks + h * qs] + offset * shift[h]);
             }
         }
     } else if (a->antiquant_offset != NULL) {
         for (int32_t j = 0; j < b->n; ++j) {
             for (int32_t h = 0; h < queries; ++h) {
-                s[j * step + h] += shift[h];
+                s[j * ks + h * qs] += shift[h];
             }
         }
     }
@@ -8775,7 +8775,7 @@ HL_KERNEL_AVX512 void hl_ifa_bf16_i8_d128_bias_codes_avx512(const hl_incre_flash
 /* pse_shift, for queries from h0 on. */
 HL_KERNEL_AVX512 void hl_ifa_bf16_i8_d128_bias_positions_avx512(
     const hl_incre_flash_attention_args *a, const hl_group *g, const hl_block *b, int32_t h0,
-    float *s, int32_t step, int32_t queries)
+    float *s, int32_t ks, int32_t qs, int32_t queries)
 {
     const float log2e = 1.44269504f;
     for (int32_t h = 0; h < queries; ++h) {
@@ -8786,7 +8786,7 @@ HL_KERNEL_AVX512 void hl_ifa_bf16_i8_d128_bias_positions_avx512(
             const uint16_t *const pse = (const uint16_t *)a->pse_shift
                 + ((batch * a->heads_q + head) * a->seq_q + i) * a->pse_width;
             for (int32_t j = 0; j < b->n; ++j) {
-                s[j * step + h] += log2e * hl_float_of_bf16(pse[b->row[j].token]);
+                s[j * ks + h * qs] += log2e * hl_float_of_bf16(pse[b->row[j].token]);
             }
         }
     }
@@ -8794,16 +8794,15 @@ HL_KERNEL_AVX512 void hl_ifa_bf16_i8_d128_bias_positions_avx512(
 
 /* All of it, in the operator's order. */
 HL_KERNEL_AVX512 void hl_ifa_bf16_i8_d128_bias_avx512(const hl_incre_flash_attention_plan *plan,
-    const hl_group *g, const hl_space *w, const hl_block *b, int32_t h0, float *s, int32_t step,
-    int32_t queries)
+    const hl_group *g, const hl_space *w, const hl_block *b, int32_t h0, float *s, int32_t ks,
+    int32_t qs, int32_t queries)
 {
     const hl_incre_flash_attention_args *const a = &plan->args;
-    hl_ifa_bf16_i8_d128_bias_codes_avx512(a, g, b, w->shift + h0, s, step, queries);
+    hl_ifa_bf16_i8_d128_bias_codes_avx512(a, g, b, w->shift + h0, s, ks, qs, queries);
     if (a->pse_shift != NULL) {
-        hl_ifa_bf16_i8_d128_bias_positions_avx512(a, g, b, h0, s, step, queries);
+        hl_ifa_bf16_i8_d128_bias_positions_avx512(a, g, b, h0, s, ks, qs, queries);
     }
 }
-
 /* Few queries: their scores lie tile by tile. */
 HL_KERNEL_AVX512 void hl_ifa_bf16_i8_d128_bias_few_avx512(const hl_incre_flash_attention_plan *plan,
     const hl_group *g, const hl_space *w, const hl_block *b)
@@ -8811,13 +8810,13 @@ HL_KERNEL_AVX512 void hl_ifa_bf16_i8_d128_bias_few_avx512(const hl_incre_flash_a
     enum { BLOCK = 96 };
     int32_t h = 0;
     for (; h + 4 <= g->group; h += 4) {
-        hl_ifa_bf16_i8_d128_bias_avx512(plan, g, w, b, h, w->s + h * BLOCK, 4, 4);
+        hl_ifa_bf16_i8_d128_bias_avx512(plan, g, w, b, h, w->s + h * BLOCK, 4, 1, 4);
     }
     for (; h + 2 <= g->group; h += 2) {
-        hl_ifa_bf16_i8_d128_bias_avx512(plan, g, w, b, h, w->s + h * BLOCK, 2, 2);
+        hl_ifa_bf16_i8_d128_bias_avx512(plan, g, w, b, h, w->s + h * BLOCK, 2, 1, 2);
     }
     for (; h + 1 <= g->group; h += 1) {
-        hl_ifa_bf16_i8_d128_bias_avx512(plan, g, w, b, h, w->s + h * BLOCK, 1, 1);
+        hl_ifa_bf16_i8_d128_bias_avx512(plan, g, w, b, h, w->s + h * BLOCK, 1, 1, 1);
     }
 }
 /* V's numbers that are one a token: weights take the scale; what the offset adds to every channel
@@ -10107,7 +10106,7 @@ HL_KERNEL_AVX512 void hl_ifa_bf16_i8_d128_block_avx512(const hl_incre_flash_atte
     hl_ifa_bf16_i8_d128_load_avx512(w, b);
     /* S = scale Q K^T, in units of log2 */
     hl_ifa_bf16_i8_d128_score_avx512(w, padded, b->n, plan->scale_log2);
-    hl_ifa_bf16_i8_d128_bias_avx512(plan, g, w, b, 0, w->s, padded, g->group);
+    hl_ifa_bf16_i8_d128_bias_avx512(plan, g, w, b, 0, w->s, padded, 1, g->group);
     /* m' = max(m, rowmax S);  P = 2^(S - m');  l, alpha */
     hl_ifa_bf16_i8_d128_softmax_avx512(w->s, t, padded, b->n);
     if (plan->args.antiquant_mode == HL_ANTIQUANT_TOKEN) {
@@ -10186,7 +10185,6 @@ HL_KERNEL_AVX512 void hl_ifa_bf16_i8_d128_forward_row_avx512(
         t->l[h0 + h] = row.l[h];
     }
 }
-
 /* One chunk of a group's keys: those that all rows see, at once; then each row's own. */
 HL_KERNEL_AVX512 void hl_ifa_bf16_i8_d128_chunk_avx512(const hl_incre_flash_attention_plan *plan,
     const hl_group *g, const hl_space *w, const hl_state *t, int32_t chunk, int32_t padded)

@@ -2394,7 +2394,8 @@ HL_KERNEL_SCALAR void hl_ifa_f16_i8_d32_score_few_scalar(const hl_space *w, cons
 
 /* ---- bias: what the operator does to scores between q . k and softmax ----
  *
- * In units of log2. Scores of some queries lie as [key][query], `step` floats from key to key. */
+ * In units of log2. Scores of some queries: `ks` floats from key to key, `qs` from query to
+ * query. */
 
 /* The number of a token in antiquant_scale or antiquant_offset, K's or V's. */
 HL_KERNEL_SCALAR const float *hl_ifa_f16_i8_d32_token_numbers_scalar(
@@ -2407,7 +2408,7 @@ HL_KERNEL_SCALAR const float *hl_ifa_f16_i8_d32_token_numbers_scalar(
 /* K's scales and offsets that are not in Q: a number a token, and what offsets add to a query's
  * scores (w->shift, from hl_ifa_f16_i8_d32_load_q_scalar). */
 HL_KERNEL_SCALAR void hl_ifa_f16_i8_d32_bias_codes_scalar(const hl_incre_flash_attention_args *a,
-    const hl_group *g, const hl_block *b, const float *shift, float *s, int32_t step,
+    const hl_group *g, const hl_block *b, const float *shift, float *s, int32_t ks, int32_t qs,
     int32_t queries)
 {
     if (a->antiquant_mode == HL_ANTIQUANT_TOKEN) {
@@ -2422,13 +2423,13 @@ HL_KERNEL_SCALAR void hl_ifa_f16_i8_d32_bias_codes_scalar(const hl_incre_flash_a
                     0)[b->row[j].token];
             }
             for (int32_t h = 0; h < queries; ++h) {
-                s[j * step + h] = x * (s[j * step + h] + offset * shift[h]);
+                s[j * ks + h * qs] = x * (s[j * ks + h * qs] + offset * shift[h]);
             }
         }
     } else if (a->antiquant_offset != NULL) {
         for (int32_t j = 0; j < b->n; ++j) {
             for (int32_t h = 0; h < queries; ++h) {
-                s[j * step + h] += shift[h];
+                s[j * ks + h * qs] += shift[h];
             }
         }
     }
@@ -2437,7 +2438,7 @@ HL_KERNEL_SCALAR void hl_ifa_f16_i8_d32_bias_codes_scalar(const hl_incre_flash_a
 /* pse_shift, for queries from h0 on. */
 HL_KERNEL_SCALAR void hl_ifa_f16_i8_d32_bias_positions_scalar(
     const hl_incre_flash_attention_args *a, const hl_group *g, const hl_block *b, int32_t h0,
-    float *s, int32_t step, int32_t queries)
+    float *s, int32_t ks, int32_t qs, int32_t queries)
 {
     const float log2e = 1.44269504f;
     for (int32_t h = 0; h < queries; ++h) {
@@ -2448,7 +2449,7 @@ HL_KERNEL_SCALAR void hl_ifa_f16_i8_d32_bias_positions_scalar(
             const uint16_t *const pse = (const uint16_t *)a->pse_shift
                 + ((batch * a->heads_q + head) * a->seq_q + i) * a->pse_width;
             for (int32_t j = 0; j < b->n; ++j) {
-                s[j * step + h] += log2e * hl_float_of_f16(pse[b->row[j].token]);
+                s[j * ks + h * qs] += log2e * hl_float_of_f16(pse[b->row[j].token]);
             }
         }
     }
@@ -2458,15 +2459,14 @@ HL_KERNEL_SCALAR void hl_ifa_f16_i8_d32_bias_positions_scalar(
 HL_KERNEL_SCALAR void hl_ifa_f16_i8_d32_bias_scalar(const hl_incre_flash_attention_plan *plan,
                                                     const hl_group *g, const hl_space *w,
                                                     const hl_block *b, int32_t h0, float *s,
-                                                    int32_t step, int32_t queries)
+                                                    int32_t ks, int32_t qs, int32_t queries)
 {
     const hl_incre_flash_attention_args *const a = &plan->args;
-    hl_ifa_f16_i8_d32_bias_codes_scalar(a, g, b, w->shift + h0, s, step, queries);
+    hl_ifa_f16_i8_d32_bias_codes_scalar(a, g, b, w->shift + h0, s, ks, qs, queries);
     if (a->pse_shift != NULL) {
-        hl_ifa_f16_i8_d32_bias_positions_scalar(a, g, b, h0, s, step, queries);
+        hl_ifa_f16_i8_d32_bias_positions_scalar(a, g, b, h0, s, ks, qs, queries);
     }
 }
-
 /* Few queries: their scores lie tile by tile. */
 HL_KERNEL_SCALAR void hl_ifa_f16_i8_d32_bias_few_scalar(const hl_incre_flash_attention_plan *plan,
     const hl_group *g, const hl_space *w, const hl_block *b)
@@ -2474,13 +2474,13 @@ HL_KERNEL_SCALAR void hl_ifa_f16_i8_d32_bias_few_scalar(const hl_incre_flash_att
     enum { BLOCK = 16 };
     int32_t h = 0;
     for (; h + 4 <= g->group; h += 4) {
-        hl_ifa_f16_i8_d32_bias_scalar(plan, g, w, b, h, w->s + h * BLOCK, 4, 4);
+        hl_ifa_f16_i8_d32_bias_scalar(plan, g, w, b, h, w->s + h * BLOCK, 4, 1, 4);
     }
     for (; h + 2 <= g->group; h += 2) {
-        hl_ifa_f16_i8_d32_bias_scalar(plan, g, w, b, h, w->s + h * BLOCK, 2, 2);
+        hl_ifa_f16_i8_d32_bias_scalar(plan, g, w, b, h, w->s + h * BLOCK, 2, 1, 2);
     }
     for (; h + 1 <= g->group; h += 1) {
-        hl_ifa_f16_i8_d32_bias_scalar(plan, g, w, b, h, w->s + h * BLOCK, 1, 1);
+        hl_ifa_f16_i8_d32_bias_scalar(plan, g, w, b, h, w->s + h * BLOCK, 1, 1, 1);
     }
 }
 /* V's numbers that are one a token: weights take the scale; what the offset adds to every channel
@@ -3078,7 +3078,6 @@ HL_KERNEL_SCALAR void hl_ifa_f16_i8_d32_forward_row_scalar(
         t->l[h0 + h] = row.l[h];
     }
 }
-
 /* One chunk of a group's keys: those that all rows see, at once; then each row's own. */
 HL_KERNEL_SCALAR void hl_ifa_f16_i8_d32_chunk_scalar(const hl_incre_flash_attention_plan *plan,
     const hl_group *g, const hl_space *w, const hl_state *t, int32_t chunk, int32_t padded)
@@ -3272,9 +3271,6 @@ static inline hl_status hl_ifa_f16_i8_d32_plan(hl_incre_flash_attention_plan *pl
     if (a->value == a->key && a->value_stride.batch == a->key_stride.batch
         && a->value_stride.row == a->key_stride.row && a->value_stride.head == a->key_stride.head) {
         a->value = NULL; /* the same memory: read it once */
-    }
-    if (a->isa == HL_ISA_AMX && a->heads_q / a->heads_kv < 17) {
-        a->isa = HL_ISA_AVX512; /* for few heads tiles in two parts are no help */
     }
     rows = a->batch; /* all rows of a batch are one task */
     p.group = a->heads_q / a->heads_kv * a->seq_q;

@@ -2699,7 +2699,8 @@ HL_KERNEL_SCALAR void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_score_few_
 
 /* ---- bias: what the operator does to scores between q . k and softmax ----
  *
- * In units of log2. Scores of some queries lie as [key][query], `step` floats from key to key. */
+ * In units of log2. Scores of some queries: `ks` floats from key to key, `qs` from query to
+ * query. */
 
 /* cap * tanh(s / cap): tanh |x| = (1 - e) / (1 + e), e = 2^(-2 |x| log2 e); and the sign of x. */
 HL_KERNEL_SCALAR void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_bias_softcap_scalar(float cap,
@@ -2729,7 +2730,7 @@ HL_KERNEL_SCALAR void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_bias_softc
 /* pse_shift and ALiBi, for queries from h0 on. */
 HL_KERNEL_SCALAR void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_bias_positions_scalar(
     const hl_incre_flash_attention_args *a, const hl_group *g, const hl_block *b, int32_t h0,
-    float *s, int32_t step, int32_t queries)
+    float *s, int32_t ks, int32_t qs, int32_t queries)
 {
     const float log2e = 1.44269504f;
     for (int32_t h = 0; h < queries; ++h) {
@@ -2740,14 +2741,14 @@ HL_KERNEL_SCALAR void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_bias_posit
             const float *const pse = (const float *)a->pse_shift
                 + ((batch * a->heads_q + head) * a->seq_q + i) * a->pse_width;
             for (int32_t j = 0; j < b->n; ++j) {
-                s[j * step + h] += log2e * (pse[b->row[j].token]);
+                s[j * ks + h * qs] += log2e * (pse[b->row[j].token]);
             }
         }
         if (a->alibi_slopes != NULL) {
             const float slope = log2e * a->alibi_slopes[head];
             const ptrdiff_t own = (ptrdiff_t)g->first + g->length - g->rows + i;
             for (int32_t j = 0; j < b->n; ++j) {
-                s[j * step + h] += slope * (float)(b->row[j].token - own);
+                s[j * ks + h * qs] += slope * (float)(b->row[j].token - own);
             }
         }
     }
@@ -2756,20 +2757,23 @@ HL_KERNEL_SCALAR void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_bias_posit
 /* All of it, in the operator's order. */
 HL_KERNEL_SCALAR void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_bias_scalar(
     const hl_incre_flash_attention_plan *plan, const hl_group *g, const hl_space *w,
-    const hl_block *b, int32_t h0, float *s, int32_t step, int32_t queries)
+    const hl_block *b, int32_t h0, float *s, int32_t ks, int32_t qs, int32_t queries)
 {
     const hl_incre_flash_attention_args *const a = &plan->args;
     (void)w;
-    if (a->softcap != 0.0f) {
+    if (a->softcap != 0.0f && ks > 1) { /* keys are in rows that follow each other */
         hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_bias_softcap_scalar(a->softcap
-            * 1.44269504f, s, b->n * step);
+            * 1.44269504f, s, b->n * ks);
+    }
+    for (int32_t h = 0; a->softcap != 0.0f && ks == 1 && h < queries; ++h) {
+        hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_bias_softcap_scalar(a->softcap
+            * 1.44269504f, s + (ptrdiff_t)h * qs, b->n);
     }
     if (a->pse_shift != NULL || a->alibi_slopes != NULL) {
-        hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_bias_positions_scalar(a, g, b, h0, s, step,
-            queries);
+        hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_bias_positions_scalar(a, g, b, h0, s, ks,
+            qs, queries);
     }
 }
-
 /* Few queries: their scores lie tile by tile. */
 HL_KERNEL_SCALAR void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_bias_few_scalar(
     const hl_incre_flash_attention_plan *plan, const hl_group *g, const hl_space *w,
@@ -2779,15 +2783,15 @@ HL_KERNEL_SCALAR void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_bias_few_s
     int32_t h = 0;
     for (; h + 4 <= g->group; h += 4) {
         hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_bias_scalar(plan, g, w, b, h, w->s + h
-            * BLOCK, 4, 4);
+            * BLOCK, 4, 1, 4);
     }
     for (; h + 2 <= g->group; h += 2) {
         hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_bias_scalar(plan, g, w, b, h, w->s + h
-            * BLOCK, 2, 2);
+            * BLOCK, 2, 1, 2);
     }
     for (; h + 1 <= g->group; h += 1) {
         hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_bias_scalar(plan, g, w, b, h, w->s + h
-            * BLOCK, 1, 1);
+            * BLOCK, 1, 1, 1);
     }
 }
 
@@ -3372,7 +3376,6 @@ HL_KERNEL_SCALAR void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_forward_ro
         t->l[h0 + h] = row.l[h];
     }
 }
-
 /* One chunk of a group's keys: those that all rows see, at once; then each row's own. */
 HL_KERNEL_SCALAR void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_chunk_scalar(
     const hl_incre_flash_attention_plan *plan, const hl_group *g, const hl_space *w,
@@ -4245,7 +4248,8 @@ HL_KERNEL_NEON void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_score_few_ne
 
 /* ---- bias: what the operator does to scores between q . k and softmax ----
  *
- * In units of log2. Scores of some queries lie as [key][query], `step` floats from key to key. */
+ * In units of log2. Scores of some queries: `ks` floats from key to key, `qs` from query to
+ * query. */
 
 /* cap * tanh(s / cap): tanh |x| = (1 - e) / (1 + e), e = 2^(-2 |x| log2 e); and the sign of x. */
 HL_KERNEL_NEON void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_bias_softcap_neon(float cap,
@@ -4272,7 +4276,7 @@ HL_KERNEL_NEON void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_bias_softcap
 /* pse_shift and ALiBi, for queries from h0 on. */
 HL_KERNEL_NEON void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_bias_positions_neon(
     const hl_incre_flash_attention_args *a, const hl_group *g, const hl_block *b, int32_t h0,
-    float *s, int32_t step, int32_t queries)
+    float *s, int32_t ks, int32_t qs, int32_t queries)
 {
     const float log2e = 1.44269504f;
     for (int32_t h = 0; h < queries; ++h) {
@@ -4283,14 +4287,14 @@ HL_KERNEL_NEON void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_bias_positio
             const float *const pse = (const float *)a->pse_shift
                 + ((batch * a->heads_q + head) * a->seq_q + i) * a->pse_width;
             for (int32_t j = 0; j < b->n; ++j) {
-                s[j * step + h] += log2e * (pse[b->row[j].token]);
+                s[j * ks + h * qs] += log2e * (pse[b->row[j].token]);
             }
         }
         if (a->alibi_slopes != NULL) {
             const float slope = log2e * a->alibi_slopes[head];
             const ptrdiff_t own = (ptrdiff_t)g->first + g->length - g->rows + i;
             for (int32_t j = 0; j < b->n; ++j) {
-                s[j * step + h] += slope * (float)(b->row[j].token - own);
+                s[j * ks + h * qs] += slope * (float)(b->row[j].token - own);
             }
         }
     }
@@ -4299,20 +4303,23 @@ HL_KERNEL_NEON void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_bias_positio
 /* All of it, in the operator's order. */
 HL_KERNEL_NEON void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_bias_neon(
     const hl_incre_flash_attention_plan *plan, const hl_group *g, const hl_space *w,
-    const hl_block *b, int32_t h0, float *s, int32_t step, int32_t queries)
+    const hl_block *b, int32_t h0, float *s, int32_t ks, int32_t qs, int32_t queries)
 {
     const hl_incre_flash_attention_args *const a = &plan->args;
     (void)w;
-    if (a->softcap != 0.0f) {
+    if (a->softcap != 0.0f && ks > 1) { /* keys are in rows that follow each other */
         hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_bias_softcap_neon(a->softcap * 1.44269504f,
-            s, b->n * step);
+            s, b->n * ks);
+    }
+    for (int32_t h = 0; a->softcap != 0.0f && ks == 1 && h < queries; ++h) {
+        hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_bias_softcap_neon(a->softcap * 1.44269504f,
+            s + (ptrdiff_t)h * qs, b->n);
     }
     if (a->pse_shift != NULL || a->alibi_slopes != NULL) {
-        hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_bias_positions_neon(a, g, b, h0, s, step,
+        hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_bias_positions_neon(a, g, b, h0, s, ks, qs,
             queries);
     }
 }
-
 /* Few queries: their scores lie tile by tile. */
 HL_KERNEL_NEON void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_bias_few_neon(
     const hl_incre_flash_attention_plan *plan, const hl_group *g, const hl_space *w,
@@ -4322,15 +4329,15 @@ HL_KERNEL_NEON void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_bias_few_neo
     int32_t h = 0;
     for (; h + 4 <= g->group; h += 4) {
         hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_bias_neon(plan, g, w, b, h, w->s + h
-            * BLOCK, 4, 4);
+            * BLOCK, 4, 1, 4);
     }
     for (; h + 2 <= g->group; h += 2) {
         hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_bias_neon(plan, g, w, b, h, w->s + h
-            * BLOCK, 2, 2);
+            * BLOCK, 2, 1, 2);
     }
     for (; h + 1 <= g->group; h += 1) {
         hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_bias_neon(plan, g, w, b, h, w->s + h
-            * BLOCK, 1, 1);
+            * BLOCK, 1, 1, 1);
     }
 }
 
@@ -5170,7 +5177,7 @@ HL_KERNEL_NEON void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_block_neon(
     hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_load_neon(w, b);
     /* S = scale Q K^T, in units of log2 */
     hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_score_neon(w, padded, b->n, plan->scale_log2);
-    hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_bias_neon(plan, g, w, b, 0, w->s, padded,
+    hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_bias_neon(plan, g, w, b, 0, w->s, padded, 1,
         g->group);
     /* m' = max(m, rowmax S);  P = 2^(S - m');  l, alpha */
     hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_softmax_neon(w->s, t, padded, b->n);
@@ -5254,7 +5261,6 @@ HL_KERNEL_NEON void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_forward_row_
         t->l[h0 + h] = row.l[h];
     }
 }
-
 /* One chunk of a group's keys: those that all rows see, at once; then each row's own. */
 HL_KERNEL_NEON void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_chunk_neon(
     const hl_incre_flash_attention_plan *plan, const hl_group *g, const hl_space *w,
@@ -6040,7 +6046,8 @@ HL_KERNEL_AVX2 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_score_few_av
 
 /* ---- bias: what the operator does to scores between q . k and softmax ----
  *
- * In units of log2. Scores of some queries lie as [key][query], `step` floats from key to key. */
+ * In units of log2. Scores of some queries: `ks` floats from key to key, `qs` from query to
+ * query. */
 
 /* cap * tanh(s / cap): tanh |x| = (1 - e) / (1 + e), e = 2^(-2 |x| log2 e); and the sign of x. */
 HL_KERNEL_AVX2 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_bias_softcap_avx2(float cap,
@@ -6067,7 +6074,7 @@ HL_KERNEL_AVX2 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_bias_softcap
 /* pse_shift and ALiBi, for queries from h0 on. */
 HL_KERNEL_AVX2 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_bias_positions_avx2(
     const hl_incre_flash_attention_args *a, const hl_group *g, const hl_block *b, int32_t h0,
-    float *s, int32_t step, int32_t queries)
+    float *s, int32_t ks, int32_t qs, int32_t queries)
 {
     const float log2e = 1.44269504f;
     for (int32_t h = 0; h < queries; ++h) {
@@ -6078,14 +6085,14 @@ HL_KERNEL_AVX2 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_bias_positio
             const float *const pse = (const float *)a->pse_shift
                 + ((batch * a->heads_q + head) * a->seq_q + i) * a->pse_width;
             for (int32_t j = 0; j < b->n; ++j) {
-                s[j * step + h] += log2e * (pse[b->row[j].token]);
+                s[j * ks + h * qs] += log2e * (pse[b->row[j].token]);
             }
         }
         if (a->alibi_slopes != NULL) {
             const float slope = log2e * a->alibi_slopes[head];
             const ptrdiff_t own = (ptrdiff_t)g->first + g->length - g->rows + i;
             for (int32_t j = 0; j < b->n; ++j) {
-                s[j * step + h] += slope * (float)(b->row[j].token - own);
+                s[j * ks + h * qs] += slope * (float)(b->row[j].token - own);
             }
         }
     }
@@ -6094,20 +6101,23 @@ HL_KERNEL_AVX2 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_bias_positio
 /* All of it, in the operator's order. */
 HL_KERNEL_AVX2 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_bias_avx2(
     const hl_incre_flash_attention_plan *plan, const hl_group *g, const hl_space *w,
-    const hl_block *b, int32_t h0, float *s, int32_t step, int32_t queries)
+    const hl_block *b, int32_t h0, float *s, int32_t ks, int32_t qs, int32_t queries)
 {
     const hl_incre_flash_attention_args *const a = &plan->args;
     (void)w;
-    if (a->softcap != 0.0f) {
+    if (a->softcap != 0.0f && ks > 1) { /* keys are in rows that follow each other */
         hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_bias_softcap_avx2(a->softcap * 1.44269504f,
-            s, b->n * step);
+            s, b->n * ks);
+    }
+    for (int32_t h = 0; a->softcap != 0.0f && ks == 1 && h < queries; ++h) {
+        hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_bias_softcap_avx2(a->softcap * 1.44269504f,
+            s + (ptrdiff_t)h * qs, b->n);
     }
     if (a->pse_shift != NULL || a->alibi_slopes != NULL) {
-        hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_bias_positions_avx2(a, g, b, h0, s, step,
+        hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_bias_positions_avx2(a, g, b, h0, s, ks, qs,
             queries);
     }
 }
-
 /* Few queries: their scores lie tile by tile. */
 HL_KERNEL_AVX2 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_bias_few_avx2(
     const hl_incre_flash_attention_plan *plan, const hl_group *g, const hl_space *w,
@@ -6117,15 +6127,15 @@ HL_KERNEL_AVX2 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_bias_few_avx
     int32_t h = 0;
     for (; h + 4 <= g->group; h += 4) {
         hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_bias_avx2(plan, g, w, b, h, w->s + h
-            * BLOCK, 4, 4);
+            * BLOCK, 4, 1, 4);
     }
     for (; h + 2 <= g->group; h += 2) {
         hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_bias_avx2(plan, g, w, b, h, w->s + h
-            * BLOCK, 2, 2);
+            * BLOCK, 2, 1, 2);
     }
     for (; h + 1 <= g->group; h += 1) {
         hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_bias_avx2(plan, g, w, b, h, w->s + h
-            * BLOCK, 1, 1);
+            * BLOCK, 1, 1, 1);
     }
 }
 
@@ -6857,7 +6867,7 @@ HL_KERNEL_AVX2 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_block_avx2(
     hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_load_avx2(w, b);
     /* S = scale Q K^T, in units of log2 */
     hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_score_avx2(w, padded, b->n, plan->scale_log2);
-    hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_bias_avx2(plan, g, w, b, 0, w->s, padded,
+    hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_bias_avx2(plan, g, w, b, 0, w->s, padded, 1,
         g->group);
     /* m' = max(m, rowmax S);  P = 2^(S - m');  l, alpha */
     hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_softmax_avx2(w->s, t, padded, b->n);
@@ -6941,7 +6951,6 @@ HL_KERNEL_AVX2 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_forward_row_
         t->l[h0 + h] = row.l[h];
     }
 }
-
 /* One chunk of a group's keys: those that all rows see, at once; then each row's own. */
 HL_KERNEL_AVX2 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_chunk_avx2(
     const hl_incre_flash_attention_plan *plan, const hl_group *g, const hl_space *w,
@@ -8010,7 +8019,8 @@ HL_KERNEL_AVX512 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_score_few_
 
 /* ---- bias: what the operator does to scores between q . k and softmax ----
  *
- * In units of log2. Scores of some queries lie as [key][query], `step` floats from key to key. */
+ * In units of log2. Scores of some queries: `ks` floats from key to key, `qs` from query to
+ * query. */
 
 /* cap * tanh(s / cap): tanh |x| = (1 - e) / (1 + e), e = 2^(-2 |x| log2 e); and the sign of x. */
 HL_KERNEL_AVX512 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_bias_softcap_avx512(float cap,
@@ -8040,7 +8050,7 @@ HL_KERNEL_AVX512 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_bias_softc
 /* pse_shift and ALiBi, for queries from h0 on. */
 HL_KERNEL_AVX512 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_bias_positions_avx512(
     const hl_incre_flash_attention_args *a, const hl_group *g, const hl_block *b, int32_t h0,
-    float *s, int32_t step, int32_t queries)
+    float *s, int32_t ks, int32_t qs, int32_t queries)
 {
     const float log2e = 1.44269504f;
     for (int32_t h = 0; h < queries; ++h) {
@@ -8051,14 +8061,14 @@ HL_KERNEL_AVX512 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_bias_posit
             const float *const pse = (const float *)a->pse_shift
                 + ((batch * a->heads_q + head) * a->seq_q + i) * a->pse_width;
             for (int32_t j = 0; j < b->n; ++j) {
-                s[j * step + h] += log2e * (pse[b->row[j].token]);
+                s[j * ks + h * qs] += log2e * (pse[b->row[j].token]);
             }
         }
         if (a->alibi_slopes != NULL) {
             const float slope = log2e * a->alibi_slopes[head];
             const ptrdiff_t own = (ptrdiff_t)g->first + g->length - g->rows + i;
             for (int32_t j = 0; j < b->n; ++j) {
-                s[j * step + h] += slope * (float)(b->row[j].token - own);
+                s[j * ks + h * qs] += slope * (float)(b->row[j].token - own);
             }
         }
     }
@@ -8067,20 +8077,23 @@ HL_KERNEL_AVX512 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_bias_posit
 /* All of it, in the operator's order. */
 HL_KERNEL_AVX512 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_bias_avx512(
     const hl_incre_flash_attention_plan *plan, const hl_group *g, const hl_space *w,
-    const hl_block *b, int32_t h0, float *s, int32_t step, int32_t queries)
+    const hl_block *b, int32_t h0, float *s, int32_t ks, int32_t qs, int32_t queries)
 {
     const hl_incre_flash_attention_args *const a = &plan->args;
     (void)w;
-    if (a->softcap != 0.0f) {
+    if (a->softcap != 0.0f && ks > 1) { /* keys are in rows that follow each other */
         hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_bias_softcap_avx512(a->softcap
-            * 1.44269504f, s, b->n * step);
+            * 1.44269504f, s, b->n * ks);
+    }
+    for (int32_t h = 0; a->softcap != 0.0f && ks == 1 && h < queries; ++h) {
+        hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_bias_softcap_avx512(a->softcap
+            * 1.44269504f, s + (ptrdiff_t)h * qs, b->n);
     }
     if (a->pse_shift != NULL || a->alibi_slopes != NULL) {
-        hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_bias_positions_avx512(a, g, b, h0, s, step,
-            queries);
+        hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_bias_positions_avx512(a, g, b, h0, s, ks,
+            qs, queries);
     }
 }
-
 /* Few queries: their scores lie tile by tile. */
 HL_KERNEL_AVX512 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_bias_few_avx512(
     const hl_incre_flash_attention_plan *plan, const hl_group *g, const hl_space *w,
@@ -8090,15 +8103,15 @@ HL_KERNEL_AVX512 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_bias_few_a
     int32_t h = 0;
     for (; h + 4 <= g->group; h += 4) {
         hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_bias_avx512(plan, g, w, b, h, w->s + h
-            * BLOCK, 4, 4);
+            * BLOCK, 4, 1, 4);
     }
     for (; h + 2 <= g->group; h += 2) {
         hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_bias_avx512(plan, g, w, b, h, w->s + h
-            * BLOCK, 2, 2);
+            * BLOCK, 2, 1, 2);
     }
     for (; h + 1 <= g->group; h += 1) {
         hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_bias_avx512(plan, g, w, b, h, w->s + h
-            * BLOCK, 1, 1);
+            * BLOCK, 1, 1, 1);
     }
 }
 
@@ -9306,7 +9319,7 @@ HL_KERNEL_AVX512 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_block_avx5
     hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_load_avx512(w, b);
     /* S = scale Q K^T, in units of log2 */
     hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_score_avx512(w, padded, b->n, plan->scale_log2);
-    hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_bias_avx512(plan, g, w, b, 0, w->s, padded,
+    hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_bias_avx512(plan, g, w, b, 0, w->s, padded, 1,
         g->group);
     /* m' = max(m, rowmax S);  P = 2^(S - m');  l, alpha */
     hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_softmax_avx512(w->s, t, padded, b->n);
@@ -9390,7 +9403,6 @@ HL_KERNEL_AVX512 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_forward_ro
         t->l[h0 + h] = row.l[h];
     }
 }
-
 /* One chunk of a group's keys: those that all rows see, at once; then each row's own. */
 HL_KERNEL_AVX512 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_chunk_avx512(
     const hl_incre_flash_attention_plan *plan, const hl_group *g, const hl_space *w,

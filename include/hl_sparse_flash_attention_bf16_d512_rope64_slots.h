@@ -9418,25 +9418,25 @@ HL_KERNEL_AMX void hl_sfa_bf16_d512_rope64_slots_load_q_amx(const hl_sparse_flas
     enum { COLUMNS = 18, PARTS = 1 };
     const int32_t tiles = group > 16 ? 2 : 1;
     unsigned char *const scratch = (unsigned char *)row;
-    for (int32_t h = 0; h < group; h += 16 * tiles) {
-        unsigned char *const pair = (unsigned char *)to + (ptrdiff_t)h * (COLUMNS * PARTS * 64);
+    for (int32_t h0 = 0; h0 < group; h0 += 16 * tiles) {
+        unsigned char *const pair = (unsigned char *)to + (ptrdiff_t)h0 * (COLUMNS * PARTS * 64);
         for (int32_t i = 0; i < COLUMNS * PARTS * tiles; ++i) {
             const int32_t column = i / (PARTS * tiles);
             const int32_t part = i / tiles % PARTS;
-            const int32_t first = h + i % tiles * 16;
+            const int32_t first = h0 + i % tiles * 16;
             for (int32_t r = 0; r < 16; ++r) {
-                const ptrdiff_t head = first + r;
+                const int32_t h = first + r;
                 __m512i words = _mm512_setzero_si512();
-                if (head < group) {
-                    const uint16_t *const q = (const uint16_t *)a->query + g->query
-                        + head * a->query_stride.head;
+                if (h < group) {
+                    const uint16_t *const q =
+                        (const uint16_t *)a->query + g->query + h * a->query_stride.head;
                     hl_row at;
                     at.key = q;
                     at.rope = q + 512;
                     at.value = q;
                     if (a->query_rope != NULL) {
                         at.rope = (const uint16_t *)a->query_rope + g->query_rope
-                            + head * a->query_rope_stride.head;
+                            + h * a->query_rope_stride.head;
                     }
                     words = hl_sfa_bf16_d512_rope64_slots_key_words_amx(&at, column, part);
                 }
