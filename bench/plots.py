@@ -26,7 +26,9 @@ def title(record: dict[str, Any]) -> str:
     heads = f"{record['heads']}" if record["kv_heads"] == 1 else (
         f"{record['heads']}/{record['kv_heads']}")
     of = f" of {record['cache_keys']}" if record["cache_keys"] > record["keys"] else ""
-    return f"{heads} heads\n{record['keys']}{of}\n{record['kv_format']}"
+    of = f", {record['rows']} rows" if record["rows"] > 1 else of
+    batch = f"{record['batch']} x " if record["batch"] > 1 else ""
+    return f"{batch}{heads} heads\n{record['keys']}{of}\n{record['kv_format']}"
 
 
 def roofline(records: Records, measured: list[Measured], path: Path) -> None:
@@ -106,4 +108,4 @@ def shape_of(record: dict[str, Any]) -> tuple[Any, ...]:
     """What a record is about, whoever computed it."""
     return tuple(record[name] for name in (
         "kernel", "threads", "rows", "heads", "kv_heads", "keys", "cache_keys", "selection",
-        "warm"))
+        "batch", "layout", "warm"))

@@ -20,6 +20,7 @@ sys.path.append(str(ROOT / "bench"))
 import cases  # noqa: E402
 import measure as m  # noqa: E402
 import peers  # noqa: E402
+import tensors  # noqa: E402
 from peers import install  # noqa: E402
 
 FIELDS = {
@@ -159,10 +160,10 @@ def test_the_limit_is_that_of_the_unit_that_computes():
 
 
 def test_work_of_a_shape():
-    dense = m.Shape(8, 2, 100, 100, value=True)
+    dense = tensors.Shape(8, 2, 100, 100, value=True)
     assert dense.flops(6, 4) == 2 * 8 * 10 * 100
     assert dense.bytes(6, 4, 2) == 2 * 100 * 10 * 2
-    causal = m.Shape(1, 1, 5, 5, "causal", rows=3)
+    causal = tensors.Shape(1, 1, 5, 5, "causal", rows=3)
     assert causal.seen() == 3 + 4 + 5
     assert causal.bytes(6, 4, 2) == 5 * 6 * 2
 
@@ -170,7 +171,7 @@ def test_work_of_a_shape():
 def test_the_reference_is_attention():
     rng = np.random.default_rng(1)
     q, k, v = (rng.standard_normal(shape) for shape in ((2, 3, 4), (5, 4), (5, 2)))
-    out = m.exact(q, k, v, 0.5, causal=True)
+    out = tensors.exact(q, k, v, 0.5, causal=True)
     for row in range(2):
         seen = 5 - 2 + row + 1
         for head in range(3):

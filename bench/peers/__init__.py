@@ -15,6 +15,7 @@ import numpy as np
 from cases import MLA, SMALL, Shape, mla
 from side import Bench
 from tables import Table, ms, number, percent
+from tensors import Tensors
 
 from peers.base import MissingError, Peer, Prepared
 from peers.ggml_flash import Ggml
@@ -131,7 +132,7 @@ def on_shape(made: m.Build, shape: Shape, found: list[Peer], table: Table,
     return records
 
 
-def prepared_peers(made: m.Build, shape: Shape, t: m.Tensors, found: list[Peer],
+def prepared_peers(made: m.Build, shape: Shape, t: Tensors, found: list[Peer],
                    refused: list[str]) -> tuple[dict[str, Prepared], dict[str, float]]:
     """The peers that can do a shape, and their errors; those that cannot are named."""
     able: dict[str, Prepared] = {}

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from measure import Shape, Tensors, declare
+from measure import declare
+from tensors import Shape, Tensors
 
 from gen import bind
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from measure import Shape, Tensors, allocate
+from tensors import Shape, Tensors, allocate
 
 from peers.base import MissingError, Peer, Prepared, fastest, repeated
 

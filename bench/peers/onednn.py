@@ -4,7 +4,7 @@ import os
 
 import ml_dtypes
 import numpy as np
-from measure import Shape, Tensors
+from tensors import Shape, Tensors
 
 from peers.base import MissingError, Peer, Prepared, addresses, compiled
 

@@ -1,7 +1,7 @@
 """OpenBLAS: sgemm, softmax with expf, sgemm."""
 
 import numpy as np
-from measure import Shape, Tensors, allocate
+from tensors import Shape, Tensors, allocate
 
 from peers.base import Peer, Prepared, addresses, compiled
 

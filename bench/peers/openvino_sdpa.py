@@ -3,7 +3,7 @@
 from typing import Any
 
 import numpy as np
-from measure import Shape, Tensors
+from tensors import Shape, Tensors
 
 from peers.base import MissingError, Peer, Prepared, repeated
 
