@@ -163,6 +163,7 @@ class Tensors:
     scale: float
     numbers: np.ndarray | None = None  # what records stand for: [cache_keys][1][dk]
     page: int = 1  # keys of one row of `key`
+    seen: np.ndarray | None = None  # how many of the keys each head of a group sees; None: all
 
     def ids(self, turn: int) -> np.ndarray | slice:
         """The rows of the cache that call number `turn` reads."""

@@ -41,6 +41,8 @@ def run(*command: str | Path, seconds: float | None = None) -> tuple[bool, str]:
                               capture_output=True, timeout=seconds)
     except subprocess.TimeoutExpired:
         return False, f"took longer than {seconds:.0f} s"
+    except OSError as error:  # before there is a virtual environment
+        return False, str(error)
     lines = (done.stderr.strip() or done.stdout.strip()).splitlines()
     errors = [line for line in lines if "rror" in line]
     return done.returncode == 0, (errors or lines or [""])[-1][:200]
