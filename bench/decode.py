@@ -44,14 +44,16 @@ ROWS = gqa(16384, selection="causal", rows=8)  # a draft of eight tokens
 BATCH = gqa(2048, batch=8)
 SMALL = Shape(4, 4, 256, 256, value=True)  # of a small model: a call of microseconds
 MLA = [Shape(16, 1, keys, keys) for keys in (2048, 8192, 32768)]
+F32, LATENT = "f32_d64_stats_sinks_window_softcap_alibi", "bf16_d576x512_stats"
 SHAPES = {
     "bf16_d128": [*gqa_shapes(*PLAIN, *PAGES, ("PA_BNSD", 128)), ROWS, BATCH],
     "f16_d128": gqa_shapes(*PLAIN),
     "bf16_i8_d128": [*gqa_shapes(*PLAIN, *PAGES), ROWS, BATCH],
     "bf16_e4m3_d128": gqa_shapes(*PLAIN),
     "bf16_i4_32_d128": gqa_shapes(*PLAIN),
-    "f32_d64": [SMALL],
-    "bf16_d576x512": MLA,
+    F32: [SMALL],
+    LATENT: MLA,
+    "f16_i8_d32": [Shape(4, 4, 64, 64, value=True)],
 }
 # The same kernels in little, for quick runs.
 QUICK = [
@@ -59,7 +61,6 @@ QUICK = [
     Shape(8, 2, 160, 160, value=True, layout="PA_BSND", block=16),
     Shape(8, 2, 160, 160, "causal", rows=3, value=True),
 ]
-QUICK_KERNELS = ("bf16_d128", "bf16_i8_d128")
 
 
 def promised() -> dict[tuple[str, Shape, str], float]:
@@ -71,9 +72,9 @@ def promised() -> dict[tuple[str, Shape, str], float]:
             made["bf16_d128", gqa(keys, layout), "amx"] = 0.75
             made["bf16_i8_d128", gqa(keys, layout), "amx"] = i8_share / 100
             made["bf16_d128", gqa(keys, layout), "avx512"] = 0.48
-    made |= {("bf16_d576x512", shape, "amx"): 0.60 for shape in MLA}
+    made |= {(LATENT, shape, "amx"): 0.60 for shape in MLA}
     made["bf16_d128", ROWS, "amx"] = 0.50
-    made["f32_d64", SMALL, "best"] = 0.65
+    made[F32, SMALL, "best"] = 0.65
     return made
 
 

@@ -41,8 +41,8 @@ HEADERS = (
     (f"{decode.PREFIX}bf16_d128", [decode.gqa(4096), decode.gqa(16384), decode.ROWS, decode.BATCH]),
     (f"{decode.PREFIX}f16_d128", [decode.gqa(4096), decode.gqa(16384)]),
     (f"{decode.PREFIX}bf16_i8_d128", [decode.gqa(4096), decode.gqa(16384)]),
-    (f"{decode.PREFIX}f32_d64", [decode.SMALL]),
-    (f"{decode.PREFIX}bf16_d576x512", decode.MLA),
+    (decode.PREFIX + decode.F32, [decode.SMALL]),
+    (decode.PREFIX + decode.LATENT, decode.MLA),
 )
 
 
