@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from gen.formats import STORED
 from gen.isa import FORMAT_WORDS
 
+WALK_MOST = 16  # kv heads that are decoded in turn
 ROWS_MOST = 16  # query rows of a batch that are decoded together
 
 
@@ -187,6 +188,7 @@ def decode_view(kernel):
         "group_parameter": "const hl_group *g, ",
         "group_argument": "g, ",
         "rows_most": ROWS_MOST,
+        "walk_most": WALK_MOST,
         "queries_of_row": "(uint64_t)a->heads_q * (uint64_t)a->seq_q",
         "absent": absent(kernel),
         **manual_words(kernel),
