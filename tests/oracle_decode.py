@@ -294,7 +294,8 @@ def scores(r: Row, a: Args, dtype: type) -> np.ndarray:
     in_order = dtype == np.float32 and r.q.dtype == np.float32
     s = dtype(a.scale) * (matmul_in_order(q, k.T) if in_order else q @ k.T)
     if a.softcap:
-        s = dtype(a.softcap) * np.tanh(s / dtype(a.softcap))
+        cap = dtype(np.float32(a.softcap))
+        s = cap * np.tanh(s / cap)
     return s + pse + slopes[:, None] * distance
 
 
