@@ -73,10 +73,16 @@ SPECS: dict[str, dict[str, Any]] = {
     },
     "bf16_bf16xi8": {"dtype": "bf16", "dk": 16, "dv": 20, "kv": "bf16xi8", "features": ["stats"]},
     "f16_e4m3xi4": {"dtype": "f16", "dk": 32, "dv": 70, "kv": "e4m3xi4_64"},
+    "f16_i4xf16": {"dtype": "f16", "dk": 150, "dv": 16, "kv": "i4_128xf16", "features": ["sinks"]},
 }
 SMALL = ("f32_all", "f16_none", "bf16_all")  # that have no codes
-CODED = ("bf16_i8", "f16_i8xe4m3", "bf16_bf16xi8")  # whose scales are tensors of their own
-SCALED = (*CODED, "bf16_i4", "f16_e4m3xi4")
+CODED = (
+    "bf16_i8",
+    "f16_i8xe4m3",
+    "bf16_bf16xi8",
+    "f16_e4m3xi4",
+)  # whose scales are tensors of their own
+SCALED = (*CODED, "bf16_i4", "f16_i4xf16")
 POINTERS = (
     "query",
     "key",
@@ -451,7 +457,9 @@ def make_case(k: bind.Kernel, shape: Shape) -> Case:
     return Case(shape, args)
 
 
-def random_table(rng: np.random.Generator, shape: Shape) -> tuple[np.ndarray, tuple[int, int]]:
+def random_table(
+    rng: np.random.Generator, shape: Shape, share: bool = True
+) -> tuple[np.ndarray, tuple[int, int]]:
     """A block table (or one of slots) over a shuffled pool, nonsense behind the entries in use,
     and the pool's shape. Sometimes two batches share a first page."""
     size = shape.block_size
@@ -463,7 +471,7 @@ def random_table(rng: np.random.Generator, shape: Shape) -> tuple[np.ndarray, tu
     for b, n in enumerate(needed):
         table[b, :n] = pool[at : at + n]
         at += n
-    if len(needed) > 1 and min(needed[:2]) > 0 and rng.random() < 0.3:
+    if share and len(needed) > 1 and min(needed[:2]) > 0 and rng.random() < 0.3:
         table[1, 0] = table[0, 0]
     if not shape.slots:
         return table.astype(np.int32), (len(pool), size)
@@ -480,11 +488,8 @@ def spread_over(x: np.ndarray, table: np.ndarray, shape: Shape) -> np.ndarray:
     grow from key to key do so in a paged cache too."""
     made, at = x.copy(), 0
     for b, n in enumerate(shape.lens):
-        j = np.arange(n)
-        places = table[b, j].astype(np.int64)
-        if not shape.slots:
-            places = table[b, j // shape.block_size].astype(np.int64) * shape.block_size
-            places += j % shape.block_size
+        j, size = np.arange(n), 1 if shape.slots else shape.block_size
+        places = table[b, j // size].astype(np.int64) * size + j % size
         made[places] = x[at : at + n]
         at += n
     return made
@@ -555,8 +560,8 @@ def set_antiquant(
         dtype = a.query.dtype
     scales, offsets = [], []
     for side, x in enumerate(tensors):
-        n = oracle.per_tensor(a, side)
-        if n:
+        if is_codes(a.formats[side]):
+            n = oracle.per_tensor(a, side)
             some = rng.uniform(0.5, 1.5, n) * np.where(rng.random(n) < 0.1, -1.0, 1.0)
             scales.append(unit(x, a.formats[side]) * some)
             offsets.append(rng.integers(-40, 40, n) / 4)
@@ -643,6 +648,68 @@ def poison_mask(a: Args) -> None:
         used[b % len(used), begin : begin + length] = True
     for mask, columns in zip(a.atten_mask, used, strict=True):
         mask[:, ~columns] = np.arange((~columns).sum()) % 3 * 127
+
+
+# ---- the same numbers elsewhere ------------------------------------------------------------------
+
+
+def relaid(case: Case, layout_q: int, layout_kv: int, size: int = 16, **how: bool) -> Case:
+    """A dense BSND call in other layouts; paged ones in shuffled blocks of some size, as slots or
+    pages if `how` says so. Whatever is no key of a batch is 0xff."""
+    a = case.args
+    shape = dataclasses.replace(
+        case.shape, layout_q=layout_q, layout_kv=layout_kv, block_size=size, **how
+    )
+    changes: dict[str, Any] = {
+        "query": by_row(a.query, layout_q).copy(),
+        "layout_query": layout_q,
+        "layout_kv": layout_kv,
+    }
+    if layout_kv in PAGED:
+        changes |= paged(a, shape)
+    else:
+        for name in ("key", "value"):
+            tensor = getattr(a, name)
+            changes[name] = None if tensor is None else by_row(tensor, layout_kv).copy()
+    made = case.changed(**changes)
+    made.shape = shape
+    return made
+
+
+def paged(a: Args, shape: Shape) -> dict[str, Any]:
+    """What changes where the keys of a dense BSND cache, which start at its first row, are dealt
+    out to blocks."""
+    rng = np.random.default_rng(shape.block_size)
+    lens = tuple(oracle.span(a, b)[1] for b in range(a.batch))
+    table, outer = random_table(rng, dataclasses.replace(shape, lens=lens), share=False)
+    changes: dict[str, Any] = {
+        "layout_kv": shape.layout_kv,
+        "block_table": table,
+        "index_kind": SLOTS if shape.slots else BLOCKS,
+        "actual_seq_lengths": np.array(lens, np.int32),
+        "lengths": 0,
+    }
+    for name in ("key", "value"):
+        tensor = getattr(a, name)
+        if tensor is None:
+            continue
+        changes[name] = by_row(poison((*outer, *tensor.shape[2:]), tensor.dtype), shape.layout_kv)
+        changes[name] = changes[name].copy()
+        moved = dataclasses.replace(a, **{**changes, "key": changes[name]})
+        pool = by_row(changes[name], shape.layout_kv)
+        for b, n in enumerate(lens):
+            at = oracle.places(moved, b, np.arange(n))
+            pool[at // outer[1], at % outer[1]] = tensor[b, :n]
+    if a.antiquant_mode == TOKEN:
+        for name in ("antiquant_scale", "antiquant_offset"):
+            numbers = getattr(a, name)
+            if numbers is not None:
+                old = numbers.reshape(-1, a.batch, a.seq_kv)
+                new = np.full((*old.shape[:2], moved.seq_kv), np.nan, np.float32)
+                width = min(old.shape[2], new.shape[2])
+                new[..., :width] = old[..., :width]
+                changes[name] = new.reshape(-1)
+    return changes
 
 
 # ---- the error rule -----------------------------------------------------------------------------

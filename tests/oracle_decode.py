@@ -187,7 +187,8 @@ def stored_type(kind: str, query: np.dtype) -> np.dtype:
 def decode_group(rows: np.ndarray, kind: str, channels: int) -> np.ndarray:
     """Rows of 4-bit codes, the low half of a byte first, and float16 scales behind them."""
     scales_at = -(-channels // 4) * 2
-    codes = np.stack([rows & 15, rows >> 4], axis=-1).reshape(*rows.shape[:-1], -1)
+    codes = np.stack([rows & 15, rows >> 4], axis=-1)
+    codes = codes.reshape(*rows.shape[:-1], 2 * rows.shape[-1])
     codes = codes[..., :channels].astype(np.int8)
     codes = np.where(codes > 7, codes - 16, codes).astype(np.float32)
     scales = np.ascontiguousarray(rows[..., scales_at:]).view(np.float16).astype(np.float32)
@@ -329,7 +330,7 @@ def quantise(a: Args, out: np.ndarray) -> np.ndarray:
     """[B][S1][N1][DV] to int8: float32 product and sum, each rounded, then to the nearest whole
     number, of two to the even one, and into the range."""
     scale = a.quant_scale2.astype(np.float32)
-    offset = np.zeros(1) if a.quant_offset2 is None else a.quant_offset2
+    offset = np.zeros_like(scale) if a.quant_offset2 is None else a.quant_offset2
     shape = (1,) if scale.size == 1 else (a.heads_q, a.dv)
     with np.errstate(all="ignore"):
         y = out.astype(np.float32) * scale.reshape(shape)

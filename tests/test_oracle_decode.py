@@ -201,7 +201,7 @@ def test_codes_of_the_output_are_rounded_to_even_and_saturate():
     # product and sum are rounded by themselves: fused, this would be a little more than a half
     x, scale = np.float32(1.375), np.float32(33.3)
     product = x * scale
-    assert float(x) * float(scale) > product
+    assert float(x) * float(scale) > float(product)
     a = args(quant_scale2=scale.reshape(1), quant_offset2=(np.float32(0.5) - product).reshape(1))
     assert quantise(a, x.reshape(1)).tolist() == [0]
 
