@@ -490,6 +490,6 @@ def check(a: Args, got: dict[str, np.ndarray], isa: str, strict: bool = False) -
 def same_bits(x: np.ndarray, y: np.ndarray) -> bool:
     """Equal in every bit; all NaNs count as one."""
     x, y = np.asarray(x), np.asarray(y)
-    bits = {2: np.uint16, 4: np.uint32, 8: np.uint64}[x.itemsize]
+    bits = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}[x.itemsize]
     both_nan = np.isnan(x.astype(np.float64)) & np.isnan(y.astype(np.float64))
     return x.shape == y.shape and bool(((x.view(bits) == y.view(bits)) | both_nan).all())

@@ -869,7 +869,7 @@ def shapes(
         softcap=either(0.0, 0.5, 30.0) if has(name, "softcap") else 0.0,
         alibi=has(name, "alibi") and draw(st.booleans()),
         sinks=either("none", "none", "plain", "infinite") if has(name, "sinks") else "none",
-        antiquant=either(*(m for m in modes if not (slots and m == TOKEN))),
+        antiquant=either(*modes),
         antiquant_f32=draw(st.booleans()),
         offset=draw(st.booleans()),
         quant=quantised,

@@ -108,7 +108,7 @@ def test_layouts_and_pages_only_change_addresses(name, isa, mode):
     ways = [{}]
     if has(name, "pages"):
         ways.append({"pages": True})
-    if has(name, "slots") and not (coded and mode == TOKEN):
+    if has(name, "slots"):
         ways.append({"slots": True})
     for layout_q, layout_kv in PAIRS:
         paged = layout_kv in PAGED
