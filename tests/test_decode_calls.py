@@ -29,7 +29,6 @@ from helpers_decode import (
     run_guarded,
     table,
     text,
-    with_feature,
 )
 from helpers_memory import Arena, Died, in_child
 from oracle import BSND, PA_BSND, TND
