@@ -115,23 +115,63 @@ RECORDS = {
 
 
 @dataclass(frozen=True)
-class Scaled:
-    """Plain tensors of codes, K and V apart, with scales in a tensor of their own:
-    number = (code + offset) * scale. Read by render.scaled_page; no operator has them yet."""
+class Stored:
+    """How a tensor of keys or values is stored, where each has its own: rows of numbers, rows of
+    codes whose scales are in a tensor beside them, or rows of codes that carry their scales."""
 
     name: str
-    type: str  # of CODES
-    scale_type: str
-    per: str  # channel: [N2][D], one for K and one for V; token: [B][S] or [B][N2][S]
-    offset: bool
+    type: str  # of FORMATS, CODES, or i4
+    group: int = 0  # i4: channels that share one of the float16 scales behind a row's codes
+
+    @property
+    def is_codes(self):
+        """number = (code + offset) * scale, with scales in a tensor of their own."""
+        return self.type in CODES
+
+    @property
+    def packed(self):
+        """Two codes a byte, scales behind them: read into a panel of float32."""
+        return self.group > 0
+
+    @property
+    def c_type(self):
+        return TYPES[self.type].c_type if self.type in TYPES else "uint8_t"
+
+    @property
+    def title(self):
+        if self.packed:
+            return f"int4, a float16 scale for {self.group} channels"
+        return TYPES[self.type].title
+
+    @property
+    def read_as(self):
+        """The type of the rows that the products read."""
+        return "f32" if self.packed else self.type
+
+    @property
+    def align(self):
+        return 1 if self.packed else TYPES[self.type].bytes
+
+    @property
+    def element(self):
+        """Bytes of what strides count."""
+        return 1 if self.packed else TYPES[self.type].bytes
+
+    def scales_at(self, channels):
+        """Bytes of codes, filled up to where float16 may lie."""
+        return -(-channels // 4) * 2
+
+    def width(self, channels):
+        """Elements of a row."""
+        if not self.packed:
+            return channels
+        return self.scales_at(channels) + 2 * -(-channels // self.group)
 
 
-SCALED = {
-    scaled.name: scaled
-    for scaled in (
-        Scaled("i8_channel", "i8", "query", per="channel", offset=True),
-        Scaled("i8_token", "i8", "f32", per="token", offset=False),
-    )
+I4_GROUPS = (32, 64, 128)
+STORED = {
+    **{name: Stored(name, name) for name in (*FORMATS, *CODES)},
+    **{f"i4_{group}": Stored(f"i4_{group}", "i4", group) for group in I4_GROUPS},
 }
 
 

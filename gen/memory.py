@@ -10,6 +10,7 @@ from gen.matrix import MatrixTile
 
 ALIGN = 64  # a cache line: the start is moved up to it inside
 LINE = ALIGN // 4
+ROW = 8  # floats of an hl_row, where pointers are widest
 TILE_HEADS = 16  # up to so many heads tiles have just the rows that are needed; else pairs of tiles
 
 
@@ -116,8 +117,7 @@ class Memory:
     @property
     def partials_macro(self):
         return (
-            f"({self.align} + 4 * (size_t)(r) * (size_t)(c) * (size_t)(h)"
-            f" * {self.floats_a_head})"
+            f"({self.align} + 4 * (size_t)(r) * (size_t)(c) * (size_t)(h) * {self.floats_a_head})"
         )
 
     def partials_bytes(self, rows, heads, chunks):
@@ -146,12 +146,15 @@ def plan(tiles):
         Slice("k", 0, 0, line(k), "the block's keys as float32"),
         Slice("v", 0, 0, line(v), "the block's values, where they are apart"),
         Slice("s", s, 0, 0, "S^T, then P^T"),
-        Slice("row", 0, 0, line(6 * window), "where keys lie, known ahead", "(hl_row *)(void *)"),
+        Slice("row", 0, 0, line(ROW * window), "where keys lie, known ahead", "(hl_row *)(void *)"),
     ]
     own = max(t.own for t in tiles)
     if own:
         why = "where they lie once they are decoded"
-        slices.append(Slice("own", 0, 0, line(6 * own), why, "(hl_row *)(void *)"))
+        slices.append(Slice("own", 0, 0, line(ROW * own), why, "(hl_row *)(void *)"))
+    if any(getattr(t, "decodes", False) for t in tiles):
+        slices.append(Slice("shift", 1, 0, 0, "what offsets of codes add to scores"))
+        slices.extend(Slice(f"one.{f}", 1, 0, 0, f"{why}, of one row") for f, why in state)
     for name in ("state", "other"):
         slices.extend(Slice(f"{name}.{f}", 1, 0, 0, why) for f, why in state)
         slices.append(Slice(f"{name}.seen", 0, 0, LINE, "1 once a key was taken"))

@@ -10,7 +10,11 @@ from dataclasses import dataclass
 from gen.isa import WORDS
 
 # What an operator is called in public names, and in private ones.
-OPERATORS = {"sparse_flash_attention": "sfa", "sparse_flash_attention_antiquant": "sfaq"}
+OPERATORS = {
+    "sparse_flash_attention": "sfa",
+    "sparse_flash_attention_antiquant": "sfaq",
+    "incre_flash_attention": "ifa",
+}
 
 KERNEL = re.compile(
     r"(?P<prefix>[a-z][a-z0-9]*)_(?P<op>" + "|".join(OPERATORS) + r")_(?P<dtype>f32|f16|bf16)"

@@ -2,11 +2,10 @@
 
 from gen.formats import (
     CODES,
-    FORMATS,
     RECORDS,
     ROPE_TYPES,
     SCALE_TYPES,
-    SCALED,
+    STORED,
     Field,
     Record,
     layout,
@@ -104,7 +103,7 @@ def parse_record(table):
         if key not in KEYS:
             raise Refusal(f"a record has the unknown key {key!r}", nearest(key, KEYS))
     name = identifier("a record's name", table.get("name", ""))
-    if name in (*RECORDS, *SCALED, *FORMATS, *CODES):
+    if name in (*RECORDS, *STORED):
         raise Refusal(f"record {name!r} is there already", "choose another name")
     if "_d" in name or name.startswith("d"):
         raise Refusal(

@@ -9,8 +9,9 @@ from types import SimpleNamespace
 import jinja2
 
 from gen import ABI, __version__, matrix, memory, tiling
+from gen.decode_view import decode_view, rows_of, side_read, side_stored
 from gen.fill import WIDTH, refill
-from gen.formats import CODES, FORMATS
+from gen.formats import FORMATS, STORED
 from gen.isa import FORMAT_WORDS, ISAS
 from gen.names import OPERATORS, Speller
 from gen.record_view import formats_of, record_view
@@ -129,7 +130,6 @@ def kernel_view(kernel):
     """What templates may ask about a kernel: every decision already taken."""
     fmt = FORMATS[kernel.dtype]
     words = FORMAT_WORDS[kernel.dtype]
-    stored = "f32" if kernel.record else kernel.dtype
     views = [
         SimpleNamespace(
             name=isa.name,
@@ -159,7 +159,7 @@ def kernel_view(kernel):
         products=kernel.d + kernel.dv,  # multiply-adds of one key and head
         float_row_bytes=4 * kernel.dv,
         has_rope=kernel.rope > 0,
-        has_slots="slots" in kernel.features,
+        has_slots="slots" in kernel.features and not kernel.decodes,
         math=kernel.math,
         layout_q=kernel.layout_q,
         layout_kv=kernel.layout_kv,
@@ -177,16 +177,14 @@ def kernel_view(kernel):
         pair=words["pair"],
         store=words["store"],
         store_n=words["store_n"],
-        stored=SimpleNamespace(  # a cache's rows, as the products read them
-            c_type=FORMATS[stored].c_type,
-            load=FORMAT_WORDS[stored]["load"],
-            load_n=FORMAT_WORDS[stored]["load_n"],
-            pair=FORMAT_WORDS[stored]["pair"],
-        ),
+        key=side_stored(kernel, "key"),
+        value=side_stored(kernel, "value"),
+        key_as=side_read(kernel, "key"),  # as the products read them
+        value_as=side_read(kernel, "value"),
+        **decode_view(kernel),
         record=record_view(kernel),
         layouts_of_cache=", ".join(kernel.layout_kv)
         + (f", rows of {kernel.record.name}" if kernel.record else ""),
-        value_apart="0" if kernel.record else "a->value != NULL",
         row_word=f"hl_vrow_{kernel.dtype}",
         from_float={"f32": "", "f16": "hl_f16_of_float", "bf16": "hl_bf16_of_float"}[kernel.dtype],
         exp2=Speller("hl", math=kernel.math, isa="scalar").word("vexp2"),
@@ -200,34 +198,26 @@ def row_of(isa, name):
     return SimpleNamespace(
         guard=f"HL_VROW_{name.upper()}_{isa.macro}",
         word=f"hl_vrow_{name}_{isa.name}",
-        title=FORMATS[name].title,
-        c_type=FORMATS[name].c_type,
+        title=STORED[name].title,
+        c_type=STORED[name].c_type,
         load=words["load"],
         load_n=words["load_n"],
     )
 
 
-def scaled_page(isa, scaled):
-    """The loader of a row whose scales are in tensors of their own."""
-    words = FORMAT_WORDS[scaled.type]
-    by_channel = scaled.per == "channel"
-    row = SimpleNamespace(
-        guard=f"HL_VROW_{scaled.name.upper()}_{isa.macro}",
-        word=f"hl_vrow_{scaled.name}_{isa.name}",
-        name=scaled.name,
-        c_type=CODES[scaled.type].c_type,
-        by_channel=by_channel,
-        formula="(code + offset) * scale" if by_channel else "code * scale",
-        parameters="const float *scale, const float *offset" if by_channel else "float scale",
-        load=words["load"],
-        load_n=words["load_n"],
+def packed_row_of(isa, stored):
+    """The loader of a row of int4 codes with their scales behind them."""
+    return SimpleNamespace(
+        guard=f"HL_VROW_{stored.name.upper()}_{isa.macro}",
+        word=f"hl_vrow_{stored.name}_{isa.name}",
+        title=stored.title,
+        group=stored.group,
     )
-    text = page("kv/scaled.h.j2", isa=isa, row=row)
-    return Speller("hl", isa=isa.name, words=isa.words).spell(text)
 
 
-def words_page(isa, formats, math):
-    """Words, exp2 and row loaders of one instruction set, for the element types given."""
+def words_page(isa, formats, math, rows=None):
+    """Words, exp2 and row loaders of one instruction set, for the element types given; loaders for
+    those of `rows`, or for the types that tensors have."""
     speller = Speller("hl", isa=isa.name, words=isa.words, math=math)
     if isa.tiles:
         return speller.spell(
@@ -239,10 +229,17 @@ def words_page(isa, formats, math):
     )
     text = page(f"isa/{isa.name}.h.j2", formats=formats)
     text += page("step/exp2.h.j2", isa=isa, math=math, exp2=exp2)
-    for name in formats:
-        if name in FORMATS:
+    for name in [name for name in formats if name in FORMATS] if rows is None else rows:
+        if STORED[name].packed:
+            text += page("kv/packed.h.j2", isa=isa, row=packed_row_of(isa, STORED[name]))
+        else:
             text += page("kv/plain.h.j2", isa=isa, row=row_of(isa, name))
     return speller.spell(text)
+
+
+def with_isa(side, isa):
+    """A side of the cache, with the name of its row loader completed."""
+    return SimpleNamespace(**{**vars(side), "row_word": f"{side.row_word}_{isa.words}"})
 
 
 STEPS = ("step/load", "step/score", "step/softmax", "step/value", "step/finish")
@@ -254,6 +251,8 @@ def region_page(region, view):
     isa = region.isa
     k = SimpleNamespace(**vars(view))
     k.row_word = f"{view.row_word}_{isa.words}"
+    k.key = with_isa(view.key, isa)
+    k.value = with_isa(view.value, isa)
     context = {
         "k": k,
         "isa": isa,
@@ -264,6 +263,8 @@ def region_page(region, view):
         "task_attribute": f'__attribute__((target("{isa.target}")))\n' if isa.target else "",
     }
     pages = [*(TILE_STEPS if isa.tiles else STEPS), "algo/merge", "algo/forward"]
+    if region.kernel.decodes:
+        pages.insert(pages.index("step/softmax"), "step/decode_bias")
     if isa.tiles:
         pages.insert(-1, "tile/forward")
         if not region.tile.few:
@@ -286,7 +287,9 @@ def kernel_page(kernel):
     tiles = tiles_of(kernel)
     mem = memory.plan(tiles)
     words = [
-        SimpleNamespace(isa=isa, text=words_page(isa, formats_of(kernel), kernel.math))
+        SimpleNamespace(
+            isa=isa, text=words_page(isa, formats_of(kernel), kernel.math, rows_of(kernel))
+        )
         for isa in {**{ISAS["scalar"]: 0}, **dict.fromkeys(kernel.isas, 0)}
     ]
     regions = [
@@ -316,9 +319,9 @@ def command_of(header):
         f"--op {kernel.op}",
         f"--dtype {kernel.dtype}",
     ]
-    if kernel.record:
+    if kernel.kv != kernel.dtype:
         parts.append(f"--kv {kernel.kv}")
-    else:
+    if not kernel.record:
         parts.append(f"--dk {kernel.dk}")
         if kernel.rope:
             parts.append(f"--rope {kernel.rope}")
@@ -353,7 +356,8 @@ def wrap_command(command, width=91):
 
 def render_header(header):
     """The text of one header."""
-    kernels = [kernel_view(kernel) for kernel in header.kernels]
+    views = [kernel_view(kernel) for kernel in header.kernels]
+    kernels = [view for view in views if not view.decodes]
     ops = sorted({kernel.op for kernel in header.kernels})
     text = page(
         "header.h.j2",
@@ -363,6 +367,8 @@ def render_header(header):
         guard=f"{header.name.upper()}_H",
         command=wrap_command(command_of(header)),
         kernels=kernels,
+        decoders=[view for view in views if view.decodes],
+        decode_bytes=decode_bytes(header),
         pages=[kernel_page(kernel) for kernel in header.kernels],
         arguments=arguments(),
         chunk=CHUNK_KEYS,
@@ -388,6 +394,12 @@ def render_header(header):
 def isa_titles(header):
     names = {name for kernel in header.kernels for name in kernel.isa}
     return [isa.title for isa in ISAS.values() if isa.name in names]
+
+
+def decode_bytes(header):
+    """Workspace that the manual quotes, of the first kernel that decodes: for 8 queries."""
+    found = [kernel for kernel in header.kernels if kernel.decodes]
+    return memory.plan(tiles_of(found[0])).workspace_bytes(8) if found else 0
 
 
 def manual_of(header):

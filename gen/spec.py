@@ -9,16 +9,21 @@ from functools import cached_property
 from pathlib import Path
 
 from gen import names
-from gen.formats import FORMATS, RECORDS, SCALED, Record
+from gen.formats import FORMATS, RECORDS, STORED, Record
 from gen.isa import ISAS
 from gen.records import CHANNELS_MAX, parse_record
 from gen.refusal import Refusal, identifier, nearest, whole
 
 CATALOGUE = Path(__file__).with_name("catalogue.toml")
 
-LAYOUTS_Q = ("BSND", "TND")
-LAYOUTS_KV = ("BSND", "TND", "PA_BSND")
-FEATURES = ("slots",)
+DECODE = "incre_flash_attention"
+LAYOUTS_Q = {DECODE: ("BSND", "BSH", "BNSD")}
+LAYOUTS_KV = {DECODE: ("BSND", "BSH", "BNSD", "PA_BSND", "PA_BNSD")}
+FEATURES = {DECODE: ("stats", "sinks", "window", "softcap", "alibi", "slots", "pages")}
+for _op in ("sparse_flash_attention", "sparse_flash_attention_antiquant"):
+    LAYOUTS_Q[_op] = ("BSND", "TND")
+    LAYOUTS_KV[_op] = ("BSND", "TND", "PA_BSND")
+    FEATURES[_op] = ("slots",)
 PREFIX_MAX = 8
 KERNEL_KEYS = (
     "op",
@@ -85,6 +90,20 @@ class Kernel:
         return self.dk + self.rope
 
     @property
+    def decodes(self):
+        """Whether it is the decode operator: every row of a batch sees the same cache, densely."""
+        return self.op == DECODE
+
+    @property
+    def stored_key(self):
+        """How keys are stored, where they are not records."""
+        return STORED[self.kv.split("x")[0]]
+
+    @property
+    def stored_value(self):
+        return STORED[self.kv.split("x")[-1]]
+
+    @property
     def usual_dv(self):
         """Channels of the value if nobody says otherwise."""
         return self.record.usual_dv if self.record else self.dk
@@ -149,11 +168,27 @@ class Header:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def parse_stored(dtype, table):
+    """kv of the decode operator: one format for keys and values, or two joined by an x."""
+    kv = table.get("kv", dtype)
+    known = (dtype, *(name for name in STORED if name not in FORMATS and dtype != "f32"))
+    sides = kv.split("x") if isinstance(kv, str) else [kv]
+    for side in sides:
+        one_of("kv", side, known)
+    if len(sides) > 2:
+        raise Refusal(f"kv = {kv!r} names {len(sides)} formats", "name K's and V's: KxV")
+    if len(sides) == 2 and sides[0] == sides[1]:
+        raise Refusal(f"kv = {kv!r}: K and V are stored alike", f"write kv = {sides[0]!r}")
+    return kv
+
+
 def parse_cache(op, dtype, table, records):
     """kv and the record that it names (None: rows of the query's own type)."""
+    if op == DECODE:
+        return parse_stored(dtype, table), None
     kv = table.get("kv", dtype if op == "sparse_flash_attention" else None)
     if op == "sparse_flash_attention":
-        if kv in records or kv in SCALED:
+        if kv in records:
             raise Refusal(
                 f"kv = {kv!r} is a quantised cache, which {op} does not have",
                 'set op to "sparse_flash_attention_antiquant"',
@@ -170,16 +205,19 @@ def parse_cache(op, dtype, table, records):
         raise Refusal(f"dtype = 'f32': {op} has queries of 16 bits", "choose bf16 or f16")
     if kv is None:
         raise Refusal(f"kv is missing: {op} has to know its record", f"add kv = {min(records)!r}")
-    if kv in SCALED:
-        raise Refusal(
-            f"kv = {kv!r} has its scales in tensors of their own: {op} has them in its rows",
-            "choose a record; that cache is for the decode operator, which is not there yet",
-        )
     return kv, records[one_of("kv", kv, tuple(records))]
 
 
 def parse_channels(op, table, record):
     """dk, rope and dv; a record says them by itself."""
+    if op == DECODE:
+        if table.get("rope", 0) != 0:
+            raise Refusal(
+                f"rope = {table['rope']!r}: {op} has joined rows",
+                "leave rope out; dk counts all channels of a key",
+            )
+        dk = channels("dk", table["dk"], 1)
+        return dk, 0, channels("dv", table.get("dv", dk), 1)
     if record is None:
         dk = channels("dk", table["dk"], 1)
         rope = channels("rope", table.get("rope", 0), 0)
@@ -211,23 +249,29 @@ def parse_channels(op, table, record):
 def parse_layouts(op, table, record):
     """layout_q and layout_kv, each of which has one of the other to go with."""
     paged_only = record is not None and record.scales_behind
-    known = ("PA_BSND",) if paged_only else LAYOUTS_KV
-    layout_q = some_of("layout_q", table.get("layout_q", LAYOUTS_Q), LAYOUTS_Q)
-    layout_kv = some_of("layout_kv", table.get("layout_kv", known), LAYOUTS_KV)
+    every = LAYOUTS_Q[op]
+    known = ("PA_BSND",) if paged_only else LAYOUTS_KV[op]
+    layout_q = some_of("layout_q", table.get("layout_q", every), every)
+    layout_kv = some_of("layout_kv", table.get("layout_kv", known), LAYOUTS_KV[op])
     for layout in layout_kv:
         if layout not in known:
             raise Refusal(
                 f"layout_kv {layout}: the scales of a {record.name} lie behind the rows of a page",
                 "leave layout_kv out, or set it to PA_BSND",
             )
-        if layout != "PA_BSND" and layout not in layout_q:
+        if layout == "PA_BNSD" and "BNSD" not in layout_q:
+            raise Refusal(
+                "layout_kv PA_BNSD without layout_q BNSD: the operator pairs them",
+                "add BNSD to layout_q, or leave PA_BNSD out of layout_kv",
+            )
+        if not layout.startswith("PA_") and layout not in layout_q:
             raise Refusal(
                 f"layout_kv {layout} without layout_q {layout}: {op} pairs an unpaged cache only "
                 "with a query of the same layout",
                 f"add {layout} to layout_q, or leave it out of layout_kv",
             )
     for layout in layout_q:
-        if layout not in layout_kv and "PA_BSND" not in layout_kv:
+        if not {layout, "PA_BSND", f"PA_{layout}"} & set(layout_kv):
             raise Refusal(
                 f"layout_q {layout} has no layout_kv to go with",
                 f"add {layout} or PA_BSND to layout_kv, or leave {layout} out of layout_q",
@@ -263,13 +307,17 @@ def parse_kernel(table, prefix=None, records=RECORDS):
         raise Refusal("dk is missing: it has no default", "add dk")
     dk, rope, dv = parse_channels(op, table, record)
     layout_q, layout_kv = parse_layouts(op, table, record)
-    features = some_of("features", table.get("features", ()), FEATURES, need_one=False)
+    features = some_of("features", table.get("features", ()), FEATURES[op], need_one=False)
     math = one_of("math", table.get("math", "builtin"), names.MATHS)
     able = tuple(
-        name for name, isa in ISAS.items() if math in isa.maths and dtype in isa.formats
+        name
+        for name, isa in ISAS.items()
+        if math in isa.maths and dtype in isa.formats and not (op == DECODE and isa.tiles)
     )
     isa = some_of("isa", table.get("isa", able), tuple(ISAS))
     for name in isa:
+        if op == DECODE and ISAS[name].tiles:
+            raise Refusal(f"isa {name}: {op} has no tiles yet", f"leave {name} out of isa")
         if dtype not in ISAS[name].formats:
             raise Refusal(
                 f"isa {name} cannot load {dtype}: it has words for {', '.join(ISAS[name].formats)}",

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from gen import matrix
-from gen.formats import FORMATS, layout
+from gen.formats import TYPES, layout
 from gen.isa import FORMAT_WORDS
 
 AHEAD = 8  # rows of 1 KiB: enough to cover a miss, too few to crowd the fill buffers
@@ -258,7 +258,9 @@ class Tile:
     k_stride: int
     v_stride: int
     o_stride: int
-    own: int  # records: rows that are decoded at a time
+    o_columns: int  # of them are channels, up to a whole vector
+    decodes: bool
+    own: int  # rows that are decoded at a time, where few heads read decoded ones
     window: int  # keys whose rows are known at a time: two blocks, or two times what is ahead
     few: int | str  # up to so many heads rows are read in place; "all"
     few_block: int  # keys of a block then
@@ -277,6 +279,8 @@ class Tile:
     ragged_pairs: bool  # nor pairs of them
     rope_ragged: bool  # rotary channels are not whole vectors
     why: dict[str, str]
+    lift: int  # column of O behind its channels: what offsets of V add to all of them
+    panel: bool  # a block's rows are written as float32 for some number of heads
     head_pad: int  # heads are padded to a multiple of this in the workspace
     memory: dict[str, int]  # floats that k, v and (for each head) q and s need
 
@@ -297,6 +301,11 @@ class Tile:
     def padded_c(self):
         """Heads up to whole vectors."""
         return f"(plan->group + {self.head_pad - 1}) / {self.head_pad} * {self.head_pad}"
+
+    @property
+    def one_padded_c(self):
+        """Decoding: the heads of one query row up to whole vectors."""
+        return self.padded_c.replace("plan->group", "g->heads")
 
     @property
     def one_vector(self):
@@ -501,14 +510,36 @@ def row_tiles(dots, dv, lanes, line, leaves):
     return tuple(made)
 
 
-def stored(kernel):
-    """What the products read rows as: a record is float32 by then."""
-    return FORMATS["f32" if kernel.record else kernel.dtype]
+def key_read(kernel):
+    """What the products read keys as: a record is float32 by then."""
+    return TYPES["f32" if kernel.record else kernel.stored_key.read_as]
+
+
+def value_read(kernel):
+    return TYPES["f32" if kernel.record else kernel.stored_value.read_as]
+
+
+def paired_of(kernel, isa):
+    """Channels of O that come with even and odd ones apart."""
+    pair = 2 * isa.lanes
+    return kernel.dv // pair * pair if value_read(kernel).name in isa.even_odd else 0
+
+
+def decoded(kernel):
+    """Whether few heads read rows from where they are decoded."""
+    return bool(kernel.record) or kernel.stored_key.packed or kernel.stored_value.packed
+
+
+def lines_of(kernel, fmt):
+    """Elements of a line that products ask for; 0: rows are asked for before they are decoded."""
+    return 0 if decoded(kernel) else LINE_BYTES // fmt.bytes
 
 
 def lean_block(kernel):
     """Keys of a block that stay in the first-level cache between their two uses."""
-    row = kernel.d * stored(kernel).bytes
+    row = kernel.d * key_read(kernel).bytes
+    if kernel.decodes:
+        row += kernel.dv * value_read(kernel).bytes
     return max(16, LEAN_BYTES // row // 16 * 16)
 
 
@@ -592,10 +623,10 @@ def tile(kernel, isa):
     lanes = isa.lanes
     block = registers["block"]
     dots = registers["dots"]
-    line = 0 if kernel.record else LINE_BYTES // stored(kernel).bytes
     sections = sections_of(kernel, lanes)
     window = 2 * max(block, registers["few_block"] + registers["few_ahead"])
-    values = row_tiles(dots, kernel.dv, lanes, line, registers["leaves"])
+    of_value = lines_of(kernel, value_read(kernel))
+    values = row_tiles(dots, kernel.dv, lanes, of_value, registers["leaves"])
     panel = registers["vecs"][0] * lanes
     slices = max(1, -(-kernel.d * panel * 4 // L1_BYTES)) if isa.name != "scalar" else 1
     channels = round_up(-(-kernel.d // slices), lanes)
@@ -604,7 +635,11 @@ def tile(kernel, isa):
     v_stride = round_up(kernel.dv, lanes)
     few_only = registers["few"] == "all"
     codes = codes_of(kernel, isa, registers)
-    decoded = registers["few_block"] if kernel.record else 0
+    own = registers["few_block"] if decoded(kernel) else 0
+    own_k = own if kernel.record or kernel.stored_key.packed else 0
+    own_v = own if not kernel.record and kernel.stored_value.packed else 0
+    o_columns = round_up(kernel.dv, lanes)
+    lifts = not kernel.record and kernel.decodes and kernel.stored_value.is_codes
     q_stride = round_up(kernel.dk, lanes) + round_up(kernel.rope, lanes)
     return Tile(
         lanes=lanes,
@@ -618,19 +653,25 @@ def tile(kernel, isa):
         channels=channels,
         k_stride=k_stride,
         v_stride=v_stride,
-        o_stride=round_up(kernel.dv, lanes),
-        own=decoded,
+        o_stride=o_columns + (lanes if lifts else 0),
+        o_columns=o_columns,
+        decodes=kernel.decodes,
+        lift=o_columns,
+        panel=not few_only or bool(own),
+        own=own,
         few=registers["few"],
         few_block=registers["few_block"],
         few_ahead=registers["few_ahead"],
         lean_block=min(registers["few_block"], lean_block(kernel)),
         lean=registers["lean"],
         dots=dots[0][0] * dots[0][1],
-        dot_tiles=dot_tiles(registers, sections, kernel.dv, 2 * lanes, line),
+        dot_tiles=dot_tiles(
+            registers, sections, kernel.dv, 2 * lanes, lines_of(kernel, key_read(kernel))
+        ),
         row_tiles=values,
         sections=sections,
         q_stride=q_stride,
-        paired=kernel.dv // (2 * lanes) * 2 * lanes if stored(kernel).name in isa.even_odd else 0,
+        paired=paired_of(kernel, isa),
         dv_tail=kernel.dv % lanes != 0,
         codes=codes,
         ragged=ragged(kernel, lanes),
@@ -641,13 +682,13 @@ def tile(kernel, isa):
             "block": f"{block} keys a block: P of a tile of heads stays in the first-level cache",
             "channels": f"{channels} channels of {panel} heads are "
             f"{channels * panel * 4 // 1024} KiB: they stay in the first-level cache",
-            "few": RECORD_REASON if kernel.record else few_reason(registers["few"]),
+            "few": RECORD_REASON if own else few_reason(registers["few"]),
         },
         head_pad=lanes,
         memory={
             "q": max(kernel.d, q_stride),
-            "k": max(0 if few_only else block, decoded) * k_stride,
-            "v": 0 if few_only or kernel.record else block * v_stride,
+            "k": max(0 if few_only else block, own_k) * k_stride,
+            "v": 0 if kernel.record else max(0 if few_only else block, own_v) * v_stride,
             "s": max(block, registers["few_block"]),
         },
     )

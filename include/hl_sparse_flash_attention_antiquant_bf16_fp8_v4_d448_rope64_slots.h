@@ -80,7 +80,7 @@
  * MEMORY
  *   One task needs
  *   HL_SPARSE_FLASH_ATTENTION_ANTIQUANT_BF16_FP8_V4_D448_ROPE64_SLOTS_WORKSPACE_BYTES(G),
- *   1499328 bytes for G = 128, whatever the lengths.
+ *   1507520 bytes for G = 128, whatever the lengths.
  *   Nothing is read outside the rows that a list (or a length) names, and nothing before or behind
  *   a row; unused memory may hold NaN.
  *
@@ -115,7 +115,7 @@
 /* ==== shared by every Headlight header ==== */
 
 #ifndef HL_COMMON
-#define HL_COMMON 2
+#define HL_COMMON 3
 
 #include <stddef.h>
 #include <stdint.h>
@@ -225,6 +225,33 @@ typedef enum hl_argument {
     HL_ARG_QUANT_SCALE_REPO_MODE,
     HL_ARG_TILE_SIZE,
     HL_ARG_ROPE_HEAD_DIM,
+    HL_ARG_KEY_PAGES,
+    HL_ARG_VALUE_PAGES,
+    HL_ARG_PSE_SHIFT,
+    HL_ARG_ATTEN_MASK,
+    HL_ARG_ACTUAL_SEQ_LENGTHS,
+    HL_ARG_KV_PADDING_SIZE,
+    HL_ARG_ANTIQUANT_SCALE,
+    HL_ARG_ANTIQUANT_OFFSET,
+    HL_ARG_QUANT_SCALE2,
+    HL_ARG_QUANT_OFFSET2,
+    HL_ARG_DEQUANT_SCALE1,
+    HL_ARG_QUANT_SCALE1,
+    HL_ARG_DEQUANT_SCALE2,
+    HL_ARG_ALIBI_SLOPES,
+    HL_ARG_LENGTHS,
+    HL_ARG_PSE_BATCH,
+    HL_ARG_PSE_WIDTH,
+    HL_ARG_MASK_BATCH,
+    HL_ARG_MASK_ROWS,
+    HL_ARG_MASK_WIDTH,
+    HL_ARG_ANTIQUANT_MODE,
+    HL_ARG_ANTIQUANT_F32,
+    HL_ARG_QUANT_PER_CHANNEL,
+    HL_ARG_QUANT_BF16,
+    HL_ARG_WINDOW,
+    HL_ARG_INNER_PRECISE,
+    HL_ARG_SOFTCAP,
     HL_ARG_NOPE,
     HL_ARG_ROPE,
     HL_ARG_RECORDS,
@@ -241,7 +268,6 @@ typedef enum hl_argument {
     HL_ARG_FROM_STRIDE,
     HL_ARG_TO_STRIDE,
     HL_ARG_POSITIONS,
-    HL_ARG_LENGTHS,
     HL_ARG_PLAN,
     HL_ARG_ARGS,
     HL_ARG_WORKSPACE,
@@ -270,7 +296,18 @@ typedef struct hl_stride {
 enum {
     HL_LAYOUT_BSND = 0,
     HL_LAYOUT_TND = 1,
-    HL_LAYOUT_PA_BSND = 2
+    HL_LAYOUT_PA_BSND = 2,
+    HL_LAYOUT_BSH = 3, /* H = N * D: the memory of BSND */
+    HL_LAYOUT_BNSD = 4,
+    HL_LAYOUT_PA_BNSD = 5
+};
+
+/* What the numbers of antiquant_scale and antiquant_offset are for: a channel of a kv head, a whole
+ * tensor, a token. */
+enum {
+    HL_ANTIQUANT_CHANNEL = 0,
+    HL_ANTIQUANT_TENSOR = 1,
+    HL_ANTIQUANT_TOKEN = 2
 };
 
 /* What the entries of sparse_indices are. */
@@ -297,7 +334,7 @@ HL_API const char *hl_error_text(const hl_error *error, char *text, size_t size)
 }
 #endif
 
-#elif HL_COMMON != 2
+#elif HL_COMMON != 3
 #error "hl: headers of two generator versions in one file; regenerate the older one"
 #endif /* HL_COMMON */
 /* ==== the operator's arguments, shared by all of its kernels ==== */
@@ -587,8 +624,15 @@ typedef struct hl_loc {
     int32_t inner;
 } hl_loc;
 
-/* One group: the query heads that share a kv head, at one query row, and what they may see. */
+/* One group: the queries that share a kv head (its heads, at one query row; when decoding, at all
+ * rows of a batch), and what they may see. */
 typedef struct hl_group {
+    int32_t group;         /* queries                                                          */
+    int32_t heads;         /* G; query h is head h % G of row h / G, or of `row`               */
+    int32_t rows;          /* decoding: query rows of the batch                                */
+    int32_t row;           /* the one row whose own keys these are; -1: keys that all rows see */
+    int32_t low;           /* keys low .. high-1 are seen by all rows, but for masks           */
+    int32_t high;
     int32_t batch;
     int32_t kv_head;
     int32_t length;        /* keys of the batch                                                */
@@ -597,6 +641,7 @@ typedef struct hl_group {
     int32_t entries;       /* of the list, or keys if there is none                            */
     const int32_t *list;   /* NULL: every key                                                  */
     const int32_t *pages;  /* PA: the batch's row of block_table                               */
+    const unsigned char *mask; /* decoding: the batch's rows of atten_mask; NULL: none         */
     ptrdiff_t query;       /* element offsets of the group's first head                        */
     ptrdiff_t query_rope;
     ptrdiff_t out;
@@ -626,6 +671,7 @@ typedef struct hl_row {
     const void *key;
     const void *rope;
     const void *value;
+    ptrdiff_t token; /* decoding: which row of its batch's cache it is                         */
 } hl_row;
 
 /* One block of keys; behind its rows lie those of later keys, which are asked for meanwhile. */
@@ -644,8 +690,10 @@ typedef struct hl_space {
     float *s;        /* S^T, then P^T: [key][head]                                             */
     hl_row *row;     /* where the keys of this block and of the next are stored                */
     hl_row *own;     /* records: where those of this block are once they are decoded           */
+    float *shift;    /* decoding: what offsets of codes add to the scores of each query        */
     hl_state state;  /* of the row, or of its first chunk                                      */
     hl_state other;  /* of the chunk to be merged into it                                      */
+    hl_state one;    /* decoding: of the keys that only one query row sees                     */
 } hl_space;
 
 static inline uint32_t hl_bits_of(float x)
@@ -961,6 +1009,33 @@ static inline const char *hl_argument_name(hl_argument argument)
         "quant_scale_repo_mode",
         "tile_size",
         "rope_head_dim",
+        "key_pages",
+        "value_pages",
+        "pse_shift",
+        "atten_mask",
+        "actual_seq_lengths",
+        "kv_padding_size",
+        "antiquant_scale",
+        "antiquant_offset",
+        "quant_scale2",
+        "quant_offset2",
+        "dequant_scale1",
+        "quant_scale1",
+        "dequant_scale2",
+        "alibi_slopes",
+        "lengths",
+        "pse_batch",
+        "pse_width",
+        "mask_batch",
+        "mask_rows",
+        "mask_width",
+        "antiquant_mode",
+        "antiquant_f32",
+        "quant_per_channel",
+        "quant_bf16",
+        "window",
+        "inner_precise",
+        "softcap",
         "nope",
         "rope",
         "records",
@@ -977,7 +1052,6 @@ static inline const char *hl_argument_name(hl_argument argument)
         "from_stride",
         "to_stride",
         "positions",
-        "lengths",
         "plan",
         "args",
         "workspace",
@@ -1145,7 +1219,7 @@ enum {
  * `group` query heads on a kv head (heads_q / heads_kv). Sequence lengths do not matter. */
 #define HL_SPARSE_FLASH_ATTENTION_ANTIQUANT_BF16_FP8_V4_D448_ROPE64_SLOTS_WORKSPACE_BYTES(group) \
     (64 + 4 * (650 * (((size_t)(group) + 31) / 32 * 32) \
-     + 1056 * ((group) > 16 ? (((size_t)(group) + 31) / 32 * 32) : (size_t)(group)) + 156448))
+     + 1056 * ((group) > 16 ? (((size_t)(group) + 31) / 32 * 32) : (size_t)(group)) + 158496))
 
 /* Bytes of args.partials that are enough to split r query rows of h query heads into c chunks each;
  * plan->split_bytes is the exact figure. */
@@ -1226,6 +1300,7 @@ HL_WORD_SCALAR hl_vf_scalar hl_vfma_scalar(hl_vf_scalar x, hl_vf_scalar y, hl_vf
 {
     return x * y + z;
 }
+HL_WORD_SCALAR hl_vf_scalar hl_vdiv_scalar(hl_vf_scalar x, hl_vf_scalar y) { return x / y; }
 HL_WORD_SCALAR hl_vf_scalar hl_vmax_scalar(hl_vf_scalar x, hl_vf_scalar y) { return x > y ? x : y; }
 HL_WORD_SCALAR hl_vf_scalar hl_vflush_scalar(hl_vf_scalar x, float limit, hl_vf_scalar y)
 {
@@ -1313,6 +1388,11 @@ HL_WORD_SCALAR hl_vf_scalar hl_vload_e4m3_scalar(const uint8_t *p) { return hl_f
 HL_WORD_SCALAR hl_vf_scalar hl_vload_e4m3_n_scalar(const uint8_t *p, int32_t n)
 {
     return n > 0 ? hl_float_of_e4m3(*p) : 0.0f;
+}
+HL_WORD_SCALAR void hl_vpair_e4m3_scalar(const uint8_t *p, hl_vf_scalar *x, hl_vf_scalar *y)
+{
+    *x = hl_vload_e4m3_scalar(p);
+    *y = hl_vload_e4m3_scalar(p + 1);
 }
 HL_WORD_SCALAR void hl_vstore_e4m3_scalar(uint8_t *p, hl_vf_scalar x) { *p = hl_e4m3_of_float(x); }
 HL_WORD_SCALAR void hl_vstore_e4m3_n_scalar(uint8_t *p, int32_t n, hl_vf_scalar x)
@@ -1427,6 +1507,7 @@ HL_WORD_NEON hl_vf_neon hl_vfma_neon(hl_vf_neon x, hl_vf_neon y, hl_vf_neon z)
 {
     return vfmaq_f32(z, x, y);
 }
+HL_WORD_NEON hl_vf_neon hl_vdiv_neon(hl_vf_neon x, hl_vf_neon y) { return vdivq_f32(x, y); }
 HL_WORD_NEON hl_vf_neon hl_vmax_neon(hl_vf_neon x, hl_vf_neon y) { return vmaxq_f32(x, y); }
 HL_WORD_NEON hl_vf_neon hl_vround_neon(hl_vf_neon x) { return vrndnq_f32(x); }
 HL_WORD_NEON hl_vf_neon hl_vscale_neon(hl_vf_neon x, hl_vf_neon n)
@@ -1536,6 +1617,11 @@ HL_WORD_NEON void hl_vstore_e4m3_n_neon(uint8_t *p, int32_t n, hl_vf_neon x)
     const uint32x4_t sign = vandq_u32(vshrq_n_u32(bits, 24), vdupq_n_u32(0x80));
     const uint16x4_t both = vmovn_u32(vorrq_u32(code, sign));
     hl_put_codes_neon(p, n, vmovn_u16(vcombine_u16(both, both)));
+}
+HL_WORD_NEON void hl_vpair_e4m3_neon(const uint8_t *p, hl_vf_neon *x, hl_vf_neon *y)
+{
+    *x = hl_vload_e4m3_neon(p);
+    *y = hl_vload_e4m3_neon(p + 4);
 }
 HL_WORD_NEON void hl_vstore_e4m3_neon(uint8_t *p, hl_vf_neon x) { hl_vstore_e4m3_n_neon(p, 4, x); }
 /* To bfloat16, byte by byte: the upper one is the exponent with another bias, the lower one what is
@@ -1672,6 +1758,7 @@ HL_WORD_AVX2 hl_vf_avx2 hl_vfma_avx2(hl_vf_avx2 x, hl_vf_avx2 y, hl_vf_avx2 z)
 {
     return _mm256_fmadd_ps(x, y, z);
 }
+HL_WORD_AVX2 hl_vf_avx2 hl_vdiv_avx2(hl_vf_avx2 x, hl_vf_avx2 y) { return _mm256_div_ps(x, y); }
 HL_WORD_AVX2 hl_vf_avx2 hl_vmax_avx2(hl_vf_avx2 x, hl_vf_avx2 y) { return _mm256_max_ps(x, y); }
 /* 8: to nearest even, without an exception. */
 HL_WORD_AVX2 hl_vf_avx2 hl_vround_avx2(hl_vf_avx2 x) { return _mm256_round_ps(x, 8); }
@@ -1806,6 +1893,11 @@ HL_WORD_AVX2 hl_vf_avx2 hl_vload_e4m3_n_avx2(const uint8_t *p, int32_t n)
 }
 /* Small numbers: adding 2^14 leaves units of 2^-9. Others: just under half of the last place kept
  * is added. */
+HL_WORD_AVX2 void hl_vpair_e4m3_avx2(const uint8_t *p, hl_vf_avx2 *x, hl_vf_avx2 *y)
+{
+    *x = hl_vload_e4m3_avx2(p);
+    *y = hl_vload_e4m3_avx2(p + 8);
+}
 HL_WORD_AVX2 void hl_vstore_e4m3_avx2(uint8_t *p, hl_vf_avx2 x)
 {
     const __m256i bits = _mm256_castps_si256(x);
@@ -1983,6 +2075,10 @@ HL_WORD_AVX512 hl_vf_avx512 hl_vmul_avx512(hl_vf_avx512 x, hl_vf_avx512 y)
 HL_WORD_AVX512 hl_vf_avx512 hl_vfma_avx512(hl_vf_avx512 x, hl_vf_avx512 y, hl_vf_avx512 z)
 {
     return _mm512_fmadd_ps(x, y, z);
+}
+HL_WORD_AVX512 hl_vf_avx512 hl_vdiv_avx512(hl_vf_avx512 x, hl_vf_avx512 y)
+{
+    return _mm512_div_ps(x, y);
 }
 HL_WORD_AVX512 hl_vf_avx512 hl_vmax_avx512(hl_vf_avx512 x, hl_vf_avx512 y)
 {
@@ -2171,6 +2267,11 @@ HL_WORD_AVX512 hl_vf_avx512 hl_vload_e4m3_avx512(const uint8_t *p)
 HL_WORD_AVX512 hl_vf_avx512 hl_vload_e4m3_n_avx512(const uint8_t *p, int32_t n)
 {
     return hl_widen_e4m3_avx512(_mm_maskz_loadu_epi8(hl_first_avx512(n), p));
+}
+HL_WORD_AVX512 void hl_vpair_e4m3_avx512(const uint8_t *p, hl_vf_avx512 *x, hl_vf_avx512 *y)
+{
+    *x = hl_vload_e4m3_avx512(p);
+    *y = hl_vload_e4m3_avx512(p + 16);
 }
 HL_WORD_AVX512 void hl_vstore_e4m3_avx512(uint8_t *p, hl_vf_avx512 x)
 {
@@ -2554,9 +2655,9 @@ static inline void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_space(hl_space *w, void
     w->s = at; /* S^T, then P^T */
     at += 128 * heads;
     w->row = (hl_row *)(void *)at; /* where keys lie, known ahead */
-    at += 3072;
+    at += 4096;
     w->own = (hl_row *)(void *)at; /* where they lie once they are decoded */
-    at += 3072;
+    at += 4096;
     w->state.m = at; /* running maxima, in log2 units */
     at += heads;
     w->state.l = at; /* running sums */
@@ -3018,6 +3119,13 @@ static inline int32_t hl_sfaq_bf16_fp8_v4_d448_rope64_slots_group(
     int32_t rows = 0;      /* of the batch         */
     int32_t keys = limit_kv;
     int32_t seen = 1;
+    g->group = plan->group;
+    g->heads = plan->group;
+    g->rows = 1;
+    g->row = -1;
+    g->low = 0;
+    g->high = 0;
+    g->mask = NULL;
     g->first = 0;
     if (a->layout_query == HL_LAYOUT_TND) {
         int32_t low = 0; /* the batch whose end is the first above the row */
@@ -3237,14 +3345,13 @@ static inline hl_cursor hl_sfaq_bf16_fp8_v4_d448_rope64_slots_chunk(
  * 512 channels of 2 heads are 4 KiB: they stay in the first-level cache. */
 
 /* ---- load: rows -> numbers, once for the whole group ---- */
-
 /* Few heads: Q as rows, each section of a row cut into vectors just as those of a key are. */
 HL_KERNEL_SCALAR void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_load_q_few_scalar(
     const hl_sparse_flash_attention_antiquant_args *a, const hl_group *g, int32_t group, float *to)
 {
     for (int32_t h = 0; h < group; ++h) {
-        const uint16_t *const key =
-            (const uint16_t *)a->query + g->query + h * a->query_stride.head;
+        const uint16_t *const key = (const uint16_t *)a->query + g->query + h
+            * a->query_stride.head;
         const uint16_t *const rope =
             a->query_rope == NULL ? key + 448
             : (const uint16_t *)a->query_rope + g->query_rope
@@ -4514,14 +4621,13 @@ HL_KERNEL_SCALAR void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_restore_scalar(const
 #if HL_HAS_NEON
 
 /* ---- load: rows -> numbers, once for the whole group ---- */
-
 /* Few heads: Q as rows, each section of a row cut into vectors just as those of a key are. */
 HL_KERNEL_NEON void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_load_q_few_neon(
     const hl_sparse_flash_attention_antiquant_args *a, const hl_group *g, int32_t group, float *to)
 {
     for (int32_t h = 0; h < group; ++h) {
-        const uint16_t *const key =
-            (const uint16_t *)a->query + g->query + h * a->query_stride.head;
+        const uint16_t *const key = (const uint16_t *)a->query + g->query + h
+            * a->query_stride.head;
         const uint16_t *const rope =
             a->query_rope == NULL ? key + 448
             : (const uint16_t *)a->query_rope + g->query_rope
@@ -4550,8 +4656,8 @@ HL_KERNEL_NEON void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_load_q_neon(
             continue;
         }
         {
-            const uint16_t *const q =
-                (const uint16_t *)a->query + g->query + h * a->query_stride.head;
+            const uint16_t *const q = (const uint16_t *)a->query + g->query + h
+                * a->query_stride.head;
             if (a->query_rope != NULL) {
                 hl_vrow_bf16_neon(row, q, DK);
                 hl_vrow_bf16_neon(row + DK, (const uint16_t *)a->query_rope + g->query_rope + h
@@ -5492,9 +5598,9 @@ HL_KERNEL_NEON void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_pv_1x1_neon(const floa
 HL_KERNEL_NEON void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_value_neon(const hl_space *w,
     const hl_state *t, int32_t padded, int32_t group, ptrdiff_t vs, int32_t n)
 {
-    enum { L = 4, OS = 512 };
+    enum { L = 4, OS = 512, ALL = 512 };
     int32_t c = 0;
-    for (; c + 2 * L <= OS; c += 2 * L) {
+    for (; c + 2 * L <= ALL; c += 2 * L) {
         int32_t h = 0;
         for (; h + 8 <= group; h += 8) {
             hl_sfaq_bf16_fp8_v4_d448_rope64_slots_pv_8x2_neon(w->s + h, padded, w->v + c, vs, t->o
@@ -5505,7 +5611,7 @@ HL_KERNEL_NEON void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_value_neon(const hl_sp
                 + (ptrdiff_t)h * OS + c, t->alpha + h, n);
         }
     }
-    for (; c + 1 * L <= OS; c += 1 * L) {
+    for (; c + 1 * L <= ALL; c += 1 * L) {
         int32_t h = 0;
         for (; h + 8 <= group; h += 8) {
             hl_sfaq_bf16_fp8_v4_d448_rope64_slots_pv_8x1_neon(w->s + h, padded, w->v + c, vs, t->o
@@ -6394,14 +6500,13 @@ HL_KERNEL_NEON void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_restore_neon(const hl_
 #if HL_HAS_AVX2
 
 /* ---- load: rows -> numbers, once for the whole group ---- */
-
 /* Few heads: Q as rows, each section of a row cut into vectors just as those of a key are. */
 HL_KERNEL_AVX2 void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_load_q_few_avx2(
     const hl_sparse_flash_attention_antiquant_args *a, const hl_group *g, int32_t group, float *to)
 {
     for (int32_t h = 0; h < group; ++h) {
-        const uint16_t *const key =
-            (const uint16_t *)a->query + g->query + h * a->query_stride.head;
+        const uint16_t *const key = (const uint16_t *)a->query + g->query + h
+            * a->query_stride.head;
         const uint16_t *const rope =
             a->query_rope == NULL ? key + 448
             : (const uint16_t *)a->query_rope + g->query_rope
@@ -6430,8 +6535,8 @@ HL_KERNEL_AVX2 void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_load_q_avx2(
             continue;
         }
         {
-            const uint16_t *const q =
-                (const uint16_t *)a->query + g->query + h * a->query_stride.head;
+            const uint16_t *const q = (const uint16_t *)a->query + g->query + h
+                * a->query_stride.head;
             if (a->query_rope != NULL) {
                 hl_vrow_bf16_avx2(row, q, DK);
                 hl_vrow_bf16_avx2(row + DK, (const uint16_t *)a->query_rope + g->query_rope + h
@@ -7294,9 +7399,9 @@ HL_KERNEL_AVX2 void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_pv_1x1_avx2(const floa
 HL_KERNEL_AVX2 void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_value_avx2(const hl_space *w,
     const hl_state *t, int32_t padded, int32_t group, ptrdiff_t vs, int32_t n)
 {
-    enum { L = 8, OS = 512 };
+    enum { L = 8, OS = 512, ALL = 512 };
     int32_t c = 0;
-    for (; c + 3 * L <= OS; c += 3 * L) {
+    for (; c + 3 * L <= ALL; c += 3 * L) {
         int32_t h = 0;
         for (; h + 4 <= group; h += 4) {
             hl_sfaq_bf16_fp8_v4_d448_rope64_slots_pv_4x3_avx2(w->s + h, padded, w->v + c, vs, t->o
@@ -7307,7 +7412,7 @@ HL_KERNEL_AVX2 void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_value_avx2(const hl_sp
                 + (ptrdiff_t)h * OS + c, t->alpha + h, n);
         }
     }
-    for (; c + 1 * L <= OS; c += 1 * L) {
+    for (; c + 1 * L <= ALL; c += 1 * L) {
         int32_t h = 0;
         for (; h + 4 <= group; h += 4) {
             hl_sfaq_bf16_fp8_v4_d448_rope64_slots_pv_4x1_avx2(w->s + h, padded, w->v + c, vs, t->o
@@ -8091,14 +8196,13 @@ HL_KERNEL_AVX2 void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_restore_avx2(const hl_
 #if HL_HAS_AVX512
 
 /* ---- load: rows -> numbers, once for the whole group ---- */
-
 /* Few heads: Q as rows, each section of a row cut into vectors just as those of a key are. */
 HL_KERNEL_AVX512 void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_load_q_few_avx512(
     const hl_sparse_flash_attention_antiquant_args *a, const hl_group *g, int32_t group, float *to)
 {
     for (int32_t h = 0; h < group; ++h) {
-        const uint16_t *const key =
-            (const uint16_t *)a->query + g->query + h * a->query_stride.head;
+        const uint16_t *const key = (const uint16_t *)a->query + g->query + h
+            * a->query_stride.head;
         const uint16_t *const rope =
             a->query_rope == NULL ? key + 448
             : (const uint16_t *)a->query_rope + g->query_rope
@@ -8127,8 +8231,8 @@ HL_KERNEL_AVX512 void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_load_q_avx512(
             continue;
         }
         {
-            const uint16_t *const q =
-                (const uint16_t *)a->query + g->query + h * a->query_stride.head;
+            const uint16_t *const q = (const uint16_t *)a->query + g->query + h
+                * a->query_stride.head;
             if (a->query_rope != NULL) {
                 hl_vrow_bf16_avx512(row, q, DK);
                 hl_vrow_bf16_avx512(row + DK, (const uint16_t *)a->query_rope + g->query_rope + h
@@ -9650,9 +9754,9 @@ HL_KERNEL_AVX512 void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_pv_1x1_avx512(const 
 HL_KERNEL_AVX512 void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_value_avx512(const hl_space *w,
     const hl_state *t, int32_t padded, int32_t group, ptrdiff_t vs, int32_t n)
 {
-    enum { L = 16, OS = 512 };
+    enum { L = 16, OS = 512, ALL = 512 };
     int32_t c = 0;
-    for (; c + 3 * L <= OS; c += 3 * L) {
+    for (; c + 3 * L <= ALL; c += 3 * L) {
         int32_t h = 0;
         for (; h + 8 <= group; h += 8) {
             hl_sfaq_bf16_fp8_v4_d448_rope64_slots_pv_8x3_avx512(w->s + h, padded, w->v + c, vs, t->o
@@ -9667,7 +9771,7 @@ HL_KERNEL_AVX512 void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_value_avx512(const h
                 + (ptrdiff_t)h * OS + c, t->alpha + h, n);
         }
     }
-    for (; c + 2 * L <= OS; c += 2 * L) {
+    for (; c + 2 * L <= ALL; c += 2 * L) {
         int32_t h = 0;
         for (; h + 8 <= group; h += 8) {
             hl_sfaq_bf16_fp8_v4_d448_rope64_slots_pv_8x2_avx512(w->s + h, padded, w->v + c, vs, t->o
@@ -9682,7 +9786,7 @@ HL_KERNEL_AVX512 void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_value_avx512(const h
                 + (ptrdiff_t)h * OS + c, t->alpha + h, n);
         }
     }
-    for (; c + 1 * L <= OS; c += 1 * L) {
+    for (; c + 1 * L <= ALL; c += 1 * L) {
         int32_t h = 0;
         for (; h + 8 <= group; h += 8) {
             hl_sfaq_bf16_fp8_v4_d448_rope64_slots_pv_8x1_avx512(w->s + h, padded, w->v + c, vs, t->o

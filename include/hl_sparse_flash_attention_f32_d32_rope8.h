@@ -54,7 +54,7 @@
  * MEMORY
  *   One task needs
  *   HL_SPARSE_FLASH_ATTENTION_F32_D32_ROPE8_WORKSPACE_BYTES(G),
- *   5376 bytes for G = 8, whatever the lengths.
+ *   5760 bytes for G = 8, whatever the lengths.
  *   Nothing is read outside the rows that a list (or a length) names, and nothing before or behind
  *   a row; unused memory may hold NaN.
  *
@@ -80,7 +80,7 @@
 /* ==== shared by every Headlight header ==== */
 
 #ifndef HL_COMMON
-#define HL_COMMON 2
+#define HL_COMMON 3
 
 #include <stddef.h>
 #include <stdint.h>
@@ -190,6 +190,33 @@ typedef enum hl_argument {
     HL_ARG_QUANT_SCALE_REPO_MODE,
     HL_ARG_TILE_SIZE,
     HL_ARG_ROPE_HEAD_DIM,
+    HL_ARG_KEY_PAGES,
+    HL_ARG_VALUE_PAGES,
+    HL_ARG_PSE_SHIFT,
+    HL_ARG_ATTEN_MASK,
+    HL_ARG_ACTUAL_SEQ_LENGTHS,
+    HL_ARG_KV_PADDING_SIZE,
+    HL_ARG_ANTIQUANT_SCALE,
+    HL_ARG_ANTIQUANT_OFFSET,
+    HL_ARG_QUANT_SCALE2,
+    HL_ARG_QUANT_OFFSET2,
+    HL_ARG_DEQUANT_SCALE1,
+    HL_ARG_QUANT_SCALE1,
+    HL_ARG_DEQUANT_SCALE2,
+    HL_ARG_ALIBI_SLOPES,
+    HL_ARG_LENGTHS,
+    HL_ARG_PSE_BATCH,
+    HL_ARG_PSE_WIDTH,
+    HL_ARG_MASK_BATCH,
+    HL_ARG_MASK_ROWS,
+    HL_ARG_MASK_WIDTH,
+    HL_ARG_ANTIQUANT_MODE,
+    HL_ARG_ANTIQUANT_F32,
+    HL_ARG_QUANT_PER_CHANNEL,
+    HL_ARG_QUANT_BF16,
+    HL_ARG_WINDOW,
+    HL_ARG_INNER_PRECISE,
+    HL_ARG_SOFTCAP,
     HL_ARG_NOPE,
     HL_ARG_ROPE,
     HL_ARG_RECORDS,
@@ -206,7 +233,6 @@ typedef enum hl_argument {
     HL_ARG_FROM_STRIDE,
     HL_ARG_TO_STRIDE,
     HL_ARG_POSITIONS,
-    HL_ARG_LENGTHS,
     HL_ARG_PLAN,
     HL_ARG_ARGS,
     HL_ARG_WORKSPACE,
@@ -235,7 +261,18 @@ typedef struct hl_stride {
 enum {
     HL_LAYOUT_BSND = 0,
     HL_LAYOUT_TND = 1,
-    HL_LAYOUT_PA_BSND = 2
+    HL_LAYOUT_PA_BSND = 2,
+    HL_LAYOUT_BSH = 3, /* H = N * D: the memory of BSND */
+    HL_LAYOUT_BNSD = 4,
+    HL_LAYOUT_PA_BNSD = 5
+};
+
+/* What the numbers of antiquant_scale and antiquant_offset are for: a channel of a kv head, a whole
+ * tensor, a token. */
+enum {
+    HL_ANTIQUANT_CHANNEL = 0,
+    HL_ANTIQUANT_TENSOR = 1,
+    HL_ANTIQUANT_TOKEN = 2
 };
 
 /* What the entries of sparse_indices are. */
@@ -262,7 +299,7 @@ HL_API const char *hl_error_text(const hl_error *error, char *text, size_t size)
 }
 #endif
 
-#elif HL_COMMON != 2
+#elif HL_COMMON != 3
 #error "hl: headers of two generator versions in one file; regenerate the older one"
 #endif /* HL_COMMON */
 /* ==== the operator's arguments, shared by all of its kernels ==== */
@@ -461,8 +498,15 @@ typedef struct hl_loc {
     int32_t inner;
 } hl_loc;
 
-/* One group: the query heads that share a kv head, at one query row, and what they may see. */
+/* One group: the queries that share a kv head (its heads, at one query row; when decoding, at all
+ * rows of a batch), and what they may see. */
 typedef struct hl_group {
+    int32_t group;         /* queries                                                          */
+    int32_t heads;         /* G; query h is head h % G of row h / G, or of `row`               */
+    int32_t rows;          /* decoding: query rows of the batch                                */
+    int32_t row;           /* the one row whose own keys these are; -1: keys that all rows see */
+    int32_t low;           /* keys low .. high-1 are seen by all rows, but for masks           */
+    int32_t high;
     int32_t batch;
     int32_t kv_head;
     int32_t length;        /* keys of the batch                                                */
@@ -471,6 +515,7 @@ typedef struct hl_group {
     int32_t entries;       /* of the list, or keys if there is none                            */
     const int32_t *list;   /* NULL: every key                                                  */
     const int32_t *pages;  /* PA: the batch's row of block_table                               */
+    const unsigned char *mask; /* decoding: the batch's rows of atten_mask; NULL: none         */
     ptrdiff_t query;       /* element offsets of the group's first head                        */
     ptrdiff_t query_rope;
     ptrdiff_t out;
@@ -500,6 +545,7 @@ typedef struct hl_row {
     const void *key;
     const void *rope;
     const void *value;
+    ptrdiff_t token; /* decoding: which row of its batch's cache it is                         */
 } hl_row;
 
 /* One block of keys; behind its rows lie those of later keys, which are asked for meanwhile. */
@@ -518,8 +564,10 @@ typedef struct hl_space {
     float *s;        /* S^T, then P^T: [key][head]                                             */
     hl_row *row;     /* where the keys of this block and of the next are stored                */
     hl_row *own;     /* records: where those of this block are once they are decoded           */
+    float *shift;    /* decoding: what offsets of codes add to the scores of each query        */
     hl_state state;  /* of the row, or of its first chunk                                      */
     hl_state other;  /* of the chunk to be merged into it                                      */
+    hl_state one;    /* decoding: of the keys that only one query row sees                     */
 } hl_space;
 
 static inline uint32_t hl_bits_of(float x)
@@ -835,6 +883,33 @@ static inline const char *hl_argument_name(hl_argument argument)
         "quant_scale_repo_mode",
         "tile_size",
         "rope_head_dim",
+        "key_pages",
+        "value_pages",
+        "pse_shift",
+        "atten_mask",
+        "actual_seq_lengths",
+        "kv_padding_size",
+        "antiquant_scale",
+        "antiquant_offset",
+        "quant_scale2",
+        "quant_offset2",
+        "dequant_scale1",
+        "quant_scale1",
+        "dequant_scale2",
+        "alibi_slopes",
+        "lengths",
+        "pse_batch",
+        "pse_width",
+        "mask_batch",
+        "mask_rows",
+        "mask_width",
+        "antiquant_mode",
+        "antiquant_f32",
+        "quant_per_channel",
+        "quant_bf16",
+        "window",
+        "inner_precise",
+        "softcap",
         "nope",
         "rope",
         "records",
@@ -851,7 +926,6 @@ static inline const char *hl_argument_name(hl_argument argument)
         "from_stride",
         "to_stride",
         "positions",
-        "lengths",
         "plan",
         "args",
         "workspace",
@@ -947,7 +1021,7 @@ enum {
  * `group` query heads on a kv head (heads_q / heads_kv). Sequence lengths do not matter. */
 #define HL_SPARSE_FLASH_ATTENTION_F32_D32_ROPE8_WORKSPACE_BYTES(group) \
     (64 + 4 * (62 * (((size_t)(group) + 0) / 1 * 1) \
-     + 64 * (size_t)(group) + 320))
+     + 64 * (size_t)(group) + 416))
 
 /* Bytes of args.partials that are enough to split r query rows of h query heads into c chunks each;
  * plan->split_bytes is the exact figure. */
@@ -1016,6 +1090,7 @@ HL_WORD_SCALAR hl_vf_scalar hl_vfma_scalar(hl_vf_scalar x, hl_vf_scalar y, hl_vf
 {
     return x * y + z;
 }
+HL_WORD_SCALAR hl_vf_scalar hl_vdiv_scalar(hl_vf_scalar x, hl_vf_scalar y) { return x / y; }
 HL_WORD_SCALAR hl_vf_scalar hl_vmax_scalar(hl_vf_scalar x, hl_vf_scalar y) { return x > y ? x : y; }
 HL_WORD_SCALAR hl_vf_scalar hl_vflush_scalar(hl_vf_scalar x, float limit, hl_vf_scalar y)
 {
@@ -1104,7 +1179,7 @@ static inline void hl_sfa_f32_d32_rope8_space(hl_space *w, void *workspace, int3
     w->s = at; /* S^T, then P^T */
     at += 16 * heads;
     w->row = (hl_row *)(void *)at; /* where keys lie, known ahead */
-    at += 288;
+    at += 384;
     w->state.m = at; /* running maxima, in log2 units */
     at += heads;
     w->state.l = at; /* running sums */
@@ -1442,6 +1517,13 @@ static inline int32_t hl_sfa_f32_d32_rope8_group(const hl_sparse_flash_attention
     int32_t rows = 0;      /* of the batch         */
     int32_t keys = limit_kv;
     int32_t seen = 1;
+    g->group = plan->group;
+    g->heads = plan->group;
+    g->rows = 1;
+    g->row = -1;
+    g->low = 0;
+    g->high = 0;
+    g->mask = NULL;
     g->first = 0;
     if (a->layout_query == HL_LAYOUT_TND) {
         int32_t low = 0; /* the batch whose end is the first above the row */
@@ -1653,15 +1735,13 @@ static inline hl_cursor hl_sfa_f32_d32_rope8_chunk(const hl_sparse_flash_attenti
  * 40 channels of 2 heads are 0 KiB: they stay in the first-level cache. */
 
 /* ---- load: rows -> numbers, once for the whole group ---- */
-
 /* Few heads: Q as rows, each section of a row cut into vectors just as those of a key are. */
 HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_load_q_few_scalar(
     const hl_sparse_flash_attention_args *a, const hl_group *g, int32_t group, float *to)
 {
     enum { L = 1 };
     for (int32_t h = 0; h < group; ++h) {
-        const float *const key =
-            (const float *)a->query + g->query + h * a->query_stride.head;
+        const float *const key = (const float *)a->query + g->query + h * a->query_stride.head;
         const float *const rope =
             a->query_rope == NULL ? key + 32
             : (const float *)a->query_rope + g->query_rope
