@@ -25,6 +25,7 @@ from helpers_decode import (
     fields_of,
     formats_of,
     has,
+    in_floats,
     kernel,
     make_case,
     run,
@@ -252,11 +253,13 @@ def test_rows_that_see_nothing_are_zero_in_every_bit(name, isa):
         ):
             case = make_case(k, shape)
             got = run(k, case, isa, chunk_keys=128)
-            want = oracle.incre_flash_attention(case.args)
             assert not got["attention_out"].view(np.uint8).any()
-            for stat in STATS if k.stats else ():
-                exact = getattr(want, stat.removeprefix("softmax_")).astype(np.float32)
-                assert same_bits(got[stat], exact), stat
+            check(case.args, got)
+            if k.stats and sink == "none":
+                assert not got["softmax_max"].view(np.uint8).any()
+                assert not got["softmax_sum"].view(np.uint8).any()
+            elif k.stats:
+                assert (got["softmax_sum"] == 1).all()
         early = make_case(k, Shape(lens=(3,), seq_q=9, group=2, sinks=sink, seed=4))
         got = run(k, early, isa)
         assert not got["attention_out"][:, :6].view(np.uint8).any()
@@ -670,7 +673,7 @@ def test_chunks_and_partials(name, isa, layout):
             hidden=0.1,
             seed=rows,
         )
-        case = make_case(k, shape)
+        case = in_floats(make_case(k, shape))
         whole = run(k, case, isa, chunk_keys=128)
         check(case.args, whole)
         for partials in (False, True):

@@ -22,7 +22,7 @@ from helpers_decode import (
     check,
     execute,
     fields_of,
-    formats_of,
+    in_floats,
     kernel,
     make_case,
     run,
@@ -212,7 +212,18 @@ TABLE = [
     # Sizes that together do not fit in memory.
     Bad(
         "dense",
-        {"batch": INT_MAX, "seq_q": 16, "heads_q": 8388608, "heads_kv": 8388608, LENGTHS: None},
+        {
+            "batch": INT_MAX,
+            "seq_q": 16,
+            "heads_q": 8388608,
+            "heads_kv": 8388608,
+            LENGTHS: None,
+            "pse_shift": None,
+            "pse_batch": 1,
+            "atten_mask": None,
+            "mask_batch": 1,
+            "mask_rows": 1,
+        },
         "SHAPE",
         "query",
         "ADDRESSABLE",
@@ -307,8 +318,6 @@ TABLE = [
             ("paged", "block_table", 4),
             ("codes", "antiquant_scale", 4),
             ("codes", "antiquant_offset", 4),
-            ("nibbles", "key", 2),
-            ("nibbles", "value", 2),
         )
     ),
     # Outputs over anything else.
@@ -490,7 +499,8 @@ def test_attend_reads_options_from_arrays():
 
 def test_another_prefix_and_name():
     small = {"isa": ["scalar"], "features": []}
-    header = spec.parse_header(table("f32_all", prefix="zz", name="zz_my_attention", **small))
+    small |= {"prefix": "zz", "name": "zz_my_attention"}
+    header = spec.parse_header({**table("f32_all"), **small})
     k = bind.load(header)
     assert (k.name, k.op, k.stats) == ("zz_my_attention", "zz_incre_flash_attention", False)
     k.formats = ("", "")
@@ -591,7 +601,7 @@ def test_memory_that_no_row_sees(name, isa):
     """Other bytes in the place of NaN and 0xff, wherever nothing is a key of a batch."""
     k = kernel(name)
     for call in (LONG, dataclasses.replace(LONG, layout_kv=BSND, padding=5, room=3)):
-        case = make_case(k, call)
+        case = in_floats(make_case(k, call))
         want = run(k, case, isa)
         a = case.args
         for byte in (0x00, 0x3C):
@@ -650,7 +660,7 @@ def test_what_the_workspace_held_before(name, isa):
 @by_pair(*ALL)
 def test_threads_task_order_and_partials(name, isa):
     k = kernel(name)
-    case = make_case(k, LONG)
+    case = in_floats(make_case(k, LONG))
     want = run(k, case, isa, chunk_keys=128)
     for workers in (1, 3, 8):
         for partials in (False, True):
@@ -676,7 +686,7 @@ def batches(case: Case, order: list[int]) -> Case:
 def test_the_batch_around_a_row(name, isa):
     """One by one, turned round, and as one of 64."""
     k = kernel(name)
-    case = make_case(k, LONG)
+    case = in_floats(make_case(k, LONG))
     want = run(k, case, isa, chunk_keys=128)
     for order in ([0], [1], [2], [3], [3, 2, 1, 0], [1, 3] * 31 + [0, 2]):
         got = run(k, batches(case, order), isa, chunk_keys=128)
@@ -690,7 +700,7 @@ def test_the_batch_around_a_row(name, isa):
 def test_where_pages_lie(name, isa):
     """The same pages anywhere in a larger pool."""
     k = kernel(name)
-    case = make_case(k, LONG)
+    case = in_floats(make_case(k, LONG))
     want = run(k, case, isa)
     a = case.args
     place = np.random.default_rng(1).permutation(len(a.key) + 7)[: len(a.key)].astype(np.int32)
@@ -715,9 +725,7 @@ def test_alignment(name, isa):
         outputs = {n: shifted(array, offset, 4) for n, array in case.outputs(stats=k.stats).items()}
         fields = {**fields_of(k, case, isa), **outputs, "chunk_keys": 128}
         for i, (name_of, array) in enumerate(case.inputs().items()):
-            kind = {"key": 0, "value": 1}.get(name_of)
-            packed = kind is not None and oracle.group_of(formats_of(name)[kind])
-            fields[name_of] = shifted(array, offset + i, 2 if packed else array.itemsize)
+            fields[name_of] = shifted(array, offset + i, array.itemsize)
         assert k.run(**fields).ok
         assert_same(outputs, want, offset)
 

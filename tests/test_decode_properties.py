@@ -18,6 +18,7 @@ from helpers_decode import (
     check_guarded,
     fields_of,
     has,
+    in_floats,
     kernel,
     make_case,
     relaid,
@@ -84,10 +85,7 @@ def test_strided_is_packed(name, isa, data):
     for tensor in ("query", "key", "value"):
         if tensor in fields:
             layout = fields["layout_query" if tensor == "query" else "layout_kv"]
-            packed = tensor != "query" and oracle.group_of(k.formats[tensor == "value"])
-            fields[tensor], fields[f"{tensor}_stride"] = with_gaps(
-                rng, fields[tensor], layout, 2 if packed else 1
-            )
+            fields[tensor], fields[f"{tensor}_stride"] = with_gaps(rng, fields[tensor], layout)
     assert k.run(**fields, **outputs).ok
     assert_same(outputs, run(k, case, isa))
 
@@ -103,7 +101,7 @@ def test_layouts_and_pages_only_change_addresses(name, isa, mode):
     shape = with_shape(
         seq_q=3, room=2, pse="each", mask="each", mask_rows=True, antiquant=mode, seed=mode
     )
-    base = make_case(k, shape)
+    base = in_floats(make_case(k, shape))
     want = run(k, base, isa, chunk_keys=128)
     ways = [{}]
     if has(name, "pages"):
@@ -123,7 +121,8 @@ def test_layouts_and_pages_only_change_addresses(name, isa, mode):
 def test_left_padding_only_changes_addresses(name, isa):
     """The same keys at the end of the cache, with bias and mask moved along."""
     k = kernel(name)
-    base = make_case(k, with_shape(seq_q=2, pse="each", mask="each", antiquant=TOKEN, seed=4))
+    shape = with_shape(seq_q=2, pse="each", mask="each", antiquant=TOKEN, seed=4)
+    base = in_floats(make_case(k, shape))
     a, pad, room = base.args, 3, 8
     lens = [oracle.span(a, b)[1] for b in range(a.batch)]
     seq = a.seq_kv + room
