@@ -882,3 +882,52 @@ def shapes(
         spread=either(*spreads),
         seed=draw(st.integers(0, 2**32 - 1)),
     )
+
+
+def various(name: str, seed: int, count: int) -> list[tuple[Shape, Way]]:
+    """Calls of all kinds, drawn once: for programs that run many calls in one go. No pages, whose
+    addresses no file can hold."""
+    rng = np.random.default_rng(seed)
+    made = []
+
+    def either(*values: Any) -> Any:
+        return values[rng.integers(0, len(values))]
+
+    for _ in range(count):
+        layout_q, layout_kv = either(*PAIRS)
+        slots = layout_kv in PAGED and has(name, "slots") and either(False, True)
+        shape = Shape(
+            lens=tuple(rng.integers(0, 150, either(1, 2, 3)).tolist()),
+            seq_q=either(1, 1, 2, 5, 16),
+            heads_kv=either(1, 2),
+            group=either(1, 2, 3, 4, 7, 9, 33),
+            layout_q=layout_q,
+            layout_kv=layout_kv,
+            room=either(0, 3),
+            padding=either(None, 2),
+            block_size=either(1, 3, 16, 48),
+            slots=slots,
+            pse=either("none", "one", "each"),
+            mask=either("none", "one", "each"),
+            mask_rows=either(False, True),
+            window=either(0, 1, 40) if has(name, "window") else 0,
+            softcap=either(0.0, 5.0) if has(name, "softcap") else 0.0,
+            alibi=has(name, "alibi") and either(False, True),
+            sinks=either("none", "plain", "infinite") if has(name, "sinks") else "none",
+            antiquant=either(CHANNEL, TENSOR, TOKEN),
+            antiquant_f32=either(False, True),
+            offset=either(False, True),
+            quant=either("none", "none", "tensor", "channel"),
+            quant_bf16=either(False, True),
+            spread=either(*SPREADS),
+            seed=int(rng.integers(1 << 30)),
+        )
+        way = Way(
+            flush=either("left", "right"),
+            chunk_keys=either(0, 128),
+            by_task=either(False, True),
+            partials=either(False, True),
+            stats=has(name, "stats") and either(True, True, False),
+        )
+        made.append((shape, way))
+    return made

@@ -209,6 +209,18 @@ def test_a_bias_of_minus_infinity_leaves_out(name, isa):
         check(case.args, run(k, case, isa, chunk_keys=128))
 
 
+@by_pair(*SMALL)
+def test_a_bias_of_minus_infinity_over_all_keys_is_a_row_that_sees_nothing(name, isa):
+    k = kernel(name)
+    case = make_case(k, Shape(lens=(150, 9), group=3, pse="each", seed=3))
+    case.args.pse_shift[1] = -np.inf
+    got = run(k, case, isa, chunk_keys=128)
+    assert not got["attention_out"][1].view(np.uint8).any()
+    if k.stats:
+        assert np.isneginf(got["softmax_lse"][1]).all() and not got["softmax_sum"][1].any()
+    assert np.isfinite(got["attention_out"][0].astype(np.float32)).all()
+
+
 @by_pair(*ALL)
 def test_masks_of_every_shape(name, isa):
     for mask in ("one", "each"):
@@ -821,6 +833,19 @@ def test_nan_in_the_last_key_of_a_chunk_is_not_lost(name, isa):
             key[0, at, 0, 3] = np.nan
             for output, array in run(k, case.changed(key=key), isa, chunk_keys=128).items():
                 assert np.isnan(array.astype(np.float32)).all(), (output, at)
+
+
+@by_pair(*with_feature("softcap"))
+def test_a_softcap_hides_no_nan(name, isa):
+    """Nor a number beyond it: infinity is the cap."""
+    k = kernel(name)
+    for group in (1, 9):
+        case = make_case(k, Shape(lens=(40,), group=group, softcap=5.0, seed=1))
+        case.args.query[0, 0, 0, 0] = np.nan
+        got = run(k, case, isa)["attention_out"].astype(np.float32)
+        assert np.isnan(got[0, 0, 0]).all() and not np.isnan(got[0, 0, 1:]).any()
+        case.args.query[0, 0, 0] = 1e30
+        check(case.args, run(k, case, isa))
 
 
 @by_pair("f16_none", "bf16_all")

@@ -4,6 +4,8 @@ what does not matter, or depend on how it is called."""
 import ctypes
 import dataclasses
 import math
+import mmap
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -21,6 +23,7 @@ from helpers_decode import (
     by_pair,
     check,
     execute,
+    expected,
     fields_of,
     in_floats,
     kernel,
@@ -29,11 +32,21 @@ from helpers_decode import (
     run_guarded,
     table,
     text,
+    various,
 )
-from helpers_memory import Arena, Died, in_child
+from helpers_memory import LIBC, MAP_NORESERVE, Arena, Died, in_child, map_pages, view
+from helpers_runner import QEMU, need_aarch64, play, program, record
 from oracle import BSND, PA_BSND, TND
 from oracle_decode import BNSD, BSH, PA_BNSD, TOKEN, by_row
 from test_bad_input import OTHER_MACHINES_ISA, Bad, check_refused, ints, shape, with_entry
+from test_memory import (
+    DEFAULT,
+    FLAGS,
+    FLOAT_ENVIRONMENT,
+    FLUSH,
+    INVALID_OR_ZERO_DIVIDE,
+    sanitized_environment,
+)
 
 from gen import bind, spec
 
@@ -566,6 +579,97 @@ def test_only_the_needed_table_entries_are_read(name, isa):
                 fields = {**fields_of(k, case, isa), **outputs, "block_table": short}
                 assert in_child(lambda f=fields: k.run(**f)).ok
                 check(case.args, outputs)
+
+
+@by_pair("bf16_all")
+def test_offsets_beyond_two_to_the_33_bytes(name, isa):
+    """A cache of 16 GiB that is not there but for two blocks at its ends."""
+    k = kernel(name)
+    call = Shape(
+        lens=(200,), layout_kv=PA_BSND, block_size=128, spare_blocks=0, value=False, seed=5
+    )
+    case = make_case(k, call)
+    want = run(k, case, isa)
+    row = 128 * k.dk * 2
+    blocks = (1 << 34) // row
+    memory = map_pages(blocks * row, mmap.PROT_READ | mmap.PROT_WRITE, MAP_NORESERVE)
+    try:
+        first, second = case.args.key[case.args.block_table[0]]
+        view(memory + (blocks - 1) * row, first.shape, first.dtype)[...] = first
+        view(memory, second.shape, second.dtype)[...] = second
+        changes = {"key": memory, "num_blocks": blocks, "block_table": ints(blocks - 1, 0)}
+        assert_same(run(k, case, isa, **changes), want)
+        far = (1 << 33) // 2  # and the same with a stride of 2^32 elements between two blocks
+        view(memory + far * 2, first.shape, first.dtype)[...] = first
+        changes |= {"num_blocks": 2, "block_table": ints(1, 0), "key_stride": (far, 0, 0)}
+        assert_same(run(k, case, isa, **changes), want)
+    finally:
+        LIBC.munmap(memory, blocks * row)
+
+
+def check_played(name: str, command: Sequence[str], isas: Sequence[str], seed: int, **env) -> None:
+    """Calls of all kinds in another program, against the oracle."""
+    k = kernel(name)
+    number = {isa: k.constants[f"HL_ISA_{isa.upper()}"] for isa in isas}
+    made = [(make_case(k, call), way, isa) for call, way in various(name, seed, 60) for isa in isas]
+    calls = [record(k, case, way, number[isa]) for case, way, isa in made]
+    _, results = play(command, calls, **env)
+    for (case, *_), got in zip(made, results, strict=True):
+        check(case.args, got)
+
+
+@pytest.mark.parametrize("name", ["f32_all", "bf16_i8", "f16_e4m3xi4"])
+def test_sanitizers(name):
+    """Address and undefined-behaviour sanitizers, where every access is still there to be seen."""
+    flags = ("-O0", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+    built = program(text(name), kernel(name).name, compiler="gcc", flags=flags)
+    check_played(name, (str(built),), WORDS_HERE, 9, env=sanitized_environment())
+
+
+@pytest.mark.parametrize("name", ["f32_all", "f16_none", "bf16_all", "bf16_i8", "f16_e4m3xi4"])
+def test_on_another_processor(name):
+    """NEON and scalar code on an emulated 64-bit Arm, between guard pages too."""
+    need_aarch64()
+    built = program(text(name), kernel(name).name)
+    check_played(name, (*QEMU, str(built)), ("scalar", "neon"), 5)
+
+
+@pytest.fixture(scope="module")
+def control() -> ctypes.CDLL:
+    """Reads and writes the processor's floating-point control and status."""
+    return ctypes.CDLL(str(bind.compile_c({"control.c": FLOAT_ENVIRONMENT})))
+
+
+@by_pair("f32_all", "bf16_all", "bf16_i8", "f16_e4m3xi4", "bf16_i4")
+def test_floating_point_state_is_left_alone(name, isa, control):
+    """Control bits as before; for finite inputs no invalid operation and no division by zero, which
+    some callers trap; and results are right with subnormal numbers flushed too."""
+    k = kernel(name)
+    calls = [
+        dataclasses.replace(call, spread="normal", sinks=call.sinks.replace("infinite", "plain"))
+        for call, _ in various(name, 3, 12)
+    ]
+    for call in calls:
+        case = make_case(k, call)
+        known = expected(case.args)
+        for mode in (DEFAULT, DEFAULT | FLUSH):
+            outputs = case.outputs(stats=k.stats)
+            fields = {**fields_of(k, case, isa), **outputs, "chunk_keys": 128}
+            plan, _ = k.plan(**fields)
+            room = np.zeros(plan.split_bytes + 1, np.uint8)
+            plan, result = k.plan(**fields, partials=room, partials_bytes=room.nbytes)
+            assert result.ok
+            workspace = np.zeros(plan.task_bytes, np.uint8)
+            control.set_control(mode)
+            for i in range(plan.n_tasks):
+                k.task(plan, i, workspace)
+            for i in range(plan.n_merges):
+                k.merge(plan, i)
+            after = control.get_control()
+            control.set_control(DEFAULT)
+            assert mode & ~FLAGS == after & ~FLAGS
+            assert after & INVALID_OR_ZERO_DIVIDE == 0, (hex(after), call)
+            check(case.args, outputs, known=known)
 
 
 # ---- bytes that do not matter -------------------------------------------------------------------
