@@ -611,14 +611,14 @@ def check_played(name: str, command: Sequence[str], isas: Sequence[str], seed: i
     """Calls of all kinds in another program, against the oracle."""
     k = kernel(name)
     number = {isa: k.constants[f"HL_ISA_{isa.upper()}"] for isa in isas}
-    made = [(make_case(k, call), way, isa) for call, way in various(name, seed, 60) for isa in isas]
+    made = [(make_case(k, call), way, isa) for call, way in various(name, seed, 40) for isa in isas]
     calls = [record(k, case, way, number[isa]) for case, way, isa in made]
     _, results = play(command, calls, **env)
     for (case, *_), got in zip(made, results, strict=True):
         check(case.args, got)
 
 
-@pytest.mark.parametrize("name", ["f32_all", "bf16_i8", "f16_e4m3xi4"])
+@pytest.mark.parametrize("name", ["f32_all", "f16_e4m3xi4"])
 def test_sanitizers(name):
     """Address and undefined-behaviour sanitizers, where every access is still there to be seen."""
     flags = ("-O0", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
@@ -626,7 +626,7 @@ def test_sanitizers(name):
     check_played(name, (str(built),), WORDS_HERE, 9, env=sanitized_environment())
 
 
-@pytest.mark.parametrize("name", ["f32_all", "f16_none", "bf16_all", "bf16_i8", "f16_e4m3xi4"])
+@pytest.mark.parametrize("name", ["f32_all", "bf16_i8", "f16_e4m3xi4"])
 def test_on_another_processor(name):
     """NEON and scalar code on an emulated 64-bit Arm, between guard pages too."""
     need_aarch64()

@@ -59,7 +59,7 @@ def assert_close(x: dict, y: dict, dtype: np.dtype) -> None:
 
 
 @by_pair(*ALL)
-@settings(max_examples=20)
+@settings(max_examples=12)
 @given(data=st.data())
 def test_any_call(name, isa, data):
     shape = data.draw(shapes(name))
@@ -67,7 +67,7 @@ def test_any_call(name, isa, data):
 
 
 @by_pair(*SMALL)
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(data=st.data())
 def test_any_call_without_codes(name, isa, data):
     shape = data.draw(shapes(name, max_keys=40))
@@ -75,7 +75,7 @@ def test_any_call_without_codes(name, isa, data):
 
 
 @by_pair(*ALL)
-@settings(max_examples=6)
+@settings(max_examples=4)
 @given(data=st.data())
 def test_strided_is_packed(name, isa, data):
     k = kernel(name)
