@@ -275,7 +275,7 @@ class Tile:
     paired: int  # value channels that vpair takes even and odd apart; 0 where it keeps the order
     dv_tail: bool
     codes: Codes | None  # records that few heads read where they are stored
-    ragged: bool  # records: channels that share a scale are not whole vectors
+    ragged: bool  # channels that are written with one scale are not whole vectors
     ragged_pairs: bool  # nor pairs of them
     rope_ragged: bool  # rotary channels are not whole vectors
     why: dict[str, str]
@@ -598,9 +598,22 @@ def codes_of(kernel, isa, registers):
 
 
 def ragged(kernel, step):
-    """Records: whether channels that share a scale end within a step."""
+    """Whether channels that are written with one scale end within a step."""
+    if kernel.decodes:
+        return any(n % step != 0 for n in together(kernel))
     tile = kernel.record.tile if kernel.record else step
     return tile % step != 0 or kernel.dk % step != 0
+
+
+def together(kernel):
+    """Counts of channels that lie together in a row of a decode operator's cache: all of a head, or
+    those of a group."""
+    sides = ((kernel.stored_key, kernel.dk), (kernel.stored_value, kernel.dv))
+    counts = [channels for _, channels in sides]
+    for side, channels in sides:
+        if side.packed:
+            counts += [min(side.group, channels), channels % side.group]
+    return counts
 
 
 RECORD_REASON = "records are decoded once for all heads, and read as float32 from then on"
