@@ -98,6 +98,8 @@ def manual_words(kernel):
     codes = [(name, channels) for name, side, channels in sides if side.is_codes]
     packed = [(name, side) for name, side, _ in sides if side.packed]
     both = len(codes) == 2
+    extras = [EXTRAS[name] for name in has]
+    halves = [half for half in (extras[:4], extras[4:]) if half]
     first = "K's, then V's: " if both else ""
     none = ", max 0, sum 0, LSE -inf" if "stats" in has else ""
     none += ";\n *   with a sink: max = LSE = sink, sum 1" if none and "sinks" in has else ""
@@ -107,7 +109,7 @@ def manual_words(kernel):
     if "pages" in has:
         table.append("key_pages and value_pages: where blocks lie.")
     return {
-        "extras": listed([EXTRAS[name] for name in has]) if has else "",
+        "extras": [", ".join(half) for half in halves],
         "softcap_words": " (softcap: c tanh(score / c))" if "softcap" in has else "",
         "alibi_words": " + slope * distance" if "alibi" in has else "",
         "window_lines": WINDOW_LINE if "window" in has else "",

@@ -188,7 +188,7 @@ def parse_cache(op, dtype, table, records):
         return parse_stored(dtype, table), None
     kv = table.get("kv", dtype if op == "sparse_flash_attention" else None)
     if op == "sparse_flash_attention":
-        if kv in records:
+        if kv in records or (kv in STORED and kv not in FORMATS):
             raise Refusal(
                 f"kv = {kv!r} is a quantised cache, which {op} does not have",
                 'set op to "sparse_flash_attention_antiquant"',
@@ -205,6 +205,11 @@ def parse_cache(op, dtype, table, records):
         raise Refusal(f"dtype = 'f32': {op} has queries of 16 bits", "choose bf16 or f16")
     if kv is None:
         raise Refusal(f"kv is missing: {op} has to know its record", f"add kv = {min(records)!r}")
+    if kv in STORED and kv not in FORMATS:
+        raise Refusal(
+            f"kv = {kv!r} has K and V, and scales, in tensors of their own: {op} has records",
+            f"choose a record, or set op to {DECODE!r}",
+        )
     return kv, records[one_of("kv", kv, tuple(records))]
 
 

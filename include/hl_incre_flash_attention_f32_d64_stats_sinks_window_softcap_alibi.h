@@ -12,7 +12,8 @@
  *       key 64 channels of IEEE float32;
  *       value 64 channels of IEEE float32;
  *       cache BSND, BSH, BNSD, PA_BSND, PA_BNSD;
- *       with max, sum and LSE, sinks, a sliding window, softcap and ALiBi.
+ *       with max, sum and LSE, sinks, a sliding window, softcap,
+ *       ALiBi.
  *   One step of decoding (incre_flash_attention): 1 to 16 query rows of each batch, the last
  *   tokens of its cache, against all of its keys:
  *       score_j = scale_value * (q . k_j) (softcap: c tanh(score / c)) + pse_j + slope * distance
