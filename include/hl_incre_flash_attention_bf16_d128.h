@@ -70,7 +70,7 @@
  * MEMORY
  *   One task needs
  *   HL_INCRE_FLASH_ATTENTION_BF16_D128_WORKSPACE_BYTES(Q)
- *   bytes for Q = heads_q / heads_kv * seq_q queries on a kv head, 178944 for Q = 8,
+ *   bytes for Q = heads_q / heads_kv * seq_q queries on a kv head, 187136 for Q = 8,
  *   whatever the lengths. Nothing is read outside the rows that a length names, and nothing before
  *   or behind a row; unused memory may hold NaN.
  *
@@ -671,12 +671,14 @@ typedef struct hl_row {
     ptrdiff_t token; /* decoding: which row of its batch's cache it is                         */
 } hl_row;
 
-/* One block of keys; behind its rows lie those of later keys, which are asked for meanwhile. */
+/* One block of keys; behind its rows lie those of later keys. */
 typedef struct hl_block {
     hl_row *row;
     int32_t n;
     int32_t n_later;
     int32_t value_apart; /* values are not the keys' first channels                            */
+    const hl_row *ask;   /* while key j is in use, lines of the row ask[j] are asked for,      */
+    int32_t asks;        /* as long as j is below this                                         */
 } hl_block;
 
 /* The workspace of one task, cut into its named slices. */
@@ -1213,7 +1215,7 @@ enum {
  * `group` query heads on a kv head (heads_q / heads_kv). Sequence lengths do not matter. */
 #define HL_INCRE_FLASH_ATTENTION_BF16_D128_WORKSPACE_BYTES(group) \
     (64 + 4 * (272 * (((size_t)(group) + 31) / 32 * 32) \
-     + 432 * ((group) > 16 ? (((size_t)(group) + 31) / 32 * 32) : (size_t)(group)) + 32560))
+     + 432 * ((group) > 16 ? (((size_t)(group) + 31) / 32 * 32) : (size_t)(group)) + 34608))
 
 /* Bytes of args.partials that are enough to split r query rows of h query heads into c chunks each;
  * plan->split_bytes is the exact figure. */
@@ -2102,7 +2104,7 @@ static inline void hl_ifa_bf16_d128_space(hl_space *w, void *workspace, int32_t 
     w->s = at; /* S^T, then P^T */
     at += 128 * heads;
     w->row = (hl_row *)(void *)at; /* where keys lie, known ahead */
-    at += 4096;
+    at += 6144;
     w->shift = at; /* what offsets of codes add to scores */
     at += heads;
     w->one.m = at; /* running maxima, in log2 units, of one row */
@@ -2408,6 +2410,28 @@ static inline int32_t hl_ifa_bf16_d128_next_block(const hl_incre_flash_attention
                                                   int32_t cap)
 {
     return hl_ifa_bf16_d128_next(a, g, &c, row, cap);
+}
+
+/* Head h's share of what n heads that are decoded in turn have to ask for: the next block's rows,
+ * as they follow each other in memory, all heads of a row together. Returns how many pieces. */
+static inline int32_t hl_ifa_bf16_d128_share(const hl_incre_flash_attention_args *a,
+                                             const hl_row *later, int32_t rows, int32_t h,
+                                             int32_t n, hl_row *ask, int32_t cap)
+{
+    const int32_t begin = h * cap;
+    const int32_t left = rows * n - begin;
+    const int32_t count = left < cap ? left : cap;
+    for (int32_t i = 0; i < count; ++i) {
+        const hl_row *const row = later + (begin + i) / n;
+        const ptrdiff_t head = (begin + i) % n;
+        ask[i].key = (const uint16_t *)row->key + head * a->key_stride.head;
+        ask[i].rope = ask[i].key;
+        ask[i].value = ask[i].key;
+        if (hl_ifa_bf16_d128_value_apart(a)) {
+            ask[i].value = (const uint16_t *)row->value + head * a->value_stride.head;
+        }
+    }
+    return count > 0 ? count : 0;
 }
 
 /* How many chunks a group's keys are cut into. */
@@ -3174,31 +3198,27 @@ HL_KERNEL_SCALAR void hl_ifa_bf16_d128_dot_1x8_scalar(const float *q, const hl_r
 HL_KERNEL_SCALAR void hl_ifa_bf16_d128_score_few_scalar(const hl_space *w, const hl_block *b,
     int32_t group, float scale)
 {
-    enum { QS = 128, BLOCK = 16, AHEAD = 8 };
-    const int32_t known = b->n + b->n_later;
+    enum { QS = 128, BLOCK = 16 };
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
         for (int32_t j = 0; j < b->n; j += 2) {
-            const int32_t later = j + AHEAD;
             hl_ifa_bf16_d128_dot_4x2_scalar(w->q + (ptrdiff_t)h * QS, b->row + j, b->n - 1 - j, w->s
-                                            + h * BLOCK + j * 4, scale, h == 0 && later + 2 <= known
-                                            ? b->row + later : NULL, b->value_apart);
+                                            + h * BLOCK + j * 4, scale, h == 0 && j + 2 <= b->asks
+                                            ? b->ask + j : NULL, b->value_apart);
         }
     }
     for (; h + 2 <= group; h += 2) {
         for (int32_t j = 0; j < b->n; j += 4) {
-            const int32_t later = j + AHEAD;
             hl_ifa_bf16_d128_dot_2x4_scalar(w->q + (ptrdiff_t)h * QS, b->row + j, b->n - 1 - j, w->s
-                                            + h * BLOCK + j * 2, scale, h == 0 && later + 4 <= known
-                                            ? b->row + later : NULL, b->value_apart);
+                                            + h * BLOCK + j * 2, scale, h == 0 && j + 4 <= b->asks
+                                            ? b->ask + j : NULL, b->value_apart);
         }
     }
     for (; h + 1 <= group; h += 1) {
         for (int32_t j = 0; j < b->n; j += 8) {
-            const int32_t later = j + AHEAD;
             hl_ifa_bf16_d128_dot_1x8_scalar(w->q + (ptrdiff_t)h * QS, b->row + j, b->n - 1 - j, w->s
-                                            + h * BLOCK + j * 1, scale, h == 0 && later + 8 <= known
-                                            ? b->row + later : NULL, b->value_apart);
+                                            + h * BLOCK + j * 1, scale, h == 0 && j + 8 <= b->asks
+                                            ? b->ask + j : NULL, b->value_apart);
         }
     }
 }
@@ -3330,11 +3350,10 @@ HL_KERNEL_SCALAR void hl_ifa_bf16_d128_softmaxes_few_scalar(const hl_space *w, c
 /* ---- value: O = alpha O + P V ---- */
 
 /* 4 heads by 2 vectors of channels, read where they are stored.
- * Meanwhile lines of values 8 keys further on are asked for, as long as
- * j < later.
+ * Meanwhile lines of the values of `ask` are asked for, as long as j < later.
  */
 HL_KERNEL_SCALAR void hl_ifa_bf16_d128_pr_4x2_scalar(const float *p, const hl_row *row, int32_t c,
-    float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
+    float *o, const float *alpha, int32_t n, const hl_row *ask, int32_t later, int32_t apart)
 {
     enum { L = 1, OS = 128 };
     hl_vf_scalar o0_0 = hl_vzero_scalar();
@@ -3349,7 +3368,7 @@ HL_KERNEL_SCALAR void hl_ifa_bf16_d128_pr_4x2_scalar(const float *p, const hl_ro
         const uint16_t *const value = (const uint16_t *)row[j].value + c;
         if (j < later) {
             const uint16_t *const next =
-                (const uint16_t *)row[j + 8].value + c;
+                (const uint16_t *)ask[j].value + c;
             HL_FETCH(next + 0);
         }
         hl_vf_scalar x;
@@ -3397,11 +3416,10 @@ HL_KERNEL_SCALAR void hl_ifa_bf16_d128_pr_4x2_scalar(const float *p, const hl_ro
 }
 
 /* 2 heads by 4 vectors of channels, read where they are stored.
- * Meanwhile lines of values 8 keys further on are asked for, as long as
- * j < later.
+ * Meanwhile lines of the values of `ask` are asked for, as long as j < later.
  */
 HL_KERNEL_SCALAR void hl_ifa_bf16_d128_pr_2x4_scalar(const float *p, const hl_row *row, int32_t c,
-    float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
+    float *o, const float *alpha, int32_t n, const hl_row *ask, int32_t later, int32_t apart)
 {
     enum { L = 1, OS = 128 };
     hl_vf_scalar o0_0 = hl_vzero_scalar();
@@ -3416,7 +3434,7 @@ HL_KERNEL_SCALAR void hl_ifa_bf16_d128_pr_2x4_scalar(const float *p, const hl_ro
         const uint16_t *const value = (const uint16_t *)row[j].value + c;
         if (j < later) {
             const uint16_t *const next =
-                (const uint16_t *)row[j + 8].value + c;
+                (const uint16_t *)ask[j].value + c;
             HL_FETCH(next + 0);
         }
         hl_vf_scalar x;
@@ -3465,11 +3483,10 @@ HL_KERNEL_SCALAR void hl_ifa_bf16_d128_pr_2x4_scalar(const float *p, const hl_ro
 }
 
 /* 1 head by 8 vectors of channels, read where they are stored.
- * Meanwhile lines of values 8 keys further on are asked for, as long as
- * j < later.
+ * Meanwhile lines of the values of `ask` are asked for, as long as j < later.
  */
 HL_KERNEL_SCALAR void hl_ifa_bf16_d128_pr_1x8_scalar(const float *p, const hl_row *row, int32_t c,
-    float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
+    float *o, const float *alpha, int32_t n, const hl_row *ask, int32_t later, int32_t apart)
 {
     enum { L = 1, OS = 128 };
     hl_vf_scalar o0_0 = hl_vzero_scalar();
@@ -3484,7 +3501,7 @@ HL_KERNEL_SCALAR void hl_ifa_bf16_d128_pr_1x8_scalar(const float *p, const hl_ro
         const uint16_t *const value = (const uint16_t *)row[j].value + c;
         if (j < later) {
             const uint16_t *const next =
-                (const uint16_t *)row[j + 8].value + c;
+                (const uint16_t *)ask[j].value + c;
             HL_FETCH(next + 0);
         }
         const hl_vf_scalar x = hl_vset_scalar(p[j]);
@@ -3535,15 +3552,15 @@ HL_KERNEL_SCALAR void hl_ifa_bf16_d128_value_few_scalar(const hl_space *w, const
     const hl_block *b, int32_t group)
 {
     enum { OS = 128, BLOCK = 16 };
-    const int32_t left = b->n + b->n_later - 8;
+    const int32_t left = b->asks < b->n ? b->asks : b->n;
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
         const int32_t later = h == 0 ? left : 0;
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 128; c += 2) {
-            hl_ifa_bf16_d128_pr_4x2_scalar(p, b->row, c, o + c, t->alpha + h, b->n, b->value_apart
-                                           ? later : 0, b->value_apart);
+            hl_ifa_bf16_d128_pr_4x2_scalar(p, b->row, c, o + c, t->alpha + h, b->n, b->ask,
+                                           b->value_apart ? later : 0, b->value_apart);
         }
     }
     for (; h + 2 <= group; h += 2) {
@@ -3551,8 +3568,8 @@ HL_KERNEL_SCALAR void hl_ifa_bf16_d128_value_few_scalar(const hl_space *w, const
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 128; c += 4) {
-            hl_ifa_bf16_d128_pr_2x4_scalar(p, b->row, c, o + c, t->alpha + h, b->n, b->value_apart
-                                           ? later : 0, b->value_apart);
+            hl_ifa_bf16_d128_pr_2x4_scalar(p, b->row, c, o + c, t->alpha + h, b->n, b->ask,
+                                           b->value_apart ? later : 0, b->value_apart);
         }
     }
     for (; h + 1 <= group; h += 1) {
@@ -3560,8 +3577,8 @@ HL_KERNEL_SCALAR void hl_ifa_bf16_d128_value_few_scalar(const hl_space *w, const
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 128; c += 8) {
-            hl_ifa_bf16_d128_pr_1x8_scalar(p, b->row, c, o + c, t->alpha + h, b->n, b->value_apart
-                                           ? later : 0, b->value_apart);
+            hl_ifa_bf16_d128_pr_1x8_scalar(p, b->row, c, o + c, t->alpha + h, b->n, b->ask,
+                                           b->value_apart ? later : 0, b->value_apart);
         }
     }
 }
@@ -3713,6 +3730,7 @@ HL_KERNEL_SCALAR void hl_ifa_bf16_d128_forward_scalar(const hl_incre_flash_atten
     enum { CAP = 48, AHEAD = 8 };
     const hl_incre_flash_attention_args *const a = &plan->args;
     const int32_t block = 16;
+    const int32_t ahead = 8;
     int32_t known = hl_ifa_bf16_d128_next(a, g, &c, w->row, CAP);
     int32_t more = known == CAP;
     hl_block b;
@@ -3721,6 +3739,8 @@ HL_KERNEL_SCALAR void hl_ifa_bf16_d128_forward_scalar(const hl_incre_flash_atten
     while (known > 0) {
         b.n = known < block ? known : block;
         b.n_later = known - b.n;
+        b.ask = b.row + ahead;
+        b.asks = known - ahead;
         hl_ifa_bf16_d128_block_scalar(plan, g, w, t, &b, padded);
         *t->seen = 1.0f;
         b.row += b.n;
@@ -3798,6 +3818,8 @@ static inline void hl_ifa_bf16_d128_walk_scalar(const hl_incre_flash_attention_p
     hl_space w[16];
     hl_group g[16];
     hl_block b;
+    hl_row *later; /* the next block's rows, of the first head */
+    hl_row *ask;
     int32_t chunks;
     for (int32_t h = 0; h < n; ++h) {
         (void)hl_ifa_bf16_d128_group(plan, first + h, &g[h]);
@@ -3809,7 +3831,11 @@ static inline void hl_ifa_bf16_d128_walk_scalar(const hl_incre_flash_attention_p
         w[h].row = w[0].row;
         w[h].own = w[0].own;
     }
+    later = w[0].row + block;
+    ask = later + block;
     b.value_apart = hl_ifa_bf16_d128_value_apart(a);
+    b.n_later = 0;
+    b.ask = ask;
     chunks = hl_ifa_bf16_d128_chunks(a, &g[0]);
     for (int32_t chunk = 0; chunk < chunks; ++chunk) {
         const hl_cursor all = hl_ifa_bf16_d128_chunk(a, &g[0], chunk);
@@ -3822,21 +3848,24 @@ static inline void hl_ifa_bf16_d128_walk_scalar(const hl_incre_flash_attention_p
         }
         c.end = end - c.at < block ? end : c.at + block;
         b.row = w[0].row;
-        b.n = c.at < c.end ? hl_ifa_bf16_d128_next_block(a, &g[0], c, b.row, block) : 0;
-        for (int32_t h = 0; b.n > 0;) { /* behind a block's rows are those of the next in turn */
-            const int32_t later = h + 1 < n ? h + 1 : 0;
-            const hl_state *const t = chunk == 0 ? &w[h].state : &w[h].other;
-            if (later == 0) {
-                c.at = c.end;
-                c.end = end - c.at < block ? end : c.at + block;
+        while (c.at < c.end) {
+            hl_cursor next;
+            int32_t rows;
+            next.at = c.end;
+            next.within = 0;
+            next.end = end - next.at < block ? end : next.at + block;
+            rows = next.at < next.end ? hl_ifa_bf16_d128_next_block(a, &g[0], next, later, block)
+                : 0;
+            for (int32_t h = 0; h < n; ++h) {
+                const hl_state *const t = chunk == 0 ? &w[h].state : &w[h].other;
+                b.n = hl_ifa_bf16_d128_next_block(a, &g[h], c, b.row, block);
+                b.asks = hl_ifa_bf16_d128_share(a, later, rows, h, n, ask, block);
+                if (b.n > 0) {
+                    hl_ifa_bf16_d128_block_scalar(plan, &g[h], &w[h], t, &b, padded);
+                    *t->seen = 1.0f;
+                }
             }
-            b.n_later = c.at < c.end
-                ? hl_ifa_bf16_d128_next_block(a, &g[later], c, b.row + b.n, block) : 0;
-            hl_ifa_bf16_d128_block_scalar(plan, &g[h], &w[h], t, &b, padded);
-            *t->seen = 1.0f;
-            HL_COPY(b.row, b.row + b.n, (size_t)b.n_later * sizeof *b.row);
-            b.n = b.n_later;
-            h = later;
+            c = next;
         }
         for (int32_t h = 0; h < n; ++h) {
             const hl_state *const t = chunk == 0 ? &w[h].state : &w[h].other;
@@ -4011,14 +4040,14 @@ HL_WORD_NEON void hl_ifa_bf16_d128_fetch_row_neon(const hl_row *row, int32_t val
     }
 }
 
-/* The whole block's keys, and its values where they are apart; meanwhile rows are asked for that
- * lie 8 further on, in this block or in the next. */
+/* The whole block's keys, and its values where they are apart; meanwhile later rows are asked
+ * for. */
 HL_KERNEL_NEON void hl_ifa_bf16_d128_load_neon(const hl_space *w, const hl_block *b)
 {
     enum { DV = 128, KS = 128, VS = 128 };
     for (int32_t j = 0; j < b->n; ++j) {
-        if (j + 8 < b->n + b->n_later) {
-            hl_ifa_bf16_d128_fetch_row_neon(&b->row[j + 8], b->value_apart);
+        if (j < b->asks) {
+            hl_ifa_bf16_d128_fetch_row_neon(&b->ask[j], b->value_apart);
         }
         hl_ifa_bf16_d128_load_key_neon(&b->row[j], w->k + (ptrdiff_t)j * KS);
         if (b->value_apart) {
@@ -4621,31 +4650,27 @@ HL_KERNEL_NEON void hl_ifa_bf16_d128_dot_1x16_neon(const float *q, const hl_row 
 HL_KERNEL_NEON void hl_ifa_bf16_d128_score_few_neon(const hl_space *w, const hl_block *b,
                                                     int32_t group, float scale)
 {
-    enum { QS = 128, BLOCK = 64, AHEAD = 24 };
-    const int32_t known = b->n + b->n_later;
+    enum { QS = 128, BLOCK = 64 };
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
         for (int32_t j = 0; j < b->n; j += 4) {
-            const int32_t later = j + AHEAD;
             hl_ifa_bf16_d128_dot_4x4_neon(w->q + (ptrdiff_t)h * QS, b->row + j, b->n - 1 - j, w->s
-                                          + h * BLOCK + j * 4, scale, h == 0 && later + 4 <= known
-                                          ? b->row + later : NULL, b->value_apart);
+                                          + h * BLOCK + j * 4, scale, h == 0 && j + 4 <= b->asks
+                                          ? b->ask + j : NULL, b->value_apart);
         }
     }
     for (; h + 2 <= group; h += 2) {
         for (int32_t j = 0; j < b->n; j += 8) {
-            const int32_t later = j + AHEAD;
             hl_ifa_bf16_d128_dot_2x8_neon(w->q + (ptrdiff_t)h * QS, b->row + j, b->n - 1 - j, w->s
-                                          + h * BLOCK + j * 2, scale, h == 0 && later + 8 <= known
-                                          ? b->row + later : NULL, b->value_apart);
+                                          + h * BLOCK + j * 2, scale, h == 0 && j + 8 <= b->asks
+                                          ? b->ask + j : NULL, b->value_apart);
         }
     }
     for (; h + 1 <= group; h += 1) {
         for (int32_t j = 0; j < b->n; j += 16) {
-            const int32_t later = j + AHEAD;
             hl_ifa_bf16_d128_dot_1x16_neon(w->q + (ptrdiff_t)h * QS, b->row + j, b->n - 1 - j, w->s
-                                           + h * BLOCK + j * 1, scale, h == 0 && later + 16 <= known
-                                           ? b->row + later : NULL, b->value_apart);
+                                           + h * BLOCK + j * 1, scale, h == 0 && j + 16 <= b->asks
+                                           ? b->ask + j : NULL, b->value_apart);
         }
     }
 }
@@ -5014,12 +5039,11 @@ HL_KERNEL_NEON void hl_ifa_bf16_d128_value_neon(const hl_space *w, const hl_stat
 }
 
 /* 4 heads by 4 vectors of channels, read where they are stored.
- * Meanwhile lines of values 24 keys further on are asked for, as long as
- * j < later.
+ * Meanwhile lines of the values of `ask` are asked for, as long as j < later.
  */
 HL_KERNEL_NEON void hl_ifa_bf16_d128_pr_4x4_neon(const float *p, const hl_row *row, int32_t c,
                                                  float *o, const float *alpha, int32_t n,
-                                                 int32_t later, int32_t apart)
+                                                 const hl_row *ask, int32_t later, int32_t apart)
 {
     enum { L = 4, OS = 128 };
     hl_vf_neon o0_0 = hl_vzero_neon();
@@ -5042,7 +5066,7 @@ HL_KERNEL_NEON void hl_ifa_bf16_d128_pr_4x4_neon(const float *p, const hl_row *r
         const uint16_t *const value = (const uint16_t *)row[j].value + c;
         if (j < later) {
             const uint16_t *const next =
-                (const uint16_t *)row[j + 24].value + c;
+                (const uint16_t *)ask[j].value + c;
             HL_FETCH(next + 0);
         }
         hl_vf_neon x;
@@ -5109,12 +5133,11 @@ HL_KERNEL_NEON void hl_ifa_bf16_d128_pr_4x4_neon(const float *p, const hl_row *r
 }
 
 /* 2 heads by 8 vectors of channels, read where they are stored.
- * Meanwhile lines of values 24 keys further on are asked for, as long as
- * j < later.
+ * Meanwhile lines of the values of `ask` are asked for, as long as j < later.
  */
 HL_KERNEL_NEON void hl_ifa_bf16_d128_pr_2x8_neon(const float *p, const hl_row *row, int32_t c,
                                                  float *o, const float *alpha, int32_t n,
-                                                 int32_t later, int32_t apart)
+                                                 const hl_row *ask, int32_t later, int32_t apart)
 {
     enum { L = 4, OS = 128 };
     hl_vf_neon o0_0 = hl_vzero_neon();
@@ -5137,7 +5160,7 @@ HL_KERNEL_NEON void hl_ifa_bf16_d128_pr_2x8_neon(const float *p, const hl_row *r
         const uint16_t *const value = (const uint16_t *)row[j].value + c;
         if (j < later) {
             const uint16_t *const next =
-                (const uint16_t *)row[j + 24].value + c;
+                (const uint16_t *)ask[j].value + c;
             HL_FETCH(next + 0);
         }
         hl_vf_neon x;
@@ -5208,12 +5231,11 @@ HL_KERNEL_NEON void hl_ifa_bf16_d128_pr_2x8_neon(const float *p, const hl_row *r
 }
 
 /* 1 head by 16 vectors of channels, read where they are stored.
- * Meanwhile lines of values 24 keys further on are asked for, as long as
- * j < later.
+ * Meanwhile lines of the values of `ask` are asked for, as long as j < later.
  */
 HL_KERNEL_NEON void hl_ifa_bf16_d128_pr_1x16_neon(const float *p, const hl_row *row, int32_t c,
                                                   float *o, const float *alpha, int32_t n,
-                                                  int32_t later, int32_t apart)
+                                                  const hl_row *ask, int32_t later, int32_t apart)
 {
     enum { L = 4, OS = 128 };
     hl_vf_neon o0_0 = hl_vzero_neon();
@@ -5236,7 +5258,7 @@ HL_KERNEL_NEON void hl_ifa_bf16_d128_pr_1x16_neon(const float *p, const hl_row *
         const uint16_t *const value = (const uint16_t *)row[j].value + c;
         if (j < later) {
             const uint16_t *const next =
-                (const uint16_t *)row[j + 24].value + c;
+                (const uint16_t *)ask[j].value + c;
             HL_FETCH(next + 32);
             if (apart) {
                 HL_FETCH(next + 0);
@@ -5310,15 +5332,15 @@ HL_KERNEL_NEON void hl_ifa_bf16_d128_value_few_neon(const hl_space *w, const hl_
                                                     const hl_block *b, int32_t group)
 {
     enum { OS = 128, BLOCK = 64 };
-    const int32_t left = b->n + b->n_later - 24;
+    const int32_t left = b->asks < b->n ? b->asks : b->n;
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
         const int32_t later = h == 0 ? left : 0;
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 128; c += 16) {
-            hl_ifa_bf16_d128_pr_4x4_neon(p, b->row, c, o + c, t->alpha + h, b->n, b->value_apart
-                                         ? later : 0, b->value_apart);
+            hl_ifa_bf16_d128_pr_4x4_neon(p, b->row, c, o + c, t->alpha + h, b->n, b->ask,
+                                         b->value_apart ? later : 0, b->value_apart);
         }
     }
     for (; h + 2 <= group; h += 2) {
@@ -5326,7 +5348,7 @@ HL_KERNEL_NEON void hl_ifa_bf16_d128_value_few_neon(const hl_space *w, const hl_
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 128; c += 32) {
-            hl_ifa_bf16_d128_pr_2x8_neon(p, b->row, c, o + c, t->alpha + h, b->n, later,
+            hl_ifa_bf16_d128_pr_2x8_neon(p, b->row, c, o + c, t->alpha + h, b->n, b->ask, later,
                                          b->value_apart);
         }
     }
@@ -5335,7 +5357,7 @@ HL_KERNEL_NEON void hl_ifa_bf16_d128_value_few_neon(const hl_space *w, const hl_
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 128; c += 64) {
-            hl_ifa_bf16_d128_pr_1x16_neon(p, b->row, c, o + c, t->alpha + h, b->n, later,
+            hl_ifa_bf16_d128_pr_1x16_neon(p, b->row, c, o + c, t->alpha + h, b->n, b->ask, later,
                                           b->value_apart);
         }
     }
@@ -5496,10 +5518,11 @@ HL_KERNEL_NEON void hl_ifa_bf16_d128_forward_neon(const hl_incre_flash_attention
                                                   const hl_group *g, const hl_space *w,
                                                   const hl_state *t, hl_cursor c, int32_t padded)
 {
-    enum { CAP = 176, AHEAD = 24 };
+    enum { CAP = 192, AHEAD = 24 };
     const hl_incre_flash_attention_args *const a = &plan->args;
     const int32_t block = plan->group > 16 ? 64 : plan->group <= 3
         && !hl_ifa_bf16_d128_value_apart(a) ? 32 : 64;
+    const int32_t ahead = plan->group > 16 ? 8 : 24;
     int32_t known = hl_ifa_bf16_d128_next(a, g, &c, w->row, CAP);
     int32_t more = known == CAP;
     hl_block b;
@@ -5508,6 +5531,8 @@ HL_KERNEL_NEON void hl_ifa_bf16_d128_forward_neon(const hl_incre_flash_attention
     while (known > 0) {
         b.n = known < block ? known : block;
         b.n_later = known - b.n;
+        b.ask = b.row + ahead;
+        b.asks = known - ahead;
         hl_ifa_bf16_d128_block_neon(plan, g, w, t, &b, padded);
         *t->seen = 1.0f;
         b.row += b.n;
@@ -5589,6 +5614,8 @@ static inline void hl_ifa_bf16_d128_walk_neon(const hl_incre_flash_attention_pla
     hl_space w[16];
     hl_group g[16];
     hl_block b;
+    hl_row *later; /* the next block's rows, of the first head */
+    hl_row *ask;
     int32_t chunks;
     for (int32_t h = 0; h < n; ++h) {
         (void)hl_ifa_bf16_d128_group(plan, first + h, &g[h]);
@@ -5600,7 +5627,11 @@ static inline void hl_ifa_bf16_d128_walk_neon(const hl_incre_flash_attention_pla
         w[h].row = w[0].row;
         w[h].own = w[0].own;
     }
+    later = w[0].row + block;
+    ask = later + block;
     b.value_apart = hl_ifa_bf16_d128_value_apart(a);
+    b.n_later = 0;
+    b.ask = ask;
     chunks = hl_ifa_bf16_d128_chunks(a, &g[0]);
     for (int32_t chunk = 0; chunk < chunks; ++chunk) {
         const hl_cursor all = hl_ifa_bf16_d128_chunk(a, &g[0], chunk);
@@ -5613,21 +5644,24 @@ static inline void hl_ifa_bf16_d128_walk_neon(const hl_incre_flash_attention_pla
         }
         c.end = end - c.at < block ? end : c.at + block;
         b.row = w[0].row;
-        b.n = c.at < c.end ? hl_ifa_bf16_d128_next_block(a, &g[0], c, b.row, block) : 0;
-        for (int32_t h = 0; b.n > 0;) { /* behind a block's rows are those of the next in turn */
-            const int32_t later = h + 1 < n ? h + 1 : 0;
-            const hl_state *const t = chunk == 0 ? &w[h].state : &w[h].other;
-            if (later == 0) {
-                c.at = c.end;
-                c.end = end - c.at < block ? end : c.at + block;
+        while (c.at < c.end) {
+            hl_cursor next;
+            int32_t rows;
+            next.at = c.end;
+            next.within = 0;
+            next.end = end - next.at < block ? end : next.at + block;
+            rows = next.at < next.end ? hl_ifa_bf16_d128_next_block(a, &g[0], next, later, block)
+                : 0;
+            for (int32_t h = 0; h < n; ++h) {
+                const hl_state *const t = chunk == 0 ? &w[h].state : &w[h].other;
+                b.n = hl_ifa_bf16_d128_next_block(a, &g[h], c, b.row, block);
+                b.asks = hl_ifa_bf16_d128_share(a, later, rows, h, n, ask, block);
+                if (b.n > 0) {
+                    hl_ifa_bf16_d128_block_neon(plan, &g[h], &w[h], t, &b, padded);
+                    *t->seen = 1.0f;
+                }
             }
-            b.n_later = c.at < c.end
-                ? hl_ifa_bf16_d128_next_block(a, &g[later], c, b.row + b.n, block) : 0;
-            hl_ifa_bf16_d128_block_neon(plan, &g[h], &w[h], t, &b, padded);
-            *t->seen = 1.0f;
-            HL_COPY(b.row, b.row + b.n, (size_t)b.n_later * sizeof *b.row);
-            b.n = b.n_later;
-            h = later;
+            c = next;
         }
         for (int32_t h = 0; h < n; ++h) {
             const hl_state *const t = chunk == 0 ? &w[h].state : &w[h].other;
@@ -5804,14 +5838,14 @@ HL_WORD_AVX2 void hl_ifa_bf16_d128_fetch_row_avx2(const hl_row *row, int32_t val
     }
 }
 
-/* The whole block's keys, and its values where they are apart; meanwhile rows are asked for that
- * lie 8 further on, in this block or in the next. */
+/* The whole block's keys, and its values where they are apart; meanwhile later rows are asked
+ * for. */
 HL_KERNEL_AVX2 void hl_ifa_bf16_d128_load_avx2(const hl_space *w, const hl_block *b)
 {
     enum { DV = 128, KS = 128, VS = 128 };
     for (int32_t j = 0; j < b->n; ++j) {
-        if (j + 8 < b->n + b->n_later) {
-            hl_ifa_bf16_d128_fetch_row_avx2(&b->row[j + 8], b->value_apart);
+        if (j < b->asks) {
+            hl_ifa_bf16_d128_fetch_row_avx2(&b->ask[j], b->value_apart);
         }
         hl_ifa_bf16_d128_load_key_avx2(&b->row[j], w->k + (ptrdiff_t)j * KS);
         if (b->value_apart) {
@@ -6324,31 +6358,27 @@ HL_KERNEL_AVX2 void hl_ifa_bf16_d128_dot_1x8_avx2(const float *q, const hl_row *
 HL_KERNEL_AVX2 void hl_ifa_bf16_d128_score_few_avx2(const hl_space *w, const hl_block *b,
                                                     int32_t group, float scale)
 {
-    enum { QS = 128, BLOCK = 48, AHEAD = 24 };
-    const int32_t known = b->n + b->n_later;
+    enum { QS = 128, BLOCK = 48 };
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
         for (int32_t j = 0; j < b->n; j += 2) {
-            const int32_t later = j + AHEAD;
             hl_ifa_bf16_d128_dot_4x2_avx2(w->q + (ptrdiff_t)h * QS, b->row + j, b->n - 1 - j, w->s
-                                          + h * BLOCK + j * 4, scale, h == 0 && later + 2 <= known
-                                          ? b->row + later : NULL, b->value_apart);
+                                          + h * BLOCK + j * 4, scale, h == 0 && j + 2 <= b->asks
+                                          ? b->ask + j : NULL, b->value_apart);
         }
     }
     for (; h + 2 <= group; h += 2) {
         for (int32_t j = 0; j < b->n; j += 4) {
-            const int32_t later = j + AHEAD;
             hl_ifa_bf16_d128_dot_2x4_avx2(w->q + (ptrdiff_t)h * QS, b->row + j, b->n - 1 - j, w->s
-                                          + h * BLOCK + j * 2, scale, h == 0 && later + 4 <= known
-                                          ? b->row + later : NULL, b->value_apart);
+                                          + h * BLOCK + j * 2, scale, h == 0 && j + 4 <= b->asks
+                                          ? b->ask + j : NULL, b->value_apart);
         }
     }
     for (; h + 1 <= group; h += 1) {
         for (int32_t j = 0; j < b->n; j += 8) {
-            const int32_t later = j + AHEAD;
             hl_ifa_bf16_d128_dot_1x8_avx2(w->q + (ptrdiff_t)h * QS, b->row + j, b->n - 1 - j, w->s
-                                          + h * BLOCK + j * 1, scale, h == 0 && later + 8 <= known
-                                          ? b->row + later : NULL, b->value_apart);
+                                          + h * BLOCK + j * 1, scale, h == 0 && j + 8 <= b->asks
+                                          ? b->ask + j : NULL, b->value_apart);
         }
     }
 }
@@ -6719,12 +6749,11 @@ HL_KERNEL_AVX2 void hl_ifa_bf16_d128_value_avx2(const hl_space *w, const hl_stat
 }
 
 /* 4 heads by 2 vectors of channels, read where they are stored.
- * Meanwhile lines of values 24 keys further on are asked for, as long as
- * j < later.
+ * Meanwhile lines of the values of `ask` are asked for, as long as j < later.
  */
 HL_KERNEL_AVX2 void hl_ifa_bf16_d128_pr_4x2_avx2(const float *p, const hl_row *row, int32_t c,
                                                  float *o, const float *alpha, int32_t n,
-                                                 int32_t later, int32_t apart)
+                                                 const hl_row *ask, int32_t later, int32_t apart)
 {
     enum { L = 8, OS = 128 };
     hl_vf_avx2 o0_0 = hl_vzero_avx2();
@@ -6739,7 +6768,7 @@ HL_KERNEL_AVX2 void hl_ifa_bf16_d128_pr_4x2_avx2(const float *p, const hl_row *r
         const uint16_t *const value = (const uint16_t *)row[j].value + c;
         if (j < later) {
             const uint16_t *const next =
-                (const uint16_t *)row[j + 24].value + c;
+                (const uint16_t *)ask[j].value + c;
             HL_FETCH(next + 0);
         }
         hl_vf_avx2 x;
@@ -6779,12 +6808,11 @@ HL_KERNEL_AVX2 void hl_ifa_bf16_d128_pr_4x2_avx2(const float *p, const hl_row *r
 }
 
 /* 2 heads by 4 vectors of channels, read where they are stored.
- * Meanwhile lines of values 24 keys further on are asked for, as long as
- * j < later.
+ * Meanwhile lines of the values of `ask` are asked for, as long as j < later.
  */
 HL_KERNEL_AVX2 void hl_ifa_bf16_d128_pr_2x4_avx2(const float *p, const hl_row *row, int32_t c,
                                                  float *o, const float *alpha, int32_t n,
-                                                 int32_t later, int32_t apart)
+                                                 const hl_row *ask, int32_t later, int32_t apart)
 {
     enum { L = 8, OS = 128 };
     hl_vf_avx2 o0_0 = hl_vzero_avx2();
@@ -6799,7 +6827,7 @@ HL_KERNEL_AVX2 void hl_ifa_bf16_d128_pr_2x4_avx2(const float *p, const hl_row *r
         const uint16_t *const value = (const uint16_t *)row[j].value + c;
         if (j < later) {
             const uint16_t *const next =
-                (const uint16_t *)row[j + 24].value + c;
+                (const uint16_t *)ask[j].value + c;
             HL_FETCH(next + 0);
         }
         hl_vf_avx2 x;
@@ -6840,12 +6868,11 @@ HL_KERNEL_AVX2 void hl_ifa_bf16_d128_pr_2x4_avx2(const float *p, const hl_row *r
 }
 
 /* 1 head by 8 vectors of channels, read where they are stored.
- * Meanwhile lines of values 24 keys further on are asked for, as long as
- * j < later.
+ * Meanwhile lines of the values of `ask` are asked for, as long as j < later.
  */
 HL_KERNEL_AVX2 void hl_ifa_bf16_d128_pr_1x8_avx2(const float *p, const hl_row *row, int32_t c,
                                                  float *o, const float *alpha, int32_t n,
-                                                 int32_t later, int32_t apart)
+                                                 const hl_row *ask, int32_t later, int32_t apart)
 {
     enum { L = 8, OS = 128 };
     hl_vf_avx2 o0_0 = hl_vzero_avx2();
@@ -6860,7 +6887,7 @@ HL_KERNEL_AVX2 void hl_ifa_bf16_d128_pr_1x8_avx2(const float *p, const hl_row *r
         const uint16_t *const value = (const uint16_t *)row[j].value + c;
         if (j < later) {
             const uint16_t *const next =
-                (const uint16_t *)row[j + 24].value + c;
+                (const uint16_t *)ask[j].value + c;
             HL_FETCH(next + 32);
             if (apart) {
                 HL_FETCH(next + 0);
@@ -6906,15 +6933,15 @@ HL_KERNEL_AVX2 void hl_ifa_bf16_d128_value_few_avx2(const hl_space *w, const hl_
                                                     const hl_block *b, int32_t group)
 {
     enum { OS = 128, BLOCK = 48 };
-    const int32_t left = b->n + b->n_later - 24;
+    const int32_t left = b->asks < b->n ? b->asks : b->n;
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
         const int32_t later = h == 0 ? left : 0;
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 128; c += 16) {
-            hl_ifa_bf16_d128_pr_4x2_avx2(p, b->row, c, o + c, t->alpha + h, b->n, b->value_apart
-                                         ? later : 0, b->value_apart);
+            hl_ifa_bf16_d128_pr_4x2_avx2(p, b->row, c, o + c, t->alpha + h, b->n, b->ask,
+                                         b->value_apart ? later : 0, b->value_apart);
         }
     }
     for (; h + 2 <= group; h += 2) {
@@ -6922,7 +6949,7 @@ HL_KERNEL_AVX2 void hl_ifa_bf16_d128_value_few_avx2(const hl_space *w, const hl_
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 128; c += 32) {
-            hl_ifa_bf16_d128_pr_2x4_avx2(p, b->row, c, o + c, t->alpha + h, b->n, later,
+            hl_ifa_bf16_d128_pr_2x4_avx2(p, b->row, c, o + c, t->alpha + h, b->n, b->ask, later,
                                          b->value_apart);
         }
     }
@@ -6931,7 +6958,7 @@ HL_KERNEL_AVX2 void hl_ifa_bf16_d128_value_few_avx2(const hl_space *w, const hl_
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 128; c += 64) {
-            hl_ifa_bf16_d128_pr_1x8_avx2(p, b->row, c, o + c, t->alpha + h, b->n, later,
+            hl_ifa_bf16_d128_pr_1x8_avx2(p, b->row, c, o + c, t->alpha + h, b->n, b->ask, later,
                                          b->value_apart);
         }
     }
@@ -7109,10 +7136,11 @@ HL_KERNEL_AVX2 void hl_ifa_bf16_d128_forward_avx2(const hl_incre_flash_attention
                                                   const hl_group *g, const hl_space *w,
                                                   const hl_state *t, hl_cursor c, int32_t padded)
 {
-    enum { CAP = 192, AHEAD = 24 };
+    enum { CAP = 288, AHEAD = 24 };
     const hl_incre_flash_attention_args *const a = &plan->args;
     const int32_t block = plan->group > 16 ? 96 : plan->group <= 3
         && !hl_ifa_bf16_d128_value_apart(a) ? 32 : 48;
+    const int32_t ahead = plan->group > 16 ? 8 : 24;
     int32_t known = hl_ifa_bf16_d128_next(a, g, &c, w->row, CAP);
     int32_t more = known == CAP;
     hl_block b;
@@ -7121,6 +7149,8 @@ HL_KERNEL_AVX2 void hl_ifa_bf16_d128_forward_avx2(const hl_incre_flash_attention
     while (known > 0) {
         b.n = known < block ? known : block;
         b.n_later = known - b.n;
+        b.ask = b.row + ahead;
+        b.asks = known - ahead;
         hl_ifa_bf16_d128_block_avx2(plan, g, w, t, &b, padded);
         *t->seen = 1.0f;
         b.row += b.n;
@@ -7203,6 +7233,8 @@ static inline void hl_ifa_bf16_d128_walk_avx2(const hl_incre_flash_attention_pla
     hl_space w[16];
     hl_group g[16];
     hl_block b;
+    hl_row *later; /* the next block's rows, of the first head */
+    hl_row *ask;
     int32_t chunks;
     for (int32_t h = 0; h < n; ++h) {
         (void)hl_ifa_bf16_d128_group(plan, first + h, &g[h]);
@@ -7214,7 +7246,11 @@ static inline void hl_ifa_bf16_d128_walk_avx2(const hl_incre_flash_attention_pla
         w[h].row = w[0].row;
         w[h].own = w[0].own;
     }
+    later = w[0].row + block;
+    ask = later + block;
     b.value_apart = hl_ifa_bf16_d128_value_apart(a);
+    b.n_later = 0;
+    b.ask = ask;
     chunks = hl_ifa_bf16_d128_chunks(a, &g[0]);
     for (int32_t chunk = 0; chunk < chunks; ++chunk) {
         const hl_cursor all = hl_ifa_bf16_d128_chunk(a, &g[0], chunk);
@@ -7227,21 +7263,24 @@ static inline void hl_ifa_bf16_d128_walk_avx2(const hl_incre_flash_attention_pla
         }
         c.end = end - c.at < block ? end : c.at + block;
         b.row = w[0].row;
-        b.n = c.at < c.end ? hl_ifa_bf16_d128_next_block(a, &g[0], c, b.row, block) : 0;
-        for (int32_t h = 0; b.n > 0;) { /* behind a block's rows are those of the next in turn */
-            const int32_t later = h + 1 < n ? h + 1 : 0;
-            const hl_state *const t = chunk == 0 ? &w[h].state : &w[h].other;
-            if (later == 0) {
-                c.at = c.end;
-                c.end = end - c.at < block ? end : c.at + block;
+        while (c.at < c.end) {
+            hl_cursor next;
+            int32_t rows;
+            next.at = c.end;
+            next.within = 0;
+            next.end = end - next.at < block ? end : next.at + block;
+            rows = next.at < next.end ? hl_ifa_bf16_d128_next_block(a, &g[0], next, later, block)
+                : 0;
+            for (int32_t h = 0; h < n; ++h) {
+                const hl_state *const t = chunk == 0 ? &w[h].state : &w[h].other;
+                b.n = hl_ifa_bf16_d128_next_block(a, &g[h], c, b.row, block);
+                b.asks = hl_ifa_bf16_d128_share(a, later, rows, h, n, ask, block);
+                if (b.n > 0) {
+                    hl_ifa_bf16_d128_block_avx2(plan, &g[h], &w[h], t, &b, padded);
+                    *t->seen = 1.0f;
+                }
             }
-            b.n_later = c.at < c.end
-                ? hl_ifa_bf16_d128_next_block(a, &g[later], c, b.row + b.n, block) : 0;
-            hl_ifa_bf16_d128_block_avx2(plan, &g[h], &w[h], t, &b, padded);
-            *t->seen = 1.0f;
-            HL_COPY(b.row, b.row + b.n, (size_t)b.n_later * sizeof *b.row);
-            b.n = b.n_later;
-            h = later;
+            c = next;
         }
         for (int32_t h = 0; h < n; ++h) {
             const hl_state *const t = chunk == 0 ? &w[h].state : &w[h].other;
@@ -7419,14 +7458,14 @@ HL_WORD_AVX512 void hl_ifa_bf16_d128_fetch_row_avx512(const hl_row *row, int32_t
     }
 }
 
-/* The whole block's keys, and its values where they are apart; meanwhile rows are asked for that
- * lie 8 further on, in this block or in the next. */
+/* The whole block's keys, and its values where they are apart; meanwhile later rows are asked
+ * for. */
 HL_KERNEL_AVX512 void hl_ifa_bf16_d128_load_avx512(const hl_space *w, const hl_block *b)
 {
     enum { DV = 128, KS = 128, VS = 128 };
     for (int32_t j = 0; j < b->n; ++j) {
-        if (j + 8 < b->n + b->n_later) {
-            hl_ifa_bf16_d128_fetch_row_avx512(&b->row[j + 8], b->value_apart);
+        if (j < b->asks) {
+            hl_ifa_bf16_d128_fetch_row_avx512(&b->ask[j], b->value_apart);
         }
         hl_ifa_bf16_d128_load_key_avx512(&b->row[j], w->k + (ptrdiff_t)j * KS);
         if (b->value_apart) {
@@ -8212,31 +8251,27 @@ HL_KERNEL_AVX512 void hl_ifa_bf16_d128_dot_1x16_avx512(const float *q, const hl_
 HL_KERNEL_AVX512 void hl_ifa_bf16_d128_score_few_avx512(const hl_space *w, const hl_block *b,
     int32_t group, float scale)
 {
-    enum { QS = 128, BLOCK = 96, AHEAD = 24 };
-    const int32_t known = b->n + b->n_later;
+    enum { QS = 128, BLOCK = 96 };
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
         for (int32_t j = 0; j < b->n; j += 4) {
-            const int32_t later = j + AHEAD;
             hl_ifa_bf16_d128_dot_4x4_avx512(w->q + (ptrdiff_t)h * QS, b->row + j, b->n - 1 - j, w->s
-                                            + h * BLOCK + j * 4, scale, h == 0 && later + 4 <= known
-                                            ? b->row + later : NULL, b->value_apart);
+                                            + h * BLOCK + j * 4, scale, h == 0 && j + 4 <= b->asks
+                                            ? b->ask + j : NULL, b->value_apart);
         }
     }
     for (; h + 2 <= group; h += 2) {
         for (int32_t j = 0; j < b->n; j += 8) {
-            const int32_t later = j + AHEAD;
             hl_ifa_bf16_d128_dot_2x8_avx512(w->q + (ptrdiff_t)h * QS, b->row + j, b->n - 1 - j, w->s
-                                            + h * BLOCK + j * 2, scale, h == 0 && later + 8 <= known
-                                            ? b->row + later : NULL, b->value_apart);
+                                            + h * BLOCK + j * 2, scale, h == 0 && j + 8 <= b->asks
+                                            ? b->ask + j : NULL, b->value_apart);
         }
     }
     for (; h + 1 <= group; h += 1) {
         for (int32_t j = 0; j < b->n; j += 16) {
-            const int32_t later = j + AHEAD;
             hl_ifa_bf16_d128_dot_1x16_avx512(w->q + (ptrdiff_t)h * QS, b->row + j, b->n - 1 - j,
-                                             w->s + h * BLOCK + j * 1, scale, h == 0 && later
-                                             + 16 <= known ? b->row + later : NULL, b->value_apart);
+                                             w->s + h * BLOCK + j * 1, scale, h == 0 && j
+                                             + 16 <= b->asks ? b->ask + j : NULL, b->value_apart);
         }
     }
 }
@@ -9026,11 +9061,10 @@ HL_KERNEL_AVX512 void hl_ifa_bf16_d128_value_avx512(const hl_space *w, const hl_
 }
 
 /* 4 heads by 4 vectors of channels, read where they are stored.
- * Meanwhile lines of values 24 keys further on are asked for, as long as
- * j < later.
+ * Meanwhile lines of the values of `ask` are asked for, as long as j < later.
  */
 HL_KERNEL_AVX512 void hl_ifa_bf16_d128_pr_4x4_avx512(const float *p, const hl_row *row, int32_t c,
-    float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
+    float *o, const float *alpha, int32_t n, const hl_row *ask, int32_t later, int32_t apart)
 {
     enum { L = 16, OS = 128 };
     hl_vf_avx512 o0_0 = hl_vzero_avx512();
@@ -9053,7 +9087,7 @@ HL_KERNEL_AVX512 void hl_ifa_bf16_d128_pr_4x4_avx512(const float *p, const hl_ro
         const uint16_t *const value = (const uint16_t *)row[j].value + c;
         if (j < later) {
             const uint16_t *const next =
-                (const uint16_t *)row[j + 24].value + c;
+                (const uint16_t *)ask[j].value + c;
             HL_FETCH(next + 0);
             HL_FETCH(next + 32);
         }
@@ -9137,11 +9171,10 @@ HL_KERNEL_AVX512 void hl_ifa_bf16_d128_pr_4x4_avx512(const float *p, const hl_ro
 }
 
 /* 2 heads by 8 vectors of channels, read where they are stored.
- * Meanwhile lines of values 24 keys further on are asked for, as long as
- * j < later.
+ * Meanwhile lines of the values of `ask` are asked for, as long as j < later.
  */
 HL_KERNEL_AVX512 void hl_ifa_bf16_d128_pr_2x8_avx512(const float *p, const hl_row *row, int32_t c,
-    float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
+    float *o, const float *alpha, int32_t n, const hl_row *ask, int32_t later, int32_t apart)
 {
     enum { L = 16, OS = 128 };
     hl_vf_avx512 o0_0 = hl_vzero_avx512();
@@ -9164,7 +9197,7 @@ HL_KERNEL_AVX512 void hl_ifa_bf16_d128_pr_2x8_avx512(const float *p, const hl_ro
         const uint16_t *const value = (const uint16_t *)row[j].value + c;
         if (j < later) {
             const uint16_t *const next =
-                (const uint16_t *)row[j + 24].value + c;
+                (const uint16_t *)ask[j].value + c;
             HL_FETCH(next + 0);
             HL_FETCH(next + 32);
             HL_FETCH(next + 64);
@@ -9254,11 +9287,10 @@ HL_KERNEL_AVX512 void hl_ifa_bf16_d128_pr_2x8_avx512(const float *p, const hl_ro
 }
 
 /* 1 head by 8 vectors of channels, read where they are stored.
- * Meanwhile lines of values 24 keys further on are asked for, as long as
- * j < later.
+ * Meanwhile lines of the values of `ask` are asked for, as long as j < later.
  */
 HL_KERNEL_AVX512 void hl_ifa_bf16_d128_pr_1x8_avx512(const float *p, const hl_row *row, int32_t c,
-    float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
+    float *o, const float *alpha, int32_t n, const hl_row *ask, int32_t later, int32_t apart)
 {
     enum { L = 16, OS = 128 };
     hl_vf_avx512 o0_0 = hl_vzero_avx512();
@@ -9273,7 +9305,7 @@ HL_KERNEL_AVX512 void hl_ifa_bf16_d128_pr_1x8_avx512(const float *p, const hl_ro
         const uint16_t *const value = (const uint16_t *)row[j].value + c;
         if (j < later) {
             const uint16_t *const next =
-                (const uint16_t *)row[j + 24].value + c;
+                (const uint16_t *)ask[j].value + c;
             HL_FETCH(next + 32);
             HL_FETCH(next + 96);
             if (apart) {
@@ -9329,15 +9361,15 @@ HL_KERNEL_AVX512 void hl_ifa_bf16_d128_value_few_avx512(const hl_space *w, const
     const hl_block *b, int32_t group)
 {
     enum { OS = 128, BLOCK = 96 };
-    const int32_t left = b->n + b->n_later - 24;
+    const int32_t left = b->asks < b->n ? b->asks : b->n;
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
         const int32_t later = h == 0 ? left : 0;
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 128; c += 64) {
-            hl_ifa_bf16_d128_pr_4x4_avx512(p, b->row, c, o + c, t->alpha + h, b->n, b->value_apart
-                                           ? later : 0, b->value_apart);
+            hl_ifa_bf16_d128_pr_4x4_avx512(p, b->row, c, o + c, t->alpha + h, b->n, b->ask,
+                                           b->value_apart ? later : 0, b->value_apart);
         }
     }
     for (; h + 2 <= group; h += 2) {
@@ -9345,7 +9377,7 @@ HL_KERNEL_AVX512 void hl_ifa_bf16_d128_value_few_avx512(const hl_space *w, const
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 128; c += 128) {
-            hl_ifa_bf16_d128_pr_2x8_avx512(p, b->row, c, o + c, t->alpha + h, b->n, later,
+            hl_ifa_bf16_d128_pr_2x8_avx512(p, b->row, c, o + c, t->alpha + h, b->n, b->ask, later,
                                            b->value_apart);
         }
     }
@@ -9354,7 +9386,7 @@ HL_KERNEL_AVX512 void hl_ifa_bf16_d128_value_few_avx512(const hl_space *w, const
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 128; c += 128) {
-            hl_ifa_bf16_d128_pr_1x8_avx512(p, b->row, c, o + c, t->alpha + h, b->n, later,
+            hl_ifa_bf16_d128_pr_1x8_avx512(p, b->row, c, o + c, t->alpha + h, b->n, b->ask, later,
                                            b->value_apart);
         }
     }
@@ -9532,10 +9564,11 @@ HL_KERNEL_AVX512 void hl_ifa_bf16_d128_block_avx512(const hl_incre_flash_attenti
 HL_KERNEL_AVX512 void hl_ifa_bf16_d128_forward_avx512(const hl_incre_flash_attention_plan *plan,
     const hl_group *g, const hl_space *w, const hl_state *t, hl_cursor c, int32_t padded)
 {
-    enum { CAP = 240, AHEAD = 24 };
+    enum { CAP = 288, AHEAD = 24 };
     const hl_incre_flash_attention_args *const a = &plan->args;
     const int32_t block = plan->group > 32 ? 96 : plan->group <= 3
         && !hl_ifa_bf16_d128_value_apart(a) ? 32 : 96;
+    const int32_t ahead = plan->group > 32 ? 8 : 24;
     int32_t known = hl_ifa_bf16_d128_next(a, g, &c, w->row, CAP);
     int32_t more = known == CAP;
     hl_block b;
@@ -9544,6 +9577,8 @@ HL_KERNEL_AVX512 void hl_ifa_bf16_d128_forward_avx512(const hl_incre_flash_atten
     while (known > 0) {
         b.n = known < block ? known : block;
         b.n_later = known - b.n;
+        b.ask = b.row + ahead;
+        b.asks = known - ahead;
         hl_ifa_bf16_d128_block_avx512(plan, g, w, t, &b, padded);
         *t->seen = 1.0f;
         b.row += b.n;
@@ -9627,6 +9662,8 @@ static inline void hl_ifa_bf16_d128_walk_avx512(const hl_incre_flash_attention_p
     hl_space w[16];
     hl_group g[16];
     hl_block b;
+    hl_row *later; /* the next block's rows, of the first head */
+    hl_row *ask;
     int32_t chunks;
     for (int32_t h = 0; h < n; ++h) {
         (void)hl_ifa_bf16_d128_group(plan, first + h, &g[h]);
@@ -9638,7 +9675,11 @@ static inline void hl_ifa_bf16_d128_walk_avx512(const hl_incre_flash_attention_p
         w[h].row = w[0].row;
         w[h].own = w[0].own;
     }
+    later = w[0].row + block;
+    ask = later + block;
     b.value_apart = hl_ifa_bf16_d128_value_apart(a);
+    b.n_later = 0;
+    b.ask = ask;
     chunks = hl_ifa_bf16_d128_chunks(a, &g[0]);
     for (int32_t chunk = 0; chunk < chunks; ++chunk) {
         const hl_cursor all = hl_ifa_bf16_d128_chunk(a, &g[0], chunk);
@@ -9651,21 +9692,24 @@ static inline void hl_ifa_bf16_d128_walk_avx512(const hl_incre_flash_attention_p
         }
         c.end = end - c.at < block ? end : c.at + block;
         b.row = w[0].row;
-        b.n = c.at < c.end ? hl_ifa_bf16_d128_next_block(a, &g[0], c, b.row, block) : 0;
-        for (int32_t h = 0; b.n > 0;) { /* behind a block's rows are those of the next in turn */
-            const int32_t later = h + 1 < n ? h + 1 : 0;
-            const hl_state *const t = chunk == 0 ? &w[h].state : &w[h].other;
-            if (later == 0) {
-                c.at = c.end;
-                c.end = end - c.at < block ? end : c.at + block;
+        while (c.at < c.end) {
+            hl_cursor next;
+            int32_t rows;
+            next.at = c.end;
+            next.within = 0;
+            next.end = end - next.at < block ? end : next.at + block;
+            rows = next.at < next.end ? hl_ifa_bf16_d128_next_block(a, &g[0], next, later, block)
+                : 0;
+            for (int32_t h = 0; h < n; ++h) {
+                const hl_state *const t = chunk == 0 ? &w[h].state : &w[h].other;
+                b.n = hl_ifa_bf16_d128_next_block(a, &g[h], c, b.row, block);
+                b.asks = hl_ifa_bf16_d128_share(a, later, rows, h, n, ask, block);
+                if (b.n > 0) {
+                    hl_ifa_bf16_d128_block_avx512(plan, &g[h], &w[h], t, &b, padded);
+                    *t->seen = 1.0f;
+                }
             }
-            b.n_later = c.at < c.end
-                ? hl_ifa_bf16_d128_next_block(a, &g[later], c, b.row + b.n, block) : 0;
-            hl_ifa_bf16_d128_block_avx512(plan, &g[h], &w[h], t, &b, padded);
-            *t->seen = 1.0f;
-            HL_COPY(b.row, b.row + b.n, (size_t)b.n_later * sizeof *b.row);
-            b.n = b.n_later;
-            h = later;
+            c = next;
         }
         for (int32_t h = 0; h < n; ++h) {
             const hl_state *const t = chunk == 0 ? &w[h].state : &w[h].other;
@@ -10789,12 +10833,12 @@ HL_KERNEL_AMX void hl_ifa_bf16_d128_value_16x1_amx(const hl_space *w, const hl_s
     HL_TILE_STORE(0, o + 0, ROW);
     HL_TILE_STORE(1, o + 64, ROW);
 }
-/* Asks for the rows of 16 keys of the next block. */
+/* Asks for the rows of 16 later keys. */
 HL_WORD_AMX void hl_ifa_bf16_d128_fetch_rows_amx(const hl_block *b, int32_t j)
 {
-    const int32_t end = j + 16 < b->n_later ? j + 16 : b->n_later;
+    const int32_t end = j + 16 < b->asks ? j + 16 : b->asks;
     for (; j < end; ++j) {
-        const hl_row *const row = b->row + b->n + j;
+        const hl_row *const row = b->ask + j;
         for (int32_t c = 0; c < 128; c += 32) {
             HL_FETCH((const uint16_t *)row->key + c);
         }
@@ -11062,9 +11106,10 @@ HL_KERNEL_AMX void hl_ifa_bf16_d128_forward_amx(const hl_incre_flash_attention_p
                                                 const hl_group *g, const hl_space *w,
                                                 const hl_state *t, hl_cursor c, int32_t padded)
 {
-    enum { CAP = 512, AHEAD = 256 };
+    enum { CAP = 768, AHEAD = 256 };
     const hl_incre_flash_attention_args *const a = &plan->args;
     const int32_t block = 256;
+    const int32_t ahead = 256;
     int32_t known = hl_ifa_bf16_d128_next(a, g, &c, w->row, CAP);
     int32_t more = known == CAP;
     hl_block b;
@@ -11073,6 +11118,8 @@ HL_KERNEL_AMX void hl_ifa_bf16_d128_forward_amx(const hl_incre_flash_attention_p
     while (known > 0) {
         b.n = known < block ? known : block;
         b.n_later = known - b.n;
+        b.ask = b.row + ahead;
+        b.asks = known - ahead;
         hl_ifa_bf16_d128_block_amx(plan, g, w, t, &b, padded);
         *t->seen = 1.0f;
         b.row += b.n;
@@ -11178,6 +11225,8 @@ static inline void hl_ifa_bf16_d128_walk_amx(const hl_incre_flash_attention_plan
     hl_space w[16];
     hl_group g[16];
     hl_block b;
+    hl_row *later; /* the next block's rows, of the first head */
+    hl_row *ask;
     int32_t chunks;
     for (int32_t h = 0; h < n; ++h) {
         (void)hl_ifa_bf16_d128_group(plan, first + h, &g[h]);
@@ -11189,7 +11238,11 @@ static inline void hl_ifa_bf16_d128_walk_amx(const hl_incre_flash_attention_plan
         w[h].row = w[0].row;
         w[h].own = w[0].own;
     }
+    later = w[0].row + block;
+    ask = later + block;
     b.value_apart = hl_ifa_bf16_d128_value_apart(a);
+    b.n_later = 0;
+    b.ask = ask;
     chunks = hl_ifa_bf16_d128_chunks(a, &g[0]);
     for (int32_t chunk = 0; chunk < chunks; ++chunk) {
         const hl_cursor all = hl_ifa_bf16_d128_chunk(a, &g[0], chunk);
@@ -11201,21 +11254,24 @@ static inline void hl_ifa_bf16_d128_walk_amx(const hl_incre_flash_attention_plan
         }
         c.end = end - c.at < block ? end : c.at + block;
         b.row = w[0].row;
-        b.n = c.at < c.end ? hl_ifa_bf16_d128_next_block(a, &g[0], c, b.row, block) : 0;
-        for (int32_t h = 0; b.n > 0;) { /* behind a block's rows are those of the next in turn */
-            const int32_t later = h + 1 < n ? h + 1 : 0;
-            const hl_state *const t = chunk == 0 ? &w[h].state : &w[h].other;
-            if (later == 0) {
-                c.at = c.end;
-                c.end = end - c.at < block ? end : c.at + block;
+        while (c.at < c.end) {
+            hl_cursor next;
+            int32_t rows;
+            next.at = c.end;
+            next.within = 0;
+            next.end = end - next.at < block ? end : next.at + block;
+            rows = next.at < next.end ? hl_ifa_bf16_d128_next_block(a, &g[0], next, later, block)
+                : 0;
+            for (int32_t h = 0; h < n; ++h) {
+                const hl_state *const t = chunk == 0 ? &w[h].state : &w[h].other;
+                b.n = hl_ifa_bf16_d128_next_block(a, &g[h], c, b.row, block);
+                b.asks = hl_ifa_bf16_d128_share(a, later, rows, h, n, ask, block);
+                if (b.n > 0) {
+                    hl_ifa_bf16_d128_block_amx(plan, &g[h], &w[h], t, &b, padded);
+                    *t->seen = 1.0f;
+                }
             }
-            b.n_later = c.at < c.end
-                ? hl_ifa_bf16_d128_next_block(a, &g[later], c, b.row + b.n, block) : 0;
-            hl_ifa_bf16_d128_block_amx(plan, &g[h], &w[h], t, &b, padded);
-            *t->seen = 1.0f;
-            HL_COPY(b.row, b.row + b.n, (size_t)b.n_later * sizeof *b.row);
-            b.n = b.n_later;
-            h = later;
+            c = next;
         }
         for (int32_t h = 0; h < n; ++h) {
             const hl_state *const t = chunk == 0 ? &w[h].state : &w[h].other;

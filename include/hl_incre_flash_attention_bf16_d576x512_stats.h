@@ -71,7 +71,7 @@
  * MEMORY
  *   One task needs
  *   HL_INCRE_FLASH_ATTENTION_BF16_D576X512_STATS_WORKSPACE_BYTES(Q)
- *   bytes for Q = heads_q / heads_kv * seq_q queries on a kv head, 577280 for Q = 8,
+ *   bytes for Q = heads_q / heads_kv * seq_q queries on a kv head, 585472 for Q = 8,
  *   whatever the lengths. Nothing is read outside the rows that a length names, and nothing before
  *   or behind a row; unused memory may hold NaN.
  *
@@ -672,12 +672,14 @@ typedef struct hl_row {
     ptrdiff_t token; /* decoding: which row of its batch's cache it is                         */
 } hl_row;
 
-/* One block of keys; behind its rows lie those of later keys, which are asked for meanwhile. */
+/* One block of keys; behind its rows lie those of later keys. */
 typedef struct hl_block {
     hl_row *row;
     int32_t n;
     int32_t n_later;
     int32_t value_apart; /* values are not the keys' first channels                            */
+    const hl_row *ask;   /* while key j is in use, lines of the row ask[j] are asked for,      */
+    int32_t asks;        /* as long as j is below this                                         */
 } hl_block;
 
 /* The workspace of one task, cut into its named slices. */
@@ -1214,7 +1216,7 @@ enum {
  * `group` query heads on a kv head (heads_q / heads_kv). Sequence lengths do not matter. */
 #define HL_INCRE_FLASH_ATTENTION_BF16_D576X512_STATS_WORKSPACE_BYTES(group) \
     (64 + 4 * (720 * (((size_t)(group) + 31) / 32 * 32) \
-     + 1584 * ((group) > 16 ? (((size_t)(group) + 31) / 32 * 32) : (size_t)(group)) + 108592))
+     + 1584 * ((group) > 16 ? (((size_t)(group) + 31) / 32 * 32) : (size_t)(group)) + 110640))
 
 /* Bytes of args.partials that are enough to split r query rows of h query heads into c chunks each;
  * plan->split_bytes is the exact figure. */
@@ -2108,7 +2110,7 @@ static inline void hl_ifa_bf16_d576x512_stats_space(hl_space *w, void *workspace
     w->s = at; /* S^T, then P^T */
     at += 128 * heads;
     w->row = (hl_row *)(void *)at; /* where keys lie, known ahead */
-    at += 4096;
+    at += 6144;
     w->shift = at; /* what offsets of codes add to scores */
     at += heads;
     w->one.m = at; /* running maxima, in log2 units, of one row */
@@ -2413,6 +2415,27 @@ static inline int32_t hl_ifa_bf16_d576x512_stats_next_block(const hl_incre_flash
     const hl_group *g, hl_cursor c, hl_row *row, int32_t cap)
 {
     return hl_ifa_bf16_d576x512_stats_next(a, g, &c, row, cap);
+}
+
+/* Head h's share of what n heads that are decoded in turn have to ask for: the next block's rows,
+ * as they follow each other in memory, all heads of a row together. Returns how many pieces. */
+static inline int32_t hl_ifa_bf16_d576x512_stats_share(const hl_incre_flash_attention_args *a,
+    const hl_row *later, int32_t rows, int32_t h, int32_t n, hl_row *ask, int32_t cap)
+{
+    const int32_t begin = h * cap;
+    const int32_t left = rows * n - begin;
+    const int32_t count = left < cap ? left : cap;
+    for (int32_t i = 0; i < count; ++i) {
+        const hl_row *const row = later + (begin + i) / n;
+        const ptrdiff_t head = (begin + i) % n;
+        ask[i].key = (const uint16_t *)row->key + head * a->key_stride.head;
+        ask[i].rope = ask[i].key;
+        ask[i].value = ask[i].key;
+        if (hl_ifa_bf16_d576x512_stats_value_apart(a)) {
+            ask[i].value = (const uint16_t *)row->value + head * a->value_stride.head;
+        }
+    }
+    return count > 0 ? count : 0;
 }
 
 /* How many chunks a group's keys are cut into. */
@@ -3180,31 +3203,27 @@ HL_KERNEL_SCALAR void hl_ifa_bf16_d576x512_stats_dot_1x8_scalar(const float *q, 
 HL_KERNEL_SCALAR void hl_ifa_bf16_d576x512_stats_score_few_scalar(const hl_space *w,
     const hl_block *b, int32_t group, float scale)
 {
-    enum { QS = 576, BLOCK = 16, AHEAD = 8 };
-    const int32_t known = b->n + b->n_later;
+    enum { QS = 576, BLOCK = 16 };
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
         for (int32_t j = 0; j < b->n; j += 2) {
-            const int32_t later = j + AHEAD;
             hl_ifa_bf16_d576x512_stats_dot_4x2_scalar(w->q + (ptrdiff_t)h * QS, b->row + j,
-                b->n - 1 - j, w->s + h * BLOCK + j * 4, scale, h == 0 && later + 2 <= known ? b->row
-                + later : NULL, b->value_apart);
+                b->n - 1 - j, w->s + h * BLOCK + j * 4, scale, h == 0 && j + 2 <= b->asks ? b->ask
+                + j : NULL, b->value_apart);
         }
     }
     for (; h + 2 <= group; h += 2) {
         for (int32_t j = 0; j < b->n; j += 4) {
-            const int32_t later = j + AHEAD;
             hl_ifa_bf16_d576x512_stats_dot_2x4_scalar(w->q + (ptrdiff_t)h * QS, b->row + j,
-                b->n - 1 - j, w->s + h * BLOCK + j * 2, scale, h == 0 && later + 4 <= known ? b->row
-                + later : NULL, b->value_apart);
+                b->n - 1 - j, w->s + h * BLOCK + j * 2, scale, h == 0 && j + 4 <= b->asks ? b->ask
+                + j : NULL, b->value_apart);
         }
     }
     for (; h + 1 <= group; h += 1) {
         for (int32_t j = 0; j < b->n; j += 8) {
-            const int32_t later = j + AHEAD;
             hl_ifa_bf16_d576x512_stats_dot_1x8_scalar(w->q + (ptrdiff_t)h * QS, b->row + j,
-                b->n - 1 - j, w->s + h * BLOCK + j * 1, scale, h == 0 && later + 8 <= known ? b->row
-                + later : NULL, b->value_apart);
+                b->n - 1 - j, w->s + h * BLOCK + j * 1, scale, h == 0 && j + 8 <= b->asks ? b->ask
+                + j : NULL, b->value_apart);
         }
     }
 }
@@ -3336,11 +3355,11 @@ HL_KERNEL_SCALAR void hl_ifa_bf16_d576x512_stats_softmaxes_few_scalar(const hl_s
 /* ---- value: O = alpha O + P V ---- */
 
 /* 4 heads by 2 vectors of channels, read where they are stored.
- * Meanwhile lines of values 8 keys further on are asked for, as long as
- * j < later.
+ * Meanwhile lines of the values of `ask` are asked for, as long as j < later.
  */
 HL_KERNEL_SCALAR void hl_ifa_bf16_d576x512_stats_pr_4x2_scalar(const float *p, const hl_row *row,
-    int32_t c, float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
+    int32_t c, float *o, const float *alpha, int32_t n, const hl_row *ask, int32_t later,
+    int32_t apart)
 {
     enum { L = 1, OS = 512 };
     hl_vf_scalar o0_0 = hl_vzero_scalar();
@@ -3355,7 +3374,7 @@ HL_KERNEL_SCALAR void hl_ifa_bf16_d576x512_stats_pr_4x2_scalar(const float *p, c
         const uint16_t *const value = (const uint16_t *)row[j].value + c;
         if (j < later) {
             const uint16_t *const next =
-                (const uint16_t *)row[j + 8].value + c;
+                (const uint16_t *)ask[j].value + c;
             HL_FETCH(next + 0);
         }
         hl_vf_scalar x;
@@ -3403,11 +3422,11 @@ HL_KERNEL_SCALAR void hl_ifa_bf16_d576x512_stats_pr_4x2_scalar(const float *p, c
 }
 
 /* 2 heads by 4 vectors of channels, read where they are stored.
- * Meanwhile lines of values 8 keys further on are asked for, as long as
- * j < later.
+ * Meanwhile lines of the values of `ask` are asked for, as long as j < later.
  */
 HL_KERNEL_SCALAR void hl_ifa_bf16_d576x512_stats_pr_2x4_scalar(const float *p, const hl_row *row,
-    int32_t c, float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
+    int32_t c, float *o, const float *alpha, int32_t n, const hl_row *ask, int32_t later,
+    int32_t apart)
 {
     enum { L = 1, OS = 512 };
     hl_vf_scalar o0_0 = hl_vzero_scalar();
@@ -3422,7 +3441,7 @@ HL_KERNEL_SCALAR void hl_ifa_bf16_d576x512_stats_pr_2x4_scalar(const float *p, c
         const uint16_t *const value = (const uint16_t *)row[j].value + c;
         if (j < later) {
             const uint16_t *const next =
-                (const uint16_t *)row[j + 8].value + c;
+                (const uint16_t *)ask[j].value + c;
             HL_FETCH(next + 0);
         }
         hl_vf_scalar x;
@@ -3471,11 +3490,11 @@ HL_KERNEL_SCALAR void hl_ifa_bf16_d576x512_stats_pr_2x4_scalar(const float *p, c
 }
 
 /* 1 head by 8 vectors of channels, read where they are stored.
- * Meanwhile lines of values 8 keys further on are asked for, as long as
- * j < later.
+ * Meanwhile lines of the values of `ask` are asked for, as long as j < later.
  */
 HL_KERNEL_SCALAR void hl_ifa_bf16_d576x512_stats_pr_1x8_scalar(const float *p, const hl_row *row,
-    int32_t c, float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
+    int32_t c, float *o, const float *alpha, int32_t n, const hl_row *ask, int32_t later,
+    int32_t apart)
 {
     enum { L = 1, OS = 512 };
     hl_vf_scalar o0_0 = hl_vzero_scalar();
@@ -3490,7 +3509,7 @@ HL_KERNEL_SCALAR void hl_ifa_bf16_d576x512_stats_pr_1x8_scalar(const float *p, c
         const uint16_t *const value = (const uint16_t *)row[j].value + c;
         if (j < later) {
             const uint16_t *const next =
-                (const uint16_t *)row[j + 8].value + c;
+                (const uint16_t *)ask[j].value + c;
             HL_FETCH(next + 0);
         }
         const hl_vf_scalar x = hl_vset_scalar(p[j]);
@@ -3541,7 +3560,7 @@ HL_KERNEL_SCALAR void hl_ifa_bf16_d576x512_stats_value_few_scalar(const hl_space
     const hl_state *t, const hl_block *b, int32_t group)
 {
     enum { OS = 512, BLOCK = 16 };
-    const int32_t left = b->n + b->n_later - 8;
+    const int32_t left = b->asks < b->n ? b->asks : b->n;
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
         const int32_t later = h == 0 ? left : 0;
@@ -3549,7 +3568,7 @@ HL_KERNEL_SCALAR void hl_ifa_bf16_d576x512_stats_value_few_scalar(const hl_space
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 512; c += 2) {
             hl_ifa_bf16_d576x512_stats_pr_4x2_scalar(p, b->row, c, o + c, t->alpha + h, b->n,
-                b->value_apart ? later : 0, b->value_apart);
+                b->ask, b->value_apart ? later : 0, b->value_apart);
         }
     }
     for (; h + 2 <= group; h += 2) {
@@ -3558,7 +3577,7 @@ HL_KERNEL_SCALAR void hl_ifa_bf16_d576x512_stats_value_few_scalar(const hl_space
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 512; c += 4) {
             hl_ifa_bf16_d576x512_stats_pr_2x4_scalar(p, b->row, c, o + c, t->alpha + h, b->n,
-                b->value_apart ? later : 0, b->value_apart);
+                b->ask, b->value_apart ? later : 0, b->value_apart);
         }
     }
     for (; h + 1 <= group; h += 1) {
@@ -3567,7 +3586,7 @@ HL_KERNEL_SCALAR void hl_ifa_bf16_d576x512_stats_value_few_scalar(const hl_space
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 512; c += 8) {
             hl_ifa_bf16_d576x512_stats_pr_1x8_scalar(p, b->row, c, o + c, t->alpha + h, b->n,
-                b->value_apart ? later : 0, b->value_apart);
+                b->ask, b->value_apart ? later : 0, b->value_apart);
         }
     }
 }
@@ -3745,6 +3764,7 @@ HL_KERNEL_SCALAR void hl_ifa_bf16_d576x512_stats_forward_scalar(
     enum { CAP = 48, AHEAD = 8 };
     const hl_incre_flash_attention_args *const a = &plan->args;
     const int32_t block = 16;
+    const int32_t ahead = 8;
     int32_t known = hl_ifa_bf16_d576x512_stats_next(a, g, &c, w->row, CAP);
     int32_t more = known == CAP;
     hl_block b;
@@ -3753,6 +3773,8 @@ HL_KERNEL_SCALAR void hl_ifa_bf16_d576x512_stats_forward_scalar(
     while (known > 0) {
         b.n = known < block ? known : block;
         b.n_later = known - b.n;
+        b.ask = b.row + ahead;
+        b.asks = known - ahead;
         hl_ifa_bf16_d576x512_stats_block_scalar(plan, g, w, t, &b, padded);
         *t->seen = 1.0f;
         b.row += b.n;
@@ -3831,6 +3853,8 @@ static inline void hl_ifa_bf16_d576x512_stats_walk_scalar(const hl_incre_flash_a
     hl_space w[16];
     hl_group g[16];
     hl_block b;
+    hl_row *later; /* the next block's rows, of the first head */
+    hl_row *ask;
     int32_t chunks;
     for (int32_t h = 0; h < n; ++h) {
         (void)hl_ifa_bf16_d576x512_stats_group(plan, first + h, &g[h]);
@@ -3842,7 +3866,11 @@ static inline void hl_ifa_bf16_d576x512_stats_walk_scalar(const hl_incre_flash_a
         w[h].row = w[0].row;
         w[h].own = w[0].own;
     }
+    later = w[0].row + block;
+    ask = later + block;
     b.value_apart = hl_ifa_bf16_d576x512_stats_value_apart(a);
+    b.n_later = 0;
+    b.ask = ask;
     chunks = hl_ifa_bf16_d576x512_stats_chunks(a, &g[0]);
     for (int32_t chunk = 0; chunk < chunks; ++chunk) {
         const hl_cursor all = hl_ifa_bf16_d576x512_stats_chunk(a, &g[0], chunk);
@@ -3855,21 +3883,24 @@ static inline void hl_ifa_bf16_d576x512_stats_walk_scalar(const hl_incre_flash_a
         }
         c.end = end - c.at < block ? end : c.at + block;
         b.row = w[0].row;
-        b.n = c.at < c.end ? hl_ifa_bf16_d576x512_stats_next_block(a, &g[0], c, b.row, block) : 0;
-        for (int32_t h = 0; b.n > 0;) { /* behind a block's rows are those of the next in turn */
-            const int32_t later = h + 1 < n ? h + 1 : 0;
-            const hl_state *const t = chunk == 0 ? &w[h].state : &w[h].other;
-            if (later == 0) {
-                c.at = c.end;
-                c.end = end - c.at < block ? end : c.at + block;
+        while (c.at < c.end) {
+            hl_cursor next;
+            int32_t rows;
+            next.at = c.end;
+            next.within = 0;
+            next.end = end - next.at < block ? end : next.at + block;
+            rows = next.at < next.end
+                ? hl_ifa_bf16_d576x512_stats_next_block(a, &g[0], next, later, block) : 0;
+            for (int32_t h = 0; h < n; ++h) {
+                const hl_state *const t = chunk == 0 ? &w[h].state : &w[h].other;
+                b.n = hl_ifa_bf16_d576x512_stats_next_block(a, &g[h], c, b.row, block);
+                b.asks = hl_ifa_bf16_d576x512_stats_share(a, later, rows, h, n, ask, block);
+                if (b.n > 0) {
+                    hl_ifa_bf16_d576x512_stats_block_scalar(plan, &g[h], &w[h], t, &b, padded);
+                    *t->seen = 1.0f;
+                }
             }
-            b.n_later = c.at < c.end
-                ? hl_ifa_bf16_d576x512_stats_next_block(a, &g[later], c, b.row + b.n, block) : 0;
-            hl_ifa_bf16_d576x512_stats_block_scalar(plan, &g[h], &w[h], t, &b, padded);
-            *t->seen = 1.0f;
-            HL_COPY(b.row, b.row + b.n, (size_t)b.n_later * sizeof *b.row);
-            b.n = b.n_later;
-            h = later;
+            c = next;
         }
         for (int32_t h = 0; h < n; ++h) {
             const hl_state *const t = chunk == 0 ? &w[h].state : &w[h].other;
@@ -4046,14 +4077,14 @@ HL_WORD_NEON void hl_ifa_bf16_d576x512_stats_fetch_row_neon(const hl_row *row, i
     }
 }
 
-/* The whole block's keys, and its values where they are apart; meanwhile rows are asked for that
- * lie 8 further on, in this block or in the next. */
+/* The whole block's keys, and its values where they are apart; meanwhile later rows are asked
+ * for. */
 HL_KERNEL_NEON void hl_ifa_bf16_d576x512_stats_load_neon(const hl_space *w, const hl_block *b)
 {
     enum { DV = 512, KS = 576, VS = 512 };
     for (int32_t j = 0; j < b->n; ++j) {
-        if (j + 8 < b->n + b->n_later) {
-            hl_ifa_bf16_d576x512_stats_fetch_row_neon(&b->row[j + 8], b->value_apart);
+        if (j < b->asks) {
+            hl_ifa_bf16_d576x512_stats_fetch_row_neon(&b->ask[j], b->value_apart);
         }
         hl_ifa_bf16_d576x512_stats_load_key_neon(&b->row[j], w->k + (ptrdiff_t)j * KS);
         if (b->value_apart) {
@@ -4649,33 +4680,29 @@ HL_KERNEL_NEON void hl_ifa_bf16_d576x512_stats_dot_1x16_neon(const float *q, con
 HL_KERNEL_NEON void hl_ifa_bf16_d576x512_stats_score_few_neon(const hl_space *w, const hl_block *b,
     int32_t group, float scale)
 {
-    enum { QS = 576, BLOCK = 64, AHEAD = 24 };
-    const int32_t known = b->n + b->n_later;
+    enum { QS = 576, BLOCK = 64 };
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
         for (int32_t j = 0; j < b->n; j += 4) {
-            const int32_t later = j + AHEAD;
             hl_ifa_bf16_d576x512_stats_dot_4x4_neon(w->q + (ptrdiff_t)h * QS, b->row + j,
                                                     b->n - 1 - j, w->s + h * BLOCK + j * 4, scale,
-                                                    h == 0 && later + 4 <= known ? b->row + later
-                                                    : NULL, b->value_apart);
+                                                    h == 0 && j + 4 <= b->asks ? b->ask + j : NULL,
+                                                    b->value_apart);
         }
     }
     for (; h + 2 <= group; h += 2) {
         for (int32_t j = 0; j < b->n; j += 8) {
-            const int32_t later = j + AHEAD;
             hl_ifa_bf16_d576x512_stats_dot_2x8_neon(w->q + (ptrdiff_t)h * QS, b->row + j,
                                                     b->n - 1 - j, w->s + h * BLOCK + j * 2, scale,
-                                                    h == 0 && later + 8 <= known ? b->row + later
-                                                    : NULL, b->value_apart);
+                                                    h == 0 && j + 8 <= b->asks ? b->ask + j : NULL,
+                                                    b->value_apart);
         }
     }
     for (; h + 1 <= group; h += 1) {
         for (int32_t j = 0; j < b->n; j += 16) {
-            const int32_t later = j + AHEAD;
             hl_ifa_bf16_d576x512_stats_dot_1x16_neon(w->q + (ptrdiff_t)h * QS, b->row + j,
-                b->n - 1 - j, w->s + h * BLOCK + j * 1, scale, h == 0 && later + 16 <= known
-                ? b->row + later : NULL, b->value_apart);
+                b->n - 1 - j, w->s + h * BLOCK + j * 1, scale, h == 0 && j + 16 <= b->asks ? b->ask
+                + j : NULL, b->value_apart);
         }
     }
 }
@@ -5038,11 +5065,11 @@ HL_KERNEL_NEON void hl_ifa_bf16_d576x512_stats_value_neon(const hl_space *w, con
 }
 
 /* 4 heads by 4 vectors of channels, read where they are stored.
- * Meanwhile lines of values 24 keys further on are asked for, as long as
- * j < later.
+ * Meanwhile lines of the values of `ask` are asked for, as long as j < later.
  */
 HL_KERNEL_NEON void hl_ifa_bf16_d576x512_stats_pr_4x4_neon(const float *p, const hl_row *row,
-    int32_t c, float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
+    int32_t c, float *o, const float *alpha, int32_t n, const hl_row *ask, int32_t later,
+    int32_t apart)
 {
     enum { L = 4, OS = 512 };
     hl_vf_neon o0_0 = hl_vzero_neon();
@@ -5065,7 +5092,7 @@ HL_KERNEL_NEON void hl_ifa_bf16_d576x512_stats_pr_4x4_neon(const float *p, const
         const uint16_t *const value = (const uint16_t *)row[j].value + c;
         if (j < later) {
             const uint16_t *const next =
-                (const uint16_t *)row[j + 24].value + c;
+                (const uint16_t *)ask[j].value + c;
             HL_FETCH(next + 0);
         }
         hl_vf_neon x;
@@ -5132,11 +5159,11 @@ HL_KERNEL_NEON void hl_ifa_bf16_d576x512_stats_pr_4x4_neon(const float *p, const
 }
 
 /* 2 heads by 8 vectors of channels, read where they are stored.
- * Meanwhile lines of values 24 keys further on are asked for, as long as
- * j < later.
+ * Meanwhile lines of the values of `ask` are asked for, as long as j < later.
  */
 HL_KERNEL_NEON void hl_ifa_bf16_d576x512_stats_pr_2x8_neon(const float *p, const hl_row *row,
-    int32_t c, float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
+    int32_t c, float *o, const float *alpha, int32_t n, const hl_row *ask, int32_t later,
+    int32_t apart)
 {
     enum { L = 4, OS = 512 };
     hl_vf_neon o0_0 = hl_vzero_neon();
@@ -5159,7 +5186,7 @@ HL_KERNEL_NEON void hl_ifa_bf16_d576x512_stats_pr_2x8_neon(const float *p, const
         const uint16_t *const value = (const uint16_t *)row[j].value + c;
         if (j < later) {
             const uint16_t *const next =
-                (const uint16_t *)row[j + 24].value + c;
+                (const uint16_t *)ask[j].value + c;
             HL_FETCH(next + 0);
         }
         hl_vf_neon x;
@@ -5230,11 +5257,11 @@ HL_KERNEL_NEON void hl_ifa_bf16_d576x512_stats_pr_2x8_neon(const float *p, const
 }
 
 /* 1 head by 16 vectors of channels, read where they are stored.
- * Meanwhile lines of values 24 keys further on are asked for, as long as
- * j < later.
+ * Meanwhile lines of the values of `ask` are asked for, as long as j < later.
  */
 HL_KERNEL_NEON void hl_ifa_bf16_d576x512_stats_pr_1x16_neon(const float *p, const hl_row *row,
-    int32_t c, float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
+    int32_t c, float *o, const float *alpha, int32_t n, const hl_row *ask, int32_t later,
+    int32_t apart)
 {
     enum { L = 4, OS = 512 };
     hl_vf_neon o0_0 = hl_vzero_neon();
@@ -5257,7 +5284,7 @@ HL_KERNEL_NEON void hl_ifa_bf16_d576x512_stats_pr_1x16_neon(const float *p, cons
         const uint16_t *const value = (const uint16_t *)row[j].value + c;
         if (j < later) {
             const uint16_t *const next =
-                (const uint16_t *)row[j + 24].value + c;
+                (const uint16_t *)ask[j].value + c;
             HL_FETCH(next + 32);
             if (apart) {
                 HL_FETCH(next + 0);
@@ -5331,14 +5358,14 @@ HL_KERNEL_NEON void hl_ifa_bf16_d576x512_stats_value_few_neon(const hl_space *w,
     const hl_block *b, int32_t group)
 {
     enum { OS = 512, BLOCK = 64 };
-    const int32_t left = b->n + b->n_later - 24;
+    const int32_t left = b->asks < b->n ? b->asks : b->n;
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
         const int32_t later = h == 0 ? left : 0;
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 512; c += 16) {
-            hl_ifa_bf16_d576x512_stats_pr_4x4_neon(p, b->row, c, o + c, t->alpha + h, b->n,
+            hl_ifa_bf16_d576x512_stats_pr_4x4_neon(p, b->row, c, o + c, t->alpha + h, b->n, b->ask,
                                                    b->value_apart ? later : 0, b->value_apart);
         }
     }
@@ -5347,8 +5374,8 @@ HL_KERNEL_NEON void hl_ifa_bf16_d576x512_stats_value_few_neon(const hl_space *w,
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 512; c += 32) {
-            hl_ifa_bf16_d576x512_stats_pr_2x8_neon(p, b->row, c, o + c, t->alpha + h, b->n, later,
-                                                   b->value_apart);
+            hl_ifa_bf16_d576x512_stats_pr_2x8_neon(p, b->row, c, o + c, t->alpha + h, b->n, b->ask,
+                                                   later, b->value_apart);
         }
     }
     for (; h + 1 <= group; h += 1) {
@@ -5356,8 +5383,8 @@ HL_KERNEL_NEON void hl_ifa_bf16_d576x512_stats_value_few_neon(const hl_space *w,
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 512; c += 64) {
-            hl_ifa_bf16_d576x512_stats_pr_1x16_neon(p, b->row, c, o + c, t->alpha + h, b->n, later,
-                                                    b->value_apart);
+            hl_ifa_bf16_d576x512_stats_pr_1x16_neon(p, b->row, c, o + c, t->alpha + h, b->n, b->ask,
+                                                    later, b->value_apart);
         }
     }
 }
@@ -5542,10 +5569,11 @@ HL_KERNEL_NEON void hl_ifa_bf16_d576x512_stats_forward_neon(
     const hl_incre_flash_attention_plan *plan, const hl_group *g, const hl_space *w,
     const hl_state *t, hl_cursor c, int32_t padded)
 {
-    enum { CAP = 176, AHEAD = 24 };
+    enum { CAP = 192, AHEAD = 24 };
     const hl_incre_flash_attention_args *const a = &plan->args;
     const int32_t block = plan->group > 16 ? 64 : plan->group <= 3
         && !hl_ifa_bf16_d576x512_stats_value_apart(a) ? 16 : 64;
+    const int32_t ahead = plan->group > 16 ? 8 : 24;
     int32_t known = hl_ifa_bf16_d576x512_stats_next(a, g, &c, w->row, CAP);
     int32_t more = known == CAP;
     hl_block b;
@@ -5554,6 +5582,8 @@ HL_KERNEL_NEON void hl_ifa_bf16_d576x512_stats_forward_neon(
     while (known > 0) {
         b.n = known < block ? known : block;
         b.n_later = known - b.n;
+        b.ask = b.row + ahead;
+        b.asks = known - ahead;
         hl_ifa_bf16_d576x512_stats_block_neon(plan, g, w, t, &b, padded);
         *t->seen = 1.0f;
         b.row += b.n;
@@ -5636,6 +5666,8 @@ static inline void hl_ifa_bf16_d576x512_stats_walk_neon(const hl_incre_flash_att
     hl_space w[16];
     hl_group g[16];
     hl_block b;
+    hl_row *later; /* the next block's rows, of the first head */
+    hl_row *ask;
     int32_t chunks;
     for (int32_t h = 0; h < n; ++h) {
         (void)hl_ifa_bf16_d576x512_stats_group(plan, first + h, &g[h]);
@@ -5647,7 +5679,11 @@ static inline void hl_ifa_bf16_d576x512_stats_walk_neon(const hl_incre_flash_att
         w[h].row = w[0].row;
         w[h].own = w[0].own;
     }
+    later = w[0].row + block;
+    ask = later + block;
     b.value_apart = hl_ifa_bf16_d576x512_stats_value_apart(a);
+    b.n_later = 0;
+    b.ask = ask;
     chunks = hl_ifa_bf16_d576x512_stats_chunks(a, &g[0]);
     for (int32_t chunk = 0; chunk < chunks; ++chunk) {
         const hl_cursor all = hl_ifa_bf16_d576x512_stats_chunk(a, &g[0], chunk);
@@ -5660,21 +5696,24 @@ static inline void hl_ifa_bf16_d576x512_stats_walk_neon(const hl_incre_flash_att
         }
         c.end = end - c.at < block ? end : c.at + block;
         b.row = w[0].row;
-        b.n = c.at < c.end ? hl_ifa_bf16_d576x512_stats_next_block(a, &g[0], c, b.row, block) : 0;
-        for (int32_t h = 0; b.n > 0;) { /* behind a block's rows are those of the next in turn */
-            const int32_t later = h + 1 < n ? h + 1 : 0;
-            const hl_state *const t = chunk == 0 ? &w[h].state : &w[h].other;
-            if (later == 0) {
-                c.at = c.end;
-                c.end = end - c.at < block ? end : c.at + block;
+        while (c.at < c.end) {
+            hl_cursor next;
+            int32_t rows;
+            next.at = c.end;
+            next.within = 0;
+            next.end = end - next.at < block ? end : next.at + block;
+            rows = next.at < next.end
+                ? hl_ifa_bf16_d576x512_stats_next_block(a, &g[0], next, later, block) : 0;
+            for (int32_t h = 0; h < n; ++h) {
+                const hl_state *const t = chunk == 0 ? &w[h].state : &w[h].other;
+                b.n = hl_ifa_bf16_d576x512_stats_next_block(a, &g[h], c, b.row, block);
+                b.asks = hl_ifa_bf16_d576x512_stats_share(a, later, rows, h, n, ask, block);
+                if (b.n > 0) {
+                    hl_ifa_bf16_d576x512_stats_block_neon(plan, &g[h], &w[h], t, &b, padded);
+                    *t->seen = 1.0f;
+                }
             }
-            b.n_later = c.at < c.end
-                ? hl_ifa_bf16_d576x512_stats_next_block(a, &g[later], c, b.row + b.n, block) : 0;
-            hl_ifa_bf16_d576x512_stats_block_neon(plan, &g[h], &w[h], t, &b, padded);
-            *t->seen = 1.0f;
-            HL_COPY(b.row, b.row + b.n, (size_t)b.n_later * sizeof *b.row);
-            b.n = b.n_later;
-            h = later;
+            c = next;
         }
         for (int32_t h = 0; h < n; ++h) {
             const hl_state *const t = chunk == 0 ? &w[h].state : &w[h].other;
@@ -5853,14 +5892,14 @@ HL_WORD_AVX2 void hl_ifa_bf16_d576x512_stats_fetch_row_avx2(const hl_row *row, i
     }
 }
 
-/* The whole block's keys, and its values where they are apart; meanwhile rows are asked for that
- * lie 8 further on, in this block or in the next. */
+/* The whole block's keys, and its values where they are apart; meanwhile later rows are asked
+ * for. */
 HL_KERNEL_AVX2 void hl_ifa_bf16_d576x512_stats_load_avx2(const hl_space *w, const hl_block *b)
 {
     enum { DV = 512, KS = 576, VS = 512 };
     for (int32_t j = 0; j < b->n; ++j) {
-        if (j + 8 < b->n + b->n_later) {
-            hl_ifa_bf16_d576x512_stats_fetch_row_avx2(&b->row[j + 8], b->value_apart);
+        if (j < b->asks) {
+            hl_ifa_bf16_d576x512_stats_fetch_row_avx2(&b->ask[j], b->value_apart);
         }
         hl_ifa_bf16_d576x512_stats_load_key_avx2(&b->row[j], w->k + (ptrdiff_t)j * KS);
         if (b->value_apart) {
@@ -6366,34 +6405,30 @@ HL_KERNEL_AVX2 void hl_ifa_bf16_d576x512_stats_dot_1x8_avx2(const float *q, cons
 HL_KERNEL_AVX2 void hl_ifa_bf16_d576x512_stats_score_few_avx2(const hl_space *w, const hl_block *b,
     int32_t group, float scale)
 {
-    enum { QS = 576, BLOCK = 48, AHEAD = 24 };
-    const int32_t known = b->n + b->n_later;
+    enum { QS = 576, BLOCK = 48 };
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
         for (int32_t j = 0; j < b->n; j += 2) {
-            const int32_t later = j + AHEAD;
             hl_ifa_bf16_d576x512_stats_dot_4x2_avx2(w->q + (ptrdiff_t)h * QS, b->row + j,
                                                     b->n - 1 - j, w->s + h * BLOCK + j * 4, scale,
-                                                    h == 0 && later + 2 <= known ? b->row + later
-                                                    : NULL, b->value_apart);
+                                                    h == 0 && j + 2 <= b->asks ? b->ask + j : NULL,
+                                                    b->value_apart);
         }
     }
     for (; h + 2 <= group; h += 2) {
         for (int32_t j = 0; j < b->n; j += 4) {
-            const int32_t later = j + AHEAD;
             hl_ifa_bf16_d576x512_stats_dot_2x4_avx2(w->q + (ptrdiff_t)h * QS, b->row + j,
                                                     b->n - 1 - j, w->s + h * BLOCK + j * 2, scale,
-                                                    h == 0 && later + 4 <= known ? b->row + later
-                                                    : NULL, b->value_apart);
+                                                    h == 0 && j + 4 <= b->asks ? b->ask + j : NULL,
+                                                    b->value_apart);
         }
     }
     for (; h + 1 <= group; h += 1) {
         for (int32_t j = 0; j < b->n; j += 8) {
-            const int32_t later = j + AHEAD;
             hl_ifa_bf16_d576x512_stats_dot_1x8_avx2(w->q + (ptrdiff_t)h * QS, b->row + j,
                                                     b->n - 1 - j, w->s + h * BLOCK + j * 1, scale,
-                                                    h == 0 && later + 8 <= known ? b->row + later
-                                                    : NULL, b->value_apart);
+                                                    h == 0 && j + 8 <= b->asks ? b->ask + j : NULL,
+                                                    b->value_apart);
         }
     }
 }
@@ -6758,11 +6793,11 @@ HL_KERNEL_AVX2 void hl_ifa_bf16_d576x512_stats_value_avx2(const hl_space *w, con
 }
 
 /* 4 heads by 2 vectors of channels, read where they are stored.
- * Meanwhile lines of values 24 keys further on are asked for, as long as
- * j < later.
+ * Meanwhile lines of the values of `ask` are asked for, as long as j < later.
  */
 HL_KERNEL_AVX2 void hl_ifa_bf16_d576x512_stats_pr_4x2_avx2(const float *p, const hl_row *row,
-    int32_t c, float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
+    int32_t c, float *o, const float *alpha, int32_t n, const hl_row *ask, int32_t later,
+    int32_t apart)
 {
     enum { L = 8, OS = 512 };
     hl_vf_avx2 o0_0 = hl_vzero_avx2();
@@ -6777,7 +6812,7 @@ HL_KERNEL_AVX2 void hl_ifa_bf16_d576x512_stats_pr_4x2_avx2(const float *p, const
         const uint16_t *const value = (const uint16_t *)row[j].value + c;
         if (j < later) {
             const uint16_t *const next =
-                (const uint16_t *)row[j + 24].value + c;
+                (const uint16_t *)ask[j].value + c;
             HL_FETCH(next + 0);
         }
         hl_vf_avx2 x;
@@ -6817,11 +6852,11 @@ HL_KERNEL_AVX2 void hl_ifa_bf16_d576x512_stats_pr_4x2_avx2(const float *p, const
 }
 
 /* 2 heads by 4 vectors of channels, read where they are stored.
- * Meanwhile lines of values 24 keys further on are asked for, as long as
- * j < later.
+ * Meanwhile lines of the values of `ask` are asked for, as long as j < later.
  */
 HL_KERNEL_AVX2 void hl_ifa_bf16_d576x512_stats_pr_2x4_avx2(const float *p, const hl_row *row,
-    int32_t c, float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
+    int32_t c, float *o, const float *alpha, int32_t n, const hl_row *ask, int32_t later,
+    int32_t apart)
 {
     enum { L = 8, OS = 512 };
     hl_vf_avx2 o0_0 = hl_vzero_avx2();
@@ -6836,7 +6871,7 @@ HL_KERNEL_AVX2 void hl_ifa_bf16_d576x512_stats_pr_2x4_avx2(const float *p, const
         const uint16_t *const value = (const uint16_t *)row[j].value + c;
         if (j < later) {
             const uint16_t *const next =
-                (const uint16_t *)row[j + 24].value + c;
+                (const uint16_t *)ask[j].value + c;
             HL_FETCH(next + 0);
         }
         hl_vf_avx2 x;
@@ -6877,11 +6912,11 @@ HL_KERNEL_AVX2 void hl_ifa_bf16_d576x512_stats_pr_2x4_avx2(const float *p, const
 }
 
 /* 1 head by 8 vectors of channels, read where they are stored.
- * Meanwhile lines of values 24 keys further on are asked for, as long as
- * j < later.
+ * Meanwhile lines of the values of `ask` are asked for, as long as j < later.
  */
 HL_KERNEL_AVX2 void hl_ifa_bf16_d576x512_stats_pr_1x8_avx2(const float *p, const hl_row *row,
-    int32_t c, float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
+    int32_t c, float *o, const float *alpha, int32_t n, const hl_row *ask, int32_t later,
+    int32_t apart)
 {
     enum { L = 8, OS = 512 };
     hl_vf_avx2 o0_0 = hl_vzero_avx2();
@@ -6896,7 +6931,7 @@ HL_KERNEL_AVX2 void hl_ifa_bf16_d576x512_stats_pr_1x8_avx2(const float *p, const
         const uint16_t *const value = (const uint16_t *)row[j].value + c;
         if (j < later) {
             const uint16_t *const next =
-                (const uint16_t *)row[j + 24].value + c;
+                (const uint16_t *)ask[j].value + c;
             HL_FETCH(next + 32);
             if (apart) {
                 HL_FETCH(next + 0);
@@ -6942,14 +6977,14 @@ HL_KERNEL_AVX2 void hl_ifa_bf16_d576x512_stats_value_few_avx2(const hl_space *w,
     const hl_block *b, int32_t group)
 {
     enum { OS = 512, BLOCK = 48 };
-    const int32_t left = b->n + b->n_later - 24;
+    const int32_t left = b->asks < b->n ? b->asks : b->n;
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
         const int32_t later = h == 0 ? left : 0;
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 512; c += 16) {
-            hl_ifa_bf16_d576x512_stats_pr_4x2_avx2(p, b->row, c, o + c, t->alpha + h, b->n,
+            hl_ifa_bf16_d576x512_stats_pr_4x2_avx2(p, b->row, c, o + c, t->alpha + h, b->n, b->ask,
                                                    b->value_apart ? later : 0, b->value_apart);
         }
     }
@@ -6958,8 +6993,8 @@ HL_KERNEL_AVX2 void hl_ifa_bf16_d576x512_stats_value_few_avx2(const hl_space *w,
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 512; c += 32) {
-            hl_ifa_bf16_d576x512_stats_pr_2x4_avx2(p, b->row, c, o + c, t->alpha + h, b->n, later,
-                                                   b->value_apart);
+            hl_ifa_bf16_d576x512_stats_pr_2x4_avx2(p, b->row, c, o + c, t->alpha + h, b->n, b->ask,
+                                                   later, b->value_apart);
         }
     }
     for (; h + 1 <= group; h += 1) {
@@ -6967,8 +7002,8 @@ HL_KERNEL_AVX2 void hl_ifa_bf16_d576x512_stats_value_few_avx2(const hl_space *w,
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 512; c += 64) {
-            hl_ifa_bf16_d576x512_stats_pr_1x8_avx2(p, b->row, c, o + c, t->alpha + h, b->n, later,
-                                                   b->value_apart);
+            hl_ifa_bf16_d576x512_stats_pr_1x8_avx2(p, b->row, c, o + c, t->alpha + h, b->n, b->ask,
+                                                   later, b->value_apart);
         }
     }
 }
@@ -7170,10 +7205,11 @@ HL_KERNEL_AVX2 void hl_ifa_bf16_d576x512_stats_forward_avx2(
     const hl_incre_flash_attention_plan *plan, const hl_group *g, const hl_space *w,
     const hl_state *t, hl_cursor c, int32_t padded)
 {
-    enum { CAP = 192, AHEAD = 24 };
+    enum { CAP = 288, AHEAD = 24 };
     const hl_incre_flash_attention_args *const a = &plan->args;
     const int32_t block = plan->group > 16 ? 96 : plan->group <= 3
         && !hl_ifa_bf16_d576x512_stats_value_apart(a) ? 16 : 48;
+    const int32_t ahead = plan->group > 16 ? 8 : 24;
     int32_t known = hl_ifa_bf16_d576x512_stats_next(a, g, &c, w->row, CAP);
     int32_t more = known == CAP;
     hl_block b;
@@ -7182,6 +7218,8 @@ HL_KERNEL_AVX2 void hl_ifa_bf16_d576x512_stats_forward_avx2(
     while (known > 0) {
         b.n = known < block ? known : block;
         b.n_later = known - b.n;
+        b.ask = b.row + ahead;
+        b.asks = known - ahead;
         hl_ifa_bf16_d576x512_stats_block_avx2(plan, g, w, t, &b, padded);
         *t->seen = 1.0f;
         b.row += b.n;
@@ -7265,6 +7303,8 @@ static inline void hl_ifa_bf16_d576x512_stats_walk_avx2(const hl_incre_flash_att
     hl_space w[16];
     hl_group g[16];
     hl_block b;
+    hl_row *later; /* the next block's rows, of the first head */
+    hl_row *ask;
     int32_t chunks;
     for (int32_t h = 0; h < n; ++h) {
         (void)hl_ifa_bf16_d576x512_stats_group(plan, first + h, &g[h]);
@@ -7276,7 +7316,11 @@ static inline void hl_ifa_bf16_d576x512_stats_walk_avx2(const hl_incre_flash_att
         w[h].row = w[0].row;
         w[h].own = w[0].own;
     }
+    later = w[0].row + block;
+    ask = later + block;
     b.value_apart = hl_ifa_bf16_d576x512_stats_value_apart(a);
+    b.n_later = 0;
+    b.ask = ask;
     chunks = hl_ifa_bf16_d576x512_stats_chunks(a, &g[0]);
     for (int32_t chunk = 0; chunk < chunks; ++chunk) {
         const hl_cursor all = hl_ifa_bf16_d576x512_stats_chunk(a, &g[0], chunk);
@@ -7289,21 +7333,24 @@ static inline void hl_ifa_bf16_d576x512_stats_walk_avx2(const hl_incre_flash_att
         }
         c.end = end - c.at < block ? end : c.at + block;
         b.row = w[0].row;
-        b.n = c.at < c.end ? hl_ifa_bf16_d576x512_stats_next_block(a, &g[0], c, b.row, block) : 0;
-        for (int32_t h = 0; b.n > 0;) { /* behind a block's rows are those of the next in turn */
-            const int32_t later = h + 1 < n ? h + 1 : 0;
-            const hl_state *const t = chunk == 0 ? &w[h].state : &w[h].other;
-            if (later == 0) {
-                c.at = c.end;
-                c.end = end - c.at < block ? end : c.at + block;
+        while (c.at < c.end) {
+            hl_cursor next;
+            int32_t rows;
+            next.at = c.end;
+            next.within = 0;
+            next.end = end - next.at < block ? end : next.at + block;
+            rows = next.at < next.end
+                ? hl_ifa_bf16_d576x512_stats_next_block(a, &g[0], next, later, block) : 0;
+            for (int32_t h = 0; h < n; ++h) {
+                const hl_state *const t = chunk == 0 ? &w[h].state : &w[h].other;
+                b.n = hl_ifa_bf16_d576x512_stats_next_block(a, &g[h], c, b.row, block);
+                b.asks = hl_ifa_bf16_d576x512_stats_share(a, later, rows, h, n, ask, block);
+                if (b.n > 0) {
+                    hl_ifa_bf16_d576x512_stats_block_avx2(plan, &g[h], &w[h], t, &b, padded);
+                    *t->seen = 1.0f;
+                }
             }
-            b.n_later = c.at < c.end
-                ? hl_ifa_bf16_d576x512_stats_next_block(a, &g[later], c, b.row + b.n, block) : 0;
-            hl_ifa_bf16_d576x512_stats_block_avx2(plan, &g[h], &w[h], t, &b, padded);
-            *t->seen = 1.0f;
-            HL_COPY(b.row, b.row + b.n, (size_t)b.n_later * sizeof *b.row);
-            b.n = b.n_later;
-            h = later;
+            c = next;
         }
         for (int32_t h = 0; h < n; ++h) {
             const hl_state *const t = chunk == 0 ? &w[h].state : &w[h].other;
@@ -7485,14 +7532,14 @@ HL_WORD_AVX512 void hl_ifa_bf16_d576x512_stats_fetch_row_avx512(const hl_row *ro
     }
 }
 
-/* The whole block's keys, and its values where they are apart; meanwhile rows are asked for that
- * lie 8 further on, in this block or in the next. */
+/* The whole block's keys, and its values where they are apart; meanwhile later rows are asked
+ * for. */
 HL_KERNEL_AVX512 void hl_ifa_bf16_d576x512_stats_load_avx512(const hl_space *w, const hl_block *b)
 {
     enum { DV = 512, KS = 576, VS = 512 };
     for (int32_t j = 0; j < b->n; ++j) {
-        if (j + 8 < b->n + b->n_later) {
-            hl_ifa_bf16_d576x512_stats_fetch_row_avx512(&b->row[j + 8], b->value_apart);
+        if (j < b->asks) {
+            hl_ifa_bf16_d576x512_stats_fetch_row_avx512(&b->ask[j], b->value_apart);
         }
         hl_ifa_bf16_d576x512_stats_load_key_avx512(&b->row[j], w->k + (ptrdiff_t)j * KS);
         if (b->value_apart) {
@@ -8273,31 +8320,27 @@ HL_KERNEL_AVX512 void hl_ifa_bf16_d576x512_stats_dot_1x16_avx512(const float *q,
 HL_KERNEL_AVX512 void hl_ifa_bf16_d576x512_stats_score_few_avx512(const hl_space *w,
     const hl_block *b, int32_t group, float scale)
 {
-    enum { QS = 576, BLOCK = 96, AHEAD = 24 };
-    const int32_t known = b->n + b->n_later;
+    enum { QS = 576, BLOCK = 96 };
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
         for (int32_t j = 0; j < b->n; j += 4) {
-            const int32_t later = j + AHEAD;
             hl_ifa_bf16_d576x512_stats_dot_4x4_avx512(w->q + (ptrdiff_t)h * QS, b->row + j,
-                b->n - 1 - j, w->s + h * BLOCK + j * 4, scale, h == 0 && later + 4 <= known ? b->row
-                + later : NULL, b->value_apart);
+                b->n - 1 - j, w->s + h * BLOCK + j * 4, scale, h == 0 && j + 4 <= b->asks ? b->ask
+                + j : NULL, b->value_apart);
         }
     }
     for (; h + 2 <= group; h += 2) {
         for (int32_t j = 0; j < b->n; j += 8) {
-            const int32_t later = j + AHEAD;
             hl_ifa_bf16_d576x512_stats_dot_2x8_avx512(w->q + (ptrdiff_t)h * QS, b->row + j,
-                b->n - 1 - j, w->s + h * BLOCK + j * 2, scale, h == 0 && later + 8 <= known ? b->row
-                + later : NULL, b->value_apart);
+                b->n - 1 - j, w->s + h * BLOCK + j * 2, scale, h == 0 && j + 8 <= b->asks ? b->ask
+                + j : NULL, b->value_apart);
         }
     }
     for (; h + 1 <= group; h += 1) {
         for (int32_t j = 0; j < b->n; j += 16) {
-            const int32_t later = j + AHEAD;
             hl_ifa_bf16_d576x512_stats_dot_1x16_avx512(w->q + (ptrdiff_t)h * QS, b->row + j,
-                b->n - 1 - j, w->s + h * BLOCK + j * 1, scale, h == 0 && later + 16 <= known
-                ? b->row + later : NULL, b->value_apart);
+                b->n - 1 - j, w->s + h * BLOCK + j * 1, scale, h == 0 && j + 16 <= b->asks ? b->ask
+                + j : NULL, b->value_apart);
         }
     }
 }
@@ -9086,11 +9129,11 @@ HL_KERNEL_AVX512 void hl_ifa_bf16_d576x512_stats_value_avx512(const hl_space *w,
 }
 
 /* 4 heads by 4 vectors of channels, read where they are stored.
- * Meanwhile lines of values 24 keys further on are asked for, as long as
- * j < later.
+ * Meanwhile lines of the values of `ask` are asked for, as long as j < later.
  */
 HL_KERNEL_AVX512 void hl_ifa_bf16_d576x512_stats_pr_4x4_avx512(const float *p, const hl_row *row,
-    int32_t c, float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
+    int32_t c, float *o, const float *alpha, int32_t n, const hl_row *ask, int32_t later,
+    int32_t apart)
 {
     enum { L = 16, OS = 512 };
     hl_vf_avx512 o0_0 = hl_vzero_avx512();
@@ -9113,7 +9156,7 @@ HL_KERNEL_AVX512 void hl_ifa_bf16_d576x512_stats_pr_4x4_avx512(const float *p, c
         const uint16_t *const value = (const uint16_t *)row[j].value + c;
         if (j < later) {
             const uint16_t *const next =
-                (const uint16_t *)row[j + 24].value + c;
+                (const uint16_t *)ask[j].value + c;
             HL_FETCH(next + 0);
             HL_FETCH(next + 32);
         }
@@ -9197,11 +9240,11 @@ HL_KERNEL_AVX512 void hl_ifa_bf16_d576x512_stats_pr_4x4_avx512(const float *p, c
 }
 
 /* 2 heads by 8 vectors of channels, read where they are stored.
- * Meanwhile lines of values 24 keys further on are asked for, as long as
- * j < later.
+ * Meanwhile lines of the values of `ask` are asked for, as long as j < later.
  */
 HL_KERNEL_AVX512 void hl_ifa_bf16_d576x512_stats_pr_2x8_avx512(const float *p, const hl_row *row,
-    int32_t c, float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
+    int32_t c, float *o, const float *alpha, int32_t n, const hl_row *ask, int32_t later,
+    int32_t apart)
 {
     enum { L = 16, OS = 512 };
     hl_vf_avx512 o0_0 = hl_vzero_avx512();
@@ -9224,7 +9267,7 @@ HL_KERNEL_AVX512 void hl_ifa_bf16_d576x512_stats_pr_2x8_avx512(const float *p, c
         const uint16_t *const value = (const uint16_t *)row[j].value + c;
         if (j < later) {
             const uint16_t *const next =
-                (const uint16_t *)row[j + 24].value + c;
+                (const uint16_t *)ask[j].value + c;
             HL_FETCH(next + 0);
             HL_FETCH(next + 32);
             HL_FETCH(next + 64);
@@ -9314,11 +9357,11 @@ HL_KERNEL_AVX512 void hl_ifa_bf16_d576x512_stats_pr_2x8_avx512(const float *p, c
 }
 
 /* 1 head by 16 vectors of channels, read where they are stored.
- * Meanwhile lines of values 24 keys further on are asked for, as long as
- * j < later.
+ * Meanwhile lines of the values of `ask` are asked for, as long as j < later.
  */
 HL_KERNEL_AVX512 void hl_ifa_bf16_d576x512_stats_pr_1x16_avx512(const float *p, const hl_row *row,
-    int32_t c, float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
+    int32_t c, float *o, const float *alpha, int32_t n, const hl_row *ask, int32_t later,
+    int32_t apart)
 {
     enum { L = 16, OS = 512 };
     hl_vf_avx512 o0_0 = hl_vzero_avx512();
@@ -9341,7 +9384,7 @@ HL_KERNEL_AVX512 void hl_ifa_bf16_d576x512_stats_pr_1x16_avx512(const float *p, 
         const uint16_t *const value = (const uint16_t *)row[j].value + c;
         if (j < later) {
             const uint16_t *const next =
-                (const uint16_t *)row[j + 24].value + c;
+                (const uint16_t *)ask[j].value + c;
             HL_FETCH(next + 32);
             HL_FETCH(next + 96);
             HL_FETCH(next + 160);
@@ -9437,7 +9480,7 @@ HL_KERNEL_AVX512 void hl_ifa_bf16_d576x512_stats_value_few_avx512(const hl_space
     const hl_state *t, const hl_block *b, int32_t group)
 {
     enum { OS = 512, BLOCK = 96 };
-    const int32_t left = b->n + b->n_later - 24;
+    const int32_t left = b->asks < b->n ? b->asks : b->n;
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
         const int32_t later = h == 0 ? left : 0;
@@ -9445,7 +9488,7 @@ HL_KERNEL_AVX512 void hl_ifa_bf16_d576x512_stats_value_few_avx512(const hl_space
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 512; c += 64) {
             hl_ifa_bf16_d576x512_stats_pr_4x4_avx512(p, b->row, c, o + c, t->alpha + h, b->n,
-                b->value_apart ? later : 0, b->value_apart);
+                b->ask, b->value_apart ? later : 0, b->value_apart);
         }
     }
     for (; h + 2 <= group; h += 2) {
@@ -9453,8 +9496,8 @@ HL_KERNEL_AVX512 void hl_ifa_bf16_d576x512_stats_value_few_avx512(const hl_space
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 512; c += 128) {
-            hl_ifa_bf16_d576x512_stats_pr_2x8_avx512(p, b->row, c, o + c, t->alpha + h, b->n, later,
-                b->value_apart);
+            hl_ifa_bf16_d576x512_stats_pr_2x8_avx512(p, b->row, c, o + c, t->alpha + h, b->n,
+                b->ask, later, b->value_apart);
         }
     }
     for (; h + 1 <= group; h += 1) {
@@ -9463,7 +9506,7 @@ HL_KERNEL_AVX512 void hl_ifa_bf16_d576x512_stats_value_few_avx512(const hl_space
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 512; c += 256) {
             hl_ifa_bf16_d576x512_stats_pr_1x16_avx512(p, b->row, c, o + c, t->alpha + h, b->n,
-                later, b->value_apart);
+                b->ask, later, b->value_apart);
         }
     }
 }
@@ -9667,10 +9710,11 @@ HL_KERNEL_AVX512 void hl_ifa_bf16_d576x512_stats_forward_avx512(
     const hl_incre_flash_attention_plan *plan, const hl_group *g, const hl_space *w,
     const hl_state *t, hl_cursor c, int32_t padded)
 {
-    enum { CAP = 240, AHEAD = 24 };
+    enum { CAP = 288, AHEAD = 24 };
     const hl_incre_flash_attention_args *const a = &plan->args;
     const int32_t block = plan->group > 32 ? 96 : plan->group <= 3
         && !hl_ifa_bf16_d576x512_stats_value_apart(a) ? 16 : 96;
+    const int32_t ahead = plan->group > 32 ? 8 : 24;
     int32_t known = hl_ifa_bf16_d576x512_stats_next(a, g, &c, w->row, CAP);
     int32_t more = known == CAP;
     hl_block b;
@@ -9679,6 +9723,8 @@ HL_KERNEL_AVX512 void hl_ifa_bf16_d576x512_stats_forward_avx512(
     while (known > 0) {
         b.n = known < block ? known : block;
         b.n_later = known - b.n;
+        b.ask = b.row + ahead;
+        b.asks = known - ahead;
         hl_ifa_bf16_d576x512_stats_block_avx512(plan, g, w, t, &b, padded);
         *t->seen = 1.0f;
         b.row += b.n;
@@ -9763,6 +9809,8 @@ static inline void hl_ifa_bf16_d576x512_stats_walk_avx512(const hl_incre_flash_a
     hl_space w[16];
     hl_group g[16];
     hl_block b;
+    hl_row *later; /* the next block's rows, of the first head */
+    hl_row *ask;
     int32_t chunks;
     for (int32_t h = 0; h < n; ++h) {
         (void)hl_ifa_bf16_d576x512_stats_group(plan, first + h, &g[h]);
@@ -9774,7 +9822,11 @@ static inline void hl_ifa_bf16_d576x512_stats_walk_avx512(const hl_incre_flash_a
         w[h].row = w[0].row;
         w[h].own = w[0].own;
     }
+    later = w[0].row + block;
+    ask = later + block;
     b.value_apart = hl_ifa_bf16_d576x512_stats_value_apart(a);
+    b.n_later = 0;
+    b.ask = ask;
     chunks = hl_ifa_bf16_d576x512_stats_chunks(a, &g[0]);
     for (int32_t chunk = 0; chunk < chunks; ++chunk) {
         const hl_cursor all = hl_ifa_bf16_d576x512_stats_chunk(a, &g[0], chunk);
@@ -9787,21 +9839,24 @@ static inline void hl_ifa_bf16_d576x512_stats_walk_avx512(const hl_incre_flash_a
         }
         c.end = end - c.at < block ? end : c.at + block;
         b.row = w[0].row;
-        b.n = c.at < c.end ? hl_ifa_bf16_d576x512_stats_next_block(a, &g[0], c, b.row, block) : 0;
-        for (int32_t h = 0; b.n > 0;) { /* behind a block's rows are those of the next in turn */
-            const int32_t later = h + 1 < n ? h + 1 : 0;
-            const hl_state *const t = chunk == 0 ? &w[h].state : &w[h].other;
-            if (later == 0) {
-                c.at = c.end;
-                c.end = end - c.at < block ? end : c.at + block;
+        while (c.at < c.end) {
+            hl_cursor next;
+            int32_t rows;
+            next.at = c.end;
+            next.within = 0;
+            next.end = end - next.at < block ? end : next.at + block;
+            rows = next.at < next.end
+                ? hl_ifa_bf16_d576x512_stats_next_block(a, &g[0], next, later, block) : 0;
+            for (int32_t h = 0; h < n; ++h) {
+                const hl_state *const t = chunk == 0 ? &w[h].state : &w[h].other;
+                b.n = hl_ifa_bf16_d576x512_stats_next_block(a, &g[h], c, b.row, block);
+                b.asks = hl_ifa_bf16_d576x512_stats_share(a, later, rows, h, n, ask, block);
+                if (b.n > 0) {
+                    hl_ifa_bf16_d576x512_stats_block_avx512(plan, &g[h], &w[h], t, &b, padded);
+                    *t->seen = 1.0f;
+                }
             }
-            b.n_later = c.at < c.end
-                ? hl_ifa_bf16_d576x512_stats_next_block(a, &g[later], c, b.row + b.n, block) : 0;
-            hl_ifa_bf16_d576x512_stats_block_avx512(plan, &g[h], &w[h], t, &b, padded);
-            *t->seen = 1.0f;
-            HL_COPY(b.row, b.row + b.n, (size_t)b.n_later * sizeof *b.row);
-            b.n = b.n_later;
-            h = later;
+            c = next;
         }
         for (int32_t h = 0; h < n; ++h) {
             const hl_state *const t = chunk == 0 ? &w[h].state : &w[h].other;
@@ -10939,12 +10994,12 @@ HL_KERNEL_AMX void hl_ifa_bf16_d576x512_stats_value_16x1_amx(const hl_space *w, 
     HL_TILE_STORE(0, o + 0, ROW);
     HL_TILE_STORE(1, o + 64, ROW);
 }
-/* Asks for the rows of 16 keys of the next block. */
+/* Asks for the rows of 16 later keys. */
 HL_WORD_AMX void hl_ifa_bf16_d576x512_stats_fetch_rows_amx(const hl_block *b, int32_t j)
 {
-    const int32_t end = j + 16 < b->n_later ? j + 16 : b->n_later;
+    const int32_t end = j + 16 < b->asks ? j + 16 : b->asks;
     for (; j < end; ++j) {
-        const hl_row *const row = b->row + b->n + j;
+        const hl_row *const row = b->ask + j;
         for (int32_t c = 0; c < 576; c += 32) {
             HL_FETCH((const uint16_t *)row->key + c);
         }
@@ -11239,9 +11294,10 @@ HL_KERNEL_AMX void hl_ifa_bf16_d576x512_stats_block_amx(const hl_incre_flash_att
 HL_KERNEL_AMX void hl_ifa_bf16_d576x512_stats_forward_amx(const hl_incre_flash_attention_plan *plan,
     const hl_group *g, const hl_space *w, const hl_state *t, hl_cursor c, int32_t padded)
 {
-    enum { CAP = 512, AHEAD = 256 };
+    enum { CAP = 768, AHEAD = 256 };
     const hl_incre_flash_attention_args *const a = &plan->args;
     const int32_t block = 256;
+    const int32_t ahead = 256;
     int32_t known = hl_ifa_bf16_d576x512_stats_next(a, g, &c, w->row, CAP);
     int32_t more = known == CAP;
     hl_block b;
@@ -11250,6 +11306,8 @@ HL_KERNEL_AMX void hl_ifa_bf16_d576x512_stats_forward_amx(const hl_incre_flash_a
     while (known > 0) {
         b.n = known < block ? known : block;
         b.n_later = known - b.n;
+        b.ask = b.row + ahead;
+        b.asks = known - ahead;
         hl_ifa_bf16_d576x512_stats_block_amx(plan, g, w, t, &b, padded);
         *t->seen = 1.0f;
         b.row += b.n;
@@ -11354,6 +11412,8 @@ static inline void hl_ifa_bf16_d576x512_stats_walk_amx(const hl_incre_flash_atte
     hl_space w[16];
     hl_group g[16];
     hl_block b;
+    hl_row *later; /* the next block's rows, of the first head */
+    hl_row *ask;
     int32_t chunks;
     for (int32_t h = 0; h < n; ++h) {
         (void)hl_ifa_bf16_d576x512_stats_group(plan, first + h, &g[h]);
@@ -11365,7 +11425,11 @@ static inline void hl_ifa_bf16_d576x512_stats_walk_amx(const hl_incre_flash_atte
         w[h].row = w[0].row;
         w[h].own = w[0].own;
     }
+    later = w[0].row + block;
+    ask = later + block;
     b.value_apart = hl_ifa_bf16_d576x512_stats_value_apart(a);
+    b.n_later = 0;
+    b.ask = ask;
     chunks = hl_ifa_bf16_d576x512_stats_chunks(a, &g[0]);
     for (int32_t chunk = 0; chunk < chunks; ++chunk) {
         const hl_cursor all = hl_ifa_bf16_d576x512_stats_chunk(a, &g[0], chunk);
@@ -11378,21 +11442,24 @@ static inline void hl_ifa_bf16_d576x512_stats_walk_amx(const hl_incre_flash_atte
         }
         c.end = end - c.at < block ? end : c.at + block;
         b.row = w[0].row;
-        b.n = c.at < c.end ? hl_ifa_bf16_d576x512_stats_next_block(a, &g[0], c, b.row, block) : 0;
-        for (int32_t h = 0; b.n > 0;) { /* behind a block's rows are those of the next in turn */
-            const int32_t later = h + 1 < n ? h + 1 : 0;
-            const hl_state *const t = chunk == 0 ? &w[h].state : &w[h].other;
-            if (later == 0) {
-                c.at = c.end;
-                c.end = end - c.at < block ? end : c.at + block;
+        while (c.at < c.end) {
+            hl_cursor next;
+            int32_t rows;
+            next.at = c.end;
+            next.within = 0;
+            next.end = end - next.at < block ? end : next.at + block;
+            rows = next.at < next.end
+                ? hl_ifa_bf16_d576x512_stats_next_block(a, &g[0], next, later, block) : 0;
+            for (int32_t h = 0; h < n; ++h) {
+                const hl_state *const t = chunk == 0 ? &w[h].state : &w[h].other;
+                b.n = hl_ifa_bf16_d576x512_stats_next_block(a, &g[h], c, b.row, block);
+                b.asks = hl_ifa_bf16_d576x512_stats_share(a, later, rows, h, n, ask, block);
+                if (b.n > 0) {
+                    hl_ifa_bf16_d576x512_stats_block_amx(plan, &g[h], &w[h], t, &b, padded);
+                    *t->seen = 1.0f;
+                }
             }
-            b.n_later = c.at < c.end
-                ? hl_ifa_bf16_d576x512_stats_next_block(a, &g[later], c, b.row + b.n, block) : 0;
-            hl_ifa_bf16_d576x512_stats_block_amx(plan, &g[h], &w[h], t, &b, padded);
-            *t->seen = 1.0f;
-            HL_COPY(b.row, b.row + b.n, (size_t)b.n_later * sizeof *b.row);
-            b.n = b.n_later;
-            h = later;
+            c = next;
         }
         for (int32_t h = 0; h < n; ++h) {
             const hl_state *const t = chunk == 0 ? &w[h].state : &w[h].other;

@@ -79,7 +79,7 @@
  * MEMORY
  *   One task needs
  *   HL_INCRE_FLASH_ATTENTION_BF16_I8_D128_WORKSPACE_BYTES(Q)
- *   bytes for Q = heads_q / heads_kv * seq_q queries on a kv head, 130368 for Q = 8,
+ *   bytes for Q = heads_q / heads_kv * seq_q queries on a kv head, 131904 for Q = 8,
  *   whatever the lengths. Nothing is read outside the rows that a length names, and nothing before
  *   or behind a row; unused memory may hold NaN.
  *
@@ -671,12 +671,14 @@ typedef struct hl_row {
     ptrdiff_t token; /* decoding: which row of its batch's cache it is                         */
 } hl_row;
 
-/* One block of keys; behind its rows lie those of later keys, which are asked for meanwhile. */
+/* One block of keys; behind its rows lie those of later keys. */
 typedef struct hl_block {
     hl_row *row;
     int32_t n;
     int32_t n_later;
     int32_t value_apart; /* values are not the keys' first channels                            */
+    const hl_row *ask;   /* while key j is in use, lines of the row ask[j] are asked for,      */
+    int32_t asks;        /* as long as j is below this                                         */
 } hl_block;
 
 /* The workspace of one task, cut into its named slices. */
@@ -1191,7 +1193,7 @@ enum {
  * `group` query heads on a kv head (heads_q / heads_kv). Sequence lengths do not matter. */
 #define HL_INCRE_FLASH_ATTENTION_BF16_I8_D128_WORKSPACE_BYTES(group) \
     (64 + 4 * (234 * (((size_t)(group) + 15) / 16 * 16) \
-     + 288 * (size_t)(group) + 26528))
+     + 288 * (size_t)(group) + 26912))
 
 /* Bytes of args.partials that are enough to split r query rows of h query heads into c chunks each;
  * plan->split_bytes is the exact figure. */
@@ -2337,7 +2339,7 @@ static inline void hl_ifa_bf16_i8_d128_space(hl_space *w, void *workspace, int32
     w->s = at; /* S^T, then P^T */
     at += 96 * heads;
     w->row = (hl_row *)(void *)at; /* where keys lie, known ahead */
-    at += 1920;
+    at += 2304;
     w->shift = at; /* what offsets of codes add to scores */
     at += heads;
     w->one.m = at; /* running maxima, in log2 units, of one row */
@@ -2643,6 +2645,28 @@ static inline int32_t hl_ifa_bf16_i8_d128_next_block(const hl_incre_flash_attent
     const hl_group *g, hl_cursor c, hl_row *row, int32_t cap)
 {
     return hl_ifa_bf16_i8_d128_next(a, g, &c, row, cap);
+}
+
+/* Head h's share of what n heads that are decoded in turn have to ask for: the next block's rows,
+ * as they follow each other in memory, all heads of a row together. Returns how many pieces. */
+static inline int32_t hl_ifa_bf16_i8_d128_share(const hl_incre_flash_attention_args *a,
+                                                const hl_row *later, int32_t rows, int32_t h,
+                                                int32_t n, hl_row *ask, int32_t cap)
+{
+    const int32_t begin = h * cap;
+    const int32_t left = rows * n - begin;
+    const int32_t count = left < cap ? left : cap;
+    for (int32_t i = 0; i < count; ++i) {
+        const hl_row *const row = later + (begin + i) / n;
+        const ptrdiff_t head = (begin + i) % n;
+        ask[i].key = (const uint8_t *)row->key + head * a->key_stride.head;
+        ask[i].rope = ask[i].key;
+        ask[i].value = ask[i].key;
+        if (hl_ifa_bf16_i8_d128_value_apart(a)) {
+            ask[i].value = (const uint8_t *)row->value + head * a->value_stride.head;
+        }
+    }
+    return count > 0 ? count : 0;
 }
 
 /* How many chunks a group's keys are cut into. */
@@ -3462,34 +3486,27 @@ HL_KERNEL_SCALAR void hl_ifa_bf16_i8_d128_dot_1x8_scalar(const float *q, const h
 HL_KERNEL_SCALAR void hl_ifa_bf16_i8_d128_score_few_scalar(const hl_space *w, const hl_block *b,
     int32_t group, float scale)
 {
-    enum { QS = 128, BLOCK = 16, AHEAD = 8 };
-    const int32_t known = b->n + b->n_later;
+    enum { QS = 128, BLOCK = 16 };
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
         for (int32_t j = 0; j < b->n; j += 2) {
-            const int32_t later = j + AHEAD;
             hl_ifa_bf16_i8_d128_dot_4x2_scalar(w->q + (ptrdiff_t)h * QS, b->row + j, b->n - 1 - j,
-                                               w->s + h * BLOCK + j * 4, scale, h == 0 && later
-                                               + 2 <= known ? b->row + later : NULL,
-                                               b->value_apart);
+                                               w->s + h * BLOCK + j * 4, scale, h == 0 && j
+                                               + 2 <= b->asks ? b->ask + j : NULL, b->value_apart);
         }
     }
     for (; h + 2 <= group; h += 2) {
         for (int32_t j = 0; j < b->n; j += 4) {
-            const int32_t later = j + AHEAD;
             hl_ifa_bf16_i8_d128_dot_2x4_scalar(w->q + (ptrdiff_t)h * QS, b->row + j, b->n - 1 - j,
-                                               w->s + h * BLOCK + j * 2, scale, h == 0 && later
-                                               + 4 <= known ? b->row + later : NULL,
-                                               b->value_apart);
+                                               w->s + h * BLOCK + j * 2, scale, h == 0 && j
+                                               + 4 <= b->asks ? b->ask + j : NULL, b->value_apart);
         }
     }
     for (; h + 1 <= group; h += 1) {
         for (int32_t j = 0; j < b->n; j += 8) {
-            const int32_t later = j + AHEAD;
             hl_ifa_bf16_i8_d128_dot_1x8_scalar(w->q + (ptrdiff_t)h * QS, b->row + j, b->n - 1 - j,
-                                               w->s + h * BLOCK + j * 1, scale, h == 0 && later
-                                               + 8 <= known ? b->row + later : NULL,
-                                               b->value_apart);
+                                               w->s + h * BLOCK + j * 1, scale, h == 0 && j
+                                               + 8 <= b->asks ? b->ask + j : NULL, b->value_apart);
         }
     }
 }
@@ -3704,11 +3721,11 @@ HL_KERNEL_SCALAR void hl_ifa_bf16_i8_d128_softmaxes_few_scalar(const hl_space *w
 /* ---- value: O = alpha O + P V ---- */
 
 /* 4 heads by 2 vectors of channels, read where they are stored.
- * Meanwhile lines of values 8 keys further on are asked for, as long as
- * j < later.
+ * Meanwhile lines of the values of `ask` are asked for, as long as j < later.
  */
 HL_KERNEL_SCALAR void hl_ifa_bf16_i8_d128_pr_4x2_scalar(const float *p, const hl_row *row,
-    int32_t c, float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
+    int32_t c, float *o, const float *alpha, int32_t n, const hl_row *ask, int32_t later,
+    int32_t apart)
 {
     enum { L = 1, OS = 129 };
     hl_vf_scalar o0_0 = hl_vzero_scalar();
@@ -3723,7 +3740,7 @@ HL_KERNEL_SCALAR void hl_ifa_bf16_i8_d128_pr_4x2_scalar(const float *p, const hl
         const uint8_t *const value = (const uint8_t *)row[j].value + c;
         if (j < later) {
             const uint8_t *const next =
-                (const uint8_t *)row[j + 8].value + c;
+                (const uint8_t *)ask[j].value + c;
             HL_FETCH(next + 0);
         }
         hl_vf_scalar x;
@@ -3771,11 +3788,11 @@ HL_KERNEL_SCALAR void hl_ifa_bf16_i8_d128_pr_4x2_scalar(const float *p, const hl
 }
 
 /* 2 heads by 4 vectors of channels, read where they are stored.
- * Meanwhile lines of values 8 keys further on are asked for, as long as
- * j < later.
+ * Meanwhile lines of the values of `ask` are asked for, as long as j < later.
  */
 HL_KERNEL_SCALAR void hl_ifa_bf16_i8_d128_pr_2x4_scalar(const float *p, const hl_row *row,
-    int32_t c, float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
+    int32_t c, float *o, const float *alpha, int32_t n, const hl_row *ask, int32_t later,
+    int32_t apart)
 {
     enum { L = 1, OS = 129 };
     hl_vf_scalar o0_0 = hl_vzero_scalar();
@@ -3790,7 +3807,7 @@ HL_KERNEL_SCALAR void hl_ifa_bf16_i8_d128_pr_2x4_scalar(const float *p, const hl
         const uint8_t *const value = (const uint8_t *)row[j].value + c;
         if (j < later) {
             const uint8_t *const next =
-                (const uint8_t *)row[j + 8].value + c;
+                (const uint8_t *)ask[j].value + c;
             HL_FETCH(next + 0);
         }
         hl_vf_scalar x;
@@ -3839,11 +3856,11 @@ HL_KERNEL_SCALAR void hl_ifa_bf16_i8_d128_pr_2x4_scalar(const float *p, const hl
 }
 
 /* 1 head by 8 vectors of channels, read where they are stored.
- * Meanwhile lines of values 8 keys further on are asked for, as long as
- * j < later.
+ * Meanwhile lines of the values of `ask` are asked for, as long as j < later.
  */
 HL_KERNEL_SCALAR void hl_ifa_bf16_i8_d128_pr_1x8_scalar(const float *p, const hl_row *row,
-    int32_t c, float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
+    int32_t c, float *o, const float *alpha, int32_t n, const hl_row *ask, int32_t later,
+    int32_t apart)
 {
     enum { L = 1, OS = 129 };
     hl_vf_scalar o0_0 = hl_vzero_scalar();
@@ -3858,7 +3875,7 @@ HL_KERNEL_SCALAR void hl_ifa_bf16_i8_d128_pr_1x8_scalar(const float *p, const hl
         const uint8_t *const value = (const uint8_t *)row[j].value + c;
         if (j < later) {
             const uint8_t *const next =
-                (const uint8_t *)row[j + 8].value + c;
+                (const uint8_t *)ask[j].value + c;
             HL_FETCH(next + 0);
         }
         const hl_vf_scalar x = hl_vset_scalar(p[j]);
@@ -3909,14 +3926,14 @@ HL_KERNEL_SCALAR void hl_ifa_bf16_i8_d128_value_few_scalar(const hl_space *w, co
     const hl_block *b, int32_t group)
 {
     enum { OS = 129, BLOCK = 16 };
-    const int32_t left = b->n + b->n_later - 8;
+    const int32_t left = b->asks < b->n ? b->asks : b->n;
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
         const int32_t later = h == 0 ? left : 0;
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 128; c += 2) {
-            hl_ifa_bf16_i8_d128_pr_4x2_scalar(p, b->row, c, o + c, t->alpha + h, b->n,
+            hl_ifa_bf16_i8_d128_pr_4x2_scalar(p, b->row, c, o + c, t->alpha + h, b->n, b->ask,
                                               b->value_apart ? later : 0, b->value_apart);
         }
     }
@@ -3925,7 +3942,7 @@ HL_KERNEL_SCALAR void hl_ifa_bf16_i8_d128_value_few_scalar(const hl_space *w, co
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 128; c += 4) {
-            hl_ifa_bf16_i8_d128_pr_2x4_scalar(p, b->row, c, o + c, t->alpha + h, b->n,
+            hl_ifa_bf16_i8_d128_pr_2x4_scalar(p, b->row, c, o + c, t->alpha + h, b->n, b->ask,
                                               b->value_apart ? later : 0, b->value_apart);
         }
     }
@@ -3934,7 +3951,7 @@ HL_KERNEL_SCALAR void hl_ifa_bf16_i8_d128_value_few_scalar(const hl_space *w, co
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 128; c += 8) {
-            hl_ifa_bf16_i8_d128_pr_1x8_scalar(p, b->row, c, o + c, t->alpha + h, b->n,
+            hl_ifa_bf16_i8_d128_pr_1x8_scalar(p, b->row, c, o + c, t->alpha + h, b->n, b->ask,
                                               b->value_apart ? later : 0, b->value_apart);
         }
     }
@@ -4123,6 +4140,7 @@ HL_KERNEL_SCALAR void hl_ifa_bf16_i8_d128_forward_scalar(const hl_incre_flash_at
     enum { CAP = 48, AHEAD = 8 };
     const hl_incre_flash_attention_args *const a = &plan->args;
     const int32_t block = 16;
+    const int32_t ahead = 8;
     int32_t known = hl_ifa_bf16_i8_d128_next(a, g, &c, w->row, CAP);
     int32_t more = known == CAP;
     hl_block b;
@@ -4131,6 +4149,8 @@ HL_KERNEL_SCALAR void hl_ifa_bf16_i8_d128_forward_scalar(const hl_incre_flash_at
     while (known > 0) {
         b.n = known < block ? known : block;
         b.n_later = known - b.n;
+        b.ask = b.row + ahead;
+        b.asks = known - ahead;
         hl_ifa_bf16_i8_d128_block_scalar(plan, g, w, t, &b, padded);
         *t->seen = 1.0f;
         b.row += b.n;
@@ -4207,6 +4227,8 @@ static inline void hl_ifa_bf16_i8_d128_walk_scalar(const hl_incre_flash_attentio
     hl_space w[16];
     hl_group g[16];
     hl_block b;
+    hl_row *later; /* the next block's rows, of the first head */
+    hl_row *ask;
     int32_t chunks;
     for (int32_t h = 0; h < n; ++h) {
         (void)hl_ifa_bf16_i8_d128_group(plan, first + h, &g[h]);
@@ -4218,7 +4240,11 @@ static inline void hl_ifa_bf16_i8_d128_walk_scalar(const hl_incre_flash_attentio
         w[h].row = w[0].row;
         w[h].own = w[0].own;
     }
+    later = w[0].row + block;
+    ask = later + block;
     b.value_apart = hl_ifa_bf16_i8_d128_value_apart(a);
+    b.n_later = 0;
+    b.ask = ask;
     chunks = hl_ifa_bf16_i8_d128_chunks(a, &g[0]);
     for (int32_t chunk = 0; chunk < chunks; ++chunk) {
         const hl_cursor all = hl_ifa_bf16_i8_d128_chunk(a, &g[0], chunk);
@@ -4231,21 +4257,24 @@ static inline void hl_ifa_bf16_i8_d128_walk_scalar(const hl_incre_flash_attentio
         }
         c.end = end - c.at < block ? end : c.at + block;
         b.row = w[0].row;
-        b.n = c.at < c.end ? hl_ifa_bf16_i8_d128_next_block(a, &g[0], c, b.row, block) : 0;
-        for (int32_t h = 0; b.n > 0;) { /* behind a block's rows are those of the next in turn */
-            const int32_t later = h + 1 < n ? h + 1 : 0;
-            const hl_state *const t = chunk == 0 ? &w[h].state : &w[h].other;
-            if (later == 0) {
-                c.at = c.end;
-                c.end = end - c.at < block ? end : c.at + block;
+        while (c.at < c.end) {
+            hl_cursor next;
+            int32_t rows;
+            next.at = c.end;
+            next.within = 0;
+            next.end = end - next.at < block ? end : next.at + block;
+            rows = next.at < next.end ? hl_ifa_bf16_i8_d128_next_block(a, &g[0], next, later, block)
+                : 0;
+            for (int32_t h = 0; h < n; ++h) {
+                const hl_state *const t = chunk == 0 ? &w[h].state : &w[h].other;
+                b.n = hl_ifa_bf16_i8_d128_next_block(a, &g[h], c, b.row, block);
+                b.asks = hl_ifa_bf16_i8_d128_share(a, later, rows, h, n, ask, block);
+                if (b.n > 0) {
+                    hl_ifa_bf16_i8_d128_block_scalar(plan, &g[h], &w[h], t, &b, padded);
+                    *t->seen = 1.0f;
+                }
             }
-            b.n_later = c.at < c.end
-                ? hl_ifa_bf16_i8_d128_next_block(a, &g[later], c, b.row + b.n, block) : 0;
-            hl_ifa_bf16_i8_d128_block_scalar(plan, &g[h], &w[h], t, &b, padded);
-            *t->seen = 1.0f;
-            HL_COPY(b.row, b.row + b.n, (size_t)b.n_later * sizeof *b.row);
-            b.n = b.n_later;
-            h = later;
+            c = next;
         }
         for (int32_t h = 0; h < n; ++h) {
             const hl_state *const t = chunk == 0 ? &w[h].state : &w[h].other;
@@ -4646,14 +4675,14 @@ HL_WORD_NEON void hl_ifa_bf16_i8_d128_fetch_row_neon(const hl_row *row, int32_t 
     }
 }
 
-/* The whole block's keys, and its values where they are apart; meanwhile rows are asked for that
- * lie 8 further on, in this block or in the next. */
+/* The whole block's keys, and its values where they are apart; meanwhile later rows are asked
+ * for. */
 HL_KERNEL_NEON void hl_ifa_bf16_i8_d128_load_neon(const hl_space *w, const hl_block *b)
 {
     enum { DV = 128, KS = 128, VS = 128 };
     for (int32_t j = 0; j < b->n; ++j) {
-        if (j + 8 < b->n + b->n_later) {
-            hl_ifa_bf16_i8_d128_fetch_row_neon(&b->row[j + 8], b->value_apart);
+        if (j < b->asks) {
+            hl_ifa_bf16_i8_d128_fetch_row_neon(&b->ask[j], b->value_apart);
         }
         hl_ifa_bf16_i8_d128_load_key_neon(&b->row[j], w->k + (ptrdiff_t)j * KS);
         if (b->value_apart) {
@@ -5258,32 +5287,27 @@ HL_KERNEL_NEON void hl_ifa_bf16_i8_d128_dot_1x16_neon(const float *q, const hl_r
 HL_KERNEL_NEON void hl_ifa_bf16_i8_d128_score_few_neon(const hl_space *w, const hl_block *b,
     int32_t group, float scale)
 {
-    enum { QS = 128, BLOCK = 64, AHEAD = 24 };
-    const int32_t known = b->n + b->n_later;
+    enum { QS = 128, BLOCK = 64 };
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
         for (int32_t j = 0; j < b->n; j += 4) {
-            const int32_t later = j + AHEAD;
             hl_ifa_bf16_i8_d128_dot_4x4_neon(w->q + (ptrdiff_t)h * QS, b->row + j, b->n - 1 - j,
-                                             w->s + h * BLOCK + j * 4, scale, h == 0 && later
-                                             + 4 <= known ? b->row + later : NULL, b->value_apart);
+                                             w->s + h * BLOCK + j * 4, scale, h == 0 && j
+                                             + 4 <= b->asks ? b->ask + j : NULL, b->value_apart);
         }
     }
     for (; h + 2 <= group; h += 2) {
         for (int32_t j = 0; j < b->n; j += 8) {
-            const int32_t later = j + AHEAD;
             hl_ifa_bf16_i8_d128_dot_2x8_neon(w->q + (ptrdiff_t)h * QS, b->row + j, b->n - 1 - j,
-                                             w->s + h * BLOCK + j * 2, scale, h == 0 && later
-                                             + 8 <= known ? b->row + later : NULL, b->value_apart);
+                                             w->s + h * BLOCK + j * 2, scale, h == 0 && j
+                                             + 8 <= b->asks ? b->ask + j : NULL, b->value_apart);
         }
     }
     for (; h + 1 <= group; h += 1) {
         for (int32_t j = 0; j < b->n; j += 16) {
-            const int32_t later = j + AHEAD;
             hl_ifa_bf16_i8_d128_dot_1x16_neon(w->q + (ptrdiff_t)h * QS, b->row + j, b->n - 1 - j,
-                                              w->s + h * BLOCK + j * 1, scale, h == 0 && later
-                                              + 16 <= known ? b->row + later : NULL,
-                                              b->value_apart);
+                                              w->s + h * BLOCK + j * 1, scale, h == 0 && j
+                                              + 16 <= b->asks ? b->ask + j : NULL, b->value_apart);
         }
     }
 }
@@ -5734,12 +5758,11 @@ HL_KERNEL_NEON void hl_ifa_bf16_i8_d128_value_neon(const hl_space *w, const hl_s
 }
 
 /* 4 heads by 4 vectors of channels, read where they are stored.
- * Meanwhile lines of values 24 keys further on are asked for, as long as
- * j < later.
+ * Meanwhile lines of the values of `ask` are asked for, as long as j < later.
  */
 HL_KERNEL_NEON void hl_ifa_bf16_i8_d128_pr_4x4_neon(const float *p, const hl_row *row, int32_t c,
                                                     float *o, const float *alpha, int32_t n,
-                                                    int32_t later, int32_t apart)
+                                                    const hl_row *ask, int32_t later, int32_t apart)
 {
     enum { L = 4, OS = 132 };
     hl_vf_neon o0_0 = hl_vzero_neon();
@@ -5762,7 +5785,7 @@ HL_KERNEL_NEON void hl_ifa_bf16_i8_d128_pr_4x4_neon(const float *p, const hl_row
         const uint8_t *const value = (const uint8_t *)row[j].value + c;
         if (j < later) {
             const uint8_t *const next =
-                (const uint8_t *)row[j + 24].value + c;
+                (const uint8_t *)ask[j].value + c;
             HL_FETCH(next + 0);
         }
         hl_vf_neon x;
@@ -5829,12 +5852,11 @@ HL_KERNEL_NEON void hl_ifa_bf16_i8_d128_pr_4x4_neon(const float *p, const hl_row
 }
 
 /* 2 heads by 8 vectors of channels, read where they are stored.
- * Meanwhile lines of values 24 keys further on are asked for, as long as
- * j < later.
+ * Meanwhile lines of the values of `ask` are asked for, as long as j < later.
  */
 HL_KERNEL_NEON void hl_ifa_bf16_i8_d128_pr_2x8_neon(const float *p, const hl_row *row, int32_t c,
                                                     float *o, const float *alpha, int32_t n,
-                                                    int32_t later, int32_t apart)
+                                                    const hl_row *ask, int32_t later, int32_t apart)
 {
     enum { L = 4, OS = 132 };
     hl_vf_neon o0_0 = hl_vzero_neon();
@@ -5857,7 +5879,7 @@ HL_KERNEL_NEON void hl_ifa_bf16_i8_d128_pr_2x8_neon(const float *p, const hl_row
         const uint8_t *const value = (const uint8_t *)row[j].value + c;
         if (j < later) {
             const uint8_t *const next =
-                (const uint8_t *)row[j + 24].value + c;
+                (const uint8_t *)ask[j].value + c;
             HL_FETCH(next + 0);
         }
         hl_vf_neon x;
@@ -5928,11 +5950,10 @@ HL_KERNEL_NEON void hl_ifa_bf16_i8_d128_pr_2x8_neon(const float *p, const hl_row
 }
 
 /* 1 head by 16 vectors of channels, read where they are stored.
- * Meanwhile lines of values 24 keys further on are asked for, as long as
- * j < later.
+ * Meanwhile lines of the values of `ask` are asked for, as long as j < later.
  */
 HL_KERNEL_NEON void hl_ifa_bf16_i8_d128_pr_1x16_neon(const float *p, const hl_row *row, int32_t c,
-    float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
+    float *o, const float *alpha, int32_t n, const hl_row *ask, int32_t later, int32_t apart)
 {
     enum { L = 4, OS = 132 };
     hl_vf_neon o0_0 = hl_vzero_neon();
@@ -5955,7 +5976,7 @@ HL_KERNEL_NEON void hl_ifa_bf16_i8_d128_pr_1x16_neon(const float *p, const hl_ro
         const uint8_t *const value = (const uint8_t *)row[j].value + c;
         if (j < later) {
             const uint8_t *const next =
-                (const uint8_t *)row[j + 24].value + c;
+                (const uint8_t *)ask[j].value + c;
             if (apart) {
                 HL_FETCH(next + 0);
             }
@@ -6028,15 +6049,15 @@ HL_KERNEL_NEON void hl_ifa_bf16_i8_d128_value_few_neon(const hl_space *w, const 
     const hl_block *b, int32_t group)
 {
     enum { OS = 132, BLOCK = 64 };
-    const int32_t left = b->n + b->n_later - 24;
+    const int32_t left = b->asks < b->n ? b->asks : b->n;
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
         const int32_t later = h == 0 ? left : 0;
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 128; c += 16) {
-            hl_ifa_bf16_i8_d128_pr_4x4_neon(p, b->row, c, o + c, t->alpha + h, b->n, b->value_apart
-                                            ? later : 0, b->value_apart);
+            hl_ifa_bf16_i8_d128_pr_4x4_neon(p, b->row, c, o + c, t->alpha + h, b->n, b->ask,
+                                            b->value_apart ? later : 0, b->value_apart);
         }
     }
     for (; h + 2 <= group; h += 2) {
@@ -6044,7 +6065,7 @@ HL_KERNEL_NEON void hl_ifa_bf16_i8_d128_value_few_neon(const hl_space *w, const 
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 128; c += 32) {
-            hl_ifa_bf16_i8_d128_pr_2x8_neon(p, b->row, c, o + c, t->alpha + h, b->n, later,
+            hl_ifa_bf16_i8_d128_pr_2x8_neon(p, b->row, c, o + c, t->alpha + h, b->n, b->ask, later,
                                             b->value_apart);
         }
     }
@@ -6053,7 +6074,7 @@ HL_KERNEL_NEON void hl_ifa_bf16_i8_d128_value_few_neon(const hl_space *w, const 
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 128; c += 64) {
-            hl_ifa_bf16_i8_d128_pr_1x16_neon(p, b->row, c, o + c, t->alpha + h, b->n, later,
+            hl_ifa_bf16_i8_d128_pr_1x16_neon(p, b->row, c, o + c, t->alpha + h, b->n, b->ask, later,
                                              b->value_apart);
         }
     }
@@ -6254,9 +6275,10 @@ HL_KERNEL_NEON void hl_ifa_bf16_i8_d128_block_neon(const hl_incre_flash_attentio
 HL_KERNEL_NEON void hl_ifa_bf16_i8_d128_forward_neon(const hl_incre_flash_attention_plan *plan,
     const hl_group *g, const hl_space *w, const hl_state *t, hl_cursor c, int32_t padded)
 {
-    enum { CAP = 176, AHEAD = 24 };
+    enum { CAP = 192, AHEAD = 24 };
     const hl_incre_flash_attention_args *const a = &plan->args;
     const int32_t block = plan->group > 16 ? 64 : 64;
+    const int32_t ahead = plan->group > 16 ? 8 : 24;
     int32_t known = hl_ifa_bf16_i8_d128_next(a, g, &c, w->row, CAP);
     int32_t more = known == CAP;
     hl_block b;
@@ -6265,6 +6287,8 @@ HL_KERNEL_NEON void hl_ifa_bf16_i8_d128_forward_neon(const hl_incre_flash_attent
     while (known > 0) {
         b.n = known < block ? known : block;
         b.n_later = known - b.n;
+        b.ask = b.row + ahead;
+        b.asks = known - ahead;
         hl_ifa_bf16_i8_d128_block_neon(plan, g, w, t, &b, padded);
         *t->seen = 1.0f;
         b.row += b.n;
@@ -6344,6 +6368,8 @@ static inline void hl_ifa_bf16_i8_d128_walk_neon(const hl_incre_flash_attention_
     hl_space w[16];
     hl_group g[16];
     hl_block b;
+    hl_row *later; /* the next block's rows, of the first head */
+    hl_row *ask;
     int32_t chunks;
     for (int32_t h = 0; h < n; ++h) {
         (void)hl_ifa_bf16_i8_d128_group(plan, first + h, &g[h]);
@@ -6355,7 +6381,11 @@ static inline void hl_ifa_bf16_i8_d128_walk_neon(const hl_incre_flash_attention_
         w[h].row = w[0].row;
         w[h].own = w[0].own;
     }
+    later = w[0].row + block;
+    ask = later + block;
     b.value_apart = hl_ifa_bf16_i8_d128_value_apart(a);
+    b.n_later = 0;
+    b.ask = ask;
     chunks = hl_ifa_bf16_i8_d128_chunks(a, &g[0]);
     for (int32_t chunk = 0; chunk < chunks; ++chunk) {
         const hl_cursor all = hl_ifa_bf16_i8_d128_chunk(a, &g[0], chunk);
@@ -6368,21 +6398,24 @@ static inline void hl_ifa_bf16_i8_d128_walk_neon(const hl_incre_flash_attention_
         }
         c.end = end - c.at < block ? end : c.at + block;
         b.row = w[0].row;
-        b.n = c.at < c.end ? hl_ifa_bf16_i8_d128_next_block(a, &g[0], c, b.row, block) : 0;
-        for (int32_t h = 0; b.n > 0;) { /* behind a block's rows are those of the next in turn */
-            const int32_t later = h + 1 < n ? h + 1 : 0;
-            const hl_state *const t = chunk == 0 ? &w[h].state : &w[h].other;
-            if (later == 0) {
-                c.at = c.end;
-                c.end = end - c.at < block ? end : c.at + block;
+        while (c.at < c.end) {
+            hl_cursor next;
+            int32_t rows;
+            next.at = c.end;
+            next.within = 0;
+            next.end = end - next.at < block ? end : next.at + block;
+            rows = next.at < next.end ? hl_ifa_bf16_i8_d128_next_block(a, &g[0], next, later, block)
+                : 0;
+            for (int32_t h = 0; h < n; ++h) {
+                const hl_state *const t = chunk == 0 ? &w[h].state : &w[h].other;
+                b.n = hl_ifa_bf16_i8_d128_next_block(a, &g[h], c, b.row, block);
+                b.asks = hl_ifa_bf16_i8_d128_share(a, later, rows, h, n, ask, block);
+                if (b.n > 0) {
+                    hl_ifa_bf16_i8_d128_block_neon(plan, &g[h], &w[h], t, &b, padded);
+                    *t->seen = 1.0f;
+                }
             }
-            b.n_later = c.at < c.end
-                ? hl_ifa_bf16_i8_d128_next_block(a, &g[later], c, b.row + b.n, block) : 0;
-            hl_ifa_bf16_i8_d128_block_neon(plan, &g[h], &w[h], t, &b, padded);
-            *t->seen = 1.0f;
-            HL_COPY(b.row, b.row + b.n, (size_t)b.n_later * sizeof *b.row);
-            b.n = b.n_later;
-            h = later;
+            c = next;
         }
         for (int32_t h = 0; h < n; ++h) {
             const hl_state *const t = chunk == 0 ? &w[h].state : &w[h].other;
@@ -6789,14 +6822,14 @@ HL_WORD_AVX2 void hl_ifa_bf16_i8_d128_fetch_row_avx2(const hl_row *row, int32_t 
     }
 }
 
-/* The whole block's keys, and its values where they are apart; meanwhile rows are asked for that
- * lie 8 further on, in this block or in the next. */
+/* The whole block's keys, and its values where they are apart; meanwhile later rows are asked
+ * for. */
 HL_KERNEL_AVX2 void hl_ifa_bf16_i8_d128_load_avx2(const hl_space *w, const hl_block *b)
 {
     enum { DV = 128, KS = 128, VS = 128 };
     for (int32_t j = 0; j < b->n; ++j) {
-        if (j + 8 < b->n + b->n_later) {
-            hl_ifa_bf16_i8_d128_fetch_row_avx2(&b->row[j + 8], b->value_apart);
+        if (j < b->asks) {
+            hl_ifa_bf16_i8_d128_fetch_row_avx2(&b->ask[j], b->value_apart);
         }
         hl_ifa_bf16_i8_d128_load_key_avx2(&b->row[j], w->k + (ptrdiff_t)j * KS);
         if (b->value_apart) {
@@ -7311,31 +7344,27 @@ HL_KERNEL_AVX2 void hl_ifa_bf16_i8_d128_dot_1x8_avx2(const float *q, const hl_ro
 HL_KERNEL_AVX2 void hl_ifa_bf16_i8_d128_score_few_avx2(const hl_space *w, const hl_block *b,
     int32_t group, float scale)
 {
-    enum { QS = 128, BLOCK = 48, AHEAD = 24 };
-    const int32_t known = b->n + b->n_later;
+    enum { QS = 128, BLOCK = 48 };
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
         for (int32_t j = 0; j < b->n; j += 2) {
-            const int32_t later = j + AHEAD;
             hl_ifa_bf16_i8_d128_dot_4x2_avx2(w->q + (ptrdiff_t)h * QS, b->row + j, b->n - 1 - j,
-                                             w->s + h * BLOCK + j * 4, scale, h == 0 && later
-                                             + 2 <= known ? b->row + later : NULL, b->value_apart);
+                                             w->s + h * BLOCK + j * 4, scale, h == 0 && j
+                                             + 2 <= b->asks ? b->ask + j : NULL, b->value_apart);
         }
     }
     for (; h + 2 <= group; h += 2) {
         for (int32_t j = 0; j < b->n; j += 4) {
-            const int32_t later = j + AHEAD;
             hl_ifa_bf16_i8_d128_dot_2x4_avx2(w->q + (ptrdiff_t)h * QS, b->row + j, b->n - 1 - j,
-                                             w->s + h * BLOCK + j * 2, scale, h == 0 && later
-                                             + 4 <= known ? b->row + later : NULL, b->value_apart);
+                                             w->s + h * BLOCK + j * 2, scale, h == 0 && j
+                                             + 4 <= b->asks ? b->ask + j : NULL, b->value_apart);
         }
     }
     for (; h + 1 <= group; h += 1) {
         for (int32_t j = 0; j < b->n; j += 8) {
-            const int32_t later = j + AHEAD;
             hl_ifa_bf16_i8_d128_dot_1x8_avx2(w->q + (ptrdiff_t)h * QS, b->row + j, b->n - 1 - j,
-                                             w->s + h * BLOCK + j * 1, scale, h == 0 && later
-                                             + 8 <= known ? b->row + later : NULL, b->value_apart);
+                                             w->s + h * BLOCK + j * 1, scale, h == 0 && j
+                                             + 8 <= b->asks ? b->ask + j : NULL, b->value_apart);
         }
     }
 }
@@ -7788,12 +7817,11 @@ HL_KERNEL_AVX2 void hl_ifa_bf16_i8_d128_value_avx2(const hl_space *w, const hl_s
 }
 
 /* 4 heads by 2 vectors of channels, read where they are stored.
- * Meanwhile lines of values 24 keys further on are asked for, as long as
- * j < later.
+ * Meanwhile lines of the values of `ask` are asked for, as long as j < later.
  */
 HL_KERNEL_AVX2 void hl_ifa_bf16_i8_d128_pr_4x2_avx2(const float *p, const hl_row *row, int32_t c,
                                                     float *o, const float *alpha, int32_t n,
-                                                    int32_t later, int32_t apart)
+                                                    const hl_row *ask, int32_t later, int32_t apart)
 {
     enum { L = 8, OS = 136 };
     hl_vf_avx2 o0_0 = hl_vzero_avx2();
@@ -7808,7 +7836,7 @@ HL_KERNEL_AVX2 void hl_ifa_bf16_i8_d128_pr_4x2_avx2(const float *p, const hl_row
         const uint8_t *const value = (const uint8_t *)row[j].value + c;
         if (j < later) {
             const uint8_t *const next =
-                (const uint8_t *)row[j + 24].value + c;
+                (const uint8_t *)ask[j].value + c;
             HL_FETCH(next + 0);
         }
         hl_vf_avx2 x;
@@ -7848,12 +7876,11 @@ HL_KERNEL_AVX2 void hl_ifa_bf16_i8_d128_pr_4x2_avx2(const float *p, const hl_row
 }
 
 /* 2 heads by 4 vectors of channels, read where they are stored.
- * Meanwhile lines of values 24 keys further on are asked for, as long as
- * j < later.
+ * Meanwhile lines of the values of `ask` are asked for, as long as j < later.
  */
 HL_KERNEL_AVX2 void hl_ifa_bf16_i8_d128_pr_2x4_avx2(const float *p, const hl_row *row, int32_t c,
                                                     float *o, const float *alpha, int32_t n,
-                                                    int32_t later, int32_t apart)
+                                                    const hl_row *ask, int32_t later, int32_t apart)
 {
     enum { L = 8, OS = 136 };
     hl_vf_avx2 o0_0 = hl_vzero_avx2();
@@ -7868,7 +7895,7 @@ HL_KERNEL_AVX2 void hl_ifa_bf16_i8_d128_pr_2x4_avx2(const float *p, const hl_row
         const uint8_t *const value = (const uint8_t *)row[j].value + c;
         if (j < later) {
             const uint8_t *const next =
-                (const uint8_t *)row[j + 24].value + c;
+                (const uint8_t *)ask[j].value + c;
             HL_FETCH(next + 0);
         }
         hl_vf_avx2 x;
@@ -7909,12 +7936,11 @@ HL_KERNEL_AVX2 void hl_ifa_bf16_i8_d128_pr_2x4_avx2(const float *p, const hl_row
 }
 
 /* 1 head by 8 vectors of channels, read where they are stored.
- * Meanwhile lines of values 24 keys further on are asked for, as long as
- * j < later.
+ * Meanwhile lines of the values of `ask` are asked for, as long as j < later.
  */
 HL_KERNEL_AVX2 void hl_ifa_bf16_i8_d128_pr_1x8_avx2(const float *p, const hl_row *row, int32_t c,
                                                     float *o, const float *alpha, int32_t n,
-                                                    int32_t later, int32_t apart)
+                                                    const hl_row *ask, int32_t later, int32_t apart)
 {
     enum { L = 8, OS = 136 };
     hl_vf_avx2 o0_0 = hl_vzero_avx2();
@@ -7929,7 +7955,7 @@ HL_KERNEL_AVX2 void hl_ifa_bf16_i8_d128_pr_1x8_avx2(const float *p, const hl_row
         const uint8_t *const value = (const uint8_t *)row[j].value + c;
         if (j < later) {
             const uint8_t *const next =
-                (const uint8_t *)row[j + 24].value + c;
+                (const uint8_t *)ask[j].value + c;
             if (apart) {
                 HL_FETCH(next + 0);
             }
@@ -7974,15 +8000,15 @@ HL_KERNEL_AVX2 void hl_ifa_bf16_i8_d128_value_few_avx2(const hl_space *w, const 
     const hl_block *b, int32_t group)
 {
     enum { OS = 136, BLOCK = 48 };
-    const int32_t left = b->n + b->n_later - 24;
+    const int32_t left = b->asks < b->n ? b->asks : b->n;
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
         const int32_t later = h == 0 ? left : 0;
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 128; c += 16) {
-            hl_ifa_bf16_i8_d128_pr_4x2_avx2(p, b->row, c, o + c, t->alpha + h, b->n, b->value_apart
-                                            ? later : 0, b->value_apart);
+            hl_ifa_bf16_i8_d128_pr_4x2_avx2(p, b->row, c, o + c, t->alpha + h, b->n, b->ask,
+                                            b->value_apart ? later : 0, b->value_apart);
         }
     }
     for (; h + 2 <= group; h += 2) {
@@ -7990,7 +8016,7 @@ HL_KERNEL_AVX2 void hl_ifa_bf16_i8_d128_value_few_avx2(const hl_space *w, const 
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 128; c += 32) {
-            hl_ifa_bf16_i8_d128_pr_2x4_avx2(p, b->row, c, o + c, t->alpha + h, b->n, later,
+            hl_ifa_bf16_i8_d128_pr_2x4_avx2(p, b->row, c, o + c, t->alpha + h, b->n, b->ask, later,
                                             b->value_apart);
         }
     }
@@ -7999,7 +8025,7 @@ HL_KERNEL_AVX2 void hl_ifa_bf16_i8_d128_value_few_avx2(const hl_space *w, const 
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 128; c += 64) {
-            hl_ifa_bf16_i8_d128_pr_1x8_avx2(p, b->row, c, o + c, t->alpha + h, b->n, later,
+            hl_ifa_bf16_i8_d128_pr_1x8_avx2(p, b->row, c, o + c, t->alpha + h, b->n, b->ask, later,
                                             b->value_apart);
         }
     }
@@ -8200,9 +8226,10 @@ HL_KERNEL_AVX2 void hl_ifa_bf16_i8_d128_block_avx2(const hl_incre_flash_attentio
 HL_KERNEL_AVX2 void hl_ifa_bf16_i8_d128_forward_avx2(const hl_incre_flash_attention_plan *plan,
     const hl_group *g, const hl_space *w, const hl_state *t, hl_cursor c, int32_t padded)
 {
-    enum { CAP = 192, AHEAD = 24 };
+    enum { CAP = 288, AHEAD = 24 };
     const hl_incre_flash_attention_args *const a = &plan->args;
     const int32_t block = plan->group > 16 ? 96 : 48;
+    const int32_t ahead = plan->group > 16 ? 8 : 24;
     int32_t known = hl_ifa_bf16_i8_d128_next(a, g, &c, w->row, CAP);
     int32_t more = known == CAP;
     hl_block b;
@@ -8211,6 +8238,8 @@ HL_KERNEL_AVX2 void hl_ifa_bf16_i8_d128_forward_avx2(const hl_incre_flash_attent
     while (known > 0) {
         b.n = known < block ? known : block;
         b.n_later = known - b.n;
+        b.ask = b.row + ahead;
+        b.asks = known - ahead;
         hl_ifa_bf16_i8_d128_block_avx2(plan, g, w, t, &b, padded);
         *t->seen = 1.0f;
         b.row += b.n;
@@ -8291,6 +8320,8 @@ static inline void hl_ifa_bf16_i8_d128_walk_avx2(const hl_incre_flash_attention_
     hl_space w[16];
     hl_group g[16];
     hl_block b;
+    hl_row *later; /* the next block's rows, of the first head */
+    hl_row *ask;
     int32_t chunks;
     for (int32_t h = 0; h < n; ++h) {
         (void)hl_ifa_bf16_i8_d128_group(plan, first + h, &g[h]);
@@ -8302,7 +8333,11 @@ static inline void hl_ifa_bf16_i8_d128_walk_avx2(const hl_incre_flash_attention_
         w[h].row = w[0].row;
         w[h].own = w[0].own;
     }
+    later = w[0].row + block;
+    ask = later + block;
     b.value_apart = hl_ifa_bf16_i8_d128_value_apart(a);
+    b.n_later = 0;
+    b.ask = ask;
     chunks = hl_ifa_bf16_i8_d128_chunks(a, &g[0]);
     for (int32_t chunk = 0; chunk < chunks; ++chunk) {
         const hl_cursor all = hl_ifa_bf16_i8_d128_chunk(a, &g[0], chunk);
@@ -8315,21 +8350,24 @@ static inline void hl_ifa_bf16_i8_d128_walk_avx2(const hl_incre_flash_attention_
         }
         c.end = end - c.at < block ? end : c.at + block;
         b.row = w[0].row;
-        b.n = c.at < c.end ? hl_ifa_bf16_i8_d128_next_block(a, &g[0], c, b.row, block) : 0;
-        for (int32_t h = 0; b.n > 0;) { /* behind a block's rows are those of the next in turn */
-            const int32_t later = h + 1 < n ? h + 1 : 0;
-            const hl_state *const t = chunk == 0 ? &w[h].state : &w[h].other;
-            if (later == 0) {
-                c.at = c.end;
-                c.end = end - c.at < block ? end : c.at + block;
+        while (c.at < c.end) {
+            hl_cursor next;
+            int32_t rows;
+            next.at = c.end;
+            next.within = 0;
+            next.end = end - next.at < block ? end : next.at + block;
+            rows = next.at < next.end ? hl_ifa_bf16_i8_d128_next_block(a, &g[0], next, later, block)
+                : 0;
+            for (int32_t h = 0; h < n; ++h) {
+                const hl_state *const t = chunk == 0 ? &w[h].state : &w[h].other;
+                b.n = hl_ifa_bf16_i8_d128_next_block(a, &g[h], c, b.row, block);
+                b.asks = hl_ifa_bf16_i8_d128_share(a, later, rows, h, n, ask, block);
+                if (b.n > 0) {
+                    hl_ifa_bf16_i8_d128_block_avx2(plan, &g[h], &w[h], t, &b, padded);
+                    *t->seen = 1.0f;
+                }
             }
-            b.n_later = c.at < c.end
-                ? hl_ifa_bf16_i8_d128_next_block(a, &g[later], c, b.row + b.n, block) : 0;
-            hl_ifa_bf16_i8_d128_block_avx2(plan, &g[h], &w[h], t, &b, padded);
-            *t->seen = 1.0f;
-            HL_COPY(b.row, b.row + b.n, (size_t)b.n_later * sizeof *b.row);
-            b.n = b.n_later;
-            h = later;
+            c = next;
         }
         for (int32_t h = 0; h < n; ++h) {
             const hl_state *const t = chunk == 0 ? &w[h].state : &w[h].other;
@@ -8741,14 +8779,14 @@ HL_WORD_AVX512 void hl_ifa_bf16_i8_d128_fetch_row_avx512(const hl_row *row, int3
     }
 }
 
-/* The whole block's keys, and its values where they are apart; meanwhile rows are asked for that
- * lie 8 further on, in this block or in the next. */
+/* The whole block's keys, and its values where they are apart; meanwhile later rows are asked
+ * for. */
 HL_KERNEL_AVX512 void hl_ifa_bf16_i8_d128_load_avx512(const hl_space *w, const hl_block *b)
 {
     enum { DV = 128, KS = 128, VS = 128 };
     for (int32_t j = 0; j < b->n; ++j) {
-        if (j + 8 < b->n + b->n_later) {
-            hl_ifa_bf16_i8_d128_fetch_row_avx512(&b->row[j + 8], b->value_apart);
+        if (j < b->asks) {
+            hl_ifa_bf16_i8_d128_fetch_row_avx512(&b->ask[j], b->value_apart);
         }
         hl_ifa_bf16_i8_d128_load_key_avx512(&b->row[j], w->k + (ptrdiff_t)j * KS);
         if (b->value_apart) {
@@ -9534,33 +9572,27 @@ HL_KERNEL_AVX512 void hl_ifa_bf16_i8_d128_dot_1x16_avx512(const float *q, const 
 HL_KERNEL_AVX512 void hl_ifa_bf16_i8_d128_score_few_avx512(const hl_space *w, const hl_block *b,
     int32_t group, float scale)
 {
-    enum { QS = 128, BLOCK = 96, AHEAD = 24 };
-    const int32_t known = b->n + b->n_later;
+    enum { QS = 128, BLOCK = 96 };
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
         for (int32_t j = 0; j < b->n; j += 4) {
-            const int32_t later = j + AHEAD;
             hl_ifa_bf16_i8_d128_dot_4x4_avx512(w->q + (ptrdiff_t)h * QS, b->row + j, b->n - 1 - j,
-                                               w->s + h * BLOCK + j * 4, scale, h == 0 && later
-                                               + 4 <= known ? b->row + later : NULL,
-                                               b->value_apart);
+                                               w->s + h * BLOCK + j * 4, scale, h == 0 && j
+                                               + 4 <= b->asks ? b->ask + j : NULL, b->value_apart);
         }
     }
     for (; h + 2 <= group; h += 2) {
         for (int32_t j = 0; j < b->n; j += 8) {
-            const int32_t later = j + AHEAD;
             hl_ifa_bf16_i8_d128_dot_2x8_avx512(w->q + (ptrdiff_t)h * QS, b->row + j, b->n - 1 - j,
-                                               w->s + h * BLOCK + j * 2, scale, h == 0 && later
-                                               + 8 <= known ? b->row + later : NULL,
-                                               b->value_apart);
+                                               w->s + h * BLOCK + j * 2, scale, h == 0 && j
+                                               + 8 <= b->asks ? b->ask + j : NULL, b->value_apart);
         }
     }
     for (; h + 1 <= group; h += 1) {
         for (int32_t j = 0; j < b->n; j += 16) {
-            const int32_t later = j + AHEAD;
             hl_ifa_bf16_i8_d128_dot_1x16_avx512(w->q + (ptrdiff_t)h * QS, b->row + j, b->n - 1 - j,
-                                                w->s + h * BLOCK + j * 1, scale, h == 0 && later
-                                                + 16 <= known ? b->row + later : NULL,
+                                                w->s + h * BLOCK + j * 1, scale, h == 0 && j
+                                                + 16 <= b->asks ? b->ask + j : NULL,
                                                 b->value_apart);
         }
     }
@@ -10433,11 +10465,11 @@ HL_KERNEL_AVX512 void hl_ifa_bf16_i8_d128_value_avx512(const hl_space *w, const 
 }
 
 /* 4 heads by 4 vectors of channels, read where they are stored.
- * Meanwhile lines of values 24 keys further on are asked for, as long as
- * j < later.
+ * Meanwhile lines of the values of `ask` are asked for, as long as j < later.
  */
 HL_KERNEL_AVX512 void hl_ifa_bf16_i8_d128_pr_4x4_avx512(const float *p, const hl_row *row,
-    int32_t c, float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
+    int32_t c, float *o, const float *alpha, int32_t n, const hl_row *ask, int32_t later,
+    int32_t apart)
 {
     enum { L = 16, OS = 144 };
     hl_vf_avx512 o0_0 = hl_vzero_avx512();
@@ -10460,7 +10492,7 @@ HL_KERNEL_AVX512 void hl_ifa_bf16_i8_d128_pr_4x4_avx512(const float *p, const hl
         const uint8_t *const value = (const uint8_t *)row[j].value + c;
         if (j < later) {
             const uint8_t *const next =
-                (const uint8_t *)row[j + 24].value + c;
+                (const uint8_t *)ask[j].value + c;
             HL_FETCH(next + 0);
         }
         hl_vf_avx512 x;
@@ -10543,11 +10575,11 @@ HL_KERNEL_AVX512 void hl_ifa_bf16_i8_d128_pr_4x4_avx512(const float *p, const hl
 }
 
 /* 2 heads by 8 vectors of channels, read where they are stored.
- * Meanwhile lines of values 24 keys further on are asked for, as long as
- * j < later.
+ * Meanwhile lines of the values of `ask` are asked for, as long as j < later.
  */
 HL_KERNEL_AVX512 void hl_ifa_bf16_i8_d128_pr_2x8_avx512(const float *p, const hl_row *row,
-    int32_t c, float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
+    int32_t c, float *o, const float *alpha, int32_t n, const hl_row *ask, int32_t later,
+    int32_t apart)
 {
     enum { L = 16, OS = 144 };
     hl_vf_avx512 o0_0 = hl_vzero_avx512();
@@ -10570,7 +10602,7 @@ HL_KERNEL_AVX512 void hl_ifa_bf16_i8_d128_pr_2x8_avx512(const float *p, const hl
         const uint8_t *const value = (const uint8_t *)row[j].value + c;
         if (j < later) {
             const uint8_t *const next =
-                (const uint8_t *)row[j + 24].value + c;
+                (const uint8_t *)ask[j].value + c;
             HL_FETCH(next + 0);
             HL_FETCH(next + 64);
         }
@@ -10658,11 +10690,11 @@ HL_KERNEL_AVX512 void hl_ifa_bf16_i8_d128_pr_2x8_avx512(const float *p, const hl
 }
 
 /* 1 head by 8 vectors of channels, read where they are stored.
- * Meanwhile lines of values 24 keys further on are asked for, as long as
- * j < later.
+ * Meanwhile lines of the values of `ask` are asked for, as long as j < later.
  */
 HL_KERNEL_AVX512 void hl_ifa_bf16_i8_d128_pr_1x8_avx512(const float *p, const hl_row *row,
-    int32_t c, float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
+    int32_t c, float *o, const float *alpha, int32_t n, const hl_row *ask, int32_t later,
+    int32_t apart)
 {
     enum { L = 16, OS = 144 };
     hl_vf_avx512 o0_0 = hl_vzero_avx512();
@@ -10677,7 +10709,7 @@ HL_KERNEL_AVX512 void hl_ifa_bf16_i8_d128_pr_1x8_avx512(const float *p, const hl
         const uint8_t *const value = (const uint8_t *)row[j].value + c;
         if (j < later) {
             const uint8_t *const next =
-                (const uint8_t *)row[j + 24].value + c;
+                (const uint8_t *)ask[j].value + c;
             HL_FETCH(next + 64);
             if (apart) {
                 HL_FETCH(next + 0);
@@ -10731,14 +10763,14 @@ HL_KERNEL_AVX512 void hl_ifa_bf16_i8_d128_value_few_avx512(const hl_space *w, co
     const hl_block *b, int32_t group)
 {
     enum { OS = 144, BLOCK = 96 };
-    const int32_t left = b->n + b->n_later - 24;
+    const int32_t left = b->asks < b->n ? b->asks : b->n;
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
         const int32_t later = h == 0 ? left : 0;
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 128; c += 64) {
-            hl_ifa_bf16_i8_d128_pr_4x4_avx512(p, b->row, c, o + c, t->alpha + h, b->n,
+            hl_ifa_bf16_i8_d128_pr_4x4_avx512(p, b->row, c, o + c, t->alpha + h, b->n, b->ask,
                                               b->value_apart ? later : 0, b->value_apart);
         }
     }
@@ -10747,8 +10779,8 @@ HL_KERNEL_AVX512 void hl_ifa_bf16_i8_d128_value_few_avx512(const hl_space *w, co
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 128; c += 128) {
-            hl_ifa_bf16_i8_d128_pr_2x8_avx512(p, b->row, c, o + c, t->alpha + h, b->n, later,
-                                              b->value_apart);
+            hl_ifa_bf16_i8_d128_pr_2x8_avx512(p, b->row, c, o + c, t->alpha + h, b->n, b->ask,
+                                              later, b->value_apart);
         }
     }
     for (; h + 1 <= group; h += 1) {
@@ -10756,8 +10788,8 @@ HL_KERNEL_AVX512 void hl_ifa_bf16_i8_d128_value_few_avx512(const hl_space *w, co
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 128; c += 128) {
-            hl_ifa_bf16_i8_d128_pr_1x8_avx512(p, b->row, c, o + c, t->alpha + h, b->n, later,
-                                              b->value_apart);
+            hl_ifa_bf16_i8_d128_pr_1x8_avx512(p, b->row, c, o + c, t->alpha + h, b->n, b->ask,
+                                              later, b->value_apart);
         }
     }
 }
@@ -10956,10 +10988,11 @@ HL_KERNEL_AVX512 void hl_ifa_bf16_i8_d128_block_avx512(const hl_incre_flash_atte
 HL_KERNEL_AVX512 void hl_ifa_bf16_i8_d128_forward_avx512(const hl_incre_flash_attention_plan *plan,
     const hl_group *g, const hl_space *w, const hl_state *t, hl_cursor c, int32_t padded)
 {
-    enum { CAP = 240, AHEAD = 24 };
+    enum { CAP = 288, AHEAD = 24 };
     const hl_incre_flash_attention_args *const a = &plan->args;
     const int32_t block = plan->group > 32 ? 96 : plan->group <= 3
         && !hl_ifa_bf16_i8_d128_value_apart(a) ? 80 : 96;
+    const int32_t ahead = plan->group > 32 ? 8 : 24;
     int32_t known = hl_ifa_bf16_i8_d128_next(a, g, &c, w->row, CAP);
     int32_t more = known == CAP;
     hl_block b;
@@ -10968,6 +11001,8 @@ HL_KERNEL_AVX512 void hl_ifa_bf16_i8_d128_forward_avx512(const hl_incre_flash_at
     while (known > 0) {
         b.n = known < block ? known : block;
         b.n_later = known - b.n;
+        b.ask = b.row + ahead;
+        b.asks = known - ahead;
         hl_ifa_bf16_i8_d128_block_avx512(plan, g, w, t, &b, padded);
         *t->seen = 1.0f;
         b.row += b.n;
@@ -11050,6 +11085,8 @@ static inline void hl_ifa_bf16_i8_d128_walk_avx512(const hl_incre_flash_attentio
     hl_space w[16];
     hl_group g[16];
     hl_block b;
+    hl_row *later; /* the next block's rows, of the first head */
+    hl_row *ask;
     int32_t chunks;
     for (int32_t h = 0; h < n; ++h) {
         (void)hl_ifa_bf16_i8_d128_group(plan, first + h, &g[h]);
@@ -11061,7 +11098,11 @@ static inline void hl_ifa_bf16_i8_d128_walk_avx512(const hl_incre_flash_attentio
         w[h].row = w[0].row;
         w[h].own = w[0].own;
     }
+    later = w[0].row + block;
+    ask = later + block;
     b.value_apart = hl_ifa_bf16_i8_d128_value_apart(a);
+    b.n_later = 0;
+    b.ask = ask;
     chunks = hl_ifa_bf16_i8_d128_chunks(a, &g[0]);
     for (int32_t chunk = 0; chunk < chunks; ++chunk) {
         const hl_cursor all = hl_ifa_bf16_i8_d128_chunk(a, &g[0], chunk);
@@ -11074,21 +11115,24 @@ static inline void hl_ifa_bf16_i8_d128_walk_avx512(const hl_incre_flash_attentio
         }
         c.end = end - c.at < block ? end : c.at + block;
         b.row = w[0].row;
-        b.n = c.at < c.end ? hl_ifa_bf16_i8_d128_next_block(a, &g[0], c, b.row, block) : 0;
-        for (int32_t h = 0; b.n > 0;) { /* behind a block's rows are those of the next in turn */
-            const int32_t later = h + 1 < n ? h + 1 : 0;
-            const hl_state *const t = chunk == 0 ? &w[h].state : &w[h].other;
-            if (later == 0) {
-                c.at = c.end;
-                c.end = end - c.at < block ? end : c.at + block;
+        while (c.at < c.end) {
+            hl_cursor next;
+            int32_t rows;
+            next.at = c.end;
+            next.within = 0;
+            next.end = end - next.at < block ? end : next.at + block;
+            rows = next.at < next.end ? hl_ifa_bf16_i8_d128_next_block(a, &g[0], next, later, block)
+                : 0;
+            for (int32_t h = 0; h < n; ++h) {
+                const hl_state *const t = chunk == 0 ? &w[h].state : &w[h].other;
+                b.n = hl_ifa_bf16_i8_d128_next_block(a, &g[h], c, b.row, block);
+                b.asks = hl_ifa_bf16_i8_d128_share(a, later, rows, h, n, ask, block);
+                if (b.n > 0) {
+                    hl_ifa_bf16_i8_d128_block_avx512(plan, &g[h], &w[h], t, &b, padded);
+                    *t->seen = 1.0f;
+                }
             }
-            b.n_later = c.at < c.end
-                ? hl_ifa_bf16_i8_d128_next_block(a, &g[later], c, b.row + b.n, block) : 0;
-            hl_ifa_bf16_i8_d128_block_avx512(plan, &g[h], &w[h], t, &b, padded);
-            *t->seen = 1.0f;
-            HL_COPY(b.row, b.row + b.n, (size_t)b.n_later * sizeof *b.row);
-            b.n = b.n_later;
-            h = later;
+            c = next;
         }
         for (int32_t h = 0; h < n; ++h) {
             const hl_state *const t = chunk == 0 ? &w[h].state : &w[h].other;

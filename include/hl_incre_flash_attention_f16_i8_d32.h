@@ -668,12 +668,14 @@ typedef struct hl_row {
     ptrdiff_t token; /* decoding: which row of its batch's cache it is                         */
 } hl_row;
 
-/* One block of keys; behind its rows lie those of later keys, which are asked for meanwhile. */
+/* One block of keys; behind its rows lie those of later keys. */
 typedef struct hl_block {
     hl_row *row;
     int32_t n;
     int32_t n_later;
     int32_t value_apart; /* values are not the keys' first channels                            */
+    const hl_row *ask;   /* while key j is in use, lines of the row ask[j] are asked for,      */
+    int32_t asks;        /* as long as j is below this                                         */
 } hl_block;
 
 /* The workspace of one task, cut into its named slices. */
@@ -1707,6 +1709,28 @@ static inline int32_t hl_ifa_f16_i8_d32_next_block(const hl_incre_flash_attentio
     return hl_ifa_f16_i8_d32_next(a, g, &c, row, cap);
 }
 
+/* Head h's share of what n heads that are decoded in turn have to ask for: the next block's rows,
+ * as they follow each other in memory, all heads of a row together. Returns how many pieces. */
+static inline int32_t hl_ifa_f16_i8_d32_share(const hl_incre_flash_attention_args *a,
+                                              const hl_row *later, int32_t rows, int32_t h,
+                                              int32_t n, hl_row *ask, int32_t cap)
+{
+    const int32_t begin = h * cap;
+    const int32_t left = rows * n - begin;
+    const int32_t count = left < cap ? left : cap;
+    for (int32_t i = 0; i < count; ++i) {
+        const hl_row *const row = later + (begin + i) / n;
+        const ptrdiff_t head = (begin + i) % n;
+        ask[i].key = (const uint8_t *)row->key + head * a->key_stride.head;
+        ask[i].rope = ask[i].key;
+        ask[i].value = ask[i].key;
+        if (hl_ifa_f16_i8_d32_value_apart(a)) {
+            ask[i].value = (const uint8_t *)row->value + head * a->value_stride.head;
+        }
+    }
+    return count > 0 ? count : 0;
+}
+
 /* How many chunks a group's keys are cut into. */
 static inline int32_t hl_ifa_f16_i8_d32_chunks(const hl_incre_flash_attention_args *a,
                                                const hl_group *g)
@@ -2507,31 +2531,27 @@ HL_KERNEL_SCALAR void hl_ifa_f16_i8_d32_dot_1x8_scalar(const float *q, const hl_
 HL_KERNEL_SCALAR void hl_ifa_f16_i8_d32_score_few_scalar(const hl_space *w, const hl_block *b,
     int32_t group, float scale)
 {
-    enum { QS = 32, BLOCK = 16, AHEAD = 8 };
-    const int32_t known = b->n + b->n_later;
+    enum { QS = 32, BLOCK = 16 };
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
         for (int32_t j = 0; j < b->n; j += 2) {
-            const int32_t later = j + AHEAD;
             hl_ifa_f16_i8_d32_dot_4x2_scalar(w->q + (ptrdiff_t)h * QS, b->row + j, b->n - 1 - j,
-                                             w->s + h * BLOCK + j * 4, scale, h == 0 && later
-                                             + 2 <= known ? b->row + later : NULL, b->value_apart);
+                                             w->s + h * BLOCK + j * 4, scale, h == 0 && j
+                                             + 2 <= b->asks ? b->ask + j : NULL, b->value_apart);
         }
     }
     for (; h + 2 <= group; h += 2) {
         for (int32_t j = 0; j < b->n; j += 4) {
-            const int32_t later = j + AHEAD;
             hl_ifa_f16_i8_d32_dot_2x4_scalar(w->q + (ptrdiff_t)h * QS, b->row + j, b->n - 1 - j,
-                                             w->s + h * BLOCK + j * 2, scale, h == 0 && later
-                                             + 4 <= known ? b->row + later : NULL, b->value_apart);
+                                             w->s + h * BLOCK + j * 2, scale, h == 0 && j
+                                             + 4 <= b->asks ? b->ask + j : NULL, b->value_apart);
         }
     }
     for (; h + 1 <= group; h += 1) {
         for (int32_t j = 0; j < b->n; j += 8) {
-            const int32_t later = j + AHEAD;
             hl_ifa_f16_i8_d32_dot_1x8_scalar(w->q + (ptrdiff_t)h * QS, b->row + j, b->n - 1 - j,
-                                             w->s + h * BLOCK + j * 1, scale, h == 0 && later
-                                             + 8 <= known ? b->row + later : NULL, b->value_apart);
+                                             w->s + h * BLOCK + j * 1, scale, h == 0 && j
+                                             + 8 <= b->asks ? b->ask + j : NULL, b->value_apart);
         }
     }
 }
@@ -2745,11 +2765,10 @@ HL_KERNEL_SCALAR void hl_ifa_f16_i8_d32_softmaxes_few_scalar(const hl_space *w, 
 /* ---- value: O = alpha O + P V ---- */
 
 /* 4 heads by 2 vectors of channels, read where they are stored.
- * Meanwhile lines of values 8 keys further on are asked for, as long as
- * j < later.
+ * Meanwhile lines of the values of `ask` are asked for, as long as j < later.
  */
 HL_KERNEL_SCALAR void hl_ifa_f16_i8_d32_pr_4x2_scalar(const float *p, const hl_row *row, int32_t c,
-    float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
+    float *o, const float *alpha, int32_t n, const hl_row *ask, int32_t later, int32_t apart)
 {
     enum { L = 1, OS = 33 };
     hl_vf_scalar o0_0 = hl_vzero_scalar();
@@ -2764,7 +2783,7 @@ HL_KERNEL_SCALAR void hl_ifa_f16_i8_d32_pr_4x2_scalar(const float *p, const hl_r
         const uint8_t *const value = (const uint8_t *)row[j].value + c;
         if (j < later) {
             const uint8_t *const next =
-                (const uint8_t *)row[j + 8].value + c;
+                (const uint8_t *)ask[j].value + c;
             HL_FETCH(next + 0);
         }
         hl_vf_scalar x;
@@ -2812,11 +2831,10 @@ HL_KERNEL_SCALAR void hl_ifa_f16_i8_d32_pr_4x2_scalar(const float *p, const hl_r
 }
 
 /* 2 heads by 4 vectors of channels, read where they are stored.
- * Meanwhile lines of values 8 keys further on are asked for, as long as
- * j < later.
+ * Meanwhile lines of the values of `ask` are asked for, as long as j < later.
  */
 HL_KERNEL_SCALAR void hl_ifa_f16_i8_d32_pr_2x4_scalar(const float *p, const hl_row *row, int32_t c,
-    float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
+    float *o, const float *alpha, int32_t n, const hl_row *ask, int32_t later, int32_t apart)
 {
     enum { L = 1, OS = 33 };
     hl_vf_scalar o0_0 = hl_vzero_scalar();
@@ -2831,7 +2849,7 @@ HL_KERNEL_SCALAR void hl_ifa_f16_i8_d32_pr_2x4_scalar(const float *p, const hl_r
         const uint8_t *const value = (const uint8_t *)row[j].value + c;
         if (j < later) {
             const uint8_t *const next =
-                (const uint8_t *)row[j + 8].value + c;
+                (const uint8_t *)ask[j].value + c;
             HL_FETCH(next + 0);
         }
         hl_vf_scalar x;
@@ -2880,11 +2898,10 @@ HL_KERNEL_SCALAR void hl_ifa_f16_i8_d32_pr_2x4_scalar(const float *p, const hl_r
 }
 
 /* 1 head by 8 vectors of channels, read where they are stored.
- * Meanwhile lines of values 8 keys further on are asked for, as long as
- * j < later.
+ * Meanwhile lines of the values of `ask` are asked for, as long as j < later.
  */
 HL_KERNEL_SCALAR void hl_ifa_f16_i8_d32_pr_1x8_scalar(const float *p, const hl_row *row, int32_t c,
-    float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
+    float *o, const float *alpha, int32_t n, const hl_row *ask, int32_t later, int32_t apart)
 {
     enum { L = 1, OS = 33 };
     hl_vf_scalar o0_0 = hl_vzero_scalar();
@@ -2899,7 +2916,7 @@ HL_KERNEL_SCALAR void hl_ifa_f16_i8_d32_pr_1x8_scalar(const float *p, const hl_r
         const uint8_t *const value = (const uint8_t *)row[j].value + c;
         if (j < later) {
             const uint8_t *const next =
-                (const uint8_t *)row[j + 8].value + c;
+                (const uint8_t *)ask[j].value + c;
             HL_FETCH(next + 0);
         }
         const hl_vf_scalar x = hl_vset_scalar(p[j]);
@@ -2950,15 +2967,15 @@ HL_KERNEL_SCALAR void hl_ifa_f16_i8_d32_value_few_scalar(const hl_space *w, cons
     const hl_block *b, int32_t group)
 {
     enum { OS = 33, BLOCK = 16 };
-    const int32_t left = b->n + b->n_later - 8;
+    const int32_t left = b->asks < b->n ? b->asks : b->n;
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
         const int32_t later = h == 0 ? left : 0;
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 32; c += 2) {
-            hl_ifa_f16_i8_d32_pr_4x2_scalar(p, b->row, c, o + c, t->alpha + h, b->n, b->value_apart
-                                            ? later : 0, b->value_apart);
+            hl_ifa_f16_i8_d32_pr_4x2_scalar(p, b->row, c, o + c, t->alpha + h, b->n, b->ask,
+                                            b->value_apart ? later : 0, b->value_apart);
         }
     }
     for (; h + 2 <= group; h += 2) {
@@ -2966,8 +2983,8 @@ HL_KERNEL_SCALAR void hl_ifa_f16_i8_d32_value_few_scalar(const hl_space *w, cons
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 32; c += 4) {
-            hl_ifa_f16_i8_d32_pr_2x4_scalar(p, b->row, c, o + c, t->alpha + h, b->n, b->value_apart
-                                            ? later : 0, b->value_apart);
+            hl_ifa_f16_i8_d32_pr_2x4_scalar(p, b->row, c, o + c, t->alpha + h, b->n, b->ask,
+                                            b->value_apart ? later : 0, b->value_apart);
         }
     }
     for (; h + 1 <= group; h += 1) {
@@ -2975,8 +2992,8 @@ HL_KERNEL_SCALAR void hl_ifa_f16_i8_d32_value_few_scalar(const hl_space *w, cons
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 32; c += 8) {
-            hl_ifa_f16_i8_d32_pr_1x8_scalar(p, b->row, c, o + c, t->alpha + h, b->n, b->value_apart
-                                            ? later : 0, b->value_apart);
+            hl_ifa_f16_i8_d32_pr_1x8_scalar(p, b->row, c, o + c, t->alpha + h, b->n, b->ask,
+                                            b->value_apart ? later : 0, b->value_apart);
         }
     }
 }
@@ -3164,6 +3181,7 @@ HL_KERNEL_SCALAR void hl_ifa_f16_i8_d32_forward_scalar(const hl_incre_flash_atte
     enum { CAP = 48, AHEAD = 8 };
     const hl_incre_flash_attention_args *const a = &plan->args;
     const int32_t block = 16;
+    const int32_t ahead = 8;
     int32_t known = hl_ifa_f16_i8_d32_next(a, g, &c, w->row, CAP);
     int32_t more = known == CAP;
     hl_block b;
@@ -3172,6 +3190,8 @@ HL_KERNEL_SCALAR void hl_ifa_f16_i8_d32_forward_scalar(const hl_incre_flash_atte
     while (known > 0) {
         b.n = known < block ? known : block;
         b.n_later = known - b.n;
+        b.ask = b.row + ahead;
+        b.asks = known - ahead;
         hl_ifa_f16_i8_d32_block_scalar(plan, g, w, t, &b, padded);
         *t->seen = 1.0f;
         b.row += b.n;
@@ -3247,6 +3267,8 @@ static inline void hl_ifa_f16_i8_d32_walk_scalar(const hl_incre_flash_attention_
     hl_space w[16];
     hl_group g[16];
     hl_block b;
+    hl_row *later; /* the next block's rows, of the first head */
+    hl_row *ask;
     int32_t chunks;
     for (int32_t h = 0; h < n; ++h) {
         (void)hl_ifa_f16_i8_d32_group(plan, first + h, &g[h]);
@@ -3258,7 +3280,11 @@ static inline void hl_ifa_f16_i8_d32_walk_scalar(const hl_incre_flash_attention_
         w[h].row = w[0].row;
         w[h].own = w[0].own;
     }
+    later = w[0].row + block;
+    ask = later + block;
     b.value_apart = hl_ifa_f16_i8_d32_value_apart(a);
+    b.n_later = 0;
+    b.ask = ask;
     chunks = hl_ifa_f16_i8_d32_chunks(a, &g[0]);
     for (int32_t chunk = 0; chunk < chunks; ++chunk) {
         const hl_cursor all = hl_ifa_f16_i8_d32_chunk(a, &g[0], chunk);
@@ -3271,21 +3297,24 @@ static inline void hl_ifa_f16_i8_d32_walk_scalar(const hl_incre_flash_attention_
         }
         c.end = end - c.at < block ? end : c.at + block;
         b.row = w[0].row;
-        b.n = c.at < c.end ? hl_ifa_f16_i8_d32_next_block(a, &g[0], c, b.row, block) : 0;
-        for (int32_t h = 0; b.n > 0;) { /* behind a block's rows are those of the next in turn */
-            const int32_t later = h + 1 < n ? h + 1 : 0;
-            const hl_state *const t = chunk == 0 ? &w[h].state : &w[h].other;
-            if (later == 0) {
-                c.at = c.end;
-                c.end = end - c.at < block ? end : c.at + block;
+        while (c.at < c.end) {
+            hl_cursor next;
+            int32_t rows;
+            next.at = c.end;
+            next.within = 0;
+            next.end = end - next.at < block ? end : next.at + block;
+            rows = next.at < next.end ? hl_ifa_f16_i8_d32_next_block(a, &g[0], next, later, block)
+                : 0;
+            for (int32_t h = 0; h < n; ++h) {
+                const hl_state *const t = chunk == 0 ? &w[h].state : &w[h].other;
+                b.n = hl_ifa_f16_i8_d32_next_block(a, &g[h], c, b.row, block);
+                b.asks = hl_ifa_f16_i8_d32_share(a, later, rows, h, n, ask, block);
+                if (b.n > 0) {
+                    hl_ifa_f16_i8_d32_block_scalar(plan, &g[h], &w[h], t, &b, padded);
+                    *t->seen = 1.0f;
+                }
             }
-            b.n_later = c.at < c.end
-                ? hl_ifa_f16_i8_d32_next_block(a, &g[later], c, b.row + b.n, block) : 0;
-            hl_ifa_f16_i8_d32_block_scalar(plan, &g[h], &w[h], t, &b, padded);
-            *t->seen = 1.0f;
-            HL_COPY(b.row, b.row + b.n, (size_t)b.n_later * sizeof *b.row);
-            b.n = b.n_later;
-            h = later;
+            c = next;
         }
         for (int32_t h = 0; h < n; ++h) {
             const hl_state *const t = chunk == 0 ? &w[h].state : &w[h].other;

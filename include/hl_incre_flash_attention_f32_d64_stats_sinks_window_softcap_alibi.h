@@ -74,7 +74,7 @@
  * MEMORY
  *   One task needs
  *   HL_INCRE_FLASH_ATTENTION_F32_D64_STATS_SINKS_WINDOW_SOFTCAP_ALIBI_WORKSPACE_BYTES(Q)
- *   bytes for Q = heads_q / heads_kv * seq_q queries on a kv head, 72000 for Q = 8,
+ *   bytes for Q = heads_q / heads_kv * seq_q queries on a kv head, 73536 for Q = 8,
  *   whatever the lengths. Nothing is read outside the rows that a length names, and nothing before
  *   or behind a row; unused memory may hold NaN.
  *
@@ -666,12 +666,14 @@ typedef struct hl_row {
     ptrdiff_t token; /* decoding: which row of its batch's cache it is                         */
 } hl_row;
 
-/* One block of keys; behind its rows lie those of later keys, which are asked for meanwhile. */
+/* One block of keys; behind its rows lie those of later keys. */
 typedef struct hl_block {
     hl_row *row;
     int32_t n;
     int32_t n_later;
     int32_t value_apart; /* values are not the keys' first channels                            */
+    const hl_row *ask;   /* while key j is in use, lines of the row ask[j] are asked for,      */
+    int32_t asks;        /* as long as j is below this                                         */
 } hl_block;
 
 /* The workspace of one task, cut into its named slices. */
@@ -1189,7 +1191,7 @@ enum {
  * `group` query heads on a kv head (heads_q / heads_kv). Sequence lengths do not matter. */
 #define HL_INCRE_FLASH_ATTENTION_F32_D64_STATS_SINKS_WINDOW_SOFTCAP_ALIBI_WORKSPACE_BYTES(group) \
     (64 + 4 * (170 * (((size_t)(group) + 15) / 16 * 16) \
-     + 128 * (size_t)(group) + 14240))
+     + 128 * (size_t)(group) + 14624))
 
 /* Bytes of args.partials that are enough to split r query rows of h query heads into c chunks each;
  * plan->split_bytes is the exact figure. */
@@ -1714,7 +1716,7 @@ static inline void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_space(hl_spac
     w->s = at; /* S^T, then P^T */
     at += 96 * heads;
     w->row = (hl_row *)(void *)at; /* where keys lie, known ahead */
-    at += 1920;
+    at += 2304;
     w->shift = at; /* what offsets of codes add to scores */
     at += heads;
     w->one.m = at; /* running maxima, in log2 units, of one row */
@@ -2018,6 +2020,28 @@ static inline int32_t hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_next_block
     int32_t cap)
 {
     return hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_next(a, g, &c, row, cap);
+}
+
+/* Head h's share of what n heads that are decoded in turn have to ask for: the next block's rows,
+ * as they follow each other in memory, all heads of a row together. Returns how many pieces. */
+static inline int32_t hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_share(
+    const hl_incre_flash_attention_args *a, const hl_row *later, int32_t rows, int32_t h, int32_t n,
+    hl_row *ask, int32_t cap)
+{
+    const int32_t begin = h * cap;
+    const int32_t left = rows * n - begin;
+    const int32_t count = left < cap ? left : cap;
+    for (int32_t i = 0; i < count; ++i) {
+        const hl_row *const row = later + (begin + i) / n;
+        const ptrdiff_t head = (begin + i) % n;
+        ask[i].key = (const float *)row->key + head * a->key_stride.head;
+        ask[i].rope = ask[i].key;
+        ask[i].value = ask[i].key;
+        if (hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_value_apart(a)) {
+            ask[i].value = (const float *)row->value + head * a->value_stride.head;
+        }
+    }
+    return count > 0 ? count : 0;
 }
 
 /* How many chunks a group's keys are cut into. */
@@ -2785,31 +2809,27 @@ HL_KERNEL_SCALAR void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_dot_1x8_sc
 HL_KERNEL_SCALAR void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_score_few_scalar(
     const hl_space *w, const hl_block *b, int32_t group, float scale)
 {
-    enum { QS = 64, BLOCK = 16, AHEAD = 8 };
-    const int32_t known = b->n + b->n_later;
+    enum { QS = 64, BLOCK = 16 };
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
         for (int32_t j = 0; j < b->n; j += 2) {
-            const int32_t later = j + AHEAD;
             hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_dot_4x2_scalar(w->q + (ptrdiff_t)h * QS,
-                b->row + j, b->n - 1 - j, w->s + h * BLOCK + j * 4, scale, h == 0 && later
-                + 2 <= known ? b->row + later : NULL, b->value_apart);
+                b->row + j, b->n - 1 - j, w->s + h * BLOCK + j * 4, scale, h == 0 && j
+                + 2 <= b->asks ? b->ask + j : NULL, b->value_apart);
         }
     }
     for (; h + 2 <= group; h += 2) {
         for (int32_t j = 0; j < b->n; j += 4) {
-            const int32_t later = j + AHEAD;
             hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_dot_2x4_scalar(w->q + (ptrdiff_t)h * QS,
-                b->row + j, b->n - 1 - j, w->s + h * BLOCK + j * 2, scale, h == 0 && later
-                + 4 <= known ? b->row + later : NULL, b->value_apart);
+                b->row + j, b->n - 1 - j, w->s + h * BLOCK + j * 2, scale, h == 0 && j
+                + 4 <= b->asks ? b->ask + j : NULL, b->value_apart);
         }
     }
     for (; h + 1 <= group; h += 1) {
         for (int32_t j = 0; j < b->n; j += 8) {
-            const int32_t later = j + AHEAD;
             hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_dot_1x8_scalar(w->q + (ptrdiff_t)h * QS,
-                b->row + j, b->n - 1 - j, w->s + h * BLOCK + j * 1, scale, h == 0 && later
-                + 8 <= known ? b->row + later : NULL, b->value_apart);
+                b->row + j, b->n - 1 - j, w->s + h * BLOCK + j * 1, scale, h == 0 && j
+                + 8 <= b->asks ? b->ask + j : NULL, b->value_apart);
         }
     }
 }
@@ -2988,12 +3008,11 @@ HL_KERNEL_SCALAR void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_softmaxes_
 /* ---- value: O = alpha O + P V ---- */
 
 /* 4 heads by 2 vectors of channels, read where they are stored.
- * Meanwhile lines of values 8 keys further on are asked for, as long as
- * j < later.
+ * Meanwhile lines of the values of `ask` are asked for, as long as j < later.
  */
 HL_KERNEL_SCALAR void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_pr_4x2_scalar(const float *p,
-    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n, int32_t later,
-    int32_t apart)
+    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n, const hl_row *ask,
+    int32_t later, int32_t apart)
 {
     enum { L = 1, OS = 64 };
     hl_vf_scalar o0_0 = hl_vzero_scalar();
@@ -3008,7 +3027,7 @@ HL_KERNEL_SCALAR void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_pr_4x2_sca
         const float *const value = (const float *)row[j].value + c;
         if (j < later) {
             const float *const next =
-                (const float *)row[j + 8].value + c;
+                (const float *)ask[j].value + c;
             HL_FETCH(next + 0);
         }
         hl_vf_scalar x;
@@ -3056,12 +3075,11 @@ HL_KERNEL_SCALAR void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_pr_4x2_sca
 }
 
 /* 2 heads by 4 vectors of channels, read where they are stored.
- * Meanwhile lines of values 8 keys further on are asked for, as long as
- * j < later.
+ * Meanwhile lines of the values of `ask` are asked for, as long as j < later.
  */
 HL_KERNEL_SCALAR void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_pr_2x4_scalar(const float *p,
-    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n, int32_t later,
-    int32_t apart)
+    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n, const hl_row *ask,
+    int32_t later, int32_t apart)
 {
     enum { L = 1, OS = 64 };
     hl_vf_scalar o0_0 = hl_vzero_scalar();
@@ -3076,7 +3094,7 @@ HL_KERNEL_SCALAR void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_pr_2x4_sca
         const float *const value = (const float *)row[j].value + c;
         if (j < later) {
             const float *const next =
-                (const float *)row[j + 8].value + c;
+                (const float *)ask[j].value + c;
             HL_FETCH(next + 0);
         }
         hl_vf_scalar x;
@@ -3125,12 +3143,11 @@ HL_KERNEL_SCALAR void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_pr_2x4_sca
 }
 
 /* 1 head by 8 vectors of channels, read where they are stored.
- * Meanwhile lines of values 8 keys further on are asked for, as long as
- * j < later.
+ * Meanwhile lines of the values of `ask` are asked for, as long as j < later.
  */
 HL_KERNEL_SCALAR void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_pr_1x8_scalar(const float *p,
-    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n, int32_t later,
-    int32_t apart)
+    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n, const hl_row *ask,
+    int32_t later, int32_t apart)
 {
     enum { L = 1, OS = 64 };
     hl_vf_scalar o0_0 = hl_vzero_scalar();
@@ -3145,7 +3162,7 @@ HL_KERNEL_SCALAR void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_pr_1x8_sca
         const float *const value = (const float *)row[j].value + c;
         if (j < later) {
             const float *const next =
-                (const float *)row[j + 8].value + c;
+                (const float *)ask[j].value + c;
             HL_FETCH(next + 0);
         }
         const hl_vf_scalar x = hl_vset_scalar(p[j]);
@@ -3196,7 +3213,7 @@ HL_KERNEL_SCALAR void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_value_few_
     const hl_space *w, const hl_state *t, const hl_block *b, int32_t group)
 {
     enum { OS = 64, BLOCK = 16 };
-    const int32_t left = b->n + b->n_later - 8;
+    const int32_t left = b->asks < b->n ? b->asks : b->n;
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
         const int32_t later = h == 0 ? left : 0;
@@ -3204,7 +3221,7 @@ HL_KERNEL_SCALAR void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_value_few_
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 64; c += 2) {
             hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_pr_4x2_scalar(p, b->row, c, o + c,
-                t->alpha + h, b->n, b->value_apart ? later : 0, b->value_apart);
+                t->alpha + h, b->n, b->ask, b->value_apart ? later : 0, b->value_apart);
         }
     }
     for (; h + 2 <= group; h += 2) {
@@ -3213,7 +3230,7 @@ HL_KERNEL_SCALAR void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_value_few_
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 64; c += 4) {
             hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_pr_2x4_scalar(p, b->row, c, o + c,
-                t->alpha + h, b->n, b->value_apart ? later : 0, b->value_apart);
+                t->alpha + h, b->n, b->ask, b->value_apart ? later : 0, b->value_apart);
         }
     }
     for (; h + 1 <= group; h += 1) {
@@ -3222,7 +3239,7 @@ HL_KERNEL_SCALAR void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_value_few_
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 64; c += 8) {
             hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_pr_1x8_scalar(p, b->row, c, o + c,
-                t->alpha + h, b->n, b->value_apart ? later : 0, b->value_apart);
+                t->alpha + h, b->n, b->ask, b->value_apart ? later : 0, b->value_apart);
         }
     }
 }
@@ -3430,6 +3447,7 @@ HL_KERNEL_SCALAR void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_forward_sc
     enum { CAP = 48, AHEAD = 8 };
     const hl_incre_flash_attention_args *const a = &plan->args;
     const int32_t block = 16;
+    const int32_t ahead = 8;
     int32_t known = hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_next(a, g, &c, w->row, CAP);
     int32_t more = known == CAP;
     hl_block b;
@@ -3438,6 +3456,8 @@ HL_KERNEL_SCALAR void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_forward_sc
     while (known > 0) {
         b.n = known < block ? known : block;
         b.n_later = known - b.n;
+        b.ask = b.row + ahead;
+        b.asks = known - ahead;
         hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_block_scalar(plan, g, w, t, &b, padded);
         *t->seen = 1.0f;
         b.row += b.n;
@@ -3520,6 +3540,8 @@ static inline void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_walk_scalar(
     hl_space w[16];
     hl_group g[16];
     hl_block b;
+    hl_row *later; /* the next block's rows, of the first head */
+    hl_row *ask;
     int32_t chunks;
     for (int32_t h = 0; h < n; ++h) {
         (void)hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_group(plan, first + h, &g[h]);
@@ -3532,7 +3554,11 @@ static inline void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_walk_scalar(
         w[h].row = w[0].row;
         w[h].own = w[0].own;
     }
+    later = w[0].row + block;
+    ask = later + block;
     b.value_apart = hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_value_apart(a);
+    b.n_later = 0;
+    b.ask = ask;
     chunks = hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_chunks(a, &g[0]);
     for (int32_t chunk = 0; chunk < chunks; ++chunk) {
         const hl_cursor all =
@@ -3546,25 +3572,30 @@ static inline void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_walk_scalar(
         }
         c.end = end - c.at < block ? end : c.at + block;
         b.row = w[0].row;
-        b.n = c.at < c.end
-            ? hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_next_block(a, &g[0], c, b.row, block)
-            : 0;
-        for (int32_t h = 0; b.n > 0;) { /* behind a block's rows are those of the next in turn */
-            const int32_t later = h + 1 < n ? h + 1 : 0;
-            const hl_state *const t = chunk == 0 ? &w[h].state : &w[h].other;
-            if (later == 0) {
-                c.at = c.end;
-                c.end = end - c.at < block ? end : c.at + block;
+        while (c.at < c.end) {
+            hl_cursor next;
+            int32_t rows;
+            next.at = c.end;
+            next.within = 0;
+            next.end = end - next.at < block ? end : next.at + block;
+            rows = next.at < next.end
+                ? hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_next_block(a, &g[0], next, later,
+                block) : 0;
+            for (int32_t h = 0; h < n; ++h) {
+                const hl_state *const t = chunk == 0 ? &w[h].state : &w[h].other;
+                b.n =
+                    hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_next_block(a, &g[h], c, b.row,
+                    block);
+                b.asks =
+                    hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_share(a, later, rows, h, n, ask,
+                    block);
+                if (b.n > 0) {
+                    hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_block_scalar(plan, &g[h], &w[h],
+                        t, &b, padded);
+                    *t->seen = 1.0f;
+                }
             }
-            b.n_later = c.at < c.end
-                ? hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_next_block(a, &g[later], c, b.row
-                + b.n, block) : 0;
-            hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_block_scalar(plan, &g[h], &w[h], t, &b,
-                padded);
-            *t->seen = 1.0f;
-            HL_COPY(b.row, b.row + b.n, (size_t)b.n_later * sizeof *b.row);
-            b.n = b.n_later;
-            h = later;
+            c = next;
         }
         for (int32_t h = 0; h < n; ++h) {
             const hl_state *const t = chunk == 0 ? &w[h].state : &w[h].other;
@@ -3719,15 +3750,15 @@ HL_WORD_NEON void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_fetch_row_neon
     }
 }
 
-/* The whole block's keys, and its values where they are apart; meanwhile rows are asked for that
- * lie 8 further on, in this block or in the next. */
+/* The whole block's keys, and its values where they are apart; meanwhile later rows are asked
+ * for. */
 HL_KERNEL_NEON void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_load_neon(const hl_space *w,
     const hl_block *b)
 {
     enum { DV = 64, KS = 64, VS = 64 };
     for (int32_t j = 0; j < b->n; ++j) {
-        if (j + 8 < b->n + b->n_later) {
-            hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_fetch_row_neon(&b->row[j + 8],
+        if (j < b->asks) {
+            hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_fetch_row_neon(&b->ask[j],
                 b->value_apart);
         }
         hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_load_key_neon(&b->row[j], w->k
@@ -4334,31 +4365,27 @@ HL_KERNEL_NEON void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_dot_1x16_neo
 HL_KERNEL_NEON void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_score_few_neon(
     const hl_space *w, const hl_block *b, int32_t group, float scale)
 {
-    enum { QS = 64, BLOCK = 64, AHEAD = 24 };
-    const int32_t known = b->n + b->n_later;
+    enum { QS = 64, BLOCK = 64 };
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
         for (int32_t j = 0; j < b->n; j += 4) {
-            const int32_t later = j + AHEAD;
             hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_dot_4x4_neon(w->q + (ptrdiff_t)h * QS,
-                b->row + j, b->n - 1 - j, w->s + h * BLOCK + j * 4, scale, h == 0 && later
-                + 4 <= known ? b->row + later : NULL, b->value_apart);
+                b->row + j, b->n - 1 - j, w->s + h * BLOCK + j * 4, scale, h == 0 && j
+                + 4 <= b->asks ? b->ask + j : NULL, b->value_apart);
         }
     }
     for (; h + 2 <= group; h += 2) {
         for (int32_t j = 0; j < b->n; j += 8) {
-            const int32_t later = j + AHEAD;
             hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_dot_2x8_neon(w->q + (ptrdiff_t)h * QS,
-                b->row + j, b->n - 1 - j, w->s + h * BLOCK + j * 2, scale, h == 0 && later
-                + 8 <= known ? b->row + later : NULL, b->value_apart);
+                b->row + j, b->n - 1 - j, w->s + h * BLOCK + j * 2, scale, h == 0 && j
+                + 8 <= b->asks ? b->ask + j : NULL, b->value_apart);
         }
     }
     for (; h + 1 <= group; h += 1) {
         for (int32_t j = 0; j < b->n; j += 16) {
-            const int32_t later = j + AHEAD;
             hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_dot_1x16_neon(w->q + (ptrdiff_t)h * QS,
-                b->row + j, b->n - 1 - j, w->s + h * BLOCK + j * 1, scale, h == 0 && later
-                + 16 <= known ? b->row + later : NULL, b->value_apart);
+                b->row + j, b->n - 1 - j, w->s + h * BLOCK + j * 1, scale, h == 0 && j
+                + 16 <= b->asks ? b->ask + j : NULL, b->value_apart);
         }
     }
 }
@@ -4765,12 +4792,11 @@ HL_KERNEL_NEON void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_value_neon(c
 }
 
 /* 4 heads by 4 vectors of channels, read where they are stored.
- * Meanwhile lines of values 24 keys further on are asked for, as long as
- * j < later.
+ * Meanwhile lines of the values of `ask` are asked for, as long as j < later.
  */
 HL_KERNEL_NEON void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_pr_4x4_neon(const float *p,
-    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n, int32_t later,
-    int32_t apart)
+    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n, const hl_row *ask,
+    int32_t later, int32_t apart)
 {
     enum { L = 4, OS = 64 };
     hl_vf_neon o0_0 = hl_vzero_neon();
@@ -4793,7 +4819,7 @@ HL_KERNEL_NEON void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_pr_4x4_neon(
         const float *const value = (const float *)row[j].value + c;
         if (j < later) {
             const float *const next =
-                (const float *)row[j + 24].value + c;
+                (const float *)ask[j].value + c;
             HL_FETCH(next + 0);
         }
         hl_vf_neon x;
@@ -4860,12 +4886,11 @@ HL_KERNEL_NEON void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_pr_4x4_neon(
 }
 
 /* 2 heads by 8 vectors of channels, read where they are stored.
- * Meanwhile lines of values 24 keys further on are asked for, as long as
- * j < later.
+ * Meanwhile lines of the values of `ask` are asked for, as long as j < later.
  */
 HL_KERNEL_NEON void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_pr_2x8_neon(const float *p,
-    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n, int32_t later,
-    int32_t apart)
+    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n, const hl_row *ask,
+    int32_t later, int32_t apart)
 {
     enum { L = 4, OS = 64 };
     hl_vf_neon o0_0 = hl_vzero_neon();
@@ -4888,7 +4913,7 @@ HL_KERNEL_NEON void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_pr_2x8_neon(
         const float *const value = (const float *)row[j].value + c;
         if (j < later) {
             const float *const next =
-                (const float *)row[j + 24].value + c;
+                (const float *)ask[j].value + c;
             HL_FETCH(next + 0);
             HL_FETCH(next + 16);
         }
@@ -4960,12 +4985,11 @@ HL_KERNEL_NEON void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_pr_2x8_neon(
 }
 
 /* 1 head by 16 vectors of channels, read where they are stored.
- * Meanwhile lines of values 24 keys further on are asked for, as long as
- * j < later.
+ * Meanwhile lines of the values of `ask` are asked for, as long as j < later.
  */
 HL_KERNEL_NEON void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_pr_1x16_neon(const float *p,
-    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n, int32_t later,
-    int32_t apart)
+    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n, const hl_row *ask,
+    int32_t later, int32_t apart)
 {
     enum { L = 4, OS = 64 };
     hl_vf_neon o0_0 = hl_vzero_neon();
@@ -4988,7 +5012,7 @@ HL_KERNEL_NEON void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_pr_1x16_neon
         const float *const value = (const float *)row[j].value + c;
         if (j < later) {
             const float *const next =
-                (const float *)row[j + 24].value + c;
+                (const float *)ask[j].value + c;
             HL_FETCH(next + 16);
             HL_FETCH(next + 48);
             if (apart) {
@@ -5064,7 +5088,7 @@ HL_KERNEL_NEON void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_value_few_ne
     const hl_space *w, const hl_state *t, const hl_block *b, int32_t group)
 {
     enum { OS = 64, BLOCK = 64 };
-    const int32_t left = b->n + b->n_later - 24;
+    const int32_t left = b->asks < b->n ? b->asks : b->n;
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
         const int32_t later = h == 0 ? left : 0;
@@ -5072,7 +5096,7 @@ HL_KERNEL_NEON void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_value_few_ne
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 64; c += 16) {
             hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_pr_4x4_neon(p, b->row, c, o + c,
-                t->alpha + h, b->n, b->value_apart ? later : 0, b->value_apart);
+                t->alpha + h, b->n, b->ask, b->value_apart ? later : 0, b->value_apart);
         }
     }
     for (; h + 2 <= group; h += 2) {
@@ -5081,7 +5105,7 @@ HL_KERNEL_NEON void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_value_few_ne
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 64; c += 32) {
             hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_pr_2x8_neon(p, b->row, c, o + c,
-                t->alpha + h, b->n, later, b->value_apart);
+                t->alpha + h, b->n, b->ask, later, b->value_apart);
         }
     }
     for (; h + 1 <= group; h += 1) {
@@ -5090,7 +5114,7 @@ HL_KERNEL_NEON void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_value_few_ne
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 64; c += 64) {
             hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_pr_1x16_neon(p, b->row, c, o + c,
-                t->alpha + h, b->n, later, b->value_apart);
+                t->alpha + h, b->n, b->ask, later, b->value_apart);
         }
     }
 }
@@ -5307,10 +5331,11 @@ HL_KERNEL_NEON void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_forward_neon
     const hl_incre_flash_attention_plan *plan, const hl_group *g, const hl_space *w,
     const hl_state *t, hl_cursor c, int32_t padded)
 {
-    enum { CAP = 176, AHEAD = 24 };
+    enum { CAP = 192, AHEAD = 24 };
     const hl_incre_flash_attention_args *const a = &plan->args;
     const int32_t block = plan->group > 16 ? 64 : plan->group <= 3
         && !hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_value_apart(a) ? 32 : 64;
+    const int32_t ahead = plan->group > 16 ? 8 : 24;
     int32_t known = hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_next(a, g, &c, w->row, CAP);
     int32_t more = known == CAP;
     hl_block b;
@@ -5319,6 +5344,8 @@ HL_KERNEL_NEON void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_forward_neon
     while (known > 0) {
         b.n = known < block ? known : block;
         b.n_later = known - b.n;
+        b.ask = b.row + ahead;
+        b.asks = known - ahead;
         hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_block_neon(plan, g, w, t, &b, padded);
         *t->seen = 1.0f;
         b.row += b.n;
@@ -5406,6 +5433,8 @@ static inline void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_walk_neon(
     hl_space w[16];
     hl_group g[16];
     hl_block b;
+    hl_row *later; /* the next block's rows, of the first head */
+    hl_row *ask;
     int32_t chunks;
     for (int32_t h = 0; h < n; ++h) {
         (void)hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_group(plan, first + h, &g[h]);
@@ -5418,7 +5447,11 @@ static inline void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_walk_neon(
         w[h].row = w[0].row;
         w[h].own = w[0].own;
     }
+    later = w[0].row + block;
+    ask = later + block;
     b.value_apart = hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_value_apart(a);
+    b.n_later = 0;
+    b.ask = ask;
     chunks = hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_chunks(a, &g[0]);
     for (int32_t chunk = 0; chunk < chunks; ++chunk) {
         const hl_cursor all =
@@ -5432,25 +5465,30 @@ static inline void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_walk_neon(
         }
         c.end = end - c.at < block ? end : c.at + block;
         b.row = w[0].row;
-        b.n = c.at < c.end
-            ? hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_next_block(a, &g[0], c, b.row, block)
-            : 0;
-        for (int32_t h = 0; b.n > 0;) { /* behind a block's rows are those of the next in turn */
-            const int32_t later = h + 1 < n ? h + 1 : 0;
-            const hl_state *const t = chunk == 0 ? &w[h].state : &w[h].other;
-            if (later == 0) {
-                c.at = c.end;
-                c.end = end - c.at < block ? end : c.at + block;
+        while (c.at < c.end) {
+            hl_cursor next;
+            int32_t rows;
+            next.at = c.end;
+            next.within = 0;
+            next.end = end - next.at < block ? end : next.at + block;
+            rows = next.at < next.end
+                ? hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_next_block(a, &g[0], next, later,
+                block) : 0;
+            for (int32_t h = 0; h < n; ++h) {
+                const hl_state *const t = chunk == 0 ? &w[h].state : &w[h].other;
+                b.n =
+                    hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_next_block(a, &g[h], c, b.row,
+                    block);
+                b.asks =
+                    hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_share(a, later, rows, h, n, ask,
+                    block);
+                if (b.n > 0) {
+                    hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_block_neon(plan, &g[h], &w[h],
+                        t, &b, padded);
+                    *t->seen = 1.0f;
+                }
             }
-            b.n_later = c.at < c.end
-                ? hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_next_block(a, &g[later], c, b.row
-                + b.n, block) : 0;
-            hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_block_neon(plan, &g[h], &w[h], t, &b,
-                padded);
-            *t->seen = 1.0f;
-            HL_COPY(b.row, b.row + b.n, (size_t)b.n_later * sizeof *b.row);
-            b.n = b.n_later;
-            h = later;
+            c = next;
         }
         for (int32_t h = 0; h < n; ++h) {
             const hl_state *const t = chunk == 0 ? &w[h].state : &w[h].other;
@@ -5607,15 +5645,15 @@ HL_WORD_AVX2 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_fetch_row_avx2
     }
 }
 
-/* The whole block's keys, and its values where they are apart; meanwhile rows are asked for that
- * lie 8 further on, in this block or in the next. */
+/* The whole block's keys, and its values where they are apart; meanwhile later rows are asked
+ * for. */
 HL_KERNEL_AVX2 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_load_avx2(const hl_space *w,
     const hl_block *b)
 {
     enum { DV = 64, KS = 64, VS = 64 };
     for (int32_t j = 0; j < b->n; ++j) {
-        if (j + 8 < b->n + b->n_later) {
-            hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_fetch_row_avx2(&b->row[j + 8],
+        if (j < b->asks) {
+            hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_fetch_row_avx2(&b->ask[j],
                 b->value_apart);
         }
         hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_load_key_avx2(&b->row[j], w->k
@@ -6132,31 +6170,27 @@ HL_KERNEL_AVX2 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_dot_1x8_avx2
 HL_KERNEL_AVX2 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_score_few_avx2(
     const hl_space *w, const hl_block *b, int32_t group, float scale)
 {
-    enum { QS = 64, BLOCK = 48, AHEAD = 24 };
-    const int32_t known = b->n + b->n_later;
+    enum { QS = 64, BLOCK = 48 };
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
         for (int32_t j = 0; j < b->n; j += 2) {
-            const int32_t later = j + AHEAD;
             hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_dot_4x2_avx2(w->q + (ptrdiff_t)h * QS,
-                b->row + j, b->n - 1 - j, w->s + h * BLOCK + j * 4, scale, h == 0 && later
-                + 2 <= known ? b->row + later : NULL, b->value_apart);
+                b->row + j, b->n - 1 - j, w->s + h * BLOCK + j * 4, scale, h == 0 && j
+                + 2 <= b->asks ? b->ask + j : NULL, b->value_apart);
         }
     }
     for (; h + 2 <= group; h += 2) {
         for (int32_t j = 0; j < b->n; j += 4) {
-            const int32_t later = j + AHEAD;
             hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_dot_2x4_avx2(w->q + (ptrdiff_t)h * QS,
-                b->row + j, b->n - 1 - j, w->s + h * BLOCK + j * 2, scale, h == 0 && later
-                + 4 <= known ? b->row + later : NULL, b->value_apart);
+                b->row + j, b->n - 1 - j, w->s + h * BLOCK + j * 2, scale, h == 0 && j
+                + 4 <= b->asks ? b->ask + j : NULL, b->value_apart);
         }
     }
     for (; h + 1 <= group; h += 1) {
         for (int32_t j = 0; j < b->n; j += 8) {
-            const int32_t later = j + AHEAD;
             hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_dot_1x8_avx2(w->q + (ptrdiff_t)h * QS,
-                b->row + j, b->n - 1 - j, w->s + h * BLOCK + j * 1, scale, h == 0 && later
-                + 8 <= known ? b->row + later : NULL, b->value_apart);
+                b->row + j, b->n - 1 - j, w->s + h * BLOCK + j * 1, scale, h == 0 && j
+                + 8 <= b->asks ? b->ask + j : NULL, b->value_apart);
         }
     }
 }
@@ -6564,12 +6598,11 @@ HL_KERNEL_AVX2 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_value_avx2(c
 }
 
 /* 4 heads by 2 vectors of channels, read where they are stored.
- * Meanwhile lines of values 24 keys further on are asked for, as long as
- * j < later.
+ * Meanwhile lines of the values of `ask` are asked for, as long as j < later.
  */
 HL_KERNEL_AVX2 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_pr_4x2_avx2(const float *p,
-    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n, int32_t later,
-    int32_t apart)
+    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n, const hl_row *ask,
+    int32_t later, int32_t apart)
 {
     enum { L = 8, OS = 64 };
     hl_vf_avx2 o0_0 = hl_vzero_avx2();
@@ -6584,7 +6617,7 @@ HL_KERNEL_AVX2 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_pr_4x2_avx2(
         const float *const value = (const float *)row[j].value + c;
         if (j < later) {
             const float *const next =
-                (const float *)row[j + 24].value + c;
+                (const float *)ask[j].value + c;
             HL_FETCH(next + 0);
         }
         hl_vf_avx2 x;
@@ -6624,12 +6657,11 @@ HL_KERNEL_AVX2 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_pr_4x2_avx2(
 }
 
 /* 2 heads by 4 vectors of channels, read where they are stored.
- * Meanwhile lines of values 24 keys further on are asked for, as long as
- * j < later.
+ * Meanwhile lines of the values of `ask` are asked for, as long as j < later.
  */
 HL_KERNEL_AVX2 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_pr_2x4_avx2(const float *p,
-    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n, int32_t later,
-    int32_t apart)
+    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n, const hl_row *ask,
+    int32_t later, int32_t apart)
 {
     enum { L = 8, OS = 64 };
     hl_vf_avx2 o0_0 = hl_vzero_avx2();
@@ -6644,7 +6676,7 @@ HL_KERNEL_AVX2 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_pr_2x4_avx2(
         const float *const value = (const float *)row[j].value + c;
         if (j < later) {
             const float *const next =
-                (const float *)row[j + 24].value + c;
+                (const float *)ask[j].value + c;
             HL_FETCH(next + 0);
             HL_FETCH(next + 16);
         }
@@ -6686,12 +6718,11 @@ HL_KERNEL_AVX2 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_pr_2x4_avx2(
 }
 
 /* 1 head by 8 vectors of channels, read where they are stored.
- * Meanwhile lines of values 24 keys further on are asked for, as long as
- * j < later.
+ * Meanwhile lines of the values of `ask` are asked for, as long as j < later.
  */
 HL_KERNEL_AVX2 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_pr_1x8_avx2(const float *p,
-    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n, int32_t later,
-    int32_t apart)
+    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n, const hl_row *ask,
+    int32_t later, int32_t apart)
 {
     enum { L = 8, OS = 64 };
     hl_vf_avx2 o0_0 = hl_vzero_avx2();
@@ -6706,7 +6737,7 @@ HL_KERNEL_AVX2 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_pr_1x8_avx2(
         const float *const value = (const float *)row[j].value + c;
         if (j < later) {
             const float *const next =
-                (const float *)row[j + 24].value + c;
+                (const float *)ask[j].value + c;
             HL_FETCH(next + 16);
             HL_FETCH(next + 48);
             if (apart) {
@@ -6754,7 +6785,7 @@ HL_KERNEL_AVX2 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_value_few_av
     const hl_space *w, const hl_state *t, const hl_block *b, int32_t group)
 {
     enum { OS = 64, BLOCK = 48 };
-    const int32_t left = b->n + b->n_later - 24;
+    const int32_t left = b->asks < b->n ? b->asks : b->n;
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
         const int32_t later = h == 0 ? left : 0;
@@ -6762,7 +6793,7 @@ HL_KERNEL_AVX2 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_value_few_av
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 64; c += 16) {
             hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_pr_4x2_avx2(p, b->row, c, o + c,
-                t->alpha + h, b->n, b->value_apart ? later : 0, b->value_apart);
+                t->alpha + h, b->n, b->ask, b->value_apart ? later : 0, b->value_apart);
         }
     }
     for (; h + 2 <= group; h += 2) {
@@ -6771,7 +6802,7 @@ HL_KERNEL_AVX2 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_value_few_av
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 64; c += 32) {
             hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_pr_2x4_avx2(p, b->row, c, o + c,
-                t->alpha + h, b->n, later, b->value_apart);
+                t->alpha + h, b->n, b->ask, later, b->value_apart);
         }
     }
     for (; h + 1 <= group; h += 1) {
@@ -6780,7 +6811,7 @@ HL_KERNEL_AVX2 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_value_few_av
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 64; c += 64) {
             hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_pr_1x8_avx2(p, b->row, c, o + c,
-                t->alpha + h, b->n, later, b->value_apart);
+                t->alpha + h, b->n, b->ask, later, b->value_apart);
         }
     }
 }
@@ -6997,10 +7028,11 @@ HL_KERNEL_AVX2 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_forward_avx2
     const hl_incre_flash_attention_plan *plan, const hl_group *g, const hl_space *w,
     const hl_state *t, hl_cursor c, int32_t padded)
 {
-    enum { CAP = 192, AHEAD = 24 };
+    enum { CAP = 288, AHEAD = 24 };
     const hl_incre_flash_attention_args *const a = &plan->args;
     const int32_t block = plan->group > 16 ? 96 : plan->group <= 3
         && !hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_value_apart(a) ? 32 : 48;
+    const int32_t ahead = plan->group > 16 ? 8 : 24;
     int32_t known = hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_next(a, g, &c, w->row, CAP);
     int32_t more = known == CAP;
     hl_block b;
@@ -7009,6 +7041,8 @@ HL_KERNEL_AVX2 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_forward_avx2
     while (known > 0) {
         b.n = known < block ? known : block;
         b.n_later = known - b.n;
+        b.ask = b.row + ahead;
+        b.asks = known - ahead;
         hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_block_avx2(plan, g, w, t, &b, padded);
         *t->seen = 1.0f;
         b.row += b.n;
@@ -7097,6 +7131,8 @@ static inline void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_walk_avx2(
     hl_space w[16];
     hl_group g[16];
     hl_block b;
+    hl_row *later; /* the next block's rows, of the first head */
+    hl_row *ask;
     int32_t chunks;
     for (int32_t h = 0; h < n; ++h) {
         (void)hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_group(plan, first + h, &g[h]);
@@ -7109,7 +7145,11 @@ static inline void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_walk_avx2(
         w[h].row = w[0].row;
         w[h].own = w[0].own;
     }
+    later = w[0].row + block;
+    ask = later + block;
     b.value_apart = hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_value_apart(a);
+    b.n_later = 0;
+    b.ask = ask;
     chunks = hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_chunks(a, &g[0]);
     for (int32_t chunk = 0; chunk < chunks; ++chunk) {
         const hl_cursor all =
@@ -7123,25 +7163,30 @@ static inline void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_walk_avx2(
         }
         c.end = end - c.at < block ? end : c.at + block;
         b.row = w[0].row;
-        b.n = c.at < c.end
-            ? hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_next_block(a, &g[0], c, b.row, block)
-            : 0;
-        for (int32_t h = 0; b.n > 0;) { /* behind a block's rows are those of the next in turn */
-            const int32_t later = h + 1 < n ? h + 1 : 0;
-            const hl_state *const t = chunk == 0 ? &w[h].state : &w[h].other;
-            if (later == 0) {
-                c.at = c.end;
-                c.end = end - c.at < block ? end : c.at + block;
+        while (c.at < c.end) {
+            hl_cursor next;
+            int32_t rows;
+            next.at = c.end;
+            next.within = 0;
+            next.end = end - next.at < block ? end : next.at + block;
+            rows = next.at < next.end
+                ? hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_next_block(a, &g[0], next, later,
+                block) : 0;
+            for (int32_t h = 0; h < n; ++h) {
+                const hl_state *const t = chunk == 0 ? &w[h].state : &w[h].other;
+                b.n =
+                    hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_next_block(a, &g[h], c, b.row,
+                    block);
+                b.asks =
+                    hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_share(a, later, rows, h, n, ask,
+                    block);
+                if (b.n > 0) {
+                    hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_block_avx2(plan, &g[h], &w[h],
+                        t, &b, padded);
+                    *t->seen = 1.0f;
+                }
             }
-            b.n_later = c.at < c.end
-                ? hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_next_block(a, &g[later], c, b.row
-                + b.n, block) : 0;
-            hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_block_avx2(plan, &g[h], &w[h], t, &b,
-                padded);
-            *t->seen = 1.0f;
-            HL_COPY(b.row, b.row + b.n, (size_t)b.n_later * sizeof *b.row);
-            b.n = b.n_later;
-            h = later;
+            c = next;
         }
         for (int32_t h = 0; h < n; ++h) {
             const hl_state *const t = chunk == 0 ? &w[h].state : &w[h].other;
@@ -7300,15 +7345,15 @@ HL_WORD_AVX512 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_fetch_row_av
     }
 }
 
-/* The whole block's keys, and its values where they are apart; meanwhile rows are asked for that
- * lie 8 further on, in this block or in the next. */
+/* The whole block's keys, and its values where they are apart; meanwhile later rows are asked
+ * for. */
 HL_KERNEL_AVX512 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_load_avx512(const hl_space *w,
     const hl_block *b)
 {
     enum { DV = 64, KS = 64, VS = 64 };
     for (int32_t j = 0; j < b->n; ++j) {
-        if (j + 8 < b->n + b->n_later) {
-            hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_fetch_row_avx512(&b->row[j + 8],
+        if (j < b->asks) {
+            hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_fetch_row_avx512(&b->ask[j],
                 b->value_apart);
         }
         hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_load_key_avx512(&b->row[j], w->k
@@ -8105,31 +8150,27 @@ HL_KERNEL_AVX512 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_dot_1x16_a
 HL_KERNEL_AVX512 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_score_few_avx512(
     const hl_space *w, const hl_block *b, int32_t group, float scale)
 {
-    enum { QS = 64, BLOCK = 96, AHEAD = 24 };
-    const int32_t known = b->n + b->n_later;
+    enum { QS = 64, BLOCK = 96 };
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
         for (int32_t j = 0; j < b->n; j += 4) {
-            const int32_t later = j + AHEAD;
             hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_dot_4x4_avx512(w->q + (ptrdiff_t)h * QS,
-                b->row + j, b->n - 1 - j, w->s + h * BLOCK + j * 4, scale, h == 0 && later
-                + 4 <= known ? b->row + later : NULL, b->value_apart);
+                b->row + j, b->n - 1 - j, w->s + h * BLOCK + j * 4, scale, h == 0 && j
+                + 4 <= b->asks ? b->ask + j : NULL, b->value_apart);
         }
     }
     for (; h + 2 <= group; h += 2) {
         for (int32_t j = 0; j < b->n; j += 8) {
-            const int32_t later = j + AHEAD;
             hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_dot_2x8_avx512(w->q + (ptrdiff_t)h * QS,
-                b->row + j, b->n - 1 - j, w->s + h * BLOCK + j * 2, scale, h == 0 && later
-                + 8 <= known ? b->row + later : NULL, b->value_apart);
+                b->row + j, b->n - 1 - j, w->s + h * BLOCK + j * 2, scale, h == 0 && j
+                + 8 <= b->asks ? b->ask + j : NULL, b->value_apart);
         }
     }
     for (; h + 1 <= group; h += 1) {
         for (int32_t j = 0; j < b->n; j += 16) {
-            const int32_t later = j + AHEAD;
             hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_dot_1x16_avx512(w->q + (ptrdiff_t)h
-                * QS, b->row + j, b->n - 1 - j, w->s + h * BLOCK + j * 1, scale, h == 0 && later
-                + 16 <= known ? b->row + later : NULL, b->value_apart);
+                * QS, b->row + j, b->n - 1 - j, w->s + h * BLOCK + j * 1, scale, h == 0 && j
+                + 16 <= b->asks ? b->ask + j : NULL, b->value_apart);
         }
     }
 }
@@ -8965,12 +9006,11 @@ HL_KERNEL_AVX512 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_value_avx5
 }
 
 /* 4 heads by 4 vectors of channels, read where they are stored.
- * Meanwhile lines of values 24 keys further on are asked for, as long as
- * j < later.
+ * Meanwhile lines of the values of `ask` are asked for, as long as j < later.
  */
 HL_KERNEL_AVX512 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_pr_4x4_avx512(const float *p,
-    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n, int32_t later,
-    int32_t apart)
+    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n, const hl_row *ask,
+    int32_t later, int32_t apart)
 {
     enum { L = 16, OS = 64 };
     hl_vf_avx512 o0_0 = hl_vzero_avx512();
@@ -8993,7 +9033,7 @@ HL_KERNEL_AVX512 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_pr_4x4_avx
         const float *const value = (const float *)row[j].value + c;
         if (j < later) {
             const float *const next =
-                (const float *)row[j + 24].value + c;
+                (const float *)ask[j].value + c;
             HL_FETCH(next + 0);
             HL_FETCH(next + 16);
             HL_FETCH(next + 32);
@@ -9079,12 +9119,11 @@ HL_KERNEL_AVX512 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_pr_4x4_avx
 }
 
 /* 2 heads by 4 vectors of channels, read where they are stored.
- * Meanwhile lines of values 24 keys further on are asked for, as long as
- * j < later.
+ * Meanwhile lines of the values of `ask` are asked for, as long as j < later.
  */
 HL_KERNEL_AVX512 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_pr_2x4_avx512(const float *p,
-    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n, int32_t later,
-    int32_t apart)
+    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n, const hl_row *ask,
+    int32_t later, int32_t apart)
 {
     enum { L = 16, OS = 64 };
     hl_vf_avx512 o0_0 = hl_vzero_avx512();
@@ -9099,7 +9138,7 @@ HL_KERNEL_AVX512 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_pr_2x4_avx
         const float *const value = (const float *)row[j].value + c;
         if (j < later) {
             const float *const next =
-                (const float *)row[j + 24].value + c;
+                (const float *)ask[j].value + c;
             HL_FETCH(next + 0);
             HL_FETCH(next + 16);
             HL_FETCH(next + 32);
@@ -9151,12 +9190,11 @@ HL_KERNEL_AVX512 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_pr_2x4_avx
 }
 
 /* 1 head by 4 vectors of channels, read where they are stored.
- * Meanwhile lines of values 24 keys further on are asked for, as long as
- * j < later.
+ * Meanwhile lines of the values of `ask` are asked for, as long as j < later.
  */
 HL_KERNEL_AVX512 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_pr_1x4_avx512(const float *p,
-    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n, int32_t later,
-    int32_t apart)
+    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n, const hl_row *ask,
+    int32_t later, int32_t apart)
 {
     enum { L = 16, OS = 64 };
     hl_vf_avx512 o0_0 = hl_vzero_avx512();
@@ -9167,7 +9205,7 @@ HL_KERNEL_AVX512 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_pr_1x4_avx
         const float *const value = (const float *)row[j].value + c;
         if (j < later) {
             const float *const next =
-                (const float *)row[j + 24].value + c;
+                (const float *)ask[j].value + c;
             HL_FETCH(next + 16);
             HL_FETCH(next + 48);
             if (apart) {
@@ -9205,7 +9243,7 @@ HL_KERNEL_AVX512 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_value_few_
     const hl_space *w, const hl_state *t, const hl_block *b, int32_t group)
 {
     enum { OS = 64, BLOCK = 96 };
-    const int32_t left = b->n + b->n_later - 24;
+    const int32_t left = b->asks < b->n ? b->asks : b->n;
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
         const int32_t later = h == 0 ? left : 0;
@@ -9213,7 +9251,7 @@ HL_KERNEL_AVX512 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_value_few_
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 64; c += 64) {
             hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_pr_4x4_avx512(p, b->row, c, o + c,
-                t->alpha + h, b->n, b->value_apart ? later : 0, b->value_apart);
+                t->alpha + h, b->n, b->ask, b->value_apart ? later : 0, b->value_apart);
         }
     }
     for (; h + 2 <= group; h += 2) {
@@ -9222,7 +9260,7 @@ HL_KERNEL_AVX512 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_value_few_
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 64; c += 64) {
             hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_pr_2x4_avx512(p, b->row, c, o + c,
-                t->alpha + h, b->n, later, b->value_apart);
+                t->alpha + h, b->n, b->ask, later, b->value_apart);
         }
     }
     for (; h + 1 <= group; h += 1) {
@@ -9231,7 +9269,7 @@ HL_KERNEL_AVX512 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_value_few_
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 64; c += 64) {
             hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_pr_1x4_avx512(p, b->row, c, o + c,
-                t->alpha + h, b->n, later, b->value_apart);
+                t->alpha + h, b->n, b->ask, later, b->value_apart);
         }
     }
 }
@@ -9449,10 +9487,11 @@ HL_KERNEL_AVX512 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_forward_av
     const hl_incre_flash_attention_plan *plan, const hl_group *g, const hl_space *w,
     const hl_state *t, hl_cursor c, int32_t padded)
 {
-    enum { CAP = 240, AHEAD = 24 };
+    enum { CAP = 288, AHEAD = 24 };
     const hl_incre_flash_attention_args *const a = &plan->args;
     const int32_t block = plan->group > 32 ? 96 : plan->group <= 3
         && !hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_value_apart(a) ? 32 : 96;
+    const int32_t ahead = plan->group > 32 ? 8 : 24;
     int32_t known = hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_next(a, g, &c, w->row, CAP);
     int32_t more = known == CAP;
     hl_block b;
@@ -9461,6 +9500,8 @@ HL_KERNEL_AVX512 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_forward_av
     while (known > 0) {
         b.n = known < block ? known : block;
         b.n_later = known - b.n;
+        b.ask = b.row + ahead;
+        b.asks = known - ahead;
         hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_block_avx512(plan, g, w, t, &b, padded);
         *t->seen = 1.0f;
         b.row += b.n;
@@ -9549,6 +9590,8 @@ static inline void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_walk_avx512(
     hl_space w[16];
     hl_group g[16];
     hl_block b;
+    hl_row *later; /* the next block's rows, of the first head */
+    hl_row *ask;
     int32_t chunks;
     for (int32_t h = 0; h < n; ++h) {
         (void)hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_group(plan, first + h, &g[h]);
@@ -9561,7 +9604,11 @@ static inline void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_walk_avx512(
         w[h].row = w[0].row;
         w[h].own = w[0].own;
     }
+    later = w[0].row + block;
+    ask = later + block;
     b.value_apart = hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_value_apart(a);
+    b.n_later = 0;
+    b.ask = ask;
     chunks = hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_chunks(a, &g[0]);
     for (int32_t chunk = 0; chunk < chunks; ++chunk) {
         const hl_cursor all =
@@ -9575,25 +9622,30 @@ static inline void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_walk_avx512(
         }
         c.end = end - c.at < block ? end : c.at + block;
         b.row = w[0].row;
-        b.n = c.at < c.end
-            ? hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_next_block(a, &g[0], c, b.row, block)
-            : 0;
-        for (int32_t h = 0; b.n > 0;) { /* behind a block's rows are those of the next in turn */
-            const int32_t later = h + 1 < n ? h + 1 : 0;
-            const hl_state *const t = chunk == 0 ? &w[h].state : &w[h].other;
-            if (later == 0) {
-                c.at = c.end;
-                c.end = end - c.at < block ? end : c.at + block;
+        while (c.at < c.end) {
+            hl_cursor next;
+            int32_t rows;
+            next.at = c.end;
+            next.within = 0;
+            next.end = end - next.at < block ? end : next.at + block;
+            rows = next.at < next.end
+                ? hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_next_block(a, &g[0], next, later,
+                block) : 0;
+            for (int32_t h = 0; h < n; ++h) {
+                const hl_state *const t = chunk == 0 ? &w[h].state : &w[h].other;
+                b.n =
+                    hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_next_block(a, &g[h], c, b.row,
+                    block);
+                b.asks =
+                    hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_share(a, later, rows, h, n, ask,
+                    block);
+                if (b.n > 0) {
+                    hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_block_avx512(plan, &g[h], &w[h],
+                        t, &b, padded);
+                    *t->seen = 1.0f;
+                }
             }
-            b.n_later = c.at < c.end
-                ? hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_next_block(a, &g[later], c, b.row
-                + b.n, block) : 0;
-            hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_block_avx512(plan, &g[h], &w[h], t, &b,
-                padded);
-            *t->seen = 1.0f;
-            HL_COPY(b.row, b.row + b.n, (size_t)b.n_later * sizeof *b.row);
-            b.n = b.n_later;
-            h = later;
+            c = next;
         }
         for (int32_t h = 0; h < n; ++h) {
             const hl_state *const t = chunk == 0 ? &w[h].state : &w[h].other;

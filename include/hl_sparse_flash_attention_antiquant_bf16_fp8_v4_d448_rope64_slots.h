@@ -680,12 +680,14 @@ typedef struct hl_row {
     ptrdiff_t token; /* decoding: which row of its batch's cache it is                         */
 } hl_row;
 
-/* One block of keys; behind its rows lie those of later keys, which are asked for meanwhile. */
+/* One block of keys; behind its rows lie those of later keys. */
 typedef struct hl_block {
     hl_row *row;
     int32_t n;
     int32_t n_later;
     int32_t value_apart; /* values are not the keys' first channels                            */
+    const hl_row *ask;   /* while key j is in use, lines of the row ask[j] are asked for,      */
+    int32_t asks;        /* as long as j is below this                                         */
 } hl_block;
 
 /* The workspace of one task, cut into its named slices. */
@@ -3862,8 +3864,8 @@ HL_KERNEL_SCALAR void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_softmaxes_few_scalar
 /* 4 heads by 2 vectors of channels, read where they are stored.
  */
 HL_KERNEL_SCALAR void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_pr_4x2_scalar(const float *p,
-    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n, int32_t later,
-    int32_t apart)
+    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n, const hl_row *ask,
+    int32_t later, int32_t apart)
 {
     enum { L = 1, OS = 512 };
     hl_vf_scalar o0_0 = hl_vzero_scalar();
@@ -3894,6 +3896,7 @@ HL_KERNEL_SCALAR void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_pr_4x2_scalar(const 
         o3_1 = hl_vfma_scalar(x, v1, o3_1);
     }
     (void)later;
+    (void)ask;
     (void)apart;
     hl_vstore_scalar(o + 0 * OS + 0 * L,
                      hl_vfma_scalar(hl_vset_scalar(alpha[0]), hl_vload_scalar(o + 0 * OS + 0 * L),
@@ -3924,8 +3927,8 @@ HL_KERNEL_SCALAR void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_pr_4x2_scalar(const 
 /* 2 heads by 4 vectors of channels, read where they are stored.
  */
 HL_KERNEL_SCALAR void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_pr_2x4_scalar(const float *p,
-    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n, int32_t later,
-    int32_t apart)
+    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n, const hl_row *ask,
+    int32_t later, int32_t apart)
 {
     enum { L = 1, OS = 512 };
     hl_vf_scalar o0_0 = hl_vzero_scalar();
@@ -3957,6 +3960,7 @@ HL_KERNEL_SCALAR void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_pr_2x4_scalar(const 
         o1_3 = hl_vfma_scalar(x, v3, o1_3);
     }
     (void)later;
+    (void)ask;
     (void)apart;
     hl_vstore_scalar(o + 0 * OS + 0 * L,
                      hl_vfma_scalar(hl_vset_scalar(alpha[0]), hl_vload_scalar(o + 0 * OS + 0 * L),
@@ -3987,8 +3991,8 @@ HL_KERNEL_SCALAR void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_pr_2x4_scalar(const 
 /* 1 head by 8 vectors of channels, read where they are stored.
  */
 HL_KERNEL_SCALAR void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_pr_1x8_scalar(const float *p,
-    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n, int32_t later,
-    int32_t apart)
+    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n, const hl_row *ask,
+    int32_t later, int32_t apart)
 {
     enum { L = 1, OS = 512 };
     hl_vf_scalar o0_0 = hl_vzero_scalar();
@@ -4018,6 +4022,7 @@ HL_KERNEL_SCALAR void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_pr_1x8_scalar(const 
         o0_7 = hl_vfma_scalar(x, w, o0_7);
     }
     (void)later;
+    (void)ask;
     (void)apart;
     hl_vstore_scalar(o + 0 * OS + 0 * L,
                      hl_vfma_scalar(hl_vset_scalar(alpha[0]), hl_vload_scalar(o + 0 * OS + 0 * L),
@@ -4050,7 +4055,7 @@ HL_KERNEL_SCALAR void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_value_few_scalar(con
     const hl_state *t, const hl_block *b, int32_t group)
 {
     enum { OS = 512, BLOCK = 16 };
-    const int32_t left = b->n + b->n_later - 8;
+    const int32_t left = b->asks < b->n ? b->asks : b->n;
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
         const int32_t later = h == 0 ? left : 0;
@@ -4058,7 +4063,7 @@ HL_KERNEL_SCALAR void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_value_few_scalar(con
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 512; c += 2) {
             hl_sfaq_bf16_fp8_v4_d448_rope64_slots_pr_4x2_scalar(p, b->row, c, o + c, t->alpha + h,
-                b->n, b->value_apart ? later : 0, b->value_apart);
+                b->n, b->ask, b->value_apart ? later : 0, b->value_apart);
         }
     }
     for (; h + 2 <= group; h += 2) {
@@ -4067,7 +4072,7 @@ HL_KERNEL_SCALAR void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_value_few_scalar(con
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 512; c += 4) {
             hl_sfaq_bf16_fp8_v4_d448_rope64_slots_pr_2x4_scalar(p, b->row, c, o + c, t->alpha + h,
-                b->n, b->value_apart ? later : 0, b->value_apart);
+                b->n, b->ask, b->value_apart ? later : 0, b->value_apart);
         }
     }
     for (; h + 1 <= group; h += 1) {
@@ -4076,7 +4081,7 @@ HL_KERNEL_SCALAR void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_value_few_scalar(con
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 512; c += 8) {
             hl_sfaq_bf16_fp8_v4_d448_rope64_slots_pr_1x8_scalar(p, b->row, c, o + c, t->alpha + h,
-                b->n, b->value_apart ? later : 0, b->value_apart);
+                b->n, b->ask, b->value_apart ? later : 0, b->value_apart);
         }
     }
 }
@@ -4274,7 +4279,7 @@ HL_KERNEL_SCALAR void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_block_scalar(
     const hl_block *b, int32_t padded)
 {
     (void)padded;
-    const hl_block own = {w->own, b->n, 0, 0}; /* the block, decoded */
+    const hl_block own = {w->own, b->n, 0, 0, NULL, 0}; /* the block, decoded */
     hl_sfaq_bf16_fp8_v4_d448_rope64_slots_load_scalar(w, b);
     /* S = scale Q K^T, in units of log2 */
     hl_sfaq_bf16_fp8_v4_d448_rope64_slots_score_few_scalar(w, &own, plan->group, plan->scale_log2,
@@ -5639,8 +5644,8 @@ HL_KERNEL_NEON void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_value_neon(const hl_sp
 /* 4 heads by 4 vectors of channels, read where they are stored.
  */
 HL_KERNEL_NEON void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_pr_4x4_neon(const float *p,
-    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n, int32_t later,
-    int32_t apart)
+    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n, const hl_row *ask,
+    int32_t later, int32_t apart)
 {
     enum { L = 4, OS = 512 };
     hl_vf_neon o0_0 = hl_vzero_neon();
@@ -5690,6 +5695,7 @@ HL_KERNEL_NEON void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_pr_4x4_neon(const floa
         o3_3 = hl_vfma_neon(x, v3, o3_3);
     }
     (void)later;
+    (void)ask;
     (void)apart;
     hl_vstore_neon(o + 0 * OS + 0 * L,
                    hl_vfma_neon(hl_vset_neon(alpha[0]), hl_vload_neon(o + 0 * OS + 0 * L), o0_0));
@@ -5728,8 +5734,8 @@ HL_KERNEL_NEON void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_pr_4x4_neon(const floa
 /* 2 heads by 8 vectors of channels, read where they are stored.
  */
 HL_KERNEL_NEON void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_pr_2x8_neon(const float *p,
-    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n, int32_t later,
-    int32_t apart)
+    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n, const hl_row *ask,
+    int32_t later, int32_t apart)
 {
     enum { L = 4, OS = 512 };
     hl_vf_neon o0_0 = hl_vzero_neon();
@@ -5783,6 +5789,7 @@ HL_KERNEL_NEON void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_pr_2x8_neon(const floa
         o1_7 = hl_vfma_neon(x, v7, o1_7);
     }
     (void)later;
+    (void)ask;
     (void)apart;
     hl_vstore_neon(o + 0 * OS + 0 * L,
                    hl_vfma_neon(hl_vset_neon(alpha[0]), hl_vload_neon(o + 0 * OS + 0 * L), o0_0));
@@ -5821,8 +5828,8 @@ HL_KERNEL_NEON void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_pr_2x8_neon(const floa
 /* 1 head by 16 vectors of channels, read where they are stored.
  */
 HL_KERNEL_NEON void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_pr_1x16_neon(const float *p,
-    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n, int32_t later,
-    int32_t apart)
+    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n, const hl_row *ask,
+    int32_t later, int32_t apart)
 {
     enum { L = 4, OS = 512 };
     hl_vf_neon o0_0 = hl_vzero_neon();
@@ -5872,6 +5879,7 @@ HL_KERNEL_NEON void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_pr_1x16_neon(const flo
         o0_15 = hl_vfma_neon(x, w, o0_15);
     }
     (void)later;
+    (void)ask;
     (void)apart;
     hl_vstore_neon(o + 0 * OS + 0 * L,
                    hl_vfma_neon(hl_vset_neon(alpha[0]), hl_vload_neon(o + 0 * OS + 0 * L), o0_0));
@@ -5912,7 +5920,7 @@ HL_KERNEL_NEON void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_value_few_neon(const h
     const hl_state *t, const hl_block *b, int32_t group)
 {
     enum { OS = 512, BLOCK = 64 };
-    const int32_t left = b->n + b->n_later - 24;
+    const int32_t left = b->asks < b->n ? b->asks : b->n;
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
         const int32_t later = h == 0 ? left : 0;
@@ -5920,7 +5928,7 @@ HL_KERNEL_NEON void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_value_few_neon(const h
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 512; c += 16) {
             hl_sfaq_bf16_fp8_v4_d448_rope64_slots_pr_4x4_neon(p, b->row, c, o + c, t->alpha + h,
-                b->n, b->value_apart ? later : 0, b->value_apart);
+                b->n, b->ask, b->value_apart ? later : 0, b->value_apart);
         }
     }
     for (; h + 2 <= group; h += 2) {
@@ -5929,7 +5937,7 @@ HL_KERNEL_NEON void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_value_few_neon(const h
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 512; c += 32) {
             hl_sfaq_bf16_fp8_v4_d448_rope64_slots_pr_2x8_neon(p, b->row, c, o + c, t->alpha + h,
-                b->n, b->value_apart ? later : 0, b->value_apart);
+                b->n, b->ask, b->value_apart ? later : 0, b->value_apart);
         }
     }
     for (; h + 1 <= group; h += 1) {
@@ -5938,7 +5946,7 @@ HL_KERNEL_NEON void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_value_few_neon(const h
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 512; c += 64) {
             hl_sfaq_bf16_fp8_v4_d448_rope64_slots_pr_1x16_neon(p, b->row, c, o + c, t->alpha + h,
-                b->n, b->value_apart ? later : 0, b->value_apart);
+                b->n, b->ask, b->value_apart ? later : 0, b->value_apart);
         }
     }
 }
@@ -6136,7 +6144,7 @@ HL_KERNEL_NEON void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_block_neon(
     const hl_block *b, int32_t padded)
 {
     if (plan->group <= 16) {
-        const hl_block own = {w->own, b->n, 0, 0}; /* the block, decoded */
+        const hl_block own = {w->own, b->n, 0, 0, NULL, 0}; /* the block, decoded */
         hl_sfaq_bf16_fp8_v4_d448_rope64_slots_load_neon(w, b);
         /* S = scale Q K^T, in units of log2 */
         hl_sfaq_bf16_fp8_v4_d448_rope64_slots_score_few_neon(w, &own, plan->group, plan->scale_log2,
@@ -7440,8 +7448,8 @@ HL_KERNEL_AVX2 void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_value_avx2(const hl_sp
 /* 4 heads by 2 vectors of channels, read where they are stored.
  */
 HL_KERNEL_AVX2 void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_pr_4x2_avx2(const float *p,
-    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n, int32_t later,
-    int32_t apart)
+    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n, const hl_row *ask,
+    int32_t later, int32_t apart)
 {
     enum { L = 8, OS = 512 };
     hl_vf_avx2 o0_0 = hl_vzero_avx2();
@@ -7472,6 +7480,7 @@ HL_KERNEL_AVX2 void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_pr_4x2_avx2(const floa
         o3_1 = hl_vfma_avx2(x, v1, o3_1);
     }
     (void)later;
+    (void)ask;
     (void)apart;
     hl_vstore_avx2(o + 0 * OS + 0 * L,
                    hl_vfma_avx2(hl_vset_avx2(alpha[0]), hl_vload_avx2(o + 0 * OS + 0 * L), o0_0));
@@ -7494,8 +7503,8 @@ HL_KERNEL_AVX2 void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_pr_4x2_avx2(const floa
 /* 2 heads by 4 vectors of channels, read where they are stored.
  */
 HL_KERNEL_AVX2 void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_pr_2x4_avx2(const float *p,
-    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n, int32_t later,
-    int32_t apart)
+    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n, const hl_row *ask,
+    int32_t later, int32_t apart)
 {
     enum { L = 8, OS = 512 };
     hl_vf_avx2 o0_0 = hl_vzero_avx2();
@@ -7527,6 +7536,7 @@ HL_KERNEL_AVX2 void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_pr_2x4_avx2(const floa
         o1_3 = hl_vfma_avx2(x, v3, o1_3);
     }
     (void)later;
+    (void)ask;
     (void)apart;
     hl_vstore_avx2(o + 0 * OS + 0 * L,
                    hl_vfma_avx2(hl_vset_avx2(alpha[0]), hl_vload_avx2(o + 0 * OS + 0 * L), o0_0));
@@ -7549,8 +7559,8 @@ HL_KERNEL_AVX2 void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_pr_2x4_avx2(const floa
 /* 1 head by 8 vectors of channels, read where they are stored.
  */
 HL_KERNEL_AVX2 void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_pr_1x8_avx2(const float *p,
-    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n, int32_t later,
-    int32_t apart)
+    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n, const hl_row *ask,
+    int32_t later, int32_t apart)
 {
     enum { L = 8, OS = 512 };
     hl_vf_avx2 o0_0 = hl_vzero_avx2();
@@ -7580,6 +7590,7 @@ HL_KERNEL_AVX2 void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_pr_1x8_avx2(const floa
         o0_7 = hl_vfma_avx2(x, w, o0_7);
     }
     (void)later;
+    (void)ask;
     (void)apart;
     hl_vstore_avx2(o + 0 * OS + 0 * L,
                    hl_vfma_avx2(hl_vset_avx2(alpha[0]), hl_vload_avx2(o + 0 * OS + 0 * L), o0_0));
@@ -7604,7 +7615,7 @@ HL_KERNEL_AVX2 void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_value_few_avx2(const h
     const hl_state *t, const hl_block *b, int32_t group)
 {
     enum { OS = 512, BLOCK = 48 };
-    const int32_t left = b->n + b->n_later - 24;
+    const int32_t left = b->asks < b->n ? b->asks : b->n;
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
         const int32_t later = h == 0 ? left : 0;
@@ -7612,7 +7623,7 @@ HL_KERNEL_AVX2 void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_value_few_avx2(const h
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 512; c += 16) {
             hl_sfaq_bf16_fp8_v4_d448_rope64_slots_pr_4x2_avx2(p, b->row, c, o + c, t->alpha + h,
-                b->n, b->value_apart ? later : 0, b->value_apart);
+                b->n, b->ask, b->value_apart ? later : 0, b->value_apart);
         }
     }
     for (; h + 2 <= group; h += 2) {
@@ -7621,7 +7632,7 @@ HL_KERNEL_AVX2 void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_value_few_avx2(const h
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 512; c += 32) {
             hl_sfaq_bf16_fp8_v4_d448_rope64_slots_pr_2x4_avx2(p, b->row, c, o + c, t->alpha + h,
-                b->n, b->value_apart ? later : 0, b->value_apart);
+                b->n, b->ask, b->value_apart ? later : 0, b->value_apart);
         }
     }
     for (; h + 1 <= group; h += 1) {
@@ -7630,7 +7641,7 @@ HL_KERNEL_AVX2 void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_value_few_avx2(const h
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 512; c += 64) {
             hl_sfaq_bf16_fp8_v4_d448_rope64_slots_pr_1x8_avx2(p, b->row, c, o + c, t->alpha + h,
-                b->n, b->value_apart ? later : 0, b->value_apart);
+                b->n, b->ask, b->value_apart ? later : 0, b->value_apart);
         }
     }
 }
@@ -7828,7 +7839,7 @@ HL_KERNEL_AVX2 void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_block_avx2(
     const hl_block *b, int32_t padded)
 {
     if (plan->group <= 16) {
-        const hl_block own = {w->own, b->n, 0, 0}; /* the block, decoded */
+        const hl_block own = {w->own, b->n, 0, 0, NULL, 0}; /* the block, decoded */
         hl_sfaq_bf16_fp8_v4_d448_rope64_slots_load_avx2(w, b);
         /* S = scale Q K^T, in units of log2 */
         hl_sfaq_bf16_fp8_v4_d448_rope64_slots_score_few_avx2(w, &own, plan->group, plan->scale_log2,
@@ -9818,8 +9829,8 @@ HL_KERNEL_AVX512 void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_value_avx512(const h
 /* 4 heads by 4 vectors of channels, read where they are stored.
  */
 HL_KERNEL_AVX512 void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_pr_4x4_avx512(const float *p,
-    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n, int32_t later,
-    int32_t apart)
+    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n, const hl_row *ask,
+    int32_t later, int32_t apart)
 {
     enum { L = 16, OS = 512 };
     hl_vf_avx512 o0_0 = hl_vzero_avx512();
@@ -9869,6 +9880,7 @@ HL_KERNEL_AVX512 void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_pr_4x4_avx512(const 
         o3_3 = hl_vfma_avx512(x, v3, o3_3);
     }
     (void)later;
+    (void)ask;
     (void)apart;
     hl_vstore_avx512(o + 0 * OS + 0 * L,
                      hl_vfma_avx512(hl_vset_avx512(alpha[0]), hl_vload_avx512(o + 0 * OS + 0 * L),
@@ -9923,8 +9935,8 @@ HL_KERNEL_AVX512 void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_pr_4x4_avx512(const 
 /* 2 heads by 8 vectors of channels, read where they are stored.
  */
 HL_KERNEL_AVX512 void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_pr_2x8_avx512(const float *p,
-    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n, int32_t later,
-    int32_t apart)
+    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n, const hl_row *ask,
+    int32_t later, int32_t apart)
 {
     enum { L = 16, OS = 512 };
     hl_vf_avx512 o0_0 = hl_vzero_avx512();
@@ -9978,6 +9990,7 @@ HL_KERNEL_AVX512 void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_pr_2x8_avx512(const 
         o1_7 = hl_vfma_avx512(x, v7, o1_7);
     }
     (void)later;
+    (void)ask;
     (void)apart;
     hl_vstore_avx512(o + 0 * OS + 0 * L,
                      hl_vfma_avx512(hl_vset_avx512(alpha[0]), hl_vload_avx512(o + 0 * OS + 0 * L),
@@ -10032,8 +10045,8 @@ HL_KERNEL_AVX512 void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_pr_2x8_avx512(const 
 /* 1 head by 16 vectors of channels, read where they are stored.
  */
 HL_KERNEL_AVX512 void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_pr_1x16_avx512(const float *p,
-    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n, int32_t later,
-    int32_t apart)
+    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n, const hl_row *ask,
+    int32_t later, int32_t apart)
 {
     enum { L = 16, OS = 512 };
     hl_vf_avx512 o0_0 = hl_vzero_avx512();
@@ -10083,6 +10096,7 @@ HL_KERNEL_AVX512 void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_pr_1x16_avx512(const
         o0_15 = hl_vfma_avx512(x, w, o0_15);
     }
     (void)later;
+    (void)ask;
     (void)apart;
     hl_vstore_avx512(o + 0 * OS + 0 * L,
                      hl_vfma_avx512(hl_vset_avx512(alpha[0]), hl_vload_avx512(o + 0 * OS + 0 * L),
@@ -10139,7 +10153,7 @@ HL_KERNEL_AVX512 void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_value_few_avx512(con
     const hl_state *t, const hl_block *b, int32_t group)
 {
     enum { OS = 512, BLOCK = 96 };
-    const int32_t left = b->n + b->n_later - 24;
+    const int32_t left = b->asks < b->n ? b->asks : b->n;
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
         const int32_t later = h == 0 ? left : 0;
@@ -10147,7 +10161,7 @@ HL_KERNEL_AVX512 void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_value_few_avx512(con
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 512; c += 64) {
             hl_sfaq_bf16_fp8_v4_d448_rope64_slots_pr_4x4_avx512(p, b->row, c, o + c, t->alpha + h,
-                b->n, b->value_apart ? later : 0, b->value_apart);
+                b->n, b->ask, b->value_apart ? later : 0, b->value_apart);
         }
     }
     for (; h + 2 <= group; h += 2) {
@@ -10156,7 +10170,7 @@ HL_KERNEL_AVX512 void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_value_few_avx512(con
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 512; c += 128) {
             hl_sfaq_bf16_fp8_v4_d448_rope64_slots_pr_2x8_avx512(p, b->row, c, o + c, t->alpha + h,
-                b->n, b->value_apart ? later : 0, b->value_apart);
+                b->n, b->ask, b->value_apart ? later : 0, b->value_apart);
         }
     }
     for (; h + 1 <= group; h += 1) {
@@ -10165,7 +10179,7 @@ HL_KERNEL_AVX512 void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_value_few_avx512(con
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 512; c += 256) {
             hl_sfaq_bf16_fp8_v4_d448_rope64_slots_pr_1x16_avx512(p, b->row, c, o + c, t->alpha + h,
-                b->n, b->value_apart ? later : 0, b->value_apart);
+                b->n, b->ask, b->value_apart ? later : 0, b->value_apart);
         }
     }
 }
@@ -10363,7 +10377,7 @@ HL_KERNEL_AVX512 void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_block_avx512(
     const hl_block *b, int32_t padded)
 {
     if (plan->group <= 32) {
-        const hl_block own = {w->own, b->n, 0, 0}; /* the block, decoded */
+        const hl_block own = {w->own, b->n, 0, 0, NULL, 0}; /* the block, decoded */
         hl_sfaq_bf16_fp8_v4_d448_rope64_slots_load_avx512(w, b);
         /* S = scale Q K^T, in units of log2 */
         hl_sfaq_bf16_fp8_v4_d448_rope64_slots_score_few_avx512(w, &own, plan->group,
