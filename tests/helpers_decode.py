@@ -49,11 +49,23 @@ from gen import bind, spec
 OP = "incre_flash_attention"
 FEATURES = ("stats", "sinks", "window", "softcap", "alibi", "slots", "pages")
 # Small and odd, so that every vector has a tail; between them every format on either side, every
-# feature, and none.
+# feature, and none. With all features a kernel's own name would be too long for its header's lines.
 SPECS: dict[str, dict[str, Any]] = {
-    "f32_all": {"dtype": "f32", "dk": 15, "dv": 7, "features": list(FEATURES)},
+    "f32_all": {
+        "dtype": "f32",
+        "dk": 15,
+        "dv": 7,
+        "features": list(FEATURES),
+        "name": "hl_decode_f32_all",
+    },
     "f16_none": {"dtype": "f16", "dk": 33, "dv": 40},
-    "bf16_all": {"dtype": "bf16", "dk": 32, "dv": 32, "features": list(FEATURES)},
+    "bf16_all": {
+        "dtype": "bf16",
+        "dk": 32,
+        "dv": 32,
+        "features": list(FEATURES),
+        "name": "hl_decode_bf16_all",
+    },
     "f32_wide": {"dtype": "f32", "dk": 24, "dv": 131, "features": ["stats"]},
     "bf16_mla": {"dtype": "bf16", "dk": 72, "dv": 64, "features": ["stats", "sinks"]},
     "bf16_i8": {
