@@ -20,6 +20,7 @@ from helpers_decode import (
     Case,
     Shape,
     Way,
+    best_in,
     by_pair,
     check,
     execute,
@@ -369,7 +370,7 @@ def test_the_bases_are_accepted(name):
     k, case, fields = base(name)
     result = k.run(**fields)
     assert result.ok, result.error_text
-    check(case.args, {n: fields[n] for n in case.outputs(stats=k.stats)})
+    check(case.args, {n: fields[n] for n in case.outputs(stats=k.stats)}, best_in(BASES[name][0]))
 
 
 def test_a_table_that_is_not_needed_is_not_asked_for():
@@ -518,7 +519,7 @@ def test_another_prefix_and_name():
     assert (k.name, k.op, k.stats) == ("zz_my_attention", "zz_incre_flash_attention", False)
     k.formats = ("", "")
     case = make_case(k, Shape(lens=(9,), group=2))
-    check(case.args, run(k, case))
+    check(case.args, run(k, case), "scalar")
 
 
 # ---- memory -------------------------------------------------------------------------------------
@@ -556,7 +557,7 @@ def test_every_number_of_keys_and_heads(name, isa, flush):
             seed=n,
         )
         case = make_case(k, call)
-        check(case.args, run_guarded(k, case, Way(isa, flush, strides=n % 6 == 5)))
+        check(case.args, run_guarded(k, case, Way(isa, flush, strides=n % 6 == 5)), isa)
 
 
 @by_pair("bf16_all", "bf16_i8")
@@ -578,7 +579,7 @@ def test_only_the_needed_table_entries_are_read(name, isa):
                 arena.protect()
                 fields = {**fields_of(k, case, isa), **outputs, "block_table": short}
                 assert in_child(lambda f=fields: k.run(**f)).ok
-                check(case.args, outputs)
+                check(case.args, outputs, isa)
 
 
 @by_pair("bf16_all")
@@ -614,8 +615,8 @@ def check_played(name: str, command: Sequence[str], isas: Sequence[str], seed: i
     made = [(make_case(k, call), way, isa) for call, way in various(name, seed, 40) for isa in isas]
     calls = [record(k, case, way, number[isa]) for case, way, isa in made]
     _, results = play(command, calls, **env)
-    for (case, *_), got in zip(made, results, strict=True):
-        check(case.args, got)
+    for (case, _, isa), got in zip(made, results, strict=True):
+        check(case.args, got, isa)
 
 
 @pytest.mark.parametrize("name", ["f32_all", "f16_e4m3xi4"])
@@ -669,7 +670,7 @@ def test_floating_point_state_is_left_alone(name, isa, control):
             control.set_control(DEFAULT)
             assert mode & ~FLAGS == after & ~FLAGS
             assert after & INVALID_OR_ZERO_DIVIDE == 0, (hex(after), call)
-            check(case.args, outputs, known=known)
+            check(case.args, outputs, isa, known=known)
 
 
 # ---- bytes that do not matter -------------------------------------------------------------------
