@@ -27,6 +27,7 @@ from helpers_decode import (
     expected,
     fields_of,
     in_floats,
+    isas_in,
     kernel,
     make_case,
     run,
@@ -845,14 +846,16 @@ def shifted(array: np.ndarray, offset: int, multiple: int) -> np.ndarray:
     return copy
 
 
+@pytest.mark.parametrize("name", ["bf16_i8", "bf16_tails"])
 @pytest.mark.parametrize("threads", [1, 3])
-def test_openmp_changes_no_bit(threads):
-    """The same header compiled with -fopenmp, long rows split over its threads."""
-    serial = kernel("bf16_i8")
-    case = make_case(serial, LONG)
-    want = {isa: run(serial, case, isa, chunk_keys=128) for isa in WORDS_HERE}
+def test_openmp_changes_no_bit(name, threads):
+    """The same header compiled with -fopenmp, long rows split over its threads; tiles belong to a
+    thread each."""
+    serial, isas = kernel(name), isas_in(name)
+    case = make_case(serial, dataclasses.replace(LONG, pse="none"))
+    want = {isa: run(serial, case, isa, chunk_keys=128) for isa in isas}
     parallel = bind.load(
-        text("bf16_i8"),
+        text(name),
         flags=("-O2", "-fopenmp"),
         extra="#include <omp.h>\nvoid set_threads(int n);\n"
         "void set_threads(int n) { omp_set_num_threads(n); }",
@@ -860,10 +863,10 @@ def test_openmp_changes_no_bit(threads):
 
     def calls() -> dict[str, dict[str, np.ndarray]]:
         parallel.library.set_threads(threads)
-        return {isa: run(parallel, case, isa, chunk_keys=128) for isa in WORDS_HERE}
+        return {isa: run(parallel, case, isa, chunk_keys=128) for isa in isas}
 
     got = in_child(calls)
-    for isa in WORDS_HERE:
+    for isa in isas:
         assert_same(got[isa], want[isa])
 
 

@@ -86,7 +86,8 @@ def check_turns(name: str, isa: str, call: Shape, guarded: bool = False) -> None
     want = run(k, case, isa, chunk_keys=128)
     check(case.args, want, isa, known=known)
     assert_same(execute(k, case, isa, order=1), want, "tasks")
-    assert_same(execute(k, case, isa, order=2, partials=True), want, "partials")
+    if max(call.lens) > 128:
+        assert_same(execute(k, case, isa, order=2, partials=True), want, "partials")
     for held in sorted({1, 2, 3, n // 2 + 1, n - 1}):
         room = np.full(held * one + one // 2, 0xFF, np.uint8)
         got = run(k, case, isa, chunk_keys=128, workspace=room)
