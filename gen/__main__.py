@@ -47,6 +47,11 @@ def find_header(name):
     return spec.parse_header(table)
 
 
+def quantised():
+    """Names that kv may have beside the query's type."""
+    return (*RECORDS, *(name for name in spec.STORED if name not in spec.FORMATS), "KxV")
+
+
 def every_word(of_operators):
     """All words that some operator knows, each once."""
     return ", ".join(dict.fromkeys(word for words in of_operators.values() for word in words))
@@ -126,7 +131,7 @@ def run_list(_options):
 
 def describe(kernel):
     rope = f" + {kernel.rope}" if kernel.rope else ""
-    cache = f", cache of {kernel.kv}" if kernel.record else ""
+    cache = f", cache of {kernel.kv}" if kernel.kv != kernel.dtype else ""
     extra = f", {', '.join(kernel.features)}" if kernel.features else ""
     math = f", math {kernel.math}" if kernel.math != "builtin" else ""
     return (
@@ -145,13 +150,20 @@ def run_show(options):
     return 0
 
 
+def row_bytes(kernel):
+    """What is read of a key and its value, which is the first channels of it but when decoding."""
+    if kernel.record:
+        plan = layout(kernel.record, kernel.dtype)
+        return plan.bytes + plan.behind
+    key, value = kernel.stored_key, kernel.stored_value
+    bytes_of_key = key.width(kernel.d) * key.element
+    return bytes_of_key + (value.width(kernel.dv) * value.element if kernel.decodes else 0)
+
+
 def show_kernel(kernel, options):
     tiles = render.tiles_of(kernel)
     mem = memory.plan(tiles)
-    row = kernel.d * render.FORMATS[kernel.dtype].bytes
-    if kernel.record:
-        plan = layout(kernel.record, kernel.dtype)
-        row = plan.bytes + plan.behind
+    row = row_bytes(kernel)
     print(f"\n{kernel.name}\n  {describe(kernel)}")
     print(f"\n  arguments (hl_{kernel.op}_args)")
     print("    " + ", ".join(render.argument_names(kernel.op)))
@@ -225,7 +237,7 @@ def parser():
     one.add_argument("--only", help="this header of the TOML file")
     one.add_argument("--op", help=", ".join(spec.names.OPERATORS))
     one.add_argument("--dtype", help="query and output: " + ", ".join(spec.FORMATS))
-    one.add_argument("--kv", help="a quantised cache: " + ", ".join(RECORDS))
+    one.add_argument("--kv", help="a quantised cache: " + ", ".join(quantised()))
     one.add_argument("--dk", type=int, help="channels of the key without the rotary ones (nope)")
     one.add_argument("--rope", type=int, help="rotary channels, 0 if not given")
     one.add_argument("--dv", type=int, help="channels of the value, dk if not given")

@@ -1,5 +1,5 @@
-"""What templates may ask about keys and values that are stored apart, and about the decode operator:
-every name and expression already chosen."""
+"""What templates may ask about keys and values that are stored apart, and about the decode
+operator: every name and expression already chosen."""
 
 from types import SimpleNamespace
 
@@ -70,6 +70,59 @@ def absent(kernel):
     return [SimpleNamespace(test=test, argument=name.upper()) for test, name in tests]
 
 
+def listed(words):
+    """a, b and c"""
+    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+
+
+EXTRAS = {
+    "stats": "max, sum and LSE",
+    "sinks": "sinks",
+    "window": "a sliding window",
+    "softcap": "softcap",
+    "alibi": "ALiBi",
+    "slots": "tables of slots",
+    "pages": "arrays of pages",
+}
+
+
+WINDOW_LINE = " *   (with window also j > n - S1 + i - window)\n"
+
+
+def manual_words(kernel):
+    """What the manual says of a kernel, where kernels differ."""
+    has = kernel.features
+    sides = [("K", kernel.stored_key, kernel.dk), ("V", kernel.stored_value, kernel.dv)]
+    codes = [(name, channels) for name, side, channels in sides if side.is_codes]
+    packed = [(name, side) for name, side, _ in sides if side.packed]
+    both = len(codes) == 2
+    first = "K's, then V's: " if both else ""
+    none = ", max 0, sum 0, LSE -inf" if "stats" in has else ""
+    none += ";\n *   with a sink: max = LSE = sink, sum 1" if none and "sinks" in has else ""
+    table = []
+    if "slots" in has:
+        table.append("HL_INDEX_SLOTS: the table has an entry a token, block * block_size + token.")
+    if "pages" in has:
+        table.append("key_pages and value_pages: where blocks lie.")
+    return {
+        "extras": listed([EXTRAS[name] for name in has]) if has else "",
+        "softcap_words": " (softcap: c tanh(score / c))" if "softcap" in has else "",
+        "alibi_words": " + slope * distance" if "alibi" in has else "",
+        "window_lines": WINDOW_LINE if "window" in has else "",
+        "none_words": none,
+        "table_words": table,
+        "code_words": "" if both or not codes else f" Only {codes[0][0]} has codes.",
+        "channel_shape": first + " ".join(f"[N2][{channels}]" for _, channels in codes),
+        "tensor_shape": first + " ".join("[1]" for _ in codes),
+        "token_shape": first + " ".join("[B][W]" for _ in codes),
+        "packed_words": " "
+        + listed([f"{name}: GROUP = {side.group}" for name, side in packed])
+        + "."
+        if packed
+        else "",
+    }
+
+
 def decode_view(kernel):
     """What differs between the decode operator and the others."""
     has = kernel.features
@@ -136,4 +189,5 @@ def decode_view(kernel):
         "rows_most": ROWS_MOST,
         "queries_of_row": "(uint64_t)a->heads_q * (uint64_t)a->seq_q",
         "absent": absent(kernel),
+        **manual_words(kernel),
     }

@@ -117,8 +117,7 @@ class Memory:
     @property
     def partials_macro(self):
         return (
-            f"({self.align} + 4 * (size_t)(r) * (size_t)(c) * (size_t)(h)"
-            f" * {self.floats_a_head})"
+            f"({self.align} + 4 * (size_t)(r) * (size_t)(c) * (size_t)(h) * {self.floats_a_head})"
         )
 
     def partials_bytes(self, rows, heads, chunks):

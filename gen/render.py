@@ -9,11 +9,11 @@ from types import SimpleNamespace
 import jinja2
 
 from gen import ABI, __version__, matrix, memory, tiling
+from gen.decode_view import decode_view, rows_of, side_read, side_stored
 from gen.fill import WIDTH, refill
 from gen.formats import FORMATS, STORED
 from gen.isa import FORMAT_WORDS, ISAS
 from gen.names import OPERATORS, Speller
-from gen.decode_view import decode_view, rows_of, side_read, side_stored
 from gen.record_view import formats_of, record_view
 from gen.refusal import Refusal
 
@@ -319,9 +319,9 @@ def command_of(header):
         f"--op {kernel.op}",
         f"--dtype {kernel.dtype}",
     ]
-    if kernel.record:
+    if kernel.kv != kernel.dtype:
         parts.append(f"--kv {kernel.kv}")
-    else:
+    if not kernel.record:
         parts.append(f"--dk {kernel.dk}")
         if kernel.rope:
             parts.append(f"--rope {kernel.rope}")
@@ -356,7 +356,8 @@ def wrap_command(command, width=91):
 
 def render_header(header):
     """The text of one header."""
-    kernels = [kernel_view(kernel) for kernel in header.kernels]
+    views = [kernel_view(kernel) for kernel in header.kernels]
+    kernels = [view for view in views if not view.decodes]
     ops = sorted({kernel.op for kernel in header.kernels})
     text = page(
         "header.h.j2",
@@ -366,6 +367,8 @@ def render_header(header):
         guard=f"{header.name.upper()}_H",
         command=wrap_command(command_of(header)),
         kernels=kernels,
+        decoders=[view for view in views if view.decodes],
+        decode_bytes=decode_bytes(header),
         pages=[kernel_page(kernel) for kernel in header.kernels],
         arguments=arguments(),
         chunk=CHUNK_KEYS,
@@ -391,6 +394,12 @@ def render_header(header):
 def isa_titles(header):
     names = {name for kernel in header.kernels for name in kernel.isa}
     return [isa.title for isa in ISAS.values() if isa.name in names]
+
+
+def decode_bytes(header):
+    """Workspace that the manual quotes, of the first kernel that decodes: for 8 queries."""
+    found = [kernel for kernel in header.kernels if kernel.decodes]
+    return memory.plan(tiles_of(found[0])).workspace_bytes(8) if found else 0
 
 
 def manual_of(header):

@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 
 from gen import names
-from gen.formats import FORMATS, RECORDS, STORED, Record, Stored
+from gen.formats import FORMATS, RECORDS, STORED, Record
 from gen.isa import ISAS
 from gen.records import CHANNELS_MAX, parse_record
 from gen.refusal import Refusal, identifier, nearest, whole

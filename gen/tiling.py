@@ -519,6 +519,12 @@ def value_read(kernel):
     return TYPES["f32" if kernel.record else kernel.stored_value.read_as]
 
 
+def paired_of(kernel, isa):
+    """Channels of O that come with even and odd ones apart."""
+    pair = 2 * isa.lanes
+    return kernel.dv // pair * pair if value_read(kernel).name in isa.even_odd else 0
+
+
 def decoded(kernel):
     """Whether few heads read rows from where they are decoded."""
     return bool(kernel.record) or kernel.stored_key.packed or kernel.stored_value.packed
@@ -665,7 +671,7 @@ def tile(kernel, isa):
         row_tiles=values,
         sections=sections,
         q_stride=q_stride,
-        paired=kernel.dv // (2 * lanes) * 2 * lanes if value_read(kernel).name in isa.even_odd else 0,
+        paired=paired_of(kernel, isa),
         dv_tail=kernel.dv % lanes != 0,
         codes=codes,
         ragged=ragged(kernel, lanes),

@@ -64,10 +64,7 @@ OWN = {
 
 FORMS = {
     **{name: Form(oracle.RECORDS[name], bind.DTYPES["bf16"]) for name in SHIPPED},
-    **{
-        name: Form(record_from(table), bind.DTYPES[dtype])
-        for name, (dtype, table) in OWN.items()
-    },
+    **{name: Form(record_from(table), bind.DTYPES[dtype]) for name, (dtype, table) in OWN.items()},
 }
 
 

@@ -23,17 +23,37 @@ import peers  # noqa: E402
 from peers import install  # noqa: E402
 
 FIELDS = {
-    "kernel": str, "op": str, "isa": str, "threads": int, "rows": int, "heads": int,
-    "kv_heads": int, "dk": int, "dv": int, "keys": int, "cache_keys": int, "kv_format": str,
-    "selection": str, "warm": bool, "ms": float, "spread": float, "gflops": float, "gbps": float,
-    "limit_kind": str, "limit": float, "share_of_limit": float, "rel_err": float,
-    "peer": type(None)}
+    "kernel": str,
+    "op": str,
+    "isa": str,
+    "threads": int,
+    "rows": int,
+    "heads": int,
+    "kv_heads": int,
+    "dk": int,
+    "dv": int,
+    "keys": int,
+    "cache_keys": int,
+    "kv_format": str,
+    "selection": str,
+    "warm": bool,
+    "ms": float,
+    "spread": float,
+    "gflops": float,
+    "gbps": float,
+    "limit_kind": str,
+    "limit": float,
+    "share_of_limit": float,
+    "rel_err": float,
+    "peer": type(None),
+}
 
 
 def bench(*options):
     command = [sys.executable, str(ROOT / "bench" / "run.py"), *options]
-    return subprocess.run(command, cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True,
-                          text=True, timeout=900)
+    return subprocess.run(
+        command, cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=900
+    )
 
 
 # ---- a whole run --------------------------------------------------------------------------------
@@ -85,8 +105,20 @@ def test_a_cold_call_is_among_the_results(quick):
 def test_the_table_has_its_columns(quick):
     header = next(line for line in quick[1].splitlines() if line.startswith("| kernel"))
     assert [cell.strip() for cell in header.strip("|").split("|")] == [
-        "kernel", "shape", "isa", "ms", "spread", "GFLOP/s", "of compute", "GB/s", "of read",
-        "gather GB/s", "bound", "error", "target"]
+        "kernel",
+        "shape",
+        "isa",
+        "ms",
+        "spread",
+        "GFLOP/s",
+        "of compute",
+        "GB/s",
+        "of read",
+        "gather GB/s",
+        "bound",
+        "error",
+        "target",
+    ]
 
 
 def test_a_roofline_is_drawn(quick):
@@ -113,9 +145,20 @@ def test_a_pattern_that_matches_nothing_is_refused_with_a_fix(tmp_path):
 # ---- rules --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("pattern", "matched"), [
-    ("", True), ("128 heads", True), ("bf16*avx2", True), ("avx512", False), ("x | avx2", True),
-    ("BF16", False), ("128 heads, dense", True), ("1? heads", False), ("12? heads", True)])
+@pytest.mark.parametrize(
+    ("pattern", "matched"),
+    [
+        ("", True),
+        ("128 heads", True),
+        ("bf16*avx2", True),
+        ("avx512", False),
+        ("x | avx2", True),
+        ("BF16", False),
+        ("128 heads, dense", True),
+        ("1? heads", False),
+        ("12? heads", True),
+    ],
+)
 def test_patterns(pattern, matched):
     label = "bf16_d512_rope64 128 heads, dense 2048 avx2"
     assert cases.matches(pattern, label) is matched
@@ -219,13 +262,21 @@ def test_every_peer_says_what_it_lacks():
     assert all(kind.name and kind.lacks for kind in peers.PEERS)
 
 
-@pytest.mark.parametrize(("complaint", "package"), [
-    ("ImportError: libcufile.so.0: cannot open shared object file", "nvidia-cufile==1.2"),
-    ("libtorch_cuda.so: undefined symbol: ncclCommResume", "nvidia-nccl-cu13==3"),
-    ("libcusparseLt.so.0: cannot open shared object file", "nvidia-cusparselt-cu13"),
-    ("No module named 'torch'", None)])
+@pytest.mark.parametrize(
+    ("complaint", "package"),
+    [
+        ("ImportError: libcufile.so.0: cannot open shared object file", "nvidia-cufile==1.2"),
+        ("libtorch_cuda.so: undefined symbol: ncclCommResume", "nvidia-nccl-cu13==3"),
+        ("libcusparseLt.so.0: cannot open shared object file", "nvidia-cusparselt-cu13"),
+        ("No module named 'torch'", None),
+    ],
+)
 def test_the_package_of_a_library_that_the_loader_misses(monkeypatch, complaint, package):
-    pinned = {"nvidia-cufile": "nvidia-cufile==1.2", "nvidia-nccl-cu13": "nvidia-nccl-cu13==3",
-              "nvidia-cusparselt-cu13": "nvidia-cusparselt-cu13", "sympy": "sympy"}
+    pinned = {
+        "nvidia-cufile": "nvidia-cufile==1.2",
+        "nvidia-nccl-cu13": "nvidia-nccl-cu13==3",
+        "nvidia-cusparselt-cu13": "nvidia-cusparselt-cu13",
+        "sympy": "sympy",
+    }
     monkeypatch.setattr(install, "required_by_torch", lambda: pinned)
     assert install.torch_package(complaint) == package

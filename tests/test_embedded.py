@@ -24,16 +24,20 @@ def load_run(build):
 
 @pytest.fixture(scope="module")
 def done():
-    return subprocess.run([sys.executable, RUN], capture_output=True, text=True, check=False,
-                          timeout=900)
+    return subprocess.run(
+        [sys.executable, RUN], capture_output=True, text=True, check=False, timeout=900
+    )
 
 
 @pytest.fixture(scope="module")
 def table(done):
     """The printed table: row title -> [sparse, dense]."""
     assert done.returncode == 0, done.stdout + done.stderr
-    rows = [re.split(r"\s*\|\s*", line.strip("| ")) for line in done.stdout.splitlines()
-            if line.startswith("|")]
+    rows = [
+        re.split(r"\s*\|\s*", line.strip("| "))
+        for line in done.stdout.splitlines()
+        if line.startswith("|")
+    ]
     return {title: cells for title, *cells in rows}
 
 
@@ -48,15 +52,18 @@ def test_table_is_markdown(done):
     assert {line.count("|") for line in lines} == {4}
 
 
-@pytest.mark.parametrize("title, least, most", [
-    ("code, bytes (as linked)", 1000, 24 * 1024),
-    ("constants, bytes", 0, 1024),
-    ("workspace, bytes", 4 * 32 * 4, 32 * 1024),
-    ("stack, bytes (deepest path in gcc's call graph)", 64, 4096),
-    ("stack, bytes (painted and seen on the target)", 64, 4096),
-    # 4 heads x 32 keys x (40 + 32) multiply-adds, at most a hundred instructions each.
-    ("instructions a decode", 4 * 32 * 72, 100 * 4 * 64 * 72),
-])
+@pytest.mark.parametrize(
+    "title, least, most",
+    [
+        ("code, bytes (as linked)", 1000, 24 * 1024),
+        ("constants, bytes", 0, 1024),
+        ("workspace, bytes", 4 * 32 * 4, 32 * 1024),
+        ("stack, bytes (deepest path in gcc's call graph)", 64, 4096),
+        ("stack, bytes (painted and seen on the target)", 64, 4096),
+        # 4 heads x 32 keys x (40 + 32) multiply-adds, at most a hundred instructions each.
+        ("instructions a decode", 4 * 32 * 72, 100 * 4 * 64 * 72),
+    ],
+)
 def test_costs_are_sane(table, title, least, most):
     assert all(least <= int(cell) <= most for cell in table[title]), table[title]
 
@@ -77,21 +84,25 @@ def test_a_wrong_number_is_noticed(tmp_path):
     text = (tmp_path / "vectors.h").read_text()
     head, name, tail = text.partition("dense_out[128] = {\n    ")
     assert name
-    (tmp_path / "vectors.h").write_text(head + name + "0x1p+3f" + tail[tail.index(","):])
+    (tmp_path / "vectors.h").write_text(head + name + "0x1p+3f" + tail[tail.index(",") :])
     run.build()
     with pytest.raises(run.Wrong, match="qemu-system-arm failed"):
         run.run_firmware()
 
 
-@pytest.mark.parametrize("body, expected", [
-    ("for (int i = 0; i < n; i++) x[i] = a / x[i];", True),
-    ("x[0] = a / b; for (int i = 1; i < n; i++) x[i] = x[i - 1] + a;", False),
-    ("for (int i = 0; i < n; i++) x[i] += a; x[0] = a / b;", False),
-])
+@pytest.mark.parametrize(
+    "body, expected",
+    [
+        ("for (int i = 0; i < n; i++) x[i] = a / x[i];", True),
+        ("x[0] = a / b; for (int i = 1; i < n; i++) x[i] = x[i - 1] + a;", False),
+        ("for (int i = 0; i < n; i++) x[i] += a; x[0] = a / b;", False),
+    ],
+)
 def test_division_in_a_loop_is_found(tmp_path, body, expected):
     run = load_run(tmp_path)
-    (tmp_path / "loop.c").write_text("void f(long long *x, int n, long long a, long long b)\n"
-                                     "{ (void)b; " + body + " }\n")
+    (tmp_path / "loop.c").write_text(
+        "void f(long long *x, int n, long long a, long long b)\n{ (void)b; " + body + " }\n"
+    )
     run.command("arm-none-eabi-gcc", *run.CPU, *run.FLAGS, "-c", "loop.c", "-o", "loop.o")
     listing = run.command("arm-none-eabi-objdump", "-dr", "loop.o")
     assert "__aeabi_ldivmod" in listing
@@ -103,8 +114,9 @@ def test_libc_in_the_kernel_is_noticed(tmp_path):
     run.write_vectors()
     run.build()
     run.check_symbols()
-    (tmp_path / "other.c").write_text("float expf(float); int seen;\n"
-                                      "float g(float x) { seen++; return expf(x); }\n")
+    (tmp_path / "other.c").write_text(
+        "float expf(float); int seen;\nfloat g(float x) { seen++; return expf(x); }\n"
+    )
     run.command("arm-none-eabi-gcc", *run.CPU, *run.FLAGS, "-c", "other.c", "-o", "kernel.o")
     with pytest.raises(run.Wrong, match=r"the kernel needs .*expf"):
         run.check_symbols()
@@ -116,9 +128,16 @@ def test_libc_in_the_kernel_is_noticed(tmp_path):
 
 def test_missing_tools_are_named(tmp_path):
     """With a PATH that has nothing on it: one sentence with the packages."""
-    done = subprocess.run([sys.executable, RUN], capture_output=True, text=True, check=False,
-                          env={**os.environ, "PATH": str(tmp_path)})
+    done = subprocess.run(
+        [sys.executable, RUN],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PATH": str(tmp_path)},
+    )
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1
-    assert ("fix: apt-get install gcc-arm-none-eabi qemu-system-arm picolibc-arm-none-eabi"
-            in done.stderr)
+    assert (
+        "fix: apt-get install gcc-arm-none-eabi qemu-system-arm picolibc-arm-none-eabi"
+        in done.stderr
+    )

@@ -19,8 +19,13 @@ SMALL = ["--heads", "4", "--keys", "300", "--selected", "40"]
 @pytest.fixture(scope="module")
 def examples():
     """examples/run.py, once: it leaves the programs in build/examples."""
-    return subprocess.run([sys.executable, ROOT / "examples" / "run.py"], capture_output=True,
-                          text=True, check=False, timeout=1200)
+    return subprocess.run(
+        [sys.executable, ROOT / "examples" / "run.py"],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=1200,
+    )
 
 
 def test_all_run(examples):
@@ -50,13 +55,23 @@ def test_a_failing_example_is_reported(examples, tmp_path):
 
 
 def decode(*words, env=None):
-    return subprocess.run([BUILD / "decode_npy", *words], capture_output=True, text=True,
-                          check=False, timeout=300, env=env)
+    return subprocess.run(
+        [BUILD / "decode_npy", *words],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+        env=env,
+    )
 
 
 def make(folder, *options):
-    subprocess.run([sys.executable, ROOT / "examples" / "make_npy.py", folder, *SMALL, *options],
-                   check=True, capture_output=True, timeout=300)
+    subprocess.run(
+        [sys.executable, ROOT / "examples" / "make_npy.py", folder, *SMALL, *options],
+        check=True,
+        capture_output=True,
+        timeout=300,
+    )
 
 
 def load(folder, name):
@@ -73,8 +88,10 @@ def attend(folder):
     score = query @ key.T / np.sqrt(192)
     top = score.max(-1, keepdims=True)
     weight = np.exp(score - top)
-    return (weight / weight.sum(-1, keepdims=True) @ key[:, :512],
-            top[:, 0] + np.log(weight.sum(-1)))
+    return (
+        weight / weight.sum(-1, keepdims=True) @ key[:, :512],
+        top[:, 0] + np.log(weight.sum(-1)),
+    )
 
 
 @pytest.mark.parametrize("kind", ["bf16", "u2", "void2", "f32"])
@@ -175,17 +192,21 @@ def test_tiles_where_they_are_granted(examples, tmp_path):
 
 def save_with(name, change):
     """A change to one file of the folder, made with NumPy."""
+
     def spoil(folder):
         path = folder / f"{name}.npy"
         np.save(path, change(np.load(path)))
+
     return spoil
 
 
 def rewrite(name, change):
     """A change to the bytes of one file."""
+
     def spoil(folder):
         path = folder / f"{name}.npy"
         path.write_bytes(change(path.read_bytes()))
+
     return spoil
 
 
@@ -200,6 +221,7 @@ def pages_without(name):
     def spoil(folder):
         make(folder, "--block-size", "16")
         (folder / f"{name}.npy").unlink()
+
     return spoil
 
 
@@ -212,36 +234,57 @@ def bad_page(folder):
 
 BAD = {
     "missing": (lambda d: (d / "key_rope.npy").unlink(), "cannot open", "key_rope.npy"),
-    "float64": (save_with("query", lambda x: np.zeros(x.shape)), "query.npy: dtype '<f8'",
-                "fix: save x.astype(np.float32)"),
+    "float64": (
+        save_with("query", lambda x: np.zeros(x.shape)),
+        "query.npy: dtype '<f8'",
+        "fix: save x.astype(np.float32)",
+    ),
     "float16": (save_with("key", lambda x: np.zeros(x.shape, np.float16)), "key.npy: dtype '<f2'"),
     "big endian": (save_with("key", lambda x: np.zeros(x.shape, ">f4")), "key.npy: dtype '>f4'"),
-    "int64 list": (save_with("sparse_indices", lambda x: x.astype(np.int64)),
-                   "sparse_indices.npy: dtype '<i8', expected '<i4'",
-                   "fix: save x.astype(np.int32)"),
-    "structured": (save_with("key", lambda x: np.zeros(x.shape, [("a", "<f4")])),
-                   "structured dtypes are not read"),
-    "width": (save_with("key_rope", lambda x: x[..., :32]),
-              "key_rope.npy: shape (1, 300, 1, 32), expected (1, 300, 1, 64)"),
-    "rows": (save_with("key_rope", lambda x: x[:, 1:]),
-             "key_rope.npy: shape (1, 299, 1, 64), expected (1, 300, 1, 64)"),
+    "int64 list": (
+        save_with("sparse_indices", lambda x: x.astype(np.int64)),
+        "sparse_indices.npy: dtype '<i8', expected '<i4'",
+        "fix: save x.astype(np.int32)",
+    ),
+    "structured": (
+        save_with("key", lambda x: np.zeros(x.shape, [("a", "<f4")])),
+        "structured dtypes are not read",
+    ),
+    "width": (
+        save_with("key_rope", lambda x: x[..., :32]),
+        "key_rope.npy: shape (1, 300, 1, 32), expected (1, 300, 1, 64)",
+    ),
+    "rows": (
+        save_with("key_rope", lambda x: x[:, 1:]),
+        "key_rope.npy: shape (1, 299, 1, 64), expected (1, 300, 1, 64)",
+    ),
     "dimensions": (save_with("query", lambda x: x[0]), "query.npy: shape (1, 4, 512), expected"),
     "five dimensions": (save_with("query", lambda x: x[None]), "more than 4 dimensions"),
     "no keys": (save_with("key", lambda x: x[:, :0]), "key.npy: shape (1, 0, 1, 512), expected"),
-    "fortran": (save_with("key", np.asfortranarray), "key.npy: is in Fortran order",
-                "fix: save np.ascontiguousarray(x)"),
-    "truncated": (rewrite("key", lambda b: b[:-1]), "key.npy: is truncated",
-                  "takes 307200 bytes, 307199 are there"),
+    "fortran": (
+        save_with("key", np.asfortranarray),
+        "key.npy: is in Fortran order",
+        "fix: save np.ascontiguousarray(x)",
+    ),
+    "truncated": (
+        rewrite("key", lambda b: b[:-1]),
+        "key.npy: is truncated",
+        "takes 307200 bytes, 307199 are there",
+    ),
     "truncated header": (rewrite("key", lambda b: b[:60]), "ends inside its header"),
     "empty": (rewrite("key", lambda b: b""), "is not a .npy file"),
     "not npy": (rewrite("key", lambda b: b"PK\x03\x04" + b), "is not a .npy file"),
     "version 3": (rewrite("key", lambda b: b[:6] + b"\x03" + b[7:]), ".npy version 3"),
     "huge header": (rewrite("key", lambda b: b[:8] + b"\xff\xff" + b[10:]), "is too long"),
     "huge shape": (rewrite("key", huge_shape), "larger than memory can be"),
-    "negative shape": (rewrite("key", lambda b: b.replace(b"(1, 300,", b"(1, -30,", 1)),
-                       "cannot read the shape"),
-    "no shape": (rewrite("key", lambda b: b.replace(b"'shape'", b"'shake'", 1)),
-                 "the .npy header has no 'shape'"),
+    "negative shape": (
+        rewrite("key", lambda b: b.replace(b"(1, 300,", b"(1, -30,", 1)),
+        "cannot read the shape",
+    ),
+    "no shape": (
+        rewrite("key", lambda b: b.replace(b"'shape'", b"'shake'", 1)),
+        "the .npy header has no 'shape'",
+    ),
     "page id": (bad_page, "block_table"),
     "pages without a table": (pages_without("block_table"), "expected (1, -1, -1, 512)"),
 }

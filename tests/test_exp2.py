@@ -57,8 +57,12 @@ def run_sweep(header: str, math: str, cross: bool, stride: int) -> tuple[dict[st
             "sweep.c": (ROOT / "tests" / "exp2_sweep.c").read_text(),
         },
         compiler=CROSS if cross else "cc",
-        flags=("-O2", "-Werror=implicit-function-declaration", '-DHEADER="header.h"',
-               f"-DKERNEL={bind.parse(header).kernels[0]}"),
+        flags=(
+            "-O2",
+            "-Werror=implicit-function-declaration",
+            '-DHEADER="header.h"',
+            f"-DKERNEL={bind.parse(header).kernels[0]}",
+        ),
         libs=(*LIBS[math], "-lm"),
         suffix=".program",
     )
@@ -66,8 +70,10 @@ def run_sweep(header: str, math: str, cross: bool, stride: int) -> tuple[dict[st
     output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     print(output)
     *lines, log = [line.split() for line in output.splitlines()]
-    isas = {isa: Exp2(int(count), float(ulp), int(rises), float(rise), int(below), int(wrong))
-            for isa, count, ulp, _, rises, rise, below, wrong in lines}
+    isas = {
+        isa: Exp2(int(count), float(ulp), int(rises), float(rise), int(below), int(wrong))
+        for isa, count, ulp, _, rises, rise, below, wrong in lines
+    }
     return isas, Log(float(log[2]), int(log[4]))
 
 

@@ -17,12 +17,13 @@ from helpers import BF16, WORDS_HERE
 from helpers_runner import AARCH64, QEMU, need_aarch64
 
 from gen import bind, render, spec
-from gen.formats import CODES, SCALED
+from gen.formats import CODES, STORED
 from gen.isa import ISAS, WORDS
 
 HERE = Path(__file__).resolve().parent
 PEAKS = range(0, 65536 - 96, 61)
-SCALED_ROWS = (*range(1, 40), *range(40, 257, 24))
+CODE_ROWS = (*range(1, 40), *range(40, 257, 24))
+I4 = tuple(name for name, stored in STORED.items() if stored.packed)
 N, ROW_MAX, QUOTIENTS = 1 << 17, 40, 1 << 22
 E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
 ARRAYS = ("x", "y", "z", "tame", "fraction", "exponent", "small", "f16", "bf16", "power")
@@ -35,6 +36,7 @@ BINARY = tuple(
         ("vsub", "x", "y"),
         ("vmul", "x", "y"),
         ("vmax", "x", "y"),
+        ("vdiv", "x", "y"),
         ("vscale", "fraction", "exponent"),
     )
 )
@@ -56,8 +58,7 @@ def header_text() -> str:
     text = bind.header_text(spec.parse_header({"name": "hl_words", "kernel": kernels}))
     for isa in ISAS.values():
         if not isa.tiles:
-            words = render.words_page(isa, ("bf16", *CODES), "builtin")
-            words += "".join(render.scaled_page(isa, scaled) for scaled in SCALED.values())
+            words = render.words_page(isa, ("bf16", *CODES), "builtin", tuple(STORED))
             text += f"\n#if HL_HAS_{isa.macro}\n{words}#endif\n"
     return text
 
@@ -70,7 +71,7 @@ def defined_words(isa: str) -> set[str]:
 
 
 def test_every_instruction_set_has_the_same_words():
-    expected = (set(WORDS) - {"vrow"}) | {f"vrow_{t}" for t in ("f32", "f16", "bf16", *SCALED)}
+    expected = (set(WORDS) - {"vrow"}) | {f"vrow_{name}" for name in STORED}
     for name, isa in ISAS.items():
         assert isa.words != name or defined_words(name) == expected, name
 
@@ -329,9 +330,10 @@ class Pieces:
         for kind in CODES:
             made[f"vput_{kind}"] = self.take(65536, np.uint8), self.take(N // 2, np.uint8)
         made["vpeak"] = self.take(len(PEAKS))
-        made["scaled"] = [
-            (n, *(self.take(-(-n // lanes) * lanes) for _ in SCALED)) for n in SCALED_ROWS
-        ]
+        for kind in (*CODES, *I4):
+            made[f"vrow_{kind}"] = [(n, self.take(-(-n // lanes) * lanes)) for n in CODE_ROWS]
+        for kind in CODES:
+            made[f"vpair_{kind}"] = self.take(256)
         made["vpair"] = self.take(2 * lanes)
         for kind in ("f16", "bf16"):
             made[f"vpair_{kind}"] = self.take(65536)
@@ -365,6 +367,7 @@ def test_arithmetic(machine, isa):
     assert not got["vzero"].view(np.uint32).any() and same(got["vset"], x[5]).all()
     with np.errstate(all="ignore"):
         assert same(got["vadd"], x + y).all()
+        assert same(got["vdiv"], x / y).all()
         assert same(got["vsub"], x - y).all()
         assert same(got["vmul"], x * y).all()
         larger = same(got["vmax"], np.where(x > y, x, y), zeros=True)  # a NaN in y stays,
@@ -554,15 +557,30 @@ def test_codes_are_widened(machine, isa):
 
 
 @BY_ISA
-def test_rows_with_scales_beside_them(machine, isa):
-    """Per channel with an offset, per token without; whatever the scales are, 0 behind the row."""
-    scale, offset = inputs()["x"], inputs()["y"]
-    for n, by_channel, by_token in of(machine, isa)["scaled"]:
-        codes = numbers_of("i8")[256 - n :]
+@pytest.mark.parametrize("kind", CODES)
+def test_rows_and_pairs_of_codes(machine, isa, kind):
+    """As many as there are, 0 behind them; and a pair is two vectors, in order."""
+    got, numbers = of(machine, isa), numbers_of(kind)
+    for n, row in got[f"vrow_{kind}"]:
+        assert same(row[:n], numbers[256 - n :]).all(), n
+        assert not row[n:].any(), n
+    assert same(got[f"vpair_{kind}"], numbers).all()
+
+
+@BY_ISA
+@pytest.mark.parametrize("kind", I4)
+def test_rows_of_int4_take_their_scales(machine, isa, kind):
+    """Low halves are even channels; scales are float16 behind an even number of bytes."""
+    group = int(kind[3:])
+    for n, row in of(machine, isa)[f"vrow_{kind}"]:
+        packed, scales = (n + 3) // 4 * 2, -(-n // group)
+        stored = np.arange(256, dtype=np.uint8)[256 - packed - 2 * scales :]
+        halves = np.stack([stored[:packed] & 15, stored[:packed] >> 4], axis=-1).ravel()[:n]
+        codes = ((halves.astype(np.int32) ^ 8) - 8).astype(np.float32)
+        scale = np.repeat(stored[packed:].view(np.float16).astype(np.float32), group)[:n]
         with np.errstate(all="ignore"):
-            assert same(by_channel[:n], (codes + offset[:n]) * scale[:n]).all(), n
-            assert same(by_token[:n], codes * scale[n]).all(), n
-        assert not by_token[n:].any() and not by_channel[n:].any(), n
+            assert same(row[:n], codes * scale).all(), n
+        assert not row[n:].any(), n
 
 
 @BY_ISA
@@ -593,7 +611,7 @@ def test_rows_are_padded_with_zeros(machine, isa):
 def test_wide_words_are_the_scalar_ones(isa):
     """Where a word rounds once, all instruction sets agree in every bit."""
     wide, scalar = results("here")[isa], results("here")["scalar"]
-    for word in ("vadd", "vsub", "vmul", "vflush", "vload_f16", "vload_bf16", "vabs"):
+    for word in ("vadd", "vsub", "vmul", "vflush", "vload_f16", "vload_bf16", "vabs", "vdiv"):
         assert same(wide[word], scalar[word]).all(), word
     normal = abs(wide["vscale"]) >= 2.0**-126
     assert same(wide["vscale"], scalar["vscale"])[normal].all()
