@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from gen import matrix
+from gen import int8, matrix
 from gen.formats import TYPES, layout
 from gen.isa import FORMAT_WORDS
 
@@ -619,6 +619,8 @@ def tile(kernel, isa):
     """The tile sizes of one kernel on one instruction set."""
     if isa.tiles:
         return matrix.tile(kernel, isa)
+    if kernel.integer:
+        return int8.tile(kernel, isa)
     registers = REGISTERS[isa.name]
     lanes = isa.lanes
     block = registers["block"]
