@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from gen.formats import STORED
 from gen.isa import FORMAT_WORDS
 
+TO_FLOAT = {"f32": "", "f16": "hl_float_of_f16", "bf16": "hl_float_of_bf16"}
 ROWS_MOST = 16  # query rows of a batch that are decoded together
 
 
@@ -190,7 +191,7 @@ def decode_view(kernel):
         else "a->block_size",
         "positions_matter": "a->pse_shift != NULL"
         + (" || a->alibi_slopes != NULL" if "alibi" in has else ""),
-        "to_float": {"f32": "", "f16": "hl_float_of_f16", "bf16": "hl_float_of_bf16"}[kernel.numbers],
+        "to_float": TO_FLOAT[kernel.numbers],
         "query_at": "k_query_at(a, g, h)",
         "stats_at": "g->stats + h % g->heads * g->rows + h / g->heads",
         "head_at": "h % g->heads",

@@ -185,7 +185,7 @@ def int8_plan(tiles):
     most = {name: max(t.memory[name] for t in tiles) for name in tiles[0].memory}
     floats = "(float *)(void *)"
     slices = (
-        Slice("o", 0, most["o"], 0, "sums of codes times weights, in 64 bits", "(int64_t *)(void *)"),
+        Slice("o", 0, most["o"], 0, "sums of weighted codes, in 64 bits", "(int64_t *)(void *)"),
         Slice("sum", 0, most["sum"], 0, "those of the last keys, in 32", "(int32_t *)(void *)"),
         Slice("q", 0, most["q"], 0, "Q in 16 bits", "(int16_t *)(void *)"),
         Slice("m", 0, most["m"], 0, "lanes of running maxima, sums, what they rounded off", floats),

@@ -43,6 +43,7 @@ EXP2_TILE_COEFFICIENTS = (
     "6.931513118e-1f",
     "1.0f",
 )
+FROM_FLOAT = {"f32": "", "f16": "hl_f16_of_float", "bf16": "hl_bf16_of_float"}
 LINK_NOTES = {
     "builtin": "",
     "sleef": ", to be linked with -lsleef",
@@ -188,7 +189,7 @@ def kernel_view(kernel):
         layouts_of_cache=", ".join(kernel.layout_kv)
         + (f", rows of {kernel.record.name}" if kernel.record else ""),
         row_word=f"hl_vrow_{kernel.dtype}",
-        from_float={"f32": "", "f16": "hl_f16_of_float", "bf16": "hl_bf16_of_float"}[kernel.numbers],
+        from_float=FROM_FLOAT[kernel.numbers],
         exp2=Speller("hl", math=kernel.math, isa="scalar").word("vexp2"),
         log={"builtin": "hl_log", "sleef": "Sleef_logf_u10", "libm": "logf"}[kernel.math],
     )
