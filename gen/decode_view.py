@@ -7,6 +7,7 @@ from gen.formats import STORED
 from gen.isa import FORMAT_WORDS
 
 TO_FLOAT = {"f32": "", "f16": "hl_float_of_f16", "bf16": "hl_float_of_bf16"}
+WALK_MOST = 16  # kv heads that are decoded in turn
 ROWS_MOST = 16  # query rows of a batch that are decoded together
 
 
@@ -140,6 +141,7 @@ def decode_view(kernel):
             "decodes": False,
             "integer": False,
             "splits": True,
+            "walks": False,
             "has_stats": True,
             "has_sinks": True,
             "key_codes": False,
@@ -165,6 +167,7 @@ def decode_view(kernel):
         "decodes": True,
         "integer": kernel.integer,
         "splits": not kernel.integer,  # whether rows may be split over tasks
+        "walks": not kernel.integer,  # whether kv heads may be decoded in turn
         "has_stats": "stats" in has,
         "has_sinks": "sinks" in has,
         "has_window": "window" in has,
@@ -200,6 +203,7 @@ def decode_view(kernel):
         "group_parameter": "const hl_group *g, ",
         "group_argument": "g, ",
         "rows_most": ROWS_MOST,
+        "walk_most": WALK_MOST,
         "queries_of_row": "(uint64_t)a->heads_q * (uint64_t)a->seq_q",
         "absent": absent(kernel),
         **manual_words(kernel),

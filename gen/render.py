@@ -140,6 +140,7 @@ def kernel_view(kernel):
             words=ISAS[isa.words].macro,
             task=f"{kernel.private}_task_{isa.name}",
             merge=f"{kernel.private}_merge_{isa.name}",
+            walk=f"{kernel.private}_walk_{isa.name}",
         )
         for isa in kernel.isas
     ]
