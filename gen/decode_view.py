@@ -8,6 +8,7 @@ from gen.isa import FORMAT_WORDS
 
 TO_FLOAT = {"f32": "", "f16": "hl_float_of_f16", "bf16": "hl_float_of_bf16"}
 WALK_MOST = 16  # kv heads that are decoded in turn
+WALK_BYTES = 1 << 20  # of keys and values: less stays in the second-level cache
 ROWS_MOST = 16  # query rows of a batch that are decoded together
 
 
@@ -204,6 +205,8 @@ def decode_view(kernel):
         "group_argument": "g, ",
         "rows_most": ROWS_MOST,
         "walk_most": WALK_MOST,
+        "walk_bytes": WALK_BYTES,
+        "cache_bytes": key.width(kernel.dk) * key.element + value.width(kernel.dv) * value.element,
         "queries_of_row": "(uint64_t)a->heads_q * (uint64_t)a->seq_q",
         "absent": absent(kernel),
         **manual_words(kernel),

@@ -147,6 +147,7 @@ WORDS = {
     "vload_e4m3": "as vload, from FP8 E4M3",
     "vload_e4m3_n": "as vload_n",
     "vpair_e4m3": "as vpair, from FP8 E4M3",
+    "vpair_i4": "as vpair, from int4, two a byte, the first in the lower half",
     "vwiden_e4m3": "4 * lanes codes to as many numbers of bfloat16, which hold them exactly",
     "vstore_e4m3": "as vstore, rounded to nearest even, never past +-448; x is finite",
     "vstore_e4m3_n": "as vstore_n",

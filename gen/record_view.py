@@ -2,7 +2,7 @@
 
 from types import SimpleNamespace
 
-from gen.formats import CODE_LIMIT, FORMATS, TYPES, layout
+from gen.formats import CODE_LIMIT, FORMATS, layout
 from gen.isa import FORMAT_WORDS
 
 LINE = 64
@@ -160,7 +160,7 @@ def formats_of(kernel):
         return ("f16", "dots")  # scores are rounded to float16; products of whole numbers
     if kernel.record is None:
         names = (kernel.dtype, kernel.stored_key.type, kernel.stored_value.type)
-        return tuple(dict.fromkeys(name for name in names if name in TYPES))
+        return tuple(dict.fromkeys(names))
     plan = layout(kernel.record, kernel.dtype)
     names = [kernel.dtype]
     names += [plan.place(n).type.name for n in ("nope", "rope") if plan.place(n)]

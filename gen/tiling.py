@@ -322,7 +322,8 @@ class Tile:
         few = str(self.few_block)
         lean = self.codes.lean_block if self.codes else self.lean_block
         if lean != self.few_block:
-            few = f"plan->group <= {self.lean} ? {lean} : {few}"
+            near = " && !k_value_apart(a)" if self.decodes else ""  # else no row is read twice
+            few = f"plan->group <= {self.lean}{near} ? {lean} : {few}"
         return few if self.few == "all" else f"plan->group > {self.few} ? {self.block} : {few}"
 
     @property

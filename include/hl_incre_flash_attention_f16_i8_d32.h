@@ -429,8 +429,9 @@ typedef struct hl_incre_flash_attention_plan {
     int64_t work;          /* at most this many multiply-adds; INT64_MAX if it does not fit      */
     size_t task_bytes;     /* workspace of one task, any alignment                               */
     size_t split_bytes;    /* what partials would have to hold to split rows; 0: nothing to split */
-    int32_t group;         /* G: query heads that share one kv head                              */
+    int32_t group;         /* queries on one kv head: G heads in each of S1 rows                 */
     int32_t chunks;        /* of the longest row                                                 */
+    int64_t longest;       /* keys of the longest batch                                          */
     float scale_log2;      /* scale_value * log2(e)                                              */
 } hl_incre_flash_attention_plan;
 
@@ -438,7 +439,7 @@ typedef struct hl_incre_flash_attention_plan {
  * out_f32 = 1, softmax_max and softmax_sum over its own keys; sinks go to one part only. */
 typedef struct hl_incre_flash_attention_parts {
     const float *const *out; /* [parts] -> packed [B][S1][N1][DV] or [T1][N1][DV]                */
-    const float *const *max; /* [parts] -> [B][N2][S1][G] or [N2][T1][G]                         */
+    const float *const *max; /* [parts] -> [B][N1][S1]                                           */
     const float *const *sum; /* [parts] -> same; 0 marks a part without keys                     */
     void *attention_out;     /* packed, in the kernel's type, or float if out_f32                */
     float *softmax_max;      /* NULL: not wanted. May be one part's own, as softmax_sum           */
@@ -1552,6 +1553,14 @@ static inline int32_t hl_ifa_f16_i8_d32_next(const hl_incre_flash_attention_args
         c->at += run;
     }
     return n;
+}
+
+/* A block of keys by itself: the cursor stays where it is. */
+static inline int32_t hl_ifa_f16_i8_d32_next_block(const hl_incre_flash_attention_args *a,
+                                                   const hl_group *g, hl_cursor c, hl_row *row,
+                                                   int32_t cap)
+{
+    return hl_ifa_f16_i8_d32_next(a, g, &c, row, cap);
 }
 
 /* How many chunks a group's keys are cut into. */
@@ -3009,8 +3018,8 @@ HL_KERNEL_SCALAR void hl_ifa_f16_i8_d32_forward_scalar(const hl_incre_flash_atte
     const hl_group *g, const hl_space *w, const hl_state *t, hl_cursor c, int32_t padded)
 {
     enum { CAP = 48, AHEAD = 8 };
-    const int32_t block = 16;
     const hl_incre_flash_attention_args *const a = &plan->args;
+    const int32_t block = 16;
     int32_t known = hl_ifa_f16_i8_d32_next(a, g, &c, w->row, CAP);
     int32_t more = known == CAP;
     hl_block b;
@@ -3081,6 +3090,72 @@ HL_KERNEL_SCALAR void hl_ifa_f16_i8_d32_chunk_scalar(const hl_incre_flash_attent
                                      hl_ifa_f16_i8_d32_part_of_chunk(&plan->args, g, c), padded);
     for (int32_t i = 0; g->rows > 1 && i < g->rows; ++i) {
         hl_ifa_f16_i8_d32_forward_row_scalar(plan, g, w, t, c, i);
+    }
+}
+
+/* Some kv heads of a batch, a block of keys of each in turn: where a token's heads lie side by
+ * side, their lines and pages are then read together. The arithmetic is that of their tasks. */
+static inline void hl_ifa_f16_i8_d32_walk_scalar(const hl_incre_flash_attention_plan *plan,
+                                                 int64_t first, int32_t n, char *workspace)
+{
+    const int32_t padded = (plan->group + 0) / 1 * 1;
+    const hl_incre_flash_attention_args *const a = &plan->args;
+    const int32_t block = 16;
+    hl_space w[16];
+    hl_group g[16];
+    hl_block b;
+    int32_t chunks;
+    for (int32_t h = 0; h < n; ++h) {
+        (void)hl_ifa_f16_i8_d32_group(plan, first + h, &g[h]);
+        hl_ifa_f16_i8_d32_space(&w[h], workspace + (size_t)h * plan->task_bytes, plan->group,
+                                hl_ifa_f16_i8_d32_value_apart(a));
+        w[h].k = w[0].k; /* scratch of a block is for all of them */
+        w[h].v = w[0].v;
+        w[h].s = w[0].s;
+        w[h].row = w[0].row;
+        w[h].own = w[0].own;
+    }
+    b.value_apart = hl_ifa_f16_i8_d32_value_apart(a);
+    chunks = hl_ifa_f16_i8_d32_chunks(a, &g[0]);
+    for (int32_t chunk = 0; chunk < chunks; ++chunk) {
+        const hl_cursor all = hl_ifa_f16_i8_d32_chunk(a, &g[0], chunk);
+        hl_cursor c = hl_ifa_f16_i8_d32_part_of_chunk(a, &g[0], all);
+        const int32_t end = c.end;
+        for (int32_t h = 0; h < n; ++h) {
+            hl_ifa_f16_i8_d32_start_scalar(chunk == 0 ? &w[h].state : &w[h].other, padded,
+                                           plan->group);
+            hl_ifa_f16_i8_d32_load_queries_scalar(plan, &g[h], &w[h]);
+        }
+        c.end = end - c.at < block ? end : c.at + block;
+        b.row = w[0].row;
+        b.n = c.at < c.end ? hl_ifa_f16_i8_d32_next_block(a, &g[0], c, b.row, block) : 0;
+        for (int32_t h = 0; b.n > 0;) { /* behind a block's rows are those of the next in turn */
+            const int32_t later = h + 1 < n ? h + 1 : 0;
+            const hl_state *const t = chunk == 0 ? &w[h].state : &w[h].other;
+            if (later == 0) {
+                c.at = c.end;
+                c.end = end - c.at < block ? end : c.at + block;
+            }
+            b.n_later = c.at < c.end
+                ? hl_ifa_f16_i8_d32_next_block(a, &g[later], c, b.row + b.n, block) : 0;
+            hl_ifa_f16_i8_d32_block_scalar(plan, &g[h], &w[h], t, &b, padded);
+            *t->seen = 1.0f;
+            HL_COPY(b.row, b.row + b.n, (size_t)b.n_later * sizeof *b.row);
+            b.n = b.n_later;
+            h = later;
+        }
+        for (int32_t h = 0; h < n; ++h) {
+            const hl_state *const t = chunk == 0 ? &w[h].state : &w[h].other;
+            for (int32_t i = 0; g[h].rows > 1 && i < g[h].rows; ++i) {
+                hl_ifa_f16_i8_d32_forward_row_scalar(plan, &g[h], &w[h], t, all, i);
+            }
+            if (chunk > 0) {
+                hl_ifa_f16_i8_d32_merge_state_scalar(&w[h].state, t, padded, plan->group);
+            }
+        }
+    }
+    for (int32_t h = 0; h < n; ++h) {
+        hl_ifa_f16_i8_d32_finish_scalar(plan, &g[h], &w[h].state, padded);
     }
 }
 
@@ -3211,6 +3286,7 @@ static inline hl_status hl_ifa_f16_i8_d32_plan(hl_incre_flash_attention_plan *pl
     partials = hl_mul_cap((uint64_t)rows, (uint64_t)longest);
     partials = hl_mul_cap(partials, (uint64_t)a->heads_q * (uint64_t)a->seq_q * 64u);
     p.work = partials > (uint64_t)INT64_MAX ? INT64_MAX : (int64_t)partials;
+    p.longest = longest;
     p.split_bytes = 0;
     if (p.chunks > 1 && p.n_tasks > 0) {
         partials = hl_mul_cap((uint64_t)p.n_tasks, (uint64_t)p.chunks);
@@ -3265,6 +3341,33 @@ HL_API void hl_incre_flash_attention_f16_i8_d32_merge(const hl_incre_flash_atten
     }
 }
 
+/* How many kv heads can be decoded in turn with so much workspace; less than 2: it is no help, as
+ * with small caches. A mask chooses keys one by one: blocks would not be those of tasks. */
+static inline int32_t hl_ifa_f16_i8_d32_walks(const hl_incre_flash_attention_plan *plan,
+                                              size_t bytes)
+{
+    const hl_incre_flash_attention_args *const a = &plan->args;
+    const int32_t apart = a->layout_kv == HL_LAYOUT_BNSD || a->layout_kv == HL_LAYOUT_PA_BNSD;
+    const size_t held = bytes / plan->task_bytes;
+    const int32_t most = a->heads_kv < 16 ? a->heads_kv : 16;
+    const int64_t near = plan->longest * a->heads_kv * 64;
+    if (apart || a->atten_mask != NULL || plan->n_merges > 0 || near < 1048576) {
+        return 1;
+    }
+    return held < (size_t)most ? (int32_t)held : most;
+}
+
+/* Kv heads first .. first + n - 1, of one batch, in turn. */
+static inline void hl_ifa_f16_i8_d32_walk(const hl_incre_flash_attention_plan *plan, int64_t first,
+                                          int32_t n, void *workspace)
+{
+    switch (plan->args.isa) {
+    default:
+        hl_ifa_f16_i8_d32_walk_scalar(plan, first, n, (char *)workspace);
+        break;
+    }
+}
+
 /* Threads that `bytes` of workspace are enough for. */
 static inline int32_t hl_ifa_f16_i8_d32_threads(const hl_incre_flash_attention_plan *plan,
                                                 size_t bytes)
@@ -3294,7 +3397,10 @@ HL_API size_t hl_incre_flash_attention_f16_i8_d32_workspace_bytes(
     }
     return plan.task_bytes * (size_t)omp_get_max_threads();
 #else
-    return plan.task_bytes;
+    {
+        const int32_t n = hl_ifa_f16_i8_d32_walks(&plan, SIZE_MAX);
+        return plan.task_bytes * (size_t)(n > 1 ? n : 1);
+    }
 #endif
 }
 
@@ -3345,6 +3451,17 @@ HL_API hl_status hl_incre_flash_attention_f16_i8_d32(const hl_incre_flash_attent
 #else
     threads = hl_ifa_f16_i8_d32_threads(&plan, bytes);
     (void)threads;
+    if (hl_ifa_f16_i8_d32_walks(&plan, bytes) > 1) {
+        const int32_t most = hl_ifa_f16_i8_d32_walks(&plan, bytes);
+        const int32_t heads = plan.args.heads_kv;
+        for (int64_t task = 0; task < plan.n_tasks;) {
+            const int32_t left = heads - (int32_t)(task % heads);
+            const int32_t n = left < most ? left : most;
+            hl_ifa_f16_i8_d32_walk(&plan, task, n, workspace);
+            task += n;
+        }
+        return status;
+    }
     for (int64_t task = 0; task < plan.n_tasks; ++task) {
         hl_incre_flash_attention_f16_i8_d32_task(&plan, task, workspace);
     }

@@ -3536,8 +3536,8 @@ HL_KERNEL_SCALAR void hl_sfa_f16_d512_rope64_forward_scalar(
     const hl_state *t, hl_cursor c, int32_t padded)
 {
     enum { CAP = 48, AHEAD = 8 };
-    const int32_t block = 16;
     const hl_sparse_flash_attention_args *const a = &plan->args;
+    const int32_t block = 16;
     int32_t known = hl_sfa_f16_d512_rope64_next(a, g, &c, w->row, CAP);
     int32_t more = known == CAP;
     hl_block b;
@@ -5246,8 +5246,8 @@ HL_KERNEL_NEON void hl_sfa_f16_d512_rope64_forward_neon(const hl_sparse_flash_at
     const hl_group *g, const hl_space *w, const hl_state *t, hl_cursor c, int32_t padded)
 {
     enum { CAP = 176, AHEAD = 24 };
-    const int32_t block = plan->group > 16 ? 64 : plan->group <= 3 ? 16 : 64;
     const hl_sparse_flash_attention_args *const a = &plan->args;
+    const int32_t block = plan->group > 16 ? 64 : plan->group <= 3 ? 16 : 64;
     int32_t known = hl_sfa_f16_d512_rope64_next(a, g, &c, w->row, CAP);
     int32_t more = known == CAP;
     hl_block b;
@@ -6765,8 +6765,8 @@ HL_KERNEL_AVX2 void hl_sfa_f16_d512_rope64_forward_avx2(const hl_sparse_flash_at
     const hl_group *g, const hl_space *w, const hl_state *t, hl_cursor c, int32_t padded)
 {
     enum { CAP = 192, AHEAD = 24 };
-    const int32_t block = plan->group > 16 ? 96 : plan->group <= 3 ? 16 : 48;
     const hl_sparse_flash_attention_args *const a = &plan->args;
+    const int32_t block = plan->group > 16 ? 96 : plan->group <= 3 ? 16 : 48;
     int32_t known = hl_sfa_f16_d512_rope64_next(a, g, &c, w->row, CAP);
     int32_t more = known == CAP;
     hl_block b;
@@ -9137,8 +9137,8 @@ HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_forward_avx512(
     const hl_state *t, hl_cursor c, int32_t padded)
 {
     enum { CAP = 240, AHEAD = 24 };
-    const int32_t block = plan->group > 32 ? 96 : plan->group <= 3 ? 16 : 96;
     const hl_sparse_flash_attention_args *const a = &plan->args;
+    const int32_t block = plan->group > 32 ? 96 : plan->group <= 3 ? 16 : 96;
     int32_t known = hl_sfa_f16_d512_rope64_next(a, g, &c, w->row, CAP);
     int32_t more = known == CAP;
     hl_block b;
@@ -10094,8 +10094,8 @@ HL_KERNEL_AMX void hl_sfa_f16_d512_rope64_forward_amx(const hl_sparse_flash_atte
     const hl_group *g, const hl_space *w, const hl_state *t, hl_cursor c, int32_t padded)
 {
     enum { CAP = 512, AHEAD = 256 };
-    const int32_t block = 256;
     const hl_sparse_flash_attention_args *const a = &plan->args;
+    const int32_t block = 256;
     int32_t known = hl_sfa_f16_d512_rope64_next(a, g, &c, w->row, CAP);
     int32_t more = known == CAP;
     hl_block b;

@@ -2716,8 +2716,8 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_forward_scalar(
     const hl_state *t, hl_cursor c, int32_t padded)
 {
     enum { CAP = 48, AHEAD = 8 };
-    const int32_t block = 16;
     const hl_sparse_flash_attention_args *const a = &plan->args;
+    const int32_t block = 16;
     int32_t known = hl_sfa_f32_d32_rope8_next(a, g, &c, w->row, CAP);
     int32_t more = known == CAP;
     hl_block b;

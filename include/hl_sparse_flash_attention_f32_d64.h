@@ -3034,8 +3034,8 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d64_forward_scalar(const hl_sparse_flash_attent
                                                     const hl_state *t, hl_cursor c, int32_t padded)
 {
     enum { CAP = 48, AHEAD = 8 };
-    const int32_t block = 16;
     const hl_sparse_flash_attention_args *const a = &plan->args;
+    const int32_t block = 16;
     int32_t known = hl_sfa_f32_d64_next(a, g, &c, w->row, CAP);
     int32_t more = known == CAP;
     hl_block b;
@@ -4670,8 +4670,8 @@ HL_KERNEL_NEON void hl_sfa_f32_d64_forward_neon(const hl_sparse_flash_attention_
                                                 const hl_state *t, hl_cursor c, int32_t padded)
 {
     enum { CAP = 176, AHEAD = 24 };
-    const int32_t block = plan->group > 16 ? 64 : 64;
     const hl_sparse_flash_attention_args *const a = &plan->args;
+    const int32_t block = plan->group > 16 ? 64 : 64;
     int32_t known = hl_sfa_f32_d64_next(a, g, &c, w->row, CAP);
     int32_t more = known == CAP;
     hl_block b;
@@ -6115,8 +6115,8 @@ HL_KERNEL_AVX2 void hl_sfa_f32_d64_forward_avx2(const hl_sparse_flash_attention_
                                                 const hl_state *t, hl_cursor c, int32_t padded)
 {
     enum { CAP = 192, AHEAD = 24 };
-    const int32_t block = plan->group > 16 ? 96 : 48;
     const hl_sparse_flash_attention_args *const a = &plan->args;
+    const int32_t block = plan->group > 16 ? 96 : 48;
     int32_t known = hl_sfa_f32_d64_next(a, g, &c, w->row, CAP);
     int32_t more = known == CAP;
     hl_block b;
@@ -8323,8 +8323,8 @@ HL_KERNEL_AVX512 void hl_sfa_f32_d64_forward_avx512(const hl_sparse_flash_attent
                                                     const hl_state *t, hl_cursor c, int32_t padded)
 {
     enum { CAP = 240, AHEAD = 24 };
-    const int32_t block = plan->group > 32 ? 96 : plan->group <= 3 ? 80 : 96;
     const hl_sparse_flash_attention_args *const a = &plan->args;
+    const int32_t block = plan->group > 32 ? 96 : plan->group <= 3 ? 80 : 96;
     int32_t known = hl_sfa_f32_d64_next(a, g, &c, w->row, CAP);
     int32_t more = known == CAP;
     hl_block b;

@@ -59,7 +59,8 @@ def header_text() -> str:
     text = bind.header_text(spec.parse_header({"name": "hl_words", "kernel": kernels}))
     for isa in ISAS.values():
         if not isa.tiles:
-            words = render.words_page(isa, ("bf16", *CODES, "dots"), "builtin", tuple(STORED))
+            formats = ("bf16", *CODES, "i4", "dots")
+            words = render.words_page(isa, formats, "builtin", tuple(STORED))
             text += f"\n#if HL_HAS_{isa.macro}\n{words}#endif\n"
     return text
 
@@ -82,7 +83,7 @@ def test_every_word_is_tested():
     source = (HERE / "words.c.j2").read_text()
     for word in WORDS:
         listed = word in {w.name for w in (*BINARY, *UNARY)}
-        general = re.sub(r"_(bf16|f16|i8|e4m3)(?=_n$|$)", "_{{ type }}", word)
+        general = re.sub(r"_(bf16|f16|i8|e4m3|i4)(?=_n$|$)", "_{{ type }}", word)
         of_type = re.sub(r"_(i8|e4m3)_", "_{{ type }}_", word)
         listed = listed or any(f"hl_{name}{{{{ w }}}}(" in source for name in (word, of_type))
         assert listed or f"hl_{general}{{{{ w }}}}" in source or f"hl_{word}_{{{{ type" in source, (
@@ -335,7 +336,7 @@ class Pieces:
         made["vpeak"] = self.take(len(PEAKS))
         for kind in (*CODES, *I4):
             made[f"vrow_{kind}"] = [(n, self.take(-(-n // lanes) * lanes)) for n in CODE_ROWS]
-        for kind in CODES:
+        for kind in (*CODES, "i4"):
             made[f"vpair_{kind}"] = self.take(256)
         made["vpair"] = self.take(2 * lanes)
         for kind in ("f16", "bf16"):
@@ -572,6 +573,13 @@ def test_rows_and_pairs_of_codes(machine, isa, kind):
         assert same(row[:n], numbers[256 - n :]).all(), n
         assert not row[n:].any(), n
     assert same(got[f"vpair_{kind}"], numbers).all()
+
+
+@BY_ISA
+def test_pairs_of_int4_are_in_order(machine, isa):
+    bytes_ = np.arange(128)
+    codes = np.stack([bytes_ & 15, bytes_ >> 4], axis=-1).ravel()
+    assert same(of(machine, isa)["vpair_i4"], ((codes ^ 8) - 8).astype(np.float32)).all()
 
 
 @BY_ISA
