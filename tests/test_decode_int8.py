@@ -9,7 +9,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 from helpers import WORDS_HERE
+from helpers_cases import Way
 from helpers_memory import Arena, in_child
+from helpers_runner import QEMU, need_aarch64, play, program, record
 from oracle_decode_int8 import F32, Row, Scales, attend, quantised, result, to_codes
 
 from gen import bind, spec
@@ -231,7 +233,12 @@ def paged(
             made[f"{name}_pages"] = flat
         return made
     made |= {name: laid_out(pool, s.layout_kv) for name, pool in pools.items()}
-    return {**made, "block_table": table, "num_blocks": blocks, "index_kind": int(per == 1)}
+    return {
+        **made,
+        "block_table": table,
+        "num_blocks": blocks,
+        "index_kind": int(s.table == "slots"),
+    }
 
 
 def output_of(name: str, case: Case, f32: bool) -> tuple[tuple[int, ...], np.dtype]:
@@ -546,24 +553,7 @@ def test_long_caches_lose_no_key(name, isa):
 def test_a_call_reads_and_writes_what_it_names(name, isa):
     """Every tensor between forbidden pages, inputs read-only, workspace of exactly its size."""
     for seed in range(12):
-        rng = np.random.default_rng(seed)
-        q, kv = PAIRS[seed % len(PAIRS)]
-        tables = ["blocks", *(SPECS[name].get("features", ())[1:])]
-        s = Shape(
-            lens=tuple(rng.integers(0, 40, 2).tolist()),
-            rows=int(rng.integers(1, 5)),
-            heads_kv=int(rng.integers(1, 3)),
-            group=int(rng.integers(1, 7)),
-            layout_q=q,
-            layout_kv=kv,
-            block_size=int(rng.integers(1, 9)),
-            table=str(rng.choice(tables)) if kv in PAGED else "blocks",
-            pse=str(rng.choice(["none", "one", "each"])),
-            mask=str(rng.choice(["none", "one", "each"])),
-            mask_rows=bool(seed % 2),
-            quant=str(rng.choice(["none", "tensor", "channel"])),
-            seed=seed,
-        )
+        s = any_shape(name, seed)
         case = make_case(name, s)
         with Arena("left" if seed % 3 else "right") as arena:
             fields = fields_of(name, case, isa, arena.place)
@@ -572,7 +562,72 @@ def test_a_call_reads_and_writes_what_it_names(name, isa):
             made = in_child(lambda f=fields, o=out: guarded(name, {**f, "attention_out": o}), s)
             assert made.ok, made.error_text
             arena.check()
-            check(case, (out.swapaxes(1, 2) if q == BNSD else out).copy())
+            check(case, (out.swapaxes(1, 2) if s.layout_q == BNSD else out).copy())
+
+
+def any_shape(
+    name: str, seed: int, tables: tuple[str, ...] = ("blocks", "slots", "pages")
+) -> Shape:
+    rng = np.random.default_rng(seed)
+    q, kv = PAIRS[seed % len(PAIRS)]
+    tables = [t for t in tables if t == "blocks" or t in SPECS[name].get("features", ())]
+    return Shape(
+        lens=tuple(rng.integers(0, 90, 2).tolist()),
+        rows=int(rng.integers(1, 5)),
+        heads_kv=int(rng.integers(1, 3)),
+        group=int(rng.integers(1, 10)),
+        layout_q=q,
+        layout_kv=kv,
+        block_size=int(rng.integers(1, 9)),
+        table=str(rng.choice(tables)) if kv in PAGED else "blocks",
+        pse=str(rng.choice(["none", "one", "each"])),
+        mask=str(rng.choice(["none", "one", "each"])),
+        mask_rows=bool(seed % 2),
+        quant=str(rng.choice(["none", "tensor", "channel"])),
+        scales=Scales(dequant1=float(rng.choice([1e-5, 1e-4, 1e-3]))),
+        seed=seed,
+    )
+
+
+@dataclass
+class Recorded:
+    """A case as other processors are given it."""
+
+    name: str
+    case: Case
+
+    def fields(self, arrays: bool) -> dict[str, Any]:
+        fields = fields_of(self.name, self.case, "scalar")
+        del fields["isa"]
+        return {n: x for n, x in fields.items() if isinstance(x, np.ndarray) == arrays}
+
+    def inputs(self) -> dict[str, Any]:
+        return self.fields(True)
+
+    def sizes(self) -> dict[str, Any]:
+        return self.fields(False)
+
+    def outputs(self, stats: bool) -> dict[str, np.ndarray]:
+        shape, kind = output_of(self.name, self.case, False)
+        return {"attention_out": np.zeros(shape, kind)}
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("isa", ["scalar", "neon"])
+def test_aarch64(name, isa):
+    """Compiled for it and run by qemu."""
+    need_aarch64()
+    k = kernel(name)
+    cases = [make_case(name, any_shape(name, seed, ("blocks", "slots"))) for seed in range(70)]
+    number = k.constants[f"HL_ISA_{isa.upper()}"]
+    ways = [Way(flush="left" if i % 2 else "right", by_task=i % 3 == 0) for i in range(len(cases))]
+    calls = [
+        record(k, Recorded(name, case), way, number) for case, way in zip(cases, ways, strict=True)
+    ]
+    _, results = play((*QEMU, str(program(text(name), k.name))), calls)
+    for case, got in zip(cases, results, strict=True):
+        out = got["attention_out"]
+        check(case, out.swapaxes(1, 2) if case.shape.layout_q == BNSD else out)
 
 
 def guarded(name: str, fields: dict[str, Any]) -> bind.Result:
