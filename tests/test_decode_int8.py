@@ -546,6 +546,25 @@ def test_long_caches_lose_no_key(name, isa):
     assert np.array_equal(got[0, 0, 0], weight * case.value[0, n // 3, 0].astype(F32))
 
 
+@by_pair("whole")
+def test_small_weights_are_not_lost_beside_a_large_one(name, isa):
+    """Half a million keys of weight 2^-30 behind one of weight 1: together 2^-11, and P is just
+    below the middle between two codes, where it would be above without them."""
+    n = 1 << 19
+    case = make_case(name, Shape(lens=(n,)))
+    case.query[...] = 1
+    case.key[...] = 0
+    case.key[0, 0] = 127
+    s = case.shape.scales
+    s.dequant1, s.scale_value, s.dequant2 = 20.8 / (128 * 127), 1.0, 1.0
+    e = np.exp(-float(np.float16(F32(128 * 127) * F32(s.dequant1))))
+    s.quant1 = 126.5 * (1 + 0.7 * e * (n - 1))
+    assert to_codes(np.array(s.quant1)) == 127
+    assert to_codes(np.array(s.quant1 / (1 + e * (n - 1)))) == 126
+    got = run(name, case, isa, f32=True)
+    assert np.array_equal(got[0, 0, 0], 126 * case.value[0, 0, 0].astype(F32))
+
+
 # ---- how it is called ---------------------------------------------------------------------------
 
 
