@@ -43,12 +43,7 @@ C_TYPES = {
     "ptrdiff_t": ctypes.c_ssize_t,
 }
 POINTED = {"float": np.dtype(np.float32), "int32_t": np.dtype(np.int32)}
-ROUTINES = {  # of a cache's records -> the middle of their struct's name
-    "quantise_rows": "quantise",
-    "dequantise_rows": "dequantise",
-    "append": "append",
-    "convert": "convert",
-}
+ROUTINES = ("quantise_rows", "dequantise_rows", "append", "convert")  # of a cache's rows
 TENSORS = ("query", "query_rope", "key", "key_rope", "value")
 STATS = ("softmax_max", "softmax_sum", "softmax_lse")
 
@@ -298,10 +293,10 @@ class Kernel:
         # One query step over any cache has arguments of its own, and statistics only if asked for.
         self.decodes = self.op.endswith("_incre_flash_attention")
         self.stats = f"{name}_merge_parts(" in header.text
-        self.Rows = {  # of routines that only caches of records have
-            routine: made[f"{header.prefix}_kv_{struct}_args"]
-            for routine, struct in ROUTINES.items()
-            if f"{name}_{routine}(" in header.text
+        self.Rows = {  # of routines that not all caches have
+            routine: made[found[1]]
+            for routine in ROUTINES
+            if (found := re.search(rf"\b{name}_{routine}\(\s*const (\w+)", header.text))
         }
         self.constants = header.constants
         macro = self.macro = name.upper()
@@ -491,7 +486,7 @@ class Kernel:
         return self._rows("dequantise_rows", fields)
 
     def append(self, **fields: Any) -> Result:
-        """New rows of each batch to records of a cache."""
+        """New rows of each batch to rows of a cache."""
         return self._rows("append", fields)
 
     def convert(self, **fields: Any) -> Result:

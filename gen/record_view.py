@@ -2,7 +2,7 @@
 
 from types import SimpleNamespace
 
-from gen.formats import CODE_LIMIT, FORMATS, layout
+from gen.formats import CODE_LIMIT, FORMATS, TYPES, layout
 from gen.isa import FORMAT_WORDS
 
 LINE = 64
@@ -35,11 +35,25 @@ def number_words(fmt, code=""):
     return SimpleNamespace(
         peak=bool(quick),
         largest="vpeak_bf16" if quick else f"ki_largest_{fmt.name}",
-        put=f"vput_{code}_bf16" if quick else "",
         type=fmt.name,
         title=fmt.title,
         c_type=fmt.c_type,
         **{name: words[name] for name in ("load", "load_n", "pair", "store", "store_n")},
+    )
+
+
+def put_words(number, code, name, powers=False):
+    """What writes numbers that share a scale as codes."""
+    words = FORMAT_WORDS[code]
+    return SimpleNamespace(
+        name=name,
+        c_type=TYPES[code].c_type,
+        quick=f"vput_{code}_bf16" if number == "bf16" else "",
+        store=words["store"],
+        store_n=words["store_n"],
+        exact=powers,
+        quotient=EXACT if powers else "vquot(x, d, r)",
+        quotient_y=EXACT.replace("x", "y") if powers else "vquot(y, d, r)",
     )
 
 
@@ -95,6 +109,9 @@ def record_view(kernel):
     numbers = [
         number_words(FORMATS[name], nope.type) for name in dict.fromkeys((kernel.dtype, "f32"))
     ]
+    for number in numbers:
+        powers = scale.type == "e8m0"
+        number.puts = [put_words(number.type, nope.type, "put_codes", powers)]
     swapped = swapped_plan(record, kernel.dtype)
     return SimpleNamespace(
         name=record.name,
@@ -111,9 +128,6 @@ def record_view(kernel):
         rope=rope,
         scale=scale,
         scales_behind=record.scales_behind,
-        powers=scale.type == "e8m0",
-        quotient=EXACT if scale.type == "e8m0" else "vquot(x, d, r)",
-        quotient_y=EXACT.replace("x", "y") if scale.type == "e8m0" else "vquot(y, d, r)",
         numbers=numbers,
         rope_pairs=rope_pairs(numbers, rope.type) if rope else [],
         pads=pads_of(plan),

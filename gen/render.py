@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import jinja2
 
 from gen import ABI, __version__, matrix, memory, tiling
+from gen.append_view import append_view, written_of
 from gen.decode_view import decode_view, rows_of, side_read, side_stored
 from gen.fill import WIDTH, refill
 from gen.formats import FORMATS, STORED, TYPES
@@ -103,7 +104,7 @@ def argument_names(op):
 
 def arguments():
     """Everything that an error can name, in every header the same."""
-    pages = [f"op/{op}" for op in OPERATORS] + ["kv/args"]
+    pages = [f"op/{op}" for op in OPERATORS] + ["kv/args", "kv/decode_args"]
     rows = [field for name in pages for field in fields_of(name)] + list(EXTRA_ARGUMENTS)
     return [SimpleNamespace(lower=name, upper=name.upper()) for name in dict.fromkeys(rows)]
 
@@ -186,6 +187,7 @@ def kernel_view(kernel):
         key_as=side_read(kernel, "key"),  # as the products read them
         value_as=side_read(kernel, "value"),
         **decode_view(kernel),
+        append=append_view(kernel),
         record=record_view(kernel),
         layouts_of_cache=", ".join(kernel.layout_kv)
         + (f", rows of {kernel.record.name}" if kernel.record else ""),
@@ -219,9 +221,10 @@ def packed_row_of(isa, stored):
     )
 
 
-def words_page(isa, formats, math, rows=None):
+def words_page(isa, formats, math, rows=None, written=()):
     """Words, exp2 and row loaders of one instruction set, for the element types given; loaders for
-    those of `rows`, or for the types that tensors have."""
+    those of `rows`, or for the types that tensors have. written: formats of codes that rows of
+    numbers become, beside those of records."""
     speller = Speller("hl", isa=isa.name, words=isa.words, math=math)
     if isa.tiles:
         return speller.spell(
@@ -231,7 +234,7 @@ def words_page(isa, formats, math, rows=None):
     exp2 = SimpleNamespace(
         guard=f"HL_VEXP2{math_tag}_{isa.macro}", coefficients=EXP2_COEFFICIENTS, ulp=EXP2_ULP
     )
-    text = page(f"isa/{isa.name}.h.j2", formats=formats)
+    text = page(f"isa/{isa.name}.h.j2", formats=formats, written=written)
     text += page("step/exp2.h.j2", isa=isa, math=math, exp2=exp2)
     for name in [name for name in formats if name in FORMATS] if rows is None else rows:
         if STORED[name].packed:
@@ -272,7 +275,7 @@ def region_page(region, view):
     if region.kernel.integer:
         pages = list(INT8_STEPS)
     elif region.kernel.decodes:
-        pages.insert(pages.index("step/softmax"), "step/decode_bias")
+        pages.insert(pages.index("tile/few" if isa.tiles else "step/softmax"), "step/decode_bias")
     if isa.tiles:
         pages.insert(-1, "tile/forward")
         if not region.tile.few:
@@ -281,6 +284,8 @@ def region_page(region, view):
         pages.insert(pages.index("step/finish"), "kv/codes")
     if region.kernel.record and not isa.tiles:
         pages.append("kv/rows")
+    if region.kernel.decodes and view.append.calls and not isa.tiles:
+        pages.append("kv/decode_rows")
     text = "\n".join(page(f"{name}.h.j2", **context) for name in pages)
     return region.speller.spell(text)
 
@@ -294,10 +299,9 @@ def kernel_page(kernel):
     view = kernel_view(kernel)
     tiles = tiles_of(kernel)
     mem = memory.plan(tiles)
+    needs = (formats_of(kernel), kernel.math, rows_of(kernel), written_of(kernel))
     words = [
-        SimpleNamespace(
-            isa=isa, text=words_page(isa, formats_of(kernel), kernel.math, rows_of(kernel))
-        )
+        SimpleNamespace(isa=isa, text=words_page(isa, *needs))
         for isa in {**{ISAS["scalar"]: 0}, **dict.fromkeys(kernel.isas, 0)}
     ]
     regions = [
@@ -377,6 +381,7 @@ def render_header(header):
         kernels=kernels,
         decoders=[view for view in views if view.decodes],
         decode_bytes=decode_bytes(header),
+        decode_tiles=any(isa.tiles for k in header.kernels if k.decodes for isa in k.isas),
         pages=[kernel_page(kernel) for kernel in header.kernels],
         arguments=arguments(),
         chunk=CHUNK_KEYS,

@@ -260,6 +260,7 @@ class Tile:
     o_stride: int
     o_columns: int  # of them are channels, up to a whole vector
     decodes: bool
+    own_only: bool  # rows of the cache are only read to be decoded: they are asked for then
     own: int  # rows that are decoded at a time, where few heads read decoded ones
     window: int  # keys whose rows are known at a time: two blocks, or two times what is ahead
     few: int | str  # up to so many heads rows are read in place; "all"
@@ -275,7 +276,7 @@ class Tile:
     paired: int  # value channels that vpair takes even and odd apart; 0 where it keeps the order
     dv_tail: bool
     codes: Codes | None  # records that few heads read where they are stored
-    ragged: bool  # records: channels that share a scale are not whole vectors
+    ragged: bool  # channels that are written with one scale are not whole vectors
     ragged_pairs: bool  # nor pairs of them
     rope_ragged: bool  # rotary channels are not whole vectors
     why: dict[str, str]
@@ -325,6 +326,18 @@ class Tile:
             near = " && !k_value_apart(a)" if self.decodes else ""  # else no row is read twice
             few = f"plan->group <= {self.lean}{near} ? {lean} : {few}"
         return few if self.few == "all" else f"plan->group > {self.few} ? {self.block} : {few}"
+
+    @property
+    def asks(self):
+        """Whether blocks say which rows are to be asked for: not those of records."""
+        return not self.own_only
+
+    @property
+    def ahead_c(self):
+        """Rows between the one in use and the one that is asked for."""
+        if self.few == "all":
+            return str(self.few_ahead)
+        return f"plan->group > {self.few} ? {self.ahead} : {self.few_ahead}"
 
     @property
     def few_indent(self):
@@ -598,9 +611,22 @@ def codes_of(kernel, isa, registers):
 
 
 def ragged(kernel, step):
-    """Records: whether channels that share a scale end within a step."""
+    """Whether channels that are written with one scale end within a step."""
+    if kernel.decodes:
+        return any(n % step != 0 for n in together(kernel))
     tile = kernel.record.tile if kernel.record else step
     return tile % step != 0 or kernel.dk % step != 0
+
+
+def together(kernel):
+    """Counts of channels that lie together in a row of a decode operator's cache: all of a head, or
+    those of a group."""
+    sides = ((kernel.stored_key, kernel.dk), (kernel.stored_value, kernel.dv))
+    counts = [channels for _, channels in sides]
+    for side, channels in sides:
+        if side.packed:
+            counts += [min(side.group, channels), channels % side.group]
+    return counts
 
 
 RECORD_REASON = "records are decoded once for all heads, and read as float32 from then on"
@@ -628,6 +654,8 @@ def tile(kernel, isa):
     dots = registers["dots"]
     sections = sections_of(kernel, lanes)
     window = 2 * max(block, registers["few_block"] + registers["few_ahead"])
+    if kernel.decodes:  # rows of a block, of the next one, and what is asked for meanwhile
+        window = max(window, 3 * max(block, registers["few_block"]))
     of_value = lines_of(kernel, value_read(kernel))
     values = row_tiles(dots, kernel.dv, lanes, of_value, registers["leaves"])
     panel = registers["vecs"][0] * lanes
@@ -659,6 +687,7 @@ def tile(kernel, isa):
         o_stride=o_columns + (lanes if lifts else 0),
         o_columns=o_columns,
         decodes=kernel.decodes,
+        own_only=bool(kernel.record),
         lift=o_columns,
         panel=not few_only or bool(own),
         own=own,

@@ -753,7 +753,7 @@ def test_other_kernels_refuse_its_scales():
         ({"features": ["alibi"]}, "float16"),
         ({"kv": "e4m3"}, "not known"),
         ({"kv": "bf16"}, "not known"),
-        ({"isa": ["amx"]}, "no tiles"),
+        ({"isa": ["amx"]}, "tiles take bf16 only"),
         ({"op": "sparse_flash_attention"}, "not known"),
     ],
 )
@@ -767,6 +767,28 @@ def test_the_name_says_it_all():
     assert header.name == "hl_incre_flash_attention_i8_d64x32_window_slots_pages"
     again = spec.parse_header(spec.names.parse(header.name))
     assert again.kernels == header.kernels and again.digest == header.digest
+
+
+@by_pair(*ALL)
+def test_append_takes_codes(name, isa):
+    """New rows are codes already: they are copied, and there is no scale to give."""
+    k, rng = kernel(name), np.random.default_rng(5)
+    new = {
+        n: rng.integers(-128, 128, (2, 3, 2, c)).astype(np.int8)
+        for n, c in (("key", k.dk), ("value", k.dv))
+    }
+    caches = {f"{n}_cache": np.zeros((2, 9, 2, x.shape[-1]), np.int8) for n, x in new.items()}
+    positions = np.array([4, 0], np.int32)
+    fields = {"batch": 2, "rows": 3, "heads_kv": 2, "seq_kv": 9, "positions": positions}
+    fields |= {**new, **caches, "isa": k.isas()[isa]}
+    k.append(**fields).check()
+    for n, rows in new.items():
+        want = np.zeros_like(caches[f"{n}_cache"])
+        want[0, 4:7], want[1, :3] = rows
+        assert np.array_equal(caches[f"{n}_cache"], want)
+    for argument, value in (("numbers_f32", 1), ("antiquant_scale", np.ones(2, F32))):
+        made = k.append(**{**fields, argument: value})
+        assert (made.status_name, made.argument) == ("HL_ERR_UNSUPPORTED", argument.upper())
 
 
 def test_memory_does_not_depend_on_lengths():
