@@ -70,9 +70,7 @@ def copies_of(kernel):
     for i, (_, stored, channels) in enumerate(sides_of(kernel)):
         if is_plain(kernel, stored):
             own = "" if kernel.dtype == "f32" or kernel.integer else " && !run->numbers_f32"
-            found.append(
-                SimpleNamespace(test=f"side == {i}{own}", bytes=stored.element * channels)
-            )
+            found.append(SimpleNamespace(test=f"side == {i}{own}", bytes=stored.element * channels))
     return found
 
 
