@@ -2,7 +2,7 @@
 
 from types import SimpleNamespace
 
-from gen.formats import CODE_LIMIT, FORMATS, layout
+from gen.formats import CODE_LIMIT, FORMATS, TYPES, layout
 from gen.isa import FORMAT_WORDS
 
 LINE = 64
