@@ -8,9 +8,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import decode
 import measure as m
 import numpy as np
-from measure import Shape
+from tensors import Shape
 
 from gen import matrix, spec
 from gen.isa import ISAS
@@ -83,6 +84,8 @@ class Case:
     def target(self) -> Target | None:
         """What was promised; a share of P only where there is such a unit."""
         shape = self.shape
+        if self.path.stem.startswith(decode.PREFIX):
+            return self.decode_target
         key = (self.header, shape.heads, shape.selection, shape.keys)
         found = PROMISED.get((*key, self.isa)) or (
             PROMISED.get((*key, "best")) if self.best else None)
@@ -90,9 +93,21 @@ class Case:
             return None
         return found
 
+    @property
+    def decode_target(self) -> Target | None:
+        """The same of the decode operator, which was promised shares of R alone."""
+        key = (self.path.stem.removeprefix(decode.PREFIX), self.shape)
+        share = decode.PROMISED.get((*key, self.isa))
+        if share is None and self.best:
+            share = decode.PROMISED.get((*key, "best"))
+        return Target("read", share) if share else None
+
 
 def short(name: str) -> str:
-    """hl_sparse_flash_attention_f32_d64 -> f32_d64."""
+    """hl_sparse_flash_attention_f32_d64 -> f32_d64, hl_incre_flash_attention_f32_d64 ->
+    decode_f32_d64."""
+    if name.startswith(decode.PREFIX):
+        return f"decode_{name.removeprefix(decode.PREFIX)}"
     return name.removeprefix("hl_").removeprefix("sparse_flash_attention_").removeprefix(
         "antiquant_")
 
@@ -129,6 +144,10 @@ SHAPES = {
 
 def shapes_of(kernel: spec.Kernel, quick: bool) -> list[Shape]:
     """The shapes of a kernel; of one that nobody wrote down, such as every kernel can run."""
+    if kernel.decodes:
+        usual = [decode.gqa(4096), decode.gqa(16384)]
+        return decode.QUICK if quick else decode.SHAPES.get(
+            kernel.name.removeprefix(decode.PREFIX), usual)
     if quick:
         listed = "slots" if "slots" in kernel.features else "list"
         return [mla(16, "dense", 512), mla(16, listed, 128, 1024)]
@@ -136,12 +155,20 @@ def shapes_of(kernel: spec.Kernel, quick: bool) -> list[Shape]:
     return SHAPES.get(short(kernel.name), usual)
 
 
+def headers(quick: bool) -> list[spec.Header]:
+    """What is shipped, and what else of the decode operator is measured: other caches."""
+    shipped = spec.load_catalogue()
+    known = {header.name for header in shipped}
+    wanted = [] if quick else [decode.PREFIX + name for name in decode.SHAPES]
+    return shipped + [m.described(Path(name)) for name in wanted if name not in known]
+
+
 def cases(include: Path, quick: bool) -> tuple[list[Case], list[str]]:
     """All rows, and the instruction sets that are left out because this machine lacks them. Plain
     C is measured where it is all there is, and on one shape of the other headers."""
     made: list[Case] = []
     lacking: set[str] = set()
-    for header in spec.load_catalogue():
+    for header in headers(quick):
         path = include / f"{header.name}.h"
         kernel = header.kernels[0]
         isas = list(m.build(path).isas)
@@ -165,7 +192,7 @@ def limit_isa(kernel: spec.Kernel, shape: Shape, isa: str) -> str:
 
 def scalar_shape(shapes: list[Shape]) -> Shape:
     """The shape with the least work: plain C is a fallback."""
-    return min(shapes, key=lambda shape: shape.heads * shape.seen())
+    return min(shapes, key=lambda shape: shape.batch * shape.heads * shape.seen())
 
 
 # ---- records ------------------------------------------------------------------------------------
@@ -173,8 +200,9 @@ def scalar_shape(shapes: list[Shape]) -> Shape:
 
 @dataclass(frozen=True)
 class Record:
-    """One object of results.json, field by field. dk: channels of a score, with those of the
-    position. warm: false where caches were swept before each call. ms and spread: median and
+    """One object of results.json, field by field. rows: of each sequence of the batch. dk:
+    channels of a score, with those of the position. layout: of the cache, with the tokens of a
+    page. warm: false where caches were swept before each call. ms and spread: median and
     (90th - 10th percentile) / median of the samples. limit: GFLOP/s, or GB/s where limit_kind is
     read. rel_err: of the L2 norm, against float64. peer: null for this project's kernels, whose
     isa is the instruction set; a peer chooses its own: null."""
@@ -192,6 +220,8 @@ class Record:
     cache_keys: int
     kv_format: str
     selection: str
+    batch: int
+    layout: str
     warm: bool
     ms: float
     spread: float
@@ -227,6 +257,7 @@ class Measured:
     """A record with the shares of both limits, round by round medians, for the printed table."""
 
     record: Record
+    shape: Shape
     of_compute: float
     of_read: float
     peak: float  # GFLOP/s
@@ -256,7 +287,8 @@ def written(made: m.Build, shape: Shape, isa: str | None, ns: np.ndarray, peak: 
         kernel=made.kernel.name, op=made.kernel.op.removeprefix("hl_"), isa=isa, threads=threads,
         rows=shape.rows, heads=shape.heads, kv_heads=shape.kv_heads, dk=made.dk, dv=made.dv,
         keys=shape.keys, cache_keys=shape.cache_keys, kv_format=made.kv_format,
-        selection=shape.selection, warm=more.get("warm", True), ms=ms, spread=m.spread(ns),
+        selection=shape.selection, batch=shape.batch, layout=made.place(shape),
+        warm=more.get("warm", True), ms=ms, spread=m.spread(ns),
         gflops=flops / ms / 1e6, gbps=size / ms / 1e6, limit_kind=kind,
         limit=float(np.median(bandwidth) if kind == "read" else np.median(peak) * threads),
         share_of_limit=of_read if kind == "read" else of_compute, rel_err=error,
@@ -290,7 +322,7 @@ def measure(case: Case, rounds: int, seconds: float) -> Measured:
     target = case.target
     if target and target.kind == "read" and record.limit_kind == "fma":
         target = None  # promised of a machine whose arithmetic is not what binds here
-    return Measured(record, of_compute, of_read, float(np.median(peaks)),
+    return Measured(record, case.shape, of_compute, of_read, float(np.median(peaks)),
                     float(np.median(bandwidth)), gathered, target)
 
 

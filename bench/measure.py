@@ -4,27 +4,35 @@ Clocks wander, so a figure is never a time alone: `alternate` runs all steps one
 many times over, and ratios are formed inside one round, between neighbours.
 """
 
-import contextlib
 import ctypes
 import functools
-import mmap
 import time
-import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import decode
 import numpy as np
+from tensors import (
+    MOST_HEADS,
+    SCORE_DEVIATION,
+    Shape,
+    Tensors,
+    allocate,
+    exact,
+    held_keys,
+    lists,
+    normal_once,
+    pages,
+    tensors,
+)
 
-from gen import bind, spec
+from gen import bind, names, spec
 from gen.formats import Plan, layout
 
 BENCH = Path(__file__).resolve().parent
 ROOT = BENCH.parent
-HUGE_PAGE = 2 << 20
-MOST_HEADS = 128
-LARGEST = 131072  # keys of the largest cache
 READ_AHEAD = 1024  # bytes; beyond that nothing is gained
 ROWS_AHEAD = 4  # of a gather
 SAMPLE_NS = 2e6  # a sample of a kernel is as many calls as fill this
@@ -33,7 +41,6 @@ BLOCK_SIZE = 64  # of pages, where scales lie behind a page's rows
 SWEPT = 1 << 30  # bytes read before a call that is to find cold caches
 VECTOR_BYTES = {"scalar": 16, "neon": 16, "avx2": 32, "avx512": 64}
 MATRIX_ISAS = ("amx",)  # whose limit is the matrix unit, not a vector's multiply-adds
-SCORE_DEVIATION = 1.7  # of the scores of standard normal tensors, as in trained models
 
 Step = Callable[[], float]
 Times = dict[str, np.ndarray]
@@ -88,163 +95,7 @@ def declare(function: Any, parameters: str, result: str) -> Any:
     return function
 
 
-# ---- shapes -------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Shape:
-    """`rows` query rows of one sequence over `keys` of `cache_keys` keys. selection: dense, causal,
-    list (logical ids), slots (physical rows). value: a tensor of its own, not part of the key."""
-
-    heads: int
-    kv_heads: int
-    keys: int
-    cache_keys: int
-    selection: str = "dense"
-    rows: int = 1
-    value: bool = False
-
-    @property
-    def listed(self) -> bool:
-        return self.selection in ("list", "slots")
-
-    @property
-    def title(self) -> str:
-        heads = f"{self.heads} head{'s' if self.heads > 1 else ''}"
-        if self.kv_heads > 1:
-            heads = f"{self.heads}/{self.kv_heads} heads"
-        rows = f"{self.rows} rows, " if self.rows > 1 else ""
-        of = f" of {self.cache_keys}" if self.listed else ""
-        return f"{heads}, {rows}{self.selection} {self.keys}{of}"
-
-    def seen(self) -> int:
-        """Pairs of query row and key that are computed, for one head."""
-        if self.selection == "causal":
-            return sum(self.keys - self.rows + i + 1 for i in range(self.rows))
-        return self.rows * self.keys
-
-    def flops(self, dk: int, dv: int) -> int:
-        return 2 * self.heads * (dk + dv) * self.seen()
-
-    def bytes(self, dk: int, dv: int, itemsize: int) -> int:
-        """Of the cache, each row read once."""
-        return self.kv_heads * self.keys * (dk + (dv if self.value else 0)) * itemsize
-
-
-# ---- memory -------------------------------------------------------------------------------------
-
-
-@functools.cache
-def rng() -> np.random.Generator:
-    """One source, so that every run sees the same tensors."""
-    return np.random.default_rng(20261121)
-
-
-MAPPED: set[int] = set()  # addresses of the memory that `allocate` made and that is still there
-
-
-def allocate(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """Memory as an engine takes it for its caches: pages of 2 MiB asked for by madvise, aligned to
-    them. What is smaller than such a page starts a page of the usual size."""
-    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    room = mmap.mmap(-1, size + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with contextlib.suppress(OSError):  # a system without them
-            room.madvise(mmap.MADV_HUGEPAGE)
-    raw = np.frombuffer(room, np.uint8)
-    start = -raw.ctypes.data % HUGE_PAGE
-    MAPPED.add(raw.ctypes.data + start)
-    weakref.finalize(room, MAPPED.discard, raw.ctypes.data + start)
-    return raw[start : start + size].view(dtype).reshape(shape)
-
-
-def in_huge_pages() -> float | None:
-    """The share of the memory that `allocate` made, and that was touched, in huge pages; None if
-    the system does not say."""
-    try:
-        lines = Path("/proc/self/smaps").read_text().splitlines()
-    except OSError:
-        return None
-    sums = {"Rss:": 0, "AnonHugePages:": 0}
-    ours = False
-    for line in lines:
-        first, second = line.split()[:2]
-        if not first.endswith(":"):  # a mapping: 7f0000000000-7f0000200000 rw-p ..
-            begin, end = (int(part, 16) for part in first.split("-"))
-            ours = any(begin <= address < end for address in MAPPED)
-        elif ours and first in sums:
-            sums[first] += int(second)
-    return sums["AnonHugePages:"] / sums["Rss:"] if sums["Rss:"] else None
-
-
-def normal(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """Standard normal numbers, rounded to a type."""
-    made = allocate(shape, dtype)
-    flat = made.reshape(shape[0], -1)
-    for row in range(0, shape[0], 8192):
-        part = flat[row : row + 8192]
-        part[:] = rng().standard_normal(part.shape, np.float32).astype(dtype)
-    return made
-
-
-@functools.cache
-def normal_once(kind: str, rows: int, heads: int, width: int, dtype: Any) -> np.ndarray:
-    """One tensor of each kind, width and type, so that shapes share their memory."""
-    return normal((rows, heads, width), dtype)
-
-
-@functools.cache
-def lists(cache_keys: int, keys: int) -> np.ndarray:
-    """Disjoint lists over all keys, in no order: an indexer's come by score, not by place."""
-    ids = rng().permutation(cache_keys).astype(np.int32)
-    return ids[: cache_keys // keys * keys].reshape(-1, keys)
-
-
-@functools.cache
-def pages(keys: int, block_size: int) -> np.ndarray:
-    """A block table whose blocks lie anywhere."""
-    return rng().permutation(keys // block_size).astype(np.int32).reshape(1, -1)
-
-
-@dataclass(frozen=True)
-class Tensors:
-    """What calls of one shape read. lists: one a call, in turn; together they touch the whole
-    cache, so that a call finds its rows where they lie when other layers ran in between."""
-
-    query: np.ndarray  # [rows][heads][dk]
-    key: np.ndarray  # [cache_keys][kv_heads][dk]; records: [cache_keys][1][bytes], or pages
-    value: np.ndarray | None  # [cache_keys][kv_heads][dv]
-    lists: np.ndarray | None
-    dv: int
-    scale: float
-    numbers: np.ndarray | None = None  # what records stand for: [cache_keys][1][dk]
-    page: int = 1  # keys of one row of `key`
-
-    def ids(self, turn: int) -> np.ndarray | slice:
-        """The rows of the cache that call number `turn` reads."""
-        return slice(None) if self.lists is None else self.lists[turn]
-
-
-def held_keys(shape: Shape) -> int:
-    """Keys of the tensor that holds a shape's cache: caches of one kv head share theirs."""
-    if shape.kv_heads > 1:
-        return shape.cache_keys
-    return next(keys for keys in (4096, 32768, LARGEST, shape.cache_keys)
-                if keys >= shape.cache_keys)
-
-
-def tensors(shape: Shape, dk: int, dv: int, dtype: Any) -> Tensors:
-    """The tensors of a shape: dk channels with those of the position."""
-    most = max(MOST_HEADS, shape.heads) if shape.kv_heads == 1 else shape.heads
-    held = held_keys(shape)
-    query = normal_once("query", shape.rows, most, dk, dtype)[:, : shape.heads]
-    key = normal_once("key", held, shape.kv_heads, dk, dtype)[: shape.cache_keys]
-    value = None
-    if shape.value:
-        value = normal_once("value", held, shape.kv_heads, dv, dtype)[: shape.cache_keys]
-    entries = lists(shape.cache_keys, shape.keys) if shape.listed else None
-    return Tensors(np.ascontiguousarray(query), key, value, entries, dv,
-                   SCORE_DEVIATION / dk**0.5)
+# ---- tensors ------------------------------------------------------------------------------------
 
 
 @functools.cache
@@ -270,18 +121,6 @@ def record_tensors(shape: Shape, dk: int, dv: int, dtype: Any, made: "Build") ->
     return Tensors(np.ascontiguousarray(query[:, : shape.heads]),
                    memory[: shape.cache_keys // page], None, entries, dv,
                    SCORE_DEVIATION / dk**0.5, numbers[: shape.cache_keys], page)
-
-
-def exact(q: np.ndarray, k: np.ndarray, v: np.ndarray, scale: float,
-          causal: bool) -> np.ndarray:
-    """Attention in float64: q [rows][heads][dk] over one kv head's k [keys][dk], v [keys][dv]."""
-    q, k, v = (x.astype(np.float64) for x in (q, k, v))
-    s = np.einsum("rhd,kd->rhk", q, k, optimize=True) * scale
-    if causal:
-        last = len(k) - len(q) + np.arange(len(q))
-        s[np.broadcast_to(np.arange(len(k)) > last[:, None, None], s.shape)] = -np.inf
-    p = np.exp(s - s.max(axis=-1, keepdims=True))
-    return np.einsum("rhk,kd->rhd", p, v, optimize=True) / p.sum(axis=-1, keepdims=True)
 
 
 def tensors_of(shape: Shape, dk: int, dv: int, dtype: Any, made: "Build | None") -> Tensors:
@@ -385,7 +224,9 @@ def ranges_of(shape: Shape, t: Tensors) -> list[list[np.ndarray]]:
     """Whole ranges as large as what a call reads. A list's rows: consecutive ones in their place,
     over the whole cache in turn, so that they come out of the same level of caches."""
     held = [x for x in (t.key, t.value) if x is not None]
-    starts = range(0, shape.cache_keys - shape.keys + 1, shape.keys) if shape.listed else [0]
+    if not shape.listed:
+        return [held]
+    starts = range(0, shape.cache_keys - shape.keys + 1, shape.keys)
     return [[x[start // t.page : (start + shape.keys) // t.page] for x in held]
             for start in starts]
 
@@ -456,6 +297,7 @@ class Build:
 
     kernel: bind.Kernel
     record: Plan | None = None  # of what the cache is made
+    decodes: spec.Kernel | None = None  # how a kernel of the decode operator is described
 
     @property
     def dk(self) -> int:
@@ -473,7 +315,10 @@ class Build:
 
     @property
     def kv_format(self) -> str:
-        """The element type of the cache, f32, f16, bf16, or its record."""
+        """The element type of the cache, f32, f16, bf16, or its record, or how the decode operator
+        names it: i8, i4_32, bf16xi8."""
+        if self.decodes:
+            return self.decodes.kv
         return self.record.record.name if self.record else self.dtype
 
     @property
@@ -488,15 +333,25 @@ class Build:
         return dict(sorted(found.items(), key=lambda item: -item[1]))
 
     def tensors(self, shape: Shape) -> Tensors:
+        if self.decodes:
+            return decode.tensors(self.decodes, shape)
         return tensors_of(shape, self.dk, self.dv, self.kernel.dtype, self.of_records)
 
     def reference(self, shape: Shape, turn: int = 0) -> np.ndarray:
+        if self.decodes:
+            return decode.reference(self.decodes, shape)
         return reference(shape, self.dk, self.dv, self.kernel.dtype, self.of_records, turn)
+
+    def place(self, shape: Shape) -> str:
+        """The layout of a shape's cache."""
+        return f"PA_BSND {BLOCK_SIZE}" if self.record and self.record.behind else shape.place
 
     def flops(self, shape: Shape) -> int:
         return shape.flops(self.dk, self.dv)
 
     def bytes(self, shape: Shape) -> int:
+        if self.decodes:
+            return decode.cache_bytes(self.decodes, shape)
         if self.record:
             return shape.kv_heads * shape.keys * (self.record.bytes + self.record.behind)
         return shape.bytes(self.dk, self.dv, self.kernel.dtype.itemsize)
@@ -508,10 +363,19 @@ class Build:
 
 @functools.cache
 def build(path: Path) -> Build:
-    """The only kernel of a header."""
-    described = [h.kernels[0] for h in spec.load_catalogue() if h.name == path.stem]
-    record = described[0].record if described else None
-    return Build(bind.load(path), layout(record, described[0].dtype) if record else None)
+    """The only kernel of a header. One that is not shipped is generated: its name says what it
+    is."""
+    header = described(path)
+    kernel = header.kernels[0]
+    made = bind.load(path if path.exists() else header)
+    record = layout(kernel.record, kernel.dtype) if kernel.record else None
+    return Build(made, record, kernel if kernel.decodes else None)
+
+
+def described(path: Path) -> spec.Header:
+    """The header of that name, in the catalogue or not."""
+    shipped = [header for header in spec.load_catalogue() if header.name == path.stem]
+    return shipped[0] if shipped else spec.parse_header(names.parse(path.stem))
 
 
 def build_cache(made: Build, rows: int) -> np.ndarray:
@@ -548,7 +412,7 @@ class Calls:
     def __init__(self, made: Build, shape: Shape, isa: str, **options: Any) -> None:
         self.build, self.shape, self.tensors = made, shape, made.tensors(shape)
         kernel, t = made.kernel, self.tensors
-        self.out = allocate((shape.rows, shape.heads, made.dv), kernel.dtype)
+        self.out = allocate((shape.calls, shape.heads, made.dv), kernel.dtype)
         self.turn = Turn(1 if t.lists is None else len(t.lists))
         self.fields = [self.fields_of(turn, made.isas[isa], options)
                        for turn in range(self.turn.count)]
@@ -563,6 +427,9 @@ class Calls:
     def fields_of(self, turn: int, isa: int, options: dict[str, Any]) -> dict[str, Any]:
         """The arguments of one call; block_size in the options makes the cache a paged one."""
         shape, t, constants = self.shape, self.tensors, self.build.kernel.constants
+        if self.build.decodes:
+            made = decode.fields(shape, t, constants)
+            return made | {"attention_out": self.out, "isa": isa} | options
         known = ("hl_sparse_flash_attention", "hl_sparse_flash_attention_antiquant")
         if self.build.kernel.op not in known:
             raise NotImplementedError(f"arguments of {self.build.kernel.op}; fix: add them here")

@@ -13,6 +13,7 @@ matplotlib.use("Agg")  # before pyplot looks for a screen
 import matplotlib.pyplot as plt
 
 MARKS = "osD^vPX*<>hd"
+COLOURS = matplotlib.colormaps["tab20"]
 Records = list[dict[str, Any]]
 
 
@@ -26,13 +27,15 @@ def title(record: dict[str, Any]) -> str:
     heads = f"{record['heads']}" if record["kv_heads"] == 1 else (
         f"{record['heads']}/{record['kv_heads']}")
     of = f" of {record['cache_keys']}" if record["cache_keys"] > record["keys"] else ""
-    return f"{heads} heads\n{record['keys']}{of}\n{record['kv_format']}"
+    of = f", {record['rows']} rows" if record["rows"] > 1 else of
+    batch = f"{record['batch']} x " if record["batch"] > 1 else ""
+    return f"{batch}{heads} heads\n{record['keys']}{of}\n{record['kv_format']}"
 
 
 def roofline(records: Records, measured: list[Measured], path: Path) -> None:
     """Every kernel of this project as a point under the limits of this run."""
     ours = [r for r in records if r["peer"] is None and r["threads"] == 1 and r["warm"]]
-    figure, axes = plt.subplots(figsize=(9, 5.5), layout="constrained")
+    figure, axes = plt.subplots(figsize=(9, 7), layout="constrained")
     x = np.geomspace(min(map(intensity, ours)) / 2, max(map(intensity, ours)) * 2, 100)
     peaks: dict[str, list[float]] = {}
     for row in measured:
@@ -57,11 +60,11 @@ def roofline(records: Records, measured: list[Measured], path: Path) -> None:
             points = [r for r in ours if (r["kernel"], r["isa"]) == (kernel, isa)]
             if points:
                 axes.plot([*map(intensity, points)], [r["gflops"] for r in points],
-                          MARKS[j % len(MARKS)], color=f"C{i % 10}", markersize=5, alpha=0.8,
-                          label=f"{cases.short(kernel)}, {isa}")
+                          MARKS[j % len(MARKS)], color=COLOURS(i % COLOURS.N), markersize=5,
+                          alpha=0.8, label=f"{cases.short(kernel)}, {isa}")
     axes.set(xscale="log", yscale="log", xlabel="operations a byte of the cache",
              ylabel="GFLOP/s")
-    axes.legend(fontsize=6, loc="lower right", ncols=2)
+    figure.legend(fontsize=5, loc="outside lower center", ncols=4)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
@@ -71,10 +74,10 @@ def peers(records: Records, path: Path) -> bool:
     of_peers = sorted((r for r in records if r["peer"] is not None),
                       key=lambda r: (r["kernel"], -r["heads"], r["cache_keys"], r["keys"]))
     shapes: dict[tuple[Any, ...], dict[str, float]] = {}
-    titles = {}
+    titles, operators = {}, {}
     for r in of_peers:
         key = shape_of(r)
-        titles[key] = title(r)
+        titles[key], operators[key] = title(r), r["op"]
         shapes.setdefault(key, {})[r["peer"]] = r["ms"]
     best = {key: min((r["ms"] for r in records if r["peer"] is None and shape_of(r) == key),
                      default=None) for key in shapes}
@@ -82,28 +85,41 @@ def peers(records: Records, path: Path) -> bool:
     if not shapes:
         return False
     names = list(dict.fromkeys(name for times in shapes.values() for name in times))
+    by_operator: dict[str, list[tuple[Any, ...]]] = {}
+    for key in shapes:
+        by_operator.setdefault(operators[key], []).append(key)
+    longest = max(map(len, by_operator.values()))
+    figure, rows = plt.subplots(len(by_operator), squeeze=False, layout="constrained",
+                                figsize=(max(7, 1.5 * longest), 4.5 * len(by_operator)))
+    for axes, (operator, keys) in zip(rows[:, 0], by_operator.items(), strict=True):
+        bars_of([(titles[key], shapes[key], best[key]) for key in keys], names, axes)
+        axes.set_title(operator, fontsize=8)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+    return True
+
+
+def bars_of(shapes: list[tuple[str, dict[str, float], float]], names: list[str],
+            axes: Any) -> None:
+    """A group of bars for each shape: its title, the time of each peer, ours."""
     width = 0.85 / len(names)
-    figure, axes = plt.subplots(figsize=(max(7, 1.5 * len(shapes)), 4.5), layout="constrained")
     for i, name in enumerate(names):
-        at = [j for j, times in enumerate(shapes.values()) if name in times]
-        ratios = [times[name] / best[key] for key, times in shapes.items() if name in times]
+        at = [j for j, (_, times, _) in enumerate(shapes) if name in times]
+        ratios = [times[name] / ours for _, times, ours in shapes if name in times]
         bars = axes.bar(np.array(at) + (i - (len(names) - 1) / 2) * width, ratios, width,
                         label=name)
         axes.bar_label(bars, [f"{ratio:.1f}" for ratio in ratios], fontsize=5)
     axes.axhline(1, color="black", linewidth=0.8)
     axes.set_yscale("log")
-    axes.set_xticks(range(len(shapes)), [titles[key] for key in shapes], fontsize=7)
+    axes.set_xticks(range(len(shapes)), [shape[0] for shape in shapes], fontsize=7)
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter("")
     axes.set_ylabel("time, this project's fastest = 1")
     axes.legend(fontsize=7)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-    return True
 
 
 def shape_of(record: dict[str, Any]) -> tuple[Any, ...]:
     """What a record is about, whoever computed it."""
     return tuple(record[name] for name in (
         "kernel", "threads", "rows", "heads", "kv_heads", "keys", "cache_keys", "selection",
-        "warm"))
+        "batch", "layout", "warm"))

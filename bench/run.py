@@ -51,15 +51,10 @@ def line(row: Measured) -> list[str]:
     if row.target:
         target = (f"{100 * row.target.share:.0f} % {LETTERS[row.target.kind]}: "
                   f"{'yes' if row.reached else 'NO'}")
-    return [cases.short(r.kernel), shape_of(row).title, r.isa,
+    return [cases.short(r.kernel), row.shape.title, r.isa,
             tables.ms(r.ms * 1e6), percent(r.spread), number(r.gflops), percent(row.of_compute),
             f"{r.gbps:.1f}", percent(row.of_read), f"{row.gather:.1f}" if row.gather else "",
             r.limit_kind, f"{r.rel_err:.1e}", target]
-
-
-def shape_of(row: Measured) -> cases.Shape:
-    r = row.record
-    return cases.Shape(r.heads, r.kv_heads, r.keys, r.cache_keys, r.selection, r.rows)
 
 
 def main_table(chosen: list[cases.Case], bench: side.Bench) -> list[Measured]:

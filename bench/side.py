@@ -17,6 +17,7 @@ import numpy as np
 from cases import MLA, Measured, mla
 from measure import alternate
 from tables import Table, ms, number, percent
+from tensors import LARGEST, allocate, lists, normal_once, rng
 
 from gen import bind
 
@@ -75,10 +76,10 @@ def limits(bench: Bench) -> Table:
         if size <= memory.nbytes:
             steps |= either(f"read {size / 1e6:.1f} MB, GB/s",
                             *(m.Read([[memory[:size]]], ahead) for ahead in (0, m.READ_AHEAD)))
-    for keys in (32768, m.LARGEST, m.SWEPT // ROW_BYTES):
+    for keys in (32768, LARGEST, m.SWEPT // ROW_BYTES):
         if keys * ROW_BYTES <= memory.nbytes:
             rows = memory[: keys * ROW_BYTES].reshape(keys, ROW_BYTES)
-            entries = m.lists(keys, 2048)
+            entries = lists(keys, 2048)
             turn = m.Turn(len(entries))
             steps |= either(f"gather 2048 rows of {keys} ({keys * ROW_BYTES / 1e6:.0f} MB), GB/s",
                             *(m.Gather(rows, entries, ahead, turn) for ahead in (0, m.ROWS_AHEAD)))
@@ -120,7 +121,7 @@ def cold(bench: Bench) -> tuple[Table, list[Measured]]:
         bandwidth = np.maximum(times["plain"], times["ahead"])
         record, of_compute, of_read = cases.written(made, shape, isa, times["cold"], peak,
                                                     bandwidth, calls.error, warm=False)
-        found.append(Measured(record, of_compute, of_read, float(np.median(peak)),
+        found.append(Measured(record, shape, of_compute, of_read, float(np.median(peak)),
                               float(np.median(bandwidth))))
         reading = float(np.median(made.bytes(shape) / bandwidth))
         least = float(np.median(made.flops(shape) / peak))
@@ -169,7 +170,7 @@ def threads(bench: Bench) -> tuple[Table, list[Measured]]:
             peaks, bandwidth = cases.around(t)
             record, of_compute, of_read = cases.written(
                 made, shape, isa, t["two"], peaks, bandwidth, calls.error, threads=2)
-            found.append(Measured(record, of_compute, of_read, float(np.median(peaks)),
+            found.append(Measured(record, shape, of_compute, of_read, float(np.median(peaks)),
                                   float(np.median(bandwidth))))
             table.add(shape.title, isa, ms(t["one"]), ms(t["two"]),
                       f"{np.median(t['one'] / t['two']):.2f}")
@@ -181,7 +182,7 @@ def threads(bench: Bench) -> tuple[Table, list[Measured]]:
 
 def list_cost(bench: Bench) -> Table:
     """The same list length out of ever larger caches."""
-    sizes = (8192, 32768, m.LARGEST)
+    sizes = (8192, 32768, LARGEST)
     table = Table("Cost follows the list: 2048 keys selected of ever more",
                   ["what", *(f"of {keys}, ms" for keys in sizes), "growth"],
                   "Growth: the largest cache over the smallest. Reading alone: the same rows.")
@@ -240,7 +241,7 @@ def with_math(math: str) -> m.Build:
 
 def exp2_alone(made: m.Build, isa: str, count: int = 4000) -> m.Step:
     """Nanoseconds an element of 2^x alone, in L1, over the range of real scores."""
-    x = -m.rng().exponential(4.0, 1024).astype(np.float32)
+    x = -rng().exponential(4.0, 1024).astype(np.float32)
     y = np.empty_like(x)
     run: Any = made.kernel.library.bench_exp2
     m.declare(run, "ippzi", "d")
@@ -316,7 +317,7 @@ def writing(bench: Bench) -> Table:
                   "as many.", left=2)
     rows = bench.scaled(32768)
     for name, build in of_records(bench).items():
-        source = m.normal_once("key", rows, 1, build.dk, build.kernel.dtype)
+        source = normal_once("key", rows, 1, build.dk, build.kernel.dtype)
         memory = m.build_cache(build, rows)
         block = m.BLOCK_SIZE if build.record.behind else 0
         both = source.nbytes + memory.nbytes
@@ -336,7 +337,7 @@ def writing(bench: Bench) -> Table:
                     "nope": source, "records": memory, **shared, **place}),
                 "append": m.Routine(build, "append", into),
                 "dequantise_rows": m.Routine(build, "dequantise_rows", {
-                    "nope": m.allocate(source.shape, source.dtype), "records": memory, **shared,
+                    "nope": allocate(source.shape, source.dtype), "records": memory, **shared,
                     **place}),
                 "one": m.Routine(build, "append", {**into, "rows": 1}, count=200),
             }

@@ -5,8 +5,8 @@ import platform
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import measure as m
 import numpy as np
+from tensors import in_huge_pages
 
 
 @dataclass
@@ -70,7 +70,7 @@ def machine() -> str:
 
 def pages() -> str:
     """What pages caches and workspaces lie in."""
-    share = m.in_huge_pages()
+    share = in_huge_pages()
     if share is None:
         return "pages of the system's choice"
     return f"2 MiB pages asked for by madvise; {percent(share)} of the memory lies in them"

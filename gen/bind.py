@@ -44,6 +44,7 @@ C_TYPES = {
 POINTED = {"float": np.dtype(np.float32), "int32_t": np.dtype(np.int32)}
 ROUTINES = ("quantise_rows", "dequantise_rows", "append", "convert")  # of a cache's rows
 TENSORS = ("query", "query_rope", "key", "key_rope", "value")
+STATS = ("softmax_max", "softmax_sum", "softmax_lse")
 
 
 # ---- what the text of a header says -------------------------------------------------------------
@@ -284,15 +285,13 @@ class Kernel:
         self.header, self.name, self.library = header, name, library
         self.op = re.search(rf"\b{name}_workspace_bytes\(\s*const (\w+)_args\b", header.text)[1]
         made = structures(header)
-        self.Args, self.Plan, self.Parts, self.Error = (
-            made[n]
-            for n in (
-                f"{self.op}_args",
-                f"{self.op}_plan",
-                f"{self.op}_parts",
-                f"{header.prefix}_error",
-            )
+        self.Args, self.Plan, self.Error = (
+            made[n] for n in (f"{self.op}_args", f"{self.op}_plan", f"{header.prefix}_error")
         )
+        self.Parts = made.get(f"{self.op}_parts")
+        # One query step over any cache has arguments of its own, and statistics only if asked for.
+        self.decodes = self.op.endswith("_incre_flash_attention")
+        self.stats = f"{name}_merge_parts(" in header.text
         self.Rows = {  # of routines that not all caches have
             routine: made[found[1]]
             for routine in ROUTINES
@@ -300,7 +299,8 @@ class Kernel:
         }
         self.constants = header.constants
         macro = self.macro = name.upper()
-        self.dk, self.rope, self.dv = (self.constants[f"{macro}_{n}"] for n in ("DK", "ROPE", "DV"))
+        self.dk, self.dv = (self.constants[f"{macro}_{n}"] for n in ("DK", "DV"))
+        self.rope = self.constants.get(f"{macro}_ROPE", 0)
         self.dtype = dtype
         self._declare()
 
@@ -312,7 +312,7 @@ class Kernel:
             ("_plan", status, (p, p, p)),
             ("_task", None, (p, index, p)),
             ("_merge", None, (p, index)),
-            ("_merge_parts", status, (p, p)),
+            *((("_merge_parts", status, (p, p)),) if self.stats else ()),
             ("_workspace_bytes", size, (p,)),
             ("_isas", ctypes.c_uint32, ()),
             *((f"_{routine}", status, (p, p)) for routine in self.Rows),
@@ -342,6 +342,8 @@ class Kernel:
 
     def _c_value(self, made: ctypes.Structure, declared: CField, value: Any) -> Any:
         if declared.stars == 2:
+            if value and isinstance(value[0], (list, tuple)):  # a table of pages, row by row
+                value = [page for row in value for page in row]
             array = (ctypes.c_void_p * len(value))(
                 *(v.ctypes.data if isinstance(v, np.ndarray) else v for v in value)
             )
@@ -461,6 +463,8 @@ class Kernel:
 
     def merge_parts(self, **fields: Any) -> Result:
         """Merges the results of several calls over parts of one context."""
+        if not self.stats:
+            raise TypeError(f"{self.name} has no merge_parts; fix: add the feature stats")
         parts, error = self.struct(self.Parts, fields), self.Error()
         status = self._c_merge_parts(ctypes.byref(parts), ctypes.byref(error))
         return self.result(status, error)
@@ -499,21 +503,39 @@ class Kernel:
 
     def attend(self, **fields: Any) -> Result:
         """run() with sizes, layouts and strides read from the arrays, and outputs made here:
-        attention_out, softmax_max, softmax_sum and softmax_lse in .outputs."""
+        attention_out and, where the kernel has them, softmax_max, softmax_sum and softmax_lse in
+        .outputs."""
         fields = {**self.sizes(fields), **fields}
-        dtype = np.float32 if fields.get("out_f32") else fields["query"].dtype
-        shape = fields["query"].shape[:-2]
-        heads_kv = fields["heads_kv"]
-        stats = (*shape[:-1], heads_kv, shape[-1], fields["heads_q"] // heads_kv)
-        outputs = {"attention_out": np.empty((*shape, fields["heads_q"], self.dv), dtype)}
-        for name in ("softmax_max", "softmax_sum", "softmax_lse"):
-            outputs[name] = np.empty(stats, np.float32)
+        outputs = {"attention_out": np.empty(self._out_shape(fields), out_dtype(fields))}
+        if self.stats:
+            shape = self._stats_shape(fields)
+            outputs |= {name: np.empty(shape, np.float32) for name in STATS}
         result = self.run(**fields, **outputs).check()
         result.outputs = outputs
         return result
 
+    def _out_shape(self, fields: dict[str, Any]) -> tuple[int, ...]:
+        """The query's shape with the value's channels; of BSH, those of all heads."""
+        query = fields["query"]
+        joined = self.decodes and query.ndim == 3
+        return (*query.shape[:-1], self.dv * (fields["heads_q"] if joined else 1))
+
+    def _stats_shape(self, fields: dict[str, Any]) -> tuple[int, ...]:
+        """[B][N1][S1] of a decode step, else [B][N2][S1][G] or [N2][T1][G]."""
+        heads_q, heads_kv = fields["heads_q"], fields["heads_kv"]
+        if self.decodes:
+            return (fields["batch"], heads_q, fields["seq_q"])
+        shape = fields["query"].shape[:-2]
+        return (*shape[:-1], heads_kv, shape[-1], heads_q // heads_kv)
+
     def sizes(self, arrays: dict[str, Any]) -> dict[str, Any]:
         """The size, layout and stride fields that arrays of the documented shapes imply."""
+        return self._decode_sizes(arrays) if self.decodes else self._sparse_sizes(arrays)
+
+    def _layout(self, name: str) -> int:
+        return self.constants[f"{self.header.macro}_LAYOUT_{name}"]
+
+    def _sparse_sizes(self, arrays: dict[str, Any]) -> dict[str, Any]:
         query, key = arrays["query"], arrays["key"]
         tnd, paged = query.ndim == 3, arrays.get("block_table") is not None
         ends = arrays.get("actual_seq_lengths_query")
@@ -522,13 +544,10 @@ class Kernel:
             "seq_q": query.shape[-3],
             "heads_q": query.shape[-2],
             "heads_kv": key.shape[-2],
-            "layout_query": self.constants[
-                f"{self.header.macro}_LAYOUT_{'TND' if tnd else 'BSND'}"
-            ],
-            "layout_kv": self.constants[
-                f"{self.header.macro}_LAYOUT_"
-                + ("PA_BSND" if paged else "TND" if key.ndim == 3 else "BSND")
-            ],
+            "layout_query": self._layout("TND" if tnd else "BSND"),
+            "layout_kv": self._layout(
+                "PA_BSND" if paged else "TND" if key.ndim == 3 else "BSND",
+            ),
         }
         if paged:
             sizes["num_blocks"], sizes["block_size"] = key.shape[:2]
@@ -542,6 +561,95 @@ class Kernel:
             if array is not None and not array.flags.c_contiguous:
                 sizes[f"{name}_stride"] = element_strides(array)
         return sizes
+
+    def _decode_sizes(self, arrays: dict[str, Any]) -> dict[str, Any]:
+        """Arrays of rank 3 are BSH, or pages of all heads side by side. Of rank 4 they are BSND and
+        PA_BSND unless the fields layout_query and layout_kv say otherwise; pages come as one list
+        of arrays for each batch."""
+        query, pages = arrays["query"], arrays.get("key_pages")
+        paged = pages is not None or arrays.get("block_table") is not None
+        key = arrays["key"] if pages is None else first_page(pages)
+        layout_q = arrays.get("layout_query")
+        if layout_q is None:
+            layout_q = self._layout("BSH" if query.ndim == 3 else "BSND")
+        layout_kv = arrays.get("layout_kv")
+        if layout_kv is None:
+            layout_kv = self._layout("PA_BSND") if paged else layout_q
+        seq_q, heads_q = self._rows_and_heads(query.shape, layout_q)
+        rows, heads_kv = self._rows_and_heads(key.shape, layout_kv, joined=2 + (pages is None))
+        sizes: dict[str, Any] = {
+            "batch": query.shape[0],
+            "seq_q": seq_q,
+            "heads_q": heads_q,
+            "heads_kv": arrays.get("heads_kv", heads_kv),
+            "layout_query": layout_q,
+            "layout_kv": layout_kv,
+        }
+        if pages is not None:
+            sizes["block_size"], sizes["max_blocks"] = rows, len(pages[0])
+        elif paged:
+            sizes["num_blocks"], sizes["block_size"] = key.shape[0], rows
+            sizes["max_blocks"] = arrays["block_table"].shape[1]
+        else:
+            sizes["seq_kv"] = rows
+        return {**sizes, **self._decode_options(arrays), **self._decode_strides(arrays, sizes)}
+
+    def _rows_and_heads(
+        self, shape: tuple[int, ...], layout: int, joined: int = 3
+    ) -> tuple[int, int]:
+        """Of a tensor [B][S][H] of rank `joined` or [B][S][N][C], [B][N][S][C]; a page by itself
+        has no B."""
+        if len(shape) == joined:
+            return shape[-2], shape[-1] // self.dk
+        by_head = (self._layout("BNSD"), self._layout("PA_BNSD"))
+        return (shape[-2], shape[-3]) if layout in by_head else (shape[-3], shape[-2])
+
+    def _decode_options(self, arrays: dict[str, Any]) -> dict[str, Any]:
+        """What the shapes and types of the smaller arrays say."""
+        options: dict[str, Any] = {}
+        lengths, scale = arrays.get("actual_seq_lengths"), arrays.get("quant_scale2")
+        pse, mask = arrays.get("pse_shift"), arrays.get("atten_mask")
+        if lengths is not None:
+            options["lengths"] = len(lengths)
+        if pse is not None:
+            options["pse_batch"], options["pse_width"] = pse.shape[0], pse.shape[-1]
+        if mask is not None:
+            options["mask_batch"], options["mask_width"] = mask.shape[0], mask.shape[-1]
+            options["mask_rows"] = mask.shape[1] if mask.ndim == 3 else 1
+        if arrays.get("antiquant_scale") is not None:
+            options["antiquant_f32"] = int(arrays["antiquant_scale"].dtype == np.float32)
+        if scale is not None:
+            options["quant_per_channel"] = int(scale.size > 1)
+            options["quant_bf16"] = int(scale.dtype == DTYPES["bf16"])
+        return options
+
+    def _decode_strides(self, arrays: dict[str, Any], sizes: dict[str, Any]) -> dict[str, Any]:
+        """Of arrays with gaps, by row and head whichever comes first in memory."""
+        by_head = (self._layout("BNSD"), self._layout("PA_BNSD"))
+        strides: dict[str, Any] = {}
+        for name in ("query", "key", "value"):
+            array = arrays.get(name)
+            if array is None or array.flags.c_contiguous:
+                continue
+            if array.ndim == 3:
+                heads = sizes["heads_q" if name == "query" else "heads_kv"]
+                array = array.reshape(*array.shape[:2], heads, array.shape[2] // heads)
+            elif sizes["layout_query" if name == "query" else "layout_kv"] in by_head:
+                array = array.swapaxes(1, 2)
+            strides[f"{name}_stride"] = element_strides(array)
+        return strides
+
+
+def out_dtype(fields: dict[str, Any]) -> np.dtype:
+    """attention_out's type."""
+    if fields.get("quant_scale2") is not None:
+        return np.dtype(np.int8)
+    return np.dtype(np.float32) if fields.get("out_f32") else fields["query"].dtype
+
+
+def first_page(pages: Sequence[Sequence[Any]]) -> np.ndarray:
+    """Any page that is there: they all have the same shape."""
+    return next(page for row in pages for page in row if isinstance(page, np.ndarray))
 
 
 def structures_of(kind: type[ctypes.Structure], name: str) -> type[ctypes.Structure]:

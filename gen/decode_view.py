@@ -98,6 +98,8 @@ def manual_words(kernel):
     codes = [(name, channels) for name, side, channels in sides if side.is_codes]
     packed = [(name, side) for name, side, _ in sides if side.packed]
     both = len(codes) == 2
+    extras = [EXTRAS[name] for name in has]
+    halves = [half for half in (extras[:4], extras[4:]) if half]
     first = "K's, then V's: " if both else ""
     none = ", max 0, sum 0, LSE -inf" if "stats" in has else ""
     none += ";\n *   with a sink: max = LSE = sink, sum 1" if none and "sinks" in has else ""
@@ -107,7 +109,7 @@ def manual_words(kernel):
     if "pages" in has:
         table.append("key_pages and value_pages: where blocks lie.")
     return {
-        "extras": listed([EXTRAS[name] for name in has]) if has else "",
+        "extras": [", ".join(half) for half in halves],
         "softcap_words": " (softcap: c tanh(score / c))" if "softcap" in has else "",
         "alibi_words": " + slope * distance" if "alibi" in has else "",
         "window_lines": WINDOW_LINE if "window" in has else "",
@@ -139,6 +141,7 @@ def decode_view(kernel):
             "value_shared": not kernel.record,
             "value_apart": "0" if kernel.record else "a->value != NULL",
             "query_at": "g->query + h * a->query_stride.head",
+            "q_heads": "group",
             "stats_at": "g->stats + h",
             "head_at": "h",
             "has_keys": "t->l[h] != 0.0f || *t->seen != 0.0f",
@@ -180,8 +183,12 @@ def decode_view(kernel):
         else "a->block_size",
         "positions_matter": "a->pse_shift != NULL"
         + (" || a->alibi_slopes != NULL" if "alibi" in has else ""),
+        "scores_change": "a->pse_shift != NULL"
+        + (" || a->alibi_slopes != NULL" if "alibi" in has else "")
+        + (" || a->softcap != 0.0f" if "softcap" in has else ""),
         "to_float": {"f32": "", "f16": "hl_float_of_f16", "bf16": "hl_float_of_bf16"}[kernel.dtype],
         "query_at": "k_query_at(a, g, h)",
+        "q_heads": "g->group",
         "stats_at": "g->stats + h % g->heads * g->rows + h / g->heads",
         "head_at": "h % g->heads",
         "has_keys": "t->l[h] != 0.0f",

@@ -52,6 +52,9 @@ class MatrixTile:
     fetch_lines: int
     panel: object  # records: rows of bfloat16 that they are decoded to, None else
     exp2: str  # of weights
+    decodes: bool
+    asks: bool
+    ahead_c: str
     block: int = BLOCK
     window: int = 2 * BLOCK  # keys whose rows are known at a time: these and the next block's
     few_ahead: int = BLOCK
@@ -243,6 +246,10 @@ def tile(kernel, isa):
         fetch_lines=max(1, kernel.dk * 2 // FETCH_BYTES),
         panel=panel,
         exp2="hl_exp2_amx" if kernel.math == "builtin" else "vexp2",
+        decodes=kernel.decodes,
+        asks=kernel.decodes,
+        ahead_c=str(BLOCK),
+        window=(3 if kernel.decodes else 2) * BLOCK,
     )
 
 

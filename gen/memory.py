@@ -155,6 +155,9 @@ def plan(tiles):
     if any(getattr(t, "decodes", False) for t in tiles):
         slices.append(Slice("shift", 1, 0, 0, "what offsets of codes add to scores"))
         slices.extend(Slice(f"one.{f}", 1, 0, 0, f"{why}, of one row") for f, why in state)
+        if matrices:
+            slices.append(Slice("one.seen", 0, 0, LINE, "1 once a key was taken"))
+            slices.append(Slice("one.o", 0, o_stride, 0, "O of one row"))
     for name in ("state", "other"):
         slices.extend(Slice(f"{name}.{f}", 1, 0, 0, why) for f, why in state)
         slices.append(Slice(f"{name}.seen", 0, 0, LINE, "1 once a key was taken"))

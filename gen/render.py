@@ -268,7 +268,7 @@ def region_page(region, view):
     }
     pages = [*(TILE_STEPS if isa.tiles else STEPS), "algo/merge", "algo/forward"]
     if region.kernel.decodes:
-        pages.insert(pages.index("step/softmax"), "step/decode_bias")
+        pages.insert(pages.index("tile/few" if isa.tiles else "step/softmax"), "step/decode_bias")
     if isa.tiles:
         pages.insert(-1, "tile/forward")
         if not region.tile.few:
@@ -374,6 +374,7 @@ def render_header(header):
         kernels=kernels,
         decoders=[view for view in views if view.decodes],
         decode_bytes=decode_bytes(header),
+        decode_tiles=any(isa.tiles for k in header.kernels if k.decodes for isa in k.isas),
         pages=[kernel_page(kernel) for kernel in header.kernels],
         arguments=arguments(),
         chunk=CHUNK_KEYS,

@@ -188,7 +188,7 @@ def parse_cache(op, dtype, table, records):
         return parse_stored(dtype, table), None
     kv = table.get("kv", dtype if op == "sparse_flash_attention" else None)
     if op == "sparse_flash_attention":
-        if kv in records:
+        if kv in records or (kv in STORED and kv not in FORMATS):
             raise Refusal(
                 f"kv = {kv!r} is a quantised cache, which {op} does not have",
                 'set op to "sparse_flash_attention_antiquant"',
@@ -205,6 +205,11 @@ def parse_cache(op, dtype, table, records):
         raise Refusal(f"dtype = 'f32': {op} has queries of 16 bits", "choose bf16 or f16")
     if kv is None:
         raise Refusal(f"kv is missing: {op} has to know its record", f"add kv = {min(records)!r}")
+    if kv in STORED and kv not in FORMATS:
+        raise Refusal(
+            f"kv = {kv!r} has K and V, and scales, in tensors of their own: {op} has records",
+            f"choose a record, or set op to {DECODE!r}",
+        )
     return kv, records[one_of("kv", kv, tuple(records))]
 
 
@@ -279,6 +284,12 @@ def parse_layouts(op, table, record):
     return layout_q, layout_kv
 
 
+def tiles_fit(op, isa, dtype, kv):
+    """Whether an instruction set is of use: decoding waits for memory, and what tiles could do for
+    float16 in two parts, or for codes, words do as well."""
+    return op != DECODE or not isa.tiles or dtype == kv == "bf16"
+
+
 def check_tiles(isa, record, dk, dv):
     """Tiles take values in columns of 32 channels, which have to follow each other."""
     tiles = [name for name in isa if ISAS[name].tiles]
@@ -312,12 +323,15 @@ def parse_kernel(table, prefix=None, records=RECORDS):
     able = tuple(
         name
         for name, isa in ISAS.items()
-        if math in isa.maths and dtype in isa.formats and not (op == DECODE and isa.tiles)
+        if math in isa.maths and dtype in isa.formats and tiles_fit(op, isa, dtype, kv)
     )
     isa = some_of("isa", table.get("isa", able), tuple(ISAS))
     for name in isa:
-        if op == DECODE and ISAS[name].tiles:
-            raise Refusal(f"isa {name}: {op} has no tiles yet", f"leave {name} out of isa")
+        if not tiles_fit(op, ISAS[name], dtype, kv):
+            raise Refusal(
+                f"isa {name} with dtype {dtype} and kv {kv}: when decoding, tiles take bf16 only",
+                f"leave {name} out of isa",
+            )
         if dtype not in ISAS[name].formats:
             raise Refusal(
                 f"isa {name} cannot load {dtype}: it has words for {', '.join(ISAS[name].formats)}",

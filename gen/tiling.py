@@ -260,6 +260,7 @@ class Tile:
     o_stride: int
     o_columns: int  # of them are channels, up to a whole vector
     decodes: bool
+    own_only: bool  # rows of the cache are only read to be decoded: they are asked for then
     own: int  # rows that are decoded at a time, where few heads read decoded ones
     window: int  # keys whose rows are known at a time: two blocks, or two times what is ahead
     few: int | str  # up to so many heads rows are read in place; "all"
@@ -325,6 +326,18 @@ class Tile:
             near = " && !k_value_apart(a)" if self.decodes else ""  # else no row is read twice
             few = f"plan->group <= {self.lean}{near} ? {lean} : {few}"
         return few if self.few == "all" else f"plan->group > {self.few} ? {self.block} : {few}"
+
+    @property
+    def asks(self):
+        """Whether blocks say which rows are to be asked for: not those of records."""
+        return not self.own_only
+
+    @property
+    def ahead_c(self):
+        """Rows between the one in use and the one that is asked for."""
+        if self.few == "all":
+            return str(self.few_ahead)
+        return f"plan->group > {self.few} ? {self.ahead} : {self.few_ahead}"
 
     @property
     def few_indent(self):
@@ -639,6 +652,8 @@ def tile(kernel, isa):
     dots = registers["dots"]
     sections = sections_of(kernel, lanes)
     window = 2 * max(block, registers["few_block"] + registers["few_ahead"])
+    if kernel.decodes:  # rows of a block, of the next one, and what is asked for meanwhile
+        window = max(window, 3 * max(block, registers["few_block"]))
     of_value = lines_of(kernel, value_read(kernel))
     values = row_tiles(dots, kernel.dv, lanes, of_value, registers["leaves"])
     panel = registers["vecs"][0] * lanes
@@ -670,6 +685,7 @@ def tile(kernel, isa):
         o_stride=o_columns + (lanes if lifts else 0),
         o_columns=o_columns,
         decodes=kernel.decodes,
+        own_only=bool(kernel.record),
         lift=o_columns,
         panel=not few_only or bool(own),
         own=own,

@@ -79,7 +79,7 @@
  * MEMORY
  *   One task needs
  *   HL_INCRE_FLASH_ATTENTION_BF16_I8_D128_WORKSPACE_BYTES(Q)
- *   bytes for Q = heads_q / heads_kv * seq_q queries on a kv head, 130368 for Q = 8,
+ *   bytes for Q = heads_q / heads_kv * seq_q queries on a kv head, 131904 for Q = 8,
  *   whatever the lengths. Nothing is read outside the rows that a length names, and nothing before
  *   or behind a row; unused memory may hold NaN.
  *
@@ -256,6 +256,12 @@ typedef enum hl_argument {
     HL_ARG_FROM_STRIDE,
     HL_ARG_TO_STRIDE,
     HL_ARG_POSITIONS,
+    HL_ARG_KEY_CACHE,
+    HL_ARG_VALUE_CACHE,
+    HL_ARG_TOKEN_SCALES,
+    HL_ARG_LAYOUT_NEW,
+    HL_ARG_KEY_CACHE_STRIDE,
+    HL_ARG_VALUE_CACHE_STRIDE,
     HL_ARG_PLAN,
     HL_ARG_ARGS,
     HL_ARG_WORKSPACE,
@@ -460,6 +466,80 @@ typedef struct hl_incre_flash_attention_parts {
 #endif
 
 #endif /* HL_INCRE_FLASH_ATTENTION */
+/* ==== rows of a decode operator's cache: new ones go where the table says ==== */
+
+#ifndef HL_DECODE_ROWS
+#define HL_DECODE_ROWS
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* For ..._append: new rows of each batch become rows of its cache, from a position on, stored as
+ * that header's kernel reads them. 0 is the default of every field that is not marked "required";
+ * sizes and letters are those of the operator's arguments, S: new rows.
+ *
+ * Two batches (or two tokens of one table) that name the same row are the caller's business: the
+ * last one stays, and none may be written by another thread meanwhile. The caches of keys and
+ * values may share their memory where the rows of one lie in the gaps of the other.
+ *
+ * numbers  As they are, or from float to nearest even.
+ * codes    CHANNEL, TENSOR: x / antiquant_scale - antiquant_offset in float32, each of the two
+ *          rounded, then to nearest even, saturated (int8: -128 .. 127, E4M3: +-448). Where a scale
+ *          is 0, x / scale is 0 of its sign. A NaN (or infinity / 0) is E4M3's NaN; int8 has
+ *          none, and takes 0.
+ *          TOKEN: a number for all heads and channels of a token's key, and one for its value,
+ *          is written into token_scales: the largest magnitude / 127 (E4M3: 448), 0 if nothing
+ *          is above 2^-80, NaN if something is NaN or infinite; codes are x / scale, to nearest
+ *          even, 0 where the scale is 0 or NaN. Nothing is written for offsets: they are 0.
+ * int4     Each group's scale is its largest magnitude / 7, rounded up to float16; 0 if nothing is
+ *          above 2^-80; NaN if something is NaN or infinite, or if float16 ends below it. Codes
+ *          are x / scale, to nearest even, -7 .. 7, and 0 where the scale is 0 or NaN. What fills
+ *          a row up is 0. */
+typedef struct hl_decode_append_args {
+    const void *key;        /* required [B][S][N2][DK], BNSD: [B][N2][S][DK]; the query's type   */
+    const void *value;      /* the same with DV channels. NULL: the cache has no values of its
+                             * own, they are the first channels of its keys                      */
+    void *key_cache;        /* required: what the operator has as key                            */
+    void *value_cache;      /* and as value; required if there are values                        */
+    void *const *key_pages; /* with the feature pages, in the place of key_cache, value_cache and
+                             * block_table: [B][max_blocks]; only those of new rows are read     */
+    void *const *value_pages;
+    const int32_t *block_table;   /* PA: required [B][max_blocks]; only entries of new rows are
+                                   * read                                                        */
+    const int32_t *positions;     /* required [B]: the row of its cache that a batch's first new
+                                   * row becomes, padding included; not read where there is none */
+    const int32_t *lengths;       /* [B] new rows of each batch, 0 .. S; NULL: S                 */
+    const void *antiquant_scale;  /* codes, CHANNEL or TENSOR: required, what the operator has   */
+    const void *antiquant_offset; /* NULL: 0                                                     */
+    float *token_scales;    /* codes, TOKEN: required, what the operator has as antiquant_scale:
+                             * K's [B][W], then V's; those of new rows are written. Of keys whose
+                             * first channels are the values, to both places                     */
+    int32_t batch;          /* B                                                                 */
+    int32_t rows;           /* S                                                                 */
+    int32_t heads_kv;       /* N2, 0: 1                                                          */
+    int32_t seq_kv;         /* S2; PA: not read                                                  */
+    int32_t num_blocks;     /* PA: blocks in the cache                                           */
+    int32_t block_size;     /* PA: tokens of a block, >= 1                                       */
+    int32_t max_blocks;     /* PA: entries of a row of block_table                               */
+    int32_t layout_new;     /* key and value: HL_LAYOUT_BSND, _BSH, _BNSD, whatever layout_kv is */
+    int32_t layout_kv;      /* of the cache, as the operator has it                              */
+    int32_t index_kind;     /* HL_INDEX_BLOCKS; HL_INDEX_SLOTS: block_table has an entry a token */
+    int32_t antiquant_mode; /* HL_ANTIQUANT_CHANNEL, _TENSOR, _TOKEN                             */
+    int32_t antiquant_f32;  /* 1: antiquant_scale and _offset are float; 0: the query's type     */
+    int32_t numbers_f32;    /* 1: key and value are float                                        */
+    int32_t isa;            /* HL_ISA_...; 0: the best that is present. The bytes are the same   */
+    hl_stride key_stride;   /* in numbers; 0: packed                                             */
+    hl_stride value_stride;
+    hl_stride key_cache_stride; /* as the operator's; .batch is the block's in PA                */
+    hl_stride value_cache_stride;
+} hl_decode_append_args;
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif /* HL_DECODE_ROWS */
 /* ==== shared by every Headlight header: the inside ==== */
 
 #if HL_BODY && !defined(HL_CORE)
@@ -591,12 +671,14 @@ typedef struct hl_row {
     ptrdiff_t token; /* decoding: which row of its batch's cache it is                         */
 } hl_row;
 
-/* One block of keys; behind its rows lie those of later keys, which are asked for meanwhile. */
+/* One block of keys; behind its rows lie those of later keys. */
 typedef struct hl_block {
     hl_row *row;
     int32_t n;
     int32_t n_later;
     int32_t value_apart; /* values are not the keys' first channels                            */
+    const hl_row *ask;   /* while key j is in use, lines of the row ask[j] are asked for,      */
+    int32_t asks;        /* as long as j is below this                                         */
 } hl_block;
 
 /* The workspace of one task, cut into its named slices. */
@@ -969,6 +1051,12 @@ static inline const char *hl_argument_name(hl_argument argument)
         "from_stride",
         "to_stride",
         "positions",
+        "key_cache",
+        "value_cache",
+        "token_scales",
+        "layout_new",
+        "key_cache_stride",
+        "value_cache_stride",
         "plan",
         "args",
         "workspace",
@@ -1105,7 +1193,7 @@ enum {
  * `group` query heads on a kv head (heads_q / heads_kv). Sequence lengths do not matter. */
 #define HL_INCRE_FLASH_ATTENTION_BF16_I8_D128_WORKSPACE_BYTES(group) \
     (64 + 4 * (234 * (((size_t)(group) + 15) / 16 * 16) \
-     + 288 * (size_t)(group) + 26528))
+     + 288 * (size_t)(group) + 26912))
 
 /* Bytes of args.partials that are enough to split r query rows of h query heads into c chunks each;
  * plan->split_bytes is the exact figure. */
@@ -1133,6 +1221,10 @@ HL_API hl_status hl_incre_flash_attention_bf16_i8_d128(const hl_incre_flash_atte
 /* Bytes that the call above needs; with -fopenmp for all threads and split rows too. 0: refused. */
 HL_API size_t hl_incre_flash_attention_bf16_i8_d128_workspace_bytes(
     const hl_incre_flash_attention_args *args);
+
+/* New rows of each batch become rows of its cache, from a position on. */
+HL_API hl_status hl_incre_flash_attention_bf16_i8_d128_append(const hl_decode_append_args *args,
+    hl_error *error);
 
 /* Bit 1 << HL_ISA_... is set for each instruction set in this header that runs here. */
 HL_API uint32_t hl_incre_flash_attention_bf16_i8_d128_isas(void);
@@ -1272,6 +1364,21 @@ HL_WORD_SCALAR float hl_vpeak_bf16_scalar(const uint16_t *p, int32_t n)
 HL_WORD_SCALAR void hl_vput_i8_bf16_scalar(uint8_t *p, hl_vf_scalar x, hl_vf_scalar y)
 {
     hl_vstore_i8_scalar(p, x); hl_vstore_i8_scalar(p + 1, y);
+}
+
+#endif
+#ifndef HL_WORDS_SCALAR_CLIP_I8
+#define HL_WORDS_SCALAR_CLIP_I8
+
+HL_WORD_SCALAR void hl_vclip_i8_scalar(uint8_t *p, hl_vf_scalar x)
+{
+    const float low = x > -128.0f ? x : -128.0f;
+    const float within = low < 127.0f ? low : 127.0f;
+    *p = (uint8_t)(x == x ? hl_bits_of(within + 12582912.0f) & 0xffu : 0u);
+}
+HL_WORD_SCALAR void hl_vclip_i8_n_scalar(uint8_t *p, int32_t n, hl_vf_scalar x)
+{
+    if (n > 0) hl_vclip_i8_scalar(p, x);
 }
 
 #endif
@@ -1501,6 +1608,18 @@ HL_WORD_NEON void hl_vput_i8_bf16_neon(uint8_t *p, hl_vf_neon x, hl_vf_neon y)
 {
     hl_vstore_i8_neon(p, x); hl_vstore_i8_neon(p + 4, y);
 }
+
+#endif
+#ifndef HL_WORDS_NEON_CLIP_I8
+#define HL_WORDS_NEON_CLIP_I8
+
+/* Every step saturates, and a NaN becomes 0. */
+HL_WORD_NEON void hl_vclip_i8_n_neon(uint8_t *p, int32_t n, hl_vf_neon x)
+{
+    const int16x4_t half = vqmovn_s32(vcvtnq_s32_f32(x));
+    hl_put_codes_neon(p, n, vreinterpret_u8_s8(vqmovn_s16(vcombine_s16(half, half))));
+}
+HL_WORD_NEON void hl_vclip_i8_neon(uint8_t *p, hl_vf_neon x) { hl_vclip_i8_n_neon(p, 4, x); }
 
 #endif
 #ifndef HL_VEXP2_NEON
@@ -1769,6 +1888,27 @@ HL_WORD_AVX2 void hl_put_codes_avx2(uint8_t *p, __m256i even, __m256i odd)
 HL_WORD_AVX2 void hl_vput_i8_bf16_avx2(uint8_t *p, hl_vf_avx2 x, hl_vf_avx2 y)
 {
     hl_put_codes_avx2(p, _mm256_cvtps_epi32(x), _mm256_cvtps_epi32(y));
+}
+
+#endif
+#ifndef HL_WORDS_AVX2_CLIP_I8
+#define HL_WORDS_AVX2_CLIP_I8
+
+HL_WORD_AVX2 void hl_vclip_i8_avx2(uint8_t *p, hl_vf_avx2 x)
+{
+    const __m256 low = _mm256_max_ps(x, _mm256_set1_ps(-128.0f));
+    const __m256 some = _mm256_min_ps(low, _mm256_set1_ps(127.0f));
+    const __m256 number = _mm256_cmp_ps(x, x, _CMP_ORD_Q);
+    const __m256i whole = _mm256_cvtps_epi32(_mm256_and_ps(some, number));
+    const __m128i high = _mm256_extracti128_si256(whole, 1);
+    const __m128i half = _mm_packs_epi32(_mm256_castsi256_si128(whole), high);
+    _mm_storel_epi64((__m128i *)(void *)p, _mm_packs_epi16(half, half));
+}
+HL_WORD_AVX2 void hl_vclip_i8_n_avx2(uint8_t *p, int32_t n, hl_vf_avx2 x)
+{
+    uint8_t few[8];
+    hl_vclip_i8_avx2(few, x);
+    HL_COPY(p, few, (size_t)n);
 }
 
 #endif
@@ -2092,6 +2232,26 @@ HL_WORD_AVX512 void hl_vput_i8_bf16_avx512(uint8_t *p, hl_vf_avx512 x, hl_vf_avx
 }
 
 #endif
+#ifndef HL_WORDS_AVX512_CLIP_I8
+#define HL_WORDS_AVX512_CLIP_I8
+
+/* Too large a number of either sign would become the least of all: it is cut off before. */
+HL_WORD_AVX512 __m128i hl_clip_i8_avx512(hl_vf_avx512 x)
+{
+    const __mmask16 number = _mm512_cmp_ps_mask(x, x, _CMP_ORD_Q);
+    const __m512 some = _mm512_maskz_min_ps(number, x, _mm512_set1_ps(127.0f));
+    return _mm512_maskz_cvtsepi32_epi8(hl_all_avx512(), _mm512_maskz_cvtps_epi32(number, some));
+}
+HL_WORD_AVX512 void hl_vclip_i8_avx512(uint8_t *p, hl_vf_avx512 x)
+{
+    _mm_storeu_si128((__m128i *)(void *)p, hl_clip_i8_avx512(x));
+}
+HL_WORD_AVX512 void hl_vclip_i8_n_avx512(uint8_t *p, int32_t n, hl_vf_avx512 x)
+{
+    _mm_mask_storeu_epi8(p, hl_first_avx512(n), hl_clip_i8_avx512(x));
+}
+
+#endif
 #ifndef HL_VEXP2_AVX512
 #define HL_VEXP2_AVX512
 
@@ -2179,7 +2339,7 @@ static inline void hl_ifa_bf16_i8_d128_space(hl_space *w, void *workspace, int32
     w->s = at; /* S^T, then P^T */
     at += 96 * heads;
     w->row = (hl_row *)(void *)at; /* where keys lie, known ahead */
-    at += 1920;
+    at += 2304;
     w->shift = at; /* what offsets of codes add to scores */
     at += heads;
     w->one.m = at; /* running maxima, in log2 units, of one row */
@@ -2235,6 +2395,45 @@ static inline hl_state hl_ifa_bf16_i8_d128_partial(const hl_incre_flash_attentio
     t.seen = at + 3 * heads;
     t.o = at + 3 * heads + 16;
     return t;
+}
+/* ---- the cache's memory: rows that are to be written ---- */
+
+#ifndef HL_DECODE_RUN
+#define HL_DECODE_RUN
+
+/* New keys or values of a batch, and where their rows lie at even steps. Steps are in bytes. */
+typedef struct hl_decode_run {
+    const unsigned char *from; /* numbers of the first row's first head                      */
+    unsigned char *to;
+    float *token_scale;        /* where its scale goes, those of later rows behind; NULL: none */
+    float *token_again;        /* and once more; NULL: nowhere                               */
+    const void *scale;         /* given ones, for code = x / scale - offset                  */
+    const void *offset;        /* NULL: 0                                                    */
+    int32_t scale_f32;         /* they are float, not of the query's type                    */
+    int32_t by_channel;        /* a number a channel, [N2][channels], not one for all        */
+    int32_t numbers_f32;       /* from float, not from the query's type                      */
+    int32_t rows;
+    int32_t heads;
+    int32_t channels;
+    ptrdiff_t from_row;
+    ptrdiff_t from_head;
+    ptrdiff_t to_row;
+    ptrdiff_t to_head;
+} hl_decode_run;
+
+#endif
+/* Writes the scale of row i, whose largest magnitude is `most`, NaN if one of its numbers is not
+ * finite. Returns what they are to be divided by; 0: all codes are 0. */
+static inline float hl_ifa_bf16_i8_d128_put_token_scale(const hl_decode_run *run, int32_t i,
+    float most, float limit)
+{
+    const float exact = most < hl_float_of(0x17800000u) ? 0.0f : most / limit; /* 2^-80 */
+    const float scale = most != most ? hl_float_of(0x7fc00000u) : exact;
+    run->token_scale[i] = scale;
+    if (run->token_again != NULL) {
+        run->token_again[i] = scale;
+    }
+    return most != most ? 0.0f : scale;
 }
 /* ---- select: which keys the queries of a batch see, and where their rows lie ----
  *
@@ -2446,6 +2645,28 @@ static inline int32_t hl_ifa_bf16_i8_d128_next_block(const hl_incre_flash_attent
     const hl_group *g, hl_cursor c, hl_row *row, int32_t cap)
 {
     return hl_ifa_bf16_i8_d128_next(a, g, &c, row, cap);
+}
+
+/* Head h's share of what n heads that are decoded in turn have to ask for: the next block's rows,
+ * as they follow each other in memory, all heads of a row together. Returns how many pieces. */
+static inline int32_t hl_ifa_bf16_i8_d128_share(const hl_incre_flash_attention_args *a,
+                                                const hl_row *later, int32_t rows, int32_t h,
+                                                int32_t n, hl_row *ask, int32_t cap)
+{
+    const int32_t begin = h * cap;
+    const int32_t left = rows * n - begin;
+    const int32_t count = left < cap ? left : cap;
+    for (int32_t i = 0; i < count; ++i) {
+        const hl_row *const row = later + (begin + i) / n;
+        const ptrdiff_t head = (begin + i) % n;
+        ask[i].key = (const uint8_t *)row->key + head * a->key_stride.head;
+        ask[i].rope = ask[i].key;
+        ask[i].value = ask[i].key;
+        if (hl_ifa_bf16_i8_d128_value_apart(a)) {
+            ask[i].value = (const uint8_t *)row->value + head * a->value_stride.head;
+        }
+    }
+    return count > 0 ? count : 0;
 }
 
 /* How many chunks a group's keys are cut into. */
@@ -3265,41 +3486,35 @@ HL_KERNEL_SCALAR void hl_ifa_bf16_i8_d128_dot_1x8_scalar(const float *q, const h
 HL_KERNEL_SCALAR void hl_ifa_bf16_i8_d128_score_few_scalar(const hl_space *w, const hl_block *b,
     int32_t group, float scale)
 {
-    enum { QS = 128, BLOCK = 16, AHEAD = 8 };
-    const int32_t known = b->n + b->n_later;
+    enum { QS = 128, BLOCK = 16 };
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
         for (int32_t j = 0; j < b->n; j += 2) {
-            const int32_t later = j + AHEAD;
             hl_ifa_bf16_i8_d128_dot_4x2_scalar(w->q + (ptrdiff_t)h * QS, b->row + j, b->n - 1 - j,
-                                               w->s + h * BLOCK + j * 4, scale, h == 0 && later
-                                               + 2 <= known ? b->row + later : NULL,
-                                               b->value_apart);
+                                               w->s + h * BLOCK + j * 4, scale, h == 0 && j
+                                               + 2 <= b->asks ? b->ask + j : NULL, b->value_apart);
         }
     }
     for (; h + 2 <= group; h += 2) {
         for (int32_t j = 0; j < b->n; j += 4) {
-            const int32_t later = j + AHEAD;
             hl_ifa_bf16_i8_d128_dot_2x4_scalar(w->q + (ptrdiff_t)h * QS, b->row + j, b->n - 1 - j,
-                                               w->s + h * BLOCK + j * 2, scale, h == 0 && later
-                                               + 4 <= known ? b->row + later : NULL,
-                                               b->value_apart);
+                                               w->s + h * BLOCK + j * 2, scale, h == 0 && j
+                                               + 4 <= b->asks ? b->ask + j : NULL, b->value_apart);
         }
     }
     for (; h + 1 <= group; h += 1) {
         for (int32_t j = 0; j < b->n; j += 8) {
-            const int32_t later = j + AHEAD;
             hl_ifa_bf16_i8_d128_dot_1x8_scalar(w->q + (ptrdiff_t)h * QS, b->row + j, b->n - 1 - j,
-                                               w->s + h * BLOCK + j * 1, scale, h == 0 && later
-                                               + 8 <= known ? b->row + later : NULL,
-                                               b->value_apart);
+                                               w->s + h * BLOCK + j * 1, scale, h == 0 && j
+                                               + 8 <= b->asks ? b->ask + j : NULL, b->value_apart);
         }
     }
 }
 
 /* ---- bias: what the operator does to scores between q . k and softmax ----
  *
- * In units of log2. Scores of some queries lie as [key][query], `step` floats from key to key. */
+ * In units of log2. Scores of some queries: `ks` floats from key to key, `qs` from query to
+ * query. */
 
 /* The number of a token in antiquant_scale or antiquant_offset, K's or V's. */
 HL_KERNEL_SCALAR const float *hl_ifa_bf16_i8_d128_token_numbers_scalar(
@@ -3312,7 +3527,7 @@ HL_KERNEL_SCALAR const float *hl_ifa_bf16_i8_d128_token_numbers_scalar(
 /* K's scales and offsets that are not in Q: a number a token, and what offsets add to a query's
  * scores (w->shift, from hl_ifa_bf16_i8_d128_load_q_scalar). */
 HL_KERNEL_SCALAR void hl_ifa_bf16_i8_d128_bias_codes_scalar(const hl_incre_flash_attention_args *a,
-    const hl_group *g, const hl_block *b, const float *shift, float *s, int32_t step,
+    const hl_group *g, const hl_block *b, const float *shift, float *s, int32_t ks, int32_t qs,
     int32_t queries)
 {
     if (a->antiquant_mode == HL_ANTIQUANT_TOKEN) {
@@ -3327,13 +3542,13 @@ HL_KERNEL_SCALAR void hl_ifa_bf16_i8_d128_bias_codes_scalar(const hl_incre_flash
                     0)[b->row[j].token];
             }
             for (int32_t h = 0; h < queries; ++h) {
-                s[j * step + h] = x * (s[j * step + h] + offset * shift[h]);
+                s[j * ks + h * qs] = x * (s[j * ks + h * qs] + offset * shift[h]);
             }
         }
     } else if (a->antiquant_offset != NULL) {
         for (int32_t j = 0; j < b->n; ++j) {
             for (int32_t h = 0; h < queries; ++h) {
-                s[j * step + h] += shift[h];
+                s[j * ks + h * qs] += shift[h];
             }
         }
     }
@@ -3342,7 +3557,7 @@ HL_KERNEL_SCALAR void hl_ifa_bf16_i8_d128_bias_codes_scalar(const hl_incre_flash
 /* pse_shift, for queries from h0 on. */
 HL_KERNEL_SCALAR void hl_ifa_bf16_i8_d128_bias_positions_scalar(
     const hl_incre_flash_attention_args *a, const hl_group *g, const hl_block *b, int32_t h0,
-    float *s, int32_t step, int32_t queries)
+    float *s, int32_t ks, int32_t qs, int32_t queries)
 {
     const float log2e = 1.44269504f;
     for (int32_t h = 0; h < queries; ++h) {
@@ -3353,7 +3568,7 @@ HL_KERNEL_SCALAR void hl_ifa_bf16_i8_d128_bias_positions_scalar(
             const uint16_t *const pse = (const uint16_t *)a->pse_shift
                 + ((batch * a->heads_q + head) * a->seq_q + i) * a->pse_width;
             for (int32_t j = 0; j < b->n; ++j) {
-                s[j * step + h] += log2e * hl_float_of_bf16(pse[b->row[j].token]);
+                s[j * ks + h * qs] += log2e * hl_float_of_bf16(pse[b->row[j].token]);
             }
         }
     }
@@ -3361,16 +3576,15 @@ HL_KERNEL_SCALAR void hl_ifa_bf16_i8_d128_bias_positions_scalar(
 
 /* All of it, in the operator's order. */
 HL_KERNEL_SCALAR void hl_ifa_bf16_i8_d128_bias_scalar(const hl_incre_flash_attention_plan *plan,
-    const hl_group *g, const hl_space *w, const hl_block *b, int32_t h0, float *s, int32_t step,
-    int32_t queries)
+    const hl_group *g, const hl_space *w, const hl_block *b, int32_t h0, float *s, int32_t ks,
+    int32_t qs, int32_t queries)
 {
     const hl_incre_flash_attention_args *const a = &plan->args;
-    hl_ifa_bf16_i8_d128_bias_codes_scalar(a, g, b, w->shift + h0, s, step, queries);
+    hl_ifa_bf16_i8_d128_bias_codes_scalar(a, g, b, w->shift + h0, s, ks, qs, queries);
     if (a->pse_shift != NULL) {
-        hl_ifa_bf16_i8_d128_bias_positions_scalar(a, g, b, h0, s, step, queries);
+        hl_ifa_bf16_i8_d128_bias_positions_scalar(a, g, b, h0, s, ks, qs, queries);
     }
 }
-
 /* Few queries: their scores lie tile by tile. */
 HL_KERNEL_SCALAR void hl_ifa_bf16_i8_d128_bias_few_scalar(const hl_incre_flash_attention_plan *plan,
     const hl_group *g, const hl_space *w, const hl_block *b)
@@ -3378,13 +3592,13 @@ HL_KERNEL_SCALAR void hl_ifa_bf16_i8_d128_bias_few_scalar(const hl_incre_flash_a
     enum { BLOCK = 16 };
     int32_t h = 0;
     for (; h + 4 <= g->group; h += 4) {
-        hl_ifa_bf16_i8_d128_bias_scalar(plan, g, w, b, h, w->s + h * BLOCK, 4, 4);
+        hl_ifa_bf16_i8_d128_bias_scalar(plan, g, w, b, h, w->s + h * BLOCK, 4, 1, 4);
     }
     for (; h + 2 <= g->group; h += 2) {
-        hl_ifa_bf16_i8_d128_bias_scalar(plan, g, w, b, h, w->s + h * BLOCK, 2, 2);
+        hl_ifa_bf16_i8_d128_bias_scalar(plan, g, w, b, h, w->s + h * BLOCK, 2, 1, 2);
     }
     for (; h + 1 <= g->group; h += 1) {
-        hl_ifa_bf16_i8_d128_bias_scalar(plan, g, w, b, h, w->s + h * BLOCK, 1, 1);
+        hl_ifa_bf16_i8_d128_bias_scalar(plan, g, w, b, h, w->s + h * BLOCK, 1, 1, 1);
     }
 }
 /* V's numbers that are one a token: weights take the scale; what the offset adds to every channel
@@ -3507,11 +3721,11 @@ HL_KERNEL_SCALAR void hl_ifa_bf16_i8_d128_softmaxes_few_scalar(const hl_space *w
 /* ---- value: O = alpha O + P V ---- */
 
 /* 4 heads by 2 vectors of channels, read where they are stored.
- * Meanwhile lines of values 8 keys further on are asked for, as long as
- * j < later.
+ * Meanwhile lines of the values of `ask` are asked for, as long as j < later.
  */
 HL_KERNEL_SCALAR void hl_ifa_bf16_i8_d128_pr_4x2_scalar(const float *p, const hl_row *row,
-    int32_t c, float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
+    int32_t c, float *o, const float *alpha, int32_t n, const hl_row *ask, int32_t later,
+    int32_t apart)
 {
     enum { L = 1, OS = 129 };
     hl_vf_scalar o0_0 = hl_vzero_scalar();
@@ -3526,7 +3740,7 @@ HL_KERNEL_SCALAR void hl_ifa_bf16_i8_d128_pr_4x2_scalar(const float *p, const hl
         const uint8_t *const value = (const uint8_t *)row[j].value + c;
         if (j < later) {
             const uint8_t *const next =
-                (const uint8_t *)row[j + 8].value + c;
+                (const uint8_t *)ask[j].value + c;
             HL_FETCH(next + 0);
         }
         hl_vf_scalar x;
@@ -3574,11 +3788,11 @@ HL_KERNEL_SCALAR void hl_ifa_bf16_i8_d128_pr_4x2_scalar(const float *p, const hl
 }
 
 /* 2 heads by 4 vectors of channels, read where they are stored.
- * Meanwhile lines of values 8 keys further on are asked for, as long as
- * j < later.
+ * Meanwhile lines of the values of `ask` are asked for, as long as j < later.
  */
 HL_KERNEL_SCALAR void hl_ifa_bf16_i8_d128_pr_2x4_scalar(const float *p, const hl_row *row,
-    int32_t c, float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
+    int32_t c, float *o, const float *alpha, int32_t n, const hl_row *ask, int32_t later,
+    int32_t apart)
 {
     enum { L = 1, OS = 129 };
     hl_vf_scalar o0_0 = hl_vzero_scalar();
@@ -3593,7 +3807,7 @@ HL_KERNEL_SCALAR void hl_ifa_bf16_i8_d128_pr_2x4_scalar(const float *p, const hl
         const uint8_t *const value = (const uint8_t *)row[j].value + c;
         if (j < later) {
             const uint8_t *const next =
-                (const uint8_t *)row[j + 8].value + c;
+                (const uint8_t *)ask[j].value + c;
             HL_FETCH(next + 0);
         }
         hl_vf_scalar x;
@@ -3642,11 +3856,11 @@ HL_KERNEL_SCALAR void hl_ifa_bf16_i8_d128_pr_2x4_scalar(const float *p, const hl
 }
 
 /* 1 head by 8 vectors of channels, read where they are stored.
- * Meanwhile lines of values 8 keys further on are asked for, as long as
- * j < later.
+ * Meanwhile lines of the values of `ask` are asked for, as long as j < later.
  */
 HL_KERNEL_SCALAR void hl_ifa_bf16_i8_d128_pr_1x8_scalar(const float *p, const hl_row *row,
-    int32_t c, float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
+    int32_t c, float *o, const float *alpha, int32_t n, const hl_row *ask, int32_t later,
+    int32_t apart)
 {
     enum { L = 1, OS = 129 };
     hl_vf_scalar o0_0 = hl_vzero_scalar();
@@ -3661,7 +3875,7 @@ HL_KERNEL_SCALAR void hl_ifa_bf16_i8_d128_pr_1x8_scalar(const float *p, const hl
         const uint8_t *const value = (const uint8_t *)row[j].value + c;
         if (j < later) {
             const uint8_t *const next =
-                (const uint8_t *)row[j + 8].value + c;
+                (const uint8_t *)ask[j].value + c;
             HL_FETCH(next + 0);
         }
         const hl_vf_scalar x = hl_vset_scalar(p[j]);
@@ -3712,14 +3926,14 @@ HL_KERNEL_SCALAR void hl_ifa_bf16_i8_d128_value_few_scalar(const hl_space *w, co
     const hl_block *b, int32_t group)
 {
     enum { OS = 129, BLOCK = 16 };
-    const int32_t left = b->n + b->n_later - 8;
+    const int32_t left = b->asks < b->n ? b->asks : b->n;
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
         const int32_t later = h == 0 ? left : 0;
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 128; c += 2) {
-            hl_ifa_bf16_i8_d128_pr_4x2_scalar(p, b->row, c, o + c, t->alpha + h, b->n,
+            hl_ifa_bf16_i8_d128_pr_4x2_scalar(p, b->row, c, o + c, t->alpha + h, b->n, b->ask,
                                               b->value_apart ? later : 0, b->value_apart);
         }
     }
@@ -3728,7 +3942,7 @@ HL_KERNEL_SCALAR void hl_ifa_bf16_i8_d128_value_few_scalar(const hl_space *w, co
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 128; c += 4) {
-            hl_ifa_bf16_i8_d128_pr_2x4_scalar(p, b->row, c, o + c, t->alpha + h, b->n,
+            hl_ifa_bf16_i8_d128_pr_2x4_scalar(p, b->row, c, o + c, t->alpha + h, b->n, b->ask,
                                               b->value_apart ? later : 0, b->value_apart);
         }
     }
@@ -3737,7 +3951,7 @@ HL_KERNEL_SCALAR void hl_ifa_bf16_i8_d128_value_few_scalar(const hl_space *w, co
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 128; c += 8) {
-            hl_ifa_bf16_i8_d128_pr_1x8_scalar(p, b->row, c, o + c, t->alpha + h, b->n,
+            hl_ifa_bf16_i8_d128_pr_1x8_scalar(p, b->row, c, o + c, t->alpha + h, b->n, b->ask,
                                               b->value_apart ? later : 0, b->value_apart);
         }
     }
@@ -3926,6 +4140,7 @@ HL_KERNEL_SCALAR void hl_ifa_bf16_i8_d128_forward_scalar(const hl_incre_flash_at
     enum { CAP = 48, AHEAD = 8 };
     const hl_incre_flash_attention_args *const a = &plan->args;
     const int32_t block = 16;
+    const int32_t ahead = 8;
     int32_t known = hl_ifa_bf16_i8_d128_next(a, g, &c, w->row, CAP);
     int32_t more = known == CAP;
     hl_block b;
@@ -3934,6 +4149,8 @@ HL_KERNEL_SCALAR void hl_ifa_bf16_i8_d128_forward_scalar(const hl_incre_flash_at
     while (known > 0) {
         b.n = known < block ? known : block;
         b.n_later = known - b.n;
+        b.ask = b.row + ahead;
+        b.asks = known - ahead;
         hl_ifa_bf16_i8_d128_block_scalar(plan, g, w, t, &b, padded);
         *t->seen = 1.0f;
         b.row += b.n;
@@ -3984,7 +4201,6 @@ HL_KERNEL_SCALAR void hl_ifa_bf16_i8_d128_forward_row_scalar(
         t->l[h0 + h] = row.l[h];
     }
 }
-
 /* One chunk of a group's keys: those that all rows see, at once; then each row's own. */
 HL_KERNEL_SCALAR void hl_ifa_bf16_i8_d128_chunk_scalar(const hl_incre_flash_attention_plan *plan,
     const hl_group *g, const hl_space *w, const hl_state *t, int32_t chunk, int32_t padded)
@@ -4011,6 +4227,8 @@ static inline void hl_ifa_bf16_i8_d128_walk_scalar(const hl_incre_flash_attentio
     hl_space w[16];
     hl_group g[16];
     hl_block b;
+    hl_row *later; /* the next block's rows, of the first head */
+    hl_row *ask;
     int32_t chunks;
     for (int32_t h = 0; h < n; ++h) {
         (void)hl_ifa_bf16_i8_d128_group(plan, first + h, &g[h]);
@@ -4022,7 +4240,11 @@ static inline void hl_ifa_bf16_i8_d128_walk_scalar(const hl_incre_flash_attentio
         w[h].row = w[0].row;
         w[h].own = w[0].own;
     }
+    later = w[0].row + block;
+    ask = later + block;
     b.value_apart = hl_ifa_bf16_i8_d128_value_apart(a);
+    b.n_later = 0;
+    b.ask = ask;
     chunks = hl_ifa_bf16_i8_d128_chunks(a, &g[0]);
     for (int32_t chunk = 0; chunk < chunks; ++chunk) {
         const hl_cursor all = hl_ifa_bf16_i8_d128_chunk(a, &g[0], chunk);
@@ -4035,21 +4257,24 @@ static inline void hl_ifa_bf16_i8_d128_walk_scalar(const hl_incre_flash_attentio
         }
         c.end = end - c.at < block ? end : c.at + block;
         b.row = w[0].row;
-        b.n = c.at < c.end ? hl_ifa_bf16_i8_d128_next_block(a, &g[0], c, b.row, block) : 0;
-        for (int32_t h = 0; b.n > 0;) { /* behind a block's rows are those of the next in turn */
-            const int32_t later = h + 1 < n ? h + 1 : 0;
-            const hl_state *const t = chunk == 0 ? &w[h].state : &w[h].other;
-            if (later == 0) {
-                c.at = c.end;
-                c.end = end - c.at < block ? end : c.at + block;
+        while (c.at < c.end) {
+            hl_cursor next;
+            int32_t rows;
+            next.at = c.end;
+            next.within = 0;
+            next.end = end - next.at < block ? end : next.at + block;
+            rows = next.at < next.end ? hl_ifa_bf16_i8_d128_next_block(a, &g[0], next, later, block)
+                : 0;
+            for (int32_t h = 0; h < n; ++h) {
+                const hl_state *const t = chunk == 0 ? &w[h].state : &w[h].other;
+                b.n = hl_ifa_bf16_i8_d128_next_block(a, &g[h], c, b.row, block);
+                b.asks = hl_ifa_bf16_i8_d128_share(a, later, rows, h, n, ask, block);
+                if (b.n > 0) {
+                    hl_ifa_bf16_i8_d128_block_scalar(plan, &g[h], &w[h], t, &b, padded);
+                    *t->seen = 1.0f;
+                }
             }
-            b.n_later = c.at < c.end
-                ? hl_ifa_bf16_i8_d128_next_block(a, &g[later], c, b.row + b.n, block) : 0;
-            hl_ifa_bf16_i8_d128_block_scalar(plan, &g[h], &w[h], t, &b, padded);
-            *t->seen = 1.0f;
-            HL_COPY(b.row, b.row + b.n, (size_t)b.n_later * sizeof *b.row);
-            b.n = b.n_later;
-            h = later;
+            c = next;
         }
         for (int32_t h = 0; h < n; ++h) {
             const hl_state *const t = chunk == 0 ? &w[h].state : &w[h].other;
@@ -4116,6 +4341,216 @@ static inline void hl_ifa_bf16_i8_d128_merge_scalar(const hl_incre_flash_attenti
         hl_ifa_bf16_i8_d128_merge_state_scalar(&whole, &part, padded, plan->group);
     }
     hl_ifa_bf16_i8_d128_finish_scalar(plan, &g, &whole, padded);
+}
+
+/* ---- rows: numbers -> what the cache holds ---- */
+
+/* Given scales or offsets: n numbers, from a channel of all heads on, or the one for all. */
+HL_WORD_SCALAR hl_vf_scalar hl_ifa_bf16_i8_d128_given_scalar(const hl_decode_run *run,
+    const void *numbers, ptrdiff_t at, int32_t n)
+{
+    const float *const wide = (const float *)numbers;
+    const uint16_t *const narrow = (const uint16_t *)numbers;
+    if (!run->by_channel) {
+        return hl_vset_scalar(run->scale_f32 ? *wide : hl_float_of_bf16(*narrow));
+    }
+    if (n < 1) {
+        return run->scale_f32 ? hl_vload_n_scalar(wide + at, n)
+            : hl_vload_bf16_n_scalar(narrow + at, n);
+    }
+    return run->scale_f32 ? hl_vload_scalar(wide + at) : hl_vload_bf16_scalar(narrow + at);
+}
+
+/* n quotients of x and the scales from a channel on, less their offsets. 0 has no quotients: x is
+ * divided by 1 there, and multiplied by 0. */
+HL_WORD_SCALAR hl_vf_scalar hl_ifa_bf16_i8_d128_quotients_scalar(const hl_decode_run *run,
+    hl_vf_scalar x, ptrdiff_t at, int32_t n)
+{
+    const hl_vf_scalar one = hl_vset_scalar(1.0f);
+    const hl_vf_scalar scale = hl_ifa_bf16_i8_d128_given_scalar(run, run->scale, at, n);
+    /* 0 where a scale is, else 1 */
+    const hl_vf_scalar some = hl_vflush_scalar(hl_vabs_scalar(scale), hl_float_of(1u), one);
+    const hl_vf_scalar q =
+        hl_vmul_scalar(hl_vdiv_scalar(x, hl_vadd_scalar(scale, hl_vsub_scalar(one, some))), some);
+    return run->offset != NULL
+        ? hl_vsub_scalar(q, hl_ifa_bf16_i8_d128_given_scalar(run, run->offset, at, n)) : q;
+}
+
+/* The codes of n numbers that share a scale; 0: all of them are 0. */
+HL_KERNEL_SCALAR void hl_ifa_bf16_i8_d128_put_i8_bf16_scalar(uint8_t *code, const uint16_t *from,
+    int32_t n, float scale)
+{
+    enum { L = 1 };
+    hl_vf_scalar r;
+    hl_vf_scalar d;
+    int32_t c = 0;
+    if (scale == 0.0f) {
+        for (; c < n; ++c) {
+            code[c] = 0;
+        }
+        return;
+    }
+    r = hl_vset_scalar(1.0f / scale);
+    d = hl_vset_scalar(scale);
+    for (; c + 2 * L <= n; c += 2 * L) {
+        hl_vf_scalar x;
+        hl_vf_scalar y;
+        hl_vpair_bf16_scalar(from + c, &x, &y);
+        hl_vput_i8_bf16_scalar(code + c, hl_vquot_scalar(x, d, r), hl_vquot_scalar(y, d, r));
+    }
+    for (; c + L <= n; c += L) {
+        const hl_vf_scalar x = hl_vload_bf16_scalar(from + c);
+        hl_vstore_i8_scalar(code + c, hl_vquot_scalar(x, d, r));
+    }
+}
+
+/* The codes of a head whose scales are given. */
+HL_KERNEL_SCALAR void hl_ifa_bf16_i8_d128_clip_i8_bf16_scalar(uint8_t *code, const uint16_t *from,
+    const hl_decode_run *run, ptrdiff_t at)
+{
+    enum { L = 1 };
+    const int32_t n = run->channels;
+    int32_t c = 0;
+    for (; c + L <= n; c += L) {
+        hl_vclip_i8_scalar(code + c,
+                           hl_ifa_bf16_i8_d128_quotients_scalar(run, hl_vload_bf16_scalar(from + c),
+                at + c, L));
+    }
+}
+
+/* Rows of bfloat16 become int8. */
+HL_KERNEL_SCALAR void hl_ifa_bf16_i8_d128_i8_bf16_scalar(const hl_decode_run *run)
+{
+    const int32_t n = run->channels;
+    for (int32_t i = 0; i < run->rows; ++i) {
+        const unsigned char *const from = run->from + i * run->from_row;
+        uint8_t *const to = run->to + i * run->to_row;
+        float most = 0.0f;
+        float scale;
+        if (run->token_scale == NULL) {
+            for (int32_t h = 0; h < run->heads; ++h) {
+                const void *const head = from + h * run->from_head;
+                hl_ifa_bf16_i8_d128_clip_i8_bf16_scalar(to + h * run->to_head,
+                    (const uint16_t *)head, run, (ptrdiff_t)h * n);
+            }
+            continue;
+        }
+        for (int32_t h = 0; h < run->heads; ++h) {
+            const void *const head = from + h * run->from_head;
+            const float here = hl_vpeak_bf16_scalar((const uint16_t *)head, n);
+            most = most != most || here <= most ? most : here; /* a NaN stays */
+        }
+        scale = hl_ifa_bf16_i8_d128_put_token_scale(run, i, most, 127.0f);
+        for (int32_t h = 0; h < run->heads; ++h) {
+            const void *const head = from + h * run->from_head;
+            hl_ifa_bf16_i8_d128_put_i8_bf16_scalar(to + h * run->to_head, (const uint16_t *)head, n,
+                                                   scale);
+        }
+    }
+}
+
+/* The largest magnitude of n numbers; NaN if one of them is NaN or infinite: then 0 * x is NaN. */
+HL_KERNEL_SCALAR float hl_ifa_bf16_i8_d128_largest_f32_scalar(const float *from, int32_t n)
+{
+    enum { L = 1 };
+    hl_vf_scalar most = hl_vzero_scalar();
+    hl_vf_scalar more = hl_vzero_scalar();
+    hl_vf_scalar spoilt = hl_vzero_scalar();
+    hl_vf_scalar x;
+    hl_vf_scalar y;
+    float lane[L];
+    int32_t c = 0;
+    for (; c + 2 * L <= n; c += 2 * L) { /* in any order */
+        hl_vpair_scalar(from + c, &x, &y);
+        most = hl_vmax_scalar(hl_vabs_scalar(x), most);
+        more = hl_vmax_scalar(hl_vabs_scalar(y), more);
+        spoilt = hl_vfma_scalar(x, hl_vzero_scalar(), spoilt);
+        spoilt = hl_vfma_scalar(y, hl_vzero_scalar(), spoilt);
+    }
+    most = hl_vmax_scalar(more, most);
+    hl_vstore_scalar(lane, hl_vadd_scalar(most, spoilt));
+    return lane[0];
+}
+
+/* The codes of n numbers that share a scale; 0: all of them are 0. */
+HL_KERNEL_SCALAR void hl_ifa_bf16_i8_d128_put_i8_f32_scalar(uint8_t *code, const float *from,
+    int32_t n, float scale)
+{
+    enum { L = 1 };
+    hl_vf_scalar r;
+    hl_vf_scalar d;
+    int32_t c = 0;
+    if (scale == 0.0f) {
+        for (; c < n; ++c) {
+            code[c] = 0;
+        }
+        return;
+    }
+    r = hl_vset_scalar(1.0f / scale);
+    d = hl_vset_scalar(scale);
+    for (; c + L <= n; c += L) {
+        const hl_vf_scalar x = hl_vload_scalar(from + c);
+        hl_vstore_i8_scalar(code + c, hl_vquot_scalar(x, d, r));
+    }
+}
+
+/* The codes of a head whose scales are given. */
+HL_KERNEL_SCALAR void hl_ifa_bf16_i8_d128_clip_i8_f32_scalar(uint8_t *code, const float *from,
+    const hl_decode_run *run, ptrdiff_t at)
+{
+    enum { L = 1 };
+    const int32_t n = run->channels;
+    int32_t c = 0;
+    for (; c + L <= n; c += L) {
+        hl_vclip_i8_scalar(code + c,
+                           hl_ifa_bf16_i8_d128_quotients_scalar(run, hl_vload_scalar(from + c), at
+                + c, L));
+    }
+}
+
+/* Rows of IEEE float32 become int8. */
+HL_KERNEL_SCALAR void hl_ifa_bf16_i8_d128_i8_f32_scalar(const hl_decode_run *run)
+{
+    const int32_t n = run->channels;
+    for (int32_t i = 0; i < run->rows; ++i) {
+        const unsigned char *const from = run->from + i * run->from_row;
+        uint8_t *const to = run->to + i * run->to_row;
+        float most = 0.0f;
+        float scale;
+        if (run->token_scale == NULL) {
+            for (int32_t h = 0; h < run->heads; ++h) {
+                const void *const head = from + h * run->from_head;
+                hl_ifa_bf16_i8_d128_clip_i8_f32_scalar(to + h * run->to_head, (const float *)head,
+                    run, (ptrdiff_t)h * n);
+            }
+            continue;
+        }
+        for (int32_t h = 0; h < run->heads; ++h) {
+            const void *const head = from + h * run->from_head;
+            const float here = hl_ifa_bf16_i8_d128_largest_f32_scalar((const float *)head, n);
+            most = most != most || here <= most ? most : here; /* a NaN stays */
+        }
+        scale = hl_ifa_bf16_i8_d128_put_token_scale(run, i, most, 127.0f);
+        for (int32_t h = 0; h < run->heads; ++h) {
+            const void *const head = from + h * run->from_head;
+            hl_ifa_bf16_i8_d128_put_i8_f32_scalar(to + h * run->to_head, (const float *)head, n,
+                                                  scale);
+        }
+    }
+}
+
+/* Rows of either type become what the cache has: as keys (0) or values (1). */
+HL_KERNEL_SCALAR void hl_ifa_bf16_i8_d128_append_rows_scalar(const hl_decode_run *run, int32_t side)
+{
+    (void)side;
+    if (!run->numbers_f32) {
+        hl_ifa_bf16_i8_d128_i8_bf16_scalar(run);
+        return;
+    }
+    if (run->numbers_f32) {
+        hl_ifa_bf16_i8_d128_i8_f32_scalar(run);
+        return;
+    }
 }
 
 /* ==== hl_incre_flash_attention_bf16_i8_d128 ====
@@ -4240,14 +4675,14 @@ HL_WORD_NEON void hl_ifa_bf16_i8_d128_fetch_row_neon(const hl_row *row, int32_t 
     }
 }
 
-/* The whole block's keys, and its values where they are apart; meanwhile rows are asked for that
- * lie 8 further on, in this block or in the next. */
+/* The whole block's keys, and its values where they are apart; meanwhile later rows are asked
+ * for. */
 HL_KERNEL_NEON void hl_ifa_bf16_i8_d128_load_neon(const hl_space *w, const hl_block *b)
 {
     enum { DV = 128, KS = 128, VS = 128 };
     for (int32_t j = 0; j < b->n; ++j) {
-        if (j + 8 < b->n + b->n_later) {
-            hl_ifa_bf16_i8_d128_fetch_row_neon(&b->row[j + 8], b->value_apart);
+        if (j < b->asks) {
+            hl_ifa_bf16_i8_d128_fetch_row_neon(&b->ask[j], b->value_apart);
         }
         hl_ifa_bf16_i8_d128_load_key_neon(&b->row[j], w->k + (ptrdiff_t)j * KS);
         if (b->value_apart) {
@@ -4852,39 +5287,35 @@ HL_KERNEL_NEON void hl_ifa_bf16_i8_d128_dot_1x16_neon(const float *q, const hl_r
 HL_KERNEL_NEON void hl_ifa_bf16_i8_d128_score_few_neon(const hl_space *w, const hl_block *b,
     int32_t group, float scale)
 {
-    enum { QS = 128, BLOCK = 64, AHEAD = 24 };
-    const int32_t known = b->n + b->n_later;
+    enum { QS = 128, BLOCK = 64 };
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
         for (int32_t j = 0; j < b->n; j += 4) {
-            const int32_t later = j + AHEAD;
             hl_ifa_bf16_i8_d128_dot_4x4_neon(w->q + (ptrdiff_t)h * QS, b->row + j, b->n - 1 - j,
-                                             w->s + h * BLOCK + j * 4, scale, h == 0 && later
-                                             + 4 <= known ? b->row + later : NULL, b->value_apart);
+                                             w->s + h * BLOCK + j * 4, scale, h == 0 && j
+                                             + 4 <= b->asks ? b->ask + j : NULL, b->value_apart);
         }
     }
     for (; h + 2 <= group; h += 2) {
         for (int32_t j = 0; j < b->n; j += 8) {
-            const int32_t later = j + AHEAD;
             hl_ifa_bf16_i8_d128_dot_2x8_neon(w->q + (ptrdiff_t)h * QS, b->row + j, b->n - 1 - j,
-                                             w->s + h * BLOCK + j * 2, scale, h == 0 && later
-                                             + 8 <= known ? b->row + later : NULL, b->value_apart);
+                                             w->s + h * BLOCK + j * 2, scale, h == 0 && j
+                                             + 8 <= b->asks ? b->ask + j : NULL, b->value_apart);
         }
     }
     for (; h + 1 <= group; h += 1) {
         for (int32_t j = 0; j < b->n; j += 16) {
-            const int32_t later = j + AHEAD;
             hl_ifa_bf16_i8_d128_dot_1x16_neon(w->q + (ptrdiff_t)h * QS, b->row + j, b->n - 1 - j,
-                                              w->s + h * BLOCK + j * 1, scale, h == 0 && later
-                                              + 16 <= known ? b->row + later : NULL,
-                                              b->value_apart);
+                                              w->s + h * BLOCK + j * 1, scale, h == 0 && j
+                                              + 16 <= b->asks ? b->ask + j : NULL, b->value_apart);
         }
     }
 }
 
 /* ---- bias: what the operator does to scores between q . k and softmax ----
  *
- * In units of log2. Scores of some queries lie as [key][query], `step` floats from key to key. */
+ * In units of log2. Scores of some queries: `ks` floats from key to key, `qs` from query to
+ * query. */
 
 /* The number of a token in antiquant_scale or antiquant_offset, K's or V's. */
 HL_KERNEL_NEON const float *hl_ifa_bf16_i8_d128_token_numbers_neon(
@@ -4897,7 +5328,7 @@ HL_KERNEL_NEON const float *hl_ifa_bf16_i8_d128_token_numbers_neon(
 /* K's scales and offsets that are not in Q: a number a token, and what offsets add to a query's
  * scores (w->shift, from hl_ifa_bf16_i8_d128_load_q_neon). */
 HL_KERNEL_NEON void hl_ifa_bf16_i8_d128_bias_codes_neon(const hl_incre_flash_attention_args *a,
-    const hl_group *g, const hl_block *b, const float *shift, float *s, int32_t step,
+    const hl_group *g, const hl_block *b, const float *shift, float *s, int32_t ks, int32_t qs,
     int32_t queries)
 {
     if (a->antiquant_mode == HL_ANTIQUANT_TOKEN) {
@@ -4912,13 +5343,13 @@ HL_KERNEL_NEON void hl_ifa_bf16_i8_d128_bias_codes_neon(const hl_incre_flash_att
                     0)[b->row[j].token];
             }
             for (int32_t h = 0; h < queries; ++h) {
-                s[j * step + h] = x * (s[j * step + h] + offset * shift[h]);
+                s[j * ks + h * qs] = x * (s[j * ks + h * qs] + offset * shift[h]);
             }
         }
     } else if (a->antiquant_offset != NULL) {
         for (int32_t j = 0; j < b->n; ++j) {
             for (int32_t h = 0; h < queries; ++h) {
-                s[j * step + h] += shift[h];
+                s[j * ks + h * qs] += shift[h];
             }
         }
     }
@@ -4926,7 +5357,8 @@ HL_KERNEL_NEON void hl_ifa_bf16_i8_d128_bias_codes_neon(const hl_incre_flash_att
 
 /* pse_shift, for queries from h0 on. */
 HL_KERNEL_NEON void hl_ifa_bf16_i8_d128_bias_positions_neon(const hl_incre_flash_attention_args *a,
-    const hl_group *g, const hl_block *b, int32_t h0, float *s, int32_t step, int32_t queries)
+    const hl_group *g, const hl_block *b, int32_t h0, float *s, int32_t ks, int32_t qs,
+    int32_t queries)
 {
     const float log2e = 1.44269504f;
     for (int32_t h = 0; h < queries; ++h) {
@@ -4937,7 +5369,7 @@ HL_KERNEL_NEON void hl_ifa_bf16_i8_d128_bias_positions_neon(const hl_incre_flash
             const uint16_t *const pse = (const uint16_t *)a->pse_shift
                 + ((batch * a->heads_q + head) * a->seq_q + i) * a->pse_width;
             for (int32_t j = 0; j < b->n; ++j) {
-                s[j * step + h] += log2e * hl_float_of_bf16(pse[b->row[j].token]);
+                s[j * ks + h * qs] += log2e * hl_float_of_bf16(pse[b->row[j].token]);
             }
         }
     }
@@ -4947,15 +5379,14 @@ HL_KERNEL_NEON void hl_ifa_bf16_i8_d128_bias_positions_neon(const hl_incre_flash
 HL_KERNEL_NEON void hl_ifa_bf16_i8_d128_bias_neon(const hl_incre_flash_attention_plan *plan,
                                                   const hl_group *g, const hl_space *w,
                                                   const hl_block *b, int32_t h0, float *s,
-                                                  int32_t step, int32_t queries)
+                                                  int32_t ks, int32_t qs, int32_t queries)
 {
     const hl_incre_flash_attention_args *const a = &plan->args;
-    hl_ifa_bf16_i8_d128_bias_codes_neon(a, g, b, w->shift + h0, s, step, queries);
+    hl_ifa_bf16_i8_d128_bias_codes_neon(a, g, b, w->shift + h0, s, ks, qs, queries);
     if (a->pse_shift != NULL) {
-        hl_ifa_bf16_i8_d128_bias_positions_neon(a, g, b, h0, s, step, queries);
+        hl_ifa_bf16_i8_d128_bias_positions_neon(a, g, b, h0, s, ks, qs, queries);
     }
 }
-
 /* Few queries: their scores lie tile by tile. */
 HL_KERNEL_NEON void hl_ifa_bf16_i8_d128_bias_few_neon(const hl_incre_flash_attention_plan *plan,
     const hl_group *g, const hl_space *w, const hl_block *b)
@@ -4963,13 +5394,13 @@ HL_KERNEL_NEON void hl_ifa_bf16_i8_d128_bias_few_neon(const hl_incre_flash_atten
     enum { BLOCK = 64 };
     int32_t h = 0;
     for (; h + 4 <= g->group; h += 4) {
-        hl_ifa_bf16_i8_d128_bias_neon(plan, g, w, b, h, w->s + h * BLOCK, 4, 4);
+        hl_ifa_bf16_i8_d128_bias_neon(plan, g, w, b, h, w->s + h * BLOCK, 4, 1, 4);
     }
     for (; h + 2 <= g->group; h += 2) {
-        hl_ifa_bf16_i8_d128_bias_neon(plan, g, w, b, h, w->s + h * BLOCK, 2, 2);
+        hl_ifa_bf16_i8_d128_bias_neon(plan, g, w, b, h, w->s + h * BLOCK, 2, 1, 2);
     }
     for (; h + 1 <= g->group; h += 1) {
-        hl_ifa_bf16_i8_d128_bias_neon(plan, g, w, b, h, w->s + h * BLOCK, 1, 1);
+        hl_ifa_bf16_i8_d128_bias_neon(plan, g, w, b, h, w->s + h * BLOCK, 1, 1, 1);
     }
 }
 /* V's numbers that are one a token: weights take the scale; what the offset adds to every channel
@@ -5327,12 +5758,11 @@ HL_KERNEL_NEON void hl_ifa_bf16_i8_d128_value_neon(const hl_space *w, const hl_s
 }
 
 /* 4 heads by 4 vectors of channels, read where they are stored.
- * Meanwhile lines of values 24 keys further on are asked for, as long as
- * j < later.
+ * Meanwhile lines of the values of `ask` are asked for, as long as j < later.
  */
 HL_KERNEL_NEON void hl_ifa_bf16_i8_d128_pr_4x4_neon(const float *p, const hl_row *row, int32_t c,
                                                     float *o, const float *alpha, int32_t n,
-                                                    int32_t later, int32_t apart)
+                                                    const hl_row *ask, int32_t later, int32_t apart)
 {
     enum { L = 4, OS = 132 };
     hl_vf_neon o0_0 = hl_vzero_neon();
@@ -5355,7 +5785,7 @@ HL_KERNEL_NEON void hl_ifa_bf16_i8_d128_pr_4x4_neon(const float *p, const hl_row
         const uint8_t *const value = (const uint8_t *)row[j].value + c;
         if (j < later) {
             const uint8_t *const next =
-                (const uint8_t *)row[j + 24].value + c;
+                (const uint8_t *)ask[j].value + c;
             HL_FETCH(next + 0);
         }
         hl_vf_neon x;
@@ -5422,12 +5852,11 @@ HL_KERNEL_NEON void hl_ifa_bf16_i8_d128_pr_4x4_neon(const float *p, const hl_row
 }
 
 /* 2 heads by 8 vectors of channels, read where they are stored.
- * Meanwhile lines of values 24 keys further on are asked for, as long as
- * j < later.
+ * Meanwhile lines of the values of `ask` are asked for, as long as j < later.
  */
 HL_KERNEL_NEON void hl_ifa_bf16_i8_d128_pr_2x8_neon(const float *p, const hl_row *row, int32_t c,
                                                     float *o, const float *alpha, int32_t n,
-                                                    int32_t later, int32_t apart)
+                                                    const hl_row *ask, int32_t later, int32_t apart)
 {
     enum { L = 4, OS = 132 };
     hl_vf_neon o0_0 = hl_vzero_neon();
@@ -5450,7 +5879,7 @@ HL_KERNEL_NEON void hl_ifa_bf16_i8_d128_pr_2x8_neon(const float *p, const hl_row
         const uint8_t *const value = (const uint8_t *)row[j].value + c;
         if (j < later) {
             const uint8_t *const next =
-                (const uint8_t *)row[j + 24].value + c;
+                (const uint8_t *)ask[j].value + c;
             HL_FETCH(next + 0);
         }
         hl_vf_neon x;
@@ -5521,11 +5950,10 @@ HL_KERNEL_NEON void hl_ifa_bf16_i8_d128_pr_2x8_neon(const float *p, const hl_row
 }
 
 /* 1 head by 16 vectors of channels, read where they are stored.
- * Meanwhile lines of values 24 keys further on are asked for, as long as
- * j < later.
+ * Meanwhile lines of the values of `ask` are asked for, as long as j < later.
  */
 HL_KERNEL_NEON void hl_ifa_bf16_i8_d128_pr_1x16_neon(const float *p, const hl_row *row, int32_t c,
-    float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
+    float *o, const float *alpha, int32_t n, const hl_row *ask, int32_t later, int32_t apart)
 {
     enum { L = 4, OS = 132 };
     hl_vf_neon o0_0 = hl_vzero_neon();
@@ -5548,7 +5976,7 @@ HL_KERNEL_NEON void hl_ifa_bf16_i8_d128_pr_1x16_neon(const float *p, const hl_ro
         const uint8_t *const value = (const uint8_t *)row[j].value + c;
         if (j < later) {
             const uint8_t *const next =
-                (const uint8_t *)row[j + 24].value + c;
+                (const uint8_t *)ask[j].value + c;
             if (apart) {
                 HL_FETCH(next + 0);
             }
@@ -5621,15 +6049,15 @@ HL_KERNEL_NEON void hl_ifa_bf16_i8_d128_value_few_neon(const hl_space *w, const 
     const hl_block *b, int32_t group)
 {
     enum { OS = 132, BLOCK = 64 };
-    const int32_t left = b->n + b->n_later - 24;
+    const int32_t left = b->asks < b->n ? b->asks : b->n;
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
         const int32_t later = h == 0 ? left : 0;
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 128; c += 16) {
-            hl_ifa_bf16_i8_d128_pr_4x4_neon(p, b->row, c, o + c, t->alpha + h, b->n, b->value_apart
-                                            ? later : 0, b->value_apart);
+            hl_ifa_bf16_i8_d128_pr_4x4_neon(p, b->row, c, o + c, t->alpha + h, b->n, b->ask,
+                                            b->value_apart ? later : 0, b->value_apart);
         }
     }
     for (; h + 2 <= group; h += 2) {
@@ -5637,7 +6065,7 @@ HL_KERNEL_NEON void hl_ifa_bf16_i8_d128_value_few_neon(const hl_space *w, const 
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 128; c += 32) {
-            hl_ifa_bf16_i8_d128_pr_2x8_neon(p, b->row, c, o + c, t->alpha + h, b->n, later,
+            hl_ifa_bf16_i8_d128_pr_2x8_neon(p, b->row, c, o + c, t->alpha + h, b->n, b->ask, later,
                                             b->value_apart);
         }
     }
@@ -5646,7 +6074,7 @@ HL_KERNEL_NEON void hl_ifa_bf16_i8_d128_value_few_neon(const hl_space *w, const 
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 128; c += 64) {
-            hl_ifa_bf16_i8_d128_pr_1x16_neon(p, b->row, c, o + c, t->alpha + h, b->n, later,
+            hl_ifa_bf16_i8_d128_pr_1x16_neon(p, b->row, c, o + c, t->alpha + h, b->n, b->ask, later,
                                              b->value_apart);
         }
     }
@@ -5834,7 +6262,7 @@ HL_KERNEL_NEON void hl_ifa_bf16_i8_d128_block_neon(const hl_incre_flash_attentio
     hl_ifa_bf16_i8_d128_load_neon(w, b);
     /* S = scale Q K^T, in units of log2 */
     hl_ifa_bf16_i8_d128_score_neon(w, padded, b->n, plan->scale_log2);
-    hl_ifa_bf16_i8_d128_bias_neon(plan, g, w, b, 0, w->s, padded, g->group);
+    hl_ifa_bf16_i8_d128_bias_neon(plan, g, w, b, 0, w->s, padded, 1, g->group);
     /* m' = max(m, rowmax S);  P = 2^(S - m');  l, alpha */
     hl_ifa_bf16_i8_d128_softmax_neon(w->s, t, padded, b->n);
     if (plan->args.antiquant_mode == HL_ANTIQUANT_TOKEN) {
@@ -5847,9 +6275,10 @@ HL_KERNEL_NEON void hl_ifa_bf16_i8_d128_block_neon(const hl_incre_flash_attentio
 HL_KERNEL_NEON void hl_ifa_bf16_i8_d128_forward_neon(const hl_incre_flash_attention_plan *plan,
     const hl_group *g, const hl_space *w, const hl_state *t, hl_cursor c, int32_t padded)
 {
-    enum { CAP = 176, AHEAD = 24 };
+    enum { CAP = 192, AHEAD = 24 };
     const hl_incre_flash_attention_args *const a = &plan->args;
     const int32_t block = plan->group > 16 ? 64 : 64;
+    const int32_t ahead = plan->group > 16 ? 8 : 24;
     int32_t known = hl_ifa_bf16_i8_d128_next(a, g, &c, w->row, CAP);
     int32_t more = known == CAP;
     hl_block b;
@@ -5858,6 +6287,8 @@ HL_KERNEL_NEON void hl_ifa_bf16_i8_d128_forward_neon(const hl_incre_flash_attent
     while (known > 0) {
         b.n = known < block ? known : block;
         b.n_later = known - b.n;
+        b.ask = b.row + ahead;
+        b.asks = known - ahead;
         hl_ifa_bf16_i8_d128_block_neon(plan, g, w, t, &b, padded);
         *t->seen = 1.0f;
         b.row += b.n;
@@ -5911,7 +6342,6 @@ HL_KERNEL_NEON void hl_ifa_bf16_i8_d128_forward_row_neon(const hl_incre_flash_at
         t->l[h0 + h] = row.l[h];
     }
 }
-
 /* One chunk of a group's keys: those that all rows see, at once; then each row's own. */
 HL_KERNEL_NEON void hl_ifa_bf16_i8_d128_chunk_neon(const hl_incre_flash_attention_plan *plan,
                                                    const hl_group *g, const hl_space *w,
@@ -5938,6 +6368,8 @@ static inline void hl_ifa_bf16_i8_d128_walk_neon(const hl_incre_flash_attention_
     hl_space w[16];
     hl_group g[16];
     hl_block b;
+    hl_row *later; /* the next block's rows, of the first head */
+    hl_row *ask;
     int32_t chunks;
     for (int32_t h = 0; h < n; ++h) {
         (void)hl_ifa_bf16_i8_d128_group(plan, first + h, &g[h]);
@@ -5949,7 +6381,11 @@ static inline void hl_ifa_bf16_i8_d128_walk_neon(const hl_incre_flash_attention_
         w[h].row = w[0].row;
         w[h].own = w[0].own;
     }
+    later = w[0].row + block;
+    ask = later + block;
     b.value_apart = hl_ifa_bf16_i8_d128_value_apart(a);
+    b.n_later = 0;
+    b.ask = ask;
     chunks = hl_ifa_bf16_i8_d128_chunks(a, &g[0]);
     for (int32_t chunk = 0; chunk < chunks; ++chunk) {
         const hl_cursor all = hl_ifa_bf16_i8_d128_chunk(a, &g[0], chunk);
@@ -5962,21 +6398,24 @@ static inline void hl_ifa_bf16_i8_d128_walk_neon(const hl_incre_flash_attention_
         }
         c.end = end - c.at < block ? end : c.at + block;
         b.row = w[0].row;
-        b.n = c.at < c.end ? hl_ifa_bf16_i8_d128_next_block(a, &g[0], c, b.row, block) : 0;
-        for (int32_t h = 0; b.n > 0;) { /* behind a block's rows are those of the next in turn */
-            const int32_t later = h + 1 < n ? h + 1 : 0;
-            const hl_state *const t = chunk == 0 ? &w[h].state : &w[h].other;
-            if (later == 0) {
-                c.at = c.end;
-                c.end = end - c.at < block ? end : c.at + block;
+        while (c.at < c.end) {
+            hl_cursor next;
+            int32_t rows;
+            next.at = c.end;
+            next.within = 0;
+            next.end = end - next.at < block ? end : next.at + block;
+            rows = next.at < next.end ? hl_ifa_bf16_i8_d128_next_block(a, &g[0], next, later, block)
+                : 0;
+            for (int32_t h = 0; h < n; ++h) {
+                const hl_state *const t = chunk == 0 ? &w[h].state : &w[h].other;
+                b.n = hl_ifa_bf16_i8_d128_next_block(a, &g[h], c, b.row, block);
+                b.asks = hl_ifa_bf16_i8_d128_share(a, later, rows, h, n, ask, block);
+                if (b.n > 0) {
+                    hl_ifa_bf16_i8_d128_block_neon(plan, &g[h], &w[h], t, &b, padded);
+                    *t->seen = 1.0f;
+                }
             }
-            b.n_later = c.at < c.end
-                ? hl_ifa_bf16_i8_d128_next_block(a, &g[later], c, b.row + b.n, block) : 0;
-            hl_ifa_bf16_i8_d128_block_neon(plan, &g[h], &w[h], t, &b, padded);
-            *t->seen = 1.0f;
-            HL_COPY(b.row, b.row + b.n, (size_t)b.n_later * sizeof *b.row);
-            b.n = b.n_later;
-            h = later;
+            c = next;
         }
         for (int32_t h = 0; h < n; ++h) {
             const hl_state *const t = chunk == 0 ? &w[h].state : &w[h].other;
@@ -6043,6 +6482,220 @@ static inline void hl_ifa_bf16_i8_d128_merge_neon(const hl_incre_flash_attention
         hl_ifa_bf16_i8_d128_merge_state_neon(&whole, &part, padded, plan->group);
     }
     hl_ifa_bf16_i8_d128_finish_neon(plan, &g, &whole, padded);
+}
+
+/* ---- rows: numbers -> what the cache holds ---- */
+
+/* Given scales or offsets: n numbers, from a channel of all heads on, or the one for all. */
+HL_WORD_NEON hl_vf_neon hl_ifa_bf16_i8_d128_given_neon(const hl_decode_run *run,
+    const void *numbers, ptrdiff_t at, int32_t n)
+{
+    const float *const wide = (const float *)numbers;
+    const uint16_t *const narrow = (const uint16_t *)numbers;
+    if (!run->by_channel) {
+        return hl_vset_neon(run->scale_f32 ? *wide : hl_float_of_bf16(*narrow));
+    }
+    if (n < 4) {
+        return run->scale_f32 ? hl_vload_n_neon(wide + at, n)
+            : hl_vload_bf16_n_neon(narrow + at, n);
+    }
+    return run->scale_f32 ? hl_vload_neon(wide + at) : hl_vload_bf16_neon(narrow + at);
+}
+
+/* n quotients of x and the scales from a channel on, less their offsets. 0 has no quotients: x is
+ * divided by 1 there, and multiplied by 0. */
+HL_WORD_NEON hl_vf_neon hl_ifa_bf16_i8_d128_quotients_neon(const hl_decode_run *run, hl_vf_neon x,
+    ptrdiff_t at, int32_t n)
+{
+    const hl_vf_neon one = hl_vset_neon(1.0f);
+    const hl_vf_neon scale = hl_ifa_bf16_i8_d128_given_neon(run, run->scale, at, n);
+    /* 0 where a scale is, else 1 */
+    const hl_vf_neon some = hl_vflush_neon(hl_vabs_neon(scale), hl_float_of(1u), one);
+    const hl_vf_neon q =
+        hl_vmul_neon(hl_vdiv_neon(x, hl_vadd_neon(scale, hl_vsub_neon(one, some))), some);
+    return run->offset != NULL
+        ? hl_vsub_neon(q, hl_ifa_bf16_i8_d128_given_neon(run, run->offset, at, n)) : q;
+}
+
+/* The codes of n numbers that share a scale; 0: all of them are 0. */
+HL_KERNEL_NEON void hl_ifa_bf16_i8_d128_put_i8_bf16_neon(uint8_t *code, const uint16_t *from,
+    int32_t n, float scale)
+{
+    enum { L = 4 };
+    hl_vf_neon r;
+    hl_vf_neon d;
+    int32_t c = 0;
+    if (scale == 0.0f) {
+        for (; c < n; ++c) {
+            code[c] = 0;
+        }
+        return;
+    }
+    r = hl_vset_neon(1.0f / scale);
+    d = hl_vset_neon(scale);
+    for (; c + 2 * L <= n; c += 2 * L) {
+        hl_vf_neon x;
+        hl_vf_neon y;
+        hl_vpair_bf16_neon(from + c, &x, &y);
+        hl_vput_i8_bf16_neon(code + c, hl_vquot_neon(x, d, r), hl_vquot_neon(y, d, r));
+    }
+    for (; c + L <= n; c += L) {
+        const hl_vf_neon x = hl_vload_bf16_neon(from + c);
+        hl_vstore_i8_neon(code + c, hl_vquot_neon(x, d, r));
+    }
+}
+
+/* The codes of a head whose scales are given. */
+HL_KERNEL_NEON void hl_ifa_bf16_i8_d128_clip_i8_bf16_neon(uint8_t *code, const uint16_t *from,
+    const hl_decode_run *run, ptrdiff_t at)
+{
+    enum { L = 4 };
+    const int32_t n = run->channels;
+    int32_t c = 0;
+    for (; c + L <= n; c += L) {
+        hl_vclip_i8_neon(code + c,
+                         hl_ifa_bf16_i8_d128_quotients_neon(run, hl_vload_bf16_neon(from + c), at
+                + c, L));
+    }
+}
+
+/* Rows of bfloat16 become int8. */
+HL_KERNEL_NEON void hl_ifa_bf16_i8_d128_i8_bf16_neon(const hl_decode_run *run)
+{
+    const int32_t n = run->channels;
+    for (int32_t i = 0; i < run->rows; ++i) {
+        const unsigned char *const from = run->from + i * run->from_row;
+        uint8_t *const to = run->to + i * run->to_row;
+        float most = 0.0f;
+        float scale;
+        if (run->token_scale == NULL) {
+            for (int32_t h = 0; h < run->heads; ++h) {
+                const void *const head = from + h * run->from_head;
+                hl_ifa_bf16_i8_d128_clip_i8_bf16_neon(to + h * run->to_head, (const uint16_t *)head,
+                    run, (ptrdiff_t)h * n);
+            }
+            continue;
+        }
+        for (int32_t h = 0; h < run->heads; ++h) {
+            const void *const head = from + h * run->from_head;
+            const float here = hl_vpeak_bf16_neon((const uint16_t *)head, n);
+            most = most != most || here <= most ? most : here; /* a NaN stays */
+        }
+        scale = hl_ifa_bf16_i8_d128_put_token_scale(run, i, most, 127.0f);
+        for (int32_t h = 0; h < run->heads; ++h) {
+            const void *const head = from + h * run->from_head;
+            hl_ifa_bf16_i8_d128_put_i8_bf16_neon(to + h * run->to_head, (const uint16_t *)head, n,
+                                                 scale);
+        }
+    }
+}
+
+/* The largest magnitude of n numbers; NaN if one of them is NaN or infinite: then 0 * x is NaN. */
+HL_KERNEL_NEON float hl_ifa_bf16_i8_d128_largest_f32_neon(const float *from, int32_t n)
+{
+    enum { L = 4 };
+    hl_vf_neon most = hl_vzero_neon();
+    hl_vf_neon more = hl_vzero_neon();
+    hl_vf_neon spoilt = hl_vzero_neon();
+    hl_vf_neon x;
+    hl_vf_neon y;
+    float lane[L];
+    int32_t c = 0;
+    for (; c + 2 * L <= n; c += 2 * L) { /* in any order */
+        hl_vpair_neon(from + c, &x, &y);
+        most = hl_vmax_neon(hl_vabs_neon(x), most);
+        more = hl_vmax_neon(hl_vabs_neon(y), more);
+        spoilt = hl_vfma_neon(x, hl_vzero_neon(), spoilt);
+        spoilt = hl_vfma_neon(y, hl_vzero_neon(), spoilt);
+    }
+    most = hl_vmax_neon(more, most);
+    most = hl_vmax_neon(hl_vswap_neon(most, 1), most);
+    spoilt = hl_vadd_neon(hl_vswap_neon(spoilt, 1), spoilt);
+    most = hl_vmax_neon(hl_vswap_neon(most, 2), most);
+    spoilt = hl_vadd_neon(hl_vswap_neon(spoilt, 2), spoilt);
+    hl_vstore_neon(lane, hl_vadd_neon(most, spoilt));
+    return lane[0];
+}
+
+/* The codes of n numbers that share a scale; 0: all of them are 0. */
+HL_KERNEL_NEON void hl_ifa_bf16_i8_d128_put_i8_f32_neon(uint8_t *code, const float *from, int32_t n,
+    float scale)
+{
+    enum { L = 4 };
+    hl_vf_neon r;
+    hl_vf_neon d;
+    int32_t c = 0;
+    if (scale == 0.0f) {
+        for (; c < n; ++c) {
+            code[c] = 0;
+        }
+        return;
+    }
+    r = hl_vset_neon(1.0f / scale);
+    d = hl_vset_neon(scale);
+    for (; c + L <= n; c += L) {
+        const hl_vf_neon x = hl_vload_neon(from + c);
+        hl_vstore_i8_neon(code + c, hl_vquot_neon(x, d, r));
+    }
+}
+
+/* The codes of a head whose scales are given. */
+HL_KERNEL_NEON void hl_ifa_bf16_i8_d128_clip_i8_f32_neon(uint8_t *code, const float *from,
+    const hl_decode_run *run, ptrdiff_t at)
+{
+    enum { L = 4 };
+    const int32_t n = run->channels;
+    int32_t c = 0;
+    for (; c + L <= n; c += L) {
+        hl_vclip_i8_neon(code + c,
+                         hl_ifa_bf16_i8_d128_quotients_neon(run, hl_vload_neon(from + c), at + c,
+                L));
+    }
+}
+
+/* Rows of IEEE float32 become int8. */
+HL_KERNEL_NEON void hl_ifa_bf16_i8_d128_i8_f32_neon(const hl_decode_run *run)
+{
+    const int32_t n = run->channels;
+    for (int32_t i = 0; i < run->rows; ++i) {
+        const unsigned char *const from = run->from + i * run->from_row;
+        uint8_t *const to = run->to + i * run->to_row;
+        float most = 0.0f;
+        float scale;
+        if (run->token_scale == NULL) {
+            for (int32_t h = 0; h < run->heads; ++h) {
+                const void *const head = from + h * run->from_head;
+                hl_ifa_bf16_i8_d128_clip_i8_f32_neon(to + h * run->to_head, (const float *)head,
+                    run, (ptrdiff_t)h * n);
+            }
+            continue;
+        }
+        for (int32_t h = 0; h < run->heads; ++h) {
+            const void *const head = from + h * run->from_head;
+            const float here = hl_ifa_bf16_i8_d128_largest_f32_neon((const float *)head, n);
+            most = most != most || here <= most ? most : here; /* a NaN stays */
+        }
+        scale = hl_ifa_bf16_i8_d128_put_token_scale(run, i, most, 127.0f);
+        for (int32_t h = 0; h < run->heads; ++h) {
+            const void *const head = from + h * run->from_head;
+            hl_ifa_bf16_i8_d128_put_i8_f32_neon(to + h * run->to_head, (const float *)head, n,
+                                                scale);
+        }
+    }
+}
+
+/* Rows of either type become what the cache has: as keys (0) or values (1). */
+HL_KERNEL_NEON void hl_ifa_bf16_i8_d128_append_rows_neon(const hl_decode_run *run, int32_t side)
+{
+    (void)side;
+    if (!run->numbers_f32) {
+        hl_ifa_bf16_i8_d128_i8_bf16_neon(run);
+        return;
+    }
+    if (run->numbers_f32) {
+        hl_ifa_bf16_i8_d128_i8_f32_neon(run);
+        return;
+    }
 }
 
 #endif /* HL_HAS_NEON */
@@ -6169,14 +6822,14 @@ HL_WORD_AVX2 void hl_ifa_bf16_i8_d128_fetch_row_avx2(const hl_row *row, int32_t 
     }
 }
 
-/* The whole block's keys, and its values where they are apart; meanwhile rows are asked for that
- * lie 8 further on, in this block or in the next. */
+/* The whole block's keys, and its values where they are apart; meanwhile later rows are asked
+ * for. */
 HL_KERNEL_AVX2 void hl_ifa_bf16_i8_d128_load_avx2(const hl_space *w, const hl_block *b)
 {
     enum { DV = 128, KS = 128, VS = 128 };
     for (int32_t j = 0; j < b->n; ++j) {
-        if (j + 8 < b->n + b->n_later) {
-            hl_ifa_bf16_i8_d128_fetch_row_avx2(&b->row[j + 8], b->value_apart);
+        if (j < b->asks) {
+            hl_ifa_bf16_i8_d128_fetch_row_avx2(&b->ask[j], b->value_apart);
         }
         hl_ifa_bf16_i8_d128_load_key_avx2(&b->row[j], w->k + (ptrdiff_t)j * KS);
         if (b->value_apart) {
@@ -6691,38 +7344,35 @@ HL_KERNEL_AVX2 void hl_ifa_bf16_i8_d128_dot_1x8_avx2(const float *q, const hl_ro
 HL_KERNEL_AVX2 void hl_ifa_bf16_i8_d128_score_few_avx2(const hl_space *w, const hl_block *b,
     int32_t group, float scale)
 {
-    enum { QS = 128, BLOCK = 48, AHEAD = 24 };
-    const int32_t known = b->n + b->n_later;
+    enum { QS = 128, BLOCK = 48 };
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
         for (int32_t j = 0; j < b->n; j += 2) {
-            const int32_t later = j + AHEAD;
             hl_ifa_bf16_i8_d128_dot_4x2_avx2(w->q + (ptrdiff_t)h * QS, b->row + j, b->n - 1 - j,
-                                             w->s + h * BLOCK + j * 4, scale, h == 0 && later
-                                             + 2 <= known ? b->row + later : NULL, b->value_apart);
+                                             w->s + h * BLOCK + j * 4, scale, h == 0 && j
+                                             + 2 <= b->asks ? b->ask + j : NULL, b->value_apart);
         }
     }
     for (; h + 2 <= group; h += 2) {
         for (int32_t j = 0; j < b->n; j += 4) {
-            const int32_t later = j + AHEAD;
             hl_ifa_bf16_i8_d128_dot_2x4_avx2(w->q + (ptrdiff_t)h * QS, b->row + j, b->n - 1 - j,
-                                             w->s + h * BLOCK + j * 2, scale, h == 0 && later
-                                             + 4 <= known ? b->row + later : NULL, b->value_apart);
+                                             w->s + h * BLOCK + j * 2, scale, h == 0 && j
+                                             + 4 <= b->asks ? b->ask + j : NULL, b->value_apart);
         }
     }
     for (; h + 1 <= group; h += 1) {
         for (int32_t j = 0; j < b->n; j += 8) {
-            const int32_t later = j + AHEAD;
             hl_ifa_bf16_i8_d128_dot_1x8_avx2(w->q + (ptrdiff_t)h * QS, b->row + j, b->n - 1 - j,
-                                             w->s + h * BLOCK + j * 1, scale, h == 0 && later
-                                             + 8 <= known ? b->row + later : NULL, b->value_apart);
+                                             w->s + h * BLOCK + j * 1, scale, h == 0 && j
+                                             + 8 <= b->asks ? b->ask + j : NULL, b->value_apart);
         }
     }
 }
 
 /* ---- bias: what the operator does to scores between q . k and softmax ----
  *
- * In units of log2. Scores of some queries lie as [key][query], `step` floats from key to key. */
+ * In units of log2. Scores of some queries: `ks` floats from key to key, `qs` from query to
+ * query. */
 
 /* The number of a token in antiquant_scale or antiquant_offset, K's or V's. */
 HL_KERNEL_AVX2 const float *hl_ifa_bf16_i8_d128_token_numbers_avx2(
@@ -6735,7 +7385,7 @@ HL_KERNEL_AVX2 const float *hl_ifa_bf16_i8_d128_token_numbers_avx2(
 /* K's scales and offsets that are not in Q: a number a token, and what offsets add to a query's
  * scores (w->shift, from hl_ifa_bf16_i8_d128_load_q_avx2). */
 HL_KERNEL_AVX2 void hl_ifa_bf16_i8_d128_bias_codes_avx2(const hl_incre_flash_attention_args *a,
-    const hl_group *g, const hl_block *b, const float *shift, float *s, int32_t step,
+    const hl_group *g, const hl_block *b, const float *shift, float *s, int32_t ks, int32_t qs,
     int32_t queries)
 {
     if (a->antiquant_mode == HL_ANTIQUANT_TOKEN) {
@@ -6750,13 +7400,13 @@ HL_KERNEL_AVX2 void hl_ifa_bf16_i8_d128_bias_codes_avx2(const hl_incre_flash_att
                     0)[b->row[j].token];
             }
             for (int32_t h = 0; h < queries; ++h) {
-                s[j * step + h] = x * (s[j * step + h] + offset * shift[h]);
+                s[j * ks + h * qs] = x * (s[j * ks + h * qs] + offset * shift[h]);
             }
         }
     } else if (a->antiquant_offset != NULL) {
         for (int32_t j = 0; j < b->n; ++j) {
             for (int32_t h = 0; h < queries; ++h) {
-                s[j * step + h] += shift[h];
+                s[j * ks + h * qs] += shift[h];
             }
         }
     }
@@ -6764,7 +7414,8 @@ HL_KERNEL_AVX2 void hl_ifa_bf16_i8_d128_bias_codes_avx2(const hl_incre_flash_att
 
 /* pse_shift, for queries from h0 on. */
 HL_KERNEL_AVX2 void hl_ifa_bf16_i8_d128_bias_positions_avx2(const hl_incre_flash_attention_args *a,
-    const hl_group *g, const hl_block *b, int32_t h0, float *s, int32_t step, int32_t queries)
+    const hl_group *g, const hl_block *b, int32_t h0, float *s, int32_t ks, int32_t qs,
+    int32_t queries)
 {
     const float log2e = 1.44269504f;
     for (int32_t h = 0; h < queries; ++h) {
@@ -6775,7 +7426,7 @@ HL_KERNEL_AVX2 void hl_ifa_bf16_i8_d128_bias_positions_avx2(const hl_incre_flash
             const uint16_t *const pse = (const uint16_t *)a->pse_shift
                 + ((batch * a->heads_q + head) * a->seq_q + i) * a->pse_width;
             for (int32_t j = 0; j < b->n; ++j) {
-                s[j * step + h] += log2e * hl_float_of_bf16(pse[b->row[j].token]);
+                s[j * ks + h * qs] += log2e * hl_float_of_bf16(pse[b->row[j].token]);
             }
         }
     }
@@ -6785,15 +7436,14 @@ HL_KERNEL_AVX2 void hl_ifa_bf16_i8_d128_bias_positions_avx2(const hl_incre_flash
 HL_KERNEL_AVX2 void hl_ifa_bf16_i8_d128_bias_avx2(const hl_incre_flash_attention_plan *plan,
                                                   const hl_group *g, const hl_space *w,
                                                   const hl_block *b, int32_t h0, float *s,
-                                                  int32_t step, int32_t queries)
+                                                  int32_t ks, int32_t qs, int32_t queries)
 {
     const hl_incre_flash_attention_args *const a = &plan->args;
-    hl_ifa_bf16_i8_d128_bias_codes_avx2(a, g, b, w->shift + h0, s, step, queries);
+    hl_ifa_bf16_i8_d128_bias_codes_avx2(a, g, b, w->shift + h0, s, ks, qs, queries);
     if (a->pse_shift != NULL) {
-        hl_ifa_bf16_i8_d128_bias_positions_avx2(a, g, b, h0, s, step, queries);
+        hl_ifa_bf16_i8_d128_bias_positions_avx2(a, g, b, h0, s, ks, qs, queries);
     }
 }
-
 /* Few queries: their scores lie tile by tile. */
 HL_KERNEL_AVX2 void hl_ifa_bf16_i8_d128_bias_few_avx2(const hl_incre_flash_attention_plan *plan,
     const hl_group *g, const hl_space *w, const hl_block *b)
@@ -6801,13 +7451,13 @@ HL_KERNEL_AVX2 void hl_ifa_bf16_i8_d128_bias_few_avx2(const hl_incre_flash_atten
     enum { BLOCK = 48 };
     int32_t h = 0;
     for (; h + 4 <= g->group; h += 4) {
-        hl_ifa_bf16_i8_d128_bias_avx2(plan, g, w, b, h, w->s + h * BLOCK, 4, 4);
+        hl_ifa_bf16_i8_d128_bias_avx2(plan, g, w, b, h, w->s + h * BLOCK, 4, 1, 4);
     }
     for (; h + 2 <= g->group; h += 2) {
-        hl_ifa_bf16_i8_d128_bias_avx2(plan, g, w, b, h, w->s + h * BLOCK, 2, 2);
+        hl_ifa_bf16_i8_d128_bias_avx2(plan, g, w, b, h, w->s + h * BLOCK, 2, 1, 2);
     }
     for (; h + 1 <= g->group; h += 1) {
-        hl_ifa_bf16_i8_d128_bias_avx2(plan, g, w, b, h, w->s + h * BLOCK, 1, 1);
+        hl_ifa_bf16_i8_d128_bias_avx2(plan, g, w, b, h, w->s + h * BLOCK, 1, 1, 1);
     }
 }
 /* V's numbers that are one a token: weights take the scale; what the offset adds to every channel
@@ -7167,12 +7817,11 @@ HL_KERNEL_AVX2 void hl_ifa_bf16_i8_d128_value_avx2(const hl_space *w, const hl_s
 }
 
 /* 4 heads by 2 vectors of channels, read where they are stored.
- * Meanwhile lines of values 24 keys further on are asked for, as long as
- * j < later.
+ * Meanwhile lines of the values of `ask` are asked for, as long as j < later.
  */
 HL_KERNEL_AVX2 void hl_ifa_bf16_i8_d128_pr_4x2_avx2(const float *p, const hl_row *row, int32_t c,
                                                     float *o, const float *alpha, int32_t n,
-                                                    int32_t later, int32_t apart)
+                                                    const hl_row *ask, int32_t later, int32_t apart)
 {
     enum { L = 8, OS = 136 };
     hl_vf_avx2 o0_0 = hl_vzero_avx2();
@@ -7187,7 +7836,7 @@ HL_KERNEL_AVX2 void hl_ifa_bf16_i8_d128_pr_4x2_avx2(const float *p, const hl_row
         const uint8_t *const value = (const uint8_t *)row[j].value + c;
         if (j < later) {
             const uint8_t *const next =
-                (const uint8_t *)row[j + 24].value + c;
+                (const uint8_t *)ask[j].value + c;
             HL_FETCH(next + 0);
         }
         hl_vf_avx2 x;
@@ -7227,12 +7876,11 @@ HL_KERNEL_AVX2 void hl_ifa_bf16_i8_d128_pr_4x2_avx2(const float *p, const hl_row
 }
 
 /* 2 heads by 4 vectors of channels, read where they are stored.
- * Meanwhile lines of values 24 keys further on are asked for, as long as
- * j < later.
+ * Meanwhile lines of the values of `ask` are asked for, as long as j < later.
  */
 HL_KERNEL_AVX2 void hl_ifa_bf16_i8_d128_pr_2x4_avx2(const float *p, const hl_row *row, int32_t c,
                                                     float *o, const float *alpha, int32_t n,
-                                                    int32_t later, int32_t apart)
+                                                    const hl_row *ask, int32_t later, int32_t apart)
 {
     enum { L = 8, OS = 136 };
     hl_vf_avx2 o0_0 = hl_vzero_avx2();
@@ -7247,7 +7895,7 @@ HL_KERNEL_AVX2 void hl_ifa_bf16_i8_d128_pr_2x4_avx2(const float *p, const hl_row
         const uint8_t *const value = (const uint8_t *)row[j].value + c;
         if (j < later) {
             const uint8_t *const next =
-                (const uint8_t *)row[j + 24].value + c;
+                (const uint8_t *)ask[j].value + c;
             HL_FETCH(next + 0);
         }
         hl_vf_avx2 x;
@@ -7288,12 +7936,11 @@ HL_KERNEL_AVX2 void hl_ifa_bf16_i8_d128_pr_2x4_avx2(const float *p, const hl_row
 }
 
 /* 1 head by 8 vectors of channels, read where they are stored.
- * Meanwhile lines of values 24 keys further on are asked for, as long as
- * j < later.
+ * Meanwhile lines of the values of `ask` are asked for, as long as j < later.
  */
 HL_KERNEL_AVX2 void hl_ifa_bf16_i8_d128_pr_1x8_avx2(const float *p, const hl_row *row, int32_t c,
                                                     float *o, const float *alpha, int32_t n,
-                                                    int32_t later, int32_t apart)
+                                                    const hl_row *ask, int32_t later, int32_t apart)
 {
     enum { L = 8, OS = 136 };
     hl_vf_avx2 o0_0 = hl_vzero_avx2();
@@ -7308,7 +7955,7 @@ HL_KERNEL_AVX2 void hl_ifa_bf16_i8_d128_pr_1x8_avx2(const float *p, const hl_row
         const uint8_t *const value = (const uint8_t *)row[j].value + c;
         if (j < later) {
             const uint8_t *const next =
-                (const uint8_t *)row[j + 24].value + c;
+                (const uint8_t *)ask[j].value + c;
             if (apart) {
                 HL_FETCH(next + 0);
             }
@@ -7353,15 +8000,15 @@ HL_KERNEL_AVX2 void hl_ifa_bf16_i8_d128_value_few_avx2(const hl_space *w, const 
     const hl_block *b, int32_t group)
 {
     enum { OS = 136, BLOCK = 48 };
-    const int32_t left = b->n + b->n_later - 24;
+    const int32_t left = b->asks < b->n ? b->asks : b->n;
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
         const int32_t later = h == 0 ? left : 0;
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 128; c += 16) {
-            hl_ifa_bf16_i8_d128_pr_4x2_avx2(p, b->row, c, o + c, t->alpha + h, b->n, b->value_apart
-                                            ? later : 0, b->value_apart);
+            hl_ifa_bf16_i8_d128_pr_4x2_avx2(p, b->row, c, o + c, t->alpha + h, b->n, b->ask,
+                                            b->value_apart ? later : 0, b->value_apart);
         }
     }
     for (; h + 2 <= group; h += 2) {
@@ -7369,7 +8016,7 @@ HL_KERNEL_AVX2 void hl_ifa_bf16_i8_d128_value_few_avx2(const hl_space *w, const 
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 128; c += 32) {
-            hl_ifa_bf16_i8_d128_pr_2x4_avx2(p, b->row, c, o + c, t->alpha + h, b->n, later,
+            hl_ifa_bf16_i8_d128_pr_2x4_avx2(p, b->row, c, o + c, t->alpha + h, b->n, b->ask, later,
                                             b->value_apart);
         }
     }
@@ -7378,7 +8025,7 @@ HL_KERNEL_AVX2 void hl_ifa_bf16_i8_d128_value_few_avx2(const hl_space *w, const 
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 128; c += 64) {
-            hl_ifa_bf16_i8_d128_pr_1x8_avx2(p, b->row, c, o + c, t->alpha + h, b->n, later,
+            hl_ifa_bf16_i8_d128_pr_1x8_avx2(p, b->row, c, o + c, t->alpha + h, b->n, b->ask, later,
                                             b->value_apart);
         }
     }
@@ -7566,7 +8213,7 @@ HL_KERNEL_AVX2 void hl_ifa_bf16_i8_d128_block_avx2(const hl_incre_flash_attentio
     hl_ifa_bf16_i8_d128_load_avx2(w, b);
     /* S = scale Q K^T, in units of log2 */
     hl_ifa_bf16_i8_d128_score_avx2(w, padded, b->n, plan->scale_log2);
-    hl_ifa_bf16_i8_d128_bias_avx2(plan, g, w, b, 0, w->s, padded, g->group);
+    hl_ifa_bf16_i8_d128_bias_avx2(plan, g, w, b, 0, w->s, padded, 1, g->group);
     /* m' = max(m, rowmax S);  P = 2^(S - m');  l, alpha */
     hl_ifa_bf16_i8_d128_softmax_avx2(w->s, t, padded, b->n);
     if (plan->args.antiquant_mode == HL_ANTIQUANT_TOKEN) {
@@ -7579,9 +8226,10 @@ HL_KERNEL_AVX2 void hl_ifa_bf16_i8_d128_block_avx2(const hl_incre_flash_attentio
 HL_KERNEL_AVX2 void hl_ifa_bf16_i8_d128_forward_avx2(const hl_incre_flash_attention_plan *plan,
     const hl_group *g, const hl_space *w, const hl_state *t, hl_cursor c, int32_t padded)
 {
-    enum { CAP = 192, AHEAD = 24 };
+    enum { CAP = 288, AHEAD = 24 };
     const hl_incre_flash_attention_args *const a = &plan->args;
     const int32_t block = plan->group > 16 ? 96 : 48;
+    const int32_t ahead = plan->group > 16 ? 8 : 24;
     int32_t known = hl_ifa_bf16_i8_d128_next(a, g, &c, w->row, CAP);
     int32_t more = known == CAP;
     hl_block b;
@@ -7590,6 +8238,8 @@ HL_KERNEL_AVX2 void hl_ifa_bf16_i8_d128_forward_avx2(const hl_incre_flash_attent
     while (known > 0) {
         b.n = known < block ? known : block;
         b.n_later = known - b.n;
+        b.ask = b.row + ahead;
+        b.asks = known - ahead;
         hl_ifa_bf16_i8_d128_block_avx2(plan, g, w, t, &b, padded);
         *t->seen = 1.0f;
         b.row += b.n;
@@ -7643,7 +8293,6 @@ HL_KERNEL_AVX2 void hl_ifa_bf16_i8_d128_forward_row_avx2(const hl_incre_flash_at
         t->l[h0 + h] = row.l[h];
     }
 }
-
 /* One chunk of a group's keys: those that all rows see, at once; then each row's own. */
 HL_KERNEL_AVX2 void hl_ifa_bf16_i8_d128_chunk_avx2(const hl_incre_flash_attention_plan *plan,
                                                    const hl_group *g, const hl_space *w,
@@ -7671,6 +8320,8 @@ static inline void hl_ifa_bf16_i8_d128_walk_avx2(const hl_incre_flash_attention_
     hl_space w[16];
     hl_group g[16];
     hl_block b;
+    hl_row *later; /* the next block's rows, of the first head */
+    hl_row *ask;
     int32_t chunks;
     for (int32_t h = 0; h < n; ++h) {
         (void)hl_ifa_bf16_i8_d128_group(plan, first + h, &g[h]);
@@ -7682,7 +8333,11 @@ static inline void hl_ifa_bf16_i8_d128_walk_avx2(const hl_incre_flash_attention_
         w[h].row = w[0].row;
         w[h].own = w[0].own;
     }
+    later = w[0].row + block;
+    ask = later + block;
     b.value_apart = hl_ifa_bf16_i8_d128_value_apart(a);
+    b.n_later = 0;
+    b.ask = ask;
     chunks = hl_ifa_bf16_i8_d128_chunks(a, &g[0]);
     for (int32_t chunk = 0; chunk < chunks; ++chunk) {
         const hl_cursor all = hl_ifa_bf16_i8_d128_chunk(a, &g[0], chunk);
@@ -7695,21 +8350,24 @@ static inline void hl_ifa_bf16_i8_d128_walk_avx2(const hl_incre_flash_attention_
         }
         c.end = end - c.at < block ? end : c.at + block;
         b.row = w[0].row;
-        b.n = c.at < c.end ? hl_ifa_bf16_i8_d128_next_block(a, &g[0], c, b.row, block) : 0;
-        for (int32_t h = 0; b.n > 0;) { /* behind a block's rows are those of the next in turn */
-            const int32_t later = h + 1 < n ? h + 1 : 0;
-            const hl_state *const t = chunk == 0 ? &w[h].state : &w[h].other;
-            if (later == 0) {
-                c.at = c.end;
-                c.end = end - c.at < block ? end : c.at + block;
+        while (c.at < c.end) {
+            hl_cursor next;
+            int32_t rows;
+            next.at = c.end;
+            next.within = 0;
+            next.end = end - next.at < block ? end : next.at + block;
+            rows = next.at < next.end ? hl_ifa_bf16_i8_d128_next_block(a, &g[0], next, later, block)
+                : 0;
+            for (int32_t h = 0; h < n; ++h) {
+                const hl_state *const t = chunk == 0 ? &w[h].state : &w[h].other;
+                b.n = hl_ifa_bf16_i8_d128_next_block(a, &g[h], c, b.row, block);
+                b.asks = hl_ifa_bf16_i8_d128_share(a, later, rows, h, n, ask, block);
+                if (b.n > 0) {
+                    hl_ifa_bf16_i8_d128_block_avx2(plan, &g[h], &w[h], t, &b, padded);
+                    *t->seen = 1.0f;
+                }
             }
-            b.n_later = c.at < c.end
-                ? hl_ifa_bf16_i8_d128_next_block(a, &g[later], c, b.row + b.n, block) : 0;
-            hl_ifa_bf16_i8_d128_block_avx2(plan, &g[h], &w[h], t, &b, padded);
-            *t->seen = 1.0f;
-            HL_COPY(b.row, b.row + b.n, (size_t)b.n_later * sizeof *b.row);
-            b.n = b.n_later;
-            h = later;
+            c = next;
         }
         for (int32_t h = 0; h < n; ++h) {
             const hl_state *const t = chunk == 0 ? &w[h].state : &w[h].other;
@@ -7778,6 +8436,222 @@ static inline void hl_ifa_bf16_i8_d128_merge_avx2(const hl_incre_flash_attention
         hl_ifa_bf16_i8_d128_merge_state_avx2(&whole, &part, padded, plan->group);
     }
     hl_ifa_bf16_i8_d128_finish_avx2(plan, &g, &whole, padded);
+}
+
+/* ---- rows: numbers -> what the cache holds ---- */
+
+/* Given scales or offsets: n numbers, from a channel of all heads on, or the one for all. */
+HL_WORD_AVX2 hl_vf_avx2 hl_ifa_bf16_i8_d128_given_avx2(const hl_decode_run *run,
+    const void *numbers, ptrdiff_t at, int32_t n)
+{
+    const float *const wide = (const float *)numbers;
+    const uint16_t *const narrow = (const uint16_t *)numbers;
+    if (!run->by_channel) {
+        return hl_vset_avx2(run->scale_f32 ? *wide : hl_float_of_bf16(*narrow));
+    }
+    if (n < 8) {
+        return run->scale_f32 ? hl_vload_n_avx2(wide + at, n)
+            : hl_vload_bf16_n_avx2(narrow + at, n);
+    }
+    return run->scale_f32 ? hl_vload_avx2(wide + at) : hl_vload_bf16_avx2(narrow + at);
+}
+
+/* n quotients of x and the scales from a channel on, less their offsets. 0 has no quotients: x is
+ * divided by 1 there, and multiplied by 0. */
+HL_WORD_AVX2 hl_vf_avx2 hl_ifa_bf16_i8_d128_quotients_avx2(const hl_decode_run *run, hl_vf_avx2 x,
+    ptrdiff_t at, int32_t n)
+{
+    const hl_vf_avx2 one = hl_vset_avx2(1.0f);
+    const hl_vf_avx2 scale = hl_ifa_bf16_i8_d128_given_avx2(run, run->scale, at, n);
+    /* 0 where a scale is, else 1 */
+    const hl_vf_avx2 some = hl_vflush_avx2(hl_vabs_avx2(scale), hl_float_of(1u), one);
+    const hl_vf_avx2 q =
+        hl_vmul_avx2(hl_vdiv_avx2(x, hl_vadd_avx2(scale, hl_vsub_avx2(one, some))), some);
+    return run->offset != NULL
+        ? hl_vsub_avx2(q, hl_ifa_bf16_i8_d128_given_avx2(run, run->offset, at, n)) : q;
+}
+
+/* The codes of n numbers that share a scale; 0: all of them are 0. */
+HL_KERNEL_AVX2 void hl_ifa_bf16_i8_d128_put_i8_bf16_avx2(uint8_t *code, const uint16_t *from,
+    int32_t n, float scale)
+{
+    enum { L = 8 };
+    hl_vf_avx2 r;
+    hl_vf_avx2 d;
+    int32_t c = 0;
+    if (scale == 0.0f) {
+        for (; c < n; ++c) {
+            code[c] = 0;
+        }
+        return;
+    }
+    r = hl_vset_avx2(1.0f / scale);
+    d = hl_vset_avx2(scale);
+    for (; c + 2 * L <= n; c += 2 * L) {
+        hl_vf_avx2 x;
+        hl_vf_avx2 y;
+        hl_vpair_bf16_avx2(from + c, &x, &y);
+        hl_vput_i8_bf16_avx2(code + c, hl_vquot_avx2(x, d, r), hl_vquot_avx2(y, d, r));
+    }
+    for (; c + L <= n; c += L) {
+        const hl_vf_avx2 x = hl_vload_bf16_avx2(from + c);
+        hl_vstore_i8_avx2(code + c, hl_vquot_avx2(x, d, r));
+    }
+}
+
+/* The codes of a head whose scales are given. */
+HL_KERNEL_AVX2 void hl_ifa_bf16_i8_d128_clip_i8_bf16_avx2(uint8_t *code, const uint16_t *from,
+    const hl_decode_run *run, ptrdiff_t at)
+{
+    enum { L = 8 };
+    const int32_t n = run->channels;
+    int32_t c = 0;
+    for (; c + L <= n; c += L) {
+        hl_vclip_i8_avx2(code + c,
+                         hl_ifa_bf16_i8_d128_quotients_avx2(run, hl_vload_bf16_avx2(from + c), at
+                + c, L));
+    }
+}
+
+/* Rows of bfloat16 become int8. */
+HL_KERNEL_AVX2 void hl_ifa_bf16_i8_d128_i8_bf16_avx2(const hl_decode_run *run)
+{
+    const int32_t n = run->channels;
+    for (int32_t i = 0; i < run->rows; ++i) {
+        const unsigned char *const from = run->from + i * run->from_row;
+        uint8_t *const to = run->to + i * run->to_row;
+        float most = 0.0f;
+        float scale;
+        if (run->token_scale == NULL) {
+            for (int32_t h = 0; h < run->heads; ++h) {
+                const void *const head = from + h * run->from_head;
+                hl_ifa_bf16_i8_d128_clip_i8_bf16_avx2(to + h * run->to_head, (const uint16_t *)head,
+                    run, (ptrdiff_t)h * n);
+            }
+            continue;
+        }
+        for (int32_t h = 0; h < run->heads; ++h) {
+            const void *const head = from + h * run->from_head;
+            const float here = hl_vpeak_bf16_avx2((const uint16_t *)head, n);
+            most = most != most || here <= most ? most : here; /* a NaN stays */
+        }
+        scale = hl_ifa_bf16_i8_d128_put_token_scale(run, i, most, 127.0f);
+        for (int32_t h = 0; h < run->heads; ++h) {
+            const void *const head = from + h * run->from_head;
+            hl_ifa_bf16_i8_d128_put_i8_bf16_avx2(to + h * run->to_head, (const uint16_t *)head, n,
+                                                 scale);
+        }
+    }
+}
+
+/* The largest magnitude of n numbers; NaN if one of them is NaN or infinite: then 0 * x is NaN. */
+HL_KERNEL_AVX2 float hl_ifa_bf16_i8_d128_largest_f32_avx2(const float *from, int32_t n)
+{
+    enum { L = 8 };
+    hl_vf_avx2 most = hl_vzero_avx2();
+    hl_vf_avx2 more = hl_vzero_avx2();
+    hl_vf_avx2 spoilt = hl_vzero_avx2();
+    hl_vf_avx2 x;
+    hl_vf_avx2 y;
+    float lane[L];
+    int32_t c = 0;
+    for (; c + 2 * L <= n; c += 2 * L) { /* in any order */
+        hl_vpair_avx2(from + c, &x, &y);
+        most = hl_vmax_avx2(hl_vabs_avx2(x), most);
+        more = hl_vmax_avx2(hl_vabs_avx2(y), more);
+        spoilt = hl_vfma_avx2(x, hl_vzero_avx2(), spoilt);
+        spoilt = hl_vfma_avx2(y, hl_vzero_avx2(), spoilt);
+    }
+    most = hl_vmax_avx2(more, most);
+    most = hl_vmax_avx2(hl_vswap_avx2(most, 1), most);
+    spoilt = hl_vadd_avx2(hl_vswap_avx2(spoilt, 1), spoilt);
+    most = hl_vmax_avx2(hl_vswap_avx2(most, 2), most);
+    spoilt = hl_vadd_avx2(hl_vswap_avx2(spoilt, 2), spoilt);
+    most = hl_vmax_avx2(hl_vswap_avx2(most, 4), most);
+    spoilt = hl_vadd_avx2(hl_vswap_avx2(spoilt, 4), spoilt);
+    hl_vstore_avx2(lane, hl_vadd_avx2(most, spoilt));
+    return lane[0];
+}
+
+/* The codes of n numbers that share a scale; 0: all of them are 0. */
+HL_KERNEL_AVX2 void hl_ifa_bf16_i8_d128_put_i8_f32_avx2(uint8_t *code, const float *from, int32_t n,
+    float scale)
+{
+    enum { L = 8 };
+    hl_vf_avx2 r;
+    hl_vf_avx2 d;
+    int32_t c = 0;
+    if (scale == 0.0f) {
+        for (; c < n; ++c) {
+            code[c] = 0;
+        }
+        return;
+    }
+    r = hl_vset_avx2(1.0f / scale);
+    d = hl_vset_avx2(scale);
+    for (; c + L <= n; c += L) {
+        const hl_vf_avx2 x = hl_vload_avx2(from + c);
+        hl_vstore_i8_avx2(code + c, hl_vquot_avx2(x, d, r));
+    }
+}
+
+/* The codes of a head whose scales are given. */
+HL_KERNEL_AVX2 void hl_ifa_bf16_i8_d128_clip_i8_f32_avx2(uint8_t *code, const float *from,
+    const hl_decode_run *run, ptrdiff_t at)
+{
+    enum { L = 8 };
+    const int32_t n = run->channels;
+    int32_t c = 0;
+    for (; c + L <= n; c += L) {
+        hl_vclip_i8_avx2(code + c,
+                         hl_ifa_bf16_i8_d128_quotients_avx2(run, hl_vload_avx2(from + c), at + c,
+                L));
+    }
+}
+
+/* Rows of IEEE float32 become int8. */
+HL_KERNEL_AVX2 void hl_ifa_bf16_i8_d128_i8_f32_avx2(const hl_decode_run *run)
+{
+    const int32_t n = run->channels;
+    for (int32_t i = 0; i < run->rows; ++i) {
+        const unsigned char *const from = run->from + i * run->from_row;
+        uint8_t *const to = run->to + i * run->to_row;
+        float most = 0.0f;
+        float scale;
+        if (run->token_scale == NULL) {
+            for (int32_t h = 0; h < run->heads; ++h) {
+                const void *const head = from + h * run->from_head;
+                hl_ifa_bf16_i8_d128_clip_i8_f32_avx2(to + h * run->to_head, (const float *)head,
+                    run, (ptrdiff_t)h * n);
+            }
+            continue;
+        }
+        for (int32_t h = 0; h < run->heads; ++h) {
+            const void *const head = from + h * run->from_head;
+            const float here = hl_ifa_bf16_i8_d128_largest_f32_avx2((const float *)head, n);
+            most = most != most || here <= most ? most : here; /* a NaN stays */
+        }
+        scale = hl_ifa_bf16_i8_d128_put_token_scale(run, i, most, 127.0f);
+        for (int32_t h = 0; h < run->heads; ++h) {
+            const void *const head = from + h * run->from_head;
+            hl_ifa_bf16_i8_d128_put_i8_f32_avx2(to + h * run->to_head, (const float *)head, n,
+                                                scale);
+        }
+    }
+}
+
+/* Rows of either type become what the cache has: as keys (0) or values (1). */
+HL_KERNEL_AVX2 void hl_ifa_bf16_i8_d128_append_rows_avx2(const hl_decode_run *run, int32_t side)
+{
+    (void)side;
+    if (!run->numbers_f32) {
+        hl_ifa_bf16_i8_d128_i8_bf16_avx2(run);
+        return;
+    }
+    if (run->numbers_f32) {
+        hl_ifa_bf16_i8_d128_i8_f32_avx2(run);
+        return;
+    }
 }
 
 #endif /* HL_HAS_AVX2 */
@@ -7905,14 +8779,14 @@ HL_WORD_AVX512 void hl_ifa_bf16_i8_d128_fetch_row_avx512(const hl_row *row, int3
     }
 }
 
-/* The whole block's keys, and its values where they are apart; meanwhile rows are asked for that
- * lie 8 further on, in this block or in the next. */
+/* The whole block's keys, and its values where they are apart; meanwhile later rows are asked
+ * for. */
 HL_KERNEL_AVX512 void hl_ifa_bf16_i8_d128_load_avx512(const hl_space *w, const hl_block *b)
 {
     enum { DV = 128, KS = 128, VS = 128 };
     for (int32_t j = 0; j < b->n; ++j) {
-        if (j + 8 < b->n + b->n_later) {
-            hl_ifa_bf16_i8_d128_fetch_row_avx512(&b->row[j + 8], b->value_apart);
+        if (j < b->asks) {
+            hl_ifa_bf16_i8_d128_fetch_row_avx512(&b->ask[j], b->value_apart);
         }
         hl_ifa_bf16_i8_d128_load_key_avx512(&b->row[j], w->k + (ptrdiff_t)j * KS);
         if (b->value_apart) {
@@ -8698,33 +9572,27 @@ HL_KERNEL_AVX512 void hl_ifa_bf16_i8_d128_dot_1x16_avx512(const float *q, const 
 HL_KERNEL_AVX512 void hl_ifa_bf16_i8_d128_score_few_avx512(const hl_space *w, const hl_block *b,
     int32_t group, float scale)
 {
-    enum { QS = 128, BLOCK = 96, AHEAD = 24 };
-    const int32_t known = b->n + b->n_later;
+    enum { QS = 128, BLOCK = 96 };
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
         for (int32_t j = 0; j < b->n; j += 4) {
-            const int32_t later = j + AHEAD;
             hl_ifa_bf16_i8_d128_dot_4x4_avx512(w->q + (ptrdiff_t)h * QS, b->row + j, b->n - 1 - j,
-                                               w->s + h * BLOCK + j * 4, scale, h == 0 && later
-                                               + 4 <= known ? b->row + later : NULL,
-                                               b->value_apart);
+                                               w->s + h * BLOCK + j * 4, scale, h == 0 && j
+                                               + 4 <= b->asks ? b->ask + j : NULL, b->value_apart);
         }
     }
     for (; h + 2 <= group; h += 2) {
         for (int32_t j = 0; j < b->n; j += 8) {
-            const int32_t later = j + AHEAD;
             hl_ifa_bf16_i8_d128_dot_2x8_avx512(w->q + (ptrdiff_t)h * QS, b->row + j, b->n - 1 - j,
-                                               w->s + h * BLOCK + j * 2, scale, h == 0 && later
-                                               + 8 <= known ? b->row + later : NULL,
-                                               b->value_apart);
+                                               w->s + h * BLOCK + j * 2, scale, h == 0 && j
+                                               + 8 <= b->asks ? b->ask + j : NULL, b->value_apart);
         }
     }
     for (; h + 1 <= group; h += 1) {
         for (int32_t j = 0; j < b->n; j += 16) {
-            const int32_t later = j + AHEAD;
             hl_ifa_bf16_i8_d128_dot_1x16_avx512(w->q + (ptrdiff_t)h * QS, b->row + j, b->n - 1 - j,
-                                                w->s + h * BLOCK + j * 1, scale, h == 0 && later
-                                                + 16 <= known ? b->row + later : NULL,
+                                                w->s + h * BLOCK + j * 1, scale, h == 0 && j
+                                                + 16 <= b->asks ? b->ask + j : NULL,
                                                 b->value_apart);
         }
     }
@@ -8732,7 +9600,8 @@ HL_KERNEL_AVX512 void hl_ifa_bf16_i8_d128_score_few_avx512(const hl_space *w, co
 
 /* ---- bias: what the operator does to scores between q . k and softmax ----
  *
- * In units of log2. Scores of some queries lie as [key][query], `step` floats from key to key. */
+ * In units of log2. Scores of some queries: `ks` floats from key to key, `qs` from query to
+ * query. */
 
 /* The number of a token in antiquant_scale or antiquant_offset, K's or V's. */
 HL_KERNEL_AVX512 const float *hl_ifa_bf16_i8_d128_token_numbers_avx512(
@@ -8745,7 +9614,7 @@ HL_KERNEL_AVX512 const float *hl_ifa_bf16_i8_d128_token_numbers_avx512(
 /* K's scales and offsets that are not in Q: a number a token, and what offsets add to a query's
  * scores (w->shift, from hl_ifa_bf16_i8_d128_load_q_avx512). */
 HL_KERNEL_AVX512 void hl_ifa_bf16_i8_d128_bias_codes_avx512(const hl_incre_flash_attention_args *a,
-    const hl_group *g, const hl_block *b, const float *shift, float *s, int32_t step,
+    const hl_group *g, const hl_block *b, const float *shift, float *s, int32_t ks, int32_t qs,
     int32_t queries)
 {
     if (a->antiquant_mode == HL_ANTIQUANT_TOKEN) {
@@ -8760,13 +9629,13 @@ HL_KERNEL_AVX512 void hl_ifa_bf16_i8_d128_bias_codes_avx512(const hl_incre_flash
                     0)[b->row[j].token];
             }
             for (int32_t h = 0; h < queries; ++h) {
-                s[j * step + h] = x * (s[j * step + h] + offset * shift[h]);
+                s[j * ks + h * qs] = x * (s[j * ks + h * qs] + offset * shift[h]);
             }
         }
     } else if (a->antiquant_offset != NULL) {
         for (int32_t j = 0; j < b->n; ++j) {
             for (int32_t h = 0; h < queries; ++h) {
-                s[j * step + h] += shift[h];
+                s[j * ks + h * qs] += shift[h];
             }
         }
     }
@@ -8775,7 +9644,7 @@ HL_KERNEL_AVX512 void hl_ifa_bf16_i8_d128_bias_codes_avx512(const hl_incre_flash
 /* pse_shift, for queries from h0 on. */
 HL_KERNEL_AVX512 void hl_ifa_bf16_i8_d128_bias_positions_avx512(
     const hl_incre_flash_attention_args *a, const hl_group *g, const hl_block *b, int32_t h0,
-    float *s, int32_t step, int32_t queries)
+    float *s, int32_t ks, int32_t qs, int32_t queries)
 {
     const float log2e = 1.44269504f;
     for (int32_t h = 0; h < queries; ++h) {
@@ -8786,7 +9655,7 @@ HL_KERNEL_AVX512 void hl_ifa_bf16_i8_d128_bias_positions_avx512(
             const uint16_t *const pse = (const uint16_t *)a->pse_shift
                 + ((batch * a->heads_q + head) * a->seq_q + i) * a->pse_width;
             for (int32_t j = 0; j < b->n; ++j) {
-                s[j * step + h] += log2e * hl_float_of_bf16(pse[b->row[j].token]);
+                s[j * ks + h * qs] += log2e * hl_float_of_bf16(pse[b->row[j].token]);
             }
         }
     }
@@ -8794,16 +9663,15 @@ HL_KERNEL_AVX512 void hl_ifa_bf16_i8_d128_bias_positions_avx512(
 
 /* All of it, in the operator's order. */
 HL_KERNEL_AVX512 void hl_ifa_bf16_i8_d128_bias_avx512(const hl_incre_flash_attention_plan *plan,
-    const hl_group *g, const hl_space *w, const hl_block *b, int32_t h0, float *s, int32_t step,
-    int32_t queries)
+    const hl_group *g, const hl_space *w, const hl_block *b, int32_t h0, float *s, int32_t ks,
+    int32_t qs, int32_t queries)
 {
     const hl_incre_flash_attention_args *const a = &plan->args;
-    hl_ifa_bf16_i8_d128_bias_codes_avx512(a, g, b, w->shift + h0, s, step, queries);
+    hl_ifa_bf16_i8_d128_bias_codes_avx512(a, g, b, w->shift + h0, s, ks, qs, queries);
     if (a->pse_shift != NULL) {
-        hl_ifa_bf16_i8_d128_bias_positions_avx512(a, g, b, h0, s, step, queries);
+        hl_ifa_bf16_i8_d128_bias_positions_avx512(a, g, b, h0, s, ks, qs, queries);
     }
 }
-
 /* Few queries: their scores lie tile by tile. */
 HL_KERNEL_AVX512 void hl_ifa_bf16_i8_d128_bias_few_avx512(const hl_incre_flash_attention_plan *plan,
     const hl_group *g, const hl_space *w, const hl_block *b)
@@ -8811,13 +9679,13 @@ HL_KERNEL_AVX512 void hl_ifa_bf16_i8_d128_bias_few_avx512(const hl_incre_flash_a
     enum { BLOCK = 96 };
     int32_t h = 0;
     for (; h + 4 <= g->group; h += 4) {
-        hl_ifa_bf16_i8_d128_bias_avx512(plan, g, w, b, h, w->s + h * BLOCK, 4, 4);
+        hl_ifa_bf16_i8_d128_bias_avx512(plan, g, w, b, h, w->s + h * BLOCK, 4, 1, 4);
     }
     for (; h + 2 <= g->group; h += 2) {
-        hl_ifa_bf16_i8_d128_bias_avx512(plan, g, w, b, h, w->s + h * BLOCK, 2, 2);
+        hl_ifa_bf16_i8_d128_bias_avx512(plan, g, w, b, h, w->s + h * BLOCK, 2, 1, 2);
     }
     for (; h + 1 <= g->group; h += 1) {
-        hl_ifa_bf16_i8_d128_bias_avx512(plan, g, w, b, h, w->s + h * BLOCK, 1, 1);
+        hl_ifa_bf16_i8_d128_bias_avx512(plan, g, w, b, h, w->s + h * BLOCK, 1, 1, 1);
     }
 }
 /* V's numbers that are one a token: weights take the scale; what the offset adds to every channel
@@ -9597,11 +10465,11 @@ HL_KERNEL_AVX512 void hl_ifa_bf16_i8_d128_value_avx512(const hl_space *w, const 
 }
 
 /* 4 heads by 4 vectors of channels, read where they are stored.
- * Meanwhile lines of values 24 keys further on are asked for, as long as
- * j < later.
+ * Meanwhile lines of the values of `ask` are asked for, as long as j < later.
  */
 HL_KERNEL_AVX512 void hl_ifa_bf16_i8_d128_pr_4x4_avx512(const float *p, const hl_row *row,
-    int32_t c, float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
+    int32_t c, float *o, const float *alpha, int32_t n, const hl_row *ask, int32_t later,
+    int32_t apart)
 {
     enum { L = 16, OS = 144 };
     hl_vf_avx512 o0_0 = hl_vzero_avx512();
@@ -9624,7 +10492,7 @@ HL_KERNEL_AVX512 void hl_ifa_bf16_i8_d128_pr_4x4_avx512(const float *p, const hl
         const uint8_t *const value = (const uint8_t *)row[j].value + c;
         if (j < later) {
             const uint8_t *const next =
-                (const uint8_t *)row[j + 24].value + c;
+                (const uint8_t *)ask[j].value + c;
             HL_FETCH(next + 0);
         }
         hl_vf_avx512 x;
@@ -9707,11 +10575,11 @@ HL_KERNEL_AVX512 void hl_ifa_bf16_i8_d128_pr_4x4_avx512(const float *p, const hl
 }
 
 /* 2 heads by 8 vectors of channels, read where they are stored.
- * Meanwhile lines of values 24 keys further on are asked for, as long as
- * j < later.
+ * Meanwhile lines of the values of `ask` are asked for, as long as j < later.
  */
 HL_KERNEL_AVX512 void hl_ifa_bf16_i8_d128_pr_2x8_avx512(const float *p, const hl_row *row,
-    int32_t c, float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
+    int32_t c, float *o, const float *alpha, int32_t n, const hl_row *ask, int32_t later,
+    int32_t apart)
 {
     enum { L = 16, OS = 144 };
     hl_vf_avx512 o0_0 = hl_vzero_avx512();
@@ -9734,7 +10602,7 @@ HL_KERNEL_AVX512 void hl_ifa_bf16_i8_d128_pr_2x8_avx512(const float *p, const hl
         const uint8_t *const value = (const uint8_t *)row[j].value + c;
         if (j < later) {
             const uint8_t *const next =
-                (const uint8_t *)row[j + 24].value + c;
+                (const uint8_t *)ask[j].value + c;
             HL_FETCH(next + 0);
             HL_FETCH(next + 64);
         }
@@ -9822,11 +10690,11 @@ HL_KERNEL_AVX512 void hl_ifa_bf16_i8_d128_pr_2x8_avx512(const float *p, const hl
 }
 
 /* 1 head by 8 vectors of channels, read where they are stored.
- * Meanwhile lines of values 24 keys further on are asked for, as long as
- * j < later.
+ * Meanwhile lines of the values of `ask` are asked for, as long as j < later.
  */
 HL_KERNEL_AVX512 void hl_ifa_bf16_i8_d128_pr_1x8_avx512(const float *p, const hl_row *row,
-    int32_t c, float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
+    int32_t c, float *o, const float *alpha, int32_t n, const hl_row *ask, int32_t later,
+    int32_t apart)
 {
     enum { L = 16, OS = 144 };
     hl_vf_avx512 o0_0 = hl_vzero_avx512();
@@ -9841,7 +10709,7 @@ HL_KERNEL_AVX512 void hl_ifa_bf16_i8_d128_pr_1x8_avx512(const float *p, const hl
         const uint8_t *const value = (const uint8_t *)row[j].value + c;
         if (j < later) {
             const uint8_t *const next =
-                (const uint8_t *)row[j + 24].value + c;
+                (const uint8_t *)ask[j].value + c;
             HL_FETCH(next + 64);
             if (apart) {
                 HL_FETCH(next + 0);
@@ -9895,14 +10763,14 @@ HL_KERNEL_AVX512 void hl_ifa_bf16_i8_d128_value_few_avx512(const hl_space *w, co
     const hl_block *b, int32_t group)
 {
     enum { OS = 144, BLOCK = 96 };
-    const int32_t left = b->n + b->n_later - 24;
+    const int32_t left = b->asks < b->n ? b->asks : b->n;
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
         const int32_t later = h == 0 ? left : 0;
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 128; c += 64) {
-            hl_ifa_bf16_i8_d128_pr_4x4_avx512(p, b->row, c, o + c, t->alpha + h, b->n,
+            hl_ifa_bf16_i8_d128_pr_4x4_avx512(p, b->row, c, o + c, t->alpha + h, b->n, b->ask,
                                               b->value_apart ? later : 0, b->value_apart);
         }
     }
@@ -9911,8 +10779,8 @@ HL_KERNEL_AVX512 void hl_ifa_bf16_i8_d128_value_few_avx512(const hl_space *w, co
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 128; c += 128) {
-            hl_ifa_bf16_i8_d128_pr_2x8_avx512(p, b->row, c, o + c, t->alpha + h, b->n, later,
-                                              b->value_apart);
+            hl_ifa_bf16_i8_d128_pr_2x8_avx512(p, b->row, c, o + c, t->alpha + h, b->n, b->ask,
+                                              later, b->value_apart);
         }
     }
     for (; h + 1 <= group; h += 1) {
@@ -9920,8 +10788,8 @@ HL_KERNEL_AVX512 void hl_ifa_bf16_i8_d128_value_few_avx512(const hl_space *w, co
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 128; c += 128) {
-            hl_ifa_bf16_i8_d128_pr_1x8_avx512(p, b->row, c, o + c, t->alpha + h, b->n, later,
-                                              b->value_apart);
+            hl_ifa_bf16_i8_d128_pr_1x8_avx512(p, b->row, c, o + c, t->alpha + h, b->n, b->ask,
+                                              later, b->value_apart);
         }
     }
 }
@@ -10107,7 +10975,7 @@ HL_KERNEL_AVX512 void hl_ifa_bf16_i8_d128_block_avx512(const hl_incre_flash_atte
     hl_ifa_bf16_i8_d128_load_avx512(w, b);
     /* S = scale Q K^T, in units of log2 */
     hl_ifa_bf16_i8_d128_score_avx512(w, padded, b->n, plan->scale_log2);
-    hl_ifa_bf16_i8_d128_bias_avx512(plan, g, w, b, 0, w->s, padded, g->group);
+    hl_ifa_bf16_i8_d128_bias_avx512(plan, g, w, b, 0, w->s, padded, 1, g->group);
     /* m' = max(m, rowmax S);  P = 2^(S - m');  l, alpha */
     hl_ifa_bf16_i8_d128_softmax_avx512(w->s, t, padded, b->n);
     if (plan->args.antiquant_mode == HL_ANTIQUANT_TOKEN) {
@@ -10120,10 +10988,11 @@ HL_KERNEL_AVX512 void hl_ifa_bf16_i8_d128_block_avx512(const hl_incre_flash_atte
 HL_KERNEL_AVX512 void hl_ifa_bf16_i8_d128_forward_avx512(const hl_incre_flash_attention_plan *plan,
     const hl_group *g, const hl_space *w, const hl_state *t, hl_cursor c, int32_t padded)
 {
-    enum { CAP = 240, AHEAD = 24 };
+    enum { CAP = 288, AHEAD = 24 };
     const hl_incre_flash_attention_args *const a = &plan->args;
     const int32_t block = plan->group > 32 ? 96 : plan->group <= 3
         && !hl_ifa_bf16_i8_d128_value_apart(a) ? 80 : 96;
+    const int32_t ahead = plan->group > 32 ? 8 : 24;
     int32_t known = hl_ifa_bf16_i8_d128_next(a, g, &c, w->row, CAP);
     int32_t more = known == CAP;
     hl_block b;
@@ -10132,6 +11001,8 @@ HL_KERNEL_AVX512 void hl_ifa_bf16_i8_d128_forward_avx512(const hl_incre_flash_at
     while (known > 0) {
         b.n = known < block ? known : block;
         b.n_later = known - b.n;
+        b.ask = b.row + ahead;
+        b.asks = known - ahead;
         hl_ifa_bf16_i8_d128_block_avx512(plan, g, w, t, &b, padded);
         *t->seen = 1.0f;
         b.row += b.n;
@@ -10186,7 +11057,6 @@ HL_KERNEL_AVX512 void hl_ifa_bf16_i8_d128_forward_row_avx512(
         t->l[h0 + h] = row.l[h];
     }
 }
-
 /* One chunk of a group's keys: those that all rows see, at once; then each row's own. */
 HL_KERNEL_AVX512 void hl_ifa_bf16_i8_d128_chunk_avx512(const hl_incre_flash_attention_plan *plan,
     const hl_group *g, const hl_space *w, const hl_state *t, int32_t chunk, int32_t padded)
@@ -10215,6 +11085,8 @@ static inline void hl_ifa_bf16_i8_d128_walk_avx512(const hl_incre_flash_attentio
     hl_space w[16];
     hl_group g[16];
     hl_block b;
+    hl_row *later; /* the next block's rows, of the first head */
+    hl_row *ask;
     int32_t chunks;
     for (int32_t h = 0; h < n; ++h) {
         (void)hl_ifa_bf16_i8_d128_group(plan, first + h, &g[h]);
@@ -10226,7 +11098,11 @@ static inline void hl_ifa_bf16_i8_d128_walk_avx512(const hl_incre_flash_attentio
         w[h].row = w[0].row;
         w[h].own = w[0].own;
     }
+    later = w[0].row + block;
+    ask = later + block;
     b.value_apart = hl_ifa_bf16_i8_d128_value_apart(a);
+    b.n_later = 0;
+    b.ask = ask;
     chunks = hl_ifa_bf16_i8_d128_chunks(a, &g[0]);
     for (int32_t chunk = 0; chunk < chunks; ++chunk) {
         const hl_cursor all = hl_ifa_bf16_i8_d128_chunk(a, &g[0], chunk);
@@ -10239,21 +11115,24 @@ static inline void hl_ifa_bf16_i8_d128_walk_avx512(const hl_incre_flash_attentio
         }
         c.end = end - c.at < block ? end : c.at + block;
         b.row = w[0].row;
-        b.n = c.at < c.end ? hl_ifa_bf16_i8_d128_next_block(a, &g[0], c, b.row, block) : 0;
-        for (int32_t h = 0; b.n > 0;) { /* behind a block's rows are those of the next in turn */
-            const int32_t later = h + 1 < n ? h + 1 : 0;
-            const hl_state *const t = chunk == 0 ? &w[h].state : &w[h].other;
-            if (later == 0) {
-                c.at = c.end;
-                c.end = end - c.at < block ? end : c.at + block;
+        while (c.at < c.end) {
+            hl_cursor next;
+            int32_t rows;
+            next.at = c.end;
+            next.within = 0;
+            next.end = end - next.at < block ? end : next.at + block;
+            rows = next.at < next.end ? hl_ifa_bf16_i8_d128_next_block(a, &g[0], next, later, block)
+                : 0;
+            for (int32_t h = 0; h < n; ++h) {
+                const hl_state *const t = chunk == 0 ? &w[h].state : &w[h].other;
+                b.n = hl_ifa_bf16_i8_d128_next_block(a, &g[h], c, b.row, block);
+                b.asks = hl_ifa_bf16_i8_d128_share(a, later, rows, h, n, ask, block);
+                if (b.n > 0) {
+                    hl_ifa_bf16_i8_d128_block_avx512(plan, &g[h], &w[h], t, &b, padded);
+                    *t->seen = 1.0f;
+                }
             }
-            b.n_later = c.at < c.end
-                ? hl_ifa_bf16_i8_d128_next_block(a, &g[later], c, b.row + b.n, block) : 0;
-            hl_ifa_bf16_i8_d128_block_avx512(plan, &g[h], &w[h], t, &b, padded);
-            *t->seen = 1.0f;
-            HL_COPY(b.row, b.row + b.n, (size_t)b.n_later * sizeof *b.row);
-            b.n = b.n_later;
-            h = later;
+            c = next;
         }
         for (int32_t h = 0; h < n; ++h) {
             const hl_state *const t = chunk == 0 ? &w[h].state : &w[h].other;
@@ -10322,6 +11201,224 @@ static inline void hl_ifa_bf16_i8_d128_merge_avx512(const hl_incre_flash_attenti
         hl_ifa_bf16_i8_d128_merge_state_avx512(&whole, &part, padded, plan->group);
     }
     hl_ifa_bf16_i8_d128_finish_avx512(plan, &g, &whole, padded);
+}
+
+/* ---- rows: numbers -> what the cache holds ---- */
+
+/* Given scales or offsets: n numbers, from a channel of all heads on, or the one for all. */
+HL_WORD_AVX512 hl_vf_avx512 hl_ifa_bf16_i8_d128_given_avx512(const hl_decode_run *run,
+    const void *numbers, ptrdiff_t at, int32_t n)
+{
+    const float *const wide = (const float *)numbers;
+    const uint16_t *const narrow = (const uint16_t *)numbers;
+    if (!run->by_channel) {
+        return hl_vset_avx512(run->scale_f32 ? *wide : hl_float_of_bf16(*narrow));
+    }
+    if (n < 16) {
+        return run->scale_f32 ? hl_vload_n_avx512(wide + at, n)
+            : hl_vload_bf16_n_avx512(narrow + at, n);
+    }
+    return run->scale_f32 ? hl_vload_avx512(wide + at) : hl_vload_bf16_avx512(narrow + at);
+}
+
+/* n quotients of x and the scales from a channel on, less their offsets. 0 has no quotients: x is
+ * divided by 1 there, and multiplied by 0. */
+HL_WORD_AVX512 hl_vf_avx512 hl_ifa_bf16_i8_d128_quotients_avx512(const hl_decode_run *run,
+    hl_vf_avx512 x, ptrdiff_t at, int32_t n)
+{
+    const hl_vf_avx512 one = hl_vset_avx512(1.0f);
+    const hl_vf_avx512 scale = hl_ifa_bf16_i8_d128_given_avx512(run, run->scale, at, n);
+    /* 0 where a scale is, else 1 */
+    const hl_vf_avx512 some = hl_vflush_avx512(hl_vabs_avx512(scale), hl_float_of(1u), one);
+    const hl_vf_avx512 q =
+        hl_vmul_avx512(hl_vdiv_avx512(x, hl_vadd_avx512(scale, hl_vsub_avx512(one, some))), some);
+    return run->offset != NULL
+        ? hl_vsub_avx512(q, hl_ifa_bf16_i8_d128_given_avx512(run, run->offset, at, n)) : q;
+}
+
+/* The codes of n numbers that share a scale; 0: all of them are 0. */
+HL_KERNEL_AVX512 void hl_ifa_bf16_i8_d128_put_i8_bf16_avx512(uint8_t *code, const uint16_t *from,
+    int32_t n, float scale)
+{
+    enum { L = 16 };
+    hl_vf_avx512 r;
+    hl_vf_avx512 d;
+    int32_t c = 0;
+    if (scale == 0.0f) {
+        for (; c < n; ++c) {
+            code[c] = 0;
+        }
+        return;
+    }
+    r = hl_vset_avx512(1.0f / scale);
+    d = hl_vset_avx512(scale);
+    for (; c + 2 * L <= n; c += 2 * L) {
+        hl_vf_avx512 x;
+        hl_vf_avx512 y;
+        hl_vpair_bf16_avx512(from + c, &x, &y);
+        hl_vput_i8_bf16_avx512(code + c, hl_vquot_avx512(x, d, r), hl_vquot_avx512(y, d, r));
+    }
+    for (; c + L <= n; c += L) {
+        const hl_vf_avx512 x = hl_vload_bf16_avx512(from + c);
+        hl_vstore_i8_avx512(code + c, hl_vquot_avx512(x, d, r));
+    }
+}
+
+/* The codes of a head whose scales are given. */
+HL_KERNEL_AVX512 void hl_ifa_bf16_i8_d128_clip_i8_bf16_avx512(uint8_t *code, const uint16_t *from,
+    const hl_decode_run *run, ptrdiff_t at)
+{
+    enum { L = 16 };
+    const int32_t n = run->channels;
+    int32_t c = 0;
+    for (; c + L <= n; c += L) {
+        hl_vclip_i8_avx512(code + c,
+                           hl_ifa_bf16_i8_d128_quotients_avx512(run, hl_vload_bf16_avx512(from + c),
+                at + c, L));
+    }
+}
+
+/* Rows of bfloat16 become int8. */
+HL_KERNEL_AVX512 void hl_ifa_bf16_i8_d128_i8_bf16_avx512(const hl_decode_run *run)
+{
+    const int32_t n = run->channels;
+    for (int32_t i = 0; i < run->rows; ++i) {
+        const unsigned char *const from = run->from + i * run->from_row;
+        uint8_t *const to = run->to + i * run->to_row;
+        float most = 0.0f;
+        float scale;
+        if (run->token_scale == NULL) {
+            for (int32_t h = 0; h < run->heads; ++h) {
+                const void *const head = from + h * run->from_head;
+                hl_ifa_bf16_i8_d128_clip_i8_bf16_avx512(to + h * run->to_head,
+                    (const uint16_t *)head, run, (ptrdiff_t)h * n);
+            }
+            continue;
+        }
+        for (int32_t h = 0; h < run->heads; ++h) {
+            const void *const head = from + h * run->from_head;
+            const float here = hl_vpeak_bf16_avx512((const uint16_t *)head, n);
+            most = most != most || here <= most ? most : here; /* a NaN stays */
+        }
+        scale = hl_ifa_bf16_i8_d128_put_token_scale(run, i, most, 127.0f);
+        for (int32_t h = 0; h < run->heads; ++h) {
+            const void *const head = from + h * run->from_head;
+            hl_ifa_bf16_i8_d128_put_i8_bf16_avx512(to + h * run->to_head, (const uint16_t *)head, n,
+                                                   scale);
+        }
+    }
+}
+
+/* The largest magnitude of n numbers; NaN if one of them is NaN or infinite: then 0 * x is NaN. */
+HL_KERNEL_AVX512 float hl_ifa_bf16_i8_d128_largest_f32_avx512(const float *from, int32_t n)
+{
+    enum { L = 16 };
+    hl_vf_avx512 most = hl_vzero_avx512();
+    hl_vf_avx512 more = hl_vzero_avx512();
+    hl_vf_avx512 spoilt = hl_vzero_avx512();
+    hl_vf_avx512 x;
+    hl_vf_avx512 y;
+    float lane[L];
+    int32_t c = 0;
+    for (; c + 2 * L <= n; c += 2 * L) { /* in any order */
+        hl_vpair_avx512(from + c, &x, &y);
+        most = hl_vmax_avx512(hl_vabs_avx512(x), most);
+        more = hl_vmax_avx512(hl_vabs_avx512(y), more);
+        spoilt = hl_vfma_avx512(x, hl_vzero_avx512(), spoilt);
+        spoilt = hl_vfma_avx512(y, hl_vzero_avx512(), spoilt);
+    }
+    most = hl_vmax_avx512(more, most);
+    most = hl_vmax_avx512(hl_vswap_avx512(most, 1), most);
+    spoilt = hl_vadd_avx512(hl_vswap_avx512(spoilt, 1), spoilt);
+    most = hl_vmax_avx512(hl_vswap_avx512(most, 2), most);
+    spoilt = hl_vadd_avx512(hl_vswap_avx512(spoilt, 2), spoilt);
+    most = hl_vmax_avx512(hl_vswap_avx512(most, 4), most);
+    spoilt = hl_vadd_avx512(hl_vswap_avx512(spoilt, 4), spoilt);
+    most = hl_vmax_avx512(hl_vswap_avx512(most, 8), most);
+    spoilt = hl_vadd_avx512(hl_vswap_avx512(spoilt, 8), spoilt);
+    hl_vstore_avx512(lane, hl_vadd_avx512(most, spoilt));
+    return lane[0];
+}
+
+/* The codes of n numbers that share a scale; 0: all of them are 0. */
+HL_KERNEL_AVX512 void hl_ifa_bf16_i8_d128_put_i8_f32_avx512(uint8_t *code, const float *from,
+    int32_t n, float scale)
+{
+    enum { L = 16 };
+    hl_vf_avx512 r;
+    hl_vf_avx512 d;
+    int32_t c = 0;
+    if (scale == 0.0f) {
+        for (; c < n; ++c) {
+            code[c] = 0;
+        }
+        return;
+    }
+    r = hl_vset_avx512(1.0f / scale);
+    d = hl_vset_avx512(scale);
+    for (; c + L <= n; c += L) {
+        const hl_vf_avx512 x = hl_vload_avx512(from + c);
+        hl_vstore_i8_avx512(code + c, hl_vquot_avx512(x, d, r));
+    }
+}
+
+/* The codes of a head whose scales are given. */
+HL_KERNEL_AVX512 void hl_ifa_bf16_i8_d128_clip_i8_f32_avx512(uint8_t *code, const float *from,
+    const hl_decode_run *run, ptrdiff_t at)
+{
+    enum { L = 16 };
+    const int32_t n = run->channels;
+    int32_t c = 0;
+    for (; c + L <= n; c += L) {
+        hl_vclip_i8_avx512(code + c,
+                           hl_ifa_bf16_i8_d128_quotients_avx512(run, hl_vload_avx512(from + c), at
+                + c, L));
+    }
+}
+
+/* Rows of IEEE float32 become int8. */
+HL_KERNEL_AVX512 void hl_ifa_bf16_i8_d128_i8_f32_avx512(const hl_decode_run *run)
+{
+    const int32_t n = run->channels;
+    for (int32_t i = 0; i < run->rows; ++i) {
+        const unsigned char *const from = run->from + i * run->from_row;
+        uint8_t *const to = run->to + i * run->to_row;
+        float most = 0.0f;
+        float scale;
+        if (run->token_scale == NULL) {
+            for (int32_t h = 0; h < run->heads; ++h) {
+                const void *const head = from + h * run->from_head;
+                hl_ifa_bf16_i8_d128_clip_i8_f32_avx512(to + h * run->to_head, (const float *)head,
+                    run, (ptrdiff_t)h * n);
+            }
+            continue;
+        }
+        for (int32_t h = 0; h < run->heads; ++h) {
+            const void *const head = from + h * run->from_head;
+            const float here = hl_ifa_bf16_i8_d128_largest_f32_avx512((const float *)head, n);
+            most = most != most || here <= most ? most : here; /* a NaN stays */
+        }
+        scale = hl_ifa_bf16_i8_d128_put_token_scale(run, i, most, 127.0f);
+        for (int32_t h = 0; h < run->heads; ++h) {
+            const void *const head = from + h * run->from_head;
+            hl_ifa_bf16_i8_d128_put_i8_f32_avx512(to + h * run->to_head, (const float *)head, n,
+                                                  scale);
+        }
+    }
+}
+
+/* Rows of either type become what the cache has: as keys (0) or values (1). */
+HL_KERNEL_AVX512 void hl_ifa_bf16_i8_d128_append_rows_avx512(const hl_decode_run *run, int32_t side)
+{
+    (void)side;
+    if (!run->numbers_f32) {
+        hl_ifa_bf16_i8_d128_i8_bf16_avx512(run);
+        return;
+    }
+    if (run->numbers_f32) {
+        hl_ifa_bf16_i8_d128_i8_f32_avx512(run);
+        return;
+    }
 }
 
 #endif /* HL_HAS_AVX512 */
@@ -10649,6 +11746,594 @@ HL_API hl_status hl_incre_flash_attention_bf16_i8_d128(const hl_incre_flash_atte
     return status;
 }
 
+/* ==== hl_incre_flash_attention_bf16_i8_d128 ====
+ * Rows: append. */
+
+/* The instruction set that turns rows into records and back: the best that is here and has words of
+ * its own. Tiles are looked for only if they are named: that is a system call. 0: not here. */
+static inline int32_t hl_ifa_bf16_i8_d128_words(int32_t asked)
+{
+#if HL_HAS_AVX512
+    if ((asked == HL_ISA_BEST || asked == HL_ISA_AVX512) && hl_runs_avx512()) {
+        return HL_ISA_AVX512;
+    }
+#endif
+#if HL_HAS_AVX2
+    if ((asked == HL_ISA_BEST || asked == HL_ISA_AVX2) && hl_runs_avx2()) {
+        return HL_ISA_AVX2;
+    }
+#endif
+#if HL_HAS_NEON
+    if (asked == HL_ISA_BEST || asked == HL_ISA_NEON) {
+        return HL_ISA_NEON;
+    }
+#endif
+#if !HL_ISA_ONLY || defined(HL_ISA_ONLY_SCALAR)
+    if (asked == HL_ISA_BEST || asked == HL_ISA_SCALAR) {
+        return HL_ISA_SCALAR;
+    }
+#endif
+    return HL_ISA_BEST;
+}
+
+/* A run of rows becomes keys or values. */
+static inline void hl_ifa_bf16_i8_d128_append_rows(int32_t isa, const hl_decode_run *run,
+                                                   int32_t side)
+{
+    switch (isa) {
+#if HL_HAS_SCALAR
+    case HL_ISA_SCALAR:
+        hl_ifa_bf16_i8_d128_append_rows_scalar(run, side);
+        break;
+#endif
+#if HL_HAS_NEON
+    case HL_ISA_NEON:
+        hl_ifa_bf16_i8_d128_append_rows_neon(run, side);
+        break;
+#endif
+#if HL_HAS_AVX2
+    case HL_ISA_AVX2:
+        hl_ifa_bf16_i8_d128_append_rows_avx2(run, side);
+        break;
+#endif
+#if HL_HAS_AVX512
+    case HL_ISA_AVX512:
+        hl_ifa_bf16_i8_d128_append_rows_avx512(run, side);
+        break;
+#endif
+    default:
+        break;
+    }
+}
+
+/* Keys or values: new rows, and the cache that they go to. */
+typedef struct hl_ifa_bf16_i8_d128_side {
+    const unsigned char *from;
+    unsigned char *to;
+    void *const *pages;    /* NULL: the cache is at `to`          */
+    hl_stride from_stride; /* in bytes, from here on              */
+    hl_stride to_stride;
+    uint64_t bytes;        /* of a row in the cache               */
+    uint64_t extent;       /* of the cache, or of one of its pages */
+    uint32_t align;
+    hl_argument argument;
+} hl_ifa_bf16_i8_d128_side;
+
+/* All memory of a call but the cache. */
+typedef struct hl_ifa_bf16_i8_d128_inputs {
+    hl_range range[10];
+    int32_t n;
+} hl_ifa_bf16_i8_d128_inputs;
+
+static inline int32_t hl_ifa_bf16_i8_d128_append_paged(const hl_decode_append_args *a)
+{
+    return a->layout_kv == HL_LAYOUT_PA_BSND || a->layout_kv == HL_LAYOUT_PA_BNSD;
+}
+
+static inline int32_t hl_ifa_bf16_i8_d128_by_slot(const hl_decode_append_args *a)
+{
+    (void)a;
+    return 0;
+}
+
+static inline int32_t hl_ifa_bf16_i8_d128_in_pages(const hl_decode_append_args *a)
+{
+    (void)a;
+    return 0;
+}
+
+/* Rows of a batch's cache. */
+static inline int32_t hl_ifa_bf16_i8_d128_append_limit(const hl_decode_append_args *a)
+{
+    if (hl_ifa_bf16_i8_d128_by_slot(a)) {
+        return a->max_blocks;
+    }
+    return hl_ifa_bf16_i8_d128_append_paged(a) ? a->max_blocks * a->block_size : a->seq_kv;
+}
+
+/* 2: keys and values; 1: values are the first channels of keys. */
+static inline int32_t hl_ifa_bf16_i8_d128_sides(const hl_decode_append_args *a)
+{
+    return a->value != NULL || a->value_cache != NULL || a->value_pages != NULL ? 2 : 1;
+}
+
+/* What this header was not generated with; sizes and modes. Fills in the defaults of *a. */
+static inline hl_status hl_ifa_bf16_i8_d128_check_append_sizes(hl_decode_append_args *a,
+    hl_error *error)
+{
+    const int32_t paged = hl_ifa_bf16_i8_d128_append_paged(a);
+    const struct {
+        int32_t value;
+        int32_t least;
+        int32_t most;
+        hl_argument argument;
+    } counts[] = {
+        {a->batch, 0, INT32_MAX, HL_ARG_BATCH},
+        {a->rows, 0, INT32_MAX, HL_ARG_ROWS},
+        {a->heads_kv, 0, INT32_MAX, HL_ARG_HEADS_KV},
+        {paged ? 0 : a->seq_kv, 0, INT32_MAX, HL_ARG_SEQ_KV},
+        {paged ? a->num_blocks : 0, 0, INT32_MAX, HL_ARG_NUM_BLOCKS},
+        {paged ? a->block_size : 1, 1, INT32_MAX, HL_ARG_BLOCK_SIZE},
+        {paged ? a->max_blocks : 0, 0, INT32_MAX, HL_ARG_MAX_BLOCKS},
+        {a->antiquant_mode, 0, 2, HL_ARG_ANTIQUANT_MODE},
+        {a->antiquant_f32, 0, 1, HL_ARG_ANTIQUANT_F32},
+        {a->numbers_f32, 0, 1, HL_ARG_NUMBERS_F32}
+    };
+    const struct {
+        int32_t value;
+        hl_argument argument;
+    } absent[] = {
+        {a->key_pages != NULL, HL_ARG_KEY_PAGES},
+        {a->value_pages != NULL, HL_ARG_VALUE_PAGES},
+        {a->index_kind, HL_ARG_INDEX_KIND}
+    };
+    for (size_t i = 0; i < sizeof absent / sizeof absent[0]; ++i) {
+        if (absent[i].value != 0) {
+            return hl_refuse(error, HL_ERR_UNSUPPORTED, absent[i].argument, HL_RULE_NULL,
+                             absent[i].value, 0);
+        }
+    }
+    for (size_t i = 0; i < sizeof counts / sizeof counts[0]; ++i) {
+        const int32_t low = counts[i].value < counts[i].least;
+        if (low || counts[i].value > counts[i].most) {
+            return hl_refuse(error, HL_ERR_SHAPE, counts[i].argument, low ? HL_RULE_AT_LEAST
+                             : HL_RULE_AT_MOST, counts[i].value, low ? counts[i].least
+                             : counts[i].most);
+        }
+    }
+    a->heads_kv = a->heads_kv != 0 ? a->heads_kv : 1;
+    if (paged && (int64_t)a->max_blocks
+        * (hl_ifa_bf16_i8_d128_by_slot(a) ? 1 : a->block_size) > INT32_MAX) {
+        return hl_refuse(error, HL_ERR_SHAPE, HL_ARG_MAX_BLOCKS, HL_RULE_AT_MOST, a->max_blocks,
+                         INT32_MAX / a->block_size);
+    }
+    return HL_OK;
+}
+
+/* Layouts, and what each of them has no use for. */
+static inline hl_status hl_ifa_bf16_i8_d128_check_append_layout(const hl_decode_append_args *a,
+    hl_error *error)
+{
+    const int32_t kv_known = a->layout_kv == HL_LAYOUT_BSND || a->layout_kv == HL_LAYOUT_BSH
+        || a->layout_kv == HL_LAYOUT_BNSD || a->layout_kv == HL_LAYOUT_PA_BSND
+        || a->layout_kv == HL_LAYOUT_PA_BNSD;
+    const int32_t paged = hl_ifa_bf16_i8_d128_append_paged(a);
+    const int32_t pages = hl_ifa_bf16_i8_d128_in_pages(a);
+    const struct {
+        int32_t there;
+        hl_argument argument;
+    } unused[] = {
+        {a->block_table != NULL && (!paged || pages), HL_ARG_BLOCK_TABLE},
+        {a->key_pages != NULL && !paged, HL_ARG_KEY_PAGES},
+        {a->value_pages != NULL && !paged, HL_ARG_VALUE_PAGES},
+        {a->antiquant_scale != NULL && a->antiquant_mode == HL_ANTIQUANT_TOKEN,
+         HL_ARG_ANTIQUANT_SCALE},
+        {a->antiquant_offset != NULL && a->antiquant_mode == HL_ANTIQUANT_TOKEN,
+         HL_ARG_ANTIQUANT_OFFSET},
+        {a->token_scales != NULL && a->antiquant_mode != HL_ANTIQUANT_TOKEN, HL_ARG_TOKEN_SCALES},
+        {a->key_cache != NULL && pages, HL_ARG_KEY_CACHE},
+        {a->value_cache != NULL && pages, HL_ARG_VALUE_CACHE}
+    };
+    if (a->layout_new != HL_LAYOUT_BSND && a->layout_new != HL_LAYOUT_BSH
+        && a->layout_new != HL_LAYOUT_BNSD) {
+        return hl_refuse(error, HL_ERR_UNSUPPORTED, HL_ARG_LAYOUT_NEW, HL_RULE_GENERATED,
+                         a->layout_new, 0);
+    }
+    if (!kv_known) {
+        return hl_refuse(error, HL_ERR_UNSUPPORTED, HL_ARG_LAYOUT_KV, HL_RULE_GENERATED,
+                         a->layout_kv, 0);
+    }
+    for (size_t i = 0; i < sizeof unused / sizeof unused[0]; ++i) {
+        if (unused[i].there) {
+            return hl_refuse(error, HL_ERR_UNSUPPORTED, unused[i].argument, HL_RULE_NULL, 1, 0);
+        }
+    }
+    if (pages
+        && (a->key_pages == NULL || (hl_ifa_bf16_i8_d128_sides(a) > 1 && a->value_pages == NULL))) {
+        return hl_refuse(error, HL_ERR_NULL, a->key_pages == NULL ? HL_ARG_KEY_PAGES
+                         : HL_ARG_VALUE_PAGES, HL_RULE_NOT_NULL, 0, 0);
+    }
+    return HL_OK;
+}
+
+/* Fills in the strides of new rows or of a cache, which become bytes; *extent: what they span. */
+static inline hl_status hl_ifa_bf16_i8_d128_check_append_stride(hl_stride *stride,
+    int32_t heads_first, const int64_t *count, int64_t channels, uint32_t element,
+    hl_argument argument, int32_t written, uint64_t *extent, hl_error *error)
+{
+    hl_status status;
+    if (heads_first) {
+        hl_ifa_bf16_i8_d128_heads_first(stride, count[1], channels);
+    }
+    status = hl_default_stride(stride, count[1], count[2], channels, argument, error);
+    if (status == HL_OK && written) {
+        status = hl_check_apart(stride, count[0], count[1], count[2], channels, argument, error);
+    }
+    *extent = hl_extent(stride, count[0], count[1], count[2], channels, element);
+    if (status == HL_OK && *extent > (uint64_t)PTRDIFF_MAX) {
+        return hl_refuse(error, HL_ERR_SHAPE, argument, HL_RULE_ADDRESSABLE,
+                         *extent > (uint64_t)INT64_MAX ? INT64_MAX : (int64_t)*extent,
+                         (int64_t)PTRDIFF_MAX);
+    }
+    /* Where nothing is stepped over, a step may be anything. */
+    stride->batch = *extent > 0 && count[0] > 1 ? stride->batch * (ptrdiff_t)element : 0;
+    stride->row = *extent > 0 && count[1] > 1 ? stride->row * (ptrdiff_t)element : 0;
+    stride->head = *extent > 0 && count[2] > 1 ? stride->head * (ptrdiff_t)element : 0;
+    return status;
+}
+
+/* One tensor of the cache, or one of its pages: it is there, and apart from all other memory. */
+static inline hl_status hl_ifa_bf16_i8_d128_check_target(const hl_ifa_bf16_i8_d128_inputs *inputs,
+    const void *to, const hl_ifa_bf16_i8_d128_side *side, hl_argument argument, hl_error *error)
+{
+    const hl_range range = {to, side->extent, argument, 1, side->align};
+    const hl_status status = hl_check_ranges(&range, 1, error);
+    const uintptr_t start = (uintptr_t)to;
+    for (int32_t i = 0; status == HL_OK && side->extent > 0 && i < inputs->n; ++i) {
+        const uintptr_t other = (uintptr_t)inputs->range[i].start;
+        if (other < start + (uintptr_t)side->extent && start < other
+            + (uintptr_t)inputs->range[i].bytes) {
+            return hl_refuse(error, HL_ERR_ALIAS, argument, HL_RULE_DISJOINT, 0, 0);
+        }
+    }
+    return status;
+}
+
+/* Keys and values in the same memory: from some step on both have the same ones, and what is below
+ * lies side by side within it (K and V of each block, row or head). `first` starts in front. */
+static inline int32_t hl_ifa_bf16_i8_d128_side_by_side(const hl_ifa_bf16_i8_d128_side *first,
+    const hl_ifa_bf16_i8_d128_side *second, uint64_t gap, const int64_t *count)
+{
+    const ptrdiff_t step[3] = {first->to_stride.batch, first->to_stride.row,
+                               first->to_stride.head};
+    const ptrdiff_t other[3] = {second->to_stride.batch, second->to_stride.row,
+                                second->to_stride.head};
+    uint64_t span = first->bytes;
+    uint64_t reach = second->bytes;
+    int32_t done[3] = {0, 0, 0};
+    int32_t apart = 0;
+    for (int32_t turn = 0; turn < 3; ++turn) {
+        int32_t least = -1;
+        int32_t same = 1;
+        for (int32_t i = 0; i < 3; ++i) {
+            if (!done[i] && count[i] > 1) {
+                same &= step[i] == other[i];
+                least = least < 0 || step[i] < step[least] ? i : least;
+            }
+        }
+        if (least < 0) {
+            break;
+        }
+        done[least] = 1;
+        if (same && gap >= span) {
+            apart = gap + reach <= (uint64_t)step[least];
+        }
+        if (apart && gap + reach > (uint64_t)step[least]) {
+            return 0;
+        }
+        span += (uint64_t)(count[least] - 1) * (uint64_t)step[least];
+        reach += (uint64_t)(count[least] - 1) * (uint64_t)other[least];
+    }
+    return apart || gap >= span;
+}
+
+/* The two caches leave each other's rows alone. */
+static inline hl_status hl_ifa_bf16_i8_d128_check_sides(const hl_ifa_bf16_i8_d128_side *side,
+    const unsigned char *key, const unsigned char *value, const int64_t *count,
+    hl_argument argument, hl_error *error)
+{
+    const uintptr_t k = (uintptr_t)key;
+    const uintptr_t v = (uintptr_t)value;
+    if (side[0].extent == 0 || side[1].extent == 0
+        || (k <= v
+            && hl_ifa_bf16_i8_d128_side_by_side(&side[0], &side[1], (uint64_t)(v - k), count))
+        || (v < k
+            && hl_ifa_bf16_i8_d128_side_by_side(&side[1], &side[0], (uint64_t)(k - v), count))) {
+        return HL_OK;
+    }
+    return hl_refuse(error, HL_ERR_ALIAS, argument, HL_RULE_DISJOINT, 0, 0);
+}
+
+/* Strides, alignment, extents; and the cache overlaps nothing else. Fills in side[] and count[]:
+ * blocks (or batches), rows and heads of the cache. */
+static inline hl_status hl_ifa_bf16_i8_d128_check_append_memory(const hl_decode_append_args *a,
+    hl_ifa_bf16_i8_d128_side *side, hl_ifa_bf16_i8_d128_inputs *inputs, int64_t *count,
+    hl_error *error)
+{
+    const int32_t paged = hl_ifa_bf16_i8_d128_append_paged(a);
+    const int32_t sides = hl_ifa_bf16_i8_d128_sides(a);
+    const int32_t any = a->batch > 0 && a->rows > 0; /* else nothing is read or written */
+    const int32_t pages = hl_ifa_bf16_i8_d128_in_pages(a);
+    const int32_t new_first = a->layout_new == HL_LAYOUT_BNSD;
+    const int32_t kv_first = a->layout_kv == HL_LAYOUT_BNSD || a->layout_kv == HL_LAYOUT_PA_BNSD;
+    const uint32_t number = a->numbers_f32 ? 4u : 2u;
+    const uint64_t each = 4u * (uint64_t)a->batch;
+    const uint64_t entries = hl_mul_cap((uint64_t)a->batch, (uint64_t)a->max_blocks);
+    const int32_t by_token = a->antiquant_mode == HL_ANTIQUANT_TOKEN;
+    const uint32_t given = a->antiquant_f32 ? 4u : 2u;
+    const uint64_t scales = given
+        * (a->antiquant_mode == HL_ANTIQUANT_TENSOR ? 2u : (uint64_t)a->heads_kv * 256u);
+    const uint64_t tokens = hl_mul_cap(each, 2u * (uint64_t)hl_ifa_bf16_i8_d128_append_limit(a));
+    const int64_t fresh[3] = {a->batch, a->rows, a->heads_kv};
+    uint64_t extent[2] = {0, 0};
+    hl_status status = HL_OK;
+    count[0] = pages ? 1 : paged ? a->num_blocks : a->batch;
+    count[1] = paged ? a->block_size : a->seq_kv;
+    count[2] = a->heads_kv;
+    side[0].from = (const unsigned char *)a->key;
+    side[0].to = (unsigned char *)a->key_cache;
+    side[0].pages = a->key_pages;
+    side[0].from_stride = a->key_stride;
+    side[0].to_stride = a->key_cache_stride;
+    side[0].argument = pages ? HL_ARG_KEY_PAGES : HL_ARG_KEY_CACHE;
+    side[1].from = (const unsigned char *)a->value;
+    side[1].to = (unsigned char *)a->value_cache;
+    side[1].pages = a->value_pages;
+    side[1].from_stride = a->value_stride;
+    side[1].to_stride = a->value_cache_stride;
+    side[1].argument = pages ? HL_ARG_VALUE_PAGES : HL_ARG_VALUE_CACHE;
+    side[0].bytes = 128 * 1;
+    side[0].align = 1;
+    status = status != HL_OK ? status
+        : hl_ifa_bf16_i8_d128_check_append_stride(&side[0].from_stride, new_first, fresh, 128,
+                                                  number, HL_ARG_KEY_STRIDE, 0, &extent[0], error);
+    status = status != HL_OK ? status
+        : hl_ifa_bf16_i8_d128_check_append_stride(&side[0].to_stride, kv_first, count, 128, 1,
+                                                  HL_ARG_KEY_CACHE_STRIDE, 1, &side[0].extent,
+                                                  error);
+    side[1].bytes = 128 * 1;
+    side[1].align = 1;
+    status = status != HL_OK ? status
+        : hl_ifa_bf16_i8_d128_check_append_stride(&side[1].from_stride, new_first, fresh, 128,
+                                                  number, HL_ARG_VALUE_STRIDE, 0, &extent[1],
+                                                  error);
+    status = status != HL_OK ? status
+        : hl_ifa_bf16_i8_d128_check_append_stride(&side[1].to_stride, kv_first, count, 128, 1,
+                                                  HL_ARG_VALUE_CACHE_STRIDE, 1, &side[1].extent,
+                                                  error);
+    if (status != HL_OK) {
+        return status;
+    }
+    {
+        const hl_range range[] = {
+            {a->key, extent[0], HL_ARG_KEY, 0, number},
+            {a->value, sides > 1 ? extent[1] : 0, HL_ARG_VALUE, 0, number},
+            {a->positions, any ? each : 0, HL_ARG_POSITIONS, 0, 4u},
+            {a->lengths, a->lengths != NULL ? each : 0, HL_ARG_LENGTHS, 0, 4u},
+            {a->block_table, a->block_table != NULL ? hl_mul_cap(entries, 4u) : 0,
+             HL_ARG_BLOCK_TABLE, 0, 4u},
+            {a->key_pages, a->key_pages != NULL ? hl_mul_cap(entries, sizeof(void *)) : 0,
+             HL_ARG_KEY_PAGES, 0, (uint32_t)sizeof(void *)},
+            {a->value_pages, a->value_pages != NULL ? hl_mul_cap(entries, sizeof(void *)) : 0,
+             HL_ARG_VALUE_PAGES, 0, (uint32_t)sizeof(void *)},
+            {a->antiquant_scale, any && !by_token ? scales : 0, HL_ARG_ANTIQUANT_SCALE, 0, given},
+            {a->antiquant_offset, a->antiquant_offset != NULL ? scales : 0,
+             HL_ARG_ANTIQUANT_OFFSET, 0, given},
+            {a->token_scales, any && by_token ? tokens : 0, HL_ARG_TOKEN_SCALES, 1, 4u}
+        };
+        inputs->n = 0;
+        for (size_t i = 0; i < sizeof range / sizeof range[0]; ++i) {
+            if (range[i].bytes != 0) {
+                inputs->range[inputs->n++] = range[i];
+            }
+        }
+    }
+    status = hl_check_ranges(inputs->range, inputs->n, error);
+    for (int32_t s = 0; s < sides; ++s) {
+        side[s].extent = any ? side[s].extent : 0;
+        if (status == HL_OK && !pages) {
+            status =
+                hl_ifa_bf16_i8_d128_check_target(inputs, side[s].to, &side[s], side[s].argument,
+                                                 error);
+        }
+    }
+    if (status == HL_OK && !pages && sides > 1) {
+        status =
+            hl_ifa_bf16_i8_d128_check_sides(side, side[0].to, side[1].to, count, HL_ARG_VALUE_CACHE,
+                                            error);
+    }
+    return status;
+}
+
+/* New rows of a batch. */
+static inline int32_t hl_ifa_bf16_i8_d128_new_rows(const hl_decode_append_args *a, int32_t b)
+{
+    return a->lengths != NULL ? a->lengths[b] : a->rows;
+}
+
+/* An entry of a batch's row of the table, or its page. */
+static inline hl_status hl_ifa_bf16_i8_d128_check_append_entry(const hl_decode_append_args *a,
+    const hl_ifa_bf16_i8_d128_side *side, const hl_ifa_bf16_i8_d128_inputs *inputs,
+    const int64_t *count, int32_t b, int32_t i, hl_error *error)
+{
+    const ptrdiff_t at = (ptrdiff_t)b * a->max_blocks + i;
+    const int64_t blocks = (int64_t)a->num_blocks
+        * (hl_ifa_bf16_i8_d128_by_slot(a) ? a->block_size : 1);
+    int32_t id;
+    (void)side;
+    (void)inputs;
+    (void)count;
+    id = a->block_table[at];
+    if (id < 0 || id >= blocks) {
+        return hl_refuse_at(error, HL_ERR_BLOCK_ID, HL_ARG_BLOCK_TABLE, id < 0 ? HL_RULE_AT_LEAST
+                            : HL_RULE_AT_MOST, 2, b, i, id, id < 0 ? 0 : blocks - 1);
+    }
+    return HL_OK;
+}
+
+/* New rows and their places in each batch, and the table entries that are needed for them. */
+static inline hl_status hl_ifa_bf16_i8_d128_check_append_places(const hl_decode_append_args *a,
+    const hl_ifa_bf16_i8_d128_side *side, const hl_ifa_bf16_i8_d128_inputs *inputs,
+    const int64_t *count, hl_error *error)
+{
+    const int32_t limit = hl_ifa_bf16_i8_d128_append_limit(a);
+    const int32_t each = hl_ifa_bf16_i8_d128_by_slot(a) ? 1 : a->block_size;
+    for (int32_t b = 0; a->rows > 0 && b < a->batch; ++b) {
+        const int32_t n = hl_ifa_bf16_i8_d128_new_rows(a, b);
+        const int32_t first = a->positions[b];
+        if (n < 0 || n > a->rows) {
+            return hl_refuse_at(error, HL_ERR_LENGTH, HL_ARG_LENGTHS, n < 0 ? HL_RULE_AT_LEAST
+                                : HL_RULE_AT_MOST, 1, b, 0, n, n < 0 ? 0 : a->rows);
+        }
+        if (n == 0) {
+            continue; /* nothing else of this batch counts */
+        }
+        if (first < 0 || first > (int64_t)limit - n) {
+            return hl_refuse_at(error, HL_ERR_LENGTH, HL_ARG_POSITIONS, first < 0 ? HL_RULE_AT_LEAST
+                                : HL_RULE_AT_MOST, 1, b, 0, first, first < 0 ? 0
+                                : (int64_t)limit - n);
+        }
+        if (!hl_ifa_bf16_i8_d128_append_paged(a)) {
+            continue;
+        }
+        if (a->block_table == NULL && !hl_ifa_bf16_i8_d128_in_pages(a)) {
+            return hl_refuse(error, HL_ERR_NULL, HL_ARG_BLOCK_TABLE, HL_RULE_NOT_NULL, 0, 0);
+        }
+        for (int32_t i = first / each; i <= (first + n - 1) / each; ++i) {
+            const hl_status status =
+                hl_ifa_bf16_i8_d128_check_append_entry(a, side, inputs, count, b, i, error);
+            if (status != HL_OK) {
+                return status;
+            }
+        }
+    }
+    return HL_OK;
+}
+/* Keys or values of a run. */
+static inline void hl_ifa_bf16_i8_d128_append_run(int32_t isa, const hl_decode_run *run,
+                                                  int32_t side)
+{
+    hl_ifa_bf16_i8_d128_append_rows(isa, run, side);
+}
+
+/* Given scales and offsets of a side, or where those of its rows from t on go. */
+static inline void hl_ifa_bf16_i8_d128_scales_of_run(const hl_decode_append_args *a,
+    hl_decode_run *run, int32_t s, int32_t b, int32_t t)
+{
+    const ptrdiff_t number = a->antiquant_f32 ? 4 : 2;
+    const ptrdiff_t limit = hl_ifa_bf16_i8_d128_append_limit(a);
+    const ptrdiff_t second = s == 0 ? 0 : 1;
+    ptrdiff_t at = second;
+    if (!(s == 0 ? 1 : 1)) {
+        return;
+    }
+    if (a->antiquant_mode == HL_ANTIQUANT_TOKEN) {
+        run->token_scale = a->token_scales + (second * a->batch + b) * limit + t;
+        if (hl_ifa_bf16_i8_d128_sides(a) == 1) {
+            run->token_again = run->token_scale + a->batch * limit;
+        }
+        return;
+    }
+    if (a->antiquant_mode == HL_ANTIQUANT_CHANNEL) {
+        at = s == 0 ? 0 : (ptrdiff_t)a->heads_kv * 128;
+    }
+    run->scale = (const unsigned char *)a->antiquant_scale + at * number;
+    if (a->antiquant_offset != NULL) {
+        run->offset = (const unsigned char *)a->antiquant_offset + at * number;
+    }
+}
+
+HL_API hl_status hl_incre_flash_attention_bf16_i8_d128_append(const hl_decode_append_args *args,
+    hl_error *error)
+{
+    hl_decode_append_args a;
+    hl_ifa_bf16_i8_d128_side side[2];
+    hl_ifa_bf16_i8_d128_inputs inputs;
+    int64_t count[3];
+    int32_t sides;
+    int32_t isa;
+    hl_status status;
+    (void)hl_refuse(error, HL_OK, HL_ARG_NONE, HL_RULE_NONE, 0, 0);
+    if (args == NULL) {
+        return hl_refuse(error, HL_ERR_NULL, HL_ARG_ARGS, HL_RULE_NOT_NULL, 0, 0);
+    }
+    a = *args;
+    status = hl_ifa_bf16_i8_d128_check_append_sizes(&a, error);
+    if (status == HL_OK) {
+        status = hl_ifa_bf16_i8_d128_check_append_layout(&a, error);
+    }
+    if (status == HL_OK) {
+        status = hl_ifa_bf16_i8_d128_check_append_memory(&a, side, &inputs, count, error);
+    }
+    if (status == HL_OK) {
+        status = hl_ifa_bf16_i8_d128_check_append_places(&a, side, &inputs, count, error);
+    }
+    if (status != HL_OK) {
+        return status;
+    }
+    isa = hl_ifa_bf16_i8_d128_words(a.isa);
+    if (isa == HL_ISA_BEST) {
+        return hl_refuse(error, HL_ERR_UNSUPPORTED, HL_ARG_ISA, HL_RULE_GENERATED, a.isa, 0);
+    }
+    sides = hl_ifa_bf16_i8_d128_sides(&a);
+    for (int32_t b = 0; a.rows > 0 && b < a.batch; ++b) {
+        const int32_t rows = hl_ifa_bf16_i8_d128_new_rows(&a, b);
+        int32_t n = 0;
+        for (int32_t i = 0; i < rows; i += n) { /* as many as lie at even steps */
+            const int32_t t = a.positions[b] + i;
+            ptrdiff_t entry = 0;
+            ptrdiff_t outer = b;
+            ptrdiff_t inner = t;
+            n = rows - i;
+            if (hl_ifa_bf16_i8_d128_append_paged(&a)) {
+                const int32_t left = a.block_size - t % a.block_size;
+                entry = (ptrdiff_t)b * a.max_blocks
+                    + (hl_ifa_bf16_i8_d128_by_slot(&a) ? t : t / a.block_size);
+                outer = hl_ifa_bf16_i8_d128_in_pages(&a) ? 0 : a.block_table[entry];
+                inner = hl_ifa_bf16_i8_d128_by_slot(&a) ? outer % a.block_size : t % a.block_size;
+                outer = hl_ifa_bf16_i8_d128_by_slot(&a) ? outer / a.block_size : outer;
+                n = hl_ifa_bf16_i8_d128_by_slot(&a) ? 1 : n < left ? n : left;
+            }
+            for (int32_t s = 0; s < sides; ++s) {
+                const hl_stride *const from = &side[s].from_stride;
+                const hl_stride *const to = &side[s].to_stride;
+                unsigned char *const cache =
+                    hl_ifa_bf16_i8_d128_in_pages(&a) ? (unsigned char *)side[s].pages[entry]
+                        : side[s].to;
+                hl_decode_run run;
+                run.from = side[s].from + b * from->batch + i * from->row;
+                run.to = cache + outer * to->batch + inner * to->row;
+                run.token_scale = NULL;
+                run.token_again = NULL;
+                run.scale = NULL;
+                run.offset = NULL;
+                run.scale_f32 = a.antiquant_f32;
+                run.by_channel = a.antiquant_mode == HL_ANTIQUANT_CHANNEL;
+                run.numbers_f32 = a.numbers_f32;
+                run.rows = n;
+                run.heads = a.heads_kv;
+                run.channels = s == 0 ? 128 : 128;
+                run.from_row = from->row;
+                run.from_head = from->head;
+                run.to_row = to->row;
+                run.to_head = to->head;
+                hl_ifa_bf16_i8_d128_scales_of_run(&a, &run, s, b, t);
+                hl_ifa_bf16_i8_d128_append_run(isa, &run, s);
+            }
+        }
+    }
+    return HL_OK;
+}
 #ifdef __cplusplus
 }
 #endif

@@ -253,6 +253,12 @@ typedef enum hl_argument {
     HL_ARG_FROM_STRIDE,
     HL_ARG_TO_STRIDE,
     HL_ARG_POSITIONS,
+    HL_ARG_KEY_CACHE,
+    HL_ARG_VALUE_CACHE,
+    HL_ARG_TOKEN_SCALES,
+    HL_ARG_LAYOUT_NEW,
+    HL_ARG_KEY_CACHE_STRIDE,
+    HL_ARG_VALUE_CACHE_STRIDE,
     HL_ARG_PLAN,
     HL_ARG_ARGS,
     HL_ARG_WORKSPACE,
@@ -457,6 +463,80 @@ typedef struct hl_incre_flash_attention_parts {
 #endif
 
 #endif /* HL_INCRE_FLASH_ATTENTION */
+/* ==== rows of a decode operator's cache: new ones go where the table says ==== */
+
+#ifndef HL_DECODE_ROWS
+#define HL_DECODE_ROWS
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* For ..._append: new rows of each batch become rows of its cache, from a position on, stored as
+ * that header's kernel reads them. 0 is the default of every field that is not marked "required";
+ * sizes and letters are those of the operator's arguments, S: new rows.
+ *
+ * Two batches (or two tokens of one table) that name the same row are the caller's business: the
+ * last one stays, and none may be written by another thread meanwhile. The caches of keys and
+ * values may share their memory where the rows of one lie in the gaps of the other.
+ *
+ * numbers  As they are, or from float to nearest even.
+ * codes    CHANNEL, TENSOR: x / antiquant_scale - antiquant_offset in float32, each of the two
+ *          rounded, then to nearest even, saturated (int8: -128 .. 127, E4M3: +-448). Where a scale
+ *          is 0, x / scale is 0 of its sign. A NaN (or infinity / 0) is E4M3's NaN; int8 has
+ *          none, and takes 0.
+ *          TOKEN: a number for all heads and channels of a token's key, and one for its value,
+ *          is written into token_scales: the largest magnitude / 127 (E4M3: 448), 0 if nothing
+ *          is above 2^-80, NaN if something is NaN or infinite; codes are x / scale, to nearest
+ *          even, 0 where the scale is 0 or NaN. Nothing is written for offsets: they are 0.
+ * int4     Each group's scale is its largest magnitude / 7, rounded up to float16; 0 if nothing is
+ *          above 2^-80; NaN if something is NaN or infinite, or if float16 ends below it. Codes
+ *          are x / scale, to nearest even, -7 .. 7, and 0 where the scale is 0 or NaN. What fills
+ *          a row up is 0. */
+typedef struct hl_decode_append_args {
+    const void *key;        /* required [B][S][N2][DK], BNSD: [B][N2][S][DK]; the query's type   */
+    const void *value;      /* the same with DV channels. NULL: the cache has no values of its
+                             * own, they are the first channels of its keys                      */
+    void *key_cache;        /* required: what the operator has as key                            */
+    void *value_cache;      /* and as value; required if there are values                        */
+    void *const *key_pages; /* with the feature pages, in the place of key_cache, value_cache and
+                             * block_table: [B][max_blocks]; only those of new rows are read     */
+    void *const *value_pages;
+    const int32_t *block_table;   /* PA: required [B][max_blocks]; only entries of new rows are
+                                   * read                                                        */
+    const int32_t *positions;     /* required [B]: the row of its cache that a batch's first new
+                                   * row becomes, padding included; not read where there is none */
+    const int32_t *lengths;       /* [B] new rows of each batch, 0 .. S; NULL: S                 */
+    const void *antiquant_scale;  /* codes, CHANNEL or TENSOR: required, what the operator has   */
+    const void *antiquant_offset; /* NULL: 0                                                     */
+    float *token_scales;    /* codes, TOKEN: required, what the operator has as antiquant_scale:
+                             * K's [B][W], then V's; those of new rows are written. Of keys whose
+                             * first channels are the values, to both places                     */
+    int32_t batch;          /* B                                                                 */
+    int32_t rows;           /* S                                                                 */
+    int32_t heads_kv;       /* N2, 0: 1                                                          */
+    int32_t seq_kv;         /* S2; PA: not read                                                  */
+    int32_t num_blocks;     /* PA: blocks in the cache                                           */
+    int32_t block_size;     /* PA: tokens of a block, >= 1                                       */
+    int32_t max_blocks;     /* PA: entries of a row of block_table                               */
+    int32_t layout_new;     /* key and value: HL_LAYOUT_BSND, _BSH, _BNSD, whatever layout_kv is */
+    int32_t layout_kv;      /* of the cache, as the operator has it                              */
+    int32_t index_kind;     /* HL_INDEX_BLOCKS; HL_INDEX_SLOTS: block_table has an entry a token */
+    int32_t antiquant_mode; /* HL_ANTIQUANT_CHANNEL, _TENSOR, _TOKEN                             */
+    int32_t antiquant_f32;  /* 1: antiquant_scale and _offset are float; 0: the query's type     */
+    int32_t numbers_f32;    /* 1: key and value are float                                        */
+    int32_t isa;            /* HL_ISA_...; 0: the best that is present. The bytes are the same   */
+    hl_stride key_stride;   /* in numbers; 0: packed                                             */
+    hl_stride value_stride;
+    hl_stride key_cache_stride; /* as the operator's; .batch is the block's in PA                */
+    hl_stride value_cache_stride;
+} hl_decode_append_args;
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif /* HL_DECODE_ROWS */
 /* ==== shared by every Headlight header: the inside ==== */
 
 #if HL_BODY && !defined(HL_CORE)
@@ -588,12 +668,14 @@ typedef struct hl_row {
     ptrdiff_t token; /* decoding: which row of its batch's cache it is                         */
 } hl_row;
 
-/* One block of keys; behind its rows lie those of later keys, which are asked for meanwhile. */
+/* One block of keys; behind its rows lie those of later keys. */
 typedef struct hl_block {
     hl_row *row;
     int32_t n;
     int32_t n_later;
     int32_t value_apart; /* values are not the keys' first channels                            */
+    const hl_row *ask;   /* while key j is in use, lines of the row ask[j] are asked for,      */
+    int32_t asks;        /* as long as j is below this                                         */
 } hl_block;
 
 /* The workspace of one task, cut into its named slices. */
@@ -966,6 +1048,12 @@ static inline const char *hl_argument_name(hl_argument argument)
         "from_stride",
         "to_stride",
         "positions",
+        "key_cache",
+        "value_cache",
+        "token_scales",
+        "layout_new",
+        "key_cache_stride",
+        "value_cache_stride",
         "plan",
         "args",
         "workspace",
@@ -1090,6 +1178,10 @@ HL_API hl_status hl_incre_flash_attention_f16_i8_d32(const hl_incre_flash_attent
 HL_API size_t hl_incre_flash_attention_f16_i8_d32_workspace_bytes(
     const hl_incre_flash_attention_args *args);
 
+/* New rows of each batch become rows of its cache, from a position on. */
+HL_API hl_status hl_incre_flash_attention_f16_i8_d32_append(const hl_decode_append_args *args,
+    hl_error *error);
+
 /* Bit 1 << HL_ISA_... is set for each instruction set in this header that runs here. */
 HL_API uint32_t hl_incre_flash_attention_f16_i8_d32_isas(void);
 
@@ -1205,6 +1297,21 @@ HL_WORD_SCALAR void hl_vstore_i8_scalar(uint8_t *p, hl_vf_scalar x) { *p = hl_i8
 HL_WORD_SCALAR void hl_vstore_i8_n_scalar(uint8_t *p, int32_t n, hl_vf_scalar x)
 {
     if (n > 0) *p = hl_i8_of_float(x);
+}
+
+#endif
+#ifndef HL_WORDS_SCALAR_CLIP_I8
+#define HL_WORDS_SCALAR_CLIP_I8
+
+HL_WORD_SCALAR void hl_vclip_i8_scalar(uint8_t *p, hl_vf_scalar x)
+{
+    const float low = x > -128.0f ? x : -128.0f;
+    const float within = low < 127.0f ? low : 127.0f;
+    *p = (uint8_t)(x == x ? hl_bits_of(within + 12582912.0f) & 0xffu : 0u);
+}
+HL_WORD_SCALAR void hl_vclip_i8_n_scalar(uint8_t *p, int32_t n, hl_vf_scalar x)
+{
+    if (n > 0) hl_vclip_i8_scalar(p, x);
 }
 
 #endif
@@ -1349,6 +1456,45 @@ static inline hl_state hl_ifa_f16_i8_d32_partial(const hl_incre_flash_attention_
     t.seen = at + 3 * heads;
     t.o = at + 3 * heads + 16;
     return t;
+}
+/* ---- the cache's memory: rows that are to be written ---- */
+
+#ifndef HL_DECODE_RUN
+#define HL_DECODE_RUN
+
+/* New keys or values of a batch, and where their rows lie at even steps. Steps are in bytes. */
+typedef struct hl_decode_run {
+    const unsigned char *from; /* numbers of the first row's first head                      */
+    unsigned char *to;
+    float *token_scale;        /* where its scale goes, those of later rows behind; NULL: none */
+    float *token_again;        /* and once more; NULL: nowhere                               */
+    const void *scale;         /* given ones, for code = x / scale - offset                  */
+    const void *offset;        /* NULL: 0                                                    */
+    int32_t scale_f32;         /* they are float, not of the query's type                    */
+    int32_t by_channel;        /* a number a channel, [N2][channels], not one for all        */
+    int32_t numbers_f32;       /* from float, not from the query's type                      */
+    int32_t rows;
+    int32_t heads;
+    int32_t channels;
+    ptrdiff_t from_row;
+    ptrdiff_t from_head;
+    ptrdiff_t to_row;
+    ptrdiff_t to_head;
+} hl_decode_run;
+
+#endif
+/* Writes the scale of row i, whose largest magnitude is `most`, NaN if one of its numbers is not
+ * finite. Returns what they are to be divided by; 0: all codes are 0. */
+static inline float hl_ifa_f16_i8_d32_put_token_scale(const hl_decode_run *run, int32_t i,
+    float most, float limit)
+{
+    const float exact = most < hl_float_of(0x17800000u) ? 0.0f : most / limit; /* 2^-80 */
+    const float scale = most != most ? hl_float_of(0x7fc00000u) : exact;
+    run->token_scale[i] = scale;
+    if (run->token_again != NULL) {
+        run->token_again[i] = scale;
+    }
+    return most != most ? 0.0f : scale;
 }
 /* ---- select: which keys the queries of a batch see, and where their rows lie ----
  *
@@ -1561,6 +1707,28 @@ static inline int32_t hl_ifa_f16_i8_d32_next_block(const hl_incre_flash_attentio
                                                    int32_t cap)
 {
     return hl_ifa_f16_i8_d32_next(a, g, &c, row, cap);
+}
+
+/* Head h's share of what n heads that are decoded in turn have to ask for: the next block's rows,
+ * as they follow each other in memory, all heads of a row together. Returns how many pieces. */
+static inline int32_t hl_ifa_f16_i8_d32_share(const hl_incre_flash_attention_args *a,
+                                              const hl_row *later, int32_t rows, int32_t h,
+                                              int32_t n, hl_row *ask, int32_t cap)
+{
+    const int32_t begin = h * cap;
+    const int32_t left = rows * n - begin;
+    const int32_t count = left < cap ? left : cap;
+    for (int32_t i = 0; i < count; ++i) {
+        const hl_row *const row = later + (begin + i) / n;
+        const ptrdiff_t head = (begin + i) % n;
+        ask[i].key = (const uint8_t *)row->key + head * a->key_stride.head;
+        ask[i].rope = ask[i].key;
+        ask[i].value = ask[i].key;
+        if (hl_ifa_f16_i8_d32_value_apart(a)) {
+            ask[i].value = (const uint8_t *)row->value + head * a->value_stride.head;
+        }
+    }
+    return count > 0 ? count : 0;
 }
 
 /* How many chunks a group's keys are cut into. */
@@ -2363,38 +2531,35 @@ HL_KERNEL_SCALAR void hl_ifa_f16_i8_d32_dot_1x8_scalar(const float *q, const hl_
 HL_KERNEL_SCALAR void hl_ifa_f16_i8_d32_score_few_scalar(const hl_space *w, const hl_block *b,
     int32_t group, float scale)
 {
-    enum { QS = 32, BLOCK = 16, AHEAD = 8 };
-    const int32_t known = b->n + b->n_later;
+    enum { QS = 32, BLOCK = 16 };
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
         for (int32_t j = 0; j < b->n; j += 2) {
-            const int32_t later = j + AHEAD;
             hl_ifa_f16_i8_d32_dot_4x2_scalar(w->q + (ptrdiff_t)h * QS, b->row + j, b->n - 1 - j,
-                                             w->s + h * BLOCK + j * 4, scale, h == 0 && later
-                                             + 2 <= known ? b->row + later : NULL, b->value_apart);
+                                             w->s + h * BLOCK + j * 4, scale, h == 0 && j
+                                             + 2 <= b->asks ? b->ask + j : NULL, b->value_apart);
         }
     }
     for (; h + 2 <= group; h += 2) {
         for (int32_t j = 0; j < b->n; j += 4) {
-            const int32_t later = j + AHEAD;
             hl_ifa_f16_i8_d32_dot_2x4_scalar(w->q + (ptrdiff_t)h * QS, b->row + j, b->n - 1 - j,
-                                             w->s + h * BLOCK + j * 2, scale, h == 0 && later
-                                             + 4 <= known ? b->row + later : NULL, b->value_apart);
+                                             w->s + h * BLOCK + j * 2, scale, h == 0 && j
+                                             + 4 <= b->asks ? b->ask + j : NULL, b->value_apart);
         }
     }
     for (; h + 1 <= group; h += 1) {
         for (int32_t j = 0; j < b->n; j += 8) {
-            const int32_t later = j + AHEAD;
             hl_ifa_f16_i8_d32_dot_1x8_scalar(w->q + (ptrdiff_t)h * QS, b->row + j, b->n - 1 - j,
-                                             w->s + h * BLOCK + j * 1, scale, h == 0 && later
-                                             + 8 <= known ? b->row + later : NULL, b->value_apart);
+                                             w->s + h * BLOCK + j * 1, scale, h == 0 && j
+                                             + 8 <= b->asks ? b->ask + j : NULL, b->value_apart);
         }
     }
 }
 
 /* ---- bias: what the operator does to scores between q . k and softmax ----
  *
- * In units of log2. Scores of some queries lie as [key][query], `step` floats from key to key. */
+ * In units of log2. Scores of some queries: `ks` floats from key to key, `qs` from query to
+ * query. */
 
 /* The number of a token in antiquant_scale or antiquant_offset, K's or V's. */
 HL_KERNEL_SCALAR const float *hl_ifa_f16_i8_d32_token_numbers_scalar(
@@ -2407,7 +2572,7 @@ HL_KERNEL_SCALAR const float *hl_ifa_f16_i8_d32_token_numbers_scalar(
 /* K's scales and offsets that are not in Q: a number a token, and what offsets add to a query's
  * scores (w->shift, from hl_ifa_f16_i8_d32_load_q_scalar). */
 HL_KERNEL_SCALAR void hl_ifa_f16_i8_d32_bias_codes_scalar(const hl_incre_flash_attention_args *a,
-    const hl_group *g, const hl_block *b, const float *shift, float *s, int32_t step,
+    const hl_group *g, const hl_block *b, const float *shift, float *s, int32_t ks, int32_t qs,
     int32_t queries)
 {
     if (a->antiquant_mode == HL_ANTIQUANT_TOKEN) {
@@ -2422,13 +2587,13 @@ HL_KERNEL_SCALAR void hl_ifa_f16_i8_d32_bias_codes_scalar(const hl_incre_flash_a
                     0)[b->row[j].token];
             }
             for (int32_t h = 0; h < queries; ++h) {
-                s[j * step + h] = x * (s[j * step + h] + offset * shift[h]);
+                s[j * ks + h * qs] = x * (s[j * ks + h * qs] + offset * shift[h]);
             }
         }
     } else if (a->antiquant_offset != NULL) {
         for (int32_t j = 0; j < b->n; ++j) {
             for (int32_t h = 0; h < queries; ++h) {
-                s[j * step + h] += shift[h];
+                s[j * ks + h * qs] += shift[h];
             }
         }
     }
@@ -2437,7 +2602,7 @@ HL_KERNEL_SCALAR void hl_ifa_f16_i8_d32_bias_codes_scalar(const hl_incre_flash_a
 /* pse_shift, for queries from h0 on. */
 HL_KERNEL_SCALAR void hl_ifa_f16_i8_d32_bias_positions_scalar(
     const hl_incre_flash_attention_args *a, const hl_group *g, const hl_block *b, int32_t h0,
-    float *s, int32_t step, int32_t queries)
+    float *s, int32_t ks, int32_t qs, int32_t queries)
 {
     const float log2e = 1.44269504f;
     for (int32_t h = 0; h < queries; ++h) {
@@ -2448,7 +2613,7 @@ HL_KERNEL_SCALAR void hl_ifa_f16_i8_d32_bias_positions_scalar(
             const uint16_t *const pse = (const uint16_t *)a->pse_shift
                 + ((batch * a->heads_q + head) * a->seq_q + i) * a->pse_width;
             for (int32_t j = 0; j < b->n; ++j) {
-                s[j * step + h] += log2e * hl_float_of_f16(pse[b->row[j].token]);
+                s[j * ks + h * qs] += log2e * hl_float_of_f16(pse[b->row[j].token]);
             }
         }
     }
@@ -2458,15 +2623,14 @@ HL_KERNEL_SCALAR void hl_ifa_f16_i8_d32_bias_positions_scalar(
 HL_KERNEL_SCALAR void hl_ifa_f16_i8_d32_bias_scalar(const hl_incre_flash_attention_plan *plan,
                                                     const hl_group *g, const hl_space *w,
                                                     const hl_block *b, int32_t h0, float *s,
-                                                    int32_t step, int32_t queries)
+                                                    int32_t ks, int32_t qs, int32_t queries)
 {
     const hl_incre_flash_attention_args *const a = &plan->args;
-    hl_ifa_f16_i8_d32_bias_codes_scalar(a, g, b, w->shift + h0, s, step, queries);
+    hl_ifa_f16_i8_d32_bias_codes_scalar(a, g, b, w->shift + h0, s, ks, qs, queries);
     if (a->pse_shift != NULL) {
-        hl_ifa_f16_i8_d32_bias_positions_scalar(a, g, b, h0, s, step, queries);
+        hl_ifa_f16_i8_d32_bias_positions_scalar(a, g, b, h0, s, ks, qs, queries);
     }
 }
-
 /* Few queries: their scores lie tile by tile. */
 HL_KERNEL_SCALAR void hl_ifa_f16_i8_d32_bias_few_scalar(const hl_incre_flash_attention_plan *plan,
     const hl_group *g, const hl_space *w, const hl_block *b)
@@ -2474,13 +2638,13 @@ HL_KERNEL_SCALAR void hl_ifa_f16_i8_d32_bias_few_scalar(const hl_incre_flash_att
     enum { BLOCK = 16 };
     int32_t h = 0;
     for (; h + 4 <= g->group; h += 4) {
-        hl_ifa_f16_i8_d32_bias_scalar(plan, g, w, b, h, w->s + h * BLOCK, 4, 4);
+        hl_ifa_f16_i8_d32_bias_scalar(plan, g, w, b, h, w->s + h * BLOCK, 4, 1, 4);
     }
     for (; h + 2 <= g->group; h += 2) {
-        hl_ifa_f16_i8_d32_bias_scalar(plan, g, w, b, h, w->s + h * BLOCK, 2, 2);
+        hl_ifa_f16_i8_d32_bias_scalar(plan, g, w, b, h, w->s + h * BLOCK, 2, 1, 2);
     }
     for (; h + 1 <= g->group; h += 1) {
-        hl_ifa_f16_i8_d32_bias_scalar(plan, g, w, b, h, w->s + h * BLOCK, 1, 1);
+        hl_ifa_f16_i8_d32_bias_scalar(plan, g, w, b, h, w->s + h * BLOCK, 1, 1, 1);
     }
 }
 /* V's numbers that are one a token: weights take the scale; what the offset adds to every channel
@@ -2601,11 +2765,10 @@ HL_KERNEL_SCALAR void hl_ifa_f16_i8_d32_softmaxes_few_scalar(const hl_space *w, 
 /* ---- value: O = alpha O + P V ---- */
 
 /* 4 heads by 2 vectors of channels, read where they are stored.
- * Meanwhile lines of values 8 keys further on are asked for, as long as
- * j < later.
+ * Meanwhile lines of the values of `ask` are asked for, as long as j < later.
  */
 HL_KERNEL_SCALAR void hl_ifa_f16_i8_d32_pr_4x2_scalar(const float *p, const hl_row *row, int32_t c,
-    float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
+    float *o, const float *alpha, int32_t n, const hl_row *ask, int32_t later, int32_t apart)
 {
     enum { L = 1, OS = 33 };
     hl_vf_scalar o0_0 = hl_vzero_scalar();
@@ -2620,7 +2783,7 @@ HL_KERNEL_SCALAR void hl_ifa_f16_i8_d32_pr_4x2_scalar(const float *p, const hl_r
         const uint8_t *const value = (const uint8_t *)row[j].value + c;
         if (j < later) {
             const uint8_t *const next =
-                (const uint8_t *)row[j + 8].value + c;
+                (const uint8_t *)ask[j].value + c;
             HL_FETCH(next + 0);
         }
         hl_vf_scalar x;
@@ -2668,11 +2831,10 @@ HL_KERNEL_SCALAR void hl_ifa_f16_i8_d32_pr_4x2_scalar(const float *p, const hl_r
 }
 
 /* 2 heads by 4 vectors of channels, read where they are stored.
- * Meanwhile lines of values 8 keys further on are asked for, as long as
- * j < later.
+ * Meanwhile lines of the values of `ask` are asked for, as long as j < later.
  */
 HL_KERNEL_SCALAR void hl_ifa_f16_i8_d32_pr_2x4_scalar(const float *p, const hl_row *row, int32_t c,
-    float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
+    float *o, const float *alpha, int32_t n, const hl_row *ask, int32_t later, int32_t apart)
 {
     enum { L = 1, OS = 33 };
     hl_vf_scalar o0_0 = hl_vzero_scalar();
@@ -2687,7 +2849,7 @@ HL_KERNEL_SCALAR void hl_ifa_f16_i8_d32_pr_2x4_scalar(const float *p, const hl_r
         const uint8_t *const value = (const uint8_t *)row[j].value + c;
         if (j < later) {
             const uint8_t *const next =
-                (const uint8_t *)row[j + 8].value + c;
+                (const uint8_t *)ask[j].value + c;
             HL_FETCH(next + 0);
         }
         hl_vf_scalar x;
@@ -2736,11 +2898,10 @@ HL_KERNEL_SCALAR void hl_ifa_f16_i8_d32_pr_2x4_scalar(const float *p, const hl_r
 }
 
 /* 1 head by 8 vectors of channels, read where they are stored.
- * Meanwhile lines of values 8 keys further on are asked for, as long as
- * j < later.
+ * Meanwhile lines of the values of `ask` are asked for, as long as j < later.
  */
 HL_KERNEL_SCALAR void hl_ifa_f16_i8_d32_pr_1x8_scalar(const float *p, const hl_row *row, int32_t c,
-    float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
+    float *o, const float *alpha, int32_t n, const hl_row *ask, int32_t later, int32_t apart)
 {
     enum { L = 1, OS = 33 };
     hl_vf_scalar o0_0 = hl_vzero_scalar();
@@ -2755,7 +2916,7 @@ HL_KERNEL_SCALAR void hl_ifa_f16_i8_d32_pr_1x8_scalar(const float *p, const hl_r
         const uint8_t *const value = (const uint8_t *)row[j].value + c;
         if (j < later) {
             const uint8_t *const next =
-                (const uint8_t *)row[j + 8].value + c;
+                (const uint8_t *)ask[j].value + c;
             HL_FETCH(next + 0);
         }
         const hl_vf_scalar x = hl_vset_scalar(p[j]);
@@ -2806,15 +2967,15 @@ HL_KERNEL_SCALAR void hl_ifa_f16_i8_d32_value_few_scalar(const hl_space *w, cons
     const hl_block *b, int32_t group)
 {
     enum { OS = 33, BLOCK = 16 };
-    const int32_t left = b->n + b->n_later - 8;
+    const int32_t left = b->asks < b->n ? b->asks : b->n;
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
         const int32_t later = h == 0 ? left : 0;
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 32; c += 2) {
-            hl_ifa_f16_i8_d32_pr_4x2_scalar(p, b->row, c, o + c, t->alpha + h, b->n, b->value_apart
-                                            ? later : 0, b->value_apart);
+            hl_ifa_f16_i8_d32_pr_4x2_scalar(p, b->row, c, o + c, t->alpha + h, b->n, b->ask,
+                                            b->value_apart ? later : 0, b->value_apart);
         }
     }
     for (; h + 2 <= group; h += 2) {
@@ -2822,8 +2983,8 @@ HL_KERNEL_SCALAR void hl_ifa_f16_i8_d32_value_few_scalar(const hl_space *w, cons
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 32; c += 4) {
-            hl_ifa_f16_i8_d32_pr_2x4_scalar(p, b->row, c, o + c, t->alpha + h, b->n, b->value_apart
-                                            ? later : 0, b->value_apart);
+            hl_ifa_f16_i8_d32_pr_2x4_scalar(p, b->row, c, o + c, t->alpha + h, b->n, b->ask,
+                                            b->value_apart ? later : 0, b->value_apart);
         }
     }
     for (; h + 1 <= group; h += 1) {
@@ -2831,8 +2992,8 @@ HL_KERNEL_SCALAR void hl_ifa_f16_i8_d32_value_few_scalar(const hl_space *w, cons
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 32; c += 8) {
-            hl_ifa_f16_i8_d32_pr_1x8_scalar(p, b->row, c, o + c, t->alpha + h, b->n, b->value_apart
-                                            ? later : 0, b->value_apart);
+            hl_ifa_f16_i8_d32_pr_1x8_scalar(p, b->row, c, o + c, t->alpha + h, b->n, b->ask,
+                                            b->value_apart ? later : 0, b->value_apart);
         }
     }
 }
@@ -3020,6 +3181,7 @@ HL_KERNEL_SCALAR void hl_ifa_f16_i8_d32_forward_scalar(const hl_incre_flash_atte
     enum { CAP = 48, AHEAD = 8 };
     const hl_incre_flash_attention_args *const a = &plan->args;
     const int32_t block = 16;
+    const int32_t ahead = 8;
     int32_t known = hl_ifa_f16_i8_d32_next(a, g, &c, w->row, CAP);
     int32_t more = known == CAP;
     hl_block b;
@@ -3028,6 +3190,8 @@ HL_KERNEL_SCALAR void hl_ifa_f16_i8_d32_forward_scalar(const hl_incre_flash_atte
     while (known > 0) {
         b.n = known < block ? known : block;
         b.n_later = known - b.n;
+        b.ask = b.row + ahead;
+        b.asks = known - ahead;
         hl_ifa_f16_i8_d32_block_scalar(plan, g, w, t, &b, padded);
         *t->seen = 1.0f;
         b.row += b.n;
@@ -3078,7 +3242,6 @@ HL_KERNEL_SCALAR void hl_ifa_f16_i8_d32_forward_row_scalar(
         t->l[h0 + h] = row.l[h];
     }
 }
-
 /* One chunk of a group's keys: those that all rows see, at once; then each row's own. */
 HL_KERNEL_SCALAR void hl_ifa_f16_i8_d32_chunk_scalar(const hl_incre_flash_attention_plan *plan,
     const hl_group *g, const hl_space *w, const hl_state *t, int32_t chunk, int32_t padded)
@@ -3104,6 +3267,8 @@ static inline void hl_ifa_f16_i8_d32_walk_scalar(const hl_incre_flash_attention_
     hl_space w[16];
     hl_group g[16];
     hl_block b;
+    hl_row *later; /* the next block's rows, of the first head */
+    hl_row *ask;
     int32_t chunks;
     for (int32_t h = 0; h < n; ++h) {
         (void)hl_ifa_f16_i8_d32_group(plan, first + h, &g[h]);
@@ -3115,7 +3280,11 @@ static inline void hl_ifa_f16_i8_d32_walk_scalar(const hl_incre_flash_attention_
         w[h].row = w[0].row;
         w[h].own = w[0].own;
     }
+    later = w[0].row + block;
+    ask = later + block;
     b.value_apart = hl_ifa_f16_i8_d32_value_apart(a);
+    b.n_later = 0;
+    b.ask = ask;
     chunks = hl_ifa_f16_i8_d32_chunks(a, &g[0]);
     for (int32_t chunk = 0; chunk < chunks; ++chunk) {
         const hl_cursor all = hl_ifa_f16_i8_d32_chunk(a, &g[0], chunk);
@@ -3128,21 +3297,24 @@ static inline void hl_ifa_f16_i8_d32_walk_scalar(const hl_incre_flash_attention_
         }
         c.end = end - c.at < block ? end : c.at + block;
         b.row = w[0].row;
-        b.n = c.at < c.end ? hl_ifa_f16_i8_d32_next_block(a, &g[0], c, b.row, block) : 0;
-        for (int32_t h = 0; b.n > 0;) { /* behind a block's rows are those of the next in turn */
-            const int32_t later = h + 1 < n ? h + 1 : 0;
-            const hl_state *const t = chunk == 0 ? &w[h].state : &w[h].other;
-            if (later == 0) {
-                c.at = c.end;
-                c.end = end - c.at < block ? end : c.at + block;
+        while (c.at < c.end) {
+            hl_cursor next;
+            int32_t rows;
+            next.at = c.end;
+            next.within = 0;
+            next.end = end - next.at < block ? end : next.at + block;
+            rows = next.at < next.end ? hl_ifa_f16_i8_d32_next_block(a, &g[0], next, later, block)
+                : 0;
+            for (int32_t h = 0; h < n; ++h) {
+                const hl_state *const t = chunk == 0 ? &w[h].state : &w[h].other;
+                b.n = hl_ifa_f16_i8_d32_next_block(a, &g[h], c, b.row, block);
+                b.asks = hl_ifa_f16_i8_d32_share(a, later, rows, h, n, ask, block);
+                if (b.n > 0) {
+                    hl_ifa_f16_i8_d32_block_scalar(plan, &g[h], &w[h], t, &b, padded);
+                    *t->seen = 1.0f;
+                }
             }
-            b.n_later = c.at < c.end
-                ? hl_ifa_f16_i8_d32_next_block(a, &g[later], c, b.row + b.n, block) : 0;
-            hl_ifa_f16_i8_d32_block_scalar(plan, &g[h], &w[h], t, &b, padded);
-            *t->seen = 1.0f;
-            HL_COPY(b.row, b.row + b.n, (size_t)b.n_later * sizeof *b.row);
-            b.n = b.n_later;
-            h = later;
+            c = next;
         }
         for (int32_t h = 0; h < n; ++h) {
             const hl_state *const t = chunk == 0 ? &w[h].state : &w[h].other;
@@ -3211,6 +3383,233 @@ static inline void hl_ifa_f16_i8_d32_merge_scalar(const hl_incre_flash_attention
     hl_ifa_f16_i8_d32_finish_scalar(plan, &g, &whole, padded);
 }
 
+/* ---- rows: numbers -> what the cache holds ---- */
+
+/* Given scales or offsets: n numbers, from a channel of all heads on, or the one for all. */
+HL_WORD_SCALAR hl_vf_scalar hl_ifa_f16_i8_d32_given_scalar(const hl_decode_run *run,
+    const void *numbers, ptrdiff_t at, int32_t n)
+{
+    const float *const wide = (const float *)numbers;
+    const uint16_t *const narrow = (const uint16_t *)numbers;
+    if (!run->by_channel) {
+        return hl_vset_scalar(run->scale_f32 ? *wide : hl_float_of_f16(*narrow));
+    }
+    if (n < 1) {
+        return run->scale_f32 ? hl_vload_n_scalar(wide + at, n)
+            : hl_vload_f16_n_scalar(narrow + at, n);
+    }
+    return run->scale_f32 ? hl_vload_scalar(wide + at) : hl_vload_f16_scalar(narrow + at);
+}
+
+/* n quotients of x and the scales from a channel on, less their offsets. 0 has no quotients: x is
+ * divided by 1 there, and multiplied by 0. */
+HL_WORD_SCALAR hl_vf_scalar hl_ifa_f16_i8_d32_quotients_scalar(const hl_decode_run *run,
+    hl_vf_scalar x, ptrdiff_t at, int32_t n)
+{
+    const hl_vf_scalar one = hl_vset_scalar(1.0f);
+    const hl_vf_scalar scale = hl_ifa_f16_i8_d32_given_scalar(run, run->scale, at, n);
+    /* 0 where a scale is, else 1 */
+    const hl_vf_scalar some = hl_vflush_scalar(hl_vabs_scalar(scale), hl_float_of(1u), one);
+    const hl_vf_scalar q =
+        hl_vmul_scalar(hl_vdiv_scalar(x, hl_vadd_scalar(scale, hl_vsub_scalar(one, some))), some);
+    return run->offset != NULL
+        ? hl_vsub_scalar(q, hl_ifa_f16_i8_d32_given_scalar(run, run->offset, at, n)) : q;
+}
+
+/* The largest magnitude of n numbers; NaN if one of them is NaN or infinite: then 0 * x is NaN. */
+HL_KERNEL_SCALAR float hl_ifa_f16_i8_d32_largest_f16_scalar(const uint16_t *from, int32_t n)
+{
+    enum { L = 1 };
+    hl_vf_scalar most = hl_vzero_scalar();
+    hl_vf_scalar more = hl_vzero_scalar();
+    hl_vf_scalar spoilt = hl_vzero_scalar();
+    hl_vf_scalar x;
+    hl_vf_scalar y;
+    float lane[L];
+    int32_t c = 0;
+    for (; c + 2 * L <= n; c += 2 * L) { /* in any order */
+        hl_vpair_f16_scalar(from + c, &x, &y);
+        most = hl_vmax_scalar(hl_vabs_scalar(x), most);
+        more = hl_vmax_scalar(hl_vabs_scalar(y), more);
+        spoilt = hl_vfma_scalar(x, hl_vzero_scalar(), spoilt);
+        spoilt = hl_vfma_scalar(y, hl_vzero_scalar(), spoilt);
+    }
+    most = hl_vmax_scalar(more, most);
+    hl_vstore_scalar(lane, hl_vadd_scalar(most, spoilt));
+    return lane[0];
+}
+
+/* The codes of n numbers that share a scale; 0: all of them are 0. */
+HL_KERNEL_SCALAR void hl_ifa_f16_i8_d32_put_i8_f16_scalar(uint8_t *code, const uint16_t *from,
+    int32_t n, float scale)
+{
+    enum { L = 1 };
+    hl_vf_scalar r;
+    hl_vf_scalar d;
+    int32_t c = 0;
+    if (scale == 0.0f) {
+        for (; c < n; ++c) {
+            code[c] = 0;
+        }
+        return;
+    }
+    r = hl_vset_scalar(1.0f / scale);
+    d = hl_vset_scalar(scale);
+    for (; c + L <= n; c += L) {
+        const hl_vf_scalar x = hl_vload_f16_scalar(from + c);
+        hl_vstore_i8_scalar(code + c, hl_vquot_scalar(x, d, r));
+    }
+}
+
+/* The codes of a head whose scales are given. */
+HL_KERNEL_SCALAR void hl_ifa_f16_i8_d32_clip_i8_f16_scalar(uint8_t *code, const uint16_t *from,
+    const hl_decode_run *run, ptrdiff_t at)
+{
+    enum { L = 1 };
+    const int32_t n = run->channels;
+    int32_t c = 0;
+    for (; c + L <= n; c += L) {
+        hl_vclip_i8_scalar(code + c,
+                           hl_ifa_f16_i8_d32_quotients_scalar(run, hl_vload_f16_scalar(from + c), at
+                + c, L));
+    }
+}
+
+/* Rows of IEEE float16 become int8. */
+HL_KERNEL_SCALAR void hl_ifa_f16_i8_d32_i8_f16_scalar(const hl_decode_run *run)
+{
+    const int32_t n = run->channels;
+    for (int32_t i = 0; i < run->rows; ++i) {
+        const unsigned char *const from = run->from + i * run->from_row;
+        uint8_t *const to = run->to + i * run->to_row;
+        float most = 0.0f;
+        float scale;
+        if (run->token_scale == NULL) {
+            for (int32_t h = 0; h < run->heads; ++h) {
+                const void *const head = from + h * run->from_head;
+                hl_ifa_f16_i8_d32_clip_i8_f16_scalar(to + h * run->to_head, (const uint16_t *)head,
+                    run, (ptrdiff_t)h * n);
+            }
+            continue;
+        }
+        for (int32_t h = 0; h < run->heads; ++h) {
+            const void *const head = from + h * run->from_head;
+            const float here = hl_ifa_f16_i8_d32_largest_f16_scalar((const uint16_t *)head, n);
+            most = most != most || here <= most ? most : here; /* a NaN stays */
+        }
+        scale = hl_ifa_f16_i8_d32_put_token_scale(run, i, most, 127.0f);
+        for (int32_t h = 0; h < run->heads; ++h) {
+            const void *const head = from + h * run->from_head;
+            hl_ifa_f16_i8_d32_put_i8_f16_scalar(to + h * run->to_head, (const uint16_t *)head, n,
+                                                scale);
+        }
+    }
+}
+
+/* The largest magnitude of n numbers; NaN if one of them is NaN or infinite: then 0 * x is NaN. */
+HL_KERNEL_SCALAR float hl_ifa_f16_i8_d32_largest_f32_scalar(const float *from, int32_t n)
+{
+    enum { L = 1 };
+    hl_vf_scalar most = hl_vzero_scalar();
+    hl_vf_scalar more = hl_vzero_scalar();
+    hl_vf_scalar spoilt = hl_vzero_scalar();
+    hl_vf_scalar x;
+    hl_vf_scalar y;
+    float lane[L];
+    int32_t c = 0;
+    for (; c + 2 * L <= n; c += 2 * L) { /* in any order */
+        hl_vpair_scalar(from + c, &x, &y);
+        most = hl_vmax_scalar(hl_vabs_scalar(x), most);
+        more = hl_vmax_scalar(hl_vabs_scalar(y), more);
+        spoilt = hl_vfma_scalar(x, hl_vzero_scalar(), spoilt);
+        spoilt = hl_vfma_scalar(y, hl_vzero_scalar(), spoilt);
+    }
+    most = hl_vmax_scalar(more, most);
+    hl_vstore_scalar(lane, hl_vadd_scalar(most, spoilt));
+    return lane[0];
+}
+
+/* The codes of n numbers that share a scale; 0: all of them are 0. */
+HL_KERNEL_SCALAR void hl_ifa_f16_i8_d32_put_i8_f32_scalar(uint8_t *code, const float *from,
+    int32_t n, float scale)
+{
+    enum { L = 1 };
+    hl_vf_scalar r;
+    hl_vf_scalar d;
+    int32_t c = 0;
+    if (scale == 0.0f) {
+        for (; c < n; ++c) {
+            code[c] = 0;
+        }
+        return;
+    }
+    r = hl_vset_scalar(1.0f / scale);
+    d = hl_vset_scalar(scale);
+    for (; c + L <= n; c += L) {
+        const hl_vf_scalar x = hl_vload_scalar(from + c);
+        hl_vstore_i8_scalar(code + c, hl_vquot_scalar(x, d, r));
+    }
+}
+
+/* The codes of a head whose scales are given. */
+HL_KERNEL_SCALAR void hl_ifa_f16_i8_d32_clip_i8_f32_scalar(uint8_t *code, const float *from,
+    const hl_decode_run *run, ptrdiff_t at)
+{
+    enum { L = 1 };
+    const int32_t n = run->channels;
+    int32_t c = 0;
+    for (; c + L <= n; c += L) {
+        hl_vclip_i8_scalar(code + c,
+                           hl_ifa_f16_i8_d32_quotients_scalar(run, hl_vload_scalar(from + c), at
+                + c, L));
+    }
+}
+
+/* Rows of IEEE float32 become int8. */
+HL_KERNEL_SCALAR void hl_ifa_f16_i8_d32_i8_f32_scalar(const hl_decode_run *run)
+{
+    const int32_t n = run->channels;
+    for (int32_t i = 0; i < run->rows; ++i) {
+        const unsigned char *const from = run->from + i * run->from_row;
+        uint8_t *const to = run->to + i * run->to_row;
+        float most = 0.0f;
+        float scale;
+        if (run->token_scale == NULL) {
+            for (int32_t h = 0; h < run->heads; ++h) {
+                const void *const head = from + h * run->from_head;
+                hl_ifa_f16_i8_d32_clip_i8_f32_scalar(to + h * run->to_head, (const float *)head,
+                    run, (ptrdiff_t)h * n);
+            }
+            continue;
+        }
+        for (int32_t h = 0; h < run->heads; ++h) {
+            const void *const head = from + h * run->from_head;
+            const float here = hl_ifa_f16_i8_d32_largest_f32_scalar((const float *)head, n);
+            most = most != most || here <= most ? most : here; /* a NaN stays */
+        }
+        scale = hl_ifa_f16_i8_d32_put_token_scale(run, i, most, 127.0f);
+        for (int32_t h = 0; h < run->heads; ++h) {
+            const void *const head = from + h * run->from_head;
+            hl_ifa_f16_i8_d32_put_i8_f32_scalar(to + h * run->to_head, (const float *)head, n,
+                                                scale);
+        }
+    }
+}
+
+/* Rows of either type become what the cache has: as keys (0) or values (1). */
+HL_KERNEL_SCALAR void hl_ifa_f16_i8_d32_append_rows_scalar(const hl_decode_run *run, int32_t side)
+{
+    (void)side;
+    if (!run->numbers_f32) {
+        hl_ifa_f16_i8_d32_i8_f16_scalar(run);
+        return;
+    }
+    if (run->numbers_f32) {
+        hl_ifa_f16_i8_d32_i8_f32_scalar(run);
+        return;
+    }
+}
+
 /* ==== hl_incre_flash_attention_f16_i8_d32 ====
  * Plan, task, merge, call. */
 
@@ -3272,9 +3671,6 @@ static inline hl_status hl_ifa_f16_i8_d32_plan(hl_incre_flash_attention_plan *pl
     if (a->value == a->key && a->value_stride.batch == a->key_stride.batch
         && a->value_stride.row == a->key_stride.row && a->value_stride.head == a->key_stride.head) {
         a->value = NULL; /* the same memory: read it once */
-    }
-    if (a->isa == HL_ISA_AMX && a->heads_q / a->heads_kv < 17) {
-        a->isa = HL_ISA_AVX512; /* for few heads tiles in two parts are no help */
     }
     rows = a->batch; /* all rows of a batch are one task */
     p.group = a->heads_q / a->heads_kv * a->seq_q;
@@ -3472,6 +3868,560 @@ HL_API hl_status hl_incre_flash_attention_f16_i8_d32(const hl_incre_flash_attent
     return status;
 }
 
+/* ==== hl_incre_flash_attention_f16_i8_d32 ====
+ * Rows: append. */
+
+/* The instruction set that turns rows into records and back: the best that is here and has words of
+ * its own. Tiles are looked for only if they are named: that is a system call. 0: not here. */
+static inline int32_t hl_ifa_f16_i8_d32_words(int32_t asked)
+{
+#if !HL_ISA_ONLY || defined(HL_ISA_ONLY_SCALAR)
+    if (asked == HL_ISA_BEST || asked == HL_ISA_SCALAR) {
+        return HL_ISA_SCALAR;
+    }
+#endif
+    return HL_ISA_BEST;
+}
+
+/* A run of rows becomes keys or values. */
+static inline void hl_ifa_f16_i8_d32_append_rows(int32_t isa, const hl_decode_run *run,
+                                                 int32_t side)
+{
+    switch (isa) {
+#if HL_HAS_SCALAR
+    case HL_ISA_SCALAR:
+        hl_ifa_f16_i8_d32_append_rows_scalar(run, side);
+        break;
+#endif
+    default:
+        break;
+    }
+}
+
+/* Keys or values: new rows, and the cache that they go to. */
+typedef struct hl_ifa_f16_i8_d32_side {
+    const unsigned char *from;
+    unsigned char *to;
+    void *const *pages;    /* NULL: the cache is at `to`          */
+    hl_stride from_stride; /* in bytes, from here on              */
+    hl_stride to_stride;
+    uint64_t bytes;        /* of a row in the cache               */
+    uint64_t extent;       /* of the cache, or of one of its pages */
+    uint32_t align;
+    hl_argument argument;
+} hl_ifa_f16_i8_d32_side;
+
+/* All memory of a call but the cache. */
+typedef struct hl_ifa_f16_i8_d32_inputs {
+    hl_range range[10];
+    int32_t n;
+} hl_ifa_f16_i8_d32_inputs;
+
+static inline int32_t hl_ifa_f16_i8_d32_append_paged(const hl_decode_append_args *a)
+{
+    return a->layout_kv == HL_LAYOUT_PA_BSND || a->layout_kv == HL_LAYOUT_PA_BNSD;
+}
+
+static inline int32_t hl_ifa_f16_i8_d32_by_slot(const hl_decode_append_args *a)
+{
+    (void)a;
+    return 0;
+}
+
+static inline int32_t hl_ifa_f16_i8_d32_in_pages(const hl_decode_append_args *a)
+{
+    (void)a;
+    return 0;
+}
+
+/* Rows of a batch's cache. */
+static inline int32_t hl_ifa_f16_i8_d32_append_limit(const hl_decode_append_args *a)
+{
+    if (hl_ifa_f16_i8_d32_by_slot(a)) {
+        return a->max_blocks;
+    }
+    return hl_ifa_f16_i8_d32_append_paged(a) ? a->max_blocks * a->block_size : a->seq_kv;
+}
+
+/* 2: keys and values; 1: values are the first channels of keys. */
+static inline int32_t hl_ifa_f16_i8_d32_sides(const hl_decode_append_args *a)
+{
+    return a->value != NULL || a->value_cache != NULL || a->value_pages != NULL ? 2 : 1;
+}
+
+/* What this header was not generated with; sizes and modes. Fills in the defaults of *a. */
+static inline hl_status hl_ifa_f16_i8_d32_check_append_sizes(hl_decode_append_args *a,
+    hl_error *error)
+{
+    const int32_t paged = hl_ifa_f16_i8_d32_append_paged(a);
+    const struct {
+        int32_t value;
+        int32_t least;
+        int32_t most;
+        hl_argument argument;
+    } counts[] = {
+        {a->batch, 0, INT32_MAX, HL_ARG_BATCH},
+        {a->rows, 0, INT32_MAX, HL_ARG_ROWS},
+        {a->heads_kv, 0, INT32_MAX, HL_ARG_HEADS_KV},
+        {paged ? 0 : a->seq_kv, 0, INT32_MAX, HL_ARG_SEQ_KV},
+        {paged ? a->num_blocks : 0, 0, INT32_MAX, HL_ARG_NUM_BLOCKS},
+        {paged ? a->block_size : 1, 1, INT32_MAX, HL_ARG_BLOCK_SIZE},
+        {paged ? a->max_blocks : 0, 0, INT32_MAX, HL_ARG_MAX_BLOCKS},
+        {a->antiquant_mode, 0, 2, HL_ARG_ANTIQUANT_MODE},
+        {a->antiquant_f32, 0, 1, HL_ARG_ANTIQUANT_F32},
+        {a->numbers_f32, 0, 1, HL_ARG_NUMBERS_F32}
+    };
+    const struct {
+        int32_t value;
+        hl_argument argument;
+    } absent[] = {
+        {a->key_pages != NULL, HL_ARG_KEY_PAGES},
+        {a->value_pages != NULL, HL_ARG_VALUE_PAGES},
+        {a->index_kind, HL_ARG_INDEX_KIND}
+    };
+    for (size_t i = 0; i < sizeof absent / sizeof absent[0]; ++i) {
+        if (absent[i].value != 0) {
+            return hl_refuse(error, HL_ERR_UNSUPPORTED, absent[i].argument, HL_RULE_NULL,
+                             absent[i].value, 0);
+        }
+    }
+    for (size_t i = 0; i < sizeof counts / sizeof counts[0]; ++i) {
+        const int32_t low = counts[i].value < counts[i].least;
+        if (low || counts[i].value > counts[i].most) {
+            return hl_refuse(error, HL_ERR_SHAPE, counts[i].argument, low ? HL_RULE_AT_LEAST
+                             : HL_RULE_AT_MOST, counts[i].value, low ? counts[i].least
+                             : counts[i].most);
+        }
+    }
+    a->heads_kv = a->heads_kv != 0 ? a->heads_kv : 1;
+    if (paged && (int64_t)a->max_blocks
+        * (hl_ifa_f16_i8_d32_by_slot(a) ? 1 : a->block_size) > INT32_MAX) {
+        return hl_refuse(error, HL_ERR_SHAPE, HL_ARG_MAX_BLOCKS, HL_RULE_AT_MOST, a->max_blocks,
+                         INT32_MAX / a->block_size);
+    }
+    return HL_OK;
+}
+
+/* Layouts, and what each of them has no use for. */
+static inline hl_status hl_ifa_f16_i8_d32_check_append_layout(const hl_decode_append_args *a,
+    hl_error *error)
+{
+    const int32_t kv_known = a->layout_kv == HL_LAYOUT_BSND || a->layout_kv == HL_LAYOUT_BSH
+        || a->layout_kv == HL_LAYOUT_BNSD || a->layout_kv == HL_LAYOUT_PA_BSND
+        || a->layout_kv == HL_LAYOUT_PA_BNSD;
+    const int32_t paged = hl_ifa_f16_i8_d32_append_paged(a);
+    const int32_t pages = hl_ifa_f16_i8_d32_in_pages(a);
+    const struct {
+        int32_t there;
+        hl_argument argument;
+    } unused[] = {
+        {a->block_table != NULL && (!paged || pages), HL_ARG_BLOCK_TABLE},
+        {a->key_pages != NULL && !paged, HL_ARG_KEY_PAGES},
+        {a->value_pages != NULL && !paged, HL_ARG_VALUE_PAGES},
+        {a->antiquant_scale != NULL && a->antiquant_mode == HL_ANTIQUANT_TOKEN,
+         HL_ARG_ANTIQUANT_SCALE},
+        {a->antiquant_offset != NULL && a->antiquant_mode == HL_ANTIQUANT_TOKEN,
+         HL_ARG_ANTIQUANT_OFFSET},
+        {a->token_scales != NULL && a->antiquant_mode != HL_ANTIQUANT_TOKEN, HL_ARG_TOKEN_SCALES},
+        {a->key_cache != NULL && pages, HL_ARG_KEY_CACHE},
+        {a->value_cache != NULL && pages, HL_ARG_VALUE_CACHE}
+    };
+    if (a->layout_new != HL_LAYOUT_BSND && a->layout_new != HL_LAYOUT_BSH
+        && a->layout_new != HL_LAYOUT_BNSD) {
+        return hl_refuse(error, HL_ERR_UNSUPPORTED, HL_ARG_LAYOUT_NEW, HL_RULE_GENERATED,
+                         a->layout_new, 0);
+    }
+    if (!kv_known) {
+        return hl_refuse(error, HL_ERR_UNSUPPORTED, HL_ARG_LAYOUT_KV, HL_RULE_GENERATED,
+                         a->layout_kv, 0);
+    }
+    for (size_t i = 0; i < sizeof unused / sizeof unused[0]; ++i) {
+        if (unused[i].there) {
+            return hl_refuse(error, HL_ERR_UNSUPPORTED, unused[i].argument, HL_RULE_NULL, 1, 0);
+        }
+    }
+    if (pages
+        && (a->key_pages == NULL || (hl_ifa_f16_i8_d32_sides(a) > 1 && a->value_pages == NULL))) {
+        return hl_refuse(error, HL_ERR_NULL, a->key_pages == NULL ? HL_ARG_KEY_PAGES
+                         : HL_ARG_VALUE_PAGES, HL_RULE_NOT_NULL, 0, 0);
+    }
+    return HL_OK;
+}
+
+/* Fills in the strides of new rows or of a cache, which become bytes; *extent: what they span. */
+static inline hl_status hl_ifa_f16_i8_d32_check_append_stride(hl_stride *stride,
+    int32_t heads_first, const int64_t *count, int64_t channels, uint32_t element,
+    hl_argument argument, int32_t written, uint64_t *extent, hl_error *error)
+{
+    hl_status status;
+    if (heads_first) {
+        hl_ifa_f16_i8_d32_heads_first(stride, count[1], channels);
+    }
+    status = hl_default_stride(stride, count[1], count[2], channels, argument, error);
+    if (status == HL_OK && written) {
+        status = hl_check_apart(stride, count[0], count[1], count[2], channels, argument, error);
+    }
+    *extent = hl_extent(stride, count[0], count[1], count[2], channels, element);
+    if (status == HL_OK && *extent > (uint64_t)PTRDIFF_MAX) {
+        return hl_refuse(error, HL_ERR_SHAPE, argument, HL_RULE_ADDRESSABLE,
+                         *extent > (uint64_t)INT64_MAX ? INT64_MAX : (int64_t)*extent,
+                         (int64_t)PTRDIFF_MAX);
+    }
+    /* Where nothing is stepped over, a step may be anything. */
+    stride->batch = *extent > 0 && count[0] > 1 ? stride->batch * (ptrdiff_t)element : 0;
+    stride->row = *extent > 0 && count[1] > 1 ? stride->row * (ptrdiff_t)element : 0;
+    stride->head = *extent > 0 && count[2] > 1 ? stride->head * (ptrdiff_t)element : 0;
+    return status;
+}
+
+/* One tensor of the cache, or one of its pages: it is there, and apart from all other memory. */
+static inline hl_status hl_ifa_f16_i8_d32_check_target(const hl_ifa_f16_i8_d32_inputs *inputs,
+    const void *to, const hl_ifa_f16_i8_d32_side *side, hl_argument argument, hl_error *error)
+{
+    const hl_range range = {to, side->extent, argument, 1, side->align};
+    const hl_status status = hl_check_ranges(&range, 1, error);
+    const uintptr_t start = (uintptr_t)to;
+    for (int32_t i = 0; status == HL_OK && side->extent > 0 && i < inputs->n; ++i) {
+        const uintptr_t other = (uintptr_t)inputs->range[i].start;
+        if (other < start + (uintptr_t)side->extent && start < other
+            + (uintptr_t)inputs->range[i].bytes) {
+            return hl_refuse(error, HL_ERR_ALIAS, argument, HL_RULE_DISJOINT, 0, 0);
+        }
+    }
+    return status;
+}
+
+/* Keys and values in the same memory: from some step on both have the same ones, and what is below
+ * lies side by side within it (K and V of each block, row or head). `first` starts in front. */
+static inline int32_t hl_ifa_f16_i8_d32_side_by_side(const hl_ifa_f16_i8_d32_side *first,
+    const hl_ifa_f16_i8_d32_side *second, uint64_t gap, const int64_t *count)
+{
+    const ptrdiff_t step[3] = {first->to_stride.batch, first->to_stride.row,
+                               first->to_stride.head};
+    const ptrdiff_t other[3] = {second->to_stride.batch, second->to_stride.row,
+                                second->to_stride.head};
+    uint64_t span = first->bytes;
+    uint64_t reach = second->bytes;
+    int32_t done[3] = {0, 0, 0};
+    int32_t apart = 0;
+    for (int32_t turn = 0; turn < 3; ++turn) {
+        int32_t least = -1;
+        int32_t same = 1;
+        for (int32_t i = 0; i < 3; ++i) {
+            if (!done[i] && count[i] > 1) {
+                same &= step[i] == other[i];
+                least = least < 0 || step[i] < step[least] ? i : least;
+            }
+        }
+        if (least < 0) {
+            break;
+        }
+        done[least] = 1;
+        if (same && gap >= span) {
+            apart = gap + reach <= (uint64_t)step[least];
+        }
+        if (apart && gap + reach > (uint64_t)step[least]) {
+            return 0;
+        }
+        span += (uint64_t)(count[least] - 1) * (uint64_t)step[least];
+        reach += (uint64_t)(count[least] - 1) * (uint64_t)other[least];
+    }
+    return apart || gap >= span;
+}
+
+/* The two caches leave each other's rows alone. */
+static inline hl_status hl_ifa_f16_i8_d32_check_sides(const hl_ifa_f16_i8_d32_side *side,
+    const unsigned char *key, const unsigned char *value, const int64_t *count,
+    hl_argument argument, hl_error *error)
+{
+    const uintptr_t k = (uintptr_t)key;
+    const uintptr_t v = (uintptr_t)value;
+    if (side[0].extent == 0 || side[1].extent == 0
+        || (k <= v && hl_ifa_f16_i8_d32_side_by_side(&side[0], &side[1], (uint64_t)(v - k), count))
+        || (v < k
+            && hl_ifa_f16_i8_d32_side_by_side(&side[1], &side[0], (uint64_t)(k - v), count))) {
+        return HL_OK;
+    }
+    return hl_refuse(error, HL_ERR_ALIAS, argument, HL_RULE_DISJOINT, 0, 0);
+}
+
+/* Strides, alignment, extents; and the cache overlaps nothing else. Fills in side[] and count[]:
+ * blocks (or batches), rows and heads of the cache. */
+static inline hl_status hl_ifa_f16_i8_d32_check_append_memory(const hl_decode_append_args *a,
+    hl_ifa_f16_i8_d32_side *side, hl_ifa_f16_i8_d32_inputs *inputs, int64_t *count, hl_error *error)
+{
+    const int32_t paged = hl_ifa_f16_i8_d32_append_paged(a);
+    const int32_t sides = hl_ifa_f16_i8_d32_sides(a);
+    const int32_t any = a->batch > 0 && a->rows > 0; /* else nothing is read or written */
+    const int32_t pages = hl_ifa_f16_i8_d32_in_pages(a);
+    const int32_t new_first = a->layout_new == HL_LAYOUT_BNSD;
+    const int32_t kv_first = a->layout_kv == HL_LAYOUT_BNSD || a->layout_kv == HL_LAYOUT_PA_BNSD;
+    const uint32_t number = a->numbers_f32 ? 4u : 2u;
+    const uint64_t each = 4u * (uint64_t)a->batch;
+    const uint64_t entries = hl_mul_cap((uint64_t)a->batch, (uint64_t)a->max_blocks);
+    const int32_t by_token = a->antiquant_mode == HL_ANTIQUANT_TOKEN;
+    const uint32_t given = a->antiquant_f32 ? 4u : 2u;
+    const uint64_t scales = given
+        * (a->antiquant_mode == HL_ANTIQUANT_TENSOR ? 2u : (uint64_t)a->heads_kv * 64u);
+    const uint64_t tokens = hl_mul_cap(each, 2u * (uint64_t)hl_ifa_f16_i8_d32_append_limit(a));
+    const int64_t fresh[3] = {a->batch, a->rows, a->heads_kv};
+    uint64_t extent[2] = {0, 0};
+    hl_status status = HL_OK;
+    count[0] = pages ? 1 : paged ? a->num_blocks : a->batch;
+    count[1] = paged ? a->block_size : a->seq_kv;
+    count[2] = a->heads_kv;
+    side[0].from = (const unsigned char *)a->key;
+    side[0].to = (unsigned char *)a->key_cache;
+    side[0].pages = a->key_pages;
+    side[0].from_stride = a->key_stride;
+    side[0].to_stride = a->key_cache_stride;
+    side[0].argument = pages ? HL_ARG_KEY_PAGES : HL_ARG_KEY_CACHE;
+    side[1].from = (const unsigned char *)a->value;
+    side[1].to = (unsigned char *)a->value_cache;
+    side[1].pages = a->value_pages;
+    side[1].from_stride = a->value_stride;
+    side[1].to_stride = a->value_cache_stride;
+    side[1].argument = pages ? HL_ARG_VALUE_PAGES : HL_ARG_VALUE_CACHE;
+    side[0].bytes = 32 * 1;
+    side[0].align = 1;
+    status = status != HL_OK ? status
+        : hl_ifa_f16_i8_d32_check_append_stride(&side[0].from_stride, new_first, fresh, 32, number,
+                                                HL_ARG_KEY_STRIDE, 0, &extent[0], error);
+    status = status != HL_OK ? status
+        : hl_ifa_f16_i8_d32_check_append_stride(&side[0].to_stride, kv_first, count, 32, 1,
+                                                HL_ARG_KEY_CACHE_STRIDE, 1, &side[0].extent, error);
+    side[1].bytes = 32 * 1;
+    side[1].align = 1;
+    status = status != HL_OK ? status
+        : hl_ifa_f16_i8_d32_check_append_stride(&side[1].from_stride, new_first, fresh, 32, number,
+                                                HL_ARG_VALUE_STRIDE, 0, &extent[1], error);
+    status = status != HL_OK ? status
+        : hl_ifa_f16_i8_d32_check_append_stride(&side[1].to_stride, kv_first, count, 32, 1,
+                                                HL_ARG_VALUE_CACHE_STRIDE, 1, &side[1].extent,
+                                                error);
+    if (status != HL_OK) {
+        return status;
+    }
+    {
+        const hl_range range[] = {
+            {a->key, extent[0], HL_ARG_KEY, 0, number},
+            {a->value, sides > 1 ? extent[1] : 0, HL_ARG_VALUE, 0, number},
+            {a->positions, any ? each : 0, HL_ARG_POSITIONS, 0, 4u},
+            {a->lengths, a->lengths != NULL ? each : 0, HL_ARG_LENGTHS, 0, 4u},
+            {a->block_table, a->block_table != NULL ? hl_mul_cap(entries, 4u) : 0,
+             HL_ARG_BLOCK_TABLE, 0, 4u},
+            {a->key_pages, a->key_pages != NULL ? hl_mul_cap(entries, sizeof(void *)) : 0,
+             HL_ARG_KEY_PAGES, 0, (uint32_t)sizeof(void *)},
+            {a->value_pages, a->value_pages != NULL ? hl_mul_cap(entries, sizeof(void *)) : 0,
+             HL_ARG_VALUE_PAGES, 0, (uint32_t)sizeof(void *)},
+            {a->antiquant_scale, any && !by_token ? scales : 0, HL_ARG_ANTIQUANT_SCALE, 0, given},
+            {a->antiquant_offset, a->antiquant_offset != NULL ? scales : 0,
+             HL_ARG_ANTIQUANT_OFFSET, 0, given},
+            {a->token_scales, any && by_token ? tokens : 0, HL_ARG_TOKEN_SCALES, 1, 4u}
+        };
+        inputs->n = 0;
+        for (size_t i = 0; i < sizeof range / sizeof range[0]; ++i) {
+            if (range[i].bytes != 0) {
+                inputs->range[inputs->n++] = range[i];
+            }
+        }
+    }
+    status = hl_check_ranges(inputs->range, inputs->n, error);
+    for (int32_t s = 0; s < sides; ++s) {
+        side[s].extent = any ? side[s].extent : 0;
+        if (status == HL_OK && !pages) {
+            status =
+                hl_ifa_f16_i8_d32_check_target(inputs, side[s].to, &side[s], side[s].argument,
+                                               error);
+        }
+    }
+    if (status == HL_OK && !pages && sides > 1) {
+        status =
+            hl_ifa_f16_i8_d32_check_sides(side, side[0].to, side[1].to, count, HL_ARG_VALUE_CACHE,
+                                          error);
+    }
+    return status;
+}
+
+/* New rows of a batch. */
+static inline int32_t hl_ifa_f16_i8_d32_new_rows(const hl_decode_append_args *a, int32_t b)
+{
+    return a->lengths != NULL ? a->lengths[b] : a->rows;
+}
+
+/* An entry of a batch's row of the table, or its page. */
+static inline hl_status hl_ifa_f16_i8_d32_check_append_entry(const hl_decode_append_args *a,
+    const hl_ifa_f16_i8_d32_side *side, const hl_ifa_f16_i8_d32_inputs *inputs,
+    const int64_t *count, int32_t b, int32_t i, hl_error *error)
+{
+    const ptrdiff_t at = (ptrdiff_t)b * a->max_blocks + i;
+    const int64_t blocks = (int64_t)a->num_blocks
+        * (hl_ifa_f16_i8_d32_by_slot(a) ? a->block_size : 1);
+    int32_t id;
+    (void)side;
+    (void)inputs;
+    (void)count;
+    id = a->block_table[at];
+    if (id < 0 || id >= blocks) {
+        return hl_refuse_at(error, HL_ERR_BLOCK_ID, HL_ARG_BLOCK_TABLE, id < 0 ? HL_RULE_AT_LEAST
+                            : HL_RULE_AT_MOST, 2, b, i, id, id < 0 ? 0 : blocks - 1);
+    }
+    return HL_OK;
+}
+
+/* New rows and their places in each batch, and the table entries that are needed for them. */
+static inline hl_status hl_ifa_f16_i8_d32_check_append_places(const hl_decode_append_args *a,
+    const hl_ifa_f16_i8_d32_side *side, const hl_ifa_f16_i8_d32_inputs *inputs,
+    const int64_t *count, hl_error *error)
+{
+    const int32_t limit = hl_ifa_f16_i8_d32_append_limit(a);
+    const int32_t each = hl_ifa_f16_i8_d32_by_slot(a) ? 1 : a->block_size;
+    for (int32_t b = 0; a->rows > 0 && b < a->batch; ++b) {
+        const int32_t n = hl_ifa_f16_i8_d32_new_rows(a, b);
+        const int32_t first = a->positions[b];
+        if (n < 0 || n > a->rows) {
+            return hl_refuse_at(error, HL_ERR_LENGTH, HL_ARG_LENGTHS, n < 0 ? HL_RULE_AT_LEAST
+                                : HL_RULE_AT_MOST, 1, b, 0, n, n < 0 ? 0 : a->rows);
+        }
+        if (n == 0) {
+            continue; /* nothing else of this batch counts */
+        }
+        if (first < 0 || first > (int64_t)limit - n) {
+            return hl_refuse_at(error, HL_ERR_LENGTH, HL_ARG_POSITIONS, first < 0 ? HL_RULE_AT_LEAST
+                                : HL_RULE_AT_MOST, 1, b, 0, first, first < 0 ? 0
+                                : (int64_t)limit - n);
+        }
+        if (!hl_ifa_f16_i8_d32_append_paged(a)) {
+            continue;
+        }
+        if (a->block_table == NULL && !hl_ifa_f16_i8_d32_in_pages(a)) {
+            return hl_refuse(error, HL_ERR_NULL, HL_ARG_BLOCK_TABLE, HL_RULE_NOT_NULL, 0, 0);
+        }
+        for (int32_t i = first / each; i <= (first + n - 1) / each; ++i) {
+            const hl_status status =
+                hl_ifa_f16_i8_d32_check_append_entry(a, side, inputs, count, b, i, error);
+            if (status != HL_OK) {
+                return status;
+            }
+        }
+    }
+    return HL_OK;
+}
+/* Keys or values of a run. */
+static inline void hl_ifa_f16_i8_d32_append_run(int32_t isa, const hl_decode_run *run, int32_t side)
+{
+    hl_ifa_f16_i8_d32_append_rows(isa, run, side);
+}
+
+/* Given scales and offsets of a side, or where those of its rows from t on go. */
+static inline void hl_ifa_f16_i8_d32_scales_of_run(const hl_decode_append_args *a,
+                                                   hl_decode_run *run, int32_t s, int32_t b,
+                                                   int32_t t)
+{
+    const ptrdiff_t number = a->antiquant_f32 ? 4 : 2;
+    const ptrdiff_t limit = hl_ifa_f16_i8_d32_append_limit(a);
+    const ptrdiff_t second = s == 0 ? 0 : 1;
+    ptrdiff_t at = second;
+    if (!(s == 0 ? 1 : 1)) {
+        return;
+    }
+    if (a->antiquant_mode == HL_ANTIQUANT_TOKEN) {
+        run->token_scale = a->token_scales + (second * a->batch + b) * limit + t;
+        if (hl_ifa_f16_i8_d32_sides(a) == 1) {
+            run->token_again = run->token_scale + a->batch * limit;
+        }
+        return;
+    }
+    if (a->antiquant_mode == HL_ANTIQUANT_CHANNEL) {
+        at = s == 0 ? 0 : (ptrdiff_t)a->heads_kv * 32;
+    }
+    run->scale = (const unsigned char *)a->antiquant_scale + at * number;
+    if (a->antiquant_offset != NULL) {
+        run->offset = (const unsigned char *)a->antiquant_offset + at * number;
+    }
+}
+
+HL_API hl_status hl_incre_flash_attention_f16_i8_d32_append(const hl_decode_append_args *args,
+    hl_error *error)
+{
+    hl_decode_append_args a;
+    hl_ifa_f16_i8_d32_side side[2];
+    hl_ifa_f16_i8_d32_inputs inputs;
+    int64_t count[3];
+    int32_t sides;
+    int32_t isa;
+    hl_status status;
+    (void)hl_refuse(error, HL_OK, HL_ARG_NONE, HL_RULE_NONE, 0, 0);
+    if (args == NULL) {
+        return hl_refuse(error, HL_ERR_NULL, HL_ARG_ARGS, HL_RULE_NOT_NULL, 0, 0);
+    }
+    a = *args;
+    status = hl_ifa_f16_i8_d32_check_append_sizes(&a, error);
+    if (status == HL_OK) {
+        status = hl_ifa_f16_i8_d32_check_append_layout(&a, error);
+    }
+    if (status == HL_OK) {
+        status = hl_ifa_f16_i8_d32_check_append_memory(&a, side, &inputs, count, error);
+    }
+    if (status == HL_OK) {
+        status = hl_ifa_f16_i8_d32_check_append_places(&a, side, &inputs, count, error);
+    }
+    if (status != HL_OK) {
+        return status;
+    }
+    isa = hl_ifa_f16_i8_d32_words(a.isa);
+    if (isa == HL_ISA_BEST) {
+        return hl_refuse(error, HL_ERR_UNSUPPORTED, HL_ARG_ISA, HL_RULE_GENERATED, a.isa, 0);
+    }
+    sides = hl_ifa_f16_i8_d32_sides(&a);
+    for (int32_t b = 0; a.rows > 0 && b < a.batch; ++b) {
+        const int32_t rows = hl_ifa_f16_i8_d32_new_rows(&a, b);
+        int32_t n = 0;
+        for (int32_t i = 0; i < rows; i += n) { /* as many as lie at even steps */
+            const int32_t t = a.positions[b] + i;
+            ptrdiff_t entry = 0;
+            ptrdiff_t outer = b;
+            ptrdiff_t inner = t;
+            n = rows - i;
+            if (hl_ifa_f16_i8_d32_append_paged(&a)) {
+                const int32_t left = a.block_size - t % a.block_size;
+                entry = (ptrdiff_t)b * a.max_blocks
+                    + (hl_ifa_f16_i8_d32_by_slot(&a) ? t : t / a.block_size);
+                outer = hl_ifa_f16_i8_d32_in_pages(&a) ? 0 : a.block_table[entry];
+                inner = hl_ifa_f16_i8_d32_by_slot(&a) ? outer % a.block_size : t % a.block_size;
+                outer = hl_ifa_f16_i8_d32_by_slot(&a) ? outer / a.block_size : outer;
+                n = hl_ifa_f16_i8_d32_by_slot(&a) ? 1 : n < left ? n : left;
+            }
+            for (int32_t s = 0; s < sides; ++s) {
+                const hl_stride *const from = &side[s].from_stride;
+                const hl_stride *const to = &side[s].to_stride;
+                unsigned char *const cache =
+                    hl_ifa_f16_i8_d32_in_pages(&a) ? (unsigned char *)side[s].pages[entry]
+                        : side[s].to;
+                hl_decode_run run;
+                run.from = side[s].from + b * from->batch + i * from->row;
+                run.to = cache + outer * to->batch + inner * to->row;
+                run.token_scale = NULL;
+                run.token_again = NULL;
+                run.scale = NULL;
+                run.offset = NULL;
+                run.scale_f32 = a.antiquant_f32;
+                run.by_channel = a.antiquant_mode == HL_ANTIQUANT_CHANNEL;
+                run.numbers_f32 = a.numbers_f32;
+                run.rows = n;
+                run.heads = a.heads_kv;
+                run.channels = s == 0 ? 32 : 32;
+                run.from_row = from->row;
+                run.from_head = from->head;
+                run.to_row = to->row;
+                run.to_head = to->head;
+                hl_ifa_f16_i8_d32_scales_of_run(&a, &run, s, b, t);
+                hl_ifa_f16_i8_d32_append_run(isa, &run, s);
+            }
+        }
+    }
+    return HL_OK;
+}
 #ifdef __cplusplus
 }
 #endif

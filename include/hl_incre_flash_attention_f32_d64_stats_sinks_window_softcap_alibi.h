@@ -12,7 +12,8 @@
  *       key 64 channels of IEEE float32;
  *       value 64 channels of IEEE float32;
  *       cache BSND, BSH, BNSD, PA_BSND, PA_BNSD;
- *       with max, sum and LSE, sinks, a sliding window, softcap and ALiBi.
+ *       with max, sum and LSE, sinks, a sliding window, softcap,
+ *       ALiBi.
  *   One step of decoding (incre_flash_attention): 1 to 16 query rows of each batch, the last
  *   tokens of its cache, against all of its keys:
  *       score_j = scale_value * (q . k_j) (softcap: c tanh(score / c)) + pse_j + slope * distance
@@ -73,7 +74,7 @@
  * MEMORY
  *   One task needs
  *   HL_INCRE_FLASH_ATTENTION_F32_D64_STATS_SINKS_WINDOW_SOFTCAP_ALIBI_WORKSPACE_BYTES(Q)
- *   bytes for Q = heads_q / heads_kv * seq_q queries on a kv head, 72000 for Q = 8,
+ *   bytes for Q = heads_q / heads_kv * seq_q queries on a kv head, 73536 for Q = 8,
  *   whatever the lengths. Nothing is read outside the rows that a length names, and nothing before
  *   or behind a row; unused memory may hold NaN.
  *
@@ -250,6 +251,12 @@ typedef enum hl_argument {
     HL_ARG_FROM_STRIDE,
     HL_ARG_TO_STRIDE,
     HL_ARG_POSITIONS,
+    HL_ARG_KEY_CACHE,
+    HL_ARG_VALUE_CACHE,
+    HL_ARG_TOKEN_SCALES,
+    HL_ARG_LAYOUT_NEW,
+    HL_ARG_KEY_CACHE_STRIDE,
+    HL_ARG_VALUE_CACHE_STRIDE,
     HL_ARG_PLAN,
     HL_ARG_ARGS,
     HL_ARG_WORKSPACE,
@@ -454,6 +461,80 @@ typedef struct hl_incre_flash_attention_parts {
 #endif
 
 #endif /* HL_INCRE_FLASH_ATTENTION */
+/* ==== rows of a decode operator's cache: new ones go where the table says ==== */
+
+#ifndef HL_DECODE_ROWS
+#define HL_DECODE_ROWS
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* For ..._append: new rows of each batch become rows of its cache, from a position on, stored as
+ * that header's kernel reads them. 0 is the default of every field that is not marked "required";
+ * sizes and letters are those of the operator's arguments, S: new rows.
+ *
+ * Two batches (or two tokens of one table) that name the same row are the caller's business: the
+ * last one stays, and none may be written by another thread meanwhile. The caches of keys and
+ * values may share their memory where the rows of one lie in the gaps of the other.
+ *
+ * numbers  As they are, or from float to nearest even.
+ * codes    CHANNEL, TENSOR: x / antiquant_scale - antiquant_offset in float32, each of the two
+ *          rounded, then to nearest even, saturated (int8: -128 .. 127, E4M3: +-448). Where a scale
+ *          is 0, x / scale is 0 of its sign. A NaN (or infinity / 0) is E4M3's NaN; int8 has
+ *          none, and takes 0.
+ *          TOKEN: a number for all heads and channels of a token's key, and one for its value,
+ *          is written into token_scales: the largest magnitude / 127 (E4M3: 448), 0 if nothing
+ *          is above 2^-80, NaN if something is NaN or infinite; codes are x / scale, to nearest
+ *          even, 0 where the scale is 0 or NaN. Nothing is written for offsets: they are 0.
+ * int4     Each group's scale is its largest magnitude / 7, rounded up to float16; 0 if nothing is
+ *          above 2^-80; NaN if something is NaN or infinite, or if float16 ends below it. Codes
+ *          are x / scale, to nearest even, -7 .. 7, and 0 where the scale is 0 or NaN. What fills
+ *          a row up is 0. */
+typedef struct hl_decode_append_args {
+    const void *key;        /* required [B][S][N2][DK], BNSD: [B][N2][S][DK]; the query's type   */
+    const void *value;      /* the same with DV channels. NULL: the cache has no values of its
+                             * own, they are the first channels of its keys                      */
+    void *key_cache;        /* required: what the operator has as key                            */
+    void *value_cache;      /* and as value; required if there are values                        */
+    void *const *key_pages; /* with the feature pages, in the place of key_cache, value_cache and
+                             * block_table: [B][max_blocks]; only those of new rows are read     */
+    void *const *value_pages;
+    const int32_t *block_table;   /* PA: required [B][max_blocks]; only entries of new rows are
+                                   * read                                                        */
+    const int32_t *positions;     /* required [B]: the row of its cache that a batch's first new
+                                   * row becomes, padding included; not read where there is none */
+    const int32_t *lengths;       /* [B] new rows of each batch, 0 .. S; NULL: S                 */
+    const void *antiquant_scale;  /* codes, CHANNEL or TENSOR: required, what the operator has   */
+    const void *antiquant_offset; /* NULL: 0                                                     */
+    float *token_scales;    /* codes, TOKEN: required, what the operator has as antiquant_scale:
+                             * K's [B][W], then V's; those of new rows are written. Of keys whose
+                             * first channels are the values, to both places                     */
+    int32_t batch;          /* B                                                                 */
+    int32_t rows;           /* S                                                                 */
+    int32_t heads_kv;       /* N2, 0: 1                                                          */
+    int32_t seq_kv;         /* S2; PA: not read                                                  */
+    int32_t num_blocks;     /* PA: blocks in the cache                                           */
+    int32_t block_size;     /* PA: tokens of a block, >= 1                                       */
+    int32_t max_blocks;     /* PA: entries of a row of block_table                               */
+    int32_t layout_new;     /* key and value: HL_LAYOUT_BSND, _BSH, _BNSD, whatever layout_kv is */
+    int32_t layout_kv;      /* of the cache, as the operator has it                              */
+    int32_t index_kind;     /* HL_INDEX_BLOCKS; HL_INDEX_SLOTS: block_table has an entry a token */
+    int32_t antiquant_mode; /* HL_ANTIQUANT_CHANNEL, _TENSOR, _TOKEN                             */
+    int32_t antiquant_f32;  /* 1: antiquant_scale and _offset are float; 0: the query's type     */
+    int32_t numbers_f32;    /* 1: key and value are float                                        */
+    int32_t isa;            /* HL_ISA_...; 0: the best that is present. The bytes are the same   */
+    hl_stride key_stride;   /* in numbers; 0: packed                                             */
+    hl_stride value_stride;
+    hl_stride key_cache_stride; /* as the operator's; .batch is the block's in PA                */
+    hl_stride value_cache_stride;
+} hl_decode_append_args;
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif /* HL_DECODE_ROWS */
 /* ==== shared by every Headlight header: the inside ==== */
 
 #if HL_BODY && !defined(HL_CORE)
@@ -585,12 +666,14 @@ typedef struct hl_row {
     ptrdiff_t token; /* decoding: which row of its batch's cache it is                         */
 } hl_row;
 
-/* One block of keys; behind its rows lie those of later keys, which are asked for meanwhile. */
+/* One block of keys; behind its rows lie those of later keys. */
 typedef struct hl_block {
     hl_row *row;
     int32_t n;
     int32_t n_later;
     int32_t value_apart; /* values are not the keys' first channels                            */
+    const hl_row *ask;   /* while key j is in use, lines of the row ask[j] are asked for,      */
+    int32_t asks;        /* as long as j is below this                                         */
 } hl_block;
 
 /* The workspace of one task, cut into its named slices. */
@@ -963,6 +1046,12 @@ static inline const char *hl_argument_name(hl_argument argument)
         "from_stride",
         "to_stride",
         "positions",
+        "key_cache",
+        "value_cache",
+        "token_scales",
+        "layout_new",
+        "key_cache_stride",
+        "value_cache_stride",
         "plan",
         "args",
         "workspace",
@@ -1102,7 +1191,7 @@ enum {
  * `group` query heads on a kv head (heads_q / heads_kv). Sequence lengths do not matter. */
 #define HL_INCRE_FLASH_ATTENTION_F32_D64_STATS_SINKS_WINDOW_SOFTCAP_ALIBI_WORKSPACE_BYTES(group) \
     (64 + 4 * (170 * (((size_t)(group) + 15) / 16 * 16) \
-     + 128 * (size_t)(group) + 14240))
+     + 128 * (size_t)(group) + 14624))
 
 /* Bytes of args.partials that are enough to split r query rows of h query heads into c chunks each;
  * plan->split_bytes is the exact figure. */
@@ -1135,6 +1224,10 @@ HL_API size_t hl_incre_flash_attention_f32_d64_stats_sinks_window_softcap_alibi_
 /* Merges the results of several calls over parts of one context, in the order of the parts. */
 HL_API hl_status hl_incre_flash_attention_f32_d64_stats_sinks_window_softcap_alibi_merge_parts(
     const hl_incre_flash_attention_parts *parts, hl_error *error);
+
+/* New rows of each batch become rows of its cache, from a position on. */
+HL_API hl_status hl_incre_flash_attention_f32_d64_stats_sinks_window_softcap_alibi_append(
+    const hl_decode_append_args *args, hl_error *error);
 
 /* Bit 1 << HL_ISA_... is set for each instruction set in this header that runs here. */
 HL_API uint32_t hl_incre_flash_attention_f32_d64_stats_sinks_window_softcap_alibi_isas(void);
@@ -1623,7 +1716,7 @@ static inline void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_space(hl_spac
     w->s = at; /* S^T, then P^T */
     at += 96 * heads;
     w->row = (hl_row *)(void *)at; /* where keys lie, known ahead */
-    at += 1920;
+    at += 2304;
     w->shift = at; /* what offsets of codes add to scores */
     at += heads;
     w->one.m = at; /* running maxima, in log2 units, of one row */
@@ -1681,6 +1774,32 @@ static inline hl_state hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_partial(
     t.o = at + 3 * heads + 16;
     return t;
 }
+/* ---- the cache's memory: rows that are to be written ---- */
+
+#ifndef HL_DECODE_RUN
+#define HL_DECODE_RUN
+
+/* New keys or values of a batch, and where their rows lie at even steps. Steps are in bytes. */
+typedef struct hl_decode_run {
+    const unsigned char *from; /* numbers of the first row's first head                      */
+    unsigned char *to;
+    float *token_scale;        /* where its scale goes, those of later rows behind; NULL: none */
+    float *token_again;        /* and once more; NULL: nowhere                               */
+    const void *scale;         /* given ones, for code = x / scale - offset                  */
+    const void *offset;        /* NULL: 0                                                    */
+    int32_t scale_f32;         /* they are float, not of the query's type                    */
+    int32_t by_channel;        /* a number a channel, [N2][channels], not one for all        */
+    int32_t numbers_f32;       /* from float, not from the query's type                      */
+    int32_t rows;
+    int32_t heads;
+    int32_t channels;
+    ptrdiff_t from_row;
+    ptrdiff_t from_head;
+    ptrdiff_t to_row;
+    ptrdiff_t to_head;
+} hl_decode_run;
+
+#endif
 /* ---- select: which keys the queries of a batch see, and where their rows lie ----
  *
  * Keys are rows of the batch's cache, counted from its start. The queries of all rows and heads of
@@ -1901,6 +2020,28 @@ static inline int32_t hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_next_block
     int32_t cap)
 {
     return hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_next(a, g, &c, row, cap);
+}
+
+/* Head h's share of what n heads that are decoded in turn have to ask for: the next block's rows,
+ * as they follow each other in memory, all heads of a row together. Returns how many pieces. */
+static inline int32_t hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_share(
+    const hl_incre_flash_attention_args *a, const hl_row *later, int32_t rows, int32_t h, int32_t n,
+    hl_row *ask, int32_t cap)
+{
+    const int32_t begin = h * cap;
+    const int32_t left = rows * n - begin;
+    const int32_t count = left < cap ? left : cap;
+    for (int32_t i = 0; i < count; ++i) {
+        const hl_row *const row = later + (begin + i) / n;
+        const ptrdiff_t head = (begin + i) % n;
+        ask[i].key = (const float *)row->key + head * a->key_stride.head;
+        ask[i].rope = ask[i].key;
+        ask[i].value = ask[i].key;
+        if (hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_value_apart(a)) {
+            ask[i].value = (const float *)row->value + head * a->value_stride.head;
+        }
+    }
+    return count > 0 ? count : 0;
 }
 
 /* How many chunks a group's keys are cut into. */
@@ -2668,40 +2809,38 @@ HL_KERNEL_SCALAR void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_dot_1x8_sc
 HL_KERNEL_SCALAR void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_score_few_scalar(
     const hl_space *w, const hl_block *b, int32_t group, float scale)
 {
-    enum { QS = 64, BLOCK = 16, AHEAD = 8 };
-    const int32_t known = b->n + b->n_later;
+    enum { QS = 64, BLOCK = 16 };
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
         for (int32_t j = 0; j < b->n; j += 2) {
-            const int32_t later = j + AHEAD;
             hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_dot_4x2_scalar(w->q + (ptrdiff_t)h * QS,
-                b->row + j, b->n - 1 - j, w->s + h * BLOCK + j * 4, scale, h == 0 && later
-                + 2 <= known ? b->row + later : NULL, b->value_apart);
+                b->row + j, b->n - 1 - j, w->s + h * BLOCK + j * 4, scale, h == 0 && j
+                + 2 <= b->asks ? b->ask + j : NULL, b->value_apart);
         }
     }
     for (; h + 2 <= group; h += 2) {
         for (int32_t j = 0; j < b->n; j += 4) {
-            const int32_t later = j + AHEAD;
             hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_dot_2x4_scalar(w->q + (ptrdiff_t)h * QS,
-                b->row + j, b->n - 1 - j, w->s + h * BLOCK + j * 2, scale, h == 0 && later
-                + 4 <= known ? b->row + later : NULL, b->value_apart);
+                b->row + j, b->n - 1 - j, w->s + h * BLOCK + j * 2, scale, h == 0 && j
+                + 4 <= b->asks ? b->ask + j : NULL, b->value_apart);
         }
     }
     for (; h + 1 <= group; h += 1) {
         for (int32_t j = 0; j < b->n; j += 8) {
-            const int32_t later = j + AHEAD;
             hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_dot_1x8_scalar(w->q + (ptrdiff_t)h * QS,
-                b->row + j, b->n - 1 - j, w->s + h * BLOCK + j * 1, scale, h == 0 && later
-                + 8 <= known ? b->row + later : NULL, b->value_apart);
+                b->row + j, b->n - 1 - j, w->s + h * BLOCK + j * 1, scale, h == 0 && j
+                + 8 <= b->asks ? b->ask + j : NULL, b->value_apart);
         }
     }
 }
 
 /* ---- bias: what the operator does to scores between q . k and softmax ----
  *
- * In units of log2. Scores of some queries lie as [key][query], `step` floats from key to key. */
+ * In units of log2. Scores of some queries: `ks` floats from key to key, `qs` from query to
+ * query. */
 
-/* cap * tanh(s / cap): tanh |x| = (1 - e) / (1 + e), e = 2^(-2 |x| log2 e); and the sign of x. */
+/* cap * tanh(s / cap) = s * (tanh x / x). From 1/4 on tanh x = (1 - e) / (1 + e) with
+ * e = 2^(-2 x log2 e); below, where 1 - e would lose digits, its series. */
 HL_KERNEL_SCALAR void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_bias_softcap_scalar(float cap,
     float *s, int32_t n)
 {
@@ -2715,21 +2854,31 @@ HL_KERNEL_SCALAR void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_bias_softc
                            hl_vmax_scalar(hl_vset_scalar(-64.0f),
                                           hl_vsub_scalar(hl_vzero_scalar(), all)));
         const hl_vf_scalar x = hl_vmax_scalar(hl_vset_scalar(-64.0f), less);
-        const hl_vf_scalar size =
-            hl_vmax_scalar(hl_vset_scalar(1e-30f),
-                           hl_vmax_scalar(x, hl_vsub_scalar(hl_vzero_scalar(), x)));
-        const hl_vf_scalar e = hl_vexp2_scalar(hl_vmul_scalar(size, hl_vset_scalar(-2.88539008f)));
-        const hl_vf_scalar tanh = hl_vdiv_scalar(hl_vsub_scalar(one, e), hl_vadd_scalar(one, e));
-        hl_vstore_scalar(s + i,
-                         hl_vmul_scalar(hl_vmul_scalar(hl_vset_scalar(cap),
-                hl_vdiv_scalar(x, size)), tanh));
+        const hl_vf_scalar minus =
+            hl_vmax_scalar(hl_vset_scalar(-64.0f),
+                           hl_vsub_scalar(hl_vzero_scalar(),
+                                          hl_vmax_scalar(x, hl_vsub_scalar(hl_vzero_scalar(), x))));
+        const hl_vf_scalar size = hl_vsub_scalar(hl_vzero_scalar(), minus);
+        const hl_vf_scalar e = hl_vexp2_scalar(hl_vmul_scalar(minus, hl_vset_scalar(2.88539008f)));
+        const hl_vf_scalar far =
+            hl_vdiv_scalar(hl_vdiv_scalar(hl_vsub_scalar(one, e), hl_vadd_scalar(one, e)),
+                           hl_vmax_scalar(hl_vset_scalar(0.25f), size));
+        const hl_vf_scalar x2 = hl_vmul_scalar(x, x);
+        hl_vf_scalar near =
+            hl_vfma_scalar(x2, hl_vset_scalar(-5.39682540e-2f), hl_vset_scalar(1.33333333e-1f));
+        near = hl_vfma_scalar(near, x2, hl_vset_scalar(-3.33333333e-1f));
+        near = hl_vfma_scalar(near, x2, one);
+        /* the last number below 1/4: one is 0 */
+        near = hl_vflush_scalar(minus, -0.24999999f, near);
+        near = hl_vadd_scalar(near, hl_vflush_scalar(size, 0.25f, far));
+        hl_vstore_scalar(s + i, hl_vmul_scalar(hl_vmul_scalar(hl_vset_scalar(cap), x), near));
     }
 }
 
 /* pse_shift and ALiBi, for queries from h0 on. */
 HL_KERNEL_SCALAR void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_bias_positions_scalar(
     const hl_incre_flash_attention_args *a, const hl_group *g, const hl_block *b, int32_t h0,
-    float *s, int32_t step, int32_t queries)
+    float *s, int32_t ks, int32_t qs, int32_t queries)
 {
     const float log2e = 1.44269504f;
     for (int32_t h = 0; h < queries; ++h) {
@@ -2740,14 +2889,14 @@ HL_KERNEL_SCALAR void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_bias_posit
             const float *const pse = (const float *)a->pse_shift
                 + ((batch * a->heads_q + head) * a->seq_q + i) * a->pse_width;
             for (int32_t j = 0; j < b->n; ++j) {
-                s[j * step + h] += log2e * (pse[b->row[j].token]);
+                s[j * ks + h * qs] += log2e * (pse[b->row[j].token]);
             }
         }
         if (a->alibi_slopes != NULL) {
             const float slope = log2e * a->alibi_slopes[head];
             const ptrdiff_t own = (ptrdiff_t)g->first + g->length - g->rows + i;
             for (int32_t j = 0; j < b->n; ++j) {
-                s[j * step + h] += slope * (float)(b->row[j].token - own);
+                s[j * ks + h * qs] += slope * (float)(b->row[j].token - own);
             }
         }
     }
@@ -2756,20 +2905,23 @@ HL_KERNEL_SCALAR void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_bias_posit
 /* All of it, in the operator's order. */
 HL_KERNEL_SCALAR void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_bias_scalar(
     const hl_incre_flash_attention_plan *plan, const hl_group *g, const hl_space *w,
-    const hl_block *b, int32_t h0, float *s, int32_t step, int32_t queries)
+    const hl_block *b, int32_t h0, float *s, int32_t ks, int32_t qs, int32_t queries)
 {
     const hl_incre_flash_attention_args *const a = &plan->args;
     (void)w;
-    if (a->softcap != 0.0f) {
+    if (a->softcap != 0.0f && ks > 1) { /* keys are in rows that follow each other */
         hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_bias_softcap_scalar(a->softcap
-            * 1.44269504f, s, b->n * step);
+            * 1.44269504f, s, b->n * ks);
+    }
+    for (int32_t h = 0; a->softcap != 0.0f && ks == 1 && h < queries; ++h) {
+        hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_bias_softcap_scalar(a->softcap
+            * 1.44269504f, s + (ptrdiff_t)h * qs, b->n);
     }
     if (a->pse_shift != NULL || a->alibi_slopes != NULL) {
-        hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_bias_positions_scalar(a, g, b, h0, s, step,
-            queries);
+        hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_bias_positions_scalar(a, g, b, h0, s, ks,
+            qs, queries);
     }
 }
-
 /* Few queries: their scores lie tile by tile. */
 HL_KERNEL_SCALAR void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_bias_few_scalar(
     const hl_incre_flash_attention_plan *plan, const hl_group *g, const hl_space *w,
@@ -2779,15 +2931,15 @@ HL_KERNEL_SCALAR void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_bias_few_s
     int32_t h = 0;
     for (; h + 4 <= g->group; h += 4) {
         hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_bias_scalar(plan, g, w, b, h, w->s + h
-            * BLOCK, 4, 4);
+            * BLOCK, 4, 1, 4);
     }
     for (; h + 2 <= g->group; h += 2) {
         hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_bias_scalar(plan, g, w, b, h, w->s + h
-            * BLOCK, 2, 2);
+            * BLOCK, 2, 1, 2);
     }
     for (; h + 1 <= g->group; h += 1) {
         hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_bias_scalar(plan, g, w, b, h, w->s + h
-            * BLOCK, 1, 1);
+            * BLOCK, 1, 1, 1);
     }
 }
 
@@ -2867,12 +3019,11 @@ HL_KERNEL_SCALAR void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_softmaxes_
 /* ---- value: O = alpha O + P V ---- */
 
 /* 4 heads by 2 vectors of channels, read where they are stored.
- * Meanwhile lines of values 8 keys further on are asked for, as long as
- * j < later.
+ * Meanwhile lines of the values of `ask` are asked for, as long as j < later.
  */
 HL_KERNEL_SCALAR void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_pr_4x2_scalar(const float *p,
-    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n, int32_t later,
-    int32_t apart)
+    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n, const hl_row *ask,
+    int32_t later, int32_t apart)
 {
     enum { L = 1, OS = 64 };
     hl_vf_scalar o0_0 = hl_vzero_scalar();
@@ -2887,7 +3038,7 @@ HL_KERNEL_SCALAR void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_pr_4x2_sca
         const float *const value = (const float *)row[j].value + c;
         if (j < later) {
             const float *const next =
-                (const float *)row[j + 8].value + c;
+                (const float *)ask[j].value + c;
             HL_FETCH(next + 0);
         }
         hl_vf_scalar x;
@@ -2935,12 +3086,11 @@ HL_KERNEL_SCALAR void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_pr_4x2_sca
 }
 
 /* 2 heads by 4 vectors of channels, read where they are stored.
- * Meanwhile lines of values 8 keys further on are asked for, as long as
- * j < later.
+ * Meanwhile lines of the values of `ask` are asked for, as long as j < later.
  */
 HL_KERNEL_SCALAR void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_pr_2x4_scalar(const float *p,
-    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n, int32_t later,
-    int32_t apart)
+    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n, const hl_row *ask,
+    int32_t later, int32_t apart)
 {
     enum { L = 1, OS = 64 };
     hl_vf_scalar o0_0 = hl_vzero_scalar();
@@ -2955,7 +3105,7 @@ HL_KERNEL_SCALAR void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_pr_2x4_sca
         const float *const value = (const float *)row[j].value + c;
         if (j < later) {
             const float *const next =
-                (const float *)row[j + 8].value + c;
+                (const float *)ask[j].value + c;
             HL_FETCH(next + 0);
         }
         hl_vf_scalar x;
@@ -3004,12 +3154,11 @@ HL_KERNEL_SCALAR void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_pr_2x4_sca
 }
 
 /* 1 head by 8 vectors of channels, read where they are stored.
- * Meanwhile lines of values 8 keys further on are asked for, as long as
- * j < later.
+ * Meanwhile lines of the values of `ask` are asked for, as long as j < later.
  */
 HL_KERNEL_SCALAR void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_pr_1x8_scalar(const float *p,
-    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n, int32_t later,
-    int32_t apart)
+    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n, const hl_row *ask,
+    int32_t later, int32_t apart)
 {
     enum { L = 1, OS = 64 };
     hl_vf_scalar o0_0 = hl_vzero_scalar();
@@ -3024,7 +3173,7 @@ HL_KERNEL_SCALAR void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_pr_1x8_sca
         const float *const value = (const float *)row[j].value + c;
         if (j < later) {
             const float *const next =
-                (const float *)row[j + 8].value + c;
+                (const float *)ask[j].value + c;
             HL_FETCH(next + 0);
         }
         const hl_vf_scalar x = hl_vset_scalar(p[j]);
@@ -3075,7 +3224,7 @@ HL_KERNEL_SCALAR void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_value_few_
     const hl_space *w, const hl_state *t, const hl_block *b, int32_t group)
 {
     enum { OS = 64, BLOCK = 16 };
-    const int32_t left = b->n + b->n_later - 8;
+    const int32_t left = b->asks < b->n ? b->asks : b->n;
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
         const int32_t later = h == 0 ? left : 0;
@@ -3083,7 +3232,7 @@ HL_KERNEL_SCALAR void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_value_few_
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 64; c += 2) {
             hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_pr_4x2_scalar(p, b->row, c, o + c,
-                t->alpha + h, b->n, b->value_apart ? later : 0, b->value_apart);
+                t->alpha + h, b->n, b->ask, b->value_apart ? later : 0, b->value_apart);
         }
     }
     for (; h + 2 <= group; h += 2) {
@@ -3092,7 +3241,7 @@ HL_KERNEL_SCALAR void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_value_few_
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 64; c += 4) {
             hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_pr_2x4_scalar(p, b->row, c, o + c,
-                t->alpha + h, b->n, b->value_apart ? later : 0, b->value_apart);
+                t->alpha + h, b->n, b->ask, b->value_apart ? later : 0, b->value_apart);
         }
     }
     for (; h + 1 <= group; h += 1) {
@@ -3101,7 +3250,7 @@ HL_KERNEL_SCALAR void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_value_few_
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 64; c += 8) {
             hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_pr_1x8_scalar(p, b->row, c, o + c,
-                t->alpha + h, b->n, b->value_apart ? later : 0, b->value_apart);
+                t->alpha + h, b->n, b->ask, b->value_apart ? later : 0, b->value_apart);
         }
     }
 }
@@ -3309,6 +3458,7 @@ HL_KERNEL_SCALAR void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_forward_sc
     enum { CAP = 48, AHEAD = 8 };
     const hl_incre_flash_attention_args *const a = &plan->args;
     const int32_t block = 16;
+    const int32_t ahead = 8;
     int32_t known = hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_next(a, g, &c, w->row, CAP);
     int32_t more = known == CAP;
     hl_block b;
@@ -3317,6 +3467,8 @@ HL_KERNEL_SCALAR void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_forward_sc
     while (known > 0) {
         b.n = known < block ? known : block;
         b.n_later = known - b.n;
+        b.ask = b.row + ahead;
+        b.asks = known - ahead;
         hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_block_scalar(plan, g, w, t, &b, padded);
         *t->seen = 1.0f;
         b.row += b.n;
@@ -3372,7 +3524,6 @@ HL_KERNEL_SCALAR void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_forward_ro
         t->l[h0 + h] = row.l[h];
     }
 }
-
 /* One chunk of a group's keys: those that all rows see, at once; then each row's own. */
 HL_KERNEL_SCALAR void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_chunk_scalar(
     const hl_incre_flash_attention_plan *plan, const hl_group *g, const hl_space *w,
@@ -3400,6 +3551,8 @@ static inline void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_walk_scalar(
     hl_space w[16];
     hl_group g[16];
     hl_block b;
+    hl_row *later; /* the next block's rows, of the first head */
+    hl_row *ask;
     int32_t chunks;
     for (int32_t h = 0; h < n; ++h) {
         (void)hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_group(plan, first + h, &g[h]);
@@ -3412,7 +3565,11 @@ static inline void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_walk_scalar(
         w[h].row = w[0].row;
         w[h].own = w[0].own;
     }
+    later = w[0].row + block;
+    ask = later + block;
     b.value_apart = hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_value_apart(a);
+    b.n_later = 0;
+    b.ask = ask;
     chunks = hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_chunks(a, &g[0]);
     for (int32_t chunk = 0; chunk < chunks; ++chunk) {
         const hl_cursor all =
@@ -3426,25 +3583,30 @@ static inline void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_walk_scalar(
         }
         c.end = end - c.at < block ? end : c.at + block;
         b.row = w[0].row;
-        b.n = c.at < c.end
-            ? hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_next_block(a, &g[0], c, b.row, block)
-            : 0;
-        for (int32_t h = 0; b.n > 0;) { /* behind a block's rows are those of the next in turn */
-            const int32_t later = h + 1 < n ? h + 1 : 0;
-            const hl_state *const t = chunk == 0 ? &w[h].state : &w[h].other;
-            if (later == 0) {
-                c.at = c.end;
-                c.end = end - c.at < block ? end : c.at + block;
+        while (c.at < c.end) {
+            hl_cursor next;
+            int32_t rows;
+            next.at = c.end;
+            next.within = 0;
+            next.end = end - next.at < block ? end : next.at + block;
+            rows = next.at < next.end
+                ? hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_next_block(a, &g[0], next, later,
+                block) : 0;
+            for (int32_t h = 0; h < n; ++h) {
+                const hl_state *const t = chunk == 0 ? &w[h].state : &w[h].other;
+                b.n =
+                    hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_next_block(a, &g[h], c, b.row,
+                    block);
+                b.asks =
+                    hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_share(a, later, rows, h, n, ask,
+                    block);
+                if (b.n > 0) {
+                    hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_block_scalar(plan, &g[h], &w[h],
+                        t, &b, padded);
+                    *t->seen = 1.0f;
+                }
             }
-            b.n_later = c.at < c.end
-                ? hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_next_block(a, &g[later], c, b.row
-                + b.n, block) : 0;
-            hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_block_scalar(plan, &g[h], &w[h], t, &b,
-                padded);
-            *t->seen = 1.0f;
-            HL_COPY(b.row, b.row + b.n, (size_t)b.n_later * sizeof *b.row);
-            b.n = b.n_later;
-            h = later;
+            c = next;
         }
         for (int32_t h = 0; h < n; ++h) {
             const hl_state *const t = chunk == 0 ? &w[h].state : &w[h].other;
@@ -3599,15 +3761,15 @@ HL_WORD_NEON void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_fetch_row_neon
     }
 }
 
-/* The whole block's keys, and its values where they are apart; meanwhile rows are asked for that
- * lie 8 further on, in this block or in the next. */
+/* The whole block's keys, and its values where they are apart; meanwhile later rows are asked
+ * for. */
 HL_KERNEL_NEON void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_load_neon(const hl_space *w,
     const hl_block *b)
 {
     enum { DV = 64, KS = 64, VS = 64 };
     for (int32_t j = 0; j < b->n; ++j) {
-        if (j + 8 < b->n + b->n_later) {
-            hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_fetch_row_neon(&b->row[j + 8],
+        if (j < b->asks) {
+            hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_fetch_row_neon(&b->ask[j],
                 b->value_apart);
         }
         hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_load_key_neon(&b->row[j], w->k
@@ -4214,40 +4376,38 @@ HL_KERNEL_NEON void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_dot_1x16_neo
 HL_KERNEL_NEON void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_score_few_neon(
     const hl_space *w, const hl_block *b, int32_t group, float scale)
 {
-    enum { QS = 64, BLOCK = 64, AHEAD = 24 };
-    const int32_t known = b->n + b->n_later;
+    enum { QS = 64, BLOCK = 64 };
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
         for (int32_t j = 0; j < b->n; j += 4) {
-            const int32_t later = j + AHEAD;
             hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_dot_4x4_neon(w->q + (ptrdiff_t)h * QS,
-                b->row + j, b->n - 1 - j, w->s + h * BLOCK + j * 4, scale, h == 0 && later
-                + 4 <= known ? b->row + later : NULL, b->value_apart);
+                b->row + j, b->n - 1 - j, w->s + h * BLOCK + j * 4, scale, h == 0 && j
+                + 4 <= b->asks ? b->ask + j : NULL, b->value_apart);
         }
     }
     for (; h + 2 <= group; h += 2) {
         for (int32_t j = 0; j < b->n; j += 8) {
-            const int32_t later = j + AHEAD;
             hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_dot_2x8_neon(w->q + (ptrdiff_t)h * QS,
-                b->row + j, b->n - 1 - j, w->s + h * BLOCK + j * 2, scale, h == 0 && later
-                + 8 <= known ? b->row + later : NULL, b->value_apart);
+                b->row + j, b->n - 1 - j, w->s + h * BLOCK + j * 2, scale, h == 0 && j
+                + 8 <= b->asks ? b->ask + j : NULL, b->value_apart);
         }
     }
     for (; h + 1 <= group; h += 1) {
         for (int32_t j = 0; j < b->n; j += 16) {
-            const int32_t later = j + AHEAD;
             hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_dot_1x16_neon(w->q + (ptrdiff_t)h * QS,
-                b->row + j, b->n - 1 - j, w->s + h * BLOCK + j * 1, scale, h == 0 && later
-                + 16 <= known ? b->row + later : NULL, b->value_apart);
+                b->row + j, b->n - 1 - j, w->s + h * BLOCK + j * 1, scale, h == 0 && j
+                + 16 <= b->asks ? b->ask + j : NULL, b->value_apart);
         }
     }
 }
 
 /* ---- bias: what the operator does to scores between q . k and softmax ----
  *
- * In units of log2. Scores of some queries lie as [key][query], `step` floats from key to key. */
+ * In units of log2. Scores of some queries: `ks` floats from key to key, `qs` from query to
+ * query. */
 
-/* cap * tanh(s / cap): tanh |x| = (1 - e) / (1 + e), e = 2^(-2 |x| log2 e); and the sign of x. */
+/* cap * tanh(s / cap) = s * (tanh x / x). From 1/4 on tanh x = (1 - e) / (1 + e) with
+ * e = 2^(-2 x log2 e); below, where 1 - e would lose digits, its series. */
 HL_KERNEL_NEON void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_bias_softcap_neon(float cap,
     float *s, int32_t n)
 {
@@ -4260,19 +4420,30 @@ HL_KERNEL_NEON void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_bias_softcap
             hl_vsub_neon(hl_vzero_neon(),
                          hl_vmax_neon(hl_vset_neon(-64.0f), hl_vsub_neon(hl_vzero_neon(), all)));
         const hl_vf_neon x = hl_vmax_neon(hl_vset_neon(-64.0f), less);
-        const hl_vf_neon size =
-            hl_vmax_neon(hl_vset_neon(1e-30f), hl_vmax_neon(x, hl_vsub_neon(hl_vzero_neon(), x)));
-        const hl_vf_neon e = hl_vexp2_neon(hl_vmul_neon(size, hl_vset_neon(-2.88539008f)));
-        const hl_vf_neon tanh = hl_vdiv_neon(hl_vsub_neon(one, e), hl_vadd_neon(one, e));
-        hl_vstore_neon(s + i,
-                       hl_vmul_neon(hl_vmul_neon(hl_vset_neon(cap), hl_vdiv_neon(x, size)), tanh));
+        const hl_vf_neon minus =
+            hl_vmax_neon(hl_vset_neon(-64.0f),
+                         hl_vsub_neon(hl_vzero_neon(),
+                                      hl_vmax_neon(x, hl_vsub_neon(hl_vzero_neon(), x))));
+        const hl_vf_neon size = hl_vsub_neon(hl_vzero_neon(), minus);
+        const hl_vf_neon e = hl_vexp2_neon(hl_vmul_neon(minus, hl_vset_neon(2.88539008f)));
+        const hl_vf_neon far =
+            hl_vdiv_neon(hl_vdiv_neon(hl_vsub_neon(one, e), hl_vadd_neon(one, e)),
+                         hl_vmax_neon(hl_vset_neon(0.25f), size));
+        const hl_vf_neon x2 = hl_vmul_neon(x, x);
+        hl_vf_neon near =
+            hl_vfma_neon(x2, hl_vset_neon(-5.39682540e-2f), hl_vset_neon(1.33333333e-1f));
+        near = hl_vfma_neon(near, x2, hl_vset_neon(-3.33333333e-1f));
+        near = hl_vfma_neon(near, x2, one);
+        near = hl_vflush_neon(minus, -0.24999999f, near); /* the last number below 1/4: one is 0 */
+        near = hl_vadd_neon(near, hl_vflush_neon(size, 0.25f, far));
+        hl_vstore_neon(s + i, hl_vmul_neon(hl_vmul_neon(hl_vset_neon(cap), x), near));
     }
 }
 
 /* pse_shift and ALiBi, for queries from h0 on. */
 HL_KERNEL_NEON void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_bias_positions_neon(
     const hl_incre_flash_attention_args *a, const hl_group *g, const hl_block *b, int32_t h0,
-    float *s, int32_t step, int32_t queries)
+    float *s, int32_t ks, int32_t qs, int32_t queries)
 {
     const float log2e = 1.44269504f;
     for (int32_t h = 0; h < queries; ++h) {
@@ -4283,14 +4454,14 @@ HL_KERNEL_NEON void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_bias_positio
             const float *const pse = (const float *)a->pse_shift
                 + ((batch * a->heads_q + head) * a->seq_q + i) * a->pse_width;
             for (int32_t j = 0; j < b->n; ++j) {
-                s[j * step + h] += log2e * (pse[b->row[j].token]);
+                s[j * ks + h * qs] += log2e * (pse[b->row[j].token]);
             }
         }
         if (a->alibi_slopes != NULL) {
             const float slope = log2e * a->alibi_slopes[head];
             const ptrdiff_t own = (ptrdiff_t)g->first + g->length - g->rows + i;
             for (int32_t j = 0; j < b->n; ++j) {
-                s[j * step + h] += slope * (float)(b->row[j].token - own);
+                s[j * ks + h * qs] += slope * (float)(b->row[j].token - own);
             }
         }
     }
@@ -4299,20 +4470,23 @@ HL_KERNEL_NEON void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_bias_positio
 /* All of it, in the operator's order. */
 HL_KERNEL_NEON void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_bias_neon(
     const hl_incre_flash_attention_plan *plan, const hl_group *g, const hl_space *w,
-    const hl_block *b, int32_t h0, float *s, int32_t step, int32_t queries)
+    const hl_block *b, int32_t h0, float *s, int32_t ks, int32_t qs, int32_t queries)
 {
     const hl_incre_flash_attention_args *const a = &plan->args;
     (void)w;
-    if (a->softcap != 0.0f) {
+    if (a->softcap != 0.0f && ks > 1) { /* keys are in rows that follow each other */
         hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_bias_softcap_neon(a->softcap * 1.44269504f,
-            s, b->n * step);
+            s, b->n * ks);
+    }
+    for (int32_t h = 0; a->softcap != 0.0f && ks == 1 && h < queries; ++h) {
+        hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_bias_softcap_neon(a->softcap * 1.44269504f,
+            s + (ptrdiff_t)h * qs, b->n);
     }
     if (a->pse_shift != NULL || a->alibi_slopes != NULL) {
-        hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_bias_positions_neon(a, g, b, h0, s, step,
+        hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_bias_positions_neon(a, g, b, h0, s, ks, qs,
             queries);
     }
 }
-
 /* Few queries: their scores lie tile by tile. */
 HL_KERNEL_NEON void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_bias_few_neon(
     const hl_incre_flash_attention_plan *plan, const hl_group *g, const hl_space *w,
@@ -4322,15 +4496,15 @@ HL_KERNEL_NEON void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_bias_few_neo
     int32_t h = 0;
     for (; h + 4 <= g->group; h += 4) {
         hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_bias_neon(plan, g, w, b, h, w->s + h
-            * BLOCK, 4, 4);
+            * BLOCK, 4, 1, 4);
     }
     for (; h + 2 <= g->group; h += 2) {
         hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_bias_neon(plan, g, w, b, h, w->s + h
-            * BLOCK, 2, 2);
+            * BLOCK, 2, 1, 2);
     }
     for (; h + 1 <= g->group; h += 1) {
         hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_bias_neon(plan, g, w, b, h, w->s + h
-            * BLOCK, 1, 1);
+            * BLOCK, 1, 1, 1);
     }
 }
 
@@ -4641,12 +4815,11 @@ HL_KERNEL_NEON void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_value_neon(c
 }
 
 /* 4 heads by 4 vectors of channels, read where they are stored.
- * Meanwhile lines of values 24 keys further on are asked for, as long as
- * j < later.
+ * Meanwhile lines of the values of `ask` are asked for, as long as j < later.
  */
 HL_KERNEL_NEON void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_pr_4x4_neon(const float *p,
-    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n, int32_t later,
-    int32_t apart)
+    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n, const hl_row *ask,
+    int32_t later, int32_t apart)
 {
     enum { L = 4, OS = 64 };
     hl_vf_neon o0_0 = hl_vzero_neon();
@@ -4669,7 +4842,7 @@ HL_KERNEL_NEON void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_pr_4x4_neon(
         const float *const value = (const float *)row[j].value + c;
         if (j < later) {
             const float *const next =
-                (const float *)row[j + 24].value + c;
+                (const float *)ask[j].value + c;
             HL_FETCH(next + 0);
         }
         hl_vf_neon x;
@@ -4736,12 +4909,11 @@ HL_KERNEL_NEON void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_pr_4x4_neon(
 }
 
 /* 2 heads by 8 vectors of channels, read where they are stored.
- * Meanwhile lines of values 24 keys further on are asked for, as long as
- * j < later.
+ * Meanwhile lines of the values of `ask` are asked for, as long as j < later.
  */
 HL_KERNEL_NEON void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_pr_2x8_neon(const float *p,
-    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n, int32_t later,
-    int32_t apart)
+    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n, const hl_row *ask,
+    int32_t later, int32_t apart)
 {
     enum { L = 4, OS = 64 };
     hl_vf_neon o0_0 = hl_vzero_neon();
@@ -4764,7 +4936,7 @@ HL_KERNEL_NEON void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_pr_2x8_neon(
         const float *const value = (const float *)row[j].value + c;
         if (j < later) {
             const float *const next =
-                (const float *)row[j + 24].value + c;
+                (const float *)ask[j].value + c;
             HL_FETCH(next + 0);
             HL_FETCH(next + 16);
         }
@@ -4836,12 +5008,11 @@ HL_KERNEL_NEON void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_pr_2x8_neon(
 }
 
 /* 1 head by 16 vectors of channels, read where they are stored.
- * Meanwhile lines of values 24 keys further on are asked for, as long as
- * j < later.
+ * Meanwhile lines of the values of `ask` are asked for, as long as j < later.
  */
 HL_KERNEL_NEON void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_pr_1x16_neon(const float *p,
-    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n, int32_t later,
-    int32_t apart)
+    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n, const hl_row *ask,
+    int32_t later, int32_t apart)
 {
     enum { L = 4, OS = 64 };
     hl_vf_neon o0_0 = hl_vzero_neon();
@@ -4864,7 +5035,7 @@ HL_KERNEL_NEON void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_pr_1x16_neon
         const float *const value = (const float *)row[j].value + c;
         if (j < later) {
             const float *const next =
-                (const float *)row[j + 24].value + c;
+                (const float *)ask[j].value + c;
             HL_FETCH(next + 16);
             HL_FETCH(next + 48);
             if (apart) {
@@ -4940,7 +5111,7 @@ HL_KERNEL_NEON void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_value_few_ne
     const hl_space *w, const hl_state *t, const hl_block *b, int32_t group)
 {
     enum { OS = 64, BLOCK = 64 };
-    const int32_t left = b->n + b->n_later - 24;
+    const int32_t left = b->asks < b->n ? b->asks : b->n;
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
         const int32_t later = h == 0 ? left : 0;
@@ -4948,7 +5119,7 @@ HL_KERNEL_NEON void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_value_few_ne
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 64; c += 16) {
             hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_pr_4x4_neon(p, b->row, c, o + c,
-                t->alpha + h, b->n, b->value_apart ? later : 0, b->value_apart);
+                t->alpha + h, b->n, b->ask, b->value_apart ? later : 0, b->value_apart);
         }
     }
     for (; h + 2 <= group; h += 2) {
@@ -4957,7 +5128,7 @@ HL_KERNEL_NEON void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_value_few_ne
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 64; c += 32) {
             hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_pr_2x8_neon(p, b->row, c, o + c,
-                t->alpha + h, b->n, later, b->value_apart);
+                t->alpha + h, b->n, b->ask, later, b->value_apart);
         }
     }
     for (; h + 1 <= group; h += 1) {
@@ -4966,7 +5137,7 @@ HL_KERNEL_NEON void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_value_few_ne
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 64; c += 64) {
             hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_pr_1x16_neon(p, b->row, c, o + c,
-                t->alpha + h, b->n, later, b->value_apart);
+                t->alpha + h, b->n, b->ask, later, b->value_apart);
         }
     }
 }
@@ -5170,7 +5341,7 @@ HL_KERNEL_NEON void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_block_neon(
     hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_load_neon(w, b);
     /* S = scale Q K^T, in units of log2 */
     hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_score_neon(w, padded, b->n, plan->scale_log2);
-    hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_bias_neon(plan, g, w, b, 0, w->s, padded,
+    hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_bias_neon(plan, g, w, b, 0, w->s, padded, 1,
         g->group);
     /* m' = max(m, rowmax S);  P = 2^(S - m');  l, alpha */
     hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_softmax_neon(w->s, t, padded, b->n);
@@ -5183,10 +5354,11 @@ HL_KERNEL_NEON void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_forward_neon
     const hl_incre_flash_attention_plan *plan, const hl_group *g, const hl_space *w,
     const hl_state *t, hl_cursor c, int32_t padded)
 {
-    enum { CAP = 176, AHEAD = 24 };
+    enum { CAP = 192, AHEAD = 24 };
     const hl_incre_flash_attention_args *const a = &plan->args;
     const int32_t block = plan->group > 16 ? 64 : plan->group <= 3
         && !hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_value_apart(a) ? 32 : 64;
+    const int32_t ahead = plan->group > 16 ? 8 : 24;
     int32_t known = hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_next(a, g, &c, w->row, CAP);
     int32_t more = known == CAP;
     hl_block b;
@@ -5195,6 +5367,8 @@ HL_KERNEL_NEON void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_forward_neon
     while (known > 0) {
         b.n = known < block ? known : block;
         b.n_later = known - b.n;
+        b.ask = b.row + ahead;
+        b.asks = known - ahead;
         hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_block_neon(plan, g, w, t, &b, padded);
         *t->seen = 1.0f;
         b.row += b.n;
@@ -5254,7 +5428,6 @@ HL_KERNEL_NEON void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_forward_row_
         t->l[h0 + h] = row.l[h];
     }
 }
-
 /* One chunk of a group's keys: those that all rows see, at once; then each row's own. */
 HL_KERNEL_NEON void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_chunk_neon(
     const hl_incre_flash_attention_plan *plan, const hl_group *g, const hl_space *w,
@@ -5283,6 +5456,8 @@ static inline void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_walk_neon(
     hl_space w[16];
     hl_group g[16];
     hl_block b;
+    hl_row *later; /* the next block's rows, of the first head */
+    hl_row *ask;
     int32_t chunks;
     for (int32_t h = 0; h < n; ++h) {
         (void)hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_group(plan, first + h, &g[h]);
@@ -5295,7 +5470,11 @@ static inline void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_walk_neon(
         w[h].row = w[0].row;
         w[h].own = w[0].own;
     }
+    later = w[0].row + block;
+    ask = later + block;
     b.value_apart = hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_value_apart(a);
+    b.n_later = 0;
+    b.ask = ask;
     chunks = hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_chunks(a, &g[0]);
     for (int32_t chunk = 0; chunk < chunks; ++chunk) {
         const hl_cursor all =
@@ -5309,25 +5488,30 @@ static inline void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_walk_neon(
         }
         c.end = end - c.at < block ? end : c.at + block;
         b.row = w[0].row;
-        b.n = c.at < c.end
-            ? hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_next_block(a, &g[0], c, b.row, block)
-            : 0;
-        for (int32_t h = 0; b.n > 0;) { /* behind a block's rows are those of the next in turn */
-            const int32_t later = h + 1 < n ? h + 1 : 0;
-            const hl_state *const t = chunk == 0 ? &w[h].state : &w[h].other;
-            if (later == 0) {
-                c.at = c.end;
-                c.end = end - c.at < block ? end : c.at + block;
+        while (c.at < c.end) {
+            hl_cursor next;
+            int32_t rows;
+            next.at = c.end;
+            next.within = 0;
+            next.end = end - next.at < block ? end : next.at + block;
+            rows = next.at < next.end
+                ? hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_next_block(a, &g[0], next, later,
+                block) : 0;
+            for (int32_t h = 0; h < n; ++h) {
+                const hl_state *const t = chunk == 0 ? &w[h].state : &w[h].other;
+                b.n =
+                    hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_next_block(a, &g[h], c, b.row,
+                    block);
+                b.asks =
+                    hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_share(a, later, rows, h, n, ask,
+                    block);
+                if (b.n > 0) {
+                    hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_block_neon(plan, &g[h], &w[h],
+                        t, &b, padded);
+                    *t->seen = 1.0f;
+                }
             }
-            b.n_later = c.at < c.end
-                ? hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_next_block(a, &g[later], c, b.row
-                + b.n, block) : 0;
-            hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_block_neon(plan, &g[h], &w[h], t, &b,
-                padded);
-            *t->seen = 1.0f;
-            HL_COPY(b.row, b.row + b.n, (size_t)b.n_later * sizeof *b.row);
-            b.n = b.n_later;
-            h = later;
+            c = next;
         }
         for (int32_t h = 0; h < n; ++h) {
             const hl_state *const t = chunk == 0 ? &w[h].state : &w[h].other;
@@ -5484,15 +5668,15 @@ HL_WORD_AVX2 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_fetch_row_avx2
     }
 }
 
-/* The whole block's keys, and its values where they are apart; meanwhile rows are asked for that
- * lie 8 further on, in this block or in the next. */
+/* The whole block's keys, and its values where they are apart; meanwhile later rows are asked
+ * for. */
 HL_KERNEL_AVX2 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_load_avx2(const hl_space *w,
     const hl_block *b)
 {
     enum { DV = 64, KS = 64, VS = 64 };
     for (int32_t j = 0; j < b->n; ++j) {
-        if (j + 8 < b->n + b->n_later) {
-            hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_fetch_row_avx2(&b->row[j + 8],
+        if (j < b->asks) {
+            hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_fetch_row_avx2(&b->ask[j],
                 b->value_apart);
         }
         hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_load_key_avx2(&b->row[j], w->k
@@ -6009,40 +6193,38 @@ HL_KERNEL_AVX2 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_dot_1x8_avx2
 HL_KERNEL_AVX2 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_score_few_avx2(
     const hl_space *w, const hl_block *b, int32_t group, float scale)
 {
-    enum { QS = 64, BLOCK = 48, AHEAD = 24 };
-    const int32_t known = b->n + b->n_later;
+    enum { QS = 64, BLOCK = 48 };
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
         for (int32_t j = 0; j < b->n; j += 2) {
-            const int32_t later = j + AHEAD;
             hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_dot_4x2_avx2(w->q + (ptrdiff_t)h * QS,
-                b->row + j, b->n - 1 - j, w->s + h * BLOCK + j * 4, scale, h == 0 && later
-                + 2 <= known ? b->row + later : NULL, b->value_apart);
+                b->row + j, b->n - 1 - j, w->s + h * BLOCK + j * 4, scale, h == 0 && j
+                + 2 <= b->asks ? b->ask + j : NULL, b->value_apart);
         }
     }
     for (; h + 2 <= group; h += 2) {
         for (int32_t j = 0; j < b->n; j += 4) {
-            const int32_t later = j + AHEAD;
             hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_dot_2x4_avx2(w->q + (ptrdiff_t)h * QS,
-                b->row + j, b->n - 1 - j, w->s + h * BLOCK + j * 2, scale, h == 0 && later
-                + 4 <= known ? b->row + later : NULL, b->value_apart);
+                b->row + j, b->n - 1 - j, w->s + h * BLOCK + j * 2, scale, h == 0 && j
+                + 4 <= b->asks ? b->ask + j : NULL, b->value_apart);
         }
     }
     for (; h + 1 <= group; h += 1) {
         for (int32_t j = 0; j < b->n; j += 8) {
-            const int32_t later = j + AHEAD;
             hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_dot_1x8_avx2(w->q + (ptrdiff_t)h * QS,
-                b->row + j, b->n - 1 - j, w->s + h * BLOCK + j * 1, scale, h == 0 && later
-                + 8 <= known ? b->row + later : NULL, b->value_apart);
+                b->row + j, b->n - 1 - j, w->s + h * BLOCK + j * 1, scale, h == 0 && j
+                + 8 <= b->asks ? b->ask + j : NULL, b->value_apart);
         }
     }
 }
 
 /* ---- bias: what the operator does to scores between q . k and softmax ----
  *
- * In units of log2. Scores of some queries lie as [key][query], `step` floats from key to key. */
+ * In units of log2. Scores of some queries: `ks` floats from key to key, `qs` from query to
+ * query. */
 
-/* cap * tanh(s / cap): tanh |x| = (1 - e) / (1 + e), e = 2^(-2 |x| log2 e); and the sign of x. */
+/* cap * tanh(s / cap) = s * (tanh x / x). From 1/4 on tanh x = (1 - e) / (1 + e) with
+ * e = 2^(-2 x log2 e); below, where 1 - e would lose digits, its series. */
 HL_KERNEL_AVX2 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_bias_softcap_avx2(float cap,
     float *s, int32_t n)
 {
@@ -6055,19 +6237,30 @@ HL_KERNEL_AVX2 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_bias_softcap
             hl_vsub_avx2(hl_vzero_avx2(),
                          hl_vmax_avx2(hl_vset_avx2(-64.0f), hl_vsub_avx2(hl_vzero_avx2(), all)));
         const hl_vf_avx2 x = hl_vmax_avx2(hl_vset_avx2(-64.0f), less);
-        const hl_vf_avx2 size =
-            hl_vmax_avx2(hl_vset_avx2(1e-30f), hl_vmax_avx2(x, hl_vsub_avx2(hl_vzero_avx2(), x)));
-        const hl_vf_avx2 e = hl_vexp2_avx2(hl_vmul_avx2(size, hl_vset_avx2(-2.88539008f)));
-        const hl_vf_avx2 tanh = hl_vdiv_avx2(hl_vsub_avx2(one, e), hl_vadd_avx2(one, e));
-        hl_vstore_avx2(s + i,
-                       hl_vmul_avx2(hl_vmul_avx2(hl_vset_avx2(cap), hl_vdiv_avx2(x, size)), tanh));
+        const hl_vf_avx2 minus =
+            hl_vmax_avx2(hl_vset_avx2(-64.0f),
+                         hl_vsub_avx2(hl_vzero_avx2(),
+                                      hl_vmax_avx2(x, hl_vsub_avx2(hl_vzero_avx2(), x))));
+        const hl_vf_avx2 size = hl_vsub_avx2(hl_vzero_avx2(), minus);
+        const hl_vf_avx2 e = hl_vexp2_avx2(hl_vmul_avx2(minus, hl_vset_avx2(2.88539008f)));
+        const hl_vf_avx2 far =
+            hl_vdiv_avx2(hl_vdiv_avx2(hl_vsub_avx2(one, e), hl_vadd_avx2(one, e)),
+                         hl_vmax_avx2(hl_vset_avx2(0.25f), size));
+        const hl_vf_avx2 x2 = hl_vmul_avx2(x, x);
+        hl_vf_avx2 near =
+            hl_vfma_avx2(x2, hl_vset_avx2(-5.39682540e-2f), hl_vset_avx2(1.33333333e-1f));
+        near = hl_vfma_avx2(near, x2, hl_vset_avx2(-3.33333333e-1f));
+        near = hl_vfma_avx2(near, x2, one);
+        near = hl_vflush_avx2(minus, -0.24999999f, near); /* the last number below 1/4: one is 0 */
+        near = hl_vadd_avx2(near, hl_vflush_avx2(size, 0.25f, far));
+        hl_vstore_avx2(s + i, hl_vmul_avx2(hl_vmul_avx2(hl_vset_avx2(cap), x), near));
     }
 }
 
 /* pse_shift and ALiBi, for queries from h0 on. */
 HL_KERNEL_AVX2 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_bias_positions_avx2(
     const hl_incre_flash_attention_args *a, const hl_group *g, const hl_block *b, int32_t h0,
-    float *s, int32_t step, int32_t queries)
+    float *s, int32_t ks, int32_t qs, int32_t queries)
 {
     const float log2e = 1.44269504f;
     for (int32_t h = 0; h < queries; ++h) {
@@ -6078,14 +6271,14 @@ HL_KERNEL_AVX2 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_bias_positio
             const float *const pse = (const float *)a->pse_shift
                 + ((batch * a->heads_q + head) * a->seq_q + i) * a->pse_width;
             for (int32_t j = 0; j < b->n; ++j) {
-                s[j * step + h] += log2e * (pse[b->row[j].token]);
+                s[j * ks + h * qs] += log2e * (pse[b->row[j].token]);
             }
         }
         if (a->alibi_slopes != NULL) {
             const float slope = log2e * a->alibi_slopes[head];
             const ptrdiff_t own = (ptrdiff_t)g->first + g->length - g->rows + i;
             for (int32_t j = 0; j < b->n; ++j) {
-                s[j * step + h] += slope * (float)(b->row[j].token - own);
+                s[j * ks + h * qs] += slope * (float)(b->row[j].token - own);
             }
         }
     }
@@ -6094,20 +6287,23 @@ HL_KERNEL_AVX2 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_bias_positio
 /* All of it, in the operator's order. */
 HL_KERNEL_AVX2 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_bias_avx2(
     const hl_incre_flash_attention_plan *plan, const hl_group *g, const hl_space *w,
-    const hl_block *b, int32_t h0, float *s, int32_t step, int32_t queries)
+    const hl_block *b, int32_t h0, float *s, int32_t ks, int32_t qs, int32_t queries)
 {
     const hl_incre_flash_attention_args *const a = &plan->args;
     (void)w;
-    if (a->softcap != 0.0f) {
+    if (a->softcap != 0.0f && ks > 1) { /* keys are in rows that follow each other */
         hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_bias_softcap_avx2(a->softcap * 1.44269504f,
-            s, b->n * step);
+            s, b->n * ks);
+    }
+    for (int32_t h = 0; a->softcap != 0.0f && ks == 1 && h < queries; ++h) {
+        hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_bias_softcap_avx2(a->softcap * 1.44269504f,
+            s + (ptrdiff_t)h * qs, b->n);
     }
     if (a->pse_shift != NULL || a->alibi_slopes != NULL) {
-        hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_bias_positions_avx2(a, g, b, h0, s, step,
+        hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_bias_positions_avx2(a, g, b, h0, s, ks, qs,
             queries);
     }
 }
-
 /* Few queries: their scores lie tile by tile. */
 HL_KERNEL_AVX2 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_bias_few_avx2(
     const hl_incre_flash_attention_plan *plan, const hl_group *g, const hl_space *w,
@@ -6117,15 +6313,15 @@ HL_KERNEL_AVX2 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_bias_few_avx
     int32_t h = 0;
     for (; h + 4 <= g->group; h += 4) {
         hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_bias_avx2(plan, g, w, b, h, w->s + h
-            * BLOCK, 4, 4);
+            * BLOCK, 4, 1, 4);
     }
     for (; h + 2 <= g->group; h += 2) {
         hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_bias_avx2(plan, g, w, b, h, w->s + h
-            * BLOCK, 2, 2);
+            * BLOCK, 2, 1, 2);
     }
     for (; h + 1 <= g->group; h += 1) {
         hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_bias_avx2(plan, g, w, b, h, w->s + h
-            * BLOCK, 1, 1);
+            * BLOCK, 1, 1, 1);
     }
 }
 
@@ -6437,12 +6633,11 @@ HL_KERNEL_AVX2 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_value_avx2(c
 }
 
 /* 4 heads by 2 vectors of channels, read where they are stored.
- * Meanwhile lines of values 24 keys further on are asked for, as long as
- * j < later.
+ * Meanwhile lines of the values of `ask` are asked for, as long as j < later.
  */
 HL_KERNEL_AVX2 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_pr_4x2_avx2(const float *p,
-    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n, int32_t later,
-    int32_t apart)
+    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n, const hl_row *ask,
+    int32_t later, int32_t apart)
 {
     enum { L = 8, OS = 64 };
     hl_vf_avx2 o0_0 = hl_vzero_avx2();
@@ -6457,7 +6652,7 @@ HL_KERNEL_AVX2 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_pr_4x2_avx2(
         const float *const value = (const float *)row[j].value + c;
         if (j < later) {
             const float *const next =
-                (const float *)row[j + 24].value + c;
+                (const float *)ask[j].value + c;
             HL_FETCH(next + 0);
         }
         hl_vf_avx2 x;
@@ -6497,12 +6692,11 @@ HL_KERNEL_AVX2 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_pr_4x2_avx2(
 }
 
 /* 2 heads by 4 vectors of channels, read where they are stored.
- * Meanwhile lines of values 24 keys further on are asked for, as long as
- * j < later.
+ * Meanwhile lines of the values of `ask` are asked for, as long as j < later.
  */
 HL_KERNEL_AVX2 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_pr_2x4_avx2(const float *p,
-    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n, int32_t later,
-    int32_t apart)
+    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n, const hl_row *ask,
+    int32_t later, int32_t apart)
 {
     enum { L = 8, OS = 64 };
     hl_vf_avx2 o0_0 = hl_vzero_avx2();
@@ -6517,7 +6711,7 @@ HL_KERNEL_AVX2 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_pr_2x4_avx2(
         const float *const value = (const float *)row[j].value + c;
         if (j < later) {
             const float *const next =
-                (const float *)row[j + 24].value + c;
+                (const float *)ask[j].value + c;
             HL_FETCH(next + 0);
             HL_FETCH(next + 16);
         }
@@ -6559,12 +6753,11 @@ HL_KERNEL_AVX2 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_pr_2x4_avx2(
 }
 
 /* 1 head by 8 vectors of channels, read where they are stored.
- * Meanwhile lines of values 24 keys further on are asked for, as long as
- * j < later.
+ * Meanwhile lines of the values of `ask` are asked for, as long as j < later.
  */
 HL_KERNEL_AVX2 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_pr_1x8_avx2(const float *p,
-    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n, int32_t later,
-    int32_t apart)
+    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n, const hl_row *ask,
+    int32_t later, int32_t apart)
 {
     enum { L = 8, OS = 64 };
     hl_vf_avx2 o0_0 = hl_vzero_avx2();
@@ -6579,7 +6772,7 @@ HL_KERNEL_AVX2 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_pr_1x8_avx2(
         const float *const value = (const float *)row[j].value + c;
         if (j < later) {
             const float *const next =
-                (const float *)row[j + 24].value + c;
+                (const float *)ask[j].value + c;
             HL_FETCH(next + 16);
             HL_FETCH(next + 48);
             if (apart) {
@@ -6627,7 +6820,7 @@ HL_KERNEL_AVX2 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_value_few_av
     const hl_space *w, const hl_state *t, const hl_block *b, int32_t group)
 {
     enum { OS = 64, BLOCK = 48 };
-    const int32_t left = b->n + b->n_later - 24;
+    const int32_t left = b->asks < b->n ? b->asks : b->n;
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
         const int32_t later = h == 0 ? left : 0;
@@ -6635,7 +6828,7 @@ HL_KERNEL_AVX2 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_value_few_av
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 64; c += 16) {
             hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_pr_4x2_avx2(p, b->row, c, o + c,
-                t->alpha + h, b->n, b->value_apart ? later : 0, b->value_apart);
+                t->alpha + h, b->n, b->ask, b->value_apart ? later : 0, b->value_apart);
         }
     }
     for (; h + 2 <= group; h += 2) {
@@ -6644,7 +6837,7 @@ HL_KERNEL_AVX2 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_value_few_av
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 64; c += 32) {
             hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_pr_2x4_avx2(p, b->row, c, o + c,
-                t->alpha + h, b->n, later, b->value_apart);
+                t->alpha + h, b->n, b->ask, later, b->value_apart);
         }
     }
     for (; h + 1 <= group; h += 1) {
@@ -6653,7 +6846,7 @@ HL_KERNEL_AVX2 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_value_few_av
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 64; c += 64) {
             hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_pr_1x8_avx2(p, b->row, c, o + c,
-                t->alpha + h, b->n, later, b->value_apart);
+                t->alpha + h, b->n, b->ask, later, b->value_apart);
         }
     }
 }
@@ -6857,7 +7050,7 @@ HL_KERNEL_AVX2 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_block_avx2(
     hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_load_avx2(w, b);
     /* S = scale Q K^T, in units of log2 */
     hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_score_avx2(w, padded, b->n, plan->scale_log2);
-    hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_bias_avx2(plan, g, w, b, 0, w->s, padded,
+    hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_bias_avx2(plan, g, w, b, 0, w->s, padded, 1,
         g->group);
     /* m' = max(m, rowmax S);  P = 2^(S - m');  l, alpha */
     hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_softmax_avx2(w->s, t, padded, b->n);
@@ -6870,10 +7063,11 @@ HL_KERNEL_AVX2 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_forward_avx2
     const hl_incre_flash_attention_plan *plan, const hl_group *g, const hl_space *w,
     const hl_state *t, hl_cursor c, int32_t padded)
 {
-    enum { CAP = 192, AHEAD = 24 };
+    enum { CAP = 288, AHEAD = 24 };
     const hl_incre_flash_attention_args *const a = &plan->args;
     const int32_t block = plan->group > 16 ? 96 : plan->group <= 3
         && !hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_value_apart(a) ? 32 : 48;
+    const int32_t ahead = plan->group > 16 ? 8 : 24;
     int32_t known = hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_next(a, g, &c, w->row, CAP);
     int32_t more = known == CAP;
     hl_block b;
@@ -6882,6 +7076,8 @@ HL_KERNEL_AVX2 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_forward_avx2
     while (known > 0) {
         b.n = known < block ? known : block;
         b.n_later = known - b.n;
+        b.ask = b.row + ahead;
+        b.asks = known - ahead;
         hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_block_avx2(plan, g, w, t, &b, padded);
         *t->seen = 1.0f;
         b.row += b.n;
@@ -6941,7 +7137,6 @@ HL_KERNEL_AVX2 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_forward_row_
         t->l[h0 + h] = row.l[h];
     }
 }
-
 /* One chunk of a group's keys: those that all rows see, at once; then each row's own. */
 HL_KERNEL_AVX2 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_chunk_avx2(
     const hl_incre_flash_attention_plan *plan, const hl_group *g, const hl_space *w,
@@ -6971,6 +7166,8 @@ static inline void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_walk_avx2(
     hl_space w[16];
     hl_group g[16];
     hl_block b;
+    hl_row *later; /* the next block's rows, of the first head */
+    hl_row *ask;
     int32_t chunks;
     for (int32_t h = 0; h < n; ++h) {
         (void)hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_group(plan, first + h, &g[h]);
@@ -6983,7 +7180,11 @@ static inline void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_walk_avx2(
         w[h].row = w[0].row;
         w[h].own = w[0].own;
     }
+    later = w[0].row + block;
+    ask = later + block;
     b.value_apart = hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_value_apart(a);
+    b.n_later = 0;
+    b.ask = ask;
     chunks = hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_chunks(a, &g[0]);
     for (int32_t chunk = 0; chunk < chunks; ++chunk) {
         const hl_cursor all =
@@ -6997,25 +7198,30 @@ static inline void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_walk_avx2(
         }
         c.end = end - c.at < block ? end : c.at + block;
         b.row = w[0].row;
-        b.n = c.at < c.end
-            ? hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_next_block(a, &g[0], c, b.row, block)
-            : 0;
-        for (int32_t h = 0; b.n > 0;) { /* behind a block's rows are those of the next in turn */
-            const int32_t later = h + 1 < n ? h + 1 : 0;
-            const hl_state *const t = chunk == 0 ? &w[h].state : &w[h].other;
-            if (later == 0) {
-                c.at = c.end;
-                c.end = end - c.at < block ? end : c.at + block;
+        while (c.at < c.end) {
+            hl_cursor next;
+            int32_t rows;
+            next.at = c.end;
+            next.within = 0;
+            next.end = end - next.at < block ? end : next.at + block;
+            rows = next.at < next.end
+                ? hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_next_block(a, &g[0], next, later,
+                block) : 0;
+            for (int32_t h = 0; h < n; ++h) {
+                const hl_state *const t = chunk == 0 ? &w[h].state : &w[h].other;
+                b.n =
+                    hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_next_block(a, &g[h], c, b.row,
+                    block);
+                b.asks =
+                    hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_share(a, later, rows, h, n, ask,
+                    block);
+                if (b.n > 0) {
+                    hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_block_avx2(plan, &g[h], &w[h],
+                        t, &b, padded);
+                    *t->seen = 1.0f;
+                }
             }
-            b.n_later = c.at < c.end
-                ? hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_next_block(a, &g[later], c, b.row
-                + b.n, block) : 0;
-            hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_block_avx2(plan, &g[h], &w[h], t, &b,
-                padded);
-            *t->seen = 1.0f;
-            HL_COPY(b.row, b.row + b.n, (size_t)b.n_later * sizeof *b.row);
-            b.n = b.n_later;
-            h = later;
+            c = next;
         }
         for (int32_t h = 0; h < n; ++h) {
             const hl_state *const t = chunk == 0 ? &w[h].state : &w[h].other;
@@ -7174,15 +7380,15 @@ HL_WORD_AVX512 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_fetch_row_av
     }
 }
 
-/* The whole block's keys, and its values where they are apart; meanwhile rows are asked for that
- * lie 8 further on, in this block or in the next. */
+/* The whole block's keys, and its values where they are apart; meanwhile later rows are asked
+ * for. */
 HL_KERNEL_AVX512 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_load_avx512(const hl_space *w,
     const hl_block *b)
 {
     enum { DV = 64, KS = 64, VS = 64 };
     for (int32_t j = 0; j < b->n; ++j) {
-        if (j + 8 < b->n + b->n_later) {
-            hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_fetch_row_avx512(&b->row[j + 8],
+        if (j < b->asks) {
+            hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_fetch_row_avx512(&b->ask[j],
                 b->value_apart);
         }
         hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_load_key_avx512(&b->row[j], w->k
@@ -7979,40 +8185,38 @@ HL_KERNEL_AVX512 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_dot_1x16_a
 HL_KERNEL_AVX512 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_score_few_avx512(
     const hl_space *w, const hl_block *b, int32_t group, float scale)
 {
-    enum { QS = 64, BLOCK = 96, AHEAD = 24 };
-    const int32_t known = b->n + b->n_later;
+    enum { QS = 64, BLOCK = 96 };
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
         for (int32_t j = 0; j < b->n; j += 4) {
-            const int32_t later = j + AHEAD;
             hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_dot_4x4_avx512(w->q + (ptrdiff_t)h * QS,
-                b->row + j, b->n - 1 - j, w->s + h * BLOCK + j * 4, scale, h == 0 && later
-                + 4 <= known ? b->row + later : NULL, b->value_apart);
+                b->row + j, b->n - 1 - j, w->s + h * BLOCK + j * 4, scale, h == 0 && j
+                + 4 <= b->asks ? b->ask + j : NULL, b->value_apart);
         }
     }
     for (; h + 2 <= group; h += 2) {
         for (int32_t j = 0; j < b->n; j += 8) {
-            const int32_t later = j + AHEAD;
             hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_dot_2x8_avx512(w->q + (ptrdiff_t)h * QS,
-                b->row + j, b->n - 1 - j, w->s + h * BLOCK + j * 2, scale, h == 0 && later
-                + 8 <= known ? b->row + later : NULL, b->value_apart);
+                b->row + j, b->n - 1 - j, w->s + h * BLOCK + j * 2, scale, h == 0 && j
+                + 8 <= b->asks ? b->ask + j : NULL, b->value_apart);
         }
     }
     for (; h + 1 <= group; h += 1) {
         for (int32_t j = 0; j < b->n; j += 16) {
-            const int32_t later = j + AHEAD;
             hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_dot_1x16_avx512(w->q + (ptrdiff_t)h
-                * QS, b->row + j, b->n - 1 - j, w->s + h * BLOCK + j * 1, scale, h == 0 && later
-                + 16 <= known ? b->row + later : NULL, b->value_apart);
+                * QS, b->row + j, b->n - 1 - j, w->s + h * BLOCK + j * 1, scale, h == 0 && j
+                + 16 <= b->asks ? b->ask + j : NULL, b->value_apart);
         }
     }
 }
 
 /* ---- bias: what the operator does to scores between q . k and softmax ----
  *
- * In units of log2. Scores of some queries lie as [key][query], `step` floats from key to key. */
+ * In units of log2. Scores of some queries: `ks` floats from key to key, `qs` from query to
+ * query. */
 
-/* cap * tanh(s / cap): tanh |x| = (1 - e) / (1 + e), e = 2^(-2 |x| log2 e); and the sign of x. */
+/* cap * tanh(s / cap) = s * (tanh x / x). From 1/4 on tanh x = (1 - e) / (1 + e) with
+ * e = 2^(-2 x log2 e); below, where 1 - e would lose digits, its series. */
 HL_KERNEL_AVX512 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_bias_softcap_avx512(float cap,
     float *s, int32_t n)
 {
@@ -8026,21 +8230,31 @@ HL_KERNEL_AVX512 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_bias_softc
                            hl_vmax_avx512(hl_vset_avx512(-64.0f),
                                           hl_vsub_avx512(hl_vzero_avx512(), all)));
         const hl_vf_avx512 x = hl_vmax_avx512(hl_vset_avx512(-64.0f), less);
-        const hl_vf_avx512 size =
-            hl_vmax_avx512(hl_vset_avx512(1e-30f),
-                           hl_vmax_avx512(x, hl_vsub_avx512(hl_vzero_avx512(), x)));
-        const hl_vf_avx512 e = hl_vexp2_avx512(hl_vmul_avx512(size, hl_vset_avx512(-2.88539008f)));
-        const hl_vf_avx512 tanh = hl_vdiv_avx512(hl_vsub_avx512(one, e), hl_vadd_avx512(one, e));
-        hl_vstore_avx512(s + i,
-                         hl_vmul_avx512(hl_vmul_avx512(hl_vset_avx512(cap),
-                hl_vdiv_avx512(x, size)), tanh));
+        const hl_vf_avx512 minus =
+            hl_vmax_avx512(hl_vset_avx512(-64.0f),
+                           hl_vsub_avx512(hl_vzero_avx512(),
+                                          hl_vmax_avx512(x, hl_vsub_avx512(hl_vzero_avx512(), x))));
+        const hl_vf_avx512 size = hl_vsub_avx512(hl_vzero_avx512(), minus);
+        const hl_vf_avx512 e = hl_vexp2_avx512(hl_vmul_avx512(minus, hl_vset_avx512(2.88539008f)));
+        const hl_vf_avx512 far =
+            hl_vdiv_avx512(hl_vdiv_avx512(hl_vsub_avx512(one, e), hl_vadd_avx512(one, e)),
+                           hl_vmax_avx512(hl_vset_avx512(0.25f), size));
+        const hl_vf_avx512 x2 = hl_vmul_avx512(x, x);
+        hl_vf_avx512 near =
+            hl_vfma_avx512(x2, hl_vset_avx512(-5.39682540e-2f), hl_vset_avx512(1.33333333e-1f));
+        near = hl_vfma_avx512(near, x2, hl_vset_avx512(-3.33333333e-1f));
+        near = hl_vfma_avx512(near, x2, one);
+        /* the last number below 1/4: one is 0 */
+        near = hl_vflush_avx512(minus, -0.24999999f, near);
+        near = hl_vadd_avx512(near, hl_vflush_avx512(size, 0.25f, far));
+        hl_vstore_avx512(s + i, hl_vmul_avx512(hl_vmul_avx512(hl_vset_avx512(cap), x), near));
     }
 }
 
 /* pse_shift and ALiBi, for queries from h0 on. */
 HL_KERNEL_AVX512 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_bias_positions_avx512(
     const hl_incre_flash_attention_args *a, const hl_group *g, const hl_block *b, int32_t h0,
-    float *s, int32_t step, int32_t queries)
+    float *s, int32_t ks, int32_t qs, int32_t queries)
 {
     const float log2e = 1.44269504f;
     for (int32_t h = 0; h < queries; ++h) {
@@ -8051,14 +8265,14 @@ HL_KERNEL_AVX512 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_bias_posit
             const float *const pse = (const float *)a->pse_shift
                 + ((batch * a->heads_q + head) * a->seq_q + i) * a->pse_width;
             for (int32_t j = 0; j < b->n; ++j) {
-                s[j * step + h] += log2e * (pse[b->row[j].token]);
+                s[j * ks + h * qs] += log2e * (pse[b->row[j].token]);
             }
         }
         if (a->alibi_slopes != NULL) {
             const float slope = log2e * a->alibi_slopes[head];
             const ptrdiff_t own = (ptrdiff_t)g->first + g->length - g->rows + i;
             for (int32_t j = 0; j < b->n; ++j) {
-                s[j * step + h] += slope * (float)(b->row[j].token - own);
+                s[j * ks + h * qs] += slope * (float)(b->row[j].token - own);
             }
         }
     }
@@ -8067,20 +8281,23 @@ HL_KERNEL_AVX512 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_bias_posit
 /* All of it, in the operator's order. */
 HL_KERNEL_AVX512 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_bias_avx512(
     const hl_incre_flash_attention_plan *plan, const hl_group *g, const hl_space *w,
-    const hl_block *b, int32_t h0, float *s, int32_t step, int32_t queries)
+    const hl_block *b, int32_t h0, float *s, int32_t ks, int32_t qs, int32_t queries)
 {
     const hl_incre_flash_attention_args *const a = &plan->args;
     (void)w;
-    if (a->softcap != 0.0f) {
+    if (a->softcap != 0.0f && ks > 1) { /* keys are in rows that follow each other */
         hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_bias_softcap_avx512(a->softcap
-            * 1.44269504f, s, b->n * step);
+            * 1.44269504f, s, b->n * ks);
+    }
+    for (int32_t h = 0; a->softcap != 0.0f && ks == 1 && h < queries; ++h) {
+        hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_bias_softcap_avx512(a->softcap
+            * 1.44269504f, s + (ptrdiff_t)h * qs, b->n);
     }
     if (a->pse_shift != NULL || a->alibi_slopes != NULL) {
-        hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_bias_positions_avx512(a, g, b, h0, s, step,
-            queries);
+        hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_bias_positions_avx512(a, g, b, h0, s, ks,
+            qs, queries);
     }
 }
-
 /* Few queries: their scores lie tile by tile. */
 HL_KERNEL_AVX512 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_bias_few_avx512(
     const hl_incre_flash_attention_plan *plan, const hl_group *g, const hl_space *w,
@@ -8090,15 +8307,15 @@ HL_KERNEL_AVX512 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_bias_few_a
     int32_t h = 0;
     for (; h + 4 <= g->group; h += 4) {
         hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_bias_avx512(plan, g, w, b, h, w->s + h
-            * BLOCK, 4, 4);
+            * BLOCK, 4, 1, 4);
     }
     for (; h + 2 <= g->group; h += 2) {
         hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_bias_avx512(plan, g, w, b, h, w->s + h
-            * BLOCK, 2, 2);
+            * BLOCK, 2, 1, 2);
     }
     for (; h + 1 <= g->group; h += 1) {
         hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_bias_avx512(plan, g, w, b, h, w->s + h
-            * BLOCK, 1, 1);
+            * BLOCK, 1, 1, 1);
     }
 }
 
@@ -8835,12 +9052,11 @@ HL_KERNEL_AVX512 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_value_avx5
 }
 
 /* 4 heads by 4 vectors of channels, read where they are stored.
- * Meanwhile lines of values 24 keys further on are asked for, as long as
- * j < later.
+ * Meanwhile lines of the values of `ask` are asked for, as long as j < later.
  */
 HL_KERNEL_AVX512 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_pr_4x4_avx512(const float *p,
-    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n, int32_t later,
-    int32_t apart)
+    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n, const hl_row *ask,
+    int32_t later, int32_t apart)
 {
     enum { L = 16, OS = 64 };
     hl_vf_avx512 o0_0 = hl_vzero_avx512();
@@ -8863,7 +9079,7 @@ HL_KERNEL_AVX512 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_pr_4x4_avx
         const float *const value = (const float *)row[j].value + c;
         if (j < later) {
             const float *const next =
-                (const float *)row[j + 24].value + c;
+                (const float *)ask[j].value + c;
             HL_FETCH(next + 0);
             HL_FETCH(next + 16);
             HL_FETCH(next + 32);
@@ -8949,12 +9165,11 @@ HL_KERNEL_AVX512 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_pr_4x4_avx
 }
 
 /* 2 heads by 4 vectors of channels, read where they are stored.
- * Meanwhile lines of values 24 keys further on are asked for, as long as
- * j < later.
+ * Meanwhile lines of the values of `ask` are asked for, as long as j < later.
  */
 HL_KERNEL_AVX512 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_pr_2x4_avx512(const float *p,
-    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n, int32_t later,
-    int32_t apart)
+    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n, const hl_row *ask,
+    int32_t later, int32_t apart)
 {
     enum { L = 16, OS = 64 };
     hl_vf_avx512 o0_0 = hl_vzero_avx512();
@@ -8969,7 +9184,7 @@ HL_KERNEL_AVX512 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_pr_2x4_avx
         const float *const value = (const float *)row[j].value + c;
         if (j < later) {
             const float *const next =
-                (const float *)row[j + 24].value + c;
+                (const float *)ask[j].value + c;
             HL_FETCH(next + 0);
             HL_FETCH(next + 16);
             HL_FETCH(next + 32);
@@ -9021,12 +9236,11 @@ HL_KERNEL_AVX512 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_pr_2x4_avx
 }
 
 /* 1 head by 4 vectors of channels, read where they are stored.
- * Meanwhile lines of values 24 keys further on are asked for, as long as
- * j < later.
+ * Meanwhile lines of the values of `ask` are asked for, as long as j < later.
  */
 HL_KERNEL_AVX512 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_pr_1x4_avx512(const float *p,
-    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n, int32_t later,
-    int32_t apart)
+    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n, const hl_row *ask,
+    int32_t later, int32_t apart)
 {
     enum { L = 16, OS = 64 };
     hl_vf_avx512 o0_0 = hl_vzero_avx512();
@@ -9037,7 +9251,7 @@ HL_KERNEL_AVX512 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_pr_1x4_avx
         const float *const value = (const float *)row[j].value + c;
         if (j < later) {
             const float *const next =
-                (const float *)row[j + 24].value + c;
+                (const float *)ask[j].value + c;
             HL_FETCH(next + 16);
             HL_FETCH(next + 48);
             if (apart) {
@@ -9075,7 +9289,7 @@ HL_KERNEL_AVX512 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_value_few_
     const hl_space *w, const hl_state *t, const hl_block *b, int32_t group)
 {
     enum { OS = 64, BLOCK = 96 };
-    const int32_t left = b->n + b->n_later - 24;
+    const int32_t left = b->asks < b->n ? b->asks : b->n;
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
         const int32_t later = h == 0 ? left : 0;
@@ -9083,7 +9297,7 @@ HL_KERNEL_AVX512 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_value_few_
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 64; c += 64) {
             hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_pr_4x4_avx512(p, b->row, c, o + c,
-                t->alpha + h, b->n, b->value_apart ? later : 0, b->value_apart);
+                t->alpha + h, b->n, b->ask, b->value_apart ? later : 0, b->value_apart);
         }
     }
     for (; h + 2 <= group; h += 2) {
@@ -9092,7 +9306,7 @@ HL_KERNEL_AVX512 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_value_few_
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 64; c += 64) {
             hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_pr_2x4_avx512(p, b->row, c, o + c,
-                t->alpha + h, b->n, later, b->value_apart);
+                t->alpha + h, b->n, b->ask, later, b->value_apart);
         }
     }
     for (; h + 1 <= group; h += 1) {
@@ -9101,7 +9315,7 @@ HL_KERNEL_AVX512 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_value_few_
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 64; c += 64) {
             hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_pr_1x4_avx512(p, b->row, c, o + c,
-                t->alpha + h, b->n, later, b->value_apart);
+                t->alpha + h, b->n, b->ask, later, b->value_apart);
         }
     }
 }
@@ -9306,7 +9520,7 @@ HL_KERNEL_AVX512 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_block_avx5
     hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_load_avx512(w, b);
     /* S = scale Q K^T, in units of log2 */
     hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_score_avx512(w, padded, b->n, plan->scale_log2);
-    hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_bias_avx512(plan, g, w, b, 0, w->s, padded,
+    hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_bias_avx512(plan, g, w, b, 0, w->s, padded, 1,
         g->group);
     /* m' = max(m, rowmax S);  P = 2^(S - m');  l, alpha */
     hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_softmax_avx512(w->s, t, padded, b->n);
@@ -9319,10 +9533,11 @@ HL_KERNEL_AVX512 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_forward_av
     const hl_incre_flash_attention_plan *plan, const hl_group *g, const hl_space *w,
     const hl_state *t, hl_cursor c, int32_t padded)
 {
-    enum { CAP = 240, AHEAD = 24 };
+    enum { CAP = 288, AHEAD = 24 };
     const hl_incre_flash_attention_args *const a = &plan->args;
     const int32_t block = plan->group > 32 ? 96 : plan->group <= 3
         && !hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_value_apart(a) ? 32 : 96;
+    const int32_t ahead = plan->group > 32 ? 8 : 24;
     int32_t known = hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_next(a, g, &c, w->row, CAP);
     int32_t more = known == CAP;
     hl_block b;
@@ -9331,6 +9546,8 @@ HL_KERNEL_AVX512 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_forward_av
     while (known > 0) {
         b.n = known < block ? known : block;
         b.n_later = known - b.n;
+        b.ask = b.row + ahead;
+        b.asks = known - ahead;
         hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_block_avx512(plan, g, w, t, &b, padded);
         *t->seen = 1.0f;
         b.row += b.n;
@@ -9390,7 +9607,6 @@ HL_KERNEL_AVX512 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_forward_ro
         t->l[h0 + h] = row.l[h];
     }
 }
-
 /* One chunk of a group's keys: those that all rows see, at once; then each row's own. */
 HL_KERNEL_AVX512 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_chunk_avx512(
     const hl_incre_flash_attention_plan *plan, const hl_group *g, const hl_space *w,
@@ -9420,6 +9636,8 @@ static inline void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_walk_avx512(
     hl_space w[16];
     hl_group g[16];
     hl_block b;
+    hl_row *later; /* the next block's rows, of the first head */
+    hl_row *ask;
     int32_t chunks;
     for (int32_t h = 0; h < n; ++h) {
         (void)hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_group(plan, first + h, &g[h]);
@@ -9432,7 +9650,11 @@ static inline void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_walk_avx512(
         w[h].row = w[0].row;
         w[h].own = w[0].own;
     }
+    later = w[0].row + block;
+    ask = later + block;
     b.value_apart = hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_value_apart(a);
+    b.n_later = 0;
+    b.ask = ask;
     chunks = hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_chunks(a, &g[0]);
     for (int32_t chunk = 0; chunk < chunks; ++chunk) {
         const hl_cursor all =
@@ -9446,25 +9668,30 @@ static inline void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_walk_avx512(
         }
         c.end = end - c.at < block ? end : c.at + block;
         b.row = w[0].row;
-        b.n = c.at < c.end
-            ? hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_next_block(a, &g[0], c, b.row, block)
-            : 0;
-        for (int32_t h = 0; b.n > 0;) { /* behind a block's rows are those of the next in turn */
-            const int32_t later = h + 1 < n ? h + 1 : 0;
-            const hl_state *const t = chunk == 0 ? &w[h].state : &w[h].other;
-            if (later == 0) {
-                c.at = c.end;
-                c.end = end - c.at < block ? end : c.at + block;
+        while (c.at < c.end) {
+            hl_cursor next;
+            int32_t rows;
+            next.at = c.end;
+            next.within = 0;
+            next.end = end - next.at < block ? end : next.at + block;
+            rows = next.at < next.end
+                ? hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_next_block(a, &g[0], next, later,
+                block) : 0;
+            for (int32_t h = 0; h < n; ++h) {
+                const hl_state *const t = chunk == 0 ? &w[h].state : &w[h].other;
+                b.n =
+                    hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_next_block(a, &g[h], c, b.row,
+                    block);
+                b.asks =
+                    hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_share(a, later, rows, h, n, ask,
+                    block);
+                if (b.n > 0) {
+                    hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_block_avx512(plan, &g[h], &w[h],
+                        t, &b, padded);
+                    *t->seen = 1.0f;
+                }
             }
-            b.n_later = c.at < c.end
-                ? hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_next_block(a, &g[later], c, b.row
-                + b.n, block) : 0;
-            hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_block_avx512(plan, &g[h], &w[h], t, &b,
-                padded);
-            *t->seen = 1.0f;
-            HL_COPY(b.row, b.row + b.n, (size_t)b.n_later * sizeof *b.row);
-            b.n = b.n_later;
-            h = later;
+            c = next;
         }
         for (int32_t h = 0; h < n; ++h) {
             const hl_state *const t = chunk == 0 ? &w[h].state : &w[h].other;
@@ -10011,6 +10238,585 @@ HL_API hl_status hl_incre_flash_attention_f32_d64_stats_sinks_window_softcap_ali
                     hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_merge_row(p,
                         (row * p->heads_q + h) * 64, at);
                 }
+            }
+        }
+    }
+    return HL_OK;
+}
+/* ==== hl_incre_flash_attention_f32_d64_stats_sinks_window_softcap_alibi ====
+ * Rows: append. */
+
+/* The instruction set that turns rows into records and back: the best that is here and has words of
+ * its own. Tiles are looked for only if they are named: that is a system call. 0: not here. */
+static inline int32_t hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_words(int32_t asked)
+{
+#if HL_HAS_AVX512
+    if ((asked == HL_ISA_BEST || asked == HL_ISA_AVX512) && hl_runs_avx512()) {
+        return HL_ISA_AVX512;
+    }
+#endif
+#if HL_HAS_AVX2
+    if ((asked == HL_ISA_BEST || asked == HL_ISA_AVX2) && hl_runs_avx2()) {
+        return HL_ISA_AVX2;
+    }
+#endif
+#if HL_HAS_NEON
+    if (asked == HL_ISA_BEST || asked == HL_ISA_NEON) {
+        return HL_ISA_NEON;
+    }
+#endif
+#if !HL_ISA_ONLY || defined(HL_ISA_ONLY_SCALAR)
+    if (asked == HL_ISA_BEST || asked == HL_ISA_SCALAR) {
+        return HL_ISA_SCALAR;
+    }
+#endif
+    return HL_ISA_BEST;
+}
+
+/* Keys or values: new rows, and the cache that they go to. */
+typedef struct hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_side {
+    const unsigned char *from;
+    unsigned char *to;
+    void *const *pages;    /* NULL: the cache is at `to`          */
+    hl_stride from_stride; /* in bytes, from here on              */
+    hl_stride to_stride;
+    uint64_t bytes;        /* of a row in the cache               */
+    uint64_t extent;       /* of the cache, or of one of its pages */
+    uint32_t align;
+    hl_argument argument;
+} hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_side;
+
+/* All memory of a call but the cache. */
+typedef struct hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_inputs {
+    hl_range range[10];
+    int32_t n;
+} hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_inputs;
+
+static inline int32_t hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_append_paged(
+    const hl_decode_append_args *a)
+{
+    return a->layout_kv == HL_LAYOUT_PA_BSND || a->layout_kv == HL_LAYOUT_PA_BNSD;
+}
+
+static inline int32_t hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_by_slot(
+    const hl_decode_append_args *a)
+{
+    (void)a;
+    return 0;
+}
+
+static inline int32_t hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_in_pages(
+    const hl_decode_append_args *a)
+{
+    (void)a;
+    return 0;
+}
+
+/* Rows of a batch's cache. */
+static inline int32_t hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_append_limit(
+    const hl_decode_append_args *a)
+{
+    if (hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_by_slot(a)) {
+        return a->max_blocks;
+    }
+    return hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_append_paged(a) ? a->max_blocks
+        * a->block_size : a->seq_kv;
+}
+
+/* 2: keys and values; 1: values are the first channels of keys. */
+static inline int32_t hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_sides(
+    const hl_decode_append_args *a)
+{
+    return a->value != NULL || a->value_cache != NULL || a->value_pages != NULL ? 2 : 1;
+}
+
+/* What this header was not generated with; sizes and modes. Fills in the defaults of *a. */
+static inline hl_status hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_check_append_sizes(
+    hl_decode_append_args *a, hl_error *error)
+{
+    const int32_t paged = hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_append_paged(a);
+    const struct {
+        int32_t value;
+        int32_t least;
+        int32_t most;
+        hl_argument argument;
+    } counts[] = {
+        {a->batch, 0, INT32_MAX, HL_ARG_BATCH},
+        {a->rows, 0, INT32_MAX, HL_ARG_ROWS},
+        {a->heads_kv, 0, INT32_MAX, HL_ARG_HEADS_KV},
+        {paged ? 0 : a->seq_kv, 0, INT32_MAX, HL_ARG_SEQ_KV},
+        {paged ? a->num_blocks : 0, 0, INT32_MAX, HL_ARG_NUM_BLOCKS},
+        {paged ? a->block_size : 1, 1, INT32_MAX, HL_ARG_BLOCK_SIZE},
+        {paged ? a->max_blocks : 0, 0, INT32_MAX, HL_ARG_MAX_BLOCKS},
+        {a->antiquant_mode, 0, 2, HL_ARG_ANTIQUANT_MODE},
+        {a->antiquant_f32, 0, 1, HL_ARG_ANTIQUANT_F32},
+        {a->numbers_f32, 0, 1, HL_ARG_NUMBERS_F32}
+    };
+    const struct {
+        int32_t value;
+        hl_argument argument;
+    } absent[] = {
+        {a->antiquant_scale != NULL, HL_ARG_ANTIQUANT_SCALE},
+        {a->antiquant_offset != NULL, HL_ARG_ANTIQUANT_OFFSET},
+        {a->token_scales != NULL, HL_ARG_TOKEN_SCALES},
+        {a->key_pages != NULL, HL_ARG_KEY_PAGES},
+        {a->value_pages != NULL, HL_ARG_VALUE_PAGES},
+        {a->antiquant_mode, HL_ARG_ANTIQUANT_MODE},
+        {a->index_kind, HL_ARG_INDEX_KIND}
+    };
+    for (size_t i = 0; i < sizeof absent / sizeof absent[0]; ++i) {
+        if (absent[i].value != 0) {
+            return hl_refuse(error, HL_ERR_UNSUPPORTED, absent[i].argument, HL_RULE_NULL,
+                             absent[i].value, 0);
+        }
+    }
+    for (size_t i = 0; i < sizeof counts / sizeof counts[0]; ++i) {
+        const int32_t low = counts[i].value < counts[i].least;
+        if (low || counts[i].value > counts[i].most) {
+            return hl_refuse(error, HL_ERR_SHAPE, counts[i].argument, low ? HL_RULE_AT_LEAST
+                             : HL_RULE_AT_MOST, counts[i].value, low ? counts[i].least
+                             : counts[i].most);
+        }
+    }
+    a->heads_kv = a->heads_kv != 0 ? a->heads_kv : 1;
+    if (paged && (int64_t)a->max_blocks
+        * (hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_by_slot(a) ? 1
+           : a->block_size) > INT32_MAX) {
+        return hl_refuse(error, HL_ERR_SHAPE, HL_ARG_MAX_BLOCKS, HL_RULE_AT_MOST, a->max_blocks,
+                         INT32_MAX / a->block_size);
+    }
+    return HL_OK;
+}
+
+/* Layouts, and what each of them has no use for. */
+static inline hl_status hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_check_append_layout(
+    const hl_decode_append_args *a, hl_error *error)
+{
+    const int32_t kv_known = a->layout_kv == HL_LAYOUT_BSND || a->layout_kv == HL_LAYOUT_BSH
+        || a->layout_kv == HL_LAYOUT_BNSD || a->layout_kv == HL_LAYOUT_PA_BSND
+        || a->layout_kv == HL_LAYOUT_PA_BNSD;
+    const int32_t paged = hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_append_paged(a);
+    const int32_t pages = hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_in_pages(a);
+    const struct {
+        int32_t there;
+        hl_argument argument;
+    } unused[] = {
+        {a->block_table != NULL && (!paged || pages), HL_ARG_BLOCK_TABLE},
+        {a->key_pages != NULL && !paged, HL_ARG_KEY_PAGES},
+        {a->value_pages != NULL && !paged, HL_ARG_VALUE_PAGES},
+        {a->key_cache != NULL && pages, HL_ARG_KEY_CACHE},
+        {a->value_cache != NULL && pages, HL_ARG_VALUE_CACHE}
+    };
+    if (a->layout_new != HL_LAYOUT_BSND && a->layout_new != HL_LAYOUT_BSH
+        && a->layout_new != HL_LAYOUT_BNSD) {
+        return hl_refuse(error, HL_ERR_UNSUPPORTED, HL_ARG_LAYOUT_NEW, HL_RULE_GENERATED,
+                         a->layout_new, 0);
+    }
+    if (!kv_known) {
+        return hl_refuse(error, HL_ERR_UNSUPPORTED, HL_ARG_LAYOUT_KV, HL_RULE_GENERATED,
+                         a->layout_kv, 0);
+    }
+    for (size_t i = 0; i < sizeof unused / sizeof unused[0]; ++i) {
+        if (unused[i].there) {
+            return hl_refuse(error, HL_ERR_UNSUPPORTED, unused[i].argument, HL_RULE_NULL, 1, 0);
+        }
+    }
+    if (pages
+        && (a->key_pages == NULL
+            || (hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_sides(a) > 1
+                && a->value_pages == NULL))) {
+        return hl_refuse(error, HL_ERR_NULL, a->key_pages == NULL ? HL_ARG_KEY_PAGES
+                         : HL_ARG_VALUE_PAGES, HL_RULE_NOT_NULL, 0, 0);
+    }
+    return HL_OK;
+}
+
+/* Fills in the strides of new rows or of a cache, which become bytes; *extent: what they span. */
+static inline hl_status hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_check_append_stride(
+    hl_stride *stride, int32_t heads_first, const int64_t *count, int64_t channels,
+    uint32_t element, hl_argument argument, int32_t written, uint64_t *extent, hl_error *error)
+{
+    hl_status status;
+    if (heads_first) {
+        hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_heads_first(stride, count[1], channels);
+    }
+    status = hl_default_stride(stride, count[1], count[2], channels, argument, error);
+    if (status == HL_OK && written) {
+        status = hl_check_apart(stride, count[0], count[1], count[2], channels, argument, error);
+    }
+    *extent = hl_extent(stride, count[0], count[1], count[2], channels, element);
+    if (status == HL_OK && *extent > (uint64_t)PTRDIFF_MAX) {
+        return hl_refuse(error, HL_ERR_SHAPE, argument, HL_RULE_ADDRESSABLE,
+                         *extent > (uint64_t)INT64_MAX ? INT64_MAX : (int64_t)*extent,
+                         (int64_t)PTRDIFF_MAX);
+    }
+    /* Where nothing is stepped over, a step may be anything. */
+    stride->batch = *extent > 0 && count[0] > 1 ? stride->batch * (ptrdiff_t)element : 0;
+    stride->row = *extent > 0 && count[1] > 1 ? stride->row * (ptrdiff_t)element : 0;
+    stride->head = *extent > 0 && count[2] > 1 ? stride->head * (ptrdiff_t)element : 0;
+    return status;
+}
+
+/* One tensor of the cache, or one of its pages: it is there, and apart from all other memory. */
+static inline hl_status hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_check_target(
+    const hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_inputs *inputs, const void *to,
+    const hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_side *side, hl_argument argument,
+    hl_error *error)
+{
+    const hl_range range = {to, side->extent, argument, 1, side->align};
+    const hl_status status = hl_check_ranges(&range, 1, error);
+    const uintptr_t start = (uintptr_t)to;
+    for (int32_t i = 0; status == HL_OK && side->extent > 0 && i < inputs->n; ++i) {
+        const uintptr_t other = (uintptr_t)inputs->range[i].start;
+        if (other < start + (uintptr_t)side->extent && start < other
+            + (uintptr_t)inputs->range[i].bytes) {
+            return hl_refuse(error, HL_ERR_ALIAS, argument, HL_RULE_DISJOINT, 0, 0);
+        }
+    }
+    return status;
+}
+
+/* Keys and values in the same memory: from some step on both have the same ones, and what is below
+ * lies side by side within it (K and V of each block, row or head). `first` starts in front. */
+static inline int32_t hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_side_by_side(
+    const hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_side *first,
+    const hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_side *second, uint64_t gap,
+    const int64_t *count)
+{
+    const ptrdiff_t step[3] = {first->to_stride.batch, first->to_stride.row,
+                               first->to_stride.head};
+    const ptrdiff_t other[3] = {second->to_stride.batch, second->to_stride.row,
+                                second->to_stride.head};
+    uint64_t span = first->bytes;
+    uint64_t reach = second->bytes;
+    int32_t done[3] = {0, 0, 0};
+    int32_t apart = 0;
+    for (int32_t turn = 0; turn < 3; ++turn) {
+        int32_t least = -1;
+        int32_t same = 1;
+        for (int32_t i = 0; i < 3; ++i) {
+            if (!done[i] && count[i] > 1) {
+                same &= step[i] == other[i];
+                least = least < 0 || step[i] < step[least] ? i : least;
+            }
+        }
+        if (least < 0) {
+            break;
+        }
+        done[least] = 1;
+        if (same && gap >= span) {
+            apart = gap + reach <= (uint64_t)step[least];
+        }
+        if (apart && gap + reach > (uint64_t)step[least]) {
+            return 0;
+        }
+        span += (uint64_t)(count[least] - 1) * (uint64_t)step[least];
+        reach += (uint64_t)(count[least] - 1) * (uint64_t)other[least];
+    }
+    return apart || gap >= span;
+}
+
+/* The two caches leave each other's rows alone. */
+static inline hl_status hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_check_sides(
+    const hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_side *side, const unsigned char *key,
+    const unsigned char *value, const int64_t *count, hl_argument argument, hl_error *error)
+{
+    const uintptr_t k = (uintptr_t)key;
+    const uintptr_t v = (uintptr_t)value;
+    if (side[0].extent == 0 || side[1].extent == 0
+        || (k <= v
+            && hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_side_by_side(&side[0], &side[1],
+            (uint64_t)(v - k), count))
+        || (v < k
+            && hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_side_by_side(&side[1], &side[0],
+            (uint64_t)(k - v), count))) {
+        return HL_OK;
+    }
+    return hl_refuse(error, HL_ERR_ALIAS, argument, HL_RULE_DISJOINT, 0, 0);
+}
+
+/* Strides, alignment, extents; and the cache overlaps nothing else. Fills in side[] and count[]:
+ * blocks (or batches), rows and heads of the cache. */
+static inline hl_status hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_check_append_memory(
+    const hl_decode_append_args *a, hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_side *side,
+    hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_inputs *inputs, int64_t *count, hl_error *error)
+{
+    const int32_t paged = hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_append_paged(a);
+    const int32_t sides = hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_sides(a);
+    const int32_t any = a->batch > 0 && a->rows > 0; /* else nothing is read or written */
+    const int32_t pages = hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_in_pages(a);
+    const int32_t new_first = a->layout_new == HL_LAYOUT_BNSD;
+    const int32_t kv_first = a->layout_kv == HL_LAYOUT_BNSD || a->layout_kv == HL_LAYOUT_PA_BNSD;
+    const uint32_t number = a->numbers_f32 ? 4u : 4u;
+    const uint64_t each = 4u * (uint64_t)a->batch;
+    const uint64_t entries = hl_mul_cap((uint64_t)a->batch, (uint64_t)a->max_blocks);
+    const int64_t fresh[3] = {a->batch, a->rows, a->heads_kv};
+    uint64_t extent[2] = {0, 0};
+    hl_status status = HL_OK;
+    count[0] = pages ? 1 : paged ? a->num_blocks : a->batch;
+    count[1] = paged ? a->block_size : a->seq_kv;
+    count[2] = a->heads_kv;
+    side[0].from = (const unsigned char *)a->key;
+    side[0].to = (unsigned char *)a->key_cache;
+    side[0].pages = a->key_pages;
+    side[0].from_stride = a->key_stride;
+    side[0].to_stride = a->key_cache_stride;
+    side[0].argument = pages ? HL_ARG_KEY_PAGES : HL_ARG_KEY_CACHE;
+    side[1].from = (const unsigned char *)a->value;
+    side[1].to = (unsigned char *)a->value_cache;
+    side[1].pages = a->value_pages;
+    side[1].from_stride = a->value_stride;
+    side[1].to_stride = a->value_cache_stride;
+    side[1].argument = pages ? HL_ARG_VALUE_PAGES : HL_ARG_VALUE_CACHE;
+    side[0].bytes = 64 * 4;
+    side[0].align = 4;
+    status = status != HL_OK ? status
+        : hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_check_append_stride(&side[0].from_stride,
+        new_first, fresh, 64, number, HL_ARG_KEY_STRIDE, 0, &extent[0], error);
+    status = status != HL_OK ? status
+        : hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_check_append_stride(&side[0].to_stride,
+        kv_first, count, 64, 4, HL_ARG_KEY_CACHE_STRIDE, 1, &side[0].extent, error);
+    side[1].bytes = 64 * 4;
+    side[1].align = 4;
+    status = status != HL_OK ? status
+        : hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_check_append_stride(&side[1].from_stride,
+        new_first, fresh, 64, number, HL_ARG_VALUE_STRIDE, 0, &extent[1], error);
+    status = status != HL_OK ? status
+        : hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_check_append_stride(&side[1].to_stride,
+        kv_first, count, 64, 4, HL_ARG_VALUE_CACHE_STRIDE, 1, &side[1].extent, error);
+    if (status != HL_OK) {
+        return status;
+    }
+    {
+        const hl_range range[] = {
+            {a->key, extent[0], HL_ARG_KEY, 0, number},
+            {a->value, sides > 1 ? extent[1] : 0, HL_ARG_VALUE, 0, number},
+            {a->positions, any ? each : 0, HL_ARG_POSITIONS, 0, 4u},
+            {a->lengths, a->lengths != NULL ? each : 0, HL_ARG_LENGTHS, 0, 4u},
+            {a->block_table, a->block_table != NULL ? hl_mul_cap(entries, 4u) : 0,
+             HL_ARG_BLOCK_TABLE, 0, 4u},
+            {a->key_pages, a->key_pages != NULL ? hl_mul_cap(entries, sizeof(void *)) : 0,
+             HL_ARG_KEY_PAGES, 0, (uint32_t)sizeof(void *)},
+            {a->value_pages, a->value_pages != NULL ? hl_mul_cap(entries, sizeof(void *)) : 0,
+             HL_ARG_VALUE_PAGES, 0, (uint32_t)sizeof(void *)},
+            {NULL, 0, HL_ARG_NONE, 0, 1u}
+        };
+        inputs->n = 0;
+        for (size_t i = 0; i < sizeof range / sizeof range[0]; ++i) {
+            if (range[i].bytes != 0) {
+                inputs->range[inputs->n++] = range[i];
+            }
+        }
+    }
+    status = hl_check_ranges(inputs->range, inputs->n, error);
+    for (int32_t s = 0; s < sides; ++s) {
+        side[s].extent = any ? side[s].extent : 0;
+        if (status == HL_OK && !pages) {
+            status =
+                hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_check_target(inputs, side[s].to,
+                &side[s], side[s].argument, error);
+        }
+    }
+    if (status == HL_OK && !pages && sides > 1) {
+        status =
+            hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_check_sides(side, side[0].to,
+            side[1].to, count, HL_ARG_VALUE_CACHE, error);
+    }
+    return status;
+}
+
+/* New rows of a batch. */
+static inline int32_t hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_new_rows(
+    const hl_decode_append_args *a, int32_t b)
+{
+    return a->lengths != NULL ? a->lengths[b] : a->rows;
+}
+
+/* An entry of a batch's row of the table, or its page. */
+static inline hl_status hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_check_append_entry(
+    const hl_decode_append_args *a,
+    const hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_side *side,
+    const hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_inputs *inputs, const int64_t *count,
+    int32_t b, int32_t i, hl_error *error)
+{
+    const ptrdiff_t at = (ptrdiff_t)b * a->max_blocks + i;
+    const int64_t blocks = (int64_t)a->num_blocks
+        * (hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_by_slot(a) ? a->block_size : 1);
+    int32_t id;
+    (void)side;
+    (void)inputs;
+    (void)count;
+    id = a->block_table[at];
+    if (id < 0 || id >= blocks) {
+        return hl_refuse_at(error, HL_ERR_BLOCK_ID, HL_ARG_BLOCK_TABLE, id < 0 ? HL_RULE_AT_LEAST
+                            : HL_RULE_AT_MOST, 2, b, i, id, id < 0 ? 0 : blocks - 1);
+    }
+    return HL_OK;
+}
+
+/* New rows and their places in each batch, and the table entries that are needed for them. */
+static inline hl_status hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_check_append_places(
+    const hl_decode_append_args *a,
+    const hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_side *side,
+    const hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_inputs *inputs, const int64_t *count,
+    hl_error *error)
+{
+    const int32_t limit = hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_append_limit(a);
+    const int32_t each = hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_by_slot(a) ? 1
+        : a->block_size;
+    for (int32_t b = 0; a->rows > 0 && b < a->batch; ++b) {
+        const int32_t n = hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_new_rows(a, b);
+        const int32_t first = a->positions[b];
+        if (n < 0 || n > a->rows) {
+            return hl_refuse_at(error, HL_ERR_LENGTH, HL_ARG_LENGTHS, n < 0 ? HL_RULE_AT_LEAST
+                                : HL_RULE_AT_MOST, 1, b, 0, n, n < 0 ? 0 : a->rows);
+        }
+        if (n == 0) {
+            continue; /* nothing else of this batch counts */
+        }
+        if (first < 0 || first > (int64_t)limit - n) {
+            return hl_refuse_at(error, HL_ERR_LENGTH, HL_ARG_POSITIONS, first < 0 ? HL_RULE_AT_LEAST
+                                : HL_RULE_AT_MOST, 1, b, 0, first, first < 0 ? 0
+                                : (int64_t)limit - n);
+        }
+        if (!hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_append_paged(a)) {
+            continue;
+        }
+        if (a->block_table == NULL
+            && !hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_in_pages(a)) {
+            return hl_refuse(error, HL_ERR_NULL, HL_ARG_BLOCK_TABLE, HL_RULE_NOT_NULL, 0, 0);
+        }
+        for (int32_t i = first / each; i <= (first + n - 1) / each; ++i) {
+            const hl_status status =
+                hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_check_append_entry(a, side, inputs,
+                count, b, i, error);
+            if (status != HL_OK) {
+                return status;
+            }
+        }
+    }
+    return HL_OK;
+}
+/* Rows as they are: as much at a time as lies side by side in both places. */
+static inline void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_copy_rows(
+    const hl_decode_run *run, ptrdiff_t bytes)
+{
+    int32_t rows = run->rows;
+    int32_t heads = run->heads;
+    if (heads == 1 || (run->from_head == bytes && run->to_head == bytes)) {
+        bytes *= heads;
+        heads = 1;
+    }
+    if (rows == 1 || (run->from_row == bytes && run->to_row == bytes)) {
+        bytes *= rows;
+        rows = 1;
+    }
+    for (int32_t h = 0; h < heads; ++h) {
+        for (int32_t i = 0; i < rows; ++i) {
+            HL_COPY(run->to + h * run->to_head + i * run->to_row, run->from + h * run->from_head + i
+                    * run->from_row, (size_t)bytes);
+        }
+    }
+}
+/* Keys or values of a run. */
+static inline void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_append_run(int32_t isa,
+    const hl_decode_run *run, int32_t side)
+{
+    if (side == 0) {
+        hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_copy_rows(run, 256);
+        return;
+    }
+    if (side == 1) {
+        hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_copy_rows(run, 256);
+        return;
+    }
+    (void)isa;
+}
+
+HL_API hl_status hl_incre_flash_attention_f32_d64_stats_sinks_window_softcap_alibi_append(
+    const hl_decode_append_args *args, hl_error *error)
+{
+    hl_decode_append_args a;
+    hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_side side[2];
+    hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_inputs inputs;
+    int64_t count[3];
+    int32_t sides;
+    int32_t isa;
+    hl_status status;
+    (void)hl_refuse(error, HL_OK, HL_ARG_NONE, HL_RULE_NONE, 0, 0);
+    if (args == NULL) {
+        return hl_refuse(error, HL_ERR_NULL, HL_ARG_ARGS, HL_RULE_NOT_NULL, 0, 0);
+    }
+    a = *args;
+    status = hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_check_append_sizes(&a, error);
+    if (status == HL_OK) {
+        status = hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_check_append_layout(&a, error);
+    }
+    if (status == HL_OK) {
+        status =
+            hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_check_append_memory(&a, side, &inputs,
+            count, error);
+    }
+    if (status == HL_OK) {
+        status =
+            hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_check_append_places(&a, side, &inputs,
+            count, error);
+    }
+    if (status != HL_OK) {
+        return status;
+    }
+    isa = hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_words(a.isa);
+    if (isa == HL_ISA_BEST) {
+        return hl_refuse(error, HL_ERR_UNSUPPORTED, HL_ARG_ISA, HL_RULE_GENERATED, a.isa, 0);
+    }
+    sides = hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_sides(&a);
+    for (int32_t b = 0; a.rows > 0 && b < a.batch; ++b) {
+        const int32_t rows = hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_new_rows(&a, b);
+        int32_t n = 0;
+        for (int32_t i = 0; i < rows; i += n) { /* as many as lie at even steps */
+            const int32_t t = a.positions[b] + i;
+            ptrdiff_t entry = 0;
+            ptrdiff_t outer = b;
+            ptrdiff_t inner = t;
+            n = rows - i;
+            if (hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_append_paged(&a)) {
+                const int32_t left = a.block_size - t % a.block_size;
+                entry = (ptrdiff_t)b * a.max_blocks
+                    + (hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_by_slot(&a) ? t
+                       : t / a.block_size);
+                outer = hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_in_pages(&a) ? 0
+                    : a.block_table[entry];
+                inner = hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_by_slot(&a)
+                    ? outer % a.block_size : t % a.block_size;
+                outer = hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_by_slot(&a)
+                    ? outer / a.block_size : outer;
+                n = hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_by_slot(&a) ? 1 : n < left ? n
+                    : left;
+            }
+            for (int32_t s = 0; s < sides; ++s) {
+                const hl_stride *const from = &side[s].from_stride;
+                const hl_stride *const to = &side[s].to_stride;
+                unsigned char *const cache =
+                    hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_in_pages(&a)
+                        ? (unsigned char *)side[s].pages[entry] : side[s].to;
+                hl_decode_run run;
+                run.from = side[s].from + b * from->batch + i * from->row;
+                run.to = cache + outer * to->batch + inner * to->row;
+                run.token_scale = NULL;
+                run.token_again = NULL;
+                run.scale = NULL;
+                run.offset = NULL;
+                run.scale_f32 = a.antiquant_f32;
+                run.by_channel = a.antiquant_mode == HL_ANTIQUANT_CHANNEL;
+                run.numbers_f32 = a.numbers_f32;
+                run.rows = n;
+                run.heads = a.heads_kv;
+                run.channels = s == 0 ? 64 : 64;
+                run.from_row = from->row;
+                run.from_head = from->head;
+                run.to_row = to->row;
+                run.to_head = to->head;
+                hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_append_run(isa, &run, s);
             }
         }
     }

@@ -268,6 +268,12 @@ typedef enum hl_argument {
     HL_ARG_FROM_STRIDE,
     HL_ARG_TO_STRIDE,
     HL_ARG_POSITIONS,
+    HL_ARG_KEY_CACHE,
+    HL_ARG_VALUE_CACHE,
+    HL_ARG_TOKEN_SCALES,
+    HL_ARG_LAYOUT_NEW,
+    HL_ARG_KEY_CACHE_STRIDE,
+    HL_ARG_VALUE_CACHE_STRIDE,
     HL_ARG_PLAN,
     HL_ARG_ARGS,
     HL_ARG_WORKSPACE,
@@ -674,12 +680,14 @@ typedef struct hl_row {
     ptrdiff_t token; /* decoding: which row of its batch's cache it is                         */
 } hl_row;
 
-/* One block of keys; behind its rows lie those of later keys, which are asked for meanwhile. */
+/* One block of keys; behind its rows lie those of later keys. */
 typedef struct hl_block {
     hl_row *row;
     int32_t n;
     int32_t n_later;
     int32_t value_apart; /* values are not the keys' first channels                            */
+    const hl_row *ask;   /* while key j is in use, lines of the row ask[j] are asked for,      */
+    int32_t asks;        /* as long as j is below this                                         */
 } hl_block;
 
 /* The workspace of one task, cut into its named slices. */
@@ -1052,6 +1060,12 @@ static inline const char *hl_argument_name(hl_argument argument)
         "from_stride",
         "to_stride",
         "positions",
+        "key_cache",
+        "value_cache",
+        "token_scales",
+        "layout_new",
+        "key_cache_stride",
+        "value_cache_stride",
         "plan",
         "args",
         "workspace",
@@ -3839,8 +3853,8 @@ HL_KERNEL_SCALAR void hl_sfaq_bf16_fp8_656_d512_rope64_slots_softmaxes_few_scala
 /* 4 heads by 2 vectors of channels, read where they are stored.
  */
 HL_KERNEL_SCALAR void hl_sfaq_bf16_fp8_656_d512_rope64_slots_pr_4x2_scalar(const float *p,
-    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n, int32_t later,
-    int32_t apart)
+    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n, const hl_row *ask,
+    int32_t later, int32_t apart)
 {
     enum { L = 1, OS = 512 };
     hl_vf_scalar o0_0 = hl_vzero_scalar();
@@ -3871,6 +3885,7 @@ HL_KERNEL_SCALAR void hl_sfaq_bf16_fp8_656_d512_rope64_slots_pr_4x2_scalar(const
         o3_1 = hl_vfma_scalar(x, v1, o3_1);
     }
     (void)later;
+    (void)ask;
     (void)apart;
     hl_vstore_scalar(o + 0 * OS + 0 * L,
                      hl_vfma_scalar(hl_vset_scalar(alpha[0]), hl_vload_scalar(o + 0 * OS + 0 * L),
@@ -3901,8 +3916,8 @@ HL_KERNEL_SCALAR void hl_sfaq_bf16_fp8_656_d512_rope64_slots_pr_4x2_scalar(const
 /* 2 heads by 4 vectors of channels, read where they are stored.
  */
 HL_KERNEL_SCALAR void hl_sfaq_bf16_fp8_656_d512_rope64_slots_pr_2x4_scalar(const float *p,
-    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n, int32_t later,
-    int32_t apart)
+    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n, const hl_row *ask,
+    int32_t later, int32_t apart)
 {
     enum { L = 1, OS = 512 };
     hl_vf_scalar o0_0 = hl_vzero_scalar();
@@ -3934,6 +3949,7 @@ HL_KERNEL_SCALAR void hl_sfaq_bf16_fp8_656_d512_rope64_slots_pr_2x4_scalar(const
         o1_3 = hl_vfma_scalar(x, v3, o1_3);
     }
     (void)later;
+    (void)ask;
     (void)apart;
     hl_vstore_scalar(o + 0 * OS + 0 * L,
                      hl_vfma_scalar(hl_vset_scalar(alpha[0]), hl_vload_scalar(o + 0 * OS + 0 * L),
@@ -3964,8 +3980,8 @@ HL_KERNEL_SCALAR void hl_sfaq_bf16_fp8_656_d512_rope64_slots_pr_2x4_scalar(const
 /* 1 head by 8 vectors of channels, read where they are stored.
  */
 HL_KERNEL_SCALAR void hl_sfaq_bf16_fp8_656_d512_rope64_slots_pr_1x8_scalar(const float *p,
-    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n, int32_t later,
-    int32_t apart)
+    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n, const hl_row *ask,
+    int32_t later, int32_t apart)
 {
     enum { L = 1, OS = 512 };
     hl_vf_scalar o0_0 = hl_vzero_scalar();
@@ -3995,6 +4011,7 @@ HL_KERNEL_SCALAR void hl_sfaq_bf16_fp8_656_d512_rope64_slots_pr_1x8_scalar(const
         o0_7 = hl_vfma_scalar(x, w, o0_7);
     }
     (void)later;
+    (void)ask;
     (void)apart;
     hl_vstore_scalar(o + 0 * OS + 0 * L,
                      hl_vfma_scalar(hl_vset_scalar(alpha[0]), hl_vload_scalar(o + 0 * OS + 0 * L),
@@ -4027,7 +4044,7 @@ HL_KERNEL_SCALAR void hl_sfaq_bf16_fp8_656_d512_rope64_slots_value_few_scalar(co
     const hl_state *t, const hl_block *b, int32_t group)
 {
     enum { OS = 512, BLOCK = 16 };
-    const int32_t left = b->n + b->n_later - 8;
+    const int32_t left = b->asks < b->n ? b->asks : b->n;
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
         const int32_t later = h == 0 ? left : 0;
@@ -4035,7 +4052,7 @@ HL_KERNEL_SCALAR void hl_sfaq_bf16_fp8_656_d512_rope64_slots_value_few_scalar(co
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 512; c += 2) {
             hl_sfaq_bf16_fp8_656_d512_rope64_slots_pr_4x2_scalar(p, b->row, c, o + c, t->alpha + h,
-                b->n, b->value_apart ? later : 0, b->value_apart);
+                b->n, b->ask, b->value_apart ? later : 0, b->value_apart);
         }
     }
     for (; h + 2 <= group; h += 2) {
@@ -4044,7 +4061,7 @@ HL_KERNEL_SCALAR void hl_sfaq_bf16_fp8_656_d512_rope64_slots_value_few_scalar(co
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 512; c += 4) {
             hl_sfaq_bf16_fp8_656_d512_rope64_slots_pr_2x4_scalar(p, b->row, c, o + c, t->alpha + h,
-                b->n, b->value_apart ? later : 0, b->value_apart);
+                b->n, b->ask, b->value_apart ? later : 0, b->value_apart);
         }
     }
     for (; h + 1 <= group; h += 1) {
@@ -4053,7 +4070,7 @@ HL_KERNEL_SCALAR void hl_sfaq_bf16_fp8_656_d512_rope64_slots_value_few_scalar(co
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 512; c += 8) {
             hl_sfaq_bf16_fp8_656_d512_rope64_slots_pr_1x8_scalar(p, b->row, c, o + c, t->alpha + h,
-                b->n, b->value_apart ? later : 0, b->value_apart);
+                b->n, b->ask, b->value_apart ? later : 0, b->value_apart);
         }
     }
 }
@@ -4251,7 +4268,7 @@ HL_KERNEL_SCALAR void hl_sfaq_bf16_fp8_656_d512_rope64_slots_block_scalar(
     const hl_block *b, int32_t padded)
 {
     (void)padded;
-    const hl_block own = {w->own, b->n, 0, 0}; /* the block, decoded */
+    const hl_block own = {w->own, b->n, 0, 0, NULL, 0}; /* the block, decoded */
     hl_sfaq_bf16_fp8_656_d512_rope64_slots_load_scalar(w, b);
     /* S = scale Q K^T, in units of log2 */
     hl_sfaq_bf16_fp8_656_d512_rope64_slots_score_few_scalar(w, &own, plan->group, plan->scale_log2,
@@ -5616,8 +5633,8 @@ HL_KERNEL_NEON void hl_sfaq_bf16_fp8_656_d512_rope64_slots_value_neon(const hl_s
 /* 4 heads by 4 vectors of channels, read where they are stored.
  */
 HL_KERNEL_NEON void hl_sfaq_bf16_fp8_656_d512_rope64_slots_pr_4x4_neon(const float *p,
-    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n, int32_t later,
-    int32_t apart)
+    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n, const hl_row *ask,
+    int32_t later, int32_t apart)
 {
     enum { L = 4, OS = 512 };
     hl_vf_neon o0_0 = hl_vzero_neon();
@@ -5667,6 +5684,7 @@ HL_KERNEL_NEON void hl_sfaq_bf16_fp8_656_d512_rope64_slots_pr_4x4_neon(const flo
         o3_3 = hl_vfma_neon(x, v3, o3_3);
     }
     (void)later;
+    (void)ask;
     (void)apart;
     hl_vstore_neon(o + 0 * OS + 0 * L,
                    hl_vfma_neon(hl_vset_neon(alpha[0]), hl_vload_neon(o + 0 * OS + 0 * L), o0_0));
@@ -5705,8 +5723,8 @@ HL_KERNEL_NEON void hl_sfaq_bf16_fp8_656_d512_rope64_slots_pr_4x4_neon(const flo
 /* 2 heads by 8 vectors of channels, read where they are stored.
  */
 HL_KERNEL_NEON void hl_sfaq_bf16_fp8_656_d512_rope64_slots_pr_2x8_neon(const float *p,
-    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n, int32_t later,
-    int32_t apart)
+    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n, const hl_row *ask,
+    int32_t later, int32_t apart)
 {
     enum { L = 4, OS = 512 };
     hl_vf_neon o0_0 = hl_vzero_neon();
@@ -5760,6 +5778,7 @@ HL_KERNEL_NEON void hl_sfaq_bf16_fp8_656_d512_rope64_slots_pr_2x8_neon(const flo
         o1_7 = hl_vfma_neon(x, v7, o1_7);
     }
     (void)later;
+    (void)ask;
     (void)apart;
     hl_vstore_neon(o + 0 * OS + 0 * L,
                    hl_vfma_neon(hl_vset_neon(alpha[0]), hl_vload_neon(o + 0 * OS + 0 * L), o0_0));
@@ -5798,8 +5817,8 @@ HL_KERNEL_NEON void hl_sfaq_bf16_fp8_656_d512_rope64_slots_pr_2x8_neon(const flo
 /* 1 head by 16 vectors of channels, read where they are stored.
  */
 HL_KERNEL_NEON void hl_sfaq_bf16_fp8_656_d512_rope64_slots_pr_1x16_neon(const float *p,
-    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n, int32_t later,
-    int32_t apart)
+    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n, const hl_row *ask,
+    int32_t later, int32_t apart)
 {
     enum { L = 4, OS = 512 };
     hl_vf_neon o0_0 = hl_vzero_neon();
@@ -5849,6 +5868,7 @@ HL_KERNEL_NEON void hl_sfaq_bf16_fp8_656_d512_rope64_slots_pr_1x16_neon(const fl
         o0_15 = hl_vfma_neon(x, w, o0_15);
     }
     (void)later;
+    (void)ask;
     (void)apart;
     hl_vstore_neon(o + 0 * OS + 0 * L,
                    hl_vfma_neon(hl_vset_neon(alpha[0]), hl_vload_neon(o + 0 * OS + 0 * L), o0_0));
@@ -5889,7 +5909,7 @@ HL_KERNEL_NEON void hl_sfaq_bf16_fp8_656_d512_rope64_slots_value_few_neon(const 
     const hl_state *t, const hl_block *b, int32_t group)
 {
     enum { OS = 512, BLOCK = 64 };
-    const int32_t left = b->n + b->n_later - 24;
+    const int32_t left = b->asks < b->n ? b->asks : b->n;
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
         const int32_t later = h == 0 ? left : 0;
@@ -5897,7 +5917,7 @@ HL_KERNEL_NEON void hl_sfaq_bf16_fp8_656_d512_rope64_slots_value_few_neon(const 
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 512; c += 16) {
             hl_sfaq_bf16_fp8_656_d512_rope64_slots_pr_4x4_neon(p, b->row, c, o + c, t->alpha + h,
-                b->n, b->value_apart ? later : 0, b->value_apart);
+                b->n, b->ask, b->value_apart ? later : 0, b->value_apart);
         }
     }
     for (; h + 2 <= group; h += 2) {
@@ -5906,7 +5926,7 @@ HL_KERNEL_NEON void hl_sfaq_bf16_fp8_656_d512_rope64_slots_value_few_neon(const 
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 512; c += 32) {
             hl_sfaq_bf16_fp8_656_d512_rope64_slots_pr_2x8_neon(p, b->row, c, o + c, t->alpha + h,
-                b->n, b->value_apart ? later : 0, b->value_apart);
+                b->n, b->ask, b->value_apart ? later : 0, b->value_apart);
         }
     }
     for (; h + 1 <= group; h += 1) {
@@ -5915,7 +5935,7 @@ HL_KERNEL_NEON void hl_sfaq_bf16_fp8_656_d512_rope64_slots_value_few_neon(const 
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 512; c += 64) {
             hl_sfaq_bf16_fp8_656_d512_rope64_slots_pr_1x16_neon(p, b->row, c, o + c, t->alpha + h,
-                b->n, b->value_apart ? later : 0, b->value_apart);
+                b->n, b->ask, b->value_apart ? later : 0, b->value_apart);
         }
     }
 }
@@ -6113,7 +6133,7 @@ HL_KERNEL_NEON void hl_sfaq_bf16_fp8_656_d512_rope64_slots_block_neon(
     const hl_block *b, int32_t padded)
 {
     if (plan->group <= 16) {
-        const hl_block own = {w->own, b->n, 0, 0}; /* the block, decoded */
+        const hl_block own = {w->own, b->n, 0, 0, NULL, 0}; /* the block, decoded */
         hl_sfaq_bf16_fp8_656_d512_rope64_slots_load_neon(w, b);
         /* S = scale Q K^T, in units of log2 */
         hl_sfaq_bf16_fp8_656_d512_rope64_slots_score_few_neon(w, &own, plan->group,
@@ -7414,8 +7434,8 @@ HL_KERNEL_AVX2 void hl_sfaq_bf16_fp8_656_d512_rope64_slots_value_avx2(const hl_s
 /* 4 heads by 2 vectors of channels, read where they are stored.
  */
 HL_KERNEL_AVX2 void hl_sfaq_bf16_fp8_656_d512_rope64_slots_pr_4x2_avx2(const float *p,
-    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n, int32_t later,
-    int32_t apart)
+    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n, const hl_row *ask,
+    int32_t later, int32_t apart)
 {
     enum { L = 8, OS = 512 };
     hl_vf_avx2 o0_0 = hl_vzero_avx2();
@@ -7446,6 +7466,7 @@ HL_KERNEL_AVX2 void hl_sfaq_bf16_fp8_656_d512_rope64_slots_pr_4x2_avx2(const flo
         o3_1 = hl_vfma_avx2(x, v1, o3_1);
     }
     (void)later;
+    (void)ask;
     (void)apart;
     hl_vstore_avx2(o + 0 * OS + 0 * L,
                    hl_vfma_avx2(hl_vset_avx2(alpha[0]), hl_vload_avx2(o + 0 * OS + 0 * L), o0_0));
@@ -7468,8 +7489,8 @@ HL_KERNEL_AVX2 void hl_sfaq_bf16_fp8_656_d512_rope64_slots_pr_4x2_avx2(const flo
 /* 2 heads by 4 vectors of channels, read where they are stored.
  */
 HL_KERNEL_AVX2 void hl_sfaq_bf16_fp8_656_d512_rope64_slots_pr_2x4_avx2(const float *p,
-    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n, int32_t later,
-    int32_t apart)
+    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n, const hl_row *ask,
+    int32_t later, int32_t apart)
 {
     enum { L = 8, OS = 512 };
     hl_vf_avx2 o0_0 = hl_vzero_avx2();
@@ -7501,6 +7522,7 @@ HL_KERNEL_AVX2 void hl_sfaq_bf16_fp8_656_d512_rope64_slots_pr_2x4_avx2(const flo
         o1_3 = hl_vfma_avx2(x, v3, o1_3);
     }
     (void)later;
+    (void)ask;
     (void)apart;
     hl_vstore_avx2(o + 0 * OS + 0 * L,
                    hl_vfma_avx2(hl_vset_avx2(alpha[0]), hl_vload_avx2(o + 0 * OS + 0 * L), o0_0));
@@ -7523,8 +7545,8 @@ HL_KERNEL_AVX2 void hl_sfaq_bf16_fp8_656_d512_rope64_slots_pr_2x4_avx2(const flo
 /* 1 head by 8 vectors of channels, read where they are stored.
  */
 HL_KERNEL_AVX2 void hl_sfaq_bf16_fp8_656_d512_rope64_slots_pr_1x8_avx2(const float *p,
-    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n, int32_t later,
-    int32_t apart)
+    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n, const hl_row *ask,
+    int32_t later, int32_t apart)
 {
     enum { L = 8, OS = 512 };
     hl_vf_avx2 o0_0 = hl_vzero_avx2();
@@ -7554,6 +7576,7 @@ HL_KERNEL_AVX2 void hl_sfaq_bf16_fp8_656_d512_rope64_slots_pr_1x8_avx2(const flo
         o0_7 = hl_vfma_avx2(x, w, o0_7);
     }
     (void)later;
+    (void)ask;
     (void)apart;
     hl_vstore_avx2(o + 0 * OS + 0 * L,
                    hl_vfma_avx2(hl_vset_avx2(alpha[0]), hl_vload_avx2(o + 0 * OS + 0 * L), o0_0));
@@ -7578,7 +7601,7 @@ HL_KERNEL_AVX2 void hl_sfaq_bf16_fp8_656_d512_rope64_slots_value_few_avx2(const 
     const hl_state *t, const hl_block *b, int32_t group)
 {
     enum { OS = 512, BLOCK = 48 };
-    const int32_t left = b->n + b->n_later - 24;
+    const int32_t left = b->asks < b->n ? b->asks : b->n;
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
         const int32_t later = h == 0 ? left : 0;
@@ -7586,7 +7609,7 @@ HL_KERNEL_AVX2 void hl_sfaq_bf16_fp8_656_d512_rope64_slots_value_few_avx2(const 
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 512; c += 16) {
             hl_sfaq_bf16_fp8_656_d512_rope64_slots_pr_4x2_avx2(p, b->row, c, o + c, t->alpha + h,
-                b->n, b->value_apart ? later : 0, b->value_apart);
+                b->n, b->ask, b->value_apart ? later : 0, b->value_apart);
         }
     }
     for (; h + 2 <= group; h += 2) {
@@ -7595,7 +7618,7 @@ HL_KERNEL_AVX2 void hl_sfaq_bf16_fp8_656_d512_rope64_slots_value_few_avx2(const 
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 512; c += 32) {
             hl_sfaq_bf16_fp8_656_d512_rope64_slots_pr_2x4_avx2(p, b->row, c, o + c, t->alpha + h,
-                b->n, b->value_apart ? later : 0, b->value_apart);
+                b->n, b->ask, b->value_apart ? later : 0, b->value_apart);
         }
     }
     for (; h + 1 <= group; h += 1) {
@@ -7604,7 +7627,7 @@ HL_KERNEL_AVX2 void hl_sfaq_bf16_fp8_656_d512_rope64_slots_value_few_avx2(const 
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 512; c += 64) {
             hl_sfaq_bf16_fp8_656_d512_rope64_slots_pr_1x8_avx2(p, b->row, c, o + c, t->alpha + h,
-                b->n, b->value_apart ? later : 0, b->value_apart);
+                b->n, b->ask, b->value_apart ? later : 0, b->value_apart);
         }
     }
 }
@@ -8311,7 +8334,7 @@ HL_KERNEL_AVX2 void hl_sfaq_bf16_fp8_656_d512_rope64_slots_block_avx2(
 {
     if (plan->group <= 16) {
         if (plan->group <= 4) {
-            const hl_block wide = {w->own, b->n, 0, 0};
+            const hl_block wide = {w->own, b->n, 0, 0, NULL, 0};
             hl_sfaq_bf16_fp8_656_d512_rope64_slots_widen_avx2(w, b);
             b = &wide;
             hl_sfaq_bf16_fp8_656_d512_rope64_slots_score_codes_avx2(w, b, plan->group,
@@ -8320,7 +8343,7 @@ HL_KERNEL_AVX2 void hl_sfaq_bf16_fp8_656_d512_rope64_slots_block_avx2(
             hl_sfaq_bf16_fp8_656_d512_rope64_slots_value_codes_avx2(w, t, b, plan->group);
             return;
         }
-        const hl_block own = {w->own, b->n, 0, 0}; /* the block, decoded */
+        const hl_block own = {w->own, b->n, 0, 0, NULL, 0}; /* the block, decoded */
         hl_sfaq_bf16_fp8_656_d512_rope64_slots_load_avx2(w, b);
         /* S = scale Q K^T, in units of log2 */
         hl_sfaq_bf16_fp8_656_d512_rope64_slots_score_few_avx2(w, &own, plan->group,
@@ -10307,8 +10330,8 @@ HL_KERNEL_AVX512 void hl_sfaq_bf16_fp8_656_d512_rope64_slots_value_avx512(const 
 /* 4 heads by 4 vectors of channels, read where they are stored.
  */
 HL_KERNEL_AVX512 void hl_sfaq_bf16_fp8_656_d512_rope64_slots_pr_4x4_avx512(const float *p,
-    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n, int32_t later,
-    int32_t apart)
+    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n, const hl_row *ask,
+    int32_t later, int32_t apart)
 {
     enum { L = 16, OS = 512 };
     hl_vf_avx512 o0_0 = hl_vzero_avx512();
@@ -10358,6 +10381,7 @@ HL_KERNEL_AVX512 void hl_sfaq_bf16_fp8_656_d512_rope64_slots_pr_4x4_avx512(const
         o3_3 = hl_vfma_avx512(x, v3, o3_3);
     }
     (void)later;
+    (void)ask;
     (void)apart;
     hl_vstore_avx512(o + 0 * OS + 0 * L,
                      hl_vfma_avx512(hl_vset_avx512(alpha[0]), hl_vload_avx512(o + 0 * OS + 0 * L),
@@ -10412,8 +10436,8 @@ HL_KERNEL_AVX512 void hl_sfaq_bf16_fp8_656_d512_rope64_slots_pr_4x4_avx512(const
 /* 2 heads by 8 vectors of channels, read where they are stored.
  */
 HL_KERNEL_AVX512 void hl_sfaq_bf16_fp8_656_d512_rope64_slots_pr_2x8_avx512(const float *p,
-    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n, int32_t later,
-    int32_t apart)
+    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n, const hl_row *ask,
+    int32_t later, int32_t apart)
 {
     enum { L = 16, OS = 512 };
     hl_vf_avx512 o0_0 = hl_vzero_avx512();
@@ -10467,6 +10491,7 @@ HL_KERNEL_AVX512 void hl_sfaq_bf16_fp8_656_d512_rope64_slots_pr_2x8_avx512(const
         o1_7 = hl_vfma_avx512(x, v7, o1_7);
     }
     (void)later;
+    (void)ask;
     (void)apart;
     hl_vstore_avx512(o + 0 * OS + 0 * L,
                      hl_vfma_avx512(hl_vset_avx512(alpha[0]), hl_vload_avx512(o + 0 * OS + 0 * L),
@@ -10521,8 +10546,8 @@ HL_KERNEL_AVX512 void hl_sfaq_bf16_fp8_656_d512_rope64_slots_pr_2x8_avx512(const
 /* 1 head by 16 vectors of channels, read where they are stored.
  */
 HL_KERNEL_AVX512 void hl_sfaq_bf16_fp8_656_d512_rope64_slots_pr_1x16_avx512(const float *p,
-    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n, int32_t later,
-    int32_t apart)
+    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n, const hl_row *ask,
+    int32_t later, int32_t apart)
 {
     enum { L = 16, OS = 512 };
     hl_vf_avx512 o0_0 = hl_vzero_avx512();
@@ -10572,6 +10597,7 @@ HL_KERNEL_AVX512 void hl_sfaq_bf16_fp8_656_d512_rope64_slots_pr_1x16_avx512(cons
         o0_15 = hl_vfma_avx512(x, w, o0_15);
     }
     (void)later;
+    (void)ask;
     (void)apart;
     hl_vstore_avx512(o + 0 * OS + 0 * L,
                      hl_vfma_avx512(hl_vset_avx512(alpha[0]), hl_vload_avx512(o + 0 * OS + 0 * L),
@@ -10628,7 +10654,7 @@ HL_KERNEL_AVX512 void hl_sfaq_bf16_fp8_656_d512_rope64_slots_value_few_avx512(co
     const hl_state *t, const hl_block *b, int32_t group)
 {
     enum { OS = 512, BLOCK = 96 };
-    const int32_t left = b->n + b->n_later - 24;
+    const int32_t left = b->asks < b->n ? b->asks : b->n;
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
         const int32_t later = h == 0 ? left : 0;
@@ -10636,7 +10662,7 @@ HL_KERNEL_AVX512 void hl_sfaq_bf16_fp8_656_d512_rope64_slots_value_few_avx512(co
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 512; c += 64) {
             hl_sfaq_bf16_fp8_656_d512_rope64_slots_pr_4x4_avx512(p, b->row, c, o + c, t->alpha + h,
-                b->n, b->value_apart ? later : 0, b->value_apart);
+                b->n, b->ask, b->value_apart ? later : 0, b->value_apart);
         }
     }
     for (; h + 2 <= group; h += 2) {
@@ -10645,7 +10671,7 @@ HL_KERNEL_AVX512 void hl_sfaq_bf16_fp8_656_d512_rope64_slots_value_few_avx512(co
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 512; c += 128) {
             hl_sfaq_bf16_fp8_656_d512_rope64_slots_pr_2x8_avx512(p, b->row, c, o + c, t->alpha + h,
-                b->n, b->value_apart ? later : 0, b->value_apart);
+                b->n, b->ask, b->value_apart ? later : 0, b->value_apart);
         }
     }
     for (; h + 1 <= group; h += 1) {
@@ -10654,7 +10680,7 @@ HL_KERNEL_AVX512 void hl_sfaq_bf16_fp8_656_d512_rope64_slots_value_few_avx512(co
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 512; c += 256) {
             hl_sfaq_bf16_fp8_656_d512_rope64_slots_pr_1x16_avx512(p, b->row, c, o + c, t->alpha + h,
-                b->n, b->value_apart ? later : 0, b->value_apart);
+                b->n, b->ask, b->value_apart ? later : 0, b->value_apart);
         }
     }
 }
@@ -11570,7 +11596,7 @@ HL_KERNEL_AVX512 void hl_sfaq_bf16_fp8_656_d512_rope64_slots_block_avx512(
 {
     if (plan->group <= 32) {
         if (plan->group <= 4) {
-            const hl_block wide = {w->own, b->n, 0, 0};
+            const hl_block wide = {w->own, b->n, 0, 0, NULL, 0};
             hl_sfaq_bf16_fp8_656_d512_rope64_slots_widen_avx512(w, b);
             b = &wide;
             hl_sfaq_bf16_fp8_656_d512_rope64_slots_score_codes_avx512(w, b, plan->group,
@@ -11579,7 +11605,7 @@ HL_KERNEL_AVX512 void hl_sfaq_bf16_fp8_656_d512_rope64_slots_block_avx512(
             hl_sfaq_bf16_fp8_656_d512_rope64_slots_value_codes_avx512(w, t, b, plan->group);
             return;
         }
-        const hl_block own = {w->own, b->n, 0, 0}; /* the block, decoded */
+        const hl_block own = {w->own, b->n, 0, 0, NULL, 0}; /* the block, decoded */
         hl_sfaq_bf16_fp8_656_d512_rope64_slots_load_avx512(w, b);
         /* S = scale Q K^T, in units of log2 */
         hl_sfaq_bf16_fp8_656_d512_rope64_slots_score_few_avx512(w, &own, plan->group,
@@ -12173,25 +12199,25 @@ HL_KERNEL_AMX void hl_sfaq_bf16_fp8_656_d512_rope64_slots_load_q_amx(
     enum { COLUMNS = 18, PARTS = 1 };
     const int32_t tiles = group > 16 ? 2 : 1;
     unsigned char *const scratch = (unsigned char *)row;
-    for (int32_t h = 0; h < group; h += 16 * tiles) {
-        unsigned char *const pair = (unsigned char *)to + (ptrdiff_t)h * (COLUMNS * PARTS * 64);
+    for (int32_t h0 = 0; h0 < group; h0 += 16 * tiles) {
+        unsigned char *const pair = (unsigned char *)to + (ptrdiff_t)h0 * (COLUMNS * PARTS * 64);
         for (int32_t i = 0; i < COLUMNS * PARTS * tiles; ++i) {
             const int32_t column = i / (PARTS * tiles);
             const int32_t part = i / tiles % PARTS;
-            const int32_t first = h + i % tiles * 16;
+            const int32_t first = h0 + i % tiles * 16;
             for (int32_t r = 0; r < 16; ++r) {
-                const ptrdiff_t head = first + r;
+                const int32_t h = first + r;
                 __m512i words = _mm512_setzero_si512();
-                if (head < group) {
-                    const uint16_t *const q = (const uint16_t *)a->query + g->query
-                        + head * a->query_stride.head;
+                if (h < group) {
+                    const uint16_t *const q =
+                        (const uint16_t *)a->query + g->query + h * a->query_stride.head;
                     hl_row at;
                     at.key = q;
                     at.rope = q + 512;
                     at.value = q;
                     if (a->query_rope != NULL) {
                         at.rope = (const uint16_t *)a->query_rope + g->query_rope
-                            + head * a->query_rope_stride.head;
+                            + h * a->query_rope_stride.head;
                     }
                     words = hl_sfaq_bf16_fp8_656_d512_rope64_slots_q_words_amx(&at, column, part);
                 }

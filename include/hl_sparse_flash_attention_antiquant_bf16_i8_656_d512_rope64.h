@@ -264,6 +264,12 @@ typedef enum hl_argument {
     HL_ARG_FROM_STRIDE,
     HL_ARG_TO_STRIDE,
     HL_ARG_POSITIONS,
+    HL_ARG_KEY_CACHE,
+    HL_ARG_VALUE_CACHE,
+    HL_ARG_TOKEN_SCALES,
+    HL_ARG_LAYOUT_NEW,
+    HL_ARG_KEY_CACHE_STRIDE,
+    HL_ARG_VALUE_CACHE_STRIDE,
     HL_ARG_PLAN,
     HL_ARG_ARGS,
     HL_ARG_WORKSPACE,
@@ -670,12 +676,14 @@ typedef struct hl_row {
     ptrdiff_t token; /* decoding: which row of its batch's cache it is                         */
 } hl_row;
 
-/* One block of keys; behind its rows lie those of later keys, which are asked for meanwhile. */
+/* One block of keys; behind its rows lie those of later keys. */
 typedef struct hl_block {
     hl_row *row;
     int32_t n;
     int32_t n_later;
     int32_t value_apart; /* values are not the keys' first channels                            */
+    const hl_row *ask;   /* while key j is in use, lines of the row ask[j] are asked for,      */
+    int32_t asks;        /* as long as j is below this                                         */
 } hl_block;
 
 /* The workspace of one task, cut into its named slices. */
@@ -1048,6 +1056,12 @@ static inline const char *hl_argument_name(hl_argument argument)
         "from_stride",
         "to_stride",
         "positions",
+        "key_cache",
+        "value_cache",
+        "token_scales",
+        "layout_new",
+        "key_cache_stride",
+        "value_cache_stride",
         "plan",
         "args",
         "workspace",
@@ -3612,8 +3626,8 @@ HL_KERNEL_SCALAR void hl_sfaq_bf16_i8_656_d512_rope64_softmaxes_few_scalar(const
 /* 4 heads by 2 vectors of channels, read where they are stored.
  */
 HL_KERNEL_SCALAR void hl_sfaq_bf16_i8_656_d512_rope64_pr_4x2_scalar(const float *p,
-    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n, int32_t later,
-    int32_t apart)
+    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n, const hl_row *ask,
+    int32_t later, int32_t apart)
 {
     enum { L = 1, OS = 512 };
     hl_vf_scalar o0_0 = hl_vzero_scalar();
@@ -3644,6 +3658,7 @@ HL_KERNEL_SCALAR void hl_sfaq_bf16_i8_656_d512_rope64_pr_4x2_scalar(const float 
         o3_1 = hl_vfma_scalar(x, v1, o3_1);
     }
     (void)later;
+    (void)ask;
     (void)apart;
     hl_vstore_scalar(o + 0 * OS + 0 * L,
                      hl_vfma_scalar(hl_vset_scalar(alpha[0]), hl_vload_scalar(o + 0 * OS + 0 * L),
@@ -3674,8 +3689,8 @@ HL_KERNEL_SCALAR void hl_sfaq_bf16_i8_656_d512_rope64_pr_4x2_scalar(const float 
 /* 2 heads by 4 vectors of channels, read where they are stored.
  */
 HL_KERNEL_SCALAR void hl_sfaq_bf16_i8_656_d512_rope64_pr_2x4_scalar(const float *p,
-    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n, int32_t later,
-    int32_t apart)
+    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n, const hl_row *ask,
+    int32_t later, int32_t apart)
 {
     enum { L = 1, OS = 512 };
     hl_vf_scalar o0_0 = hl_vzero_scalar();
@@ -3707,6 +3722,7 @@ HL_KERNEL_SCALAR void hl_sfaq_bf16_i8_656_d512_rope64_pr_2x4_scalar(const float 
         o1_3 = hl_vfma_scalar(x, v3, o1_3);
     }
     (void)later;
+    (void)ask;
     (void)apart;
     hl_vstore_scalar(o + 0 * OS + 0 * L,
                      hl_vfma_scalar(hl_vset_scalar(alpha[0]), hl_vload_scalar(o + 0 * OS + 0 * L),
@@ -3737,8 +3753,8 @@ HL_KERNEL_SCALAR void hl_sfaq_bf16_i8_656_d512_rope64_pr_2x4_scalar(const float 
 /* 1 head by 8 vectors of channels, read where they are stored.
  */
 HL_KERNEL_SCALAR void hl_sfaq_bf16_i8_656_d512_rope64_pr_1x8_scalar(const float *p,
-    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n, int32_t later,
-    int32_t apart)
+    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n, const hl_row *ask,
+    int32_t later, int32_t apart)
 {
     enum { L = 1, OS = 512 };
     hl_vf_scalar o0_0 = hl_vzero_scalar();
@@ -3768,6 +3784,7 @@ HL_KERNEL_SCALAR void hl_sfaq_bf16_i8_656_d512_rope64_pr_1x8_scalar(const float 
         o0_7 = hl_vfma_scalar(x, w, o0_7);
     }
     (void)later;
+    (void)ask;
     (void)apart;
     hl_vstore_scalar(o + 0 * OS + 0 * L,
                      hl_vfma_scalar(hl_vset_scalar(alpha[0]), hl_vload_scalar(o + 0 * OS + 0 * L),
@@ -3800,7 +3817,7 @@ HL_KERNEL_SCALAR void hl_sfaq_bf16_i8_656_d512_rope64_value_few_scalar(const hl_
     const hl_state *t, const hl_block *b, int32_t group)
 {
     enum { OS = 512, BLOCK = 16 };
-    const int32_t left = b->n + b->n_later - 8;
+    const int32_t left = b->asks < b->n ? b->asks : b->n;
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
         const int32_t later = h == 0 ? left : 0;
@@ -3808,7 +3825,7 @@ HL_KERNEL_SCALAR void hl_sfaq_bf16_i8_656_d512_rope64_value_few_scalar(const hl_
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 512; c += 2) {
             hl_sfaq_bf16_i8_656_d512_rope64_pr_4x2_scalar(p, b->row, c, o + c, t->alpha + h, b->n,
-                b->value_apart ? later : 0, b->value_apart);
+                b->ask, b->value_apart ? later : 0, b->value_apart);
         }
     }
     for (; h + 2 <= group; h += 2) {
@@ -3817,7 +3834,7 @@ HL_KERNEL_SCALAR void hl_sfaq_bf16_i8_656_d512_rope64_value_few_scalar(const hl_
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 512; c += 4) {
             hl_sfaq_bf16_i8_656_d512_rope64_pr_2x4_scalar(p, b->row, c, o + c, t->alpha + h, b->n,
-                b->value_apart ? later : 0, b->value_apart);
+                b->ask, b->value_apart ? later : 0, b->value_apart);
         }
     }
     for (; h + 1 <= group; h += 1) {
@@ -3826,7 +3843,7 @@ HL_KERNEL_SCALAR void hl_sfaq_bf16_i8_656_d512_rope64_value_few_scalar(const hl_
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 512; c += 8) {
             hl_sfaq_bf16_i8_656_d512_rope64_pr_1x8_scalar(p, b->row, c, o + c, t->alpha + h, b->n,
-                b->value_apart ? later : 0, b->value_apart);
+                b->ask, b->value_apart ? later : 0, b->value_apart);
         }
     }
 }
@@ -4018,7 +4035,7 @@ HL_KERNEL_SCALAR void hl_sfaq_bf16_i8_656_d512_rope64_block_scalar(
     const hl_block *b, int32_t padded)
 {
     (void)padded;
-    const hl_block own = {w->own, b->n, 0, 0}; /* the block, decoded */
+    const hl_block own = {w->own, b->n, 0, 0, NULL, 0}; /* the block, decoded */
     hl_sfaq_bf16_i8_656_d512_rope64_load_scalar(w, b);
     /* S = scale Q K^T, in units of log2 */
     hl_sfaq_bf16_i8_656_d512_rope64_score_few_scalar(w, &own, plan->group, plan->scale_log2, b->row
@@ -5370,7 +5387,8 @@ HL_KERNEL_NEON void hl_sfaq_bf16_i8_656_d512_rope64_value_neon(const hl_space *w
 /* 4 heads by 4 vectors of channels, read where they are stored.
  */
 HL_KERNEL_NEON void hl_sfaq_bf16_i8_656_d512_rope64_pr_4x4_neon(const float *p, const hl_row *row,
-    int32_t c, float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
+    int32_t c, float *o, const float *alpha, int32_t n, const hl_row *ask, int32_t later,
+    int32_t apart)
 {
     enum { L = 4, OS = 512 };
     hl_vf_neon o0_0 = hl_vzero_neon();
@@ -5420,6 +5438,7 @@ HL_KERNEL_NEON void hl_sfaq_bf16_i8_656_d512_rope64_pr_4x4_neon(const float *p, 
         o3_3 = hl_vfma_neon(x, v3, o3_3);
     }
     (void)later;
+    (void)ask;
     (void)apart;
     hl_vstore_neon(o + 0 * OS + 0 * L,
                    hl_vfma_neon(hl_vset_neon(alpha[0]), hl_vload_neon(o + 0 * OS + 0 * L), o0_0));
@@ -5458,7 +5477,8 @@ HL_KERNEL_NEON void hl_sfaq_bf16_i8_656_d512_rope64_pr_4x4_neon(const float *p, 
 /* 2 heads by 8 vectors of channels, read where they are stored.
  */
 HL_KERNEL_NEON void hl_sfaq_bf16_i8_656_d512_rope64_pr_2x8_neon(const float *p, const hl_row *row,
-    int32_t c, float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
+    int32_t c, float *o, const float *alpha, int32_t n, const hl_row *ask, int32_t later,
+    int32_t apart)
 {
     enum { L = 4, OS = 512 };
     hl_vf_neon o0_0 = hl_vzero_neon();
@@ -5512,6 +5532,7 @@ HL_KERNEL_NEON void hl_sfaq_bf16_i8_656_d512_rope64_pr_2x8_neon(const float *p, 
         o1_7 = hl_vfma_neon(x, v7, o1_7);
     }
     (void)later;
+    (void)ask;
     (void)apart;
     hl_vstore_neon(o + 0 * OS + 0 * L,
                    hl_vfma_neon(hl_vset_neon(alpha[0]), hl_vload_neon(o + 0 * OS + 0 * L), o0_0));
@@ -5550,7 +5571,8 @@ HL_KERNEL_NEON void hl_sfaq_bf16_i8_656_d512_rope64_pr_2x8_neon(const float *p, 
 /* 1 head by 16 vectors of channels, read where they are stored.
  */
 HL_KERNEL_NEON void hl_sfaq_bf16_i8_656_d512_rope64_pr_1x16_neon(const float *p, const hl_row *row,
-    int32_t c, float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
+    int32_t c, float *o, const float *alpha, int32_t n, const hl_row *ask, int32_t later,
+    int32_t apart)
 {
     enum { L = 4, OS = 512 };
     hl_vf_neon o0_0 = hl_vzero_neon();
@@ -5600,6 +5622,7 @@ HL_KERNEL_NEON void hl_sfaq_bf16_i8_656_d512_rope64_pr_1x16_neon(const float *p,
         o0_15 = hl_vfma_neon(x, w, o0_15);
     }
     (void)later;
+    (void)ask;
     (void)apart;
     hl_vstore_neon(o + 0 * OS + 0 * L,
                    hl_vfma_neon(hl_vset_neon(alpha[0]), hl_vload_neon(o + 0 * OS + 0 * L), o0_0));
@@ -5640,7 +5663,7 @@ HL_KERNEL_NEON void hl_sfaq_bf16_i8_656_d512_rope64_value_few_neon(const hl_spac
     const hl_state *t, const hl_block *b, int32_t group)
 {
     enum { OS = 512, BLOCK = 64 };
-    const int32_t left = b->n + b->n_later - 24;
+    const int32_t left = b->asks < b->n ? b->asks : b->n;
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
         const int32_t later = h == 0 ? left : 0;
@@ -5648,7 +5671,7 @@ HL_KERNEL_NEON void hl_sfaq_bf16_i8_656_d512_rope64_value_few_neon(const hl_spac
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 512; c += 16) {
             hl_sfaq_bf16_i8_656_d512_rope64_pr_4x4_neon(p, b->row, c, o + c, t->alpha + h, b->n,
-                b->value_apart ? later : 0, b->value_apart);
+                b->ask, b->value_apart ? later : 0, b->value_apart);
         }
     }
     for (; h + 2 <= group; h += 2) {
@@ -5657,7 +5680,7 @@ HL_KERNEL_NEON void hl_sfaq_bf16_i8_656_d512_rope64_value_few_neon(const hl_spac
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 512; c += 32) {
             hl_sfaq_bf16_i8_656_d512_rope64_pr_2x8_neon(p, b->row, c, o + c, t->alpha + h, b->n,
-                b->value_apart ? later : 0, b->value_apart);
+                b->ask, b->value_apart ? later : 0, b->value_apart);
         }
     }
     for (; h + 1 <= group; h += 1) {
@@ -5666,7 +5689,7 @@ HL_KERNEL_NEON void hl_sfaq_bf16_i8_656_d512_rope64_value_few_neon(const hl_spac
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 512; c += 64) {
             hl_sfaq_bf16_i8_656_d512_rope64_pr_1x16_neon(p, b->row, c, o + c, t->alpha + h, b->n,
-                b->value_apart ? later : 0, b->value_apart);
+                b->ask, b->value_apart ? later : 0, b->value_apart);
         }
     }
 }
@@ -5858,7 +5881,7 @@ HL_KERNEL_NEON void hl_sfaq_bf16_i8_656_d512_rope64_block_neon(
     const hl_block *b, int32_t padded)
 {
     if (plan->group <= 16) {
-        const hl_block own = {w->own, b->n, 0, 0}; /* the block, decoded */
+        const hl_block own = {w->own, b->n, 0, 0, NULL, 0}; /* the block, decoded */
         hl_sfaq_bf16_i8_656_d512_rope64_load_neon(w, b);
         /* S = scale Q K^T, in units of log2 */
         hl_sfaq_bf16_i8_656_d512_rope64_score_few_neon(w, &own, plan->group, plan->scale_log2,
@@ -7149,7 +7172,8 @@ HL_KERNEL_AVX2 void hl_sfaq_bf16_i8_656_d512_rope64_value_avx2(const hl_space *w
 /* 4 heads by 2 vectors of channels, read where they are stored.
  */
 HL_KERNEL_AVX2 void hl_sfaq_bf16_i8_656_d512_rope64_pr_4x2_avx2(const float *p, const hl_row *row,
-    int32_t c, float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
+    int32_t c, float *o, const float *alpha, int32_t n, const hl_row *ask, int32_t later,
+    int32_t apart)
 {
     enum { L = 8, OS = 512 };
     hl_vf_avx2 o0_0 = hl_vzero_avx2();
@@ -7180,6 +7204,7 @@ HL_KERNEL_AVX2 void hl_sfaq_bf16_i8_656_d512_rope64_pr_4x2_avx2(const float *p, 
         o3_1 = hl_vfma_avx2(x, v1, o3_1);
     }
     (void)later;
+    (void)ask;
     (void)apart;
     hl_vstore_avx2(o + 0 * OS + 0 * L,
                    hl_vfma_avx2(hl_vset_avx2(alpha[0]), hl_vload_avx2(o + 0 * OS + 0 * L), o0_0));
@@ -7202,7 +7227,8 @@ HL_KERNEL_AVX2 void hl_sfaq_bf16_i8_656_d512_rope64_pr_4x2_avx2(const float *p, 
 /* 2 heads by 4 vectors of channels, read where they are stored.
  */
 HL_KERNEL_AVX2 void hl_sfaq_bf16_i8_656_d512_rope64_pr_2x4_avx2(const float *p, const hl_row *row,
-    int32_t c, float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
+    int32_t c, float *o, const float *alpha, int32_t n, const hl_row *ask, int32_t later,
+    int32_t apart)
 {
     enum { L = 8, OS = 512 };
     hl_vf_avx2 o0_0 = hl_vzero_avx2();
@@ -7234,6 +7260,7 @@ HL_KERNEL_AVX2 void hl_sfaq_bf16_i8_656_d512_rope64_pr_2x4_avx2(const float *p, 
         o1_3 = hl_vfma_avx2(x, v3, o1_3);
     }
     (void)later;
+    (void)ask;
     (void)apart;
     hl_vstore_avx2(o + 0 * OS + 0 * L,
                    hl_vfma_avx2(hl_vset_avx2(alpha[0]), hl_vload_avx2(o + 0 * OS + 0 * L), o0_0));
@@ -7256,7 +7283,8 @@ HL_KERNEL_AVX2 void hl_sfaq_bf16_i8_656_d512_rope64_pr_2x4_avx2(const float *p, 
 /* 1 head by 8 vectors of channels, read where they are stored.
  */
 HL_KERNEL_AVX2 void hl_sfaq_bf16_i8_656_d512_rope64_pr_1x8_avx2(const float *p, const hl_row *row,
-    int32_t c, float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
+    int32_t c, float *o, const float *alpha, int32_t n, const hl_row *ask, int32_t later,
+    int32_t apart)
 {
     enum { L = 8, OS = 512 };
     hl_vf_avx2 o0_0 = hl_vzero_avx2();
@@ -7286,6 +7314,7 @@ HL_KERNEL_AVX2 void hl_sfaq_bf16_i8_656_d512_rope64_pr_1x8_avx2(const float *p, 
         o0_7 = hl_vfma_avx2(x, w, o0_7);
     }
     (void)later;
+    (void)ask;
     (void)apart;
     hl_vstore_avx2(o + 0 * OS + 0 * L,
                    hl_vfma_avx2(hl_vset_avx2(alpha[0]), hl_vload_avx2(o + 0 * OS + 0 * L), o0_0));
@@ -7310,7 +7339,7 @@ HL_KERNEL_AVX2 void hl_sfaq_bf16_i8_656_d512_rope64_value_few_avx2(const hl_spac
     const hl_state *t, const hl_block *b, int32_t group)
 {
     enum { OS = 512, BLOCK = 48 };
-    const int32_t left = b->n + b->n_later - 24;
+    const int32_t left = b->asks < b->n ? b->asks : b->n;
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
         const int32_t later = h == 0 ? left : 0;
@@ -7318,7 +7347,7 @@ HL_KERNEL_AVX2 void hl_sfaq_bf16_i8_656_d512_rope64_value_few_avx2(const hl_spac
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 512; c += 16) {
             hl_sfaq_bf16_i8_656_d512_rope64_pr_4x2_avx2(p, b->row, c, o + c, t->alpha + h, b->n,
-                b->value_apart ? later : 0, b->value_apart);
+                b->ask, b->value_apart ? later : 0, b->value_apart);
         }
     }
     for (; h + 2 <= group; h += 2) {
@@ -7327,7 +7356,7 @@ HL_KERNEL_AVX2 void hl_sfaq_bf16_i8_656_d512_rope64_value_few_avx2(const hl_spac
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 512; c += 32) {
             hl_sfaq_bf16_i8_656_d512_rope64_pr_2x4_avx2(p, b->row, c, o + c, t->alpha + h, b->n,
-                b->value_apart ? later : 0, b->value_apart);
+                b->ask, b->value_apart ? later : 0, b->value_apart);
         }
     }
     for (; h + 1 <= group; h += 1) {
@@ -7336,7 +7365,7 @@ HL_KERNEL_AVX2 void hl_sfaq_bf16_i8_656_d512_rope64_value_few_avx2(const hl_spac
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 512; c += 64) {
             hl_sfaq_bf16_i8_656_d512_rope64_pr_1x8_avx2(p, b->row, c, o + c, t->alpha + h, b->n,
-                b->value_apart ? later : 0, b->value_apart);
+                b->ask, b->value_apart ? later : 0, b->value_apart);
         }
     }
 }
@@ -8088,7 +8117,7 @@ HL_KERNEL_AVX2 void hl_sfaq_bf16_i8_656_d512_rope64_block_avx2(
             hl_sfaq_bf16_i8_656_d512_rope64_value_codes_avx2(w, t, b, plan->group);
             return;
         }
-        const hl_block own = {w->own, b->n, 0, 0}; /* the block, decoded */
+        const hl_block own = {w->own, b->n, 0, 0, NULL, 0}; /* the block, decoded */
         hl_sfaq_bf16_i8_656_d512_rope64_load_avx2(w, b);
         /* S = scale Q K^T, in units of log2 */
         hl_sfaq_bf16_i8_656_d512_rope64_score_few_avx2(w, &own, plan->group, plan->scale_log2,
@@ -10067,8 +10096,8 @@ HL_KERNEL_AVX512 void hl_sfaq_bf16_i8_656_d512_rope64_value_avx512(const hl_spac
 /* 4 heads by 4 vectors of channels, read where they are stored.
  */
 HL_KERNEL_AVX512 void hl_sfaq_bf16_i8_656_d512_rope64_pr_4x4_avx512(const float *p,
-    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n, int32_t later,
-    int32_t apart)
+    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n, const hl_row *ask,
+    int32_t later, int32_t apart)
 {
     enum { L = 16, OS = 512 };
     hl_vf_avx512 o0_0 = hl_vzero_avx512();
@@ -10118,6 +10147,7 @@ HL_KERNEL_AVX512 void hl_sfaq_bf16_i8_656_d512_rope64_pr_4x4_avx512(const float 
         o3_3 = hl_vfma_avx512(x, v3, o3_3);
     }
     (void)later;
+    (void)ask;
     (void)apart;
     hl_vstore_avx512(o + 0 * OS + 0 * L,
                      hl_vfma_avx512(hl_vset_avx512(alpha[0]), hl_vload_avx512(o + 0 * OS + 0 * L),
@@ -10172,8 +10202,8 @@ HL_KERNEL_AVX512 void hl_sfaq_bf16_i8_656_d512_rope64_pr_4x4_avx512(const float 
 /* 2 heads by 8 vectors of channels, read where they are stored.
  */
 HL_KERNEL_AVX512 void hl_sfaq_bf16_i8_656_d512_rope64_pr_2x8_avx512(const float *p,
-    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n, int32_t later,
-    int32_t apart)
+    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n, const hl_row *ask,
+    int32_t later, int32_t apart)
 {
     enum { L = 16, OS = 512 };
     hl_vf_avx512 o0_0 = hl_vzero_avx512();
@@ -10227,6 +10257,7 @@ HL_KERNEL_AVX512 void hl_sfaq_bf16_i8_656_d512_rope64_pr_2x8_avx512(const float 
         o1_7 = hl_vfma_avx512(x, v7, o1_7);
     }
     (void)later;
+    (void)ask;
     (void)apart;
     hl_vstore_avx512(o + 0 * OS + 0 * L,
                      hl_vfma_avx512(hl_vset_avx512(alpha[0]), hl_vload_avx512(o + 0 * OS + 0 * L),
@@ -10281,8 +10312,8 @@ HL_KERNEL_AVX512 void hl_sfaq_bf16_i8_656_d512_rope64_pr_2x8_avx512(const float 
 /* 1 head by 16 vectors of channels, read where they are stored.
  */
 HL_KERNEL_AVX512 void hl_sfaq_bf16_i8_656_d512_rope64_pr_1x16_avx512(const float *p,
-    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n, int32_t later,
-    int32_t apart)
+    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n, const hl_row *ask,
+    int32_t later, int32_t apart)
 {
     enum { L = 16, OS = 512 };
     hl_vf_avx512 o0_0 = hl_vzero_avx512();
@@ -10332,6 +10363,7 @@ HL_KERNEL_AVX512 void hl_sfaq_bf16_i8_656_d512_rope64_pr_1x16_avx512(const float
         o0_15 = hl_vfma_avx512(x, w, o0_15);
     }
     (void)later;
+    (void)ask;
     (void)apart;
     hl_vstore_avx512(o + 0 * OS + 0 * L,
                      hl_vfma_avx512(hl_vset_avx512(alpha[0]), hl_vload_avx512(o + 0 * OS + 0 * L),
@@ -10388,7 +10420,7 @@ HL_KERNEL_AVX512 void hl_sfaq_bf16_i8_656_d512_rope64_value_few_avx512(const hl_
     const hl_state *t, const hl_block *b, int32_t group)
 {
     enum { OS = 512, BLOCK = 96 };
-    const int32_t left = b->n + b->n_later - 24;
+    const int32_t left = b->asks < b->n ? b->asks : b->n;
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
         const int32_t later = h == 0 ? left : 0;
@@ -10396,7 +10428,7 @@ HL_KERNEL_AVX512 void hl_sfaq_bf16_i8_656_d512_rope64_value_few_avx512(const hl_
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 512; c += 64) {
             hl_sfaq_bf16_i8_656_d512_rope64_pr_4x4_avx512(p, b->row, c, o + c, t->alpha + h, b->n,
-                b->value_apart ? later : 0, b->value_apart);
+                b->ask, b->value_apart ? later : 0, b->value_apart);
         }
     }
     for (; h + 2 <= group; h += 2) {
@@ -10405,7 +10437,7 @@ HL_KERNEL_AVX512 void hl_sfaq_bf16_i8_656_d512_rope64_value_few_avx512(const hl_
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 512; c += 128) {
             hl_sfaq_bf16_i8_656_d512_rope64_pr_2x8_avx512(p, b->row, c, o + c, t->alpha + h, b->n,
-                b->value_apart ? later : 0, b->value_apart);
+                b->ask, b->value_apart ? later : 0, b->value_apart);
         }
     }
     for (; h + 1 <= group; h += 1) {
@@ -10414,7 +10446,7 @@ HL_KERNEL_AVX512 void hl_sfaq_bf16_i8_656_d512_rope64_value_few_avx512(const hl_
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 512; c += 256) {
             hl_sfaq_bf16_i8_656_d512_rope64_pr_1x16_avx512(p, b->row, c, o + c, t->alpha + h, b->n,
-                b->value_apart ? later : 0, b->value_apart);
+                b->ask, b->value_apart ? later : 0, b->value_apart);
         }
     }
 }
@@ -11383,7 +11415,7 @@ HL_KERNEL_AVX512 void hl_sfaq_bf16_i8_656_d512_rope64_block_avx512(
             hl_sfaq_bf16_i8_656_d512_rope64_value_codes_avx512(w, t, b, plan->group);
             return;
         }
-        const hl_block own = {w->own, b->n, 0, 0}; /* the block, decoded */
+        const hl_block own = {w->own, b->n, 0, 0, NULL, 0}; /* the block, decoded */
         hl_sfaq_bf16_i8_656_d512_rope64_load_avx512(w, b);
         /* S = scale Q K^T, in units of log2 */
         hl_sfaq_bf16_i8_656_d512_rope64_score_few_avx512(w, &own, plan->group, plan->scale_log2,
@@ -11965,25 +11997,25 @@ HL_KERNEL_AMX void hl_sfaq_bf16_i8_656_d512_rope64_load_q_amx(
     enum { COLUMNS = 18, PARTS = 1 };
     const int32_t tiles = group > 16 ? 2 : 1;
     unsigned char *const scratch = (unsigned char *)row;
-    for (int32_t h = 0; h < group; h += 16 * tiles) {
-        unsigned char *const pair = (unsigned char *)to + (ptrdiff_t)h * (COLUMNS * PARTS * 64);
+    for (int32_t h0 = 0; h0 < group; h0 += 16 * tiles) {
+        unsigned char *const pair = (unsigned char *)to + (ptrdiff_t)h0 * (COLUMNS * PARTS * 64);
         for (int32_t i = 0; i < COLUMNS * PARTS * tiles; ++i) {
             const int32_t column = i / (PARTS * tiles);
             const int32_t part = i / tiles % PARTS;
-            const int32_t first = h + i % tiles * 16;
+            const int32_t first = h0 + i % tiles * 16;
             for (int32_t r = 0; r < 16; ++r) {
-                const ptrdiff_t head = first + r;
+                const int32_t h = first + r;
                 __m512i words = _mm512_setzero_si512();
-                if (head < group) {
-                    const uint16_t *const q = (const uint16_t *)a->query + g->query
-                        + head * a->query_stride.head;
+                if (h < group) {
+                    const uint16_t *const q =
+                        (const uint16_t *)a->query + g->query + h * a->query_stride.head;
                     hl_row at;
                     at.key = q;
                     at.rope = q + 512;
                     at.value = q;
                     if (a->query_rope != NULL) {
                         at.rope = (const uint16_t *)a->query_rope + g->query_rope
-                            + head * a->query_rope_stride.head;
+                            + h * a->query_rope_stride.head;
                     }
                     words = hl_sfaq_bf16_i8_656_d512_rope64_q_words_amx(&at, column, part);
                 }

@@ -246,6 +246,12 @@ typedef enum hl_argument {
     HL_ARG_FROM_STRIDE,
     HL_ARG_TO_STRIDE,
     HL_ARG_POSITIONS,
+    HL_ARG_KEY_CACHE,
+    HL_ARG_VALUE_CACHE,
+    HL_ARG_TOKEN_SCALES,
+    HL_ARG_LAYOUT_NEW,
+    HL_ARG_KEY_CACHE_STRIDE,
+    HL_ARG_VALUE_CACHE_STRIDE,
     HL_ARG_PLAN,
     HL_ARG_ARGS,
     HL_ARG_WORKSPACE,
@@ -561,12 +567,14 @@ typedef struct hl_row {
     ptrdiff_t token; /* decoding: which row of its batch's cache it is                         */
 } hl_row;
 
-/* One block of keys; behind its rows lie those of later keys, which are asked for meanwhile. */
+/* One block of keys; behind its rows lie those of later keys. */
 typedef struct hl_block {
     hl_row *row;
     int32_t n;
     int32_t n_later;
     int32_t value_apart; /* values are not the keys' first channels                            */
+    const hl_row *ask;   /* while key j is in use, lines of the row ask[j] are asked for,      */
+    int32_t asks;        /* as long as j is below this                                         */
 } hl_block;
 
 /* The workspace of one task, cut into its named slices. */
@@ -939,6 +947,12 @@ static inline const char *hl_argument_name(hl_argument argument)
         "from_stride",
         "to_stride",
         "positions",
+        "key_cache",
+        "value_cache",
+        "token_scales",
+        "layout_new",
+        "key_cache_stride",
+        "value_cache_stride",
         "plan",
         "args",
         "workspace",
@@ -3014,34 +3028,30 @@ HL_KERNEL_SCALAR void hl_sfa_bf16_d128_rope64_dot_1x8_scalar(const float *q, con
 HL_KERNEL_SCALAR void hl_sfa_bf16_d128_rope64_score_few_scalar(const hl_space *w, const hl_block *b,
     int32_t group, float scale)
 {
-    enum { QS = 192, BLOCK = 16, AHEAD = 8 };
-    const int32_t known = b->n + b->n_later;
+    enum { QS = 192, BLOCK = 16 };
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
         for (int32_t j = 0; j < b->n; j += 2) {
-            const int32_t later = j + AHEAD;
             hl_sfa_bf16_d128_rope64_dot_4x2_scalar(w->q + (ptrdiff_t)h * QS, b->row + j,
                                                    b->n - 1 - j, w->s + h * BLOCK + j * 4, scale,
-                                                   h == 0 && later + 2 <= known ? b->row + later
-                                                   : NULL, b->value_apart);
+                                                   h == 0 && j + 2 <= b->asks ? b->ask + j : NULL,
+                                                   b->value_apart);
         }
     }
     for (; h + 2 <= group; h += 2) {
         for (int32_t j = 0; j < b->n; j += 4) {
-            const int32_t later = j + AHEAD;
             hl_sfa_bf16_d128_rope64_dot_2x4_scalar(w->q + (ptrdiff_t)h * QS, b->row + j,
                                                    b->n - 1 - j, w->s + h * BLOCK + j * 2, scale,
-                                                   h == 0 && later + 4 <= known ? b->row + later
-                                                   : NULL, b->value_apart);
+                                                   h == 0 && j + 4 <= b->asks ? b->ask + j : NULL,
+                                                   b->value_apart);
         }
     }
     for (; h + 1 <= group; h += 1) {
         for (int32_t j = 0; j < b->n; j += 8) {
-            const int32_t later = j + AHEAD;
             hl_sfa_bf16_d128_rope64_dot_1x8_scalar(w->q + (ptrdiff_t)h * QS, b->row + j,
                                                    b->n - 1 - j, w->s + h * BLOCK + j * 1, scale,
-                                                   h == 0 && later + 8 <= known ? b->row + later
-                                                   : NULL, b->value_apart);
+                                                   h == 0 && j + 8 <= b->asks ? b->ask + j : NULL,
+                                                   b->value_apart);
         }
     }
 }
@@ -3119,11 +3129,11 @@ HL_KERNEL_SCALAR void hl_sfa_bf16_d128_rope64_softmaxes_few_scalar(const hl_spac
 /* ---- value: O = alpha O + P V ---- */
 
 /* 4 heads by 2 vectors of channels, read where they are stored.
- * Meanwhile lines of values 8 keys further on are asked for, as long as
- * j < later.
+ * Meanwhile lines of the values of `ask` are asked for, as long as j < later.
  */
 HL_KERNEL_SCALAR void hl_sfa_bf16_d128_rope64_pr_4x2_scalar(const float *p, const hl_row *row,
-    int32_t c, float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
+    int32_t c, float *o, const float *alpha, int32_t n, const hl_row *ask, int32_t later,
+    int32_t apart)
 {
     enum { L = 1, OS = 128 };
     hl_vf_scalar o0_0 = hl_vzero_scalar();
@@ -3138,7 +3148,7 @@ HL_KERNEL_SCALAR void hl_sfa_bf16_d128_rope64_pr_4x2_scalar(const float *p, cons
         const uint16_t *const value = (const uint16_t *)row[j].value + c;
         if (j < later) {
             const uint16_t *const next =
-                (const uint16_t *)row[j + 8].value + c;
+                (const uint16_t *)ask[j].value + c;
             HL_FETCH(next + 0);
         }
         hl_vf_scalar x;
@@ -3186,11 +3196,11 @@ HL_KERNEL_SCALAR void hl_sfa_bf16_d128_rope64_pr_4x2_scalar(const float *p, cons
 }
 
 /* 2 heads by 4 vectors of channels, read where they are stored.
- * Meanwhile lines of values 8 keys further on are asked for, as long as
- * j < later.
+ * Meanwhile lines of the values of `ask` are asked for, as long as j < later.
  */
 HL_KERNEL_SCALAR void hl_sfa_bf16_d128_rope64_pr_2x4_scalar(const float *p, const hl_row *row,
-    int32_t c, float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
+    int32_t c, float *o, const float *alpha, int32_t n, const hl_row *ask, int32_t later,
+    int32_t apart)
 {
     enum { L = 1, OS = 128 };
     hl_vf_scalar o0_0 = hl_vzero_scalar();
@@ -3205,7 +3215,7 @@ HL_KERNEL_SCALAR void hl_sfa_bf16_d128_rope64_pr_2x4_scalar(const float *p, cons
         const uint16_t *const value = (const uint16_t *)row[j].value + c;
         if (j < later) {
             const uint16_t *const next =
-                (const uint16_t *)row[j + 8].value + c;
+                (const uint16_t *)ask[j].value + c;
             HL_FETCH(next + 0);
         }
         hl_vf_scalar x;
@@ -3254,11 +3264,11 @@ HL_KERNEL_SCALAR void hl_sfa_bf16_d128_rope64_pr_2x4_scalar(const float *p, cons
 }
 
 /* 1 head by 8 vectors of channels, read where they are stored.
- * Meanwhile lines of values 8 keys further on are asked for, as long as
- * j < later.
+ * Meanwhile lines of the values of `ask` are asked for, as long as j < later.
  */
 HL_KERNEL_SCALAR void hl_sfa_bf16_d128_rope64_pr_1x8_scalar(const float *p, const hl_row *row,
-    int32_t c, float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
+    int32_t c, float *o, const float *alpha, int32_t n, const hl_row *ask, int32_t later,
+    int32_t apart)
 {
     enum { L = 1, OS = 128 };
     hl_vf_scalar o0_0 = hl_vzero_scalar();
@@ -3273,7 +3283,7 @@ HL_KERNEL_SCALAR void hl_sfa_bf16_d128_rope64_pr_1x8_scalar(const float *p, cons
         const uint16_t *const value = (const uint16_t *)row[j].value + c;
         if (j < later) {
             const uint16_t *const next =
-                (const uint16_t *)row[j + 8].value + c;
+                (const uint16_t *)ask[j].value + c;
             HL_FETCH(next + 0);
         }
         const hl_vf_scalar x = hl_vset_scalar(p[j]);
@@ -3324,14 +3334,14 @@ HL_KERNEL_SCALAR void hl_sfa_bf16_d128_rope64_value_few_scalar(const hl_space *w
     const hl_block *b, int32_t group)
 {
     enum { OS = 128, BLOCK = 16 };
-    const int32_t left = b->n + b->n_later - 8;
+    const int32_t left = b->asks < b->n ? b->asks : b->n;
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
         const int32_t later = h == 0 ? left : 0;
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 128; c += 2) {
-            hl_sfa_bf16_d128_rope64_pr_4x2_scalar(p, b->row, c, o + c, t->alpha + h, b->n,
+            hl_sfa_bf16_d128_rope64_pr_4x2_scalar(p, b->row, c, o + c, t->alpha + h, b->n, b->ask,
                                                   b->value_apart ? later : 0, b->value_apart);
         }
     }
@@ -3340,7 +3350,7 @@ HL_KERNEL_SCALAR void hl_sfa_bf16_d128_rope64_value_few_scalar(const hl_space *w
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 128; c += 4) {
-            hl_sfa_bf16_d128_rope64_pr_2x4_scalar(p, b->row, c, o + c, t->alpha + h, b->n,
+            hl_sfa_bf16_d128_rope64_pr_2x4_scalar(p, b->row, c, o + c, t->alpha + h, b->n, b->ask,
                                                   b->value_apart ? later : 0, b->value_apart);
         }
     }
@@ -3349,7 +3359,7 @@ HL_KERNEL_SCALAR void hl_sfa_bf16_d128_rope64_value_few_scalar(const hl_space *w
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 128; c += 8) {
-            hl_sfa_bf16_d128_rope64_pr_1x8_scalar(p, b->row, c, o + c, t->alpha + h, b->n,
+            hl_sfa_bf16_d128_rope64_pr_1x8_scalar(p, b->row, c, o + c, t->alpha + h, b->n, b->ask,
                                                   b->value_apart ? later : 0, b->value_apart);
         }
     }
@@ -3554,6 +3564,7 @@ HL_KERNEL_SCALAR void hl_sfa_bf16_d128_rope64_forward_scalar(
     enum { CAP = 48, AHEAD = 8 };
     const hl_sparse_flash_attention_args *const a = &plan->args;
     const int32_t block = 16;
+    const int32_t ahead = 8;
     int32_t known = hl_sfa_bf16_d128_rope64_next(a, g, &c, w->row, CAP);
     int32_t more = known == CAP;
     hl_block b;
@@ -3563,6 +3574,8 @@ HL_KERNEL_SCALAR void hl_sfa_bf16_d128_rope64_forward_scalar(
     while (known > 0) {
         b.n = known < block ? known : block;
         b.n_later = known - b.n;
+        b.ask = b.row + ahead;
+        b.asks = known - ahead;
         hl_sfa_bf16_d128_rope64_block_scalar(plan, w, t, &b, padded);
         *t->seen = 1.0f;
         b.row += b.n;
@@ -3733,14 +3746,14 @@ HL_WORD_NEON void hl_sfa_bf16_d128_rope64_fetch_row_neon(const hl_row *row, int3
     }
 }
 
-/* The whole block's keys, and its values where they are apart; meanwhile rows are asked for that
- * lie 8 further on, in this block or in the next. */
+/* The whole block's keys, and its values where they are apart; meanwhile later rows are asked
+ * for. */
 HL_KERNEL_NEON void hl_sfa_bf16_d128_rope64_load_neon(const hl_space *w, const hl_block *b)
 {
     enum { DV = 128, KS = 192, VS = 128 };
     for (int32_t j = 0; j < b->n; ++j) {
-        if (j + 8 < b->n + b->n_later) {
-            hl_sfa_bf16_d128_rope64_fetch_row_neon(&b->row[j + 8], b->value_apart);
+        if (j < b->asks) {
+            hl_sfa_bf16_d128_rope64_fetch_row_neon(&b->ask[j], b->value_apart);
         }
         hl_sfa_bf16_d128_rope64_load_key_neon(&b->row[j], w->k + (ptrdiff_t)j * KS);
         if (b->value_apart) {
@@ -4397,34 +4410,30 @@ HL_KERNEL_NEON void hl_sfa_bf16_d128_rope64_dot_1x16_neon(const float *q, const 
 HL_KERNEL_NEON void hl_sfa_bf16_d128_rope64_score_few_neon(const hl_space *w, const hl_block *b,
     int32_t group, float scale)
 {
-    enum { QS = 192, BLOCK = 64, AHEAD = 24 };
-    const int32_t known = b->n + b->n_later;
+    enum { QS = 192, BLOCK = 64 };
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
         for (int32_t j = 0; j < b->n; j += 4) {
-            const int32_t later = j + AHEAD;
             hl_sfa_bf16_d128_rope64_dot_4x4_neon(w->q + (ptrdiff_t)h * QS, b->row + j, b->n - 1 - j,
-                                                 w->s + h * BLOCK + j * 4, scale, h == 0 && later
-                                                 + 4 <= known ? b->row + later : NULL,
+                                                 w->s + h * BLOCK + j * 4, scale, h == 0 && j
+                                                 + 4 <= b->asks ? b->ask + j : NULL,
                                                  b->value_apart);
         }
     }
     for (; h + 2 <= group; h += 2) {
         for (int32_t j = 0; j < b->n; j += 8) {
-            const int32_t later = j + AHEAD;
             hl_sfa_bf16_d128_rope64_dot_2x8_neon(w->q + (ptrdiff_t)h * QS, b->row + j, b->n - 1 - j,
-                                                 w->s + h * BLOCK + j * 2, scale, h == 0 && later
-                                                 + 8 <= known ? b->row + later : NULL,
+                                                 w->s + h * BLOCK + j * 2, scale, h == 0 && j
+                                                 + 8 <= b->asks ? b->ask + j : NULL,
                                                  b->value_apart);
         }
     }
     for (; h + 1 <= group; h += 1) {
         for (int32_t j = 0; j < b->n; j += 16) {
-            const int32_t later = j + AHEAD;
             hl_sfa_bf16_d128_rope64_dot_1x16_neon(w->q + (ptrdiff_t)h * QS, b->row + j,
                                                   b->n - 1 - j, w->s + h * BLOCK + j * 1, scale,
-                                                  h == 0 && later + 16 <= known ? b->row + later
-                                                  : NULL, b->value_apart);
+                                                  h == 0 && j + 16 <= b->asks ? b->ask + j : NULL,
+                                                  b->value_apart);
         }
     }
 }
@@ -4733,11 +4742,11 @@ HL_KERNEL_NEON void hl_sfa_bf16_d128_rope64_value_neon(const hl_space *w, const 
 }
 
 /* 4 heads by 4 vectors of channels, read where they are stored.
- * Meanwhile lines of values 24 keys further on are asked for, as long as
- * j < later.
+ * Meanwhile lines of the values of `ask` are asked for, as long as j < later.
  */
 HL_KERNEL_NEON void hl_sfa_bf16_d128_rope64_pr_4x4_neon(const float *p, const hl_row *row,
-    int32_t c, float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
+    int32_t c, float *o, const float *alpha, int32_t n, const hl_row *ask, int32_t later,
+    int32_t apart)
 {
     enum { L = 4, OS = 128 };
     hl_vf_neon o0_0 = hl_vzero_neon();
@@ -4760,7 +4769,7 @@ HL_KERNEL_NEON void hl_sfa_bf16_d128_rope64_pr_4x4_neon(const float *p, const hl
         const uint16_t *const value = (const uint16_t *)row[j].value + c;
         if (j < later) {
             const uint16_t *const next =
-                (const uint16_t *)row[j + 24].value + c;
+                (const uint16_t *)ask[j].value + c;
             HL_FETCH(next + 0);
         }
         hl_vf_neon x;
@@ -4827,11 +4836,11 @@ HL_KERNEL_NEON void hl_sfa_bf16_d128_rope64_pr_4x4_neon(const float *p, const hl
 }
 
 /* 2 heads by 8 vectors of channels, read where they are stored.
- * Meanwhile lines of values 24 keys further on are asked for, as long as
- * j < later.
+ * Meanwhile lines of the values of `ask` are asked for, as long as j < later.
  */
 HL_KERNEL_NEON void hl_sfa_bf16_d128_rope64_pr_2x8_neon(const float *p, const hl_row *row,
-    int32_t c, float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
+    int32_t c, float *o, const float *alpha, int32_t n, const hl_row *ask, int32_t later,
+    int32_t apart)
 {
     enum { L = 4, OS = 128 };
     hl_vf_neon o0_0 = hl_vzero_neon();
@@ -4854,7 +4863,7 @@ HL_KERNEL_NEON void hl_sfa_bf16_d128_rope64_pr_2x8_neon(const float *p, const hl
         const uint16_t *const value = (const uint16_t *)row[j].value + c;
         if (j < later) {
             const uint16_t *const next =
-                (const uint16_t *)row[j + 24].value + c;
+                (const uint16_t *)ask[j].value + c;
             HL_FETCH(next + 0);
         }
         hl_vf_neon x;
@@ -4925,11 +4934,11 @@ HL_KERNEL_NEON void hl_sfa_bf16_d128_rope64_pr_2x8_neon(const float *p, const hl
 }
 
 /* 1 head by 16 vectors of channels, read where they are stored.
- * Meanwhile lines of values 24 keys further on are asked for, as long as
- * j < later.
+ * Meanwhile lines of the values of `ask` are asked for, as long as j < later.
  */
 HL_KERNEL_NEON void hl_sfa_bf16_d128_rope64_pr_1x16_neon(const float *p, const hl_row *row,
-    int32_t c, float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
+    int32_t c, float *o, const float *alpha, int32_t n, const hl_row *ask, int32_t later,
+    int32_t apart)
 {
     enum { L = 4, OS = 128 };
     hl_vf_neon o0_0 = hl_vzero_neon();
@@ -4952,7 +4961,7 @@ HL_KERNEL_NEON void hl_sfa_bf16_d128_rope64_pr_1x16_neon(const float *p, const h
         const uint16_t *const value = (const uint16_t *)row[j].value + c;
         if (j < later) {
             const uint16_t *const next =
-                (const uint16_t *)row[j + 24].value + c;
+                (const uint16_t *)ask[j].value + c;
             HL_FETCH(next + 32);
             if (apart) {
                 HL_FETCH(next + 0);
@@ -5026,14 +5035,14 @@ HL_KERNEL_NEON void hl_sfa_bf16_d128_rope64_value_few_neon(const hl_space *w, co
     const hl_block *b, int32_t group)
 {
     enum { OS = 128, BLOCK = 64 };
-    const int32_t left = b->n + b->n_later - 24;
+    const int32_t left = b->asks < b->n ? b->asks : b->n;
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
         const int32_t later = h == 0 ? left : 0;
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 128; c += 16) {
-            hl_sfa_bf16_d128_rope64_pr_4x4_neon(p, b->row, c, o + c, t->alpha + h, b->n,
+            hl_sfa_bf16_d128_rope64_pr_4x4_neon(p, b->row, c, o + c, t->alpha + h, b->n, b->ask,
                                                 b->value_apart ? later : 0, b->value_apart);
         }
     }
@@ -5042,8 +5051,8 @@ HL_KERNEL_NEON void hl_sfa_bf16_d128_rope64_value_few_neon(const hl_space *w, co
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 128; c += 32) {
-            hl_sfa_bf16_d128_rope64_pr_2x8_neon(p, b->row, c, o + c, t->alpha + h, b->n, later,
-                                                b->value_apart);
+            hl_sfa_bf16_d128_rope64_pr_2x8_neon(p, b->row, c, o + c, t->alpha + h, b->n, b->ask,
+                                                later, b->value_apart);
         }
     }
     for (; h + 1 <= group; h += 1) {
@@ -5051,8 +5060,8 @@ HL_KERNEL_NEON void hl_sfa_bf16_d128_rope64_value_few_neon(const hl_space *w, co
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 128; c += 64) {
-            hl_sfa_bf16_d128_rope64_pr_1x16_neon(p, b->row, c, o + c, t->alpha + h, b->n, later,
-                                                 b->value_apart);
+            hl_sfa_bf16_d128_rope64_pr_1x16_neon(p, b->row, c, o + c, t->alpha + h, b->n, b->ask,
+                                                 later, b->value_apart);
         }
     }
 }
@@ -5263,6 +5272,7 @@ HL_KERNEL_NEON void hl_sfa_bf16_d128_rope64_forward_neon(const hl_sparse_flash_a
     enum { CAP = 176, AHEAD = 24 };
     const hl_sparse_flash_attention_args *const a = &plan->args;
     const int32_t block = plan->group > 16 ? 64 : plan->group <= 3 ? 48 : 64;
+    const int32_t ahead = plan->group > 16 ? 8 : 24;
     int32_t known = hl_sfa_bf16_d128_rope64_next(a, g, &c, w->row, CAP);
     int32_t more = known == CAP;
     hl_block b;
@@ -5272,6 +5282,8 @@ HL_KERNEL_NEON void hl_sfa_bf16_d128_rope64_forward_neon(const hl_sparse_flash_a
     while (known > 0) {
         b.n = known < block ? known : block;
         b.n_later = known - b.n;
+        b.ask = b.row + ahead;
+        b.asks = known - ahead;
         hl_sfa_bf16_d128_rope64_block_neon(plan, w, t, &b, padded);
         *t->seen = 1.0f;
         b.row += b.n;
@@ -5448,14 +5460,14 @@ HL_WORD_AVX2 void hl_sfa_bf16_d128_rope64_fetch_row_avx2(const hl_row *row, int3
     }
 }
 
-/* The whole block's keys, and its values where they are apart; meanwhile rows are asked for that
- * lie 8 further on, in this block or in the next. */
+/* The whole block's keys, and its values where they are apart; meanwhile later rows are asked
+ * for. */
 HL_KERNEL_AVX2 void hl_sfa_bf16_d128_rope64_load_avx2(const hl_space *w, const hl_block *b)
 {
     enum { DV = 128, KS = 192, VS = 128 };
     for (int32_t j = 0; j < b->n; ++j) {
-        if (j + 8 < b->n + b->n_later) {
-            hl_sfa_bf16_d128_rope64_fetch_row_avx2(&b->row[j + 8], b->value_apart);
+        if (j < b->asks) {
+            hl_sfa_bf16_d128_rope64_fetch_row_avx2(&b->ask[j], b->value_apart);
         }
         hl_sfa_bf16_d128_rope64_load_key_avx2(&b->row[j], w->k + (ptrdiff_t)j * KS);
         if (b->value_apart) {
@@ -6022,33 +6034,29 @@ HL_KERNEL_AVX2 void hl_sfa_bf16_d128_rope64_dot_1x8_avx2(const float *q, const h
 HL_KERNEL_AVX2 void hl_sfa_bf16_d128_rope64_score_few_avx2(const hl_space *w, const hl_block *b,
     int32_t group, float scale)
 {
-    enum { QS = 192, BLOCK = 48, AHEAD = 24 };
-    const int32_t known = b->n + b->n_later;
+    enum { QS = 192, BLOCK = 48 };
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
         for (int32_t j = 0; j < b->n; j += 2) {
-            const int32_t later = j + AHEAD;
             hl_sfa_bf16_d128_rope64_dot_4x2_avx2(w->q + (ptrdiff_t)h * QS, b->row + j, b->n - 1 - j,
-                                                 w->s + h * BLOCK + j * 4, scale, h == 0 && later
-                                                 + 2 <= known ? b->row + later : NULL,
+                                                 w->s + h * BLOCK + j * 4, scale, h == 0 && j
+                                                 + 2 <= b->asks ? b->ask + j : NULL,
                                                  b->value_apart);
         }
     }
     for (; h + 2 <= group; h += 2) {
         for (int32_t j = 0; j < b->n; j += 4) {
-            const int32_t later = j + AHEAD;
             hl_sfa_bf16_d128_rope64_dot_2x4_avx2(w->q + (ptrdiff_t)h * QS, b->row + j, b->n - 1 - j,
-                                                 w->s + h * BLOCK + j * 2, scale, h == 0 && later
-                                                 + 4 <= known ? b->row + later : NULL,
+                                                 w->s + h * BLOCK + j * 2, scale, h == 0 && j
+                                                 + 4 <= b->asks ? b->ask + j : NULL,
                                                  b->value_apart);
         }
     }
     for (; h + 1 <= group; h += 1) {
         for (int32_t j = 0; j < b->n; j += 8) {
-            const int32_t later = j + AHEAD;
             hl_sfa_bf16_d128_rope64_dot_1x8_avx2(w->q + (ptrdiff_t)h * QS, b->row + j, b->n - 1 - j,
-                                                 w->s + h * BLOCK + j * 1, scale, h == 0 && later
-                                                 + 8 <= known ? b->row + later : NULL,
+                                                 w->s + h * BLOCK + j * 1, scale, h == 0 && j
+                                                 + 8 <= b->asks ? b->ask + j : NULL,
                                                  b->value_apart);
         }
     }
@@ -6360,11 +6368,11 @@ HL_KERNEL_AVX2 void hl_sfa_bf16_d128_rope64_value_avx2(const hl_space *w, const 
 }
 
 /* 4 heads by 2 vectors of channels, read where they are stored.
- * Meanwhile lines of values 24 keys further on are asked for, as long as
- * j < later.
+ * Meanwhile lines of the values of `ask` are asked for, as long as j < later.
  */
 HL_KERNEL_AVX2 void hl_sfa_bf16_d128_rope64_pr_4x2_avx2(const float *p, const hl_row *row,
-    int32_t c, float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
+    int32_t c, float *o, const float *alpha, int32_t n, const hl_row *ask, int32_t later,
+    int32_t apart)
 {
     enum { L = 8, OS = 128 };
     hl_vf_avx2 o0_0 = hl_vzero_avx2();
@@ -6379,7 +6387,7 @@ HL_KERNEL_AVX2 void hl_sfa_bf16_d128_rope64_pr_4x2_avx2(const float *p, const hl
         const uint16_t *const value = (const uint16_t *)row[j].value + c;
         if (j < later) {
             const uint16_t *const next =
-                (const uint16_t *)row[j + 24].value + c;
+                (const uint16_t *)ask[j].value + c;
             HL_FETCH(next + 0);
         }
         hl_vf_avx2 x;
@@ -6419,11 +6427,11 @@ HL_KERNEL_AVX2 void hl_sfa_bf16_d128_rope64_pr_4x2_avx2(const float *p, const hl
 }
 
 /* 2 heads by 4 vectors of channels, read where they are stored.
- * Meanwhile lines of values 24 keys further on are asked for, as long as
- * j < later.
+ * Meanwhile lines of the values of `ask` are asked for, as long as j < later.
  */
 HL_KERNEL_AVX2 void hl_sfa_bf16_d128_rope64_pr_2x4_avx2(const float *p, const hl_row *row,
-    int32_t c, float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
+    int32_t c, float *o, const float *alpha, int32_t n, const hl_row *ask, int32_t later,
+    int32_t apart)
 {
     enum { L = 8, OS = 128 };
     hl_vf_avx2 o0_0 = hl_vzero_avx2();
@@ -6438,7 +6446,7 @@ HL_KERNEL_AVX2 void hl_sfa_bf16_d128_rope64_pr_2x4_avx2(const float *p, const hl
         const uint16_t *const value = (const uint16_t *)row[j].value + c;
         if (j < later) {
             const uint16_t *const next =
-                (const uint16_t *)row[j + 24].value + c;
+                (const uint16_t *)ask[j].value + c;
             HL_FETCH(next + 0);
         }
         hl_vf_avx2 x;
@@ -6479,11 +6487,11 @@ HL_KERNEL_AVX2 void hl_sfa_bf16_d128_rope64_pr_2x4_avx2(const float *p, const hl
 }
 
 /* 1 head by 8 vectors of channels, read where they are stored.
- * Meanwhile lines of values 24 keys further on are asked for, as long as
- * j < later.
+ * Meanwhile lines of the values of `ask` are asked for, as long as j < later.
  */
 HL_KERNEL_AVX2 void hl_sfa_bf16_d128_rope64_pr_1x8_avx2(const float *p, const hl_row *row,
-    int32_t c, float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
+    int32_t c, float *o, const float *alpha, int32_t n, const hl_row *ask, int32_t later,
+    int32_t apart)
 {
     enum { L = 8, OS = 128 };
     hl_vf_avx2 o0_0 = hl_vzero_avx2();
@@ -6498,7 +6506,7 @@ HL_KERNEL_AVX2 void hl_sfa_bf16_d128_rope64_pr_1x8_avx2(const float *p, const hl
         const uint16_t *const value = (const uint16_t *)row[j].value + c;
         if (j < later) {
             const uint16_t *const next =
-                (const uint16_t *)row[j + 24].value + c;
+                (const uint16_t *)ask[j].value + c;
             HL_FETCH(next + 32);
             if (apart) {
                 HL_FETCH(next + 0);
@@ -6544,14 +6552,14 @@ HL_KERNEL_AVX2 void hl_sfa_bf16_d128_rope64_value_few_avx2(const hl_space *w, co
     const hl_block *b, int32_t group)
 {
     enum { OS = 128, BLOCK = 48 };
-    const int32_t left = b->n + b->n_later - 24;
+    const int32_t left = b->asks < b->n ? b->asks : b->n;
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
         const int32_t later = h == 0 ? left : 0;
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 128; c += 16) {
-            hl_sfa_bf16_d128_rope64_pr_4x2_avx2(p, b->row, c, o + c, t->alpha + h, b->n,
+            hl_sfa_bf16_d128_rope64_pr_4x2_avx2(p, b->row, c, o + c, t->alpha + h, b->n, b->ask,
                                                 b->value_apart ? later : 0, b->value_apart);
         }
     }
@@ -6560,8 +6568,8 @@ HL_KERNEL_AVX2 void hl_sfa_bf16_d128_rope64_value_few_avx2(const hl_space *w, co
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 128; c += 32) {
-            hl_sfa_bf16_d128_rope64_pr_2x4_avx2(p, b->row, c, o + c, t->alpha + h, b->n, later,
-                                                b->value_apart);
+            hl_sfa_bf16_d128_rope64_pr_2x4_avx2(p, b->row, c, o + c, t->alpha + h, b->n, b->ask,
+                                                later, b->value_apart);
         }
     }
     for (; h + 1 <= group; h += 1) {
@@ -6569,8 +6577,8 @@ HL_KERNEL_AVX2 void hl_sfa_bf16_d128_rope64_value_few_avx2(const hl_space *w, co
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 128; c += 64) {
-            hl_sfa_bf16_d128_rope64_pr_1x8_avx2(p, b->row, c, o + c, t->alpha + h, b->n, later,
-                                                b->value_apart);
+            hl_sfa_bf16_d128_rope64_pr_1x8_avx2(p, b->row, c, o + c, t->alpha + h, b->n, b->ask,
+                                                later, b->value_apart);
         }
     }
 }
@@ -6798,6 +6806,7 @@ HL_KERNEL_AVX2 void hl_sfa_bf16_d128_rope64_forward_avx2(const hl_sparse_flash_a
     enum { CAP = 192, AHEAD = 24 };
     const hl_sparse_flash_attention_args *const a = &plan->args;
     const int32_t block = plan->group > 16 ? 96 : 48;
+    const int32_t ahead = plan->group > 16 ? 8 : 24;
     int32_t known = hl_sfa_bf16_d128_rope64_next(a, g, &c, w->row, CAP);
     int32_t more = known == CAP;
     hl_block b;
@@ -6807,6 +6816,8 @@ HL_KERNEL_AVX2 void hl_sfa_bf16_d128_rope64_forward_avx2(const hl_sparse_flash_a
     while (known > 0) {
         b.n = known < block ? known : block;
         b.n_later = known - b.n;
+        b.ask = b.row + ahead;
+        b.asks = known - ahead;
         hl_sfa_bf16_d128_rope64_block_avx2(plan, w, t, &b, padded);
         *t->seen = 1.0f;
         b.row += b.n;
@@ -6985,14 +6996,14 @@ HL_WORD_AVX512 void hl_sfa_bf16_d128_rope64_fetch_row_avx512(const hl_row *row, 
     }
 }
 
-/* The whole block's keys, and its values where they are apart; meanwhile rows are asked for that
- * lie 8 further on, in this block or in the next. */
+/* The whole block's keys, and its values where they are apart; meanwhile later rows are asked
+ * for. */
 HL_KERNEL_AVX512 void hl_sfa_bf16_d128_rope64_load_avx512(const hl_space *w, const hl_block *b)
 {
     enum { DV = 128, KS = 192, VS = 128 };
     for (int32_t j = 0; j < b->n; ++j) {
-        if (j + 8 < b->n + b->n_later) {
-            hl_sfa_bf16_d128_rope64_fetch_row_avx512(&b->row[j + 8], b->value_apart);
+        if (j < b->asks) {
+            hl_sfa_bf16_d128_rope64_fetch_row_avx512(&b->ask[j], b->value_apart);
         }
         hl_sfa_bf16_d128_rope64_load_key_avx512(&b->row[j], w->k + (ptrdiff_t)j * KS);
         if (b->value_apart) {
@@ -7816,34 +7827,30 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d128_rope64_dot_1x16_avx512(const float *q, co
 HL_KERNEL_AVX512 void hl_sfa_bf16_d128_rope64_score_few_avx512(const hl_space *w, const hl_block *b,
     int32_t group, float scale)
 {
-    enum { QS = 192, BLOCK = 96, AHEAD = 24 };
-    const int32_t known = b->n + b->n_later;
+    enum { QS = 192, BLOCK = 96 };
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
         for (int32_t j = 0; j < b->n; j += 4) {
-            const int32_t later = j + AHEAD;
             hl_sfa_bf16_d128_rope64_dot_4x4_avx512(w->q + (ptrdiff_t)h * QS, b->row + j,
                                                    b->n - 1 - j, w->s + h * BLOCK + j * 4, scale,
-                                                   h == 0 && later + 4 <= known ? b->row + later
-                                                   : NULL, b->value_apart);
+                                                   h == 0 && j + 4 <= b->asks ? b->ask + j : NULL,
+                                                   b->value_apart);
         }
     }
     for (; h + 2 <= group; h += 2) {
         for (int32_t j = 0; j < b->n; j += 8) {
-            const int32_t later = j + AHEAD;
             hl_sfa_bf16_d128_rope64_dot_2x8_avx512(w->q + (ptrdiff_t)h * QS, b->row + j,
                                                    b->n - 1 - j, w->s + h * BLOCK + j * 2, scale,
-                                                   h == 0 && later + 8 <= known ? b->row + later
-                                                   : NULL, b->value_apart);
+                                                   h == 0 && j + 8 <= b->asks ? b->ask + j : NULL,
+                                                   b->value_apart);
         }
     }
     for (; h + 1 <= group; h += 1) {
         for (int32_t j = 0; j < b->n; j += 16) {
-            const int32_t later = j + AHEAD;
             hl_sfa_bf16_d128_rope64_dot_1x16_avx512(w->q + (ptrdiff_t)h * QS, b->row + j,
                                                     b->n - 1 - j, w->s + h * BLOCK + j * 1, scale,
-                                                    h == 0 && later + 16 <= known ? b->row + later
-                                                    : NULL, b->value_apart);
+                                                    h == 0 && j + 16 <= b->asks ? b->ask + j : NULL,
+                                                    b->value_apart);
         }
     }
 }
@@ -8578,11 +8585,11 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d128_rope64_value_avx512(const hl_space *w, co
 }
 
 /* 4 heads by 4 vectors of channels, read where they are stored.
- * Meanwhile lines of values 24 keys further on are asked for, as long as
- * j < later.
+ * Meanwhile lines of the values of `ask` are asked for, as long as j < later.
  */
 HL_KERNEL_AVX512 void hl_sfa_bf16_d128_rope64_pr_4x4_avx512(const float *p, const hl_row *row,
-    int32_t c, float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
+    int32_t c, float *o, const float *alpha, int32_t n, const hl_row *ask, int32_t later,
+    int32_t apart)
 {
     enum { L = 16, OS = 128 };
     hl_vf_avx512 o0_0 = hl_vzero_avx512();
@@ -8605,7 +8612,7 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d128_rope64_pr_4x4_avx512(const float *p, cons
         const uint16_t *const value = (const uint16_t *)row[j].value + c;
         if (j < later) {
             const uint16_t *const next =
-                (const uint16_t *)row[j + 24].value + c;
+                (const uint16_t *)ask[j].value + c;
             HL_FETCH(next + 0);
             HL_FETCH(next + 32);
         }
@@ -8689,11 +8696,11 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d128_rope64_pr_4x4_avx512(const float *p, cons
 }
 
 /* 2 heads by 8 vectors of channels, read where they are stored.
- * Meanwhile lines of values 24 keys further on are asked for, as long as
- * j < later.
+ * Meanwhile lines of the values of `ask` are asked for, as long as j < later.
  */
 HL_KERNEL_AVX512 void hl_sfa_bf16_d128_rope64_pr_2x8_avx512(const float *p, const hl_row *row,
-    int32_t c, float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
+    int32_t c, float *o, const float *alpha, int32_t n, const hl_row *ask, int32_t later,
+    int32_t apart)
 {
     enum { L = 16, OS = 128 };
     hl_vf_avx512 o0_0 = hl_vzero_avx512();
@@ -8716,7 +8723,7 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d128_rope64_pr_2x8_avx512(const float *p, cons
         const uint16_t *const value = (const uint16_t *)row[j].value + c;
         if (j < later) {
             const uint16_t *const next =
-                (const uint16_t *)row[j + 24].value + c;
+                (const uint16_t *)ask[j].value + c;
             HL_FETCH(next + 0);
             HL_FETCH(next + 32);
             HL_FETCH(next + 64);
@@ -8806,11 +8813,11 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d128_rope64_pr_2x8_avx512(const float *p, cons
 }
 
 /* 1 head by 8 vectors of channels, read where they are stored.
- * Meanwhile lines of values 24 keys further on are asked for, as long as
- * j < later.
+ * Meanwhile lines of the values of `ask` are asked for, as long as j < later.
  */
 HL_KERNEL_AVX512 void hl_sfa_bf16_d128_rope64_pr_1x8_avx512(const float *p, const hl_row *row,
-    int32_t c, float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
+    int32_t c, float *o, const float *alpha, int32_t n, const hl_row *ask, int32_t later,
+    int32_t apart)
 {
     enum { L = 16, OS = 128 };
     hl_vf_avx512 o0_0 = hl_vzero_avx512();
@@ -8825,7 +8832,7 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d128_rope64_pr_1x8_avx512(const float *p, cons
         const uint16_t *const value = (const uint16_t *)row[j].value + c;
         if (j < later) {
             const uint16_t *const next =
-                (const uint16_t *)row[j + 24].value + c;
+                (const uint16_t *)ask[j].value + c;
             HL_FETCH(next + 32);
             HL_FETCH(next + 96);
             if (apart) {
@@ -8881,14 +8888,14 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d128_rope64_value_few_avx512(const hl_space *w
     const hl_block *b, int32_t group)
 {
     enum { OS = 128, BLOCK = 96 };
-    const int32_t left = b->n + b->n_later - 24;
+    const int32_t left = b->asks < b->n ? b->asks : b->n;
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
         const int32_t later = h == 0 ? left : 0;
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 128; c += 64) {
-            hl_sfa_bf16_d128_rope64_pr_4x4_avx512(p, b->row, c, o + c, t->alpha + h, b->n,
+            hl_sfa_bf16_d128_rope64_pr_4x4_avx512(p, b->row, c, o + c, t->alpha + h, b->n, b->ask,
                                                   b->value_apart ? later : 0, b->value_apart);
         }
     }
@@ -8897,8 +8904,8 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d128_rope64_value_few_avx512(const hl_space *w
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 128; c += 128) {
-            hl_sfa_bf16_d128_rope64_pr_2x8_avx512(p, b->row, c, o + c, t->alpha + h, b->n, later,
-                                                  b->value_apart);
+            hl_sfa_bf16_d128_rope64_pr_2x8_avx512(p, b->row, c, o + c, t->alpha + h, b->n, b->ask,
+                                                  later, b->value_apart);
         }
     }
     for (; h + 1 <= group; h += 1) {
@@ -8906,8 +8913,8 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d128_rope64_value_few_avx512(const hl_space *w
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 128; c += 128) {
-            hl_sfa_bf16_d128_rope64_pr_1x8_avx512(p, b->row, c, o + c, t->alpha + h, b->n, later,
-                                                  b->value_apart);
+            hl_sfa_bf16_d128_rope64_pr_1x8_avx512(p, b->row, c, o + c, t->alpha + h, b->n, b->ask,
+                                                  later, b->value_apart);
         }
     }
 }
@@ -9139,6 +9146,7 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d128_rope64_forward_avx512(
     enum { CAP = 240, AHEAD = 24 };
     const hl_sparse_flash_attention_args *const a = &plan->args;
     const int32_t block = plan->group > 32 ? 96 : plan->group <= 3 ? 48 : 96;
+    const int32_t ahead = plan->group > 32 ? 8 : 24;
     int32_t known = hl_sfa_bf16_d128_rope64_next(a, g, &c, w->row, CAP);
     int32_t more = known == CAP;
     hl_block b;
@@ -9148,6 +9156,8 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d128_rope64_forward_avx512(
     while (known > 0) {
         b.n = known < block ? known : block;
         b.n_later = known - b.n;
+        b.ask = b.row + ahead;
+        b.asks = known - ahead;
         hl_sfa_bf16_d128_rope64_block_avx512(plan, w, t, &b, padded);
         *t->seen = 1.0f;
         b.row += b.n;
@@ -9285,25 +9295,25 @@ HL_KERNEL_AMX void hl_sfa_bf16_d128_rope64_load_q_amx(const hl_sparse_flash_atte
     enum { COLUMNS = 6, PARTS = 1 };
     const int32_t tiles = group > 16 ? 2 : 1;
     unsigned char *const scratch = (unsigned char *)row;
-    for (int32_t h = 0; h < group; h += 16 * tiles) {
-        unsigned char *const pair = (unsigned char *)to + (ptrdiff_t)h * (COLUMNS * PARTS * 64);
+    for (int32_t h0 = 0; h0 < group; h0 += 16 * tiles) {
+        unsigned char *const pair = (unsigned char *)to + (ptrdiff_t)h0 * (COLUMNS * PARTS * 64);
         for (int32_t i = 0; i < COLUMNS * PARTS * tiles; ++i) {
             const int32_t column = i / (PARTS * tiles);
             const int32_t part = i / tiles % PARTS;
-            const int32_t first = h + i % tiles * 16;
+            const int32_t first = h0 + i % tiles * 16;
             for (int32_t r = 0; r < 16; ++r) {
-                const ptrdiff_t head = first + r;
+                const int32_t h = first + r;
                 __m512i words = _mm512_setzero_si512();
-                if (head < group) {
-                    const uint16_t *const q = (const uint16_t *)a->query + g->query
-                        + head * a->query_stride.head;
+                if (h < group) {
+                    const uint16_t *const q =
+                        (const uint16_t *)a->query + g->query + h * a->query_stride.head;
                     hl_row at;
                     at.key = q;
                     at.rope = q + 128;
                     at.value = q;
                     if (a->query_rope != NULL) {
                         at.rope = (const uint16_t *)a->query_rope + g->query_rope
-                            + head * a->query_rope_stride.head;
+                            + h * a->query_rope_stride.head;
                     }
                     words = hl_sfa_bf16_d128_rope64_key_words_amx(&at, column, part);
                 }

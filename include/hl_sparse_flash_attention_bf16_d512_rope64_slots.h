@@ -249,6 +249,12 @@ typedef enum hl_argument {
     HL_ARG_FROM_STRIDE,
     HL_ARG_TO_STRIDE,
     HL_ARG_POSITIONS,
+    HL_ARG_KEY_CACHE,
+    HL_ARG_VALUE_CACHE,
+    HL_ARG_TOKEN_SCALES,
+    HL_ARG_LAYOUT_NEW,
+    HL_ARG_KEY_CACHE_STRIDE,
+    HL_ARG_VALUE_CACHE_STRIDE,
     HL_ARG_PLAN,
     HL_ARG_ARGS,
     HL_ARG_WORKSPACE,
@@ -564,12 +570,14 @@ typedef struct hl_row {
     ptrdiff_t token; /* decoding: which row of its batch's cache it is                         */
 } hl_row;
 
-/* One block of keys; behind its rows lie those of later keys, which are asked for meanwhile. */
+/* One block of keys; behind its rows lie those of later keys. */
 typedef struct hl_block {
     hl_row *row;
     int32_t n;
     int32_t n_later;
     int32_t value_apart; /* values are not the keys' first channels                            */
+    const hl_row *ask;   /* while key j is in use, lines of the row ask[j] are asked for,      */
+    int32_t asks;        /* as long as j is below this                                         */
 } hl_block;
 
 /* The workspace of one task, cut into its named slices. */
@@ -942,6 +950,12 @@ static inline const char *hl_argument_name(hl_argument argument)
         "from_stride",
         "to_stride",
         "positions",
+        "key_cache",
+        "value_cache",
+        "token_scales",
+        "layout_new",
+        "key_cache_stride",
+        "value_cache_stride",
         "plan",
         "args",
         "workspace",
@@ -3058,31 +3072,27 @@ HL_KERNEL_SCALAR void hl_sfa_bf16_d512_rope64_slots_dot_1x8_scalar(const float *
 HL_KERNEL_SCALAR void hl_sfa_bf16_d512_rope64_slots_score_few_scalar(const hl_space *w,
     const hl_block *b, int32_t group, float scale)
 {
-    enum { QS = 576, BLOCK = 16, AHEAD = 8 };
-    const int32_t known = b->n + b->n_later;
+    enum { QS = 576, BLOCK = 16 };
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
         for (int32_t j = 0; j < b->n; j += 2) {
-            const int32_t later = j + AHEAD;
             hl_sfa_bf16_d512_rope64_slots_dot_4x2_scalar(w->q + (ptrdiff_t)h * QS, b->row + j,
-                b->n - 1 - j, w->s + h * BLOCK + j * 4, scale, h == 0 && later + 2 <= known ? b->row
-                + later : NULL, b->value_apart);
+                b->n - 1 - j, w->s + h * BLOCK + j * 4, scale, h == 0 && j + 2 <= b->asks ? b->ask
+                + j : NULL, b->value_apart);
         }
     }
     for (; h + 2 <= group; h += 2) {
         for (int32_t j = 0; j < b->n; j += 4) {
-            const int32_t later = j + AHEAD;
             hl_sfa_bf16_d512_rope64_slots_dot_2x4_scalar(w->q + (ptrdiff_t)h * QS, b->row + j,
-                b->n - 1 - j, w->s + h * BLOCK + j * 2, scale, h == 0 && later + 4 <= known ? b->row
-                + later : NULL, b->value_apart);
+                b->n - 1 - j, w->s + h * BLOCK + j * 2, scale, h == 0 && j + 4 <= b->asks ? b->ask
+                + j : NULL, b->value_apart);
         }
     }
     for (; h + 1 <= group; h += 1) {
         for (int32_t j = 0; j < b->n; j += 8) {
-            const int32_t later = j + AHEAD;
             hl_sfa_bf16_d512_rope64_slots_dot_1x8_scalar(w->q + (ptrdiff_t)h * QS, b->row + j,
-                b->n - 1 - j, w->s + h * BLOCK + j * 1, scale, h == 0 && later + 8 <= known ? b->row
-                + later : NULL, b->value_apart);
+                b->n - 1 - j, w->s + h * BLOCK + j * 1, scale, h == 0 && j + 8 <= b->asks ? b->ask
+                + j : NULL, b->value_apart);
         }
     }
 }
@@ -3160,11 +3170,11 @@ HL_KERNEL_SCALAR void hl_sfa_bf16_d512_rope64_slots_softmaxes_few_scalar(const h
 /* ---- value: O = alpha O + P V ---- */
 
 /* 4 heads by 2 vectors of channels, read where they are stored.
- * Meanwhile lines of values 8 keys further on are asked for, as long as
- * j < later.
+ * Meanwhile lines of the values of `ask` are asked for, as long as j < later.
  */
 HL_KERNEL_SCALAR void hl_sfa_bf16_d512_rope64_slots_pr_4x2_scalar(const float *p, const hl_row *row,
-    int32_t c, float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
+    int32_t c, float *o, const float *alpha, int32_t n, const hl_row *ask, int32_t later,
+    int32_t apart)
 {
     enum { L = 1, OS = 512 };
     hl_vf_scalar o0_0 = hl_vzero_scalar();
@@ -3179,7 +3189,7 @@ HL_KERNEL_SCALAR void hl_sfa_bf16_d512_rope64_slots_pr_4x2_scalar(const float *p
         const uint16_t *const value = (const uint16_t *)row[j].value + c;
         if (j < later) {
             const uint16_t *const next =
-                (const uint16_t *)row[j + 8].value + c;
+                (const uint16_t *)ask[j].value + c;
             HL_FETCH(next + 0);
         }
         hl_vf_scalar x;
@@ -3227,11 +3237,11 @@ HL_KERNEL_SCALAR void hl_sfa_bf16_d512_rope64_slots_pr_4x2_scalar(const float *p
 }
 
 /* 2 heads by 4 vectors of channels, read where they are stored.
- * Meanwhile lines of values 8 keys further on are asked for, as long as
- * j < later.
+ * Meanwhile lines of the values of `ask` are asked for, as long as j < later.
  */
 HL_KERNEL_SCALAR void hl_sfa_bf16_d512_rope64_slots_pr_2x4_scalar(const float *p, const hl_row *row,
-    int32_t c, float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
+    int32_t c, float *o, const float *alpha, int32_t n, const hl_row *ask, int32_t later,
+    int32_t apart)
 {
     enum { L = 1, OS = 512 };
     hl_vf_scalar o0_0 = hl_vzero_scalar();
@@ -3246,7 +3256,7 @@ HL_KERNEL_SCALAR void hl_sfa_bf16_d512_rope64_slots_pr_2x4_scalar(const float *p
         const uint16_t *const value = (const uint16_t *)row[j].value + c;
         if (j < later) {
             const uint16_t *const next =
-                (const uint16_t *)row[j + 8].value + c;
+                (const uint16_t *)ask[j].value + c;
             HL_FETCH(next + 0);
         }
         hl_vf_scalar x;
@@ -3295,11 +3305,11 @@ HL_KERNEL_SCALAR void hl_sfa_bf16_d512_rope64_slots_pr_2x4_scalar(const float *p
 }
 
 /* 1 head by 8 vectors of channels, read where they are stored.
- * Meanwhile lines of values 8 keys further on are asked for, as long as
- * j < later.
+ * Meanwhile lines of the values of `ask` are asked for, as long as j < later.
  */
 HL_KERNEL_SCALAR void hl_sfa_bf16_d512_rope64_slots_pr_1x8_scalar(const float *p, const hl_row *row,
-    int32_t c, float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
+    int32_t c, float *o, const float *alpha, int32_t n, const hl_row *ask, int32_t later,
+    int32_t apart)
 {
     enum { L = 1, OS = 512 };
     hl_vf_scalar o0_0 = hl_vzero_scalar();
@@ -3314,7 +3324,7 @@ HL_KERNEL_SCALAR void hl_sfa_bf16_d512_rope64_slots_pr_1x8_scalar(const float *p
         const uint16_t *const value = (const uint16_t *)row[j].value + c;
         if (j < later) {
             const uint16_t *const next =
-                (const uint16_t *)row[j + 8].value + c;
+                (const uint16_t *)ask[j].value + c;
             HL_FETCH(next + 0);
         }
         const hl_vf_scalar x = hl_vset_scalar(p[j]);
@@ -3365,7 +3375,7 @@ HL_KERNEL_SCALAR void hl_sfa_bf16_d512_rope64_slots_value_few_scalar(const hl_sp
     const hl_state *t, const hl_block *b, int32_t group)
 {
     enum { OS = 512, BLOCK = 16 };
-    const int32_t left = b->n + b->n_later - 8;
+    const int32_t left = b->asks < b->n ? b->asks : b->n;
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
         const int32_t later = h == 0 ? left : 0;
@@ -3373,7 +3383,7 @@ HL_KERNEL_SCALAR void hl_sfa_bf16_d512_rope64_slots_value_few_scalar(const hl_sp
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 512; c += 2) {
             hl_sfa_bf16_d512_rope64_slots_pr_4x2_scalar(p, b->row, c, o + c, t->alpha + h, b->n,
-                b->value_apart ? later : 0, b->value_apart);
+                b->ask, b->value_apart ? later : 0, b->value_apart);
         }
     }
     for (; h + 2 <= group; h += 2) {
@@ -3382,7 +3392,7 @@ HL_KERNEL_SCALAR void hl_sfa_bf16_d512_rope64_slots_value_few_scalar(const hl_sp
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 512; c += 4) {
             hl_sfa_bf16_d512_rope64_slots_pr_2x4_scalar(p, b->row, c, o + c, t->alpha + h, b->n,
-                b->value_apart ? later : 0, b->value_apart);
+                b->ask, b->value_apart ? later : 0, b->value_apart);
         }
     }
     for (; h + 1 <= group; h += 1) {
@@ -3391,7 +3401,7 @@ HL_KERNEL_SCALAR void hl_sfa_bf16_d512_rope64_slots_value_few_scalar(const hl_sp
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 512; c += 8) {
             hl_sfa_bf16_d512_rope64_slots_pr_1x8_scalar(p, b->row, c, o + c, t->alpha + h, b->n,
-                b->value_apart ? later : 0, b->value_apart);
+                b->ask, b->value_apart ? later : 0, b->value_apart);
         }
     }
 }
@@ -3602,6 +3612,7 @@ HL_KERNEL_SCALAR void hl_sfa_bf16_d512_rope64_slots_forward_scalar(
     enum { CAP = 48, AHEAD = 8 };
     const hl_sparse_flash_attention_args *const a = &plan->args;
     const int32_t block = 16;
+    const int32_t ahead = 8;
     int32_t known = hl_sfa_bf16_d512_rope64_slots_next(a, g, &c, w->row, CAP);
     int32_t more = known == CAP;
     hl_block b;
@@ -3611,6 +3622,8 @@ HL_KERNEL_SCALAR void hl_sfa_bf16_d512_rope64_slots_forward_scalar(
     while (known > 0) {
         b.n = known < block ? known : block;
         b.n_later = known - b.n;
+        b.ask = b.row + ahead;
+        b.asks = known - ahead;
         hl_sfa_bf16_d512_rope64_slots_block_scalar(plan, w, t, &b, padded);
         *t->seen = 1.0f;
         b.row += b.n;
@@ -3784,14 +3797,14 @@ HL_WORD_NEON void hl_sfa_bf16_d512_rope64_slots_fetch_row_neon(const hl_row *row
     }
 }
 
-/* The whole block's keys, and its values where they are apart; meanwhile rows are asked for that
- * lie 8 further on, in this block or in the next. */
+/* The whole block's keys, and its values where they are apart; meanwhile later rows are asked
+ * for. */
 HL_KERNEL_NEON void hl_sfa_bf16_d512_rope64_slots_load_neon(const hl_space *w, const hl_block *b)
 {
     enum { DV = 512, KS = 576, VS = 512 };
     for (int32_t j = 0; j < b->n; ++j) {
-        if (j + 8 < b->n + b->n_later) {
-            hl_sfa_bf16_d512_rope64_slots_fetch_row_neon(&b->row[j + 8], b->value_apart);
+        if (j < b->asks) {
+            hl_sfa_bf16_d512_rope64_slots_fetch_row_neon(&b->ask[j], b->value_apart);
         }
         hl_sfa_bf16_d512_rope64_slots_load_key_neon(&b->row[j], w->k + (ptrdiff_t)j * KS);
         if (b->value_apart) {
@@ -4448,31 +4461,27 @@ HL_KERNEL_NEON void hl_sfa_bf16_d512_rope64_slots_dot_1x16_neon(const float *q, 
 HL_KERNEL_NEON void hl_sfa_bf16_d512_rope64_slots_score_few_neon(const hl_space *w,
     const hl_block *b, int32_t group, float scale)
 {
-    enum { QS = 576, BLOCK = 64, AHEAD = 24 };
-    const int32_t known = b->n + b->n_later;
+    enum { QS = 576, BLOCK = 64 };
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
         for (int32_t j = 0; j < b->n; j += 4) {
-            const int32_t later = j + AHEAD;
             hl_sfa_bf16_d512_rope64_slots_dot_4x4_neon(w->q + (ptrdiff_t)h * QS, b->row + j,
-                b->n - 1 - j, w->s + h * BLOCK + j * 4, scale, h == 0 && later + 4 <= known ? b->row
-                + later : NULL, b->value_apart);
+                b->n - 1 - j, w->s + h * BLOCK + j * 4, scale, h == 0 && j + 4 <= b->asks ? b->ask
+                + j : NULL, b->value_apart);
         }
     }
     for (; h + 2 <= group; h += 2) {
         for (int32_t j = 0; j < b->n; j += 8) {
-            const int32_t later = j + AHEAD;
             hl_sfa_bf16_d512_rope64_slots_dot_2x8_neon(w->q + (ptrdiff_t)h * QS, b->row + j,
-                b->n - 1 - j, w->s + h * BLOCK + j * 2, scale, h == 0 && later + 8 <= known ? b->row
-                + later : NULL, b->value_apart);
+                b->n - 1 - j, w->s + h * BLOCK + j * 2, scale, h == 0 && j + 8 <= b->asks ? b->ask
+                + j : NULL, b->value_apart);
         }
     }
     for (; h + 1 <= group; h += 1) {
         for (int32_t j = 0; j < b->n; j += 16) {
-            const int32_t later = j + AHEAD;
             hl_sfa_bf16_d512_rope64_slots_dot_1x16_neon(w->q + (ptrdiff_t)h * QS, b->row + j,
-                b->n - 1 - j, w->s + h * BLOCK + j * 1, scale, h == 0 && later + 16 <= known
-                ? b->row + later : NULL, b->value_apart);
+                b->n - 1 - j, w->s + h * BLOCK + j * 1, scale, h == 0 && j + 16 <= b->asks ? b->ask
+                + j : NULL, b->value_apart);
         }
     }
 }
@@ -4781,11 +4790,11 @@ HL_KERNEL_NEON void hl_sfa_bf16_d512_rope64_slots_value_neon(const hl_space *w, 
 }
 
 /* 4 heads by 4 vectors of channels, read where they are stored.
- * Meanwhile lines of values 24 keys further on are asked for, as long as
- * j < later.
+ * Meanwhile lines of the values of `ask` are asked for, as long as j < later.
  */
 HL_KERNEL_NEON void hl_sfa_bf16_d512_rope64_slots_pr_4x4_neon(const float *p, const hl_row *row,
-    int32_t c, float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
+    int32_t c, float *o, const float *alpha, int32_t n, const hl_row *ask, int32_t later,
+    int32_t apart)
 {
     enum { L = 4, OS = 512 };
     hl_vf_neon o0_0 = hl_vzero_neon();
@@ -4808,7 +4817,7 @@ HL_KERNEL_NEON void hl_sfa_bf16_d512_rope64_slots_pr_4x4_neon(const float *p, co
         const uint16_t *const value = (const uint16_t *)row[j].value + c;
         if (j < later) {
             const uint16_t *const next =
-                (const uint16_t *)row[j + 24].value + c;
+                (const uint16_t *)ask[j].value + c;
             HL_FETCH(next + 0);
         }
         hl_vf_neon x;
@@ -4875,11 +4884,11 @@ HL_KERNEL_NEON void hl_sfa_bf16_d512_rope64_slots_pr_4x4_neon(const float *p, co
 }
 
 /* 2 heads by 8 vectors of channels, read where they are stored.
- * Meanwhile lines of values 24 keys further on are asked for, as long as
- * j < later.
+ * Meanwhile lines of the values of `ask` are asked for, as long as j < later.
  */
 HL_KERNEL_NEON void hl_sfa_bf16_d512_rope64_slots_pr_2x8_neon(const float *p, const hl_row *row,
-    int32_t c, float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
+    int32_t c, float *o, const float *alpha, int32_t n, const hl_row *ask, int32_t later,
+    int32_t apart)
 {
     enum { L = 4, OS = 512 };
     hl_vf_neon o0_0 = hl_vzero_neon();
@@ -4902,7 +4911,7 @@ HL_KERNEL_NEON void hl_sfa_bf16_d512_rope64_slots_pr_2x8_neon(const float *p, co
         const uint16_t *const value = (const uint16_t *)row[j].value + c;
         if (j < later) {
             const uint16_t *const next =
-                (const uint16_t *)row[j + 24].value + c;
+                (const uint16_t *)ask[j].value + c;
             HL_FETCH(next + 0);
         }
         hl_vf_neon x;
@@ -4973,11 +4982,11 @@ HL_KERNEL_NEON void hl_sfa_bf16_d512_rope64_slots_pr_2x8_neon(const float *p, co
 }
 
 /* 1 head by 16 vectors of channels, read where they are stored.
- * Meanwhile lines of values 24 keys further on are asked for, as long as
- * j < later.
+ * Meanwhile lines of the values of `ask` are asked for, as long as j < later.
  */
 HL_KERNEL_NEON void hl_sfa_bf16_d512_rope64_slots_pr_1x16_neon(const float *p, const hl_row *row,
-    int32_t c, float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
+    int32_t c, float *o, const float *alpha, int32_t n, const hl_row *ask, int32_t later,
+    int32_t apart)
 {
     enum { L = 4, OS = 512 };
     hl_vf_neon o0_0 = hl_vzero_neon();
@@ -5000,7 +5009,7 @@ HL_KERNEL_NEON void hl_sfa_bf16_d512_rope64_slots_pr_1x16_neon(const float *p, c
         const uint16_t *const value = (const uint16_t *)row[j].value + c;
         if (j < later) {
             const uint16_t *const next =
-                (const uint16_t *)row[j + 24].value + c;
+                (const uint16_t *)ask[j].value + c;
             HL_FETCH(next + 32);
             if (apart) {
                 HL_FETCH(next + 0);
@@ -5074,7 +5083,7 @@ HL_KERNEL_NEON void hl_sfa_bf16_d512_rope64_slots_value_few_neon(const hl_space 
     const hl_state *t, const hl_block *b, int32_t group)
 {
     enum { OS = 512, BLOCK = 64 };
-    const int32_t left = b->n + b->n_later - 24;
+    const int32_t left = b->asks < b->n ? b->asks : b->n;
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
         const int32_t later = h == 0 ? left : 0;
@@ -5082,7 +5091,7 @@ HL_KERNEL_NEON void hl_sfa_bf16_d512_rope64_slots_value_few_neon(const hl_space 
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 512; c += 16) {
             hl_sfa_bf16_d512_rope64_slots_pr_4x4_neon(p, b->row, c, o + c, t->alpha + h, b->n,
-                b->value_apart ? later : 0, b->value_apart);
+                b->ask, b->value_apart ? later : 0, b->value_apart);
         }
     }
     for (; h + 2 <= group; h += 2) {
@@ -5091,7 +5100,7 @@ HL_KERNEL_NEON void hl_sfa_bf16_d512_rope64_slots_value_few_neon(const hl_space 
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 512; c += 32) {
             hl_sfa_bf16_d512_rope64_slots_pr_2x8_neon(p, b->row, c, o + c, t->alpha + h, b->n,
-                later, b->value_apart);
+                b->ask, later, b->value_apart);
         }
     }
     for (; h + 1 <= group; h += 1) {
@@ -5100,7 +5109,7 @@ HL_KERNEL_NEON void hl_sfa_bf16_d512_rope64_slots_value_few_neon(const hl_space 
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 512; c += 64) {
             hl_sfa_bf16_d512_rope64_slots_pr_1x16_neon(p, b->row, c, o + c, t->alpha + h, b->n,
-                later, b->value_apart);
+                b->ask, later, b->value_apart);
         }
     }
 }
@@ -5322,6 +5331,7 @@ HL_KERNEL_NEON void hl_sfa_bf16_d512_rope64_slots_forward_neon(
     enum { CAP = 176, AHEAD = 24 };
     const hl_sparse_flash_attention_args *const a = &plan->args;
     const int32_t block = plan->group > 16 ? 64 : plan->group <= 3 ? 16 : 64;
+    const int32_t ahead = plan->group > 16 ? 8 : 24;
     int32_t known = hl_sfa_bf16_d512_rope64_slots_next(a, g, &c, w->row, CAP);
     int32_t more = known == CAP;
     hl_block b;
@@ -5331,6 +5341,8 @@ HL_KERNEL_NEON void hl_sfa_bf16_d512_rope64_slots_forward_neon(
     while (known > 0) {
         b.n = known < block ? known : block;
         b.n_later = known - b.n;
+        b.ask = b.row + ahead;
+        b.asks = known - ahead;
         hl_sfa_bf16_d512_rope64_slots_block_neon(plan, w, t, &b, padded);
         *t->seen = 1.0f;
         b.row += b.n;
@@ -5512,14 +5524,14 @@ HL_WORD_AVX2 void hl_sfa_bf16_d512_rope64_slots_fetch_row_avx2(const hl_row *row
     }
 }
 
-/* The whole block's keys, and its values where they are apart; meanwhile rows are asked for that
- * lie 8 further on, in this block or in the next. */
+/* The whole block's keys, and its values where they are apart; meanwhile later rows are asked
+ * for. */
 HL_KERNEL_AVX2 void hl_sfa_bf16_d512_rope64_slots_load_avx2(const hl_space *w, const hl_block *b)
 {
     enum { DV = 512, KS = 576, VS = 512 };
     for (int32_t j = 0; j < b->n; ++j) {
-        if (j + 8 < b->n + b->n_later) {
-            hl_sfa_bf16_d512_rope64_slots_fetch_row_avx2(&b->row[j + 8], b->value_apart);
+        if (j < b->asks) {
+            hl_sfa_bf16_d512_rope64_slots_fetch_row_avx2(&b->ask[j], b->value_apart);
         }
         hl_sfa_bf16_d512_rope64_slots_load_key_avx2(&b->row[j], w->k + (ptrdiff_t)j * KS);
         if (b->value_apart) {
@@ -6086,31 +6098,27 @@ HL_KERNEL_AVX2 void hl_sfa_bf16_d512_rope64_slots_dot_1x8_avx2(const float *q, c
 HL_KERNEL_AVX2 void hl_sfa_bf16_d512_rope64_slots_score_few_avx2(const hl_space *w,
     const hl_block *b, int32_t group, float scale)
 {
-    enum { QS = 576, BLOCK = 48, AHEAD = 24 };
-    const int32_t known = b->n + b->n_later;
+    enum { QS = 576, BLOCK = 48 };
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
         for (int32_t j = 0; j < b->n; j += 2) {
-            const int32_t later = j + AHEAD;
             hl_sfa_bf16_d512_rope64_slots_dot_4x2_avx2(w->q + (ptrdiff_t)h * QS, b->row + j,
-                b->n - 1 - j, w->s + h * BLOCK + j * 4, scale, h == 0 && later + 2 <= known ? b->row
-                + later : NULL, b->value_apart);
+                b->n - 1 - j, w->s + h * BLOCK + j * 4, scale, h == 0 && j + 2 <= b->asks ? b->ask
+                + j : NULL, b->value_apart);
         }
     }
     for (; h + 2 <= group; h += 2) {
         for (int32_t j = 0; j < b->n; j += 4) {
-            const int32_t later = j + AHEAD;
             hl_sfa_bf16_d512_rope64_slots_dot_2x4_avx2(w->q + (ptrdiff_t)h * QS, b->row + j,
-                b->n - 1 - j, w->s + h * BLOCK + j * 2, scale, h == 0 && later + 4 <= known ? b->row
-                + later : NULL, b->value_apart);
+                b->n - 1 - j, w->s + h * BLOCK + j * 2, scale, h == 0 && j + 4 <= b->asks ? b->ask
+                + j : NULL, b->value_apart);
         }
     }
     for (; h + 1 <= group; h += 1) {
         for (int32_t j = 0; j < b->n; j += 8) {
-            const int32_t later = j + AHEAD;
             hl_sfa_bf16_d512_rope64_slots_dot_1x8_avx2(w->q + (ptrdiff_t)h * QS, b->row + j,
-                b->n - 1 - j, w->s + h * BLOCK + j * 1, scale, h == 0 && later + 8 <= known ? b->row
-                + later : NULL, b->value_apart);
+                b->n - 1 - j, w->s + h * BLOCK + j * 1, scale, h == 0 && j + 8 <= b->asks ? b->ask
+                + j : NULL, b->value_apart);
         }
     }
 }
@@ -6421,11 +6429,11 @@ HL_KERNEL_AVX2 void hl_sfa_bf16_d512_rope64_slots_value_avx2(const hl_space *w, 
 }
 
 /* 4 heads by 2 vectors of channels, read where they are stored.
- * Meanwhile lines of values 24 keys further on are asked for, as long as
- * j < later.
+ * Meanwhile lines of the values of `ask` are asked for, as long as j < later.
  */
 HL_KERNEL_AVX2 void hl_sfa_bf16_d512_rope64_slots_pr_4x2_avx2(const float *p, const hl_row *row,
-    int32_t c, float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
+    int32_t c, float *o, const float *alpha, int32_t n, const hl_row *ask, int32_t later,
+    int32_t apart)
 {
     enum { L = 8, OS = 512 };
     hl_vf_avx2 o0_0 = hl_vzero_avx2();
@@ -6440,7 +6448,7 @@ HL_KERNEL_AVX2 void hl_sfa_bf16_d512_rope64_slots_pr_4x2_avx2(const float *p, co
         const uint16_t *const value = (const uint16_t *)row[j].value + c;
         if (j < later) {
             const uint16_t *const next =
-                (const uint16_t *)row[j + 24].value + c;
+                (const uint16_t *)ask[j].value + c;
             HL_FETCH(next + 0);
         }
         hl_vf_avx2 x;
@@ -6480,11 +6488,11 @@ HL_KERNEL_AVX2 void hl_sfa_bf16_d512_rope64_slots_pr_4x2_avx2(const float *p, co
 }
 
 /* 2 heads by 4 vectors of channels, read where they are stored.
- * Meanwhile lines of values 24 keys further on are asked for, as long as
- * j < later.
+ * Meanwhile lines of the values of `ask` are asked for, as long as j < later.
  */
 HL_KERNEL_AVX2 void hl_sfa_bf16_d512_rope64_slots_pr_2x4_avx2(const float *p, const hl_row *row,
-    int32_t c, float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
+    int32_t c, float *o, const float *alpha, int32_t n, const hl_row *ask, int32_t later,
+    int32_t apart)
 {
     enum { L = 8, OS = 512 };
     hl_vf_avx2 o0_0 = hl_vzero_avx2();
@@ -6499,7 +6507,7 @@ HL_KERNEL_AVX2 void hl_sfa_bf16_d512_rope64_slots_pr_2x4_avx2(const float *p, co
         const uint16_t *const value = (const uint16_t *)row[j].value + c;
         if (j < later) {
             const uint16_t *const next =
-                (const uint16_t *)row[j + 24].value + c;
+                (const uint16_t *)ask[j].value + c;
             HL_FETCH(next + 0);
         }
         hl_vf_avx2 x;
@@ -6540,11 +6548,11 @@ HL_KERNEL_AVX2 void hl_sfa_bf16_d512_rope64_slots_pr_2x4_avx2(const float *p, co
 }
 
 /* 1 head by 8 vectors of channels, read where they are stored.
- * Meanwhile lines of values 24 keys further on are asked for, as long as
- * j < later.
+ * Meanwhile lines of the values of `ask` are asked for, as long as j < later.
  */
 HL_KERNEL_AVX2 void hl_sfa_bf16_d512_rope64_slots_pr_1x8_avx2(const float *p, const hl_row *row,
-    int32_t c, float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
+    int32_t c, float *o, const float *alpha, int32_t n, const hl_row *ask, int32_t later,
+    int32_t apart)
 {
     enum { L = 8, OS = 512 };
     hl_vf_avx2 o0_0 = hl_vzero_avx2();
@@ -6559,7 +6567,7 @@ HL_KERNEL_AVX2 void hl_sfa_bf16_d512_rope64_slots_pr_1x8_avx2(const float *p, co
         const uint16_t *const value = (const uint16_t *)row[j].value + c;
         if (j < later) {
             const uint16_t *const next =
-                (const uint16_t *)row[j + 24].value + c;
+                (const uint16_t *)ask[j].value + c;
             HL_FETCH(next + 32);
             if (apart) {
                 HL_FETCH(next + 0);
@@ -6605,7 +6613,7 @@ HL_KERNEL_AVX2 void hl_sfa_bf16_d512_rope64_slots_value_few_avx2(const hl_space 
     const hl_state *t, const hl_block *b, int32_t group)
 {
     enum { OS = 512, BLOCK = 48 };
-    const int32_t left = b->n + b->n_later - 24;
+    const int32_t left = b->asks < b->n ? b->asks : b->n;
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
         const int32_t later = h == 0 ? left : 0;
@@ -6613,7 +6621,7 @@ HL_KERNEL_AVX2 void hl_sfa_bf16_d512_rope64_slots_value_few_avx2(const hl_space 
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 512; c += 16) {
             hl_sfa_bf16_d512_rope64_slots_pr_4x2_avx2(p, b->row, c, o + c, t->alpha + h, b->n,
-                b->value_apart ? later : 0, b->value_apart);
+                b->ask, b->value_apart ? later : 0, b->value_apart);
         }
     }
     for (; h + 2 <= group; h += 2) {
@@ -6622,7 +6630,7 @@ HL_KERNEL_AVX2 void hl_sfa_bf16_d512_rope64_slots_value_few_avx2(const hl_space 
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 512; c += 32) {
             hl_sfa_bf16_d512_rope64_slots_pr_2x4_avx2(p, b->row, c, o + c, t->alpha + h, b->n,
-                later, b->value_apart);
+                b->ask, later, b->value_apart);
         }
     }
     for (; h + 1 <= group; h += 1) {
@@ -6631,7 +6639,7 @@ HL_KERNEL_AVX2 void hl_sfa_bf16_d512_rope64_slots_value_few_avx2(const hl_space 
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 512; c += 64) {
             hl_sfa_bf16_d512_rope64_slots_pr_1x8_avx2(p, b->row, c, o + c, t->alpha + h, b->n,
-                later, b->value_apart);
+                b->ask, later, b->value_apart);
         }
     }
 }
@@ -6870,6 +6878,7 @@ HL_KERNEL_AVX2 void hl_sfa_bf16_d512_rope64_slots_forward_avx2(
     enum { CAP = 192, AHEAD = 24 };
     const hl_sparse_flash_attention_args *const a = &plan->args;
     const int32_t block = plan->group > 16 ? 96 : plan->group <= 3 ? 16 : 48;
+    const int32_t ahead = plan->group > 16 ? 8 : 24;
     int32_t known = hl_sfa_bf16_d512_rope64_slots_next(a, g, &c, w->row, CAP);
     int32_t more = known == CAP;
     hl_block b;
@@ -6879,6 +6888,8 @@ HL_KERNEL_AVX2 void hl_sfa_bf16_d512_rope64_slots_forward_avx2(
     while (known > 0) {
         b.n = known < block ? known : block;
         b.n_later = known - b.n;
+        b.ask = b.row + ahead;
+        b.asks = known - ahead;
         hl_sfa_bf16_d512_rope64_slots_block_avx2(plan, w, t, &b, padded);
         *t->seen = 1.0f;
         b.row += b.n;
@@ -7062,15 +7073,15 @@ HL_WORD_AVX512 void hl_sfa_bf16_d512_rope64_slots_fetch_row_avx512(const hl_row 
     }
 }
 
-/* The whole block's keys, and its values where they are apart; meanwhile rows are asked for that
- * lie 8 further on, in this block or in the next. */
+/* The whole block's keys, and its values where they are apart; meanwhile later rows are asked
+ * for. */
 HL_KERNEL_AVX512 void hl_sfa_bf16_d512_rope64_slots_load_avx512(const hl_space *w,
     const hl_block *b)
 {
     enum { DV = 512, KS = 576, VS = 512 };
     for (int32_t j = 0; j < b->n; ++j) {
-        if (j + 8 < b->n + b->n_later) {
-            hl_sfa_bf16_d512_rope64_slots_fetch_row_avx512(&b->row[j + 8], b->value_apart);
+        if (j < b->asks) {
+            hl_sfa_bf16_d512_rope64_slots_fetch_row_avx512(&b->ask[j], b->value_apart);
         }
         hl_sfa_bf16_d512_rope64_slots_load_key_avx512(&b->row[j], w->k + (ptrdiff_t)j * KS);
         if (b->value_apart) {
@@ -7895,31 +7906,27 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d512_rope64_slots_dot_1x16_avx512(const float 
 HL_KERNEL_AVX512 void hl_sfa_bf16_d512_rope64_slots_score_few_avx512(const hl_space *w,
     const hl_block *b, int32_t group, float scale)
 {
-    enum { QS = 576, BLOCK = 96, AHEAD = 24 };
-    const int32_t known = b->n + b->n_later;
+    enum { QS = 576, BLOCK = 96 };
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
         for (int32_t j = 0; j < b->n; j += 4) {
-            const int32_t later = j + AHEAD;
             hl_sfa_bf16_d512_rope64_slots_dot_4x4_avx512(w->q + (ptrdiff_t)h * QS, b->row + j,
-                b->n - 1 - j, w->s + h * BLOCK + j * 4, scale, h == 0 && later + 4 <= known ? b->row
-                + later : NULL, b->value_apart);
+                b->n - 1 - j, w->s + h * BLOCK + j * 4, scale, h == 0 && j + 4 <= b->asks ? b->ask
+                + j : NULL, b->value_apart);
         }
     }
     for (; h + 2 <= group; h += 2) {
         for (int32_t j = 0; j < b->n; j += 8) {
-            const int32_t later = j + AHEAD;
             hl_sfa_bf16_d512_rope64_slots_dot_2x8_avx512(w->q + (ptrdiff_t)h * QS, b->row + j,
-                b->n - 1 - j, w->s + h * BLOCK + j * 2, scale, h == 0 && later + 8 <= known ? b->row
-                + later : NULL, b->value_apart);
+                b->n - 1 - j, w->s + h * BLOCK + j * 2, scale, h == 0 && j + 8 <= b->asks ? b->ask
+                + j : NULL, b->value_apart);
         }
     }
     for (; h + 1 <= group; h += 1) {
         for (int32_t j = 0; j < b->n; j += 16) {
-            const int32_t later = j + AHEAD;
             hl_sfa_bf16_d512_rope64_slots_dot_1x16_avx512(w->q + (ptrdiff_t)h * QS, b->row + j,
-                b->n - 1 - j, w->s + h * BLOCK + j * 1, scale, h == 0 && later + 16 <= known
-                ? b->row + later : NULL, b->value_apart);
+                b->n - 1 - j, w->s + h * BLOCK + j * 1, scale, h == 0 && j + 16 <= b->asks ? b->ask
+                + j : NULL, b->value_apart);
         }
     }
 }
@@ -8654,11 +8661,11 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d512_rope64_slots_value_avx512(const hl_space 
 }
 
 /* 4 heads by 4 vectors of channels, read where they are stored.
- * Meanwhile lines of values 24 keys further on are asked for, as long as
- * j < later.
+ * Meanwhile lines of the values of `ask` are asked for, as long as j < later.
  */
 HL_KERNEL_AVX512 void hl_sfa_bf16_d512_rope64_slots_pr_4x4_avx512(const float *p, const hl_row *row,
-    int32_t c, float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
+    int32_t c, float *o, const float *alpha, int32_t n, const hl_row *ask, int32_t later,
+    int32_t apart)
 {
     enum { L = 16, OS = 512 };
     hl_vf_avx512 o0_0 = hl_vzero_avx512();
@@ -8681,7 +8688,7 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d512_rope64_slots_pr_4x4_avx512(const float *p
         const uint16_t *const value = (const uint16_t *)row[j].value + c;
         if (j < later) {
             const uint16_t *const next =
-                (const uint16_t *)row[j + 24].value + c;
+                (const uint16_t *)ask[j].value + c;
             HL_FETCH(next + 0);
             HL_FETCH(next + 32);
         }
@@ -8765,11 +8772,11 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d512_rope64_slots_pr_4x4_avx512(const float *p
 }
 
 /* 2 heads by 8 vectors of channels, read where they are stored.
- * Meanwhile lines of values 24 keys further on are asked for, as long as
- * j < later.
+ * Meanwhile lines of the values of `ask` are asked for, as long as j < later.
  */
 HL_KERNEL_AVX512 void hl_sfa_bf16_d512_rope64_slots_pr_2x8_avx512(const float *p, const hl_row *row,
-    int32_t c, float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
+    int32_t c, float *o, const float *alpha, int32_t n, const hl_row *ask, int32_t later,
+    int32_t apart)
 {
     enum { L = 16, OS = 512 };
     hl_vf_avx512 o0_0 = hl_vzero_avx512();
@@ -8792,7 +8799,7 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d512_rope64_slots_pr_2x8_avx512(const float *p
         const uint16_t *const value = (const uint16_t *)row[j].value + c;
         if (j < later) {
             const uint16_t *const next =
-                (const uint16_t *)row[j + 24].value + c;
+                (const uint16_t *)ask[j].value + c;
             HL_FETCH(next + 0);
             HL_FETCH(next + 32);
             HL_FETCH(next + 64);
@@ -8882,12 +8889,11 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d512_rope64_slots_pr_2x8_avx512(const float *p
 }
 
 /* 1 head by 16 vectors of channels, read where they are stored.
- * Meanwhile lines of values 24 keys further on are asked for, as long as
- * j < later.
+ * Meanwhile lines of the values of `ask` are asked for, as long as j < later.
  */
 HL_KERNEL_AVX512 void hl_sfa_bf16_d512_rope64_slots_pr_1x16_avx512(const float *p,
-    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n, int32_t later,
-    int32_t apart)
+    const hl_row *row, int32_t c, float *o, const float *alpha, int32_t n, const hl_row *ask,
+    int32_t later, int32_t apart)
 {
     enum { L = 16, OS = 512 };
     hl_vf_avx512 o0_0 = hl_vzero_avx512();
@@ -8910,7 +8916,7 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d512_rope64_slots_pr_1x16_avx512(const float *
         const uint16_t *const value = (const uint16_t *)row[j].value + c;
         if (j < later) {
             const uint16_t *const next =
-                (const uint16_t *)row[j + 24].value + c;
+                (const uint16_t *)ask[j].value + c;
             HL_FETCH(next + 32);
             HL_FETCH(next + 96);
             HL_FETCH(next + 160);
@@ -9006,7 +9012,7 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d512_rope64_slots_value_few_avx512(const hl_sp
     const hl_state *t, const hl_block *b, int32_t group)
 {
     enum { OS = 512, BLOCK = 96 };
-    const int32_t left = b->n + b->n_later - 24;
+    const int32_t left = b->asks < b->n ? b->asks : b->n;
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
         const int32_t later = h == 0 ? left : 0;
@@ -9014,7 +9020,7 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d512_rope64_slots_value_few_avx512(const hl_sp
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 512; c += 64) {
             hl_sfa_bf16_d512_rope64_slots_pr_4x4_avx512(p, b->row, c, o + c, t->alpha + h, b->n,
-                b->value_apart ? later : 0, b->value_apart);
+                b->ask, b->value_apart ? later : 0, b->value_apart);
         }
     }
     for (; h + 2 <= group; h += 2) {
@@ -9023,7 +9029,7 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d512_rope64_slots_value_few_avx512(const hl_sp
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 512; c += 128) {
             hl_sfa_bf16_d512_rope64_slots_pr_2x8_avx512(p, b->row, c, o + c, t->alpha + h, b->n,
-                later, b->value_apart);
+                b->ask, later, b->value_apart);
         }
     }
     for (; h + 1 <= group; h += 1) {
@@ -9032,7 +9038,7 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d512_rope64_slots_value_few_avx512(const hl_sp
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 512; c += 256) {
             hl_sfa_bf16_d512_rope64_slots_pr_1x16_avx512(p, b->row, c, o + c, t->alpha + h, b->n,
-                later, b->value_apart);
+                b->ask, later, b->value_apart);
         }
     }
 }
@@ -9271,6 +9277,7 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d512_rope64_slots_forward_avx512(
     enum { CAP = 240, AHEAD = 24 };
     const hl_sparse_flash_attention_args *const a = &plan->args;
     const int32_t block = plan->group > 32 ? 96 : plan->group <= 3 ? 16 : 96;
+    const int32_t ahead = plan->group > 32 ? 8 : 24;
     int32_t known = hl_sfa_bf16_d512_rope64_slots_next(a, g, &c, w->row, CAP);
     int32_t more = known == CAP;
     hl_block b;
@@ -9280,6 +9287,8 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d512_rope64_slots_forward_avx512(
     while (known > 0) {
         b.n = known < block ? known : block;
         b.n_later = known - b.n;
+        b.ask = b.row + ahead;
+        b.asks = known - ahead;
         hl_sfa_bf16_d512_rope64_slots_block_avx512(plan, w, t, &b, padded);
         *t->seen = 1.0f;
         b.row += b.n;
@@ -9418,25 +9427,25 @@ HL_KERNEL_AMX void hl_sfa_bf16_d512_rope64_slots_load_q_amx(const hl_sparse_flas
     enum { COLUMNS = 18, PARTS = 1 };
     const int32_t tiles = group > 16 ? 2 : 1;
     unsigned char *const scratch = (unsigned char *)row;
-    for (int32_t h = 0; h < group; h += 16 * tiles) {
-        unsigned char *const pair = (unsigned char *)to + (ptrdiff_t)h * (COLUMNS * PARTS * 64);
+    for (int32_t h0 = 0; h0 < group; h0 += 16 * tiles) {
+        unsigned char *const pair = (unsigned char *)to + (ptrdiff_t)h0 * (COLUMNS * PARTS * 64);
         for (int32_t i = 0; i < COLUMNS * PARTS * tiles; ++i) {
             const int32_t column = i / (PARTS * tiles);
             const int32_t part = i / tiles % PARTS;
-            const int32_t first = h + i % tiles * 16;
+            const int32_t first = h0 + i % tiles * 16;
             for (int32_t r = 0; r < 16; ++r) {
-                const ptrdiff_t head = first + r;
+                const int32_t h = first + r;
                 __m512i words = _mm512_setzero_si512();
-                if (head < group) {
-                    const uint16_t *const q = (const uint16_t *)a->query + g->query
-                        + head * a->query_stride.head;
+                if (h < group) {
+                    const uint16_t *const q =
+                        (const uint16_t *)a->query + g->query + h * a->query_stride.head;
                     hl_row at;
                     at.key = q;
                     at.rope = q + 512;
                     at.value = q;
                     if (a->query_rope != NULL) {
                         at.rope = (const uint16_t *)a->query_rope + g->query_rope
-                            + head * a->query_rope_stride.head;
+                            + h * a->query_rope_stride.head;
                     }
                     words = hl_sfa_bf16_d512_rope64_slots_key_words_amx(&at, column, part);
                 }

@@ -246,6 +246,12 @@ typedef enum hl_argument {
     HL_ARG_FROM_STRIDE,
     HL_ARG_TO_STRIDE,
     HL_ARG_POSITIONS,
+    HL_ARG_KEY_CACHE,
+    HL_ARG_VALUE_CACHE,
+    HL_ARG_TOKEN_SCALES,
+    HL_ARG_LAYOUT_NEW,
+    HL_ARG_KEY_CACHE_STRIDE,
+    HL_ARG_VALUE_CACHE_STRIDE,
     HL_ARG_PLAN,
     HL_ARG_ARGS,
     HL_ARG_WORKSPACE,
@@ -561,12 +567,14 @@ typedef struct hl_row {
     ptrdiff_t token; /* decoding: which row of its batch's cache it is                         */
 } hl_row;
 
-/* One block of keys; behind its rows lie those of later keys, which are asked for meanwhile. */
+/* One block of keys; behind its rows lie those of later keys. */
 typedef struct hl_block {
     hl_row *row;
     int32_t n;
     int32_t n_later;
     int32_t value_apart; /* values are not the keys' first channels                            */
+    const hl_row *ask;   /* while key j is in use, lines of the row ask[j] are asked for,      */
+    int32_t asks;        /* as long as j is below this                                         */
 } hl_block;
 
 /* The workspace of one task, cut into its named slices. */
@@ -939,6 +947,12 @@ static inline const char *hl_argument_name(hl_argument argument)
         "from_stride",
         "to_stride",
         "positions",
+        "key_cache",
+        "value_cache",
+        "token_scales",
+        "layout_new",
+        "key_cache_stride",
+        "value_cache_stride",
         "plan",
         "args",
         "workspace",
@@ -2998,34 +3012,30 @@ HL_KERNEL_SCALAR void hl_sfa_f16_d512_rope64_dot_1x8_scalar(const float *q, cons
 HL_KERNEL_SCALAR void hl_sfa_f16_d512_rope64_score_few_scalar(const hl_space *w, const hl_block *b,
     int32_t group, float scale)
 {
-    enum { QS = 576, BLOCK = 16, AHEAD = 8 };
-    const int32_t known = b->n + b->n_later;
+    enum { QS = 576, BLOCK = 16 };
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
         for (int32_t j = 0; j < b->n; j += 2) {
-            const int32_t later = j + AHEAD;
             hl_sfa_f16_d512_rope64_dot_4x2_scalar(w->q + (ptrdiff_t)h * QS, b->row + j,
                                                   b->n - 1 - j, w->s + h * BLOCK + j * 4, scale,
-                                                  h == 0 && later + 2 <= known ? b->row + later
-                                                  : NULL, b->value_apart);
+                                                  h == 0 && j + 2 <= b->asks ? b->ask + j : NULL,
+                                                  b->value_apart);
         }
     }
     for (; h + 2 <= group; h += 2) {
         for (int32_t j = 0; j < b->n; j += 4) {
-            const int32_t later = j + AHEAD;
             hl_sfa_f16_d512_rope64_dot_2x4_scalar(w->q + (ptrdiff_t)h * QS, b->row + j,
                                                   b->n - 1 - j, w->s + h * BLOCK + j * 2, scale,
-                                                  h == 0 && later + 4 <= known ? b->row + later
-                                                  : NULL, b->value_apart);
+                                                  h == 0 && j + 4 <= b->asks ? b->ask + j : NULL,
+                                                  b->value_apart);
         }
     }
     for (; h + 1 <= group; h += 1) {
         for (int32_t j = 0; j < b->n; j += 8) {
-            const int32_t later = j + AHEAD;
             hl_sfa_f16_d512_rope64_dot_1x8_scalar(w->q + (ptrdiff_t)h * QS, b->row + j,
                                                   b->n - 1 - j, w->s + h * BLOCK + j * 1, scale,
-                                                  h == 0 && later + 8 <= known ? b->row + later
-                                                  : NULL, b->value_apart);
+                                                  h == 0 && j + 8 <= b->asks ? b->ask + j : NULL,
+                                                  b->value_apart);
         }
     }
 }
@@ -3103,11 +3113,11 @@ HL_KERNEL_SCALAR void hl_sfa_f16_d512_rope64_softmaxes_few_scalar(const hl_space
 /* ---- value: O = alpha O + P V ---- */
 
 /* 4 heads by 2 vectors of channels, read where they are stored.
- * Meanwhile lines of values 8 keys further on are asked for, as long as
- * j < later.
+ * Meanwhile lines of the values of `ask` are asked for, as long as j < later.
  */
 HL_KERNEL_SCALAR void hl_sfa_f16_d512_rope64_pr_4x2_scalar(const float *p, const hl_row *row,
-    int32_t c, float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
+    int32_t c, float *o, const float *alpha, int32_t n, const hl_row *ask, int32_t later,
+    int32_t apart)
 {
     enum { L = 1, OS = 512 };
     hl_vf_scalar o0_0 = hl_vzero_scalar();
@@ -3122,7 +3132,7 @@ HL_KERNEL_SCALAR void hl_sfa_f16_d512_rope64_pr_4x2_scalar(const float *p, const
         const uint16_t *const value = (const uint16_t *)row[j].value + c;
         if (j < later) {
             const uint16_t *const next =
-                (const uint16_t *)row[j + 8].value + c;
+                (const uint16_t *)ask[j].value + c;
             HL_FETCH(next + 0);
         }
         hl_vf_scalar x;
@@ -3170,11 +3180,11 @@ HL_KERNEL_SCALAR void hl_sfa_f16_d512_rope64_pr_4x2_scalar(const float *p, const
 }
 
 /* 2 heads by 4 vectors of channels, read where they are stored.
- * Meanwhile lines of values 8 keys further on are asked for, as long as
- * j < later.
+ * Meanwhile lines of the values of `ask` are asked for, as long as j < later.
  */
 HL_KERNEL_SCALAR void hl_sfa_f16_d512_rope64_pr_2x4_scalar(const float *p, const hl_row *row,
-    int32_t c, float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
+    int32_t c, float *o, const float *alpha, int32_t n, const hl_row *ask, int32_t later,
+    int32_t apart)
 {
     enum { L = 1, OS = 512 };
     hl_vf_scalar o0_0 = hl_vzero_scalar();
@@ -3189,7 +3199,7 @@ HL_KERNEL_SCALAR void hl_sfa_f16_d512_rope64_pr_2x4_scalar(const float *p, const
         const uint16_t *const value = (const uint16_t *)row[j].value + c;
         if (j < later) {
             const uint16_t *const next =
-                (const uint16_t *)row[j + 8].value + c;
+                (const uint16_t *)ask[j].value + c;
             HL_FETCH(next + 0);
         }
         hl_vf_scalar x;
@@ -3238,11 +3248,11 @@ HL_KERNEL_SCALAR void hl_sfa_f16_d512_rope64_pr_2x4_scalar(const float *p, const
 }
 
 /* 1 head by 8 vectors of channels, read where they are stored.
- * Meanwhile lines of values 8 keys further on are asked for, as long as
- * j < later.
+ * Meanwhile lines of the values of `ask` are asked for, as long as j < later.
  */
 HL_KERNEL_SCALAR void hl_sfa_f16_d512_rope64_pr_1x8_scalar(const float *p, const hl_row *row,
-    int32_t c, float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
+    int32_t c, float *o, const float *alpha, int32_t n, const hl_row *ask, int32_t later,
+    int32_t apart)
 {
     enum { L = 1, OS = 512 };
     hl_vf_scalar o0_0 = hl_vzero_scalar();
@@ -3257,7 +3267,7 @@ HL_KERNEL_SCALAR void hl_sfa_f16_d512_rope64_pr_1x8_scalar(const float *p, const
         const uint16_t *const value = (const uint16_t *)row[j].value + c;
         if (j < later) {
             const uint16_t *const next =
-                (const uint16_t *)row[j + 8].value + c;
+                (const uint16_t *)ask[j].value + c;
             HL_FETCH(next + 0);
         }
         const hl_vf_scalar x = hl_vset_scalar(p[j]);
@@ -3308,14 +3318,14 @@ HL_KERNEL_SCALAR void hl_sfa_f16_d512_rope64_value_few_scalar(const hl_space *w,
     const hl_block *b, int32_t group)
 {
     enum { OS = 512, BLOCK = 16 };
-    const int32_t left = b->n + b->n_later - 8;
+    const int32_t left = b->asks < b->n ? b->asks : b->n;
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
         const int32_t later = h == 0 ? left : 0;
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 512; c += 2) {
-            hl_sfa_f16_d512_rope64_pr_4x2_scalar(p, b->row, c, o + c, t->alpha + h, b->n,
+            hl_sfa_f16_d512_rope64_pr_4x2_scalar(p, b->row, c, o + c, t->alpha + h, b->n, b->ask,
                                                  b->value_apart ? later : 0, b->value_apart);
         }
     }
@@ -3324,7 +3334,7 @@ HL_KERNEL_SCALAR void hl_sfa_f16_d512_rope64_value_few_scalar(const hl_space *w,
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 512; c += 4) {
-            hl_sfa_f16_d512_rope64_pr_2x4_scalar(p, b->row, c, o + c, t->alpha + h, b->n,
+            hl_sfa_f16_d512_rope64_pr_2x4_scalar(p, b->row, c, o + c, t->alpha + h, b->n, b->ask,
                                                  b->value_apart ? later : 0, b->value_apart);
         }
     }
@@ -3333,7 +3343,7 @@ HL_KERNEL_SCALAR void hl_sfa_f16_d512_rope64_value_few_scalar(const hl_space *w,
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 512; c += 8) {
-            hl_sfa_f16_d512_rope64_pr_1x8_scalar(p, b->row, c, o + c, t->alpha + h, b->n,
+            hl_sfa_f16_d512_rope64_pr_1x8_scalar(p, b->row, c, o + c, t->alpha + h, b->n, b->ask,
                                                  b->value_apart ? later : 0, b->value_apart);
         }
     }
@@ -3538,6 +3548,7 @@ HL_KERNEL_SCALAR void hl_sfa_f16_d512_rope64_forward_scalar(
     enum { CAP = 48, AHEAD = 8 };
     const hl_sparse_flash_attention_args *const a = &plan->args;
     const int32_t block = 16;
+    const int32_t ahead = 8;
     int32_t known = hl_sfa_f16_d512_rope64_next(a, g, &c, w->row, CAP);
     int32_t more = known == CAP;
     hl_block b;
@@ -3547,6 +3558,8 @@ HL_KERNEL_SCALAR void hl_sfa_f16_d512_rope64_forward_scalar(
     while (known > 0) {
         b.n = known < block ? known : block;
         b.n_later = known - b.n;
+        b.ask = b.row + ahead;
+        b.asks = known - ahead;
         hl_sfa_f16_d512_rope64_block_scalar(plan, w, t, &b, padded);
         *t->seen = 1.0f;
         b.row += b.n;
@@ -3717,14 +3730,14 @@ HL_WORD_NEON void hl_sfa_f16_d512_rope64_fetch_row_neon(const hl_row *row, int32
     }
 }
 
-/* The whole block's keys, and its values where they are apart; meanwhile rows are asked for that
- * lie 8 further on, in this block or in the next. */
+/* The whole block's keys, and its values where they are apart; meanwhile later rows are asked
+ * for. */
 HL_KERNEL_NEON void hl_sfa_f16_d512_rope64_load_neon(const hl_space *w, const hl_block *b)
 {
     enum { DV = 512, KS = 576, VS = 512 };
     for (int32_t j = 0; j < b->n; ++j) {
-        if (j + 8 < b->n + b->n_later) {
-            hl_sfa_f16_d512_rope64_fetch_row_neon(&b->row[j + 8], b->value_apart);
+        if (j < b->asks) {
+            hl_sfa_f16_d512_rope64_fetch_row_neon(&b->ask[j], b->value_apart);
         }
         hl_sfa_f16_d512_rope64_load_key_neon(&b->row[j], w->k + (ptrdiff_t)j * KS);
         if (b->value_apart) {
@@ -4382,33 +4395,27 @@ HL_KERNEL_NEON void hl_sfa_f16_d512_rope64_dot_1x16_neon(const float *q, const h
 HL_KERNEL_NEON void hl_sfa_f16_d512_rope64_score_few_neon(const hl_space *w, const hl_block *b,
     int32_t group, float scale)
 {
-    enum { QS = 576, BLOCK = 64, AHEAD = 24 };
-    const int32_t known = b->n + b->n_later;
+    enum { QS = 576, BLOCK = 64 };
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
         for (int32_t j = 0; j < b->n; j += 4) {
-            const int32_t later = j + AHEAD;
             hl_sfa_f16_d512_rope64_dot_4x4_neon(w->q + (ptrdiff_t)h * QS, b->row + j, b->n - 1 - j,
-                                                w->s + h * BLOCK + j * 4, scale, h == 0 && later
-                                                + 4 <= known ? b->row + later : NULL,
-                                                b->value_apart);
+                                                w->s + h * BLOCK + j * 4, scale, h == 0 && j
+                                                + 4 <= b->asks ? b->ask + j : NULL, b->value_apart);
         }
     }
     for (; h + 2 <= group; h += 2) {
         for (int32_t j = 0; j < b->n; j += 8) {
-            const int32_t later = j + AHEAD;
             hl_sfa_f16_d512_rope64_dot_2x8_neon(w->q + (ptrdiff_t)h * QS, b->row + j, b->n - 1 - j,
-                                                w->s + h * BLOCK + j * 2, scale, h == 0 && later
-                                                + 8 <= known ? b->row + later : NULL,
-                                                b->value_apart);
+                                                w->s + h * BLOCK + j * 2, scale, h == 0 && j
+                                                + 8 <= b->asks ? b->ask + j : NULL, b->value_apart);
         }
     }
     for (; h + 1 <= group; h += 1) {
         for (int32_t j = 0; j < b->n; j += 16) {
-            const int32_t later = j + AHEAD;
             hl_sfa_f16_d512_rope64_dot_1x16_neon(w->q + (ptrdiff_t)h * QS, b->row + j, b->n - 1 - j,
-                                                 w->s + h * BLOCK + j * 1, scale, h == 0 && later
-                                                 + 16 <= known ? b->row + later : NULL,
+                                                 w->s + h * BLOCK + j * 1, scale, h == 0 && j
+                                                 + 16 <= b->asks ? b->ask + j : NULL,
                                                  b->value_apart);
         }
     }
@@ -4718,11 +4725,10 @@ HL_KERNEL_NEON void hl_sfa_f16_d512_rope64_value_neon(const hl_space *w, const h
 }
 
 /* 4 heads by 4 vectors of channels, read where they are stored.
- * Meanwhile lines of values 24 keys further on are asked for, as long as
- * j < later.
+ * Meanwhile lines of the values of `ask` are asked for, as long as j < later.
  */
 HL_KERNEL_NEON void hl_sfa_f16_d512_rope64_pr_4x4_neon(const float *p, const hl_row *row, int32_t c,
-    float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
+    float *o, const float *alpha, int32_t n, const hl_row *ask, int32_t later, int32_t apart)
 {
     enum { L = 4, OS = 512 };
     hl_vf_neon o0_0 = hl_vzero_neon();
@@ -4745,7 +4751,7 @@ HL_KERNEL_NEON void hl_sfa_f16_d512_rope64_pr_4x4_neon(const float *p, const hl_
         const uint16_t *const value = (const uint16_t *)row[j].value + c;
         if (j < later) {
             const uint16_t *const next =
-                (const uint16_t *)row[j + 24].value + c;
+                (const uint16_t *)ask[j].value + c;
             HL_FETCH(next + 0);
         }
         hl_vf_neon x;
@@ -4812,11 +4818,10 @@ HL_KERNEL_NEON void hl_sfa_f16_d512_rope64_pr_4x4_neon(const float *p, const hl_
 }
 
 /* 2 heads by 8 vectors of channels, read where they are stored.
- * Meanwhile lines of values 24 keys further on are asked for, as long as
- * j < later.
+ * Meanwhile lines of the values of `ask` are asked for, as long as j < later.
  */
 HL_KERNEL_NEON void hl_sfa_f16_d512_rope64_pr_2x8_neon(const float *p, const hl_row *row, int32_t c,
-    float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
+    float *o, const float *alpha, int32_t n, const hl_row *ask, int32_t later, int32_t apart)
 {
     enum { L = 4, OS = 512 };
     hl_vf_neon o0_0 = hl_vzero_neon();
@@ -4839,7 +4844,7 @@ HL_KERNEL_NEON void hl_sfa_f16_d512_rope64_pr_2x8_neon(const float *p, const hl_
         const uint16_t *const value = (const uint16_t *)row[j].value + c;
         if (j < later) {
             const uint16_t *const next =
-                (const uint16_t *)row[j + 24].value + c;
+                (const uint16_t *)ask[j].value + c;
             HL_FETCH(next + 0);
         }
         hl_vf_neon x;
@@ -4910,11 +4915,11 @@ HL_KERNEL_NEON void hl_sfa_f16_d512_rope64_pr_2x8_neon(const float *p, const hl_
 }
 
 /* 1 head by 16 vectors of channels, read where they are stored.
- * Meanwhile lines of values 24 keys further on are asked for, as long as
- * j < later.
+ * Meanwhile lines of the values of `ask` are asked for, as long as j < later.
  */
 HL_KERNEL_NEON void hl_sfa_f16_d512_rope64_pr_1x16_neon(const float *p, const hl_row *row,
-    int32_t c, float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
+    int32_t c, float *o, const float *alpha, int32_t n, const hl_row *ask, int32_t later,
+    int32_t apart)
 {
     enum { L = 4, OS = 512 };
     hl_vf_neon o0_0 = hl_vzero_neon();
@@ -4937,7 +4942,7 @@ HL_KERNEL_NEON void hl_sfa_f16_d512_rope64_pr_1x16_neon(const float *p, const hl
         const uint16_t *const value = (const uint16_t *)row[j].value + c;
         if (j < later) {
             const uint16_t *const next =
-                (const uint16_t *)row[j + 24].value + c;
+                (const uint16_t *)ask[j].value + c;
             HL_FETCH(next + 32);
             if (apart) {
                 HL_FETCH(next + 0);
@@ -5011,14 +5016,14 @@ HL_KERNEL_NEON void hl_sfa_f16_d512_rope64_value_few_neon(const hl_space *w, con
     const hl_block *b, int32_t group)
 {
     enum { OS = 512, BLOCK = 64 };
-    const int32_t left = b->n + b->n_later - 24;
+    const int32_t left = b->asks < b->n ? b->asks : b->n;
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
         const int32_t later = h == 0 ? left : 0;
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 512; c += 16) {
-            hl_sfa_f16_d512_rope64_pr_4x4_neon(p, b->row, c, o + c, t->alpha + h, b->n,
+            hl_sfa_f16_d512_rope64_pr_4x4_neon(p, b->row, c, o + c, t->alpha + h, b->n, b->ask,
                                                b->value_apart ? later : 0, b->value_apart);
         }
     }
@@ -5027,8 +5032,8 @@ HL_KERNEL_NEON void hl_sfa_f16_d512_rope64_value_few_neon(const hl_space *w, con
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 512; c += 32) {
-            hl_sfa_f16_d512_rope64_pr_2x8_neon(p, b->row, c, o + c, t->alpha + h, b->n, later,
-                                               b->value_apart);
+            hl_sfa_f16_d512_rope64_pr_2x8_neon(p, b->row, c, o + c, t->alpha + h, b->n, b->ask,
+                                               later, b->value_apart);
         }
     }
     for (; h + 1 <= group; h += 1) {
@@ -5036,8 +5041,8 @@ HL_KERNEL_NEON void hl_sfa_f16_d512_rope64_value_few_neon(const hl_space *w, con
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 512; c += 64) {
-            hl_sfa_f16_d512_rope64_pr_1x16_neon(p, b->row, c, o + c, t->alpha + h, b->n, later,
-                                                b->value_apart);
+            hl_sfa_f16_d512_rope64_pr_1x16_neon(p, b->row, c, o + c, t->alpha + h, b->n, b->ask,
+                                                later, b->value_apart);
         }
     }
 }
@@ -5248,6 +5253,7 @@ HL_KERNEL_NEON void hl_sfa_f16_d512_rope64_forward_neon(const hl_sparse_flash_at
     enum { CAP = 176, AHEAD = 24 };
     const hl_sparse_flash_attention_args *const a = &plan->args;
     const int32_t block = plan->group > 16 ? 64 : plan->group <= 3 ? 16 : 64;
+    const int32_t ahead = plan->group > 16 ? 8 : 24;
     int32_t known = hl_sfa_f16_d512_rope64_next(a, g, &c, w->row, CAP);
     int32_t more = known == CAP;
     hl_block b;
@@ -5257,6 +5263,8 @@ HL_KERNEL_NEON void hl_sfa_f16_d512_rope64_forward_neon(const hl_sparse_flash_at
     while (known > 0) {
         b.n = known < block ? known : block;
         b.n_later = known - b.n;
+        b.ask = b.row + ahead;
+        b.asks = known - ahead;
         hl_sfa_f16_d512_rope64_block_neon(plan, w, t, &b, padded);
         *t->seen = 1.0f;
         b.row += b.n;
@@ -5433,14 +5441,14 @@ HL_WORD_AVX2 void hl_sfa_f16_d512_rope64_fetch_row_avx2(const hl_row *row, int32
     }
 }
 
-/* The whole block's keys, and its values where they are apart; meanwhile rows are asked for that
- * lie 8 further on, in this block or in the next. */
+/* The whole block's keys, and its values where they are apart; meanwhile later rows are asked
+ * for. */
 HL_KERNEL_AVX2 void hl_sfa_f16_d512_rope64_load_avx2(const hl_space *w, const hl_block *b)
 {
     enum { DV = 512, KS = 576, VS = 512 };
     for (int32_t j = 0; j < b->n; ++j) {
-        if (j + 8 < b->n + b->n_later) {
-            hl_sfa_f16_d512_rope64_fetch_row_avx2(&b->row[j + 8], b->value_apart);
+        if (j < b->asks) {
+            hl_sfa_f16_d512_rope64_fetch_row_avx2(&b->ask[j], b->value_apart);
         }
         hl_sfa_f16_d512_rope64_load_key_avx2(&b->row[j], w->k + (ptrdiff_t)j * KS);
         if (b->value_apart) {
@@ -6008,34 +6016,27 @@ HL_KERNEL_AVX2 void hl_sfa_f16_d512_rope64_dot_1x8_avx2(const float *q, const hl
 HL_KERNEL_AVX2 void hl_sfa_f16_d512_rope64_score_few_avx2(const hl_space *w, const hl_block *b,
     int32_t group, float scale)
 {
-    enum { QS = 576, BLOCK = 48, AHEAD = 24 };
-    const int32_t known = b->n + b->n_later;
+    enum { QS = 576, BLOCK = 48 };
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
         for (int32_t j = 0; j < b->n; j += 2) {
-            const int32_t later = j + AHEAD;
             hl_sfa_f16_d512_rope64_dot_4x2_avx2(w->q + (ptrdiff_t)h * QS, b->row + j, b->n - 1 - j,
-                                                w->s + h * BLOCK + j * 4, scale, h == 0 && later
-                                                + 2 <= known ? b->row + later : NULL,
-                                                b->value_apart);
+                                                w->s + h * BLOCK + j * 4, scale, h == 0 && j
+                                                + 2 <= b->asks ? b->ask + j : NULL, b->value_apart);
         }
     }
     for (; h + 2 <= group; h += 2) {
         for (int32_t j = 0; j < b->n; j += 4) {
-            const int32_t later = j + AHEAD;
             hl_sfa_f16_d512_rope64_dot_2x4_avx2(w->q + (ptrdiff_t)h * QS, b->row + j, b->n - 1 - j,
-                                                w->s + h * BLOCK + j * 2, scale, h == 0 && later
-                                                + 4 <= known ? b->row + later : NULL,
-                                                b->value_apart);
+                                                w->s + h * BLOCK + j * 2, scale, h == 0 && j
+                                                + 4 <= b->asks ? b->ask + j : NULL, b->value_apart);
         }
     }
     for (; h + 1 <= group; h += 1) {
         for (int32_t j = 0; j < b->n; j += 8) {
-            const int32_t later = j + AHEAD;
             hl_sfa_f16_d512_rope64_dot_1x8_avx2(w->q + (ptrdiff_t)h * QS, b->row + j, b->n - 1 - j,
-                                                w->s + h * BLOCK + j * 1, scale, h == 0 && later
-                                                + 8 <= known ? b->row + later : NULL,
-                                                b->value_apart);
+                                                w->s + h * BLOCK + j * 1, scale, h == 0 && j
+                                                + 8 <= b->asks ? b->ask + j : NULL, b->value_apart);
         }
     }
 }
@@ -6346,11 +6347,10 @@ HL_KERNEL_AVX2 void hl_sfa_f16_d512_rope64_value_avx2(const hl_space *w, const h
 }
 
 /* 4 heads by 2 vectors of channels, read where they are stored.
- * Meanwhile lines of values 24 keys further on are asked for, as long as
- * j < later.
+ * Meanwhile lines of the values of `ask` are asked for, as long as j < later.
  */
 HL_KERNEL_AVX2 void hl_sfa_f16_d512_rope64_pr_4x2_avx2(const float *p, const hl_row *row, int32_t c,
-    float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
+    float *o, const float *alpha, int32_t n, const hl_row *ask, int32_t later, int32_t apart)
 {
     enum { L = 8, OS = 512 };
     hl_vf_avx2 o0_0 = hl_vzero_avx2();
@@ -6365,7 +6365,7 @@ HL_KERNEL_AVX2 void hl_sfa_f16_d512_rope64_pr_4x2_avx2(const float *p, const hl_
         const uint16_t *const value = (const uint16_t *)row[j].value + c;
         if (j < later) {
             const uint16_t *const next =
-                (const uint16_t *)row[j + 24].value + c;
+                (const uint16_t *)ask[j].value + c;
             HL_FETCH(next + 0);
         }
         hl_vf_avx2 x;
@@ -6405,11 +6405,10 @@ HL_KERNEL_AVX2 void hl_sfa_f16_d512_rope64_pr_4x2_avx2(const float *p, const hl_
 }
 
 /* 2 heads by 4 vectors of channels, read where they are stored.
- * Meanwhile lines of values 24 keys further on are asked for, as long as
- * j < later.
+ * Meanwhile lines of the values of `ask` are asked for, as long as j < later.
  */
 HL_KERNEL_AVX2 void hl_sfa_f16_d512_rope64_pr_2x4_avx2(const float *p, const hl_row *row, int32_t c,
-    float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
+    float *o, const float *alpha, int32_t n, const hl_row *ask, int32_t later, int32_t apart)
 {
     enum { L = 8, OS = 512 };
     hl_vf_avx2 o0_0 = hl_vzero_avx2();
@@ -6424,7 +6423,7 @@ HL_KERNEL_AVX2 void hl_sfa_f16_d512_rope64_pr_2x4_avx2(const float *p, const hl_
         const uint16_t *const value = (const uint16_t *)row[j].value + c;
         if (j < later) {
             const uint16_t *const next =
-                (const uint16_t *)row[j + 24].value + c;
+                (const uint16_t *)ask[j].value + c;
             HL_FETCH(next + 0);
         }
         hl_vf_avx2 x;
@@ -6465,11 +6464,10 @@ HL_KERNEL_AVX2 void hl_sfa_f16_d512_rope64_pr_2x4_avx2(const float *p, const hl_
 }
 
 /* 1 head by 8 vectors of channels, read where they are stored.
- * Meanwhile lines of values 24 keys further on are asked for, as long as
- * j < later.
+ * Meanwhile lines of the values of `ask` are asked for, as long as j < later.
  */
 HL_KERNEL_AVX2 void hl_sfa_f16_d512_rope64_pr_1x8_avx2(const float *p, const hl_row *row, int32_t c,
-    float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
+    float *o, const float *alpha, int32_t n, const hl_row *ask, int32_t later, int32_t apart)
 {
     enum { L = 8, OS = 512 };
     hl_vf_avx2 o0_0 = hl_vzero_avx2();
@@ -6484,7 +6482,7 @@ HL_KERNEL_AVX2 void hl_sfa_f16_d512_rope64_pr_1x8_avx2(const float *p, const hl_
         const uint16_t *const value = (const uint16_t *)row[j].value + c;
         if (j < later) {
             const uint16_t *const next =
-                (const uint16_t *)row[j + 24].value + c;
+                (const uint16_t *)ask[j].value + c;
             HL_FETCH(next + 32);
             if (apart) {
                 HL_FETCH(next + 0);
@@ -6530,14 +6528,14 @@ HL_KERNEL_AVX2 void hl_sfa_f16_d512_rope64_value_few_avx2(const hl_space *w, con
     const hl_block *b, int32_t group)
 {
     enum { OS = 512, BLOCK = 48 };
-    const int32_t left = b->n + b->n_later - 24;
+    const int32_t left = b->asks < b->n ? b->asks : b->n;
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
         const int32_t later = h == 0 ? left : 0;
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 512; c += 16) {
-            hl_sfa_f16_d512_rope64_pr_4x2_avx2(p, b->row, c, o + c, t->alpha + h, b->n,
+            hl_sfa_f16_d512_rope64_pr_4x2_avx2(p, b->row, c, o + c, t->alpha + h, b->n, b->ask,
                                                b->value_apart ? later : 0, b->value_apart);
         }
     }
@@ -6546,8 +6544,8 @@ HL_KERNEL_AVX2 void hl_sfa_f16_d512_rope64_value_few_avx2(const hl_space *w, con
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 512; c += 32) {
-            hl_sfa_f16_d512_rope64_pr_2x4_avx2(p, b->row, c, o + c, t->alpha + h, b->n, later,
-                                               b->value_apart);
+            hl_sfa_f16_d512_rope64_pr_2x4_avx2(p, b->row, c, o + c, t->alpha + h, b->n, b->ask,
+                                               later, b->value_apart);
         }
     }
     for (; h + 1 <= group; h += 1) {
@@ -6555,8 +6553,8 @@ HL_KERNEL_AVX2 void hl_sfa_f16_d512_rope64_value_few_avx2(const hl_space *w, con
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 512; c += 64) {
-            hl_sfa_f16_d512_rope64_pr_1x8_avx2(p, b->row, c, o + c, t->alpha + h, b->n, later,
-                                               b->value_apart);
+            hl_sfa_f16_d512_rope64_pr_1x8_avx2(p, b->row, c, o + c, t->alpha + h, b->n, b->ask,
+                                               later, b->value_apart);
         }
     }
 }
@@ -6767,6 +6765,7 @@ HL_KERNEL_AVX2 void hl_sfa_f16_d512_rope64_forward_avx2(const hl_sparse_flash_at
     enum { CAP = 192, AHEAD = 24 };
     const hl_sparse_flash_attention_args *const a = &plan->args;
     const int32_t block = plan->group > 16 ? 96 : plan->group <= 3 ? 16 : 48;
+    const int32_t ahead = plan->group > 16 ? 8 : 24;
     int32_t known = hl_sfa_f16_d512_rope64_next(a, g, &c, w->row, CAP);
     int32_t more = known == CAP;
     hl_block b;
@@ -6776,6 +6775,8 @@ HL_KERNEL_AVX2 void hl_sfa_f16_d512_rope64_forward_avx2(const hl_sparse_flash_at
     while (known > 0) {
         b.n = known < block ? known : block;
         b.n_later = known - b.n;
+        b.ask = b.row + ahead;
+        b.asks = known - ahead;
         hl_sfa_f16_d512_rope64_block_avx2(plan, w, t, &b, padded);
         *t->seen = 1.0f;
         b.row += b.n;
@@ -6954,14 +6955,14 @@ HL_WORD_AVX512 void hl_sfa_f16_d512_rope64_fetch_row_avx512(const hl_row *row, i
     }
 }
 
-/* The whole block's keys, and its values where they are apart; meanwhile rows are asked for that
- * lie 8 further on, in this block or in the next. */
+/* The whole block's keys, and its values where they are apart; meanwhile later rows are asked
+ * for. */
 HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_load_avx512(const hl_space *w, const hl_block *b)
 {
     enum { DV = 512, KS = 576, VS = 512 };
     for (int32_t j = 0; j < b->n; ++j) {
-        if (j + 8 < b->n + b->n_later) {
-            hl_sfa_f16_d512_rope64_fetch_row_avx512(&b->row[j + 8], b->value_apart);
+        if (j < b->asks) {
+            hl_sfa_f16_d512_rope64_fetch_row_avx512(&b->ask[j], b->value_apart);
         }
         hl_sfa_f16_d512_rope64_load_key_avx512(&b->row[j], w->k + (ptrdiff_t)j * KS);
         if (b->value_apart) {
@@ -7785,34 +7786,30 @@ HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_dot_1x16_avx512(const float *q, con
 HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_score_few_avx512(const hl_space *w, const hl_block *b,
     int32_t group, float scale)
 {
-    enum { QS = 576, BLOCK = 96, AHEAD = 24 };
-    const int32_t known = b->n + b->n_later;
+    enum { QS = 576, BLOCK = 96 };
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
         for (int32_t j = 0; j < b->n; j += 4) {
-            const int32_t later = j + AHEAD;
             hl_sfa_f16_d512_rope64_dot_4x4_avx512(w->q + (ptrdiff_t)h * QS, b->row + j,
                                                   b->n - 1 - j, w->s + h * BLOCK + j * 4, scale,
-                                                  h == 0 && later + 4 <= known ? b->row + later
-                                                  : NULL, b->value_apart);
+                                                  h == 0 && j + 4 <= b->asks ? b->ask + j : NULL,
+                                                  b->value_apart);
         }
     }
     for (; h + 2 <= group; h += 2) {
         for (int32_t j = 0; j < b->n; j += 8) {
-            const int32_t later = j + AHEAD;
             hl_sfa_f16_d512_rope64_dot_2x8_avx512(w->q + (ptrdiff_t)h * QS, b->row + j,
                                                   b->n - 1 - j, w->s + h * BLOCK + j * 2, scale,
-                                                  h == 0 && later + 8 <= known ? b->row + later
-                                                  : NULL, b->value_apart);
+                                                  h == 0 && j + 8 <= b->asks ? b->ask + j : NULL,
+                                                  b->value_apart);
         }
     }
     for (; h + 1 <= group; h += 1) {
         for (int32_t j = 0; j < b->n; j += 16) {
-            const int32_t later = j + AHEAD;
             hl_sfa_f16_d512_rope64_dot_1x16_avx512(w->q + (ptrdiff_t)h * QS, b->row + j,
                                                    b->n - 1 - j, w->s + h * BLOCK + j * 1, scale,
-                                                   h == 0 && later + 16 <= known ? b->row + later
-                                                   : NULL, b->value_apart);
+                                                   h == 0 && j + 16 <= b->asks ? b->ask + j : NULL,
+                                                   b->value_apart);
         }
     }
 }
@@ -8547,11 +8544,11 @@ HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_value_avx512(const hl_space *w, con
 }
 
 /* 4 heads by 4 vectors of channels, read where they are stored.
- * Meanwhile lines of values 24 keys further on are asked for, as long as
- * j < later.
+ * Meanwhile lines of the values of `ask` are asked for, as long as j < later.
  */
 HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_pr_4x4_avx512(const float *p, const hl_row *row,
-    int32_t c, float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
+    int32_t c, float *o, const float *alpha, int32_t n, const hl_row *ask, int32_t later,
+    int32_t apart)
 {
     enum { L = 16, OS = 512 };
     hl_vf_avx512 o0_0 = hl_vzero_avx512();
@@ -8574,7 +8571,7 @@ HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_pr_4x4_avx512(const float *p, const
         const uint16_t *const value = (const uint16_t *)row[j].value + c;
         if (j < later) {
             const uint16_t *const next =
-                (const uint16_t *)row[j + 24].value + c;
+                (const uint16_t *)ask[j].value + c;
             HL_FETCH(next + 0);
             HL_FETCH(next + 32);
         }
@@ -8658,11 +8655,11 @@ HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_pr_4x4_avx512(const float *p, const
 }
 
 /* 2 heads by 8 vectors of channels, read where they are stored.
- * Meanwhile lines of values 24 keys further on are asked for, as long as
- * j < later.
+ * Meanwhile lines of the values of `ask` are asked for, as long as j < later.
  */
 HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_pr_2x8_avx512(const float *p, const hl_row *row,
-    int32_t c, float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
+    int32_t c, float *o, const float *alpha, int32_t n, const hl_row *ask, int32_t later,
+    int32_t apart)
 {
     enum { L = 16, OS = 512 };
     hl_vf_avx512 o0_0 = hl_vzero_avx512();
@@ -8685,7 +8682,7 @@ HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_pr_2x8_avx512(const float *p, const
         const uint16_t *const value = (const uint16_t *)row[j].value + c;
         if (j < later) {
             const uint16_t *const next =
-                (const uint16_t *)row[j + 24].value + c;
+                (const uint16_t *)ask[j].value + c;
             HL_FETCH(next + 0);
             HL_FETCH(next + 32);
             HL_FETCH(next + 64);
@@ -8775,11 +8772,11 @@ HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_pr_2x8_avx512(const float *p, const
 }
 
 /* 1 head by 16 vectors of channels, read where they are stored.
- * Meanwhile lines of values 24 keys further on are asked for, as long as
- * j < later.
+ * Meanwhile lines of the values of `ask` are asked for, as long as j < later.
  */
 HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_pr_1x16_avx512(const float *p, const hl_row *row,
-    int32_t c, float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
+    int32_t c, float *o, const float *alpha, int32_t n, const hl_row *ask, int32_t later,
+    int32_t apart)
 {
     enum { L = 16, OS = 512 };
     hl_vf_avx512 o0_0 = hl_vzero_avx512();
@@ -8802,7 +8799,7 @@ HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_pr_1x16_avx512(const float *p, cons
         const uint16_t *const value = (const uint16_t *)row[j].value + c;
         if (j < later) {
             const uint16_t *const next =
-                (const uint16_t *)row[j + 24].value + c;
+                (const uint16_t *)ask[j].value + c;
             HL_FETCH(next + 32);
             HL_FETCH(next + 96);
             HL_FETCH(next + 160);
@@ -8898,14 +8895,14 @@ HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_value_few_avx512(const hl_space *w,
     const hl_block *b, int32_t group)
 {
     enum { OS = 512, BLOCK = 96 };
-    const int32_t left = b->n + b->n_later - 24;
+    const int32_t left = b->asks < b->n ? b->asks : b->n;
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
         const int32_t later = h == 0 ? left : 0;
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 512; c += 64) {
-            hl_sfa_f16_d512_rope64_pr_4x4_avx512(p, b->row, c, o + c, t->alpha + h, b->n,
+            hl_sfa_f16_d512_rope64_pr_4x4_avx512(p, b->row, c, o + c, t->alpha + h, b->n, b->ask,
                                                  b->value_apart ? later : 0, b->value_apart);
         }
     }
@@ -8914,8 +8911,8 @@ HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_value_few_avx512(const hl_space *w,
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 512; c += 128) {
-            hl_sfa_f16_d512_rope64_pr_2x8_avx512(p, b->row, c, o + c, t->alpha + h, b->n, later,
-                                                 b->value_apart);
+            hl_sfa_f16_d512_rope64_pr_2x8_avx512(p, b->row, c, o + c, t->alpha + h, b->n, b->ask,
+                                                 later, b->value_apart);
         }
     }
     for (; h + 1 <= group; h += 1) {
@@ -8923,8 +8920,8 @@ HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_value_few_avx512(const hl_space *w,
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 512; c += 256) {
-            hl_sfa_f16_d512_rope64_pr_1x16_avx512(p, b->row, c, o + c, t->alpha + h, b->n, later,
-                                                  b->value_apart);
+            hl_sfa_f16_d512_rope64_pr_1x16_avx512(p, b->row, c, o + c, t->alpha + h, b->n, b->ask,
+                                                  later, b->value_apart);
         }
     }
 }
@@ -9139,6 +9136,7 @@ HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_forward_avx512(
     enum { CAP = 240, AHEAD = 24 };
     const hl_sparse_flash_attention_args *const a = &plan->args;
     const int32_t block = plan->group > 32 ? 96 : plan->group <= 3 ? 16 : 96;
+    const int32_t ahead = plan->group > 32 ? 8 : 24;
     int32_t known = hl_sfa_f16_d512_rope64_next(a, g, &c, w->row, CAP);
     int32_t more = known == CAP;
     hl_block b;
@@ -9148,6 +9146,8 @@ HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_forward_avx512(
     while (known > 0) {
         b.n = known < block ? known : block;
         b.n_later = known - b.n;
+        b.ask = b.row + ahead;
+        b.asks = known - ahead;
         hl_sfa_f16_d512_rope64_block_avx512(plan, w, t, &b, padded);
         *t->seen = 1.0f;
         b.row += b.n;
@@ -9284,25 +9284,25 @@ HL_KERNEL_AMX void hl_sfa_f16_d512_rope64_load_q_amx(const hl_sparse_flash_atten
     enum { COLUMNS = 18, PARTS = 2 };
     const int32_t tiles = group > 16 ? 2 : 1;
     unsigned char *const scratch = (unsigned char *)row;
-    for (int32_t h = 0; h < group; h += 16 * tiles) {
-        unsigned char *const pair = (unsigned char *)to + (ptrdiff_t)h * (COLUMNS * PARTS * 64);
+    for (int32_t h0 = 0; h0 < group; h0 += 16 * tiles) {
+        unsigned char *const pair = (unsigned char *)to + (ptrdiff_t)h0 * (COLUMNS * PARTS * 64);
         for (int32_t i = 0; i < COLUMNS * PARTS * tiles; ++i) {
             const int32_t column = i / (PARTS * tiles);
             const int32_t part = i / tiles % PARTS;
-            const int32_t first = h + i % tiles * 16;
+            const int32_t first = h0 + i % tiles * 16;
             for (int32_t r = 0; r < 16; ++r) {
-                const ptrdiff_t head = first + r;
+                const int32_t h = first + r;
                 __m512i words = _mm512_setzero_si512();
-                if (head < group) {
-                    const uint16_t *const q = (const uint16_t *)a->query + g->query
-                        + head * a->query_stride.head;
+                if (h < group) {
+                    const uint16_t *const q =
+                        (const uint16_t *)a->query + g->query + h * a->query_stride.head;
                     hl_row at;
                     at.key = q;
                     at.rope = q + 512;
                     at.value = q;
                     if (a->query_rope != NULL) {
                         at.rope = (const uint16_t *)a->query_rope + g->query_rope
-                            + head * a->query_rope_stride.head;
+                            + h * a->query_rope_stride.head;
                     }
                     words = hl_sfa_f16_d512_rope64_key_words_amx(&at, column, part);
                 }

@@ -233,6 +233,12 @@ typedef enum hl_argument {
     HL_ARG_FROM_STRIDE,
     HL_ARG_TO_STRIDE,
     HL_ARG_POSITIONS,
+    HL_ARG_KEY_CACHE,
+    HL_ARG_VALUE_CACHE,
+    HL_ARG_TOKEN_SCALES,
+    HL_ARG_LAYOUT_NEW,
+    HL_ARG_KEY_CACHE_STRIDE,
+    HL_ARG_VALUE_CACHE_STRIDE,
     HL_ARG_PLAN,
     HL_ARG_ARGS,
     HL_ARG_WORKSPACE,
@@ -548,12 +554,14 @@ typedef struct hl_row {
     ptrdiff_t token; /* decoding: which row of its batch's cache it is                         */
 } hl_row;
 
-/* One block of keys; behind its rows lie those of later keys, which are asked for meanwhile. */
+/* One block of keys; behind its rows lie those of later keys. */
 typedef struct hl_block {
     hl_row *row;
     int32_t n;
     int32_t n_later;
     int32_t value_apart; /* values are not the keys' first channels                            */
+    const hl_row *ask;   /* while key j is in use, lines of the row ask[j] are asked for,      */
+    int32_t asks;        /* as long as j is below this                                         */
 } hl_block;
 
 /* The workspace of one task, cut into its named slices. */
@@ -926,6 +934,12 @@ static inline const char *hl_argument_name(hl_argument argument)
         "from_stride",
         "to_stride",
         "positions",
+        "key_cache",
+        "value_cache",
+        "token_scales",
+        "layout_new",
+        "key_cache_stride",
+        "value_cache_stride",
         "plan",
         "args",
         "workspace",
@@ -2187,34 +2201,27 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_dot_1x8_scalar(const float *q, const 
 HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_score_few_scalar(const hl_space *w, const hl_block *b,
     int32_t group, float scale)
 {
-    enum { QS = 40, BLOCK = 16, AHEAD = 8 };
-    const int32_t known = b->n + b->n_later;
+    enum { QS = 40, BLOCK = 16 };
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
         for (int32_t j = 0; j < b->n; j += 2) {
-            const int32_t later = j + AHEAD;
             hl_sfa_f32_d32_rope8_dot_4x2_scalar(w->q + (ptrdiff_t)h * QS, b->row + j, b->n - 1 - j,
-                                                w->s + h * BLOCK + j * 4, scale, h == 0 && later
-                                                + 2 <= known ? b->row + later : NULL,
-                                                b->value_apart);
+                                                w->s + h * BLOCK + j * 4, scale, h == 0 && j
+                                                + 2 <= b->asks ? b->ask + j : NULL, b->value_apart);
         }
     }
     for (; h + 2 <= group; h += 2) {
         for (int32_t j = 0; j < b->n; j += 4) {
-            const int32_t later = j + AHEAD;
             hl_sfa_f32_d32_rope8_dot_2x4_scalar(w->q + (ptrdiff_t)h * QS, b->row + j, b->n - 1 - j,
-                                                w->s + h * BLOCK + j * 2, scale, h == 0 && later
-                                                + 4 <= known ? b->row + later : NULL,
-                                                b->value_apart);
+                                                w->s + h * BLOCK + j * 2, scale, h == 0 && j
+                                                + 4 <= b->asks ? b->ask + j : NULL, b->value_apart);
         }
     }
     for (; h + 1 <= group; h += 1) {
         for (int32_t j = 0; j < b->n; j += 8) {
-            const int32_t later = j + AHEAD;
             hl_sfa_f32_d32_rope8_dot_1x8_scalar(w->q + (ptrdiff_t)h * QS, b->row + j, b->n - 1 - j,
-                                                w->s + h * BLOCK + j * 1, scale, h == 0 && later
-                                                + 8 <= known ? b->row + later : NULL,
-                                                b->value_apart);
+                                                w->s + h * BLOCK + j * 1, scale, h == 0 && j
+                                                + 8 <= b->asks ? b->ask + j : NULL, b->value_apart);
         }
     }
 }
@@ -2292,11 +2299,11 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_softmaxes_few_scalar(const hl_space *
 /* ---- value: O = alpha O + P V ---- */
 
 /* 4 heads by 2 vectors of channels, read where they are stored.
- * Meanwhile lines of values 8 keys further on are asked for, as long as
- * j < later.
+ * Meanwhile lines of the values of `ask` are asked for, as long as j < later.
  */
 HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_pr_4x2_scalar(const float *p, const hl_row *row,
-    int32_t c, float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
+    int32_t c, float *o, const float *alpha, int32_t n, const hl_row *ask, int32_t later,
+    int32_t apart)
 {
     enum { L = 1, OS = 32 };
     hl_vf_scalar o0_0 = hl_vzero_scalar();
@@ -2311,7 +2318,7 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_pr_4x2_scalar(const float *p, const h
         const float *const value = (const float *)row[j].value + c;
         if (j < later) {
             const float *const next =
-                (const float *)row[j + 8].value + c;
+                (const float *)ask[j].value + c;
             HL_FETCH(next + 0);
         }
         hl_vf_scalar x;
@@ -2359,11 +2366,11 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_pr_4x2_scalar(const float *p, const h
 }
 
 /* 2 heads by 4 vectors of channels, read where they are stored.
- * Meanwhile lines of values 8 keys further on are asked for, as long as
- * j < later.
+ * Meanwhile lines of the values of `ask` are asked for, as long as j < later.
  */
 HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_pr_2x4_scalar(const float *p, const hl_row *row,
-    int32_t c, float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
+    int32_t c, float *o, const float *alpha, int32_t n, const hl_row *ask, int32_t later,
+    int32_t apart)
 {
     enum { L = 1, OS = 32 };
     hl_vf_scalar o0_0 = hl_vzero_scalar();
@@ -2378,7 +2385,7 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_pr_2x4_scalar(const float *p, const h
         const float *const value = (const float *)row[j].value + c;
         if (j < later) {
             const float *const next =
-                (const float *)row[j + 8].value + c;
+                (const float *)ask[j].value + c;
             HL_FETCH(next + 0);
         }
         hl_vf_scalar x;
@@ -2427,11 +2434,11 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_pr_2x4_scalar(const float *p, const h
 }
 
 /* 1 head by 8 vectors of channels, read where they are stored.
- * Meanwhile lines of values 8 keys further on are asked for, as long as
- * j < later.
+ * Meanwhile lines of the values of `ask` are asked for, as long as j < later.
  */
 HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_pr_1x8_scalar(const float *p, const hl_row *row,
-    int32_t c, float *o, const float *alpha, int32_t n, int32_t later, int32_t apart)
+    int32_t c, float *o, const float *alpha, int32_t n, const hl_row *ask, int32_t later,
+    int32_t apart)
 {
     enum { L = 1, OS = 32 };
     hl_vf_scalar o0_0 = hl_vzero_scalar();
@@ -2446,7 +2453,7 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_pr_1x8_scalar(const float *p, const h
         const float *const value = (const float *)row[j].value + c;
         if (j < later) {
             const float *const next =
-                (const float *)row[j + 8].value + c;
+                (const float *)ask[j].value + c;
             HL_FETCH(next + 0);
         }
         const hl_vf_scalar x = hl_vset_scalar(p[j]);
@@ -2497,14 +2504,14 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_value_few_scalar(const hl_space *w, c
     const hl_block *b, int32_t group)
 {
     enum { OS = 32, BLOCK = 16 };
-    const int32_t left = b->n + b->n_later - 8;
+    const int32_t left = b->asks < b->n ? b->asks : b->n;
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
         const int32_t later = h == 0 ? left : 0;
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 32; c += 2) {
-            hl_sfa_f32_d32_rope8_pr_4x2_scalar(p, b->row, c, o + c, t->alpha + h, b->n,
+            hl_sfa_f32_d32_rope8_pr_4x2_scalar(p, b->row, c, o + c, t->alpha + h, b->n, b->ask,
                                                b->value_apart ? later : 0, b->value_apart);
         }
     }
@@ -2513,7 +2520,7 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_value_few_scalar(const hl_space *w, c
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 32; c += 4) {
-            hl_sfa_f32_d32_rope8_pr_2x4_scalar(p, b->row, c, o + c, t->alpha + h, b->n,
+            hl_sfa_f32_d32_rope8_pr_2x4_scalar(p, b->row, c, o + c, t->alpha + h, b->n, b->ask,
                                                b->value_apart ? later : 0, b->value_apart);
         }
     }
@@ -2522,7 +2529,7 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_value_few_scalar(const hl_space *w, c
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 32; c += 8) {
-            hl_sfa_f32_d32_rope8_pr_1x8_scalar(p, b->row, c, o + c, t->alpha + h, b->n,
+            hl_sfa_f32_d32_rope8_pr_1x8_scalar(p, b->row, c, o + c, t->alpha + h, b->n, b->ask,
                                                b->value_apart ? later : 0, b->value_apart);
         }
     }
@@ -2718,6 +2725,7 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_forward_scalar(
     enum { CAP = 48, AHEAD = 8 };
     const hl_sparse_flash_attention_args *const a = &plan->args;
     const int32_t block = 16;
+    const int32_t ahead = 8;
     int32_t known = hl_sfa_f32_d32_rope8_next(a, g, &c, w->row, CAP);
     int32_t more = known == CAP;
     hl_block b;
@@ -2727,6 +2735,8 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_forward_scalar(
     while (known > 0) {
         b.n = known < block ? known : block;
         b.n_later = known - b.n;
+        b.ask = b.row + ahead;
+        b.asks = known - ahead;
         hl_sfa_f32_d32_rope8_block_scalar(plan, w, t, &b, padded);
         *t->seen = 1.0f;
         b.row += b.n;

@@ -236,6 +236,12 @@ typedef enum hl_argument {
     HL_ARG_FROM_STRIDE,
     HL_ARG_TO_STRIDE,
     HL_ARG_POSITIONS,
+    HL_ARG_KEY_CACHE,
+    HL_ARG_VALUE_CACHE,
+    HL_ARG_TOKEN_SCALES,
+    HL_ARG_LAYOUT_NEW,
+    HL_ARG_KEY_CACHE_STRIDE,
+    HL_ARG_VALUE_CACHE_STRIDE,
     HL_ARG_PLAN,
     HL_ARG_ARGS,
     HL_ARG_WORKSPACE,
@@ -551,12 +557,14 @@ typedef struct hl_row {
     ptrdiff_t token; /* decoding: which row of its batch's cache it is                         */
 } hl_row;
 
-/* One block of keys; behind its rows lie those of later keys, which are asked for meanwhile. */
+/* One block of keys; behind its rows lie those of later keys. */
 typedef struct hl_block {
     hl_row *row;
     int32_t n;
     int32_t n_later;
     int32_t value_apart; /* values are not the keys' first channels                            */
+    const hl_row *ask;   /* while key j is in use, lines of the row ask[j] are asked for,      */
+    int32_t asks;        /* as long as j is below this                                         */
 } hl_block;
 
 /* The workspace of one task, cut into its named slices. */
@@ -929,6 +937,12 @@ static inline const char *hl_argument_name(hl_argument argument)
         "from_stride",
         "to_stride",
         "positions",
+        "key_cache",
+        "value_cache",
+        "token_scales",
+        "layout_new",
+        "key_cache_stride",
+        "value_cache_stride",
         "plan",
         "args",
         "workspace",
@@ -2504,31 +2518,27 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d64_dot_1x8_scalar(const float *q, const hl_row
 HL_KERNEL_SCALAR void hl_sfa_f32_d64_score_few_scalar(const hl_space *w, const hl_block *b,
     int32_t group, float scale)
 {
-    enum { QS = 64, BLOCK = 16, AHEAD = 8 };
-    const int32_t known = b->n + b->n_later;
+    enum { QS = 64, BLOCK = 16 };
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
         for (int32_t j = 0; j < b->n; j += 2) {
-            const int32_t later = j + AHEAD;
             hl_sfa_f32_d64_dot_4x2_scalar(w->q + (ptrdiff_t)h * QS, b->row + j, b->n - 1 - j, w->s
-                                          + h * BLOCK + j * 4, scale, h == 0 && later + 2 <= known
-                                          ? b->row + later : NULL, b->value_apart);
+                                          + h * BLOCK + j * 4, scale, h == 0 && j + 2 <= b->asks
+                                          ? b->ask + j : NULL, b->value_apart);
         }
     }
     for (; h + 2 <= group; h += 2) {
         for (int32_t j = 0; j < b->n; j += 4) {
-            const int32_t later = j + AHEAD;
             hl_sfa_f32_d64_dot_2x4_scalar(w->q + (ptrdiff_t)h * QS, b->row + j, b->n - 1 - j, w->s
-                                          + h * BLOCK + j * 2, scale, h == 0 && later + 4 <= known
-                                          ? b->row + later : NULL, b->value_apart);
+                                          + h * BLOCK + j * 2, scale, h == 0 && j + 4 <= b->asks
+                                          ? b->ask + j : NULL, b->value_apart);
         }
     }
     for (; h + 1 <= group; h += 1) {
         for (int32_t j = 0; j < b->n; j += 8) {
-            const int32_t later = j + AHEAD;
             hl_sfa_f32_d64_dot_1x8_scalar(w->q + (ptrdiff_t)h * QS, b->row + j, b->n - 1 - j, w->s
-                                          + h * BLOCK + j * 1, scale, h == 0 && later + 8 <= known
-                                          ? b->row + later : NULL, b->value_apart);
+                                          + h * BLOCK + j * 1, scale, h == 0 && j + 8 <= b->asks
+                                          ? b->ask + j : NULL, b->value_apart);
         }
     }
 }
@@ -2606,12 +2616,11 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d64_softmaxes_few_scalar(const hl_space *w, con
 /* ---- value: O = alpha O + P V ---- */
 
 /* 4 heads by 2 vectors of channels, read where they are stored.
- * Meanwhile lines of values 8 keys further on are asked for, as long as
- * j < later.
+ * Meanwhile lines of the values of `ask` are asked for, as long as j < later.
  */
 HL_KERNEL_SCALAR void hl_sfa_f32_d64_pr_4x2_scalar(const float *p, const hl_row *row, int32_t c,
                                                    float *o, const float *alpha, int32_t n,
-                                                   int32_t later, int32_t apart)
+                                                   const hl_row *ask, int32_t later, int32_t apart)
 {
     enum { L = 1, OS = 64 };
     hl_vf_scalar o0_0 = hl_vzero_scalar();
@@ -2626,7 +2635,7 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d64_pr_4x2_scalar(const float *p, const hl_row 
         const float *const value = (const float *)row[j].value + c;
         if (j < later) {
             const float *const next =
-                (const float *)row[j + 8].value + c;
+                (const float *)ask[j].value + c;
             HL_FETCH(next + 0);
         }
         hl_vf_scalar x;
@@ -2674,12 +2683,11 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d64_pr_4x2_scalar(const float *p, const hl_row 
 }
 
 /* 2 heads by 4 vectors of channels, read where they are stored.
- * Meanwhile lines of values 8 keys further on are asked for, as long as
- * j < later.
+ * Meanwhile lines of the values of `ask` are asked for, as long as j < later.
  */
 HL_KERNEL_SCALAR void hl_sfa_f32_d64_pr_2x4_scalar(const float *p, const hl_row *row, int32_t c,
                                                    float *o, const float *alpha, int32_t n,
-                                                   int32_t later, int32_t apart)
+                                                   const hl_row *ask, int32_t later, int32_t apart)
 {
     enum { L = 1, OS = 64 };
     hl_vf_scalar o0_0 = hl_vzero_scalar();
@@ -2694,7 +2702,7 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d64_pr_2x4_scalar(const float *p, const hl_row 
         const float *const value = (const float *)row[j].value + c;
         if (j < later) {
             const float *const next =
-                (const float *)row[j + 8].value + c;
+                (const float *)ask[j].value + c;
             HL_FETCH(next + 0);
         }
         hl_vf_scalar x;
@@ -2743,12 +2751,11 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d64_pr_2x4_scalar(const float *p, const hl_row 
 }
 
 /* 1 head by 8 vectors of channels, read where they are stored.
- * Meanwhile lines of values 8 keys further on are asked for, as long as
- * j < later.
+ * Meanwhile lines of the values of `ask` are asked for, as long as j < later.
  */
 HL_KERNEL_SCALAR void hl_sfa_f32_d64_pr_1x8_scalar(const float *p, const hl_row *row, int32_t c,
                                                    float *o, const float *alpha, int32_t n,
-                                                   int32_t later, int32_t apart)
+                                                   const hl_row *ask, int32_t later, int32_t apart)
 {
     enum { L = 1, OS = 64 };
     hl_vf_scalar o0_0 = hl_vzero_scalar();
@@ -2763,7 +2770,7 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d64_pr_1x8_scalar(const float *p, const hl_row 
         const float *const value = (const float *)row[j].value + c;
         if (j < later) {
             const float *const next =
-                (const float *)row[j + 8].value + c;
+                (const float *)ask[j].value + c;
             HL_FETCH(next + 0);
         }
         const hl_vf_scalar x = hl_vset_scalar(p[j]);
@@ -2814,15 +2821,15 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d64_value_few_scalar(const hl_space *w, const h
     const hl_block *b, int32_t group)
 {
     enum { OS = 64, BLOCK = 16 };
-    const int32_t left = b->n + b->n_later - 8;
+    const int32_t left = b->asks < b->n ? b->asks : b->n;
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
         const int32_t later = h == 0 ? left : 0;
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 64; c += 2) {
-            hl_sfa_f32_d64_pr_4x2_scalar(p, b->row, c, o + c, t->alpha + h, b->n, b->value_apart
-                                         ? later : 0, b->value_apart);
+            hl_sfa_f32_d64_pr_4x2_scalar(p, b->row, c, o + c, t->alpha + h, b->n, b->ask,
+                                         b->value_apart ? later : 0, b->value_apart);
         }
     }
     for (; h + 2 <= group; h += 2) {
@@ -2830,8 +2837,8 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d64_value_few_scalar(const hl_space *w, const h
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 64; c += 4) {
-            hl_sfa_f32_d64_pr_2x4_scalar(p, b->row, c, o + c, t->alpha + h, b->n, b->value_apart
-                                         ? later : 0, b->value_apart);
+            hl_sfa_f32_d64_pr_2x4_scalar(p, b->row, c, o + c, t->alpha + h, b->n, b->ask,
+                                         b->value_apart ? later : 0, b->value_apart);
         }
     }
     for (; h + 1 <= group; h += 1) {
@@ -2839,8 +2846,8 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d64_value_few_scalar(const hl_space *w, const h
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 64; c += 8) {
-            hl_sfa_f32_d64_pr_1x8_scalar(p, b->row, c, o + c, t->alpha + h, b->n, b->value_apart
-                                         ? later : 0, b->value_apart);
+            hl_sfa_f32_d64_pr_1x8_scalar(p, b->row, c, o + c, t->alpha + h, b->n, b->ask,
+                                         b->value_apart ? later : 0, b->value_apart);
         }
     }
 }
@@ -3036,6 +3043,7 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d64_forward_scalar(const hl_sparse_flash_attent
     enum { CAP = 48, AHEAD = 8 };
     const hl_sparse_flash_attention_args *const a = &plan->args;
     const int32_t block = 16;
+    const int32_t ahead = 8;
     int32_t known = hl_sfa_f32_d64_next(a, g, &c, w->row, CAP);
     int32_t more = known == CAP;
     hl_block b;
@@ -3045,6 +3053,8 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d64_forward_scalar(const hl_sparse_flash_attent
     while (known > 0) {
         b.n = known < block ? known : block;
         b.n_later = known - b.n;
+        b.ask = b.row + ahead;
+        b.asks = known - ahead;
         hl_sfa_f32_d64_block_scalar(plan, w, t, &b, padded);
         *t->seen = 1.0f;
         b.row += b.n;
@@ -3193,14 +3203,14 @@ HL_WORD_NEON void hl_sfa_f32_d64_fetch_row_neon(const hl_row *row, int32_t value
     }
 }
 
-/* The whole block's keys, and its values where they are apart; meanwhile rows are asked for that
- * lie 8 further on, in this block or in the next. */
+/* The whole block's keys, and its values where they are apart; meanwhile later rows are asked
+ * for. */
 HL_KERNEL_NEON void hl_sfa_f32_d64_load_neon(const hl_space *w, const hl_block *b)
 {
     enum { DV = 64, KS = 64, VS = 64 };
     for (int32_t j = 0; j < b->n; ++j) {
-        if (j + 8 < b->n + b->n_later) {
-            hl_sfa_f32_d64_fetch_row_neon(&b->row[j + 8], b->value_apart);
+        if (j < b->asks) {
+            hl_sfa_f32_d64_fetch_row_neon(&b->ask[j], b->value_apart);
         }
         hl_sfa_f32_d64_load_key_neon(&b->row[j], w->k + (ptrdiff_t)j * KS);
         if (b->value_apart) {
@@ -3804,31 +3814,27 @@ HL_KERNEL_NEON void hl_sfa_f32_d64_dot_1x16_neon(const float *q, const hl_row *r
 HL_KERNEL_NEON void hl_sfa_f32_d64_score_few_neon(const hl_space *w, const hl_block *b,
                                                   int32_t group, float scale)
 {
-    enum { QS = 64, BLOCK = 64, AHEAD = 24 };
-    const int32_t known = b->n + b->n_later;
+    enum { QS = 64, BLOCK = 64 };
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
         for (int32_t j = 0; j < b->n; j += 4) {
-            const int32_t later = j + AHEAD;
             hl_sfa_f32_d64_dot_4x4_neon(w->q + (ptrdiff_t)h * QS, b->row + j, b->n - 1 - j, w->s + h
-                                        * BLOCK + j * 4, scale, h == 0 && later + 4 <= known
-                                        ? b->row + later : NULL, b->value_apart);
+                                        * BLOCK + j * 4, scale, h == 0 && j + 4 <= b->asks ? b->ask
+                                        + j : NULL, b->value_apart);
         }
     }
     for (; h + 2 <= group; h += 2) {
         for (int32_t j = 0; j < b->n; j += 8) {
-            const int32_t later = j + AHEAD;
             hl_sfa_f32_d64_dot_2x8_neon(w->q + (ptrdiff_t)h * QS, b->row + j, b->n - 1 - j, w->s + h
-                                        * BLOCK + j * 2, scale, h == 0 && later + 8 <= known
-                                        ? b->row + later : NULL, b->value_apart);
+                                        * BLOCK + j * 2, scale, h == 0 && j + 8 <= b->asks ? b->ask
+                                        + j : NULL, b->value_apart);
         }
     }
     for (; h + 1 <= group; h += 1) {
         for (int32_t j = 0; j < b->n; j += 16) {
-            const int32_t later = j + AHEAD;
             hl_sfa_f32_d64_dot_1x16_neon(w->q + (ptrdiff_t)h * QS, b->row + j, b->n - 1 - j, w->s
-                                         + h * BLOCK + j * 1, scale, h == 0 && later + 16 <= known
-                                         ? b->row + later : NULL, b->value_apart);
+                                         + h * BLOCK + j * 1, scale, h == 0 && j + 16 <= b->asks
+                                         ? b->ask + j : NULL, b->value_apart);
         }
     }
 }
@@ -4141,12 +4147,11 @@ HL_KERNEL_NEON void hl_sfa_f32_d64_value_neon(const hl_space *w, const hl_state 
 }
 
 /* 4 heads by 4 vectors of channels, read where they are stored.
- * Meanwhile lines of values 24 keys further on are asked for, as long as
- * j < later.
+ * Meanwhile lines of the values of `ask` are asked for, as long as j < later.
  */
 HL_KERNEL_NEON void hl_sfa_f32_d64_pr_4x4_neon(const float *p, const hl_row *row, int32_t c,
                                                float *o, const float *alpha, int32_t n,
-                                               int32_t later, int32_t apart)
+                                               const hl_row *ask, int32_t later, int32_t apart)
 {
     enum { L = 4, OS = 64 };
     hl_vf_neon o0_0 = hl_vzero_neon();
@@ -4169,7 +4174,7 @@ HL_KERNEL_NEON void hl_sfa_f32_d64_pr_4x4_neon(const float *p, const hl_row *row
         const float *const value = (const float *)row[j].value + c;
         if (j < later) {
             const float *const next =
-                (const float *)row[j + 24].value + c;
+                (const float *)ask[j].value + c;
             HL_FETCH(next + 0);
         }
         hl_vf_neon x;
@@ -4236,12 +4241,11 @@ HL_KERNEL_NEON void hl_sfa_f32_d64_pr_4x4_neon(const float *p, const hl_row *row
 }
 
 /* 2 heads by 8 vectors of channels, read where they are stored.
- * Meanwhile lines of values 24 keys further on are asked for, as long as
- * j < later.
+ * Meanwhile lines of the values of `ask` are asked for, as long as j < later.
  */
 HL_KERNEL_NEON void hl_sfa_f32_d64_pr_2x8_neon(const float *p, const hl_row *row, int32_t c,
                                                float *o, const float *alpha, int32_t n,
-                                               int32_t later, int32_t apart)
+                                               const hl_row *ask, int32_t later, int32_t apart)
 {
     enum { L = 4, OS = 64 };
     hl_vf_neon o0_0 = hl_vzero_neon();
@@ -4264,7 +4268,7 @@ HL_KERNEL_NEON void hl_sfa_f32_d64_pr_2x8_neon(const float *p, const hl_row *row
         const float *const value = (const float *)row[j].value + c;
         if (j < later) {
             const float *const next =
-                (const float *)row[j + 24].value + c;
+                (const float *)ask[j].value + c;
             HL_FETCH(next + 0);
             HL_FETCH(next + 16);
         }
@@ -4336,12 +4340,11 @@ HL_KERNEL_NEON void hl_sfa_f32_d64_pr_2x8_neon(const float *p, const hl_row *row
 }
 
 /* 1 head by 16 vectors of channels, read where they are stored.
- * Meanwhile lines of values 24 keys further on are asked for, as long as
- * j < later.
+ * Meanwhile lines of the values of `ask` are asked for, as long as j < later.
  */
 HL_KERNEL_NEON void hl_sfa_f32_d64_pr_1x16_neon(const float *p, const hl_row *row, int32_t c,
                                                 float *o, const float *alpha, int32_t n,
-                                                int32_t later, int32_t apart)
+                                                const hl_row *ask, int32_t later, int32_t apart)
 {
     enum { L = 4, OS = 64 };
     hl_vf_neon o0_0 = hl_vzero_neon();
@@ -4364,7 +4367,7 @@ HL_KERNEL_NEON void hl_sfa_f32_d64_pr_1x16_neon(const float *p, const hl_row *ro
         const float *const value = (const float *)row[j].value + c;
         if (j < later) {
             const float *const next =
-                (const float *)row[j + 24].value + c;
+                (const float *)ask[j].value + c;
             HL_FETCH(next + 16);
             HL_FETCH(next + 48);
             if (apart) {
@@ -4440,15 +4443,15 @@ HL_KERNEL_NEON void hl_sfa_f32_d64_value_few_neon(const hl_space *w, const hl_st
                                                   const hl_block *b, int32_t group)
 {
     enum { OS = 64, BLOCK = 64 };
-    const int32_t left = b->n + b->n_later - 24;
+    const int32_t left = b->asks < b->n ? b->asks : b->n;
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
         const int32_t later = h == 0 ? left : 0;
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 64; c += 16) {
-            hl_sfa_f32_d64_pr_4x4_neon(p, b->row, c, o + c, t->alpha + h, b->n, b->value_apart
-                                       ? later : 0, b->value_apart);
+            hl_sfa_f32_d64_pr_4x4_neon(p, b->row, c, o + c, t->alpha + h, b->n, b->ask,
+                                       b->value_apart ? later : 0, b->value_apart);
         }
     }
     for (; h + 2 <= group; h += 2) {
@@ -4456,7 +4459,7 @@ HL_KERNEL_NEON void hl_sfa_f32_d64_value_few_neon(const hl_space *w, const hl_st
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 64; c += 32) {
-            hl_sfa_f32_d64_pr_2x8_neon(p, b->row, c, o + c, t->alpha + h, b->n, later,
+            hl_sfa_f32_d64_pr_2x8_neon(p, b->row, c, o + c, t->alpha + h, b->n, b->ask, later,
                                        b->value_apart);
         }
     }
@@ -4465,7 +4468,7 @@ HL_KERNEL_NEON void hl_sfa_f32_d64_value_few_neon(const hl_space *w, const hl_st
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 64; c += 64) {
-            hl_sfa_f32_d64_pr_1x16_neon(p, b->row, c, o + c, t->alpha + h, b->n, later,
+            hl_sfa_f32_d64_pr_1x16_neon(p, b->row, c, o + c, t->alpha + h, b->n, b->ask, later,
                                         b->value_apart);
         }
     }
@@ -4672,6 +4675,7 @@ HL_KERNEL_NEON void hl_sfa_f32_d64_forward_neon(const hl_sparse_flash_attention_
     enum { CAP = 176, AHEAD = 24 };
     const hl_sparse_flash_attention_args *const a = &plan->args;
     const int32_t block = plan->group > 16 ? 64 : 64;
+    const int32_t ahead = plan->group > 16 ? 8 : 24;
     int32_t known = hl_sfa_f32_d64_next(a, g, &c, w->row, CAP);
     int32_t more = known == CAP;
     hl_block b;
@@ -4681,6 +4685,8 @@ HL_KERNEL_NEON void hl_sfa_f32_d64_forward_neon(const hl_sparse_flash_attention_
     while (known > 0) {
         b.n = known < block ? known : block;
         b.n_later = known - b.n;
+        b.ask = b.row + ahead;
+        b.asks = known - ahead;
         hl_sfa_f32_d64_block_neon(plan, w, t, &b, padded);
         *t->seen = 1.0f;
         b.row += b.n;
@@ -4835,14 +4841,14 @@ HL_WORD_AVX2 void hl_sfa_f32_d64_fetch_row_avx2(const hl_row *row, int32_t value
     }
 }
 
-/* The whole block's keys, and its values where they are apart; meanwhile rows are asked for that
- * lie 8 further on, in this block or in the next. */
+/* The whole block's keys, and its values where they are apart; meanwhile later rows are asked
+ * for. */
 HL_KERNEL_AVX2 void hl_sfa_f32_d64_load_avx2(const hl_space *w, const hl_block *b)
 {
     enum { DV = 64, KS = 64, VS = 64 };
     for (int32_t j = 0; j < b->n; ++j) {
-        if (j + 8 < b->n + b->n_later) {
-            hl_sfa_f32_d64_fetch_row_avx2(&b->row[j + 8], b->value_apart);
+        if (j < b->asks) {
+            hl_sfa_f32_d64_fetch_row_avx2(&b->ask[j], b->value_apart);
         }
         hl_sfa_f32_d64_load_key_avx2(&b->row[j], w->k + (ptrdiff_t)j * KS);
         if (b->value_apart) {
@@ -5356,31 +5362,27 @@ HL_KERNEL_AVX2 void hl_sfa_f32_d64_dot_1x8_avx2(const float *q, const hl_row *ro
 HL_KERNEL_AVX2 void hl_sfa_f32_d64_score_few_avx2(const hl_space *w, const hl_block *b,
                                                   int32_t group, float scale)
 {
-    enum { QS = 64, BLOCK = 48, AHEAD = 24 };
-    const int32_t known = b->n + b->n_later;
+    enum { QS = 64, BLOCK = 48 };
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
         for (int32_t j = 0; j < b->n; j += 2) {
-            const int32_t later = j + AHEAD;
             hl_sfa_f32_d64_dot_4x2_avx2(w->q + (ptrdiff_t)h * QS, b->row + j, b->n - 1 - j, w->s + h
-                                        * BLOCK + j * 4, scale, h == 0 && later + 2 <= known
-                                        ? b->row + later : NULL, b->value_apart);
+                                        * BLOCK + j * 4, scale, h == 0 && j + 2 <= b->asks ? b->ask
+                                        + j : NULL, b->value_apart);
         }
     }
     for (; h + 2 <= group; h += 2) {
         for (int32_t j = 0; j < b->n; j += 4) {
-            const int32_t later = j + AHEAD;
             hl_sfa_f32_d64_dot_2x4_avx2(w->q + (ptrdiff_t)h * QS, b->row + j, b->n - 1 - j, w->s + h
-                                        * BLOCK + j * 2, scale, h == 0 && later + 4 <= known
-                                        ? b->row + later : NULL, b->value_apart);
+                                        * BLOCK + j * 2, scale, h == 0 && j + 4 <= b->asks ? b->ask
+                                        + j : NULL, b->value_apart);
         }
     }
     for (; h + 1 <= group; h += 1) {
         for (int32_t j = 0; j < b->n; j += 8) {
-            const int32_t later = j + AHEAD;
             hl_sfa_f32_d64_dot_1x8_avx2(w->q + (ptrdiff_t)h * QS, b->row + j, b->n - 1 - j, w->s + h
-                                        * BLOCK + j * 1, scale, h == 0 && later + 8 <= known
-                                        ? b->row + later : NULL, b->value_apart);
+                                        * BLOCK + j * 1, scale, h == 0 && j + 8 <= b->asks ? b->ask
+                                        + j : NULL, b->value_apart);
         }
     }
 }
@@ -5695,12 +5697,11 @@ HL_KERNEL_AVX2 void hl_sfa_f32_d64_value_avx2(const hl_space *w, const hl_state 
 }
 
 /* 4 heads by 2 vectors of channels, read where they are stored.
- * Meanwhile lines of values 24 keys further on are asked for, as long as
- * j < later.
+ * Meanwhile lines of the values of `ask` are asked for, as long as j < later.
  */
 HL_KERNEL_AVX2 void hl_sfa_f32_d64_pr_4x2_avx2(const float *p, const hl_row *row, int32_t c,
                                                float *o, const float *alpha, int32_t n,
-                                               int32_t later, int32_t apart)
+                                               const hl_row *ask, int32_t later, int32_t apart)
 {
     enum { L = 8, OS = 64 };
     hl_vf_avx2 o0_0 = hl_vzero_avx2();
@@ -5715,7 +5716,7 @@ HL_KERNEL_AVX2 void hl_sfa_f32_d64_pr_4x2_avx2(const float *p, const hl_row *row
         const float *const value = (const float *)row[j].value + c;
         if (j < later) {
             const float *const next =
-                (const float *)row[j + 24].value + c;
+                (const float *)ask[j].value + c;
             HL_FETCH(next + 0);
         }
         hl_vf_avx2 x;
@@ -5755,12 +5756,11 @@ HL_KERNEL_AVX2 void hl_sfa_f32_d64_pr_4x2_avx2(const float *p, const hl_row *row
 }
 
 /* 2 heads by 4 vectors of channels, read where they are stored.
- * Meanwhile lines of values 24 keys further on are asked for, as long as
- * j < later.
+ * Meanwhile lines of the values of `ask` are asked for, as long as j < later.
  */
 HL_KERNEL_AVX2 void hl_sfa_f32_d64_pr_2x4_avx2(const float *p, const hl_row *row, int32_t c,
                                                float *o, const float *alpha, int32_t n,
-                                               int32_t later, int32_t apart)
+                                               const hl_row *ask, int32_t later, int32_t apart)
 {
     enum { L = 8, OS = 64 };
     hl_vf_avx2 o0_0 = hl_vzero_avx2();
@@ -5775,7 +5775,7 @@ HL_KERNEL_AVX2 void hl_sfa_f32_d64_pr_2x4_avx2(const float *p, const hl_row *row
         const float *const value = (const float *)row[j].value + c;
         if (j < later) {
             const float *const next =
-                (const float *)row[j + 24].value + c;
+                (const float *)ask[j].value + c;
             HL_FETCH(next + 0);
             HL_FETCH(next + 16);
         }
@@ -5817,12 +5817,11 @@ HL_KERNEL_AVX2 void hl_sfa_f32_d64_pr_2x4_avx2(const float *p, const hl_row *row
 }
 
 /* 1 head by 8 vectors of channels, read where they are stored.
- * Meanwhile lines of values 24 keys further on are asked for, as long as
- * j < later.
+ * Meanwhile lines of the values of `ask` are asked for, as long as j < later.
  */
 HL_KERNEL_AVX2 void hl_sfa_f32_d64_pr_1x8_avx2(const float *p, const hl_row *row, int32_t c,
                                                float *o, const float *alpha, int32_t n,
-                                               int32_t later, int32_t apart)
+                                               const hl_row *ask, int32_t later, int32_t apart)
 {
     enum { L = 8, OS = 64 };
     hl_vf_avx2 o0_0 = hl_vzero_avx2();
@@ -5837,7 +5836,7 @@ HL_KERNEL_AVX2 void hl_sfa_f32_d64_pr_1x8_avx2(const float *p, const hl_row *row
         const float *const value = (const float *)row[j].value + c;
         if (j < later) {
             const float *const next =
-                (const float *)row[j + 24].value + c;
+                (const float *)ask[j].value + c;
             HL_FETCH(next + 16);
             HL_FETCH(next + 48);
             if (apart) {
@@ -5885,15 +5884,15 @@ HL_KERNEL_AVX2 void hl_sfa_f32_d64_value_few_avx2(const hl_space *w, const hl_st
                                                   const hl_block *b, int32_t group)
 {
     enum { OS = 64, BLOCK = 48 };
-    const int32_t left = b->n + b->n_later - 24;
+    const int32_t left = b->asks < b->n ? b->asks : b->n;
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
         const int32_t later = h == 0 ? left : 0;
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 64; c += 16) {
-            hl_sfa_f32_d64_pr_4x2_avx2(p, b->row, c, o + c, t->alpha + h, b->n, b->value_apart
-                                       ? later : 0, b->value_apart);
+            hl_sfa_f32_d64_pr_4x2_avx2(p, b->row, c, o + c, t->alpha + h, b->n, b->ask,
+                                       b->value_apart ? later : 0, b->value_apart);
         }
     }
     for (; h + 2 <= group; h += 2) {
@@ -5901,7 +5900,7 @@ HL_KERNEL_AVX2 void hl_sfa_f32_d64_value_few_avx2(const hl_space *w, const hl_st
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 64; c += 32) {
-            hl_sfa_f32_d64_pr_2x4_avx2(p, b->row, c, o + c, t->alpha + h, b->n, later,
+            hl_sfa_f32_d64_pr_2x4_avx2(p, b->row, c, o + c, t->alpha + h, b->n, b->ask, later,
                                        b->value_apart);
         }
     }
@@ -5910,7 +5909,7 @@ HL_KERNEL_AVX2 void hl_sfa_f32_d64_value_few_avx2(const hl_space *w, const hl_st
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 64; c += 64) {
-            hl_sfa_f32_d64_pr_1x8_avx2(p, b->row, c, o + c, t->alpha + h, b->n, later,
+            hl_sfa_f32_d64_pr_1x8_avx2(p, b->row, c, o + c, t->alpha + h, b->n, b->ask, later,
                                        b->value_apart);
         }
     }
@@ -6117,6 +6116,7 @@ HL_KERNEL_AVX2 void hl_sfa_f32_d64_forward_avx2(const hl_sparse_flash_attention_
     enum { CAP = 192, AHEAD = 24 };
     const hl_sparse_flash_attention_args *const a = &plan->args;
     const int32_t block = plan->group > 16 ? 96 : 48;
+    const int32_t ahead = plan->group > 16 ? 8 : 24;
     int32_t known = hl_sfa_f32_d64_next(a, g, &c, w->row, CAP);
     int32_t more = known == CAP;
     hl_block b;
@@ -6126,6 +6126,8 @@ HL_KERNEL_AVX2 void hl_sfa_f32_d64_forward_avx2(const hl_sparse_flash_attention_
     while (known > 0) {
         b.n = known < block ? known : block;
         b.n_later = known - b.n;
+        b.ask = b.row + ahead;
+        b.asks = known - ahead;
         hl_sfa_f32_d64_block_avx2(plan, w, t, &b, padded);
         *t->seen = 1.0f;
         b.row += b.n;
@@ -6282,14 +6284,14 @@ HL_WORD_AVX512 void hl_sfa_f32_d64_fetch_row_avx512(const hl_row *row, int32_t v
     }
 }
 
-/* The whole block's keys, and its values where they are apart; meanwhile rows are asked for that
- * lie 8 further on, in this block or in the next. */
+/* The whole block's keys, and its values where they are apart; meanwhile later rows are asked
+ * for. */
 HL_KERNEL_AVX512 void hl_sfa_f32_d64_load_avx512(const hl_space *w, const hl_block *b)
 {
     enum { DV = 64, KS = 64, VS = 64 };
     for (int32_t j = 0; j < b->n; ++j) {
-        if (j + 8 < b->n + b->n_later) {
-            hl_sfa_f32_d64_fetch_row_avx512(&b->row[j + 8], b->value_apart);
+        if (j < b->asks) {
+            hl_sfa_f32_d64_fetch_row_avx512(&b->ask[j], b->value_apart);
         }
         hl_sfa_f32_d64_load_key_avx512(&b->row[j], w->k + (ptrdiff_t)j * KS);
         if (b->value_apart) {
@@ -7084,31 +7086,27 @@ HL_KERNEL_AVX512 void hl_sfa_f32_d64_dot_1x16_avx512(const float *q, const hl_ro
 HL_KERNEL_AVX512 void hl_sfa_f32_d64_score_few_avx512(const hl_space *w, const hl_block *b,
     int32_t group, float scale)
 {
-    enum { QS = 64, BLOCK = 96, AHEAD = 24 };
-    const int32_t known = b->n + b->n_later;
+    enum { QS = 64, BLOCK = 96 };
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
         for (int32_t j = 0; j < b->n; j += 4) {
-            const int32_t later = j + AHEAD;
             hl_sfa_f32_d64_dot_4x4_avx512(w->q + (ptrdiff_t)h * QS, b->row + j, b->n - 1 - j, w->s
-                                          + h * BLOCK + j * 4, scale, h == 0 && later + 4 <= known
-                                          ? b->row + later : NULL, b->value_apart);
+                                          + h * BLOCK + j * 4, scale, h == 0 && j + 4 <= b->asks
+                                          ? b->ask + j : NULL, b->value_apart);
         }
     }
     for (; h + 2 <= group; h += 2) {
         for (int32_t j = 0; j < b->n; j += 8) {
-            const int32_t later = j + AHEAD;
             hl_sfa_f32_d64_dot_2x8_avx512(w->q + (ptrdiff_t)h * QS, b->row + j, b->n - 1 - j, w->s
-                                          + h * BLOCK + j * 2, scale, h == 0 && later + 8 <= known
-                                          ? b->row + later : NULL, b->value_apart);
+                                          + h * BLOCK + j * 2, scale, h == 0 && j + 8 <= b->asks
+                                          ? b->ask + j : NULL, b->value_apart);
         }
     }
     for (; h + 1 <= group; h += 1) {
         for (int32_t j = 0; j < b->n; j += 16) {
-            const int32_t later = j + AHEAD;
             hl_sfa_f32_d64_dot_1x16_avx512(w->q + (ptrdiff_t)h * QS, b->row + j, b->n - 1 - j, w->s
-                                           + h * BLOCK + j * 1, scale, h == 0 && later + 16 <= known
-                                           ? b->row + later : NULL, b->value_apart);
+                                           + h * BLOCK + j * 1, scale, h == 0 && j + 16 <= b->asks
+                                           ? b->ask + j : NULL, b->value_apart);
         }
     }
 }
@@ -7853,12 +7851,11 @@ HL_KERNEL_AVX512 void hl_sfa_f32_d64_value_avx512(const hl_space *w, const hl_st
 }
 
 /* 4 heads by 4 vectors of channels, read where they are stored.
- * Meanwhile lines of values 24 keys further on are asked for, as long as
- * j < later.
+ * Meanwhile lines of the values of `ask` are asked for, as long as j < later.
  */
 HL_KERNEL_AVX512 void hl_sfa_f32_d64_pr_4x4_avx512(const float *p, const hl_row *row, int32_t c,
                                                    float *o, const float *alpha, int32_t n,
-                                                   int32_t later, int32_t apart)
+                                                   const hl_row *ask, int32_t later, int32_t apart)
 {
     enum { L = 16, OS = 64 };
     hl_vf_avx512 o0_0 = hl_vzero_avx512();
@@ -7881,7 +7878,7 @@ HL_KERNEL_AVX512 void hl_sfa_f32_d64_pr_4x4_avx512(const float *p, const hl_row 
         const float *const value = (const float *)row[j].value + c;
         if (j < later) {
             const float *const next =
-                (const float *)row[j + 24].value + c;
+                (const float *)ask[j].value + c;
             HL_FETCH(next + 0);
             HL_FETCH(next + 16);
             HL_FETCH(next + 32);
@@ -7967,12 +7964,11 @@ HL_KERNEL_AVX512 void hl_sfa_f32_d64_pr_4x4_avx512(const float *p, const hl_row 
 }
 
 /* 2 heads by 4 vectors of channels, read where they are stored.
- * Meanwhile lines of values 24 keys further on are asked for, as long as
- * j < later.
+ * Meanwhile lines of the values of `ask` are asked for, as long as j < later.
  */
 HL_KERNEL_AVX512 void hl_sfa_f32_d64_pr_2x4_avx512(const float *p, const hl_row *row, int32_t c,
                                                    float *o, const float *alpha, int32_t n,
-                                                   int32_t later, int32_t apart)
+                                                   const hl_row *ask, int32_t later, int32_t apart)
 {
     enum { L = 16, OS = 64 };
     hl_vf_avx512 o0_0 = hl_vzero_avx512();
@@ -7987,7 +7983,7 @@ HL_KERNEL_AVX512 void hl_sfa_f32_d64_pr_2x4_avx512(const float *p, const hl_row 
         const float *const value = (const float *)row[j].value + c;
         if (j < later) {
             const float *const next =
-                (const float *)row[j + 24].value + c;
+                (const float *)ask[j].value + c;
             HL_FETCH(next + 0);
             HL_FETCH(next + 16);
             HL_FETCH(next + 32);
@@ -8039,12 +8035,11 @@ HL_KERNEL_AVX512 void hl_sfa_f32_d64_pr_2x4_avx512(const float *p, const hl_row 
 }
 
 /* 1 head by 4 vectors of channels, read where they are stored.
- * Meanwhile lines of values 24 keys further on are asked for, as long as
- * j < later.
+ * Meanwhile lines of the values of `ask` are asked for, as long as j < later.
  */
 HL_KERNEL_AVX512 void hl_sfa_f32_d64_pr_1x4_avx512(const float *p, const hl_row *row, int32_t c,
                                                    float *o, const float *alpha, int32_t n,
-                                                   int32_t later, int32_t apart)
+                                                   const hl_row *ask, int32_t later, int32_t apart)
 {
     enum { L = 16, OS = 64 };
     hl_vf_avx512 o0_0 = hl_vzero_avx512();
@@ -8055,7 +8050,7 @@ HL_KERNEL_AVX512 void hl_sfa_f32_d64_pr_1x4_avx512(const float *p, const hl_row 
         const float *const value = (const float *)row[j].value + c;
         if (j < later) {
             const float *const next =
-                (const float *)row[j + 24].value + c;
+                (const float *)ask[j].value + c;
             HL_FETCH(next + 16);
             HL_FETCH(next + 48);
             if (apart) {
@@ -8093,15 +8088,15 @@ HL_KERNEL_AVX512 void hl_sfa_f32_d64_value_few_avx512(const hl_space *w, const h
     const hl_block *b, int32_t group)
 {
     enum { OS = 64, BLOCK = 96 };
-    const int32_t left = b->n + b->n_later - 24;
+    const int32_t left = b->asks < b->n ? b->asks : b->n;
     int32_t h = 0;
     for (; h + 4 <= group; h += 4) {
         const int32_t later = h == 0 ? left : 0;
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 64; c += 64) {
-            hl_sfa_f32_d64_pr_4x4_avx512(p, b->row, c, o + c, t->alpha + h, b->n, b->value_apart
-                                         ? later : 0, b->value_apart);
+            hl_sfa_f32_d64_pr_4x4_avx512(p, b->row, c, o + c, t->alpha + h, b->n, b->ask,
+                                         b->value_apart ? later : 0, b->value_apart);
         }
     }
     for (; h + 2 <= group; h += 2) {
@@ -8109,7 +8104,7 @@ HL_KERNEL_AVX512 void hl_sfa_f32_d64_value_few_avx512(const hl_space *w, const h
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 64; c += 64) {
-            hl_sfa_f32_d64_pr_2x4_avx512(p, b->row, c, o + c, t->alpha + h, b->n, later,
+            hl_sfa_f32_d64_pr_2x4_avx512(p, b->row, c, o + c, t->alpha + h, b->n, b->ask, later,
                                          b->value_apart);
         }
     }
@@ -8118,7 +8113,7 @@ HL_KERNEL_AVX512 void hl_sfa_f32_d64_value_few_avx512(const hl_space *w, const h
         const float *const p = w->s + h * BLOCK;
         float *const o = t->o + (ptrdiff_t)h * OS;
         for (int32_t c = 0; c < 64; c += 64) {
-            hl_sfa_f32_d64_pr_1x4_avx512(p, b->row, c, o + c, t->alpha + h, b->n, later,
+            hl_sfa_f32_d64_pr_1x4_avx512(p, b->row, c, o + c, t->alpha + h, b->n, b->ask, later,
                                          b->value_apart);
         }
     }
@@ -8325,6 +8320,7 @@ HL_KERNEL_AVX512 void hl_sfa_f32_d64_forward_avx512(const hl_sparse_flash_attent
     enum { CAP = 240, AHEAD = 24 };
     const hl_sparse_flash_attention_args *const a = &plan->args;
     const int32_t block = plan->group > 32 ? 96 : plan->group <= 3 ? 80 : 96;
+    const int32_t ahead = plan->group > 32 ? 8 : 24;
     int32_t known = hl_sfa_f32_d64_next(a, g, &c, w->row, CAP);
     int32_t more = known == CAP;
     hl_block b;
@@ -8334,6 +8330,8 @@ HL_KERNEL_AVX512 void hl_sfa_f32_d64_forward_avx512(const hl_sparse_flash_attent
     while (known > 0) {
         b.n = known < block ? known : block;
         b.n_later = known - b.n;
+        b.ask = b.row + ahead;
+        b.asks = known - ahead;
         hl_sfa_f32_d64_block_avx512(plan, w, t, &b, padded);
         *t->seen = 1.0f;
         b.row += b.n;

@@ -362,14 +362,29 @@ def check_out(
     a: Args, got: np.ndarray, want: Output, dtype: np.dtype, isa: str, strict: bool
 ) -> None:
     """attention_out of one call against the error rule and against the bound of each element."""
-    got, exact = got.astype(np.float64), want.out
+    size = sizes(a)
+    bound = bound_of(a, want.out, dtype, isa, size)
+    check_errors(got, want.out, plain(a), size, bound, dtype, strict)
+
+
+def check_errors(
+    got: np.ndarray,
+    exact: np.ndarray,
+    reference: np.ndarray,
+    size: Sizes,
+    bound: np.ndarray,
+    dtype: np.dtype,
+    strict: bool,
+) -> None:
+    """An output against the error rule, with what the plain implementation got as reference, and
+    against the bound of each element."""
+    got = got.astype(np.float64)
     assert (np.isnan(got) == np.isnan(exact)).all(), "NaN where the oracle has none, or none there"
     bad = np.isnan(exact)
     error = np.where(bad, 0.0, abs(got - exact))
-    reference = np.where(bad, 0.0, abs(plain(a).astype(np.float64) - exact))
+    reference = np.where(bad, 0.0, abs(reference.astype(np.float64) - exact))
     if not error.size:
         return
-    size = sizes(a)
     slack = absolute_slack(exact, dtype)
     if not strict:  # with few elements the plain implementation may be exact by luck: allow four
         # roundings of a score of that size, to which every float32 implementation is exposed
@@ -380,7 +395,7 @@ def check_out(
     assert error.mean() <= 1.5 * reference.mean() + slack, (
         f"mean error {error.mean():.3g}, the plain implementation's {reference.mean():.3g}"
     )
-    worst = np.nanmax(np.where(bad, 0.0, error / bound_of(a, exact, dtype, isa, size)))
+    worst = np.nanmax(np.where(bad, 0.0, error / bound))
     assert worst <= 1.0, f"an element's error is {worst:.3g} times its bound"
 
 
@@ -412,10 +427,22 @@ def bound_of(
     size = size or sizes(a)
     channels = a.query.shape[-1] + (0 if a.query_rope is None else a.query_rope.shape[-1])
     heads = (len(size.keys), a.heads_q, 1)
-    delta = (channels + 8) * 2.0**-24 * size.score.reshape(heads)
-    gamma = (2 * size.keys.reshape(heads) + 64) * 2.0**-24
-    bound = (4 * delta + gamma) * np.exp(np.minimum(4 * delta, 50.0)) * size.value
-    bound = (bound + tile_error(a, isa, size)).reshape(exact.shape)
+    by_head = dataclasses.replace(
+        size, score=size.score.reshape(heads), keys=size.keys.reshape(heads)
+    )
+    bound = float32_error(by_head, channels) + tile_error(a, isa, size)
+    return rounded_bound(bound.reshape(exact.shape), exact, dtype, size)
+
+
+def float32_error(size: Sizes, channels: int) -> np.ndarray:
+    """The part of bound_of that float32 brings, for sizes that fit to each other."""
+    delta = (channels + 8) * 2.0**-24 * size.score
+    gamma = (2 * size.keys + 64) * 2.0**-24
+    return (4 * delta + gamma) * np.exp(np.minimum(4 * delta, 50.0)) * size.value
+
+
+def rounded_bound(bound: np.ndarray, exact: np.ndarray, dtype: np.dtype, size: Sizes) -> np.ndarray:
+    """And with the rounding to the output's type."""
     return (
         bound
         + last_place(dtype) * (abs(exact) + bound)
@@ -428,7 +455,11 @@ def check_stats(a: Args, got: dict[str, np.ndarray], want: Output, isa: str) -> 
     """max, sum and lse within 1e-5 relative and 16 * 2^-24 of the score's size; float16 on tiles:
     and what scores leave out there. (That is more than docs/numerics.md promises:
     tests/test_amx.py::test_float16_statistics_keep_the_limit_of_all_others.)"""
-    size = by_kv_head(sizes(a).score, a)
+    check_statistics(got, want, by_kv_head(sizes(a).score, a))
+
+
+def check_statistics(got: dict[str, np.ndarray], want: Output, size: np.ndarray) -> None:
+    """The same for scores of the given sizes, one each."""
     for name in ("max", "sum", "lse"):
         if got.get(f"softmax_{name}") is None:
             continue
@@ -459,6 +490,6 @@ def check(a: Args, got: dict[str, np.ndarray], isa: str, strict: bool = False) -
 def same_bits(x: np.ndarray, y: np.ndarray) -> bool:
     """Equal in every bit; all NaNs count as one."""
     x, y = np.asarray(x), np.asarray(y)
-    bits = {2: np.uint16, 4: np.uint32, 8: np.uint64}[x.itemsize]
+    bits = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}[x.itemsize]
     both_nan = np.isnan(x.astype(np.float64)) & np.isnan(y.astype(np.float64))
     return x.shape == y.shape and bool(((x.view(bits) == y.view(bits)) | both_nan).all())

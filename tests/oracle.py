@@ -257,18 +257,25 @@ def attend(r: Row, a: Args) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndar
     """out, max, sum and lse of one row, in float64."""
     q, k, v = (x.astype(np.float64) for x in (r.q, r.k, r.v))
     s = np.float64(np.float32(a.scale_value)) * (q @ k.T)
-    sink = np.full(len(q), -np.inf) if r.sinks is None else r.sinks.astype(np.float64)
-    m = np.maximum(s.max(axis=1, initial=-np.inf), sink)
-    empty = m == -np.inf if s.shape[1] == 0 else np.zeros(len(q), bool)
-    m = np.where(empty, 0.0, m)
-    p = np.exp(s - m[:, None])
-    total = p.sum(axis=1) + np.where(sink == m, 1.0, np.exp(sink - m))
-    out = p @ v / np.where(empty, 1.0, total)[:, None]
-    lse = m + np.log(total)
+    out, m, total, lse = weigh(s, v, r.sinks)
     if a.index_kind == SLOTS:  # a slot list's lse leaves the sink out
         top = s.max(axis=1, initial=-np.inf)
         lse = top + np.log(np.exp(s - top[:, None]).sum(axis=1))
     return out, m, total, lse
+
+
+def weigh(
+    s: np.ndarray, v: np.ndarray, sinks: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """out, max, sum and lse of heads with scores s [G][n] over the values v [n][DV]."""
+    sink = np.full(len(s), -np.inf) if sinks is None else sinks.astype(np.float64)
+    m = np.maximum(s.max(axis=1, initial=-np.inf), sink)
+    empty = m == -np.inf if s.shape[1] == 0 else np.zeros(len(s), bool)
+    m = np.where(empty, 0.0, m)
+    p = np.exp(s - m[:, None])
+    total = p.sum(axis=1) + np.where(sink == m, 1.0, np.exp(sink - m))
+    out = p @ v / np.where(empty, 1.0, total)[:, None]
+    return out, m, total, m + np.log(total)
 
 
 def matmul_in_order(x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -281,11 +288,20 @@ def attend_plain(r: Row, a: Args) -> np.ndarray:
     P rounded to the type before it meets V, the result rounded to the type."""
     dtype = r.q.dtype
     q, k, v = (x.astype(np.float32) for x in (r.q, r.k, r.v))
-    sink = np.full(len(q), -np.inf, np.float32) if r.sinks is None else r.sinks
-    if len(k) == 0 or np.isposinf(sink).any():
+    if len(k) == 0:
         return attend(r, a)[0].astype(dtype)
     matmul = matmul_in_order if dtype == np.float32 else np.matmul
-    s = np.float32(a.scale_value) * matmul(q, k.T)
+    return weigh_plain(np.float32(a.scale_value) * matmul(q, k.T), v, r.sinks, dtype)
+
+
+def weigh_plain(
+    s: np.ndarray, v: np.ndarray, sinks: np.ndarray | None, dtype: np.dtype
+) -> np.ndarray:
+    """out from float32 scores and values, with P and the result rounded to the type."""
+    sink = np.full(len(s), -np.inf, np.float32) if sinks is None else sinks
+    if np.isposinf(sink).any():
+        return weigh(s.astype(np.float64), v.astype(np.float64), sinks)[0].astype(dtype)
+    matmul = matmul_in_order if dtype == np.float32 else np.matmul
     m = np.maximum(s.max(axis=1), sink)
     p = np.exp(s - m[:, None])
     p = (p / (p.sum(axis=1) + np.exp(sink - m))[:, None]).astype(dtype)

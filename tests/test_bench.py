@@ -18,9 +18,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "bench"))
 
 import cases  # noqa: E402
+import decode  # noqa: E402
 import measure as m  # noqa: E402
 import peers  # noqa: E402
-from peers import install  # noqa: E402
+import tensors  # noqa: E402
+from peers import base, install  # noqa: E402
 
 FIELDS = {
     "kernel": str,
@@ -36,6 +38,8 @@ FIELDS = {
     "cache_keys": int,
     "kv_format": str,
     "selection": str,
+    "batch": int,
+    "layout": str,
     "warm": bool,
     "ms": float,
     "spread": float,
@@ -202,10 +206,10 @@ def test_the_limit_is_that_of_the_unit_that_computes():
 
 
 def test_work_of_a_shape():
-    dense = m.Shape(8, 2, 100, 100, value=True)
+    dense = tensors.Shape(8, 2, 100, 100, value=True)
     assert dense.flops(6, 4) == 2 * 8 * 10 * 100
     assert dense.bytes(6, 4, 2) == 2 * 100 * 10 * 2
-    causal = m.Shape(1, 1, 5, 5, "causal", rows=3)
+    causal = tensors.Shape(1, 1, 5, 5, "causal", rows=3)
     assert causal.seen() == 3 + 4 + 5
     assert causal.bytes(6, 4, 2) == 5 * 6 * 2
 
@@ -213,7 +217,7 @@ def test_work_of_a_shape():
 def test_the_reference_is_attention():
     rng = np.random.default_rng(1)
     q, k, v = (rng.standard_normal(shape) for shape in ((2, 3, 4), (5, 4), (5, 2)))
-    out = m.exact(q, k, v, 0.5, causal=True)
+    out = tensors.exact(q, k, v, 0.5, causal=True)
     for row in range(2):
         seen = 5 - 2 + row + 1
         for head in range(3):
@@ -254,7 +258,159 @@ def test_no_chain_of_the_peak_loop_is_merged_or_folded():
         assert chains and chains % 12 == 0, register
 
 
+# ---- the decode operator ------------------------------------------------------------------------
+
+
+def described(name):
+    return m.described(Path(decode.PREFIX + name)).kernels[0]
+
+
+def of_cache(name, shape):
+    """A kernel, its tensors, and its cache's keys as the layout has them."""
+    kernel = described(name)
+    t = decode.tensors(kernel, shape)
+    return kernel, t, t.key_held
+
+
+def test_a_decode_kernel_is_described_by_its_name_where_it_is_not_shipped():
+    kernel = described("bf16_i4_32_d96")
+    assert (kernel.dtype, kernel.kv, kernel.dk, kernel.decodes) == ("bf16", "i4_32", 96, True)
+    assert cases.short(kernel.name) == "decode_bf16_i4_32_d96"
+    assert cases.shapes_of(kernel, quick=False) == [decode.gqa(4096), decode.gqa(16384)]
+
+
+def test_every_decode_shape_is_of_a_kernel_and_every_promise_of_a_shape():
+    for name, shapes in decode.SHAPES.items():
+        assert described(name).name == decode.PREFIX + name
+        assert len(set(shapes)) == len(shapes)
+        assert len({shape.title for shape in shapes}) == len(shapes)
+    for name, shape, _ in decode.PROMISED:
+        assert shape in decode.SHAPES[name]
+
+
+def test_quick_runs_measure_what_is_shipped_and_others_more():
+    shipped = {header.name for header in spec.load_catalogue()}
+    assert {header.name for header in cases.headers(quick=True)} == shipped
+    every = [header.name for header in cases.headers(quick=False)]
+    assert len(set(every)) == len(every)
+    assert set(every) == shipped | {decode.PREFIX + name for name in decode.SHAPES}
+
+
+def test_decode_targets():
+    def target(name, shape, isa, best):
+        return cases.Case(Path(decode.PREFIX + name), shape, isa, best).target
+
+    assert target("bf16_d128", decode.gqa(4096), "avx512", True) == cases.Target("read", 0.48)
+    assert target("bf16_d128", decode.gqa(4096), "avx2", False) is None
+    assert target("bf16_i8_d128", decode.gqa(4096, "BNSD"), "amx", True).share == 0.70
+    assert target(decode.F32, decode.SMALL, "avx2", True) == cases.Target("read", 0.65)
+    assert target(decode.F32, decode.SMALL, "avx2", False) is None
+
+
+def test_work_of_a_batch():
+    shape = tensors.Shape(8, 2, 100, 100, value=True, batch=3)
+    assert shape.flops(6, 4) == 3 * 2 * 8 * 10 * 100
+    assert decode.cache_bytes(described("bf16_d6x4"), shape) == 3 * 2 * 100 * (6 + 4) * 2
+    assert decode.cache_bytes(described("bf16_bf16xi8_d6x4"), shape) == 600 * (6 * 2 + 4)
+    row = 64 // 2 + 2 * 2  # two groups of 32 in float16
+    assert decode.cache_bytes(described("f16_i4_32_d64"), shape) == 600 * 2 * row
+    latent = tensors.Shape(8, 1, 100, 100)  # values are part of the keys
+    assert decode.cache_bytes(described("bf16_d6x4"), latent) == 100 * 6 * 2
+
+
+@pytest.mark.parametrize(
+    ("name", "step"),
+    [("bf16_i8_d64", 1 / 200), ("bf16_e4m3_d64", 1 / 15), ("bf16_i4_32_d64", 1 / 12)],
+)
+def test_a_cache_of_codes_stands_for_nearly_what_was_stored(name, step):
+    shape = tensors.Shape(4, 2, 96, 96, value=True)
+    kernel, _, held = of_cache(name, shape)
+    stored = tensors.normal_once("key", 96, 2, kernel.dk, np.float32)
+    assert held.rows.shape == (96, 2, kernel.stored_key.width(kernel.dk))
+    assert np.abs(held.numbers - stored).max() < step * np.abs(stored).max()
+
+
+def test_int4_lies_low_nibble_first_with_its_scales_behind():
+    _, _, held = of_cache("bf16_i4_32_d64", tensors.Shape(4, 2, 96, 96, value=True))
+    row = held.rows[5, 1]
+    codes = np.stack([row[:32] & 15, row[:32] >> 4], axis=-1).reshape(-1).astype(int)
+    codes = np.where(codes > 7, codes - 16, codes)
+    scale = row[32:].view(np.float16).astype(np.float32)
+    np.testing.assert_array_equal(held.numbers[5, 1], codes * np.repeat(scale, 32))
+
+
+@pytest.mark.parametrize(
+    ("layout", "block"), [("BSND", 0), ("BNSD", 0), ("PA_BSND", 16), ("PA_BNSD", 16)]
+)
+def test_every_layout_holds_every_row_in_its_place(layout, block):
+    shape = tensors.Shape(4, 2, 48, 48, value=True, batch=3, layout=layout, block=block)
+    kernel, t, held = of_cache("bf16_d64", shape)
+    fields = decode.fields(
+        shape,
+        t,
+        dict.fromkeys((f"HL_LAYOUT_{name}" for name in ("BSND", "BNSD", "PA_BSND", "PA_BNSD")), 0),
+    )
+    for b, j, n in ((0, 0, 0), (1, 47, 1), (2, 17, 0)):
+        at = {"BSND": (b, j, n), "BNSD": (b, n, j)}.get(layout)
+        sizes = (3, 48, 2) if layout == "BSND" else (3, 2, 48)
+        if block:
+            page = fields["block_table"][b, j // 16]
+            at = (page, j % 16, n) if layout == "PA_BSND" else (page, n, j % 16)
+            sizes = (9, 16, 2) if layout == "PA_BSND" else (9, 2, 16)
+        there = t.key.reshape(*sizes, kernel.dk)[at]
+        np.testing.assert_array_equal(there, held.rows[b * 48 + j, n])
+
+
+def test_a_call_of_a_cache_of_codes_has_both_sides_scales():
+    shape = tensors.Shape(4, 2, 48, 48, value=True)
+    constants = {"HL_LAYOUT_BSND": 0, "HL_ANTIQUANT_CHANNEL": 3, "HL_ANTIQUANT_TENSOR": 4}
+
+    def fields(name):
+        _, t, _ = of_cache(name, shape)
+        return t, decode.fields(shape, t, constants)
+
+    t, made = fields("bf16_i8_d64")
+    assert made["antiquant_mode"] == 3 and made["antiquant_scale"].shape == (2 * 2 * 64,)
+    np.testing.assert_array_equal(made["antiquant_scale"][128:], t.value_held.scale.reshape(-1))
+    assert fields("bf16_e4m3_d64")[1]["antiquant_scale"].shape == (2,)
+    assert fields("bf16_bf16xi8_d64")[1]["antiquant_scale"].shape == (2 * 64,)
+    assert "antiquant_scale" not in fields("bf16_i4_32_d64")[1]
+
+
 # ---- peers --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("rows", "batch"), [(1, 1), (3, 1), (1, 2), (3, 2)])
+def test_peers_are_given_the_same_problem_in_parts(rows, batch):
+    shape = tensors.Shape(
+        8, 2, 48, 48, "causal" if rows > 1 else "dense", rows, value=True, batch=batch
+    )
+    kernel = described("f32_d16")
+    made = []
+    for part, t in peers.parts_of(shape, decode.tensors(kernel, shape)):
+        assert (part.rows, part.batch, part.heads) == (1, 1, 8 * rows)
+        group = part.heads // part.kv_heads
+        hidden = base.mask(t, np.float64)
+        out = np.empty((1, part.heads, 16))
+        for h in range(part.heads):
+            k, v = (x[:, h // group].astype(np.float64) for x in (t.key, t.value))
+            s = t.scale * (k @ t.query[0, h]) + (0 if hidden is None else hidden[h % group])
+            p = np.exp(s - s.max())
+            out[0, h] = p @ v / p.sum()
+        made.append(base.Prepared(lambda first, count: None, lambda out=out: out))
+    got = peers.joined(made, shape).out()
+    np.testing.assert_allclose(got, decode.reference(kernel, shape), rtol=1e-6, atol=1e-9)
+
+
+def test_a_library_is_looked_for_by_linking(tmp_path):
+    assert install.links("stdio.h", "m")
+    assert not install.links("stdio.h", "no_such_library_here")
+    assert not install.links("no_such_header.h", "m")
+
+
+def test_a_python_that_is_not_there_is_a_reason():
+    good, why = install.run("/no/such/python", "-c", "")
+    assert not good and "/no/such/python" in why
 
 
 def test_every_peer_says_what_it_lacks():

@@ -43,7 +43,7 @@ REFUSED_RECORDS = {
     "name in capitals": (own(name="I8"), ["'I8'", "C identifier"]),
     "name ends in an underscore": (own(name="i8_"), ["underscore too many"]),
     "name of a shipped record": (own(name="fp8_656"), ["there already", "another name"]),
-    "name of a cache of codes": (own(name="i8_token"), ["there already"]),
+    "name of a cache of codes": (own(name="i4_32"), ["there already"]),
     "name of a type": (own(name="bf16"), ["there already"]),
     "name of codes": (own(name="e4m3"), ["there already"]),
     "name that starts with d": (own(name="data"), ["starts a word", "another name"]),
@@ -128,7 +128,7 @@ REFUSED = {
     "no kv": ({"op": ANTIQUANT, "dtype": "bf16"}, ["kv is missing", "add kv = "]),
     "unknown kv": ({**PLAIN, "kv": "i8_665"}, ["'i8_665'", "did you mean 'i8_656'"]),
     "kv of plain numbers": ({**PLAIN, "kv": "bf16"}, ["kv = 'bf16'"]),
-    "scales in tensors of their own": ({**PLAIN, "kv": "i8_channel"}, ["tensors of their own"]),
+    "scales in tensors of their own": ({**PLAIN, "kv": "i8"}, ["tensors of their own"]),
     "a record for the plain operator": (
         {"op": "sparse_flash_attention", "dtype": "bf16", "dk": 512, "kv": "i8_656"},
         ["quantised cache", f'"{ANTIQUANT}"'],

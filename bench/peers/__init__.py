@@ -8,13 +8,16 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import cases
+import decode
 import measure as m
 import numpy as np
 from cases import MLA, SMALL, Shape, mla
 from side import Bench
 from tables import Table, ms, number, percent
+from tensors import Tensors
 
 from peers.base import MissingError, Peer, Prepared
 from peers.ggml_flash import Ggml
@@ -28,12 +31,18 @@ VENV = m.ROOT / "build" / "peers-venv"
 PEERS: tuple[type[Peer], ...] = (Torch, OpenVino, OnnxRuntime, Ggml, OneDnn, OpenBlas)
 ROUNDS, SECONDS = 15, 12.0
 
+SPARSE = "hl_sparse_flash_attention_"
 HEADERS = (
-    (MLA, [*(mla(n, *dense) for n in (128, 16) for dense in cases.DENSE),
+    (SPARSE + MLA, [*(mla(n, *dense) for n in (128, 16) for dense in cases.DENSE),
            *(mla(n, "list", 2048, 32768) for n in (128, 16)), mla(1, "dense", 8192),
            mla(1, "list", 2048, 32768)]),
-    ("f16_d512_rope64", [mla(128, "dense", 8192)]),
-    ("f32_d64", [SMALL, Shape(32, 8, 4096, 4096, value=True)]),
+    (f"{SPARSE}f16_d512_rope64", [mla(128, "dense", 8192)]),
+    (f"{SPARSE}f32_d64", [SMALL, Shape(32, 8, 4096, 4096, value=True)]),
+    (f"{decode.PREFIX}bf16_d128", [decode.gqa(4096), decode.gqa(16384), decode.ROWS, decode.BATCH]),
+    (f"{decode.PREFIX}f16_d128", [decode.gqa(4096), decode.gqa(16384)]),
+    (f"{decode.PREFIX}bf16_i8_d128", [decode.gqa(4096), decode.gqa(16384)]),
+    (decode.PREFIX + decode.F32, [decode.SMALL]),
+    (decode.PREFIX + decode.LATENT, decode.MLA),
 )
 
 
@@ -85,9 +94,9 @@ def compare(bench: Bench, only: str) -> tuple[Table, list[dict]]:
                    "bound", "error"], left=3)
     records, refused = [], []
     for header, shapes in HEADERS:
-        made = m.build(bench.include / f"hl_sparse_flash_attention_{header}.h")
+        made = m.build(bench.include / f"{header}.h")
         for shape in shapes:
-            if cases.matches(only, f"{header} {shape.title}"):
+            if cases.matches(only, f"{cases.short(header)} {shape.title}"):
                 records += on_shape(made, shape, found, table, refused)
     lines = [f"- {peer.name}: {peer.lacks}." for peer in found]
     lines += [f"- left out, {line}" for line in (*missing, *refused)]
@@ -131,16 +140,17 @@ def on_shape(made: m.Build, shape: Shape, found: list[Peer], table: Table,
     return records
 
 
-def prepared_peers(made: m.Build, shape: Shape, t: m.Tensors, found: list[Peer],
+def prepared_peers(made: m.Build, shape: Shape, t: Tensors, found: list[Peer],
                    refused: list[str]) -> tuple[dict[str, Prepared], dict[str, float]]:
     """The peers that can do a shape, and their errors; those that cannot are named."""
     able: dict[str, Prepared] = {}
     errors: dict[str, float] = {}
+    parts = parts_of(shape, t)
     for peer in found:
-        why = peer.refuses(shape, made.kv_format)
+        why = peer.refuses(parts[0][0], made.kv_format)
         if not why:
             try:
-                prepared = peer.prepare(shape, t, made.kv_format)
+                prepared = joined([peer.prepare(*part, made.kv_format) for part in parts], shape)
                 prepared.run(0, 1)
                 errors[peer.name] = m.relative_error(prepared.out(), made.reference(shape))
                 able[peer.name] = prepared
@@ -151,3 +161,55 @@ def prepared_peers(made: m.Build, shape: Shape, t: m.Tensors, found: list[Peer],
     return able, errors
 
 
+# ---- the decode operator's shapes ---------------------------------------------------------------
+
+
+def parts_of(shape: Shape, t: Tensors) -> list[tuple[Shape, Tensors]]:
+    """What peers are given: the sequences of a batch one after the other. Several query rows become
+    so many more heads of a group, each of which sees so many keys: nobody reads the cache again for
+    each row because of how it is asked."""
+    if not isinstance(t, decode.Decoding):
+        return [(shape, t)]
+    one = replace(shape, batch=1, rows=1, heads=shape.heads * shape.rows, selection="dense")
+    seen = None
+    if shape.rows > 1:
+        group = shape.heads // shape.kv_heads
+        seen = np.repeat(shape.keys - shape.rows + 1 + np.arange(shape.rows), group)
+    made = []
+    for b in range(shape.batch):
+        tokens = slice(b * shape.keys, (b + 1) * shape.keys)
+        query = turned(t.query[b * shape.rows : (b + 1) * shape.rows], shape.kv_heads)
+        key, value = (held and held.numbers[tokens] for held in (t.key_held, t.value_held))
+        made.append((one, Tensors(query, key, value, None, t.dv, t.scale,
+                                  seen=None if seen is None else seen.astype(np.int32))))
+    return made
+
+
+def turned(query: np.ndarray, kv_heads: int) -> np.ndarray:
+    """[rows][heads][dk] -> [1][kv_heads * rows * group][dk]."""
+    rows, heads, channels = query.shape
+    apart = query.reshape(rows, kv_heads, heads // kv_heads, channels)
+    return np.ascontiguousarray(apart.swapaxes(0, 1)).reshape(1, rows * heads, channels)
+
+
+def joined(parts: list[Prepared], shape: Shape) -> Prepared:
+    """One call after the other, and what they wrote as our kernels write it."""
+    if shape.calls == 1:
+        return parts[0]
+
+    def run(first: int, count: int) -> None:
+        for _ in range(count):
+            for part in parts:
+                part.run(first, 1)
+
+    def out() -> np.ndarray:
+        group = shape.heads // shape.kv_heads
+        made = [part.out().reshape(shape.kv_heads, shape.rows, group, -1).swapaxes(0, 1)
+                for part in parts]
+        return np.concatenate(made).reshape(shape.calls, shape.heads, -1)
+
+    def free() -> None:
+        for part in parts:
+            part.free()
+
+    return Prepared(run, out, tuple(parts), free)

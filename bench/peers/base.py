@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from measure import Shape, Tensors, declare
+from measure import declare
+from tensors import Shape, Tensors
 
 from gen import bind
 
@@ -41,6 +42,8 @@ class Peer:
         """Why it cannot do a shape; "" if it can."""
         if shape.rows != 1 or shape.selection not in ("dense", "list"):
             return f"no {shape.selection} selection here"
+        if kv_format not in bind.DTYPES:
+            return f"no {kv_format} cache"
         return ""
 
     def prepare(self, shape: Shape, t: Tensors, kv_format: str) -> Prepared:
@@ -55,6 +58,15 @@ def repeated(calls: Sequence[Callable[[], Any]]) -> Run:
             calls[i % len(calls)]()
 
     return run
+
+
+def mask(t: Tensors, dtype: Any) -> np.ndarray | None:
+    """What a library adds to the scores of a group, [heads of the group][keys]: -infinity for keys
+    that a head does not see; None where all see all."""
+    if t.seen is None:
+        return None
+    hidden = np.arange(len(t.key)) >= t.seen[:, None]
+    return np.where(hidden, np.float32(-np.inf), np.float32(0)).astype(dtype)
 
 
 def fastest(variants: dict[str, Prepared]) -> Prepared:

@@ -6,16 +6,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from measure import Shape, Tensors, allocate
+from tensors import Shape, Tensors, allocate
 
-from peers.base import MissingError, Peer, Prepared, fastest, repeated
+from gen import bind
+from peers.base import MissingError, Peer, Prepared, fastest, mask, repeated
 
 SCRATCH = 64 << 20  # for what a graph makes besides its tensors
+KINDS = {"i8": "q8_0"}  # of ours -> what it has in its place
+NUMBERS = {"f32": np.float32, "f16": np.float16, "bf16": bind.DTYPES["bf16"], "q8_0": np.float32}
 
 
 class Ggml(Peer):
     name = "ggml"
-    lacks = "no list: get_rows copies rows, into float32"
+    lacks = ("no list: get_rows copies rows, into float32; of bf16 caches the faster of bf16 and "
+             "f16; of int8 ones its own q8_0, a scale for 32 channels")
 
     def __init__(self) -> None:
         try:
@@ -33,19 +37,29 @@ class Ggml(Peer):
         ggml.ggml_cpu_init()
 
     def prepare(self, shape: Shape, t: Tensors, kv_format: str) -> Prepared:
-        """The faster of: heads as they are, and heads that share a cache folded into rows."""
-        ways = {"heads": self.graph(shape, t, kv_format, False)}
-        if shape.heads > shape.kv_heads:
-            ways["folded"] = self.graph(shape, t, kv_format, True)
+        """The fastest of: heads as they are, and heads that share a cache folded into rows; in the
+        types that such a cache may have."""
+        ways = {}
+        for kind in ("bf16", "f16") if kv_format == "bf16" else (KINDS.get(kv_format, kv_format),):
+            if t.seen is None:
+                ways[f"heads, {kind}"] = self.graph(shape, t, kind, False)
+            if shape.heads > shape.kv_heads:
+                ways[f"folded, {kind}"] = self.graph(shape, t, kind, True)
         return fastest(ways)
 
-    def graph(self, shape: Shape, t: Tensors, kv_format: str, folded: bool) -> Prepared:
+    def refuses(self, shape: Shape, kv_format: str) -> str:
+        return "" if kv_format in KINDS else super().refuses(shape, kv_format)
+
+    def graph(self, shape: Shape, t: Tensors, kind: str, folded: bool) -> Prepared:
         """flash_attn_ext over copies of the tensors. folded: q is [kv_heads][group] instead of
         [heads][1]."""
         g = self.ggml
-        kind = getattr(g, f"GGML_TYPE_{kv_format.upper()}")
+        stored = NUMBERS[kind]
+        kind = getattr(g, f"GGML_TYPE_{kind.upper()}")
         dk, kv_heads = t.query.shape[-1], shape.kv_heads
-        held = [t.query.astype(np.float32), t.key, *([] if t.value is None else [t.value])]
+        key, value = (x if x is None or x.dtype == stored else x.astype(stored)
+                      for x in (t.key, t.value))
+        held = [t.query.astype(np.float32), key, *([] if value is None else [value])]
         size = sum(x.nbytes for x in held) + SCRATCH
         if shape.listed:
             size += 4 * shape.keys * dk
@@ -53,7 +67,7 @@ class Ggml(Peer):
         context = g.ggml_init(g.ggml_init_params(size, memory.ctypes.data, False))
         group = shape.heads // kv_heads if folded else 1
         q = g.ggml_new_tensor_3d(context, g.GGML_TYPE_F32, dk, group, shape.heads // group)
-        k = filled(g, context, kind, t.key)
+        k = filled(g, context, kind, key)
         fill(g, q, held[0])
         ids = None
         if shape.listed:
@@ -61,12 +75,16 @@ class Ggml(Peer):
             flat = g.ggml_reshape_2d(context, k, dk, shape.cache_keys)
             k = g.ggml_reshape_3d(context, g.ggml_get_rows(context, flat, ids), dk, 1, shape.keys)
         keys = g.ggml_permute(context, k, 0, 2, 1, 3)
-        if t.value is None:
+        if value is None:
             part = keys.contents
             v = g.ggml_view_3d(context, keys, t.dv, shape.keys, kv_heads, part.nb[1], part.nb[2], 0)
         else:
-            v = g.ggml_permute(context, filled(g, context, kind, t.value), 0, 2, 1, 3)
-        result = g.ggml_flash_attn_ext(context, q, keys, v, None, t.scale, 0.0, 0.0)
+            v = g.ggml_permute(context, filled(g, context, kind, value), 0, 2, 1, 3)
+        hidden, x = None, mask(t, np.float16)
+        if x is not None:
+            hidden = g.ggml_new_tensor_2d(context, g.GGML_TYPE_F16, shape.keys, group)
+            fill(g, hidden, x)
+        result = g.ggml_flash_attn_ext(context, q, keys, v, hidden, t.scale, 0.0, 0.0)
         graph = g.ggml_new_graph(context)
         g.ggml_build_forward_expand(graph, result)
         plan = self.library.ggml_graph_plan(ctypes.addressof(graph.contents), 1, None)
@@ -99,7 +117,13 @@ def fill(g: Any, tensor: Any, x: np.ndarray) -> None:
 
 
 def filled(g: Any, context: int, kind: int, x: np.ndarray) -> Any:
-    """A cache [keys][heads][channels] as a tensor of ggml, copied."""
+    """A cache [keys][heads][channels] as a tensor of ggml, copied, or quantised where ggml has
+    blocks of codes."""
     made = g.ggml_new_tensor_3d(context, kind, x.shape[2], x.shape[1], x.shape[0])
-    fill(g, made, x)
+    if kind == g.GGML_TYPE_Q8_0:
+        source = ctypes.cast(x.ctypes.data, ctypes.POINTER(ctypes.c_float))
+        g.ggml_quantize_chunk(kind, source, g.ggml_get_data(made), 0, x.shape[0] * x.shape[1],
+                              x.shape[2], None)
+    else:
+        fill(g, made, x)
     return made

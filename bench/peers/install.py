@@ -17,8 +17,8 @@ from pathlib import Path
 VENV = Path(__file__).resolve().parents[2] / "build" / "peers-venv"
 PYTHON = VENV / "bin" / "python"
 BUILD_SECONDS = 1500  # for a package that is compiled here
-SYSTEM = {"oneDNN": ("libdnnl-dev", "oneapi/dnnl/dnnl.h"),
-          "OpenBLAS": ("libopenblas-dev", "cblas.h")}
+SYSTEM = {"oneDNN": ("libdnnl-dev", "oneapi/dnnl/dnnl.h", "dnnl"),
+          "OpenBLAS": ("libopenblas-dev", "cblas.h", "openblas")}
 PACKAGES = {"OpenVINO": ("openvino", ["openvino"]),
             "ONNX Runtime": ("onnxruntime", ["onnxruntime", "onnx"]),
             "ggml": ("ggml", ["ggml-python"])}
@@ -41,6 +41,8 @@ def run(*command: str | Path, seconds: float | None = None) -> tuple[bool, str]:
                               capture_output=True, timeout=seconds)
     except subprocess.TimeoutExpired:
         return False, f"took longer than {seconds:.0f} s"
+    except OSError as error:  # before there is a virtual environment
+        return False, str(error)
     lines = (done.stderr.strip() or done.stdout.strip()).splitlines()
     errors = [line for line in lines if "rror" in line]
     return done.returncode == 0, (errors or lines or [""])[-1][:200]
@@ -98,8 +100,8 @@ def install_torch() -> tuple[bool, str]:
 
 def install_system() -> dict[str, str]:
     """Debian's packages; name -> why not."""
-    missing = {name: package for name, (package, header) in SYSTEM.items()
-               if not compiles(header)}
+    missing = {name: package for name, (package, header, library) in SYSTEM.items()
+               if not links(header, library)}
     if not missing:
         return {}
     command = f"apt-get install -y --no-install-recommends {' '.join(missing.values())}"
@@ -112,10 +114,11 @@ def install_system() -> dict[str, str]:
     return {} if good else dict.fromkeys(missing, f"{why}; fix: {command}")
 
 
-def compiles(header: str) -> bool:
-    """Whether the compiler finds a header."""
-    return subprocess.run(["cc", "-E", "-x", "c", "-"], input=f"#include <{header}>\n", text=True,
-                          capture_output=True).returncode == 0
+def links(header: str, library: str) -> bool:
+    """Whether the compiler finds a header and a library; another BLAS has the same header."""
+    program = f"#include <{header}>\nint main(void) {{ return 0; }}\n"
+    return subprocess.run(["cc", "-o", os.devnull, "-x", "c", "-", f"-l{library}"], input=program,
+                          text=True, capture_output=True).returncode == 0
 
 
 def main() -> int:

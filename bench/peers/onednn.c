@@ -1,6 +1,7 @@
 /* Attention of one query row as one composes it from oneDNN (its C interface of version 2):
  * matmul with the scale as output scale, softmax, matmul. Primitives are made once and run on
  * plain strided memory, as a cache lies. */
+#include <math.h>
 #include <oneapi/dnnl/dnnl.h>
 #include <oneapi/dnnl/dnnl_version.h>
 #include <stddef.h>
@@ -16,6 +17,7 @@ typedef struct product {
 typedef struct attention {
     const char *query, *key, *value;
     const int32_t *const *lists;
+    const int32_t *seen; /* keys that each head of a group sees; NULL: all */
     char *rows, *out; /* rows: what a list names, copied */
     float *scores;
     void *weights; /* softmax in the type of the values */
@@ -90,6 +92,11 @@ static int make_softmax(attention *a, const dnnl_memory_desc_t *s, const dnnl_me
 
 static int run_softmax(const attention *a)
 {
+    for (int g = 0; a->seen && g < a->heads / a->kv_heads; g++) {
+        for (int j = a->seen[g]; j < a->keys; j++) {
+            a->scores[(size_t)g * (size_t)a->keys + (size_t)j] = -INFINITY;
+        }
+    }
     const dnnl_exec_arg_t soft[] = {{DNNL_ARG_SRC, a->s}, {DNNL_ARG_DST, a->s}};
     const dnnl_exec_arg_t narrow[] = {{DNNL_ARG_FROM, a->s}, {DNNL_ARG_TO, a->p}};
     return dnnl_primitive_execute(a->softmax, a->stream, 2, soft)
@@ -126,10 +133,11 @@ void peer_onednn_free(attention *a)
 }
 
 /* NULL on failure. lists: NULL, or n of them (one kv head then); value == key: its first dv
- * channels; bf16: 0 for float32. */
+ * channels; bf16: 0 for float32; seen: NULL, or how many keys each head of a group sees. */
 attention *peer_onednn_make(const void *query, const void *key, const void *value,
                             const int32_t *const *lists, int keys, int heads, int kv_heads, int dk,
-                            int dv, int n, float scale, int bf16, void *out)
+                            int dv, int n, float scale, int bf16, void *out,
+                            const int32_t *seen)
 {
     attention *a = calloc(1, sizeof *a);
     if (!a) {
@@ -141,6 +149,7 @@ attention *peer_onednn_make(const void *query, const void *key, const void *valu
     a->query = query, a->key = key, a->value = value, a->lists = lists, a->out = out;
     a->keys = keys, a->heads = heads, a->kv_heads = kv_heads, a->dk = dk, a->dv = dv, a->n = n;
     a->apart = value != key;
+    a->seen = seen;
     a->size = bf16 ? 2 : 4;
     a->scores = aligned_alloc(64, (cells * sizeof(float) + 63) / 64 * 64);
     a->weights = bf16 ? aligned_alloc(64, (cells * a->size + 63) / 64 * 64) : a->scores;

@@ -4,7 +4,7 @@ import os
 
 import ml_dtypes
 import numpy as np
-from measure import Shape, Tensors
+from tensors import Shape, Tensors
 
 from peers.base import MissingError, Peer, Prepared, addresses, compiled
 
@@ -19,7 +19,7 @@ class OneDnn(Peer):
         os.environ["OMP_NUM_THREADS"] = "1"
         self.library = compiled(
             "onednn.c", ("-ldnnl",),
-            {"peer_onednn_make": ("ppppiiiiiifip", "p"), "peer_onednn_run": ("pii", "i"),
+            {"peer_onednn_make": ("ppppiiiiiifipp", "p"), "peer_onednn_run": ("pii", "i"),
              "peer_onednn_free": ("p", "v"), "peer_onednn_version": ("", "i")})
         version = self.library.peer_onednn_version()
         self.name = f"oneDNN {version // 100}.{version % 100}"
@@ -37,7 +37,7 @@ class OneDnn(Peer):
         handle = self.library.peer_onednn_make(
             t.query.ctypes.data, t.key.ctypes.data, value.ctypes.data, lists, shape.keys,
             shape.heads, shape.kv_heads, t.query.shape[-1], t.dv, n, t.scale, FORMATS[kv_format],
-            out.ctypes.data)
+            out.ctypes.data, None if t.seen is None else t.seen.ctypes.data)
         if not handle:
             raise MissingError("it refused to make the primitives")
 

@@ -17,18 +17,22 @@ static void scores(const float *q, const float *k, int heads, int keys, int dk, 
     }
 }
 
-static void softmax(float *s, int keys)
+/* Over the first `seen` keys; the others weigh nothing. */
+static void softmax(float *s, int seen, int keys)
 {
     float max = s[0], sum = 0;
-    for (int j = 1; j < keys; j++) {
+    for (int j = 1; j < seen; j++) {
         max = s[j] > max ? s[j] : max;
     }
-    for (int j = 0; j < keys; j++) {
+    for (int j = 0; j < seen; j++) {
         s[j] = expf(s[j] - max);
         sum += s[j];
     }
-    for (int j = 0; j < keys; j++) {
+    for (int j = 0; j < seen; j++) {
         s[j] /= sum;
+    }
+    for (int j = seen; j < keys; j++) {
+        s[j] = 0;
     }
 }
 
@@ -44,10 +48,12 @@ static void values(const float *p, const float *v, int heads, int keys, int dv, 
 }
 
 /* `count` calls. lists: NULL, or n of them; value == key: the first dv channels of the key. With a
- * list there is one kv head, and memory holds the copied rows behind the scores. */
+ * list there is one kv head, and memory holds the copied rows behind the scores. seen: NULL, or how
+ * many keys each head of a group sees. */
 void peer_openblas(const float *query, const float *key, const float *value,
                    const int32_t *const *lists, int keys, int heads, int kv_heads, int dk, int dv,
-                   int n, float scale, float *memory, float *out, int first, int count)
+                   int n, float scale, float *memory, float *out, int first, int count,
+                   const int32_t *seen)
 {
     const int group = heads / kv_heads;
     float *rows = memory + (size_t)group * (size_t)keys;
@@ -65,7 +71,7 @@ void peer_openblas(const float *query, const float *key, const float *value,
             scores(query + h * group * dk, k + h * dk, group, keys, dk, kv_heads * dk, scale,
                    memory);
             for (int g = 0; g < group; g++) {
-                softmax(memory + (size_t)g * (size_t)keys, keys);
+                softmax(memory + (size_t)g * (size_t)keys, seen ? seen[g] : keys, keys);
             }
             values(memory, v + h * (apart ? dv : dk), group, keys, dv, kv_heads * (apart ? dv : dk),
                    out + h * group * dv);

@@ -1,7 +1,7 @@
 """OpenBLAS: sgemm, softmax with expf, sgemm."""
 
 import numpy as np
-from measure import Shape, Tensors, allocate
+from tensors import Shape, Tensors, allocate
 
 from peers.base import Peer, Prepared, addresses, compiled
 
@@ -20,7 +20,7 @@ class OpenBlas(Peer):
     def __init__(self) -> None:
         # Fast maths lets GCC take the C library's vector expf, as a user would want it.
         self.library = compiled(
-            "openblas.c", ("-lopenblas", "-lm"), {"peer_openblas": ("ppppiiiiiifppii", "v")},
+            "openblas.c", ("-lopenblas", "-lm"), {"peer_openblas": ("ppppiiiiiifppiip", "v")},
             flags=("-O3", "-march=native", "-ffast-math"))
 
     def prepare(self, shape: Shape, t: Tensors, kv_format: str) -> Prepared:
@@ -37,6 +37,7 @@ class OpenBlas(Peer):
             self.library.peer_openblas(
                 query.ctypes.data, key.ctypes.data, value.ctypes.data, lists, shape.keys,
                 shape.heads, shape.kv_heads, dk, t.dv, n, t.scale, memory.ctypes.data,
-                out.ctypes.data, first, count)
+                out.ctypes.data, first, count,
+                None if t.seen is None else t.seen.ctypes.data)
 
-        return Prepared(run, lambda: out, (query, key, value, lists, memory))
+        return Prepared(run, lambda: out, (query, key, value, lists, memory, t))

@@ -3,9 +3,9 @@
 from typing import Any
 
 import numpy as np
-from measure import Shape, Tensors
+from tensors import Shape, Tensors
 
-from peers.base import MissingError, Peer, Prepared, repeated
+from peers.base import MissingError, Peer, Prepared, mask, repeated
 
 
 class OpenVino(Peer):
@@ -56,8 +56,9 @@ class OpenVino(Peer):
             inputs.append(value)
             values = heads_first(value)
         scale = ops.convert(ops.constant(np.float32(t.scale)), kv_format)
-        mask = ops.convert(ops.constant(np.zeros((1, 1), np.float32)), kv_format)
-        node = ops.scaled_dot_product_attention(query, held, values, mask, scale)
+        hidden = np.zeros((1, 1), np.float32) if t.seen is None else mask(t, np.float32)
+        hidden = ops.convert(ops.constant(hidden), kv_format)
+        node = ops.scaled_dot_product_attention(query, held, values, hidden, scale)
         compiled = self.core.compile_model(ov.Model([node], inputs, "attention"), "CPU", {
             "INFERENCE_NUM_THREADS": 1, "NUM_STREAMS": 1, "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_PRECISION_HINT": kv_format})

@@ -3,9 +3,9 @@
 from typing import Any
 
 import numpy as np
-from measure import Shape, Tensors
+from tensors import Shape, Tensors
 
-from peers.base import MissingError, Peer, Prepared, fastest, repeated
+from peers.base import MissingError, Peer, Prepared, fastest, mask, repeated
 
 # Unfolded, PyTorch copies the cache for every head. Beyond this that takes minutes and all memory.
 MOST_COPIED = 256 << 20
@@ -42,6 +42,7 @@ class Torch(Peer):
         lists = [None] if t.lists is None else [self.torch.from_numpy(x).long() for x in t.lists]
         folded = q.view(1, kv_heads, group, -1)
         whole = q.view(1, shape.heads, 1, -1)
+        hidden = None if t.seen is None else self.tensor(mask(t, t.query.dtype))
         last: list[Any] = [None]
 
         def call(query: Any, ids: Any, wide: bool) -> None:
@@ -49,7 +50,7 @@ class Torch(Peer):
             held = rows.permute(1, 0, 2)[None]
             v = held if value is None else value.permute(1, 0, 2)[None]
             v = v if wide or value is not None else v[..., :dv]
-            last[0] = attend(query, held, v, scale=t.scale,
+            last[0] = attend(query, held, v, scale=t.scale, attn_mask=hidden,
                              enable_gqa=query.shape[1] != kv_heads)
 
         def out() -> np.ndarray:
@@ -57,7 +58,7 @@ class Torch(Peer):
             return made.contiguous().numpy()
 
         ways = {"folded": (folded, False), "folded, key as value": (folded, True)}
-        if group > 1 and group * t.key.nbytes < MOST_COPIED:
+        if hidden is None and group > 1 and group * t.key.nbytes < MOST_COPIED:
             ways["heads"] = (whole, False)
         return fastest({
             name: Prepared(repeated([lambda ids=ids, query=query, wide=wide: call(query, ids, wide)
