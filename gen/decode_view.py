@@ -133,6 +133,7 @@ def decode_view(kernel):
     if not kernel.decodes:
         return {
             "decodes": False,
+            "walks": False,
             "has_stats": True,
             "has_sinks": True,
             "key_codes": False,
@@ -157,6 +158,7 @@ def decode_view(kernel):
     sides = [(key, kernel.dk), (value, kernel.dv)]
     return {
         "decodes": True,
+        "walks": kernel.isa != ("scalar",),  # small targets have little stack, and no far memory
         "has_stats": "stats" in has,
         "has_sinks": "sinks" in has,
         "has_window": "window" in has,
