@@ -171,7 +171,8 @@ def decode_view(kernel):
         "decodes": True,
         "integer": kernel.integer,
         "splits": not kernel.integer,  # whether rows may be split over tasks
-        "walks": not kernel.integer,  # whether kv heads may be decoded in turn
+        # Small targets have little stack, and no far memory.
+        "walks": kernel.isa != ("scalar",) and not kernel.integer,
         "has_stats": "stats" in has,
         "has_sinks": "sinks" in has,
         "has_window": "window" in has,
