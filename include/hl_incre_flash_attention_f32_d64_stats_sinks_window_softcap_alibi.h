@@ -2839,7 +2839,8 @@ HL_KERNEL_SCALAR void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_score_few_
  * In units of log2. Scores of some queries: `ks` floats from key to key, `qs` from query to
  * query. */
 
-/* cap * tanh(s / cap): tanh |x| = (1 - e) / (1 + e), e = 2^(-2 |x| log2 e); and the sign of x. */
+/* cap * tanh(s / cap) = s * (tanh x / x). From 1/4 on tanh x = (1 - e) / (1 + e) with
+ * e = 2^(-2 x log2 e); below, where 1 - e would lose digits, its series. */
 HL_KERNEL_SCALAR void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_bias_softcap_scalar(float cap,
     float *s, int32_t n)
 {
@@ -2853,14 +2854,24 @@ HL_KERNEL_SCALAR void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_bias_softc
                            hl_vmax_scalar(hl_vset_scalar(-64.0f),
                                           hl_vsub_scalar(hl_vzero_scalar(), all)));
         const hl_vf_scalar x = hl_vmax_scalar(hl_vset_scalar(-64.0f), less);
-        const hl_vf_scalar size =
-            hl_vmax_scalar(hl_vset_scalar(1e-30f),
-                           hl_vmax_scalar(x, hl_vsub_scalar(hl_vzero_scalar(), x)));
-        const hl_vf_scalar e = hl_vexp2_scalar(hl_vmul_scalar(size, hl_vset_scalar(-2.88539008f)));
-        const hl_vf_scalar tanh = hl_vdiv_scalar(hl_vsub_scalar(one, e), hl_vadd_scalar(one, e));
-        hl_vstore_scalar(s + i,
-                         hl_vmul_scalar(hl_vmul_scalar(hl_vset_scalar(cap),
-                hl_vdiv_scalar(x, size)), tanh));
+        const hl_vf_scalar minus =
+            hl_vmax_scalar(hl_vset_scalar(-64.0f),
+                           hl_vsub_scalar(hl_vzero_scalar(),
+                                          hl_vmax_scalar(x, hl_vsub_scalar(hl_vzero_scalar(), x))));
+        const hl_vf_scalar size = hl_vsub_scalar(hl_vzero_scalar(), minus);
+        const hl_vf_scalar e = hl_vexp2_scalar(hl_vmul_scalar(minus, hl_vset_scalar(2.88539008f)));
+        const hl_vf_scalar far =
+            hl_vdiv_scalar(hl_vdiv_scalar(hl_vsub_scalar(one, e), hl_vadd_scalar(one, e)),
+                           hl_vmax_scalar(hl_vset_scalar(0.25f), size));
+        const hl_vf_scalar x2 = hl_vmul_scalar(x, x);
+        hl_vf_scalar near =
+            hl_vfma_scalar(x2, hl_vset_scalar(-5.39682540e-2f), hl_vset_scalar(1.33333333e-1f));
+        near = hl_vfma_scalar(near, x2, hl_vset_scalar(-3.33333333e-1f));
+        near = hl_vfma_scalar(near, x2, one);
+        /* the last number below 1/4: one is 0 */
+        near = hl_vflush_scalar(minus, -0.24999999f, near);
+        near = hl_vadd_scalar(near, hl_vflush_scalar(size, 0.25f, far));
+        hl_vstore_scalar(s + i, hl_vmul_scalar(hl_vmul_scalar(hl_vset_scalar(cap), x), near));
     }
 }
 
@@ -4395,7 +4406,8 @@ HL_KERNEL_NEON void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_score_few_ne
  * In units of log2. Scores of some queries: `ks` floats from key to key, `qs` from query to
  * query. */
 
-/* cap * tanh(s / cap): tanh |x| = (1 - e) / (1 + e), e = 2^(-2 |x| log2 e); and the sign of x. */
+/* cap * tanh(s / cap) = s * (tanh x / x). From 1/4 on tanh x = (1 - e) / (1 + e) with
+ * e = 2^(-2 x log2 e); below, where 1 - e would lose digits, its series. */
 HL_KERNEL_NEON void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_bias_softcap_neon(float cap,
     float *s, int32_t n)
 {
@@ -4408,12 +4420,23 @@ HL_KERNEL_NEON void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_bias_softcap
             hl_vsub_neon(hl_vzero_neon(),
                          hl_vmax_neon(hl_vset_neon(-64.0f), hl_vsub_neon(hl_vzero_neon(), all)));
         const hl_vf_neon x = hl_vmax_neon(hl_vset_neon(-64.0f), less);
-        const hl_vf_neon size =
-            hl_vmax_neon(hl_vset_neon(1e-30f), hl_vmax_neon(x, hl_vsub_neon(hl_vzero_neon(), x)));
-        const hl_vf_neon e = hl_vexp2_neon(hl_vmul_neon(size, hl_vset_neon(-2.88539008f)));
-        const hl_vf_neon tanh = hl_vdiv_neon(hl_vsub_neon(one, e), hl_vadd_neon(one, e));
-        hl_vstore_neon(s + i,
-                       hl_vmul_neon(hl_vmul_neon(hl_vset_neon(cap), hl_vdiv_neon(x, size)), tanh));
+        const hl_vf_neon minus =
+            hl_vmax_neon(hl_vset_neon(-64.0f),
+                         hl_vsub_neon(hl_vzero_neon(),
+                                      hl_vmax_neon(x, hl_vsub_neon(hl_vzero_neon(), x))));
+        const hl_vf_neon size = hl_vsub_neon(hl_vzero_neon(), minus);
+        const hl_vf_neon e = hl_vexp2_neon(hl_vmul_neon(minus, hl_vset_neon(2.88539008f)));
+        const hl_vf_neon far =
+            hl_vdiv_neon(hl_vdiv_neon(hl_vsub_neon(one, e), hl_vadd_neon(one, e)),
+                         hl_vmax_neon(hl_vset_neon(0.25f), size));
+        const hl_vf_neon x2 = hl_vmul_neon(x, x);
+        hl_vf_neon near =
+            hl_vfma_neon(x2, hl_vset_neon(-5.39682540e-2f), hl_vset_neon(1.33333333e-1f));
+        near = hl_vfma_neon(near, x2, hl_vset_neon(-3.33333333e-1f));
+        near = hl_vfma_neon(near, x2, one);
+        near = hl_vflush_neon(minus, -0.24999999f, near); /* the last number below 1/4: one is 0 */
+        near = hl_vadd_neon(near, hl_vflush_neon(size, 0.25f, far));
+        hl_vstore_neon(s + i, hl_vmul_neon(hl_vmul_neon(hl_vset_neon(cap), x), near));
     }
 }
 
@@ -6200,7 +6223,8 @@ HL_KERNEL_AVX2 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_score_few_av
  * In units of log2. Scores of some queries: `ks` floats from key to key, `qs` from query to
  * query. */
 
-/* cap * tanh(s / cap): tanh |x| = (1 - e) / (1 + e), e = 2^(-2 |x| log2 e); and the sign of x. */
+/* cap * tanh(s / cap) = s * (tanh x / x). From 1/4 on tanh x = (1 - e) / (1 + e) with
+ * e = 2^(-2 x log2 e); below, where 1 - e would lose digits, its series. */
 HL_KERNEL_AVX2 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_bias_softcap_avx2(float cap,
     float *s, int32_t n)
 {
@@ -6213,12 +6237,23 @@ HL_KERNEL_AVX2 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_bias_softcap
             hl_vsub_avx2(hl_vzero_avx2(),
                          hl_vmax_avx2(hl_vset_avx2(-64.0f), hl_vsub_avx2(hl_vzero_avx2(), all)));
         const hl_vf_avx2 x = hl_vmax_avx2(hl_vset_avx2(-64.0f), less);
-        const hl_vf_avx2 size =
-            hl_vmax_avx2(hl_vset_avx2(1e-30f), hl_vmax_avx2(x, hl_vsub_avx2(hl_vzero_avx2(), x)));
-        const hl_vf_avx2 e = hl_vexp2_avx2(hl_vmul_avx2(size, hl_vset_avx2(-2.88539008f)));
-        const hl_vf_avx2 tanh = hl_vdiv_avx2(hl_vsub_avx2(one, e), hl_vadd_avx2(one, e));
-        hl_vstore_avx2(s + i,
-                       hl_vmul_avx2(hl_vmul_avx2(hl_vset_avx2(cap), hl_vdiv_avx2(x, size)), tanh));
+        const hl_vf_avx2 minus =
+            hl_vmax_avx2(hl_vset_avx2(-64.0f),
+                         hl_vsub_avx2(hl_vzero_avx2(),
+                                      hl_vmax_avx2(x, hl_vsub_avx2(hl_vzero_avx2(), x))));
+        const hl_vf_avx2 size = hl_vsub_avx2(hl_vzero_avx2(), minus);
+        const hl_vf_avx2 e = hl_vexp2_avx2(hl_vmul_avx2(minus, hl_vset_avx2(2.88539008f)));
+        const hl_vf_avx2 far =
+            hl_vdiv_avx2(hl_vdiv_avx2(hl_vsub_avx2(one, e), hl_vadd_avx2(one, e)),
+                         hl_vmax_avx2(hl_vset_avx2(0.25f), size));
+        const hl_vf_avx2 x2 = hl_vmul_avx2(x, x);
+        hl_vf_avx2 near =
+            hl_vfma_avx2(x2, hl_vset_avx2(-5.39682540e-2f), hl_vset_avx2(1.33333333e-1f));
+        near = hl_vfma_avx2(near, x2, hl_vset_avx2(-3.33333333e-1f));
+        near = hl_vfma_avx2(near, x2, one);
+        near = hl_vflush_avx2(minus, -0.24999999f, near); /* the last number below 1/4: one is 0 */
+        near = hl_vadd_avx2(near, hl_vflush_avx2(size, 0.25f, far));
+        hl_vstore_avx2(s + i, hl_vmul_avx2(hl_vmul_avx2(hl_vset_avx2(cap), x), near));
     }
 }
 
@@ -8180,7 +8215,8 @@ HL_KERNEL_AVX512 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_score_few_
  * In units of log2. Scores of some queries: `ks` floats from key to key, `qs` from query to
  * query. */
 
-/* cap * tanh(s / cap): tanh |x| = (1 - e) / (1 + e), e = 2^(-2 |x| log2 e); and the sign of x. */
+/* cap * tanh(s / cap) = s * (tanh x / x). From 1/4 on tanh x = (1 - e) / (1 + e) with
+ * e = 2^(-2 x log2 e); below, where 1 - e would lose digits, its series. */
 HL_KERNEL_AVX512 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_bias_softcap_avx512(float cap,
     float *s, int32_t n)
 {
@@ -8194,14 +8230,24 @@ HL_KERNEL_AVX512 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_bias_softc
                            hl_vmax_avx512(hl_vset_avx512(-64.0f),
                                           hl_vsub_avx512(hl_vzero_avx512(), all)));
         const hl_vf_avx512 x = hl_vmax_avx512(hl_vset_avx512(-64.0f), less);
-        const hl_vf_avx512 size =
-            hl_vmax_avx512(hl_vset_avx512(1e-30f),
-                           hl_vmax_avx512(x, hl_vsub_avx512(hl_vzero_avx512(), x)));
-        const hl_vf_avx512 e = hl_vexp2_avx512(hl_vmul_avx512(size, hl_vset_avx512(-2.88539008f)));
-        const hl_vf_avx512 tanh = hl_vdiv_avx512(hl_vsub_avx512(one, e), hl_vadd_avx512(one, e));
-        hl_vstore_avx512(s + i,
-                         hl_vmul_avx512(hl_vmul_avx512(hl_vset_avx512(cap),
-                hl_vdiv_avx512(x, size)), tanh));
+        const hl_vf_avx512 minus =
+            hl_vmax_avx512(hl_vset_avx512(-64.0f),
+                           hl_vsub_avx512(hl_vzero_avx512(),
+                                          hl_vmax_avx512(x, hl_vsub_avx512(hl_vzero_avx512(), x))));
+        const hl_vf_avx512 size = hl_vsub_avx512(hl_vzero_avx512(), minus);
+        const hl_vf_avx512 e = hl_vexp2_avx512(hl_vmul_avx512(minus, hl_vset_avx512(2.88539008f)));
+        const hl_vf_avx512 far =
+            hl_vdiv_avx512(hl_vdiv_avx512(hl_vsub_avx512(one, e), hl_vadd_avx512(one, e)),
+                           hl_vmax_avx512(hl_vset_avx512(0.25f), size));
+        const hl_vf_avx512 x2 = hl_vmul_avx512(x, x);
+        hl_vf_avx512 near =
+            hl_vfma_avx512(x2, hl_vset_avx512(-5.39682540e-2f), hl_vset_avx512(1.33333333e-1f));
+        near = hl_vfma_avx512(near, x2, hl_vset_avx512(-3.33333333e-1f));
+        near = hl_vfma_avx512(near, x2, one);
+        /* the last number below 1/4: one is 0 */
+        near = hl_vflush_avx512(minus, -0.24999999f, near);
+        near = hl_vadd_avx512(near, hl_vflush_avx512(size, 0.25f, far));
+        hl_vstore_avx512(s + i, hl_vmul_avx512(hl_vmul_avx512(hl_vset_avx512(cap), x), near));
     }
 }
 
