@@ -133,6 +133,7 @@ def decode_view(kernel):
     if not kernel.decodes:
         return {
             "decodes": False,
+            "walks": False,
             "has_stats": True,
             "has_sinks": True,
             "key_codes": False,
@@ -196,6 +197,8 @@ def decode_view(kernel):
         "group_parameter": "const hl_group *g, ",
         "group_argument": "g, ",
         "rows_most": ROWS_MOST,
+        # Plain C cannot ask for memory ahead; small targets are spared the code and its stack.
+        "walks": any(isa.name != "scalar" for isa in kernel.isas),
         "walk_most": WALK_MOST,
         "walk_bytes": WALK_BYTES,
         "cache_bytes": key.width(kernel.dk) * key.element + value.width(kernel.dv) * value.element,

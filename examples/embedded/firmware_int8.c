@@ -77,7 +77,7 @@ int main(void)
            billionths(int8_error));
     print_costs(decode);
 
-    /* 4e-2 of values of size 1: their steps are about 1/50, a mean is off by less than one, and by
-     * as much again from what the steps of the keys do to the weights. */
-    return !(good && same && status == HL_OK && out_error <= 1e-6f && int8_error <= 4e-2f);
+    /* 2e-2 is a step of the largest values: a mean of them is off by half a step at most, and by
+     * less than as much again from what the steps of the keys do to its weights. */
+    return !(good && same && status == HL_OK && out_error <= 1e-6f && int8_error <= 2e-2f);
 }
