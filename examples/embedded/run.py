@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Builds firmware for a Cortex-M4F, runs it under qemu, and prints what it costs.
 
-Two of them, each with one header: sparse attention in float32, decoding from an int8 cache. Exits with 1 if a number is wrong or the kernel needs what small targets do not have.
+Two of them, each with one header: sparse attention in float32, decoding from an int8 cache.
+Exits with 1 if a number is wrong or a kernel needs what small targets do not have.
 """
 
 import re
@@ -401,7 +402,8 @@ class Report:
         print(
             f"\nThe kernel calls {', '.join(sorted(self.undefined)) or 'nothing'} (whose own "
             "stack the call graph leaves out); no heap, no mutable data, no 64-bit division in a "
-            "loop. Instructions were counted twice, equal both times."
+            "loop. Stack seen is with that of the caller. Instructions were counted twice, equal "
+            "both times."
         )
         largest = sorted(self.functions.items(), key=lambda item: -item[1])[:5]
         print("Largest functions: " + ", ".join(f"{name} {size}" for name, size in largest))
