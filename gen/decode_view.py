@@ -158,6 +158,7 @@ def decode_view(kernel):
     sides = [(key, kernel.dk), (value, kernel.dv)]
     return {
         "decodes": True,
+        "walks": kernel.isa != ("scalar",),  # small targets have little stack, and no far memory
         "has_stats": "stats" in has,
         "has_sinks": "sinks" in has,
         "has_window": "window" in has,

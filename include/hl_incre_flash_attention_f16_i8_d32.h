@@ -3144,6 +3144,7 @@ HL_KERNEL_SCALAR void hl_ifa_f16_i8_d32_block_scalar(const hl_incre_flash_attent
     /* O = alpha O + P V */
     hl_ifa_f16_i8_d32_value_few_scalar(w, t, b, g->group);
 }
+
 /* One chunk of a group's keys (FlashAttention-2, algorithm 1, with K and V in blocks). */
 HL_KERNEL_SCALAR void hl_ifa_f16_i8_d32_forward_scalar(const hl_incre_flash_attention_plan *plan,
     const hl_group *g, const hl_space *w, const hl_state *t, hl_cursor c, int32_t padded)
@@ -3212,6 +3213,7 @@ HL_KERNEL_SCALAR void hl_ifa_f16_i8_d32_forward_row_scalar(
         t->l[h0 + h] = row.l[h];
     }
 }
+
 /* One chunk of a group's keys: those that all rows see, at once; then each row's own. */
 HL_KERNEL_SCALAR void hl_ifa_f16_i8_d32_chunk_scalar(const hl_incre_flash_attention_plan *plan,
     const hl_group *g, const hl_space *w, const hl_state *t, int32_t chunk, int32_t padded)
