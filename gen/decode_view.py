@@ -198,8 +198,6 @@ def decode_view(kernel):
         "group_parameter": "const hl_group *g, ",
         "group_argument": "g, ",
         "rows_most": ROWS_MOST,
-        # Plain C cannot ask for memory ahead; small targets are spared the code and its stack.
-        "walks": any(isa.name != "scalar" for isa in kernel.isas),
         "walk_most": WALK_MOST,
         "walk_bytes": WALK_BYTES,
         "cache_bytes": key.width(kernel.dk) * key.element + value.width(kernel.dv) * value.element,
