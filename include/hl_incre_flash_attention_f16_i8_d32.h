@@ -1701,36 +1701,6 @@ static inline int32_t hl_ifa_f16_i8_d32_next(const hl_incre_flash_attention_args
     return n;
 }
 
-/* A block of keys by itself: the cursor stays where it is. */
-static inline int32_t hl_ifa_f16_i8_d32_next_block(const hl_incre_flash_attention_args *a,
-                                                   const hl_group *g, hl_cursor c, hl_row *row,
-                                                   int32_t cap)
-{
-    return hl_ifa_f16_i8_d32_next(a, g, &c, row, cap);
-}
-
-/* Head h's share of what n heads that are decoded in turn have to ask for: the next block's rows,
- * as they follow each other in memory, all heads of a row together. Returns how many pieces. */
-static inline int32_t hl_ifa_f16_i8_d32_share(const hl_incre_flash_attention_args *a,
-                                              const hl_row *later, int32_t rows, int32_t h,
-                                              int32_t n, hl_row *ask, int32_t cap)
-{
-    const int32_t begin = h * cap;
-    const int32_t left = rows * n - begin;
-    const int32_t count = left < cap ? left : cap;
-    for (int32_t i = 0; i < count; ++i) {
-        const hl_row *const row = later + (begin + i) / n;
-        const ptrdiff_t head = (begin + i) % n;
-        ask[i].key = (const uint8_t *)row->key + head * a->key_stride.head;
-        ask[i].rope = ask[i].key;
-        ask[i].value = ask[i].key;
-        if (hl_ifa_f16_i8_d32_value_apart(a)) {
-            ask[i].value = (const uint8_t *)row->value + head * a->value_stride.head;
-        }
-    }
-    return count > 0 ? count : 0;
-}
-
 /* How many chunks a group's keys are cut into. */
 static inline int32_t hl_ifa_f16_i8_d32_chunks(const hl_incre_flash_attention_args *a,
                                                const hl_group *g)
