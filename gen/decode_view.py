@@ -191,6 +191,7 @@ def decode_view(kernel):
         "q_shift": ", w->shift" if key.is_codes else "",
         "value_shared": shared,
         "value_apart": "k_value_apart(a)",
+        "key_needed": "any && a->key_pages == NULL" if pages else "any",
         "value_needed": "a->value != NULL" if shared else "a->key_pages == NULL" if pages else "1",
         "paged_test": " || ".join(f"a->layout_kv == HL_LAYOUT_{n}" for n in paged) or "a == NULL",
         "no_table": "a->block_table == NULL" + (" && a->key_pages == NULL" if pages else ""),

@@ -303,6 +303,8 @@ class Tile:
         """Heads up to whole vectors."""
         return f"(plan->group + {self.head_pad - 1}) / {self.head_pad} * {self.head_pad}"
 
+    decoder_argument = ""  # of tiles only
+
     @property
     def one_padded_c(self):
         """Decoding: the heads of one query row up to whole vectors."""
