@@ -3723,6 +3723,7 @@ HL_KERNEL_SCALAR void hl_ifa_bf16_d128_block_scalar(const hl_incre_flash_attenti
     /* O = alpha O + P V */
     hl_ifa_bf16_d128_value_few_scalar(w, t, b, g->group);
 }
+
 /* One chunk of a group's keys (FlashAttention-2, algorithm 1, with K and V in blocks). */
 HL_KERNEL_SCALAR void hl_ifa_bf16_d128_forward_scalar(const hl_incre_flash_attention_plan *plan,
     const hl_group *g, const hl_space *w, const hl_state *t, hl_cursor c, int32_t padded)
@@ -3791,6 +3792,7 @@ HL_KERNEL_SCALAR void hl_ifa_bf16_d128_forward_row_scalar(const hl_incre_flash_a
         t->l[h0 + h] = row.l[h];
     }
 }
+
 /* One chunk of a group's keys: those that all rows see, at once; then each row's own. */
 HL_KERNEL_SCALAR void hl_ifa_bf16_d128_chunk_scalar(const hl_incre_flash_attention_plan *plan,
                                                     const hl_group *g, const hl_space *w,
@@ -5513,6 +5515,7 @@ HL_KERNEL_NEON void hl_ifa_bf16_d128_block_neon(const hl_incre_flash_attention_p
     /* O = alpha O + P V */
     hl_ifa_bf16_d128_value_neon(w, t, padded, g->group, b->value_apart ? 128 : 128, b->n);
 }
+
 /* One chunk of a group's keys (FlashAttention-2, algorithm 1, with K and V in blocks). */
 HL_KERNEL_NEON void hl_ifa_bf16_d128_forward_neon(const hl_incre_flash_attention_plan *plan,
                                                   const hl_group *g, const hl_space *w,
@@ -5587,6 +5590,7 @@ HL_KERNEL_NEON void hl_ifa_bf16_d128_forward_row_neon(const hl_incre_flash_atten
         t->l[h0 + h] = row.l[h];
     }
 }
+
 /* One chunk of a group's keys: those that all rows see, at once; then each row's own. */
 HL_KERNEL_NEON void hl_ifa_bf16_d128_chunk_neon(const hl_incre_flash_attention_plan *plan,
                                                 const hl_group *g, const hl_space *w,
@@ -7131,6 +7135,7 @@ HL_KERNEL_AVX2 void hl_ifa_bf16_d128_block_avx2(const hl_incre_flash_attention_p
     /* O = alpha O + P V */
     hl_ifa_bf16_d128_value_avx2(w, t, padded, g->group, b->value_apart ? 128 : 128, b->n);
 }
+
 /* One chunk of a group's keys (FlashAttention-2, algorithm 1, with K and V in blocks). */
 HL_KERNEL_AVX2 void hl_ifa_bf16_d128_forward_avx2(const hl_incre_flash_attention_plan *plan,
                                                   const hl_group *g, const hl_space *w,
@@ -7205,6 +7210,7 @@ HL_KERNEL_AVX2 void hl_ifa_bf16_d128_forward_row_avx2(const hl_incre_flash_atten
         t->l[h0 + h] = row.l[h];
     }
 }
+
 /* One chunk of a group's keys: those that all rows see, at once; then each row's own. */
 HL_KERNEL_AVX2 void hl_ifa_bf16_d128_chunk_avx2(const hl_incre_flash_attention_plan *plan,
                                                 const hl_group *g, const hl_space *w,
@@ -9560,6 +9566,7 @@ HL_KERNEL_AVX512 void hl_ifa_bf16_d128_block_avx512(const hl_incre_flash_attenti
     /* O = alpha O + P V */
     hl_ifa_bf16_d128_value_avx512(w, t, padded, g->group, b->value_apart ? 128 : 128, b->n);
 }
+
 /* One chunk of a group's keys (FlashAttention-2, algorithm 1, with K and V in blocks). */
 HL_KERNEL_AVX512 void hl_ifa_bf16_d128_forward_avx512(const hl_incre_flash_attention_plan *plan,
     const hl_group *g, const hl_space *w, const hl_state *t, hl_cursor c, int32_t padded)
@@ -9633,6 +9640,7 @@ HL_KERNEL_AVX512 void hl_ifa_bf16_d128_forward_row_avx512(const hl_incre_flash_a
         t->l[h0 + h] = row.l[h];
     }
 }
+
 /* One chunk of a group's keys: those that all rows see, at once; then each row's own. */
 HL_KERNEL_AVX512 void hl_ifa_bf16_d128_chunk_avx512(const hl_incre_flash_attention_plan *plan,
                                                     const hl_group *g, const hl_space *w,
@@ -11198,6 +11206,7 @@ HL_KERNEL_AMX void hl_ifa_bf16_d128_forward_row_amx(const hl_incre_flash_attenti
     hl_ifa_bf16_d128_merge_row_amx(t, (ptrdiff_t)i * one.heads, &w->one, one.heads);
     *t->seen = 1.0f;
 }
+
 /* One chunk of a group's keys: those that all rows see, at once; then each row's own. */
 HL_KERNEL_AMX void hl_ifa_bf16_d128_chunk_amx(const hl_incre_flash_attention_plan *plan,
                                               const hl_group *g, const hl_space *w,

@@ -3756,6 +3756,7 @@ HL_KERNEL_SCALAR void hl_ifa_bf16_d576x512_stats_block_scalar(
     /* O = alpha O + P V */
     hl_ifa_bf16_d576x512_stats_value_few_scalar(w, t, b, g->group);
 }
+
 /* One chunk of a group's keys (FlashAttention-2, algorithm 1, with K and V in blocks). */
 HL_KERNEL_SCALAR void hl_ifa_bf16_d576x512_stats_forward_scalar(
     const hl_incre_flash_attention_plan *plan, const hl_group *g, const hl_space *w,
@@ -3826,6 +3827,7 @@ HL_KERNEL_SCALAR void hl_ifa_bf16_d576x512_stats_forward_row_scalar(
         t->l[h0 + h] = row.l[h];
     }
 }
+
 /* One chunk of a group's keys: those that all rows see, at once; then each row's own. */
 HL_KERNEL_SCALAR void hl_ifa_bf16_d576x512_stats_chunk_scalar(
     const hl_incre_flash_attention_plan *plan, const hl_group *g, const hl_space *w,
@@ -5564,6 +5566,7 @@ HL_KERNEL_NEON void hl_ifa_bf16_d576x512_stats_block_neon(const hl_incre_flash_a
     /* O = alpha O + P V */
     hl_ifa_bf16_d576x512_stats_value_neon(w, t, padded, g->group, b->value_apart ? 512 : 576, b->n);
 }
+
 /* One chunk of a group's keys (FlashAttention-2, algorithm 1, with K and V in blocks). */
 HL_KERNEL_NEON void hl_ifa_bf16_d576x512_stats_forward_neon(
     const hl_incre_flash_attention_plan *plan, const hl_group *g, const hl_space *w,
@@ -5639,6 +5642,7 @@ HL_KERNEL_NEON void hl_ifa_bf16_d576x512_stats_forward_row_neon(
         t->l[h0 + h] = row.l[h];
     }
 }
+
 /* One chunk of a group's keys: those that all rows see, at once; then each row's own. */
 HL_KERNEL_NEON void hl_ifa_bf16_d576x512_stats_chunk_neon(const hl_incre_flash_attention_plan *plan,
     const hl_group *g, const hl_space *w, const hl_state *t, int32_t chunk, int32_t padded)
@@ -7200,6 +7204,7 @@ HL_KERNEL_AVX2 void hl_ifa_bf16_d576x512_stats_block_avx2(const hl_incre_flash_a
     /* O = alpha O + P V */
     hl_ifa_bf16_d576x512_stats_value_avx2(w, t, padded, g->group, b->value_apart ? 512 : 576, b->n);
 }
+
 /* One chunk of a group's keys (FlashAttention-2, algorithm 1, with K and V in blocks). */
 HL_KERNEL_AVX2 void hl_ifa_bf16_d576x512_stats_forward_avx2(
     const hl_incre_flash_attention_plan *plan, const hl_group *g, const hl_space *w,
@@ -7275,6 +7280,7 @@ HL_KERNEL_AVX2 void hl_ifa_bf16_d576x512_stats_forward_row_avx2(
         t->l[h0 + h] = row.l[h];
     }
 }
+
 /* One chunk of a group's keys: those that all rows see, at once; then each row's own. */
 HL_KERNEL_AVX2 void hl_ifa_bf16_d576x512_stats_chunk_avx2(const hl_incre_flash_attention_plan *plan,
     const hl_group *g, const hl_space *w, const hl_state *t, int32_t chunk, int32_t padded)
@@ -9705,6 +9711,7 @@ HL_KERNEL_AVX512 void hl_ifa_bf16_d576x512_stats_block_avx512(
     hl_ifa_bf16_d576x512_stats_value_avx512(w, t, padded, g->group, b->value_apart ? 512 : 576,
                                             b->n);
 }
+
 /* One chunk of a group's keys (FlashAttention-2, algorithm 1, with K and V in blocks). */
 HL_KERNEL_AVX512 void hl_ifa_bf16_d576x512_stats_forward_avx512(
     const hl_incre_flash_attention_plan *plan, const hl_group *g, const hl_space *w,
@@ -9780,6 +9787,7 @@ HL_KERNEL_AVX512 void hl_ifa_bf16_d576x512_stats_forward_row_avx512(
         t->l[h0 + h] = row.l[h];
     }
 }
+
 /* One chunk of a group's keys: those that all rows see, at once; then each row's own. */
 HL_KERNEL_AVX512 void hl_ifa_bf16_d576x512_stats_chunk_avx512(
     const hl_incre_flash_attention_plan *plan, const hl_group *g, const hl_space *w,
@@ -11385,6 +11393,7 @@ HL_KERNEL_AMX void hl_ifa_bf16_d576x512_stats_forward_row_amx(
     hl_ifa_bf16_d576x512_stats_merge_row_amx(t, (ptrdiff_t)i * one.heads, &w->one, one.heads);
     *t->seen = 1.0f;
 }
+
 /* One chunk of a group's keys: those that all rows see, at once; then each row's own. */
 HL_KERNEL_AMX void hl_ifa_bf16_d576x512_stats_chunk_amx(const hl_incre_flash_attention_plan *plan,
     const hl_group *g, const hl_space *w, const hl_state *t, int32_t chunk, int32_t padded)

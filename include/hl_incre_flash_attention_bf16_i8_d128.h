@@ -4133,6 +4133,7 @@ HL_KERNEL_SCALAR void hl_ifa_bf16_i8_d128_block_scalar(const hl_incre_flash_atte
     /* O = alpha O + P V */
     hl_ifa_bf16_i8_d128_value_few_scalar(w, t, b, g->group);
 }
+
 /* One chunk of a group's keys (FlashAttention-2, algorithm 1, with K and V in blocks). */
 HL_KERNEL_SCALAR void hl_ifa_bf16_i8_d128_forward_scalar(const hl_incre_flash_attention_plan *plan,
     const hl_group *g, const hl_space *w, const hl_state *t, hl_cursor c, int32_t padded)
@@ -4201,6 +4202,7 @@ HL_KERNEL_SCALAR void hl_ifa_bf16_i8_d128_forward_row_scalar(
         t->l[h0 + h] = row.l[h];
     }
 }
+
 /* One chunk of a group's keys: those that all rows see, at once; then each row's own. */
 HL_KERNEL_SCALAR void hl_ifa_bf16_i8_d128_chunk_scalar(const hl_incre_flash_attention_plan *plan,
     const hl_group *g, const hl_space *w, const hl_state *t, int32_t chunk, int32_t padded)
@@ -6271,6 +6273,7 @@ HL_KERNEL_NEON void hl_ifa_bf16_i8_d128_block_neon(const hl_incre_flash_attentio
     /* O = alpha O + P V */
     hl_ifa_bf16_i8_d128_value_neon(w, t, padded, g->group, b->value_apart ? 128 : 128, b->n);
 }
+
 /* One chunk of a group's keys (FlashAttention-2, algorithm 1, with K and V in blocks). */
 HL_KERNEL_NEON void hl_ifa_bf16_i8_d128_forward_neon(const hl_incre_flash_attention_plan *plan,
     const hl_group *g, const hl_space *w, const hl_state *t, hl_cursor c, int32_t padded)
@@ -6342,6 +6345,7 @@ HL_KERNEL_NEON void hl_ifa_bf16_i8_d128_forward_row_neon(const hl_incre_flash_at
         t->l[h0 + h] = row.l[h];
     }
 }
+
 /* One chunk of a group's keys: those that all rows see, at once; then each row's own. */
 HL_KERNEL_NEON void hl_ifa_bf16_i8_d128_chunk_neon(const hl_incre_flash_attention_plan *plan,
                                                    const hl_group *g, const hl_space *w,
@@ -8222,6 +8226,7 @@ HL_KERNEL_AVX2 void hl_ifa_bf16_i8_d128_block_avx2(const hl_incre_flash_attentio
     /* O = alpha O + P V */
     hl_ifa_bf16_i8_d128_value_avx2(w, t, padded, g->group, b->value_apart ? 128 : 128, b->n);
 }
+
 /* One chunk of a group's keys (FlashAttention-2, algorithm 1, with K and V in blocks). */
 HL_KERNEL_AVX2 void hl_ifa_bf16_i8_d128_forward_avx2(const hl_incre_flash_attention_plan *plan,
     const hl_group *g, const hl_space *w, const hl_state *t, hl_cursor c, int32_t padded)
@@ -8293,6 +8298,7 @@ HL_KERNEL_AVX2 void hl_ifa_bf16_i8_d128_forward_row_avx2(const hl_incre_flash_at
         t->l[h0 + h] = row.l[h];
     }
 }
+
 /* One chunk of a group's keys: those that all rows see, at once; then each row's own. */
 HL_KERNEL_AVX2 void hl_ifa_bf16_i8_d128_chunk_avx2(const hl_incre_flash_attention_plan *plan,
                                                    const hl_group *g, const hl_space *w,
@@ -10984,6 +10990,7 @@ HL_KERNEL_AVX512 void hl_ifa_bf16_i8_d128_block_avx512(const hl_incre_flash_atte
     /* O = alpha O + P V */
     hl_ifa_bf16_i8_d128_value_avx512(w, t, padded, g->group, b->value_apart ? 128 : 128, b->n);
 }
+
 /* One chunk of a group's keys (FlashAttention-2, algorithm 1, with K and V in blocks). */
 HL_KERNEL_AVX512 void hl_ifa_bf16_i8_d128_forward_avx512(const hl_incre_flash_attention_plan *plan,
     const hl_group *g, const hl_space *w, const hl_state *t, hl_cursor c, int32_t padded)
@@ -11057,6 +11064,7 @@ HL_KERNEL_AVX512 void hl_ifa_bf16_i8_d128_forward_row_avx512(
         t->l[h0 + h] = row.l[h];
     }
 }
+
 /* One chunk of a group's keys: those that all rows see, at once; then each row's own. */
 HL_KERNEL_AVX512 void hl_ifa_bf16_i8_d128_chunk_avx512(const hl_incre_flash_attention_plan *plan,
     const hl_group *g, const hl_space *w, const hl_state *t, int32_t chunk, int32_t padded)

@@ -3450,6 +3450,7 @@ HL_KERNEL_SCALAR void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_block_scal
     /* O = alpha O + P V */
     hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_value_few_scalar(w, t, b, g->group);
 }
+
 /* One chunk of a group's keys (FlashAttention-2, algorithm 1, with K and V in blocks). */
 HL_KERNEL_SCALAR void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_forward_scalar(
     const hl_incre_flash_attention_plan *plan, const hl_group *g, const hl_space *w,
@@ -3524,6 +3525,7 @@ HL_KERNEL_SCALAR void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_forward_ro
         t->l[h0 + h] = row.l[h];
     }
 }
+
 /* One chunk of a group's keys: those that all rows see, at once; then each row's own. */
 HL_KERNEL_SCALAR void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_chunk_scalar(
     const hl_incre_flash_attention_plan *plan, const hl_group *g, const hl_space *w,
@@ -5349,6 +5351,7 @@ HL_KERNEL_NEON void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_block_neon(
     hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_value_neon(w, t, padded, g->group,
         b->value_apart ? 64 : 64, b->n);
 }
+
 /* One chunk of a group's keys (FlashAttention-2, algorithm 1, with K and V in blocks). */
 HL_KERNEL_NEON void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_forward_neon(
     const hl_incre_flash_attention_plan *plan, const hl_group *g, const hl_space *w,
@@ -5428,6 +5431,7 @@ HL_KERNEL_NEON void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_forward_row_
         t->l[h0 + h] = row.l[h];
     }
 }
+
 /* One chunk of a group's keys: those that all rows see, at once; then each row's own. */
 HL_KERNEL_NEON void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_chunk_neon(
     const hl_incre_flash_attention_plan *plan, const hl_group *g, const hl_space *w,
@@ -7058,6 +7062,7 @@ HL_KERNEL_AVX2 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_block_avx2(
     hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_value_avx2(w, t, padded, g->group,
         b->value_apart ? 64 : 64, b->n);
 }
+
 /* One chunk of a group's keys (FlashAttention-2, algorithm 1, with K and V in blocks). */
 HL_KERNEL_AVX2 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_forward_avx2(
     const hl_incre_flash_attention_plan *plan, const hl_group *g, const hl_space *w,
@@ -7137,6 +7142,7 @@ HL_KERNEL_AVX2 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_forward_row_
         t->l[h0 + h] = row.l[h];
     }
 }
+
 /* One chunk of a group's keys: those that all rows see, at once; then each row's own. */
 HL_KERNEL_AVX2 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_chunk_avx2(
     const hl_incre_flash_attention_plan *plan, const hl_group *g, const hl_space *w,
@@ -9528,6 +9534,7 @@ HL_KERNEL_AVX512 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_block_avx5
     hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_value_avx512(w, t, padded, g->group,
         b->value_apart ? 64 : 64, b->n);
 }
+
 /* One chunk of a group's keys (FlashAttention-2, algorithm 1, with K and V in blocks). */
 HL_KERNEL_AVX512 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_forward_avx512(
     const hl_incre_flash_attention_plan *plan, const hl_group *g, const hl_space *w,
@@ -9607,6 +9614,7 @@ HL_KERNEL_AVX512 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_forward_ro
         t->l[h0 + h] = row.l[h];
     }
 }
+
 /* One chunk of a group's keys: those that all rows see, at once; then each row's own. */
 HL_KERNEL_AVX512 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_chunk_avx512(
     const hl_incre_flash_attention_plan *plan, const hl_group *g, const hl_space *w,

@@ -4278,6 +4278,7 @@ HL_KERNEL_SCALAR void hl_sfaq_bf16_fp8_656_d512_rope64_slots_block_scalar(
     /* O = alpha O + P V */
     hl_sfaq_bf16_fp8_656_d512_rope64_slots_value_few_scalar(w, t, &own, plan->group);
 }
+
 /* One chunk of a group's keys (FlashAttention-2, algorithm 1, with K and V in blocks). */
 HL_KERNEL_SCALAR void hl_sfaq_bf16_fp8_656_d512_rope64_slots_forward_scalar(
     const hl_sparse_flash_attention_antiquant_plan *plan, const hl_group *g, const hl_space *w,
@@ -6154,6 +6155,7 @@ HL_KERNEL_NEON void hl_sfaq_bf16_fp8_656_d512_rope64_slots_block_neon(
     hl_sfaq_bf16_fp8_656_d512_rope64_slots_value_neon(w, t, padded, plan->group, b->value_apart
         ? 512 : 576, b->n);
 }
+
 /* One chunk of a group's keys (FlashAttention-2, algorithm 1, with K and V in blocks). */
 HL_KERNEL_NEON void hl_sfaq_bf16_fp8_656_d512_rope64_slots_forward_neon(
     const hl_sparse_flash_attention_antiquant_plan *plan, const hl_group *g, const hl_space *w,
@@ -8364,6 +8366,7 @@ HL_KERNEL_AVX2 void hl_sfaq_bf16_fp8_656_d512_rope64_slots_block_avx2(
     hl_sfaq_bf16_fp8_656_d512_rope64_slots_value_avx2(w, t, padded, plan->group, b->value_apart
         ? 512 : 576, b->n);
 }
+
 /* One chunk of a group's keys (FlashAttention-2, algorithm 1, with K and V in blocks). */
 HL_KERNEL_AVX2 void hl_sfaq_bf16_fp8_656_d512_rope64_slots_forward_avx2(
     const hl_sparse_flash_attention_antiquant_plan *plan, const hl_group *g, const hl_space *w,
@@ -11626,6 +11629,7 @@ HL_KERNEL_AVX512 void hl_sfaq_bf16_fp8_656_d512_rope64_slots_block_avx512(
     hl_sfaq_bf16_fp8_656_d512_rope64_slots_value_avx512(w, t, padded, plan->group, b->value_apart
         ? 512 : 576, b->n);
 }
+
 /* One chunk of a group's keys (FlashAttention-2, algorithm 1, with K and V in blocks). */
 HL_KERNEL_AVX512 void hl_sfaq_bf16_fp8_656_d512_rope64_slots_forward_avx512(
     const hl_sparse_flash_attention_antiquant_plan *plan, const hl_group *g, const hl_space *w,

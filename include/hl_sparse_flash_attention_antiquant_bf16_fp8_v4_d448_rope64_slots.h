@@ -4289,6 +4289,7 @@ HL_KERNEL_SCALAR void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_block_scalar(
     /* O = alpha O + P V */
     hl_sfaq_bf16_fp8_v4_d448_rope64_slots_value_few_scalar(w, t, &own, plan->group);
 }
+
 /* One chunk of a group's keys (FlashAttention-2, algorithm 1, with K and V in blocks). */
 HL_KERNEL_SCALAR void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_forward_scalar(
     const hl_sparse_flash_attention_antiquant_plan *plan, const hl_group *g, const hl_space *w,
@@ -6165,6 +6166,7 @@ HL_KERNEL_NEON void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_block_neon(
     hl_sfaq_bf16_fp8_v4_d448_rope64_slots_value_neon(w, t, padded, plan->group, b->value_apart ? 512
         : 512, b->n);
 }
+
 /* One chunk of a group's keys (FlashAttention-2, algorithm 1, with K and V in blocks). */
 HL_KERNEL_NEON void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_forward_neon(
     const hl_sparse_flash_attention_antiquant_plan *plan, const hl_group *g, const hl_space *w,
@@ -7860,6 +7862,7 @@ HL_KERNEL_AVX2 void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_block_avx2(
     hl_sfaq_bf16_fp8_v4_d448_rope64_slots_value_avx2(w, t, padded, plan->group, b->value_apart ? 512
         : 512, b->n);
 }
+
 /* One chunk of a group's keys (FlashAttention-2, algorithm 1, with K and V in blocks). */
 HL_KERNEL_AVX2 void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_forward_avx2(
     const hl_sparse_flash_attention_antiquant_plan *plan, const hl_group *g, const hl_space *w,
@@ -10398,6 +10401,7 @@ HL_KERNEL_AVX512 void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_block_avx512(
     hl_sfaq_bf16_fp8_v4_d448_rope64_slots_value_avx512(w, t, padded, plan->group, b->value_apart
         ? 512 : 512, b->n);
 }
+
 /* One chunk of a group's keys (FlashAttention-2, algorithm 1, with K and V in blocks). */
 HL_KERNEL_AVX512 void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_forward_avx512(
     const hl_sparse_flash_attention_antiquant_plan *plan, const hl_group *g, const hl_space *w,

@@ -3556,6 +3556,7 @@ HL_KERNEL_SCALAR void hl_sfa_bf16_d128_rope64_block_scalar(
     /* O = alpha O + P V */
     hl_sfa_bf16_d128_rope64_value_few_scalar(w, t, b, plan->group);
 }
+
 /* One chunk of a group's keys (FlashAttention-2, algorithm 1, with K and V in blocks). */
 HL_KERNEL_SCALAR void hl_sfa_bf16_d128_rope64_forward_scalar(
     const hl_sparse_flash_attention_plan *plan, const hl_group *g, const hl_space *w,
@@ -5265,6 +5266,7 @@ HL_KERNEL_NEON void hl_sfa_bf16_d128_rope64_block_neon(const hl_sparse_flash_att
     /* O = alpha O + P V */
     hl_sfa_bf16_d128_rope64_value_neon(w, t, padded, plan->group, b->value_apart ? 128 : 192, b->n);
 }
+
 /* One chunk of a group's keys (FlashAttention-2, algorithm 1, with K and V in blocks). */
 HL_KERNEL_NEON void hl_sfa_bf16_d128_rope64_forward_neon(const hl_sparse_flash_attention_plan *plan,
     const hl_group *g, const hl_space *w, const hl_state *t, hl_cursor c, int32_t padded)
@@ -6799,6 +6801,7 @@ HL_KERNEL_AVX2 void hl_sfa_bf16_d128_rope64_block_avx2(const hl_sparse_flash_att
     /* O = alpha O + P V */
     hl_sfa_bf16_d128_rope64_value_avx2(w, t, padded, plan->group, b->value_apart ? 128 : 192, b->n);
 }
+
 /* One chunk of a group's keys (FlashAttention-2, algorithm 1, with K and V in blocks). */
 HL_KERNEL_AVX2 void hl_sfa_bf16_d128_rope64_forward_avx2(const hl_sparse_flash_attention_plan *plan,
     const hl_group *g, const hl_space *w, const hl_state *t, hl_cursor c, int32_t padded)
@@ -9138,6 +9141,7 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d128_rope64_block_avx512(
     hl_sfa_bf16_d128_rope64_value_avx512(w, t, padded, plan->group, b->value_apart ? 128 : 192,
                                          b->n);
 }
+
 /* One chunk of a group's keys (FlashAttention-2, algorithm 1, with K and V in blocks). */
 HL_KERNEL_AVX512 void hl_sfa_bf16_d128_rope64_forward_avx512(
     const hl_sparse_flash_attention_plan *plan, const hl_group *g, const hl_space *w,

@@ -3604,6 +3604,7 @@ HL_KERNEL_SCALAR void hl_sfa_bf16_d512_rope64_slots_block_scalar(
     /* O = alpha O + P V */
     hl_sfa_bf16_d512_rope64_slots_value_few_scalar(w, t, b, plan->group);
 }
+
 /* One chunk of a group's keys (FlashAttention-2, algorithm 1, with K and V in blocks). */
 HL_KERNEL_SCALAR void hl_sfa_bf16_d512_rope64_slots_forward_scalar(
     const hl_sparse_flash_attention_plan *plan, const hl_group *g, const hl_space *w,
@@ -5323,6 +5324,7 @@ HL_KERNEL_NEON void hl_sfa_bf16_d512_rope64_slots_block_neon(
     hl_sfa_bf16_d512_rope64_slots_value_neon(w, t, padded, plan->group, b->value_apart ? 512 : 576,
                                              b->n);
 }
+
 /* One chunk of a group's keys (FlashAttention-2, algorithm 1, with K and V in blocks). */
 HL_KERNEL_NEON void hl_sfa_bf16_d512_rope64_slots_forward_neon(
     const hl_sparse_flash_attention_plan *plan, const hl_group *g, const hl_space *w,
@@ -6870,6 +6872,7 @@ HL_KERNEL_AVX2 void hl_sfa_bf16_d512_rope64_slots_block_avx2(
     hl_sfa_bf16_d512_rope64_slots_value_avx2(w, t, padded, plan->group, b->value_apart ? 512 : 576,
                                              b->n);
 }
+
 /* One chunk of a group's keys (FlashAttention-2, algorithm 1, with K and V in blocks). */
 HL_KERNEL_AVX2 void hl_sfa_bf16_d512_rope64_slots_forward_avx2(
     const hl_sparse_flash_attention_plan *plan, const hl_group *g, const hl_space *w,
@@ -9269,6 +9272,7 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d512_rope64_slots_block_avx512(
     hl_sfa_bf16_d512_rope64_slots_value_avx512(w, t, padded, plan->group, b->value_apart ? 512
                                                : 576, b->n);
 }
+
 /* One chunk of a group's keys (FlashAttention-2, algorithm 1, with K and V in blocks). */
 HL_KERNEL_AVX512 void hl_sfa_bf16_d512_rope64_slots_forward_avx512(
     const hl_sparse_flash_attention_plan *plan, const hl_group *g, const hl_space *w,

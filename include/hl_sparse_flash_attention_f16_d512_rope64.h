@@ -3540,6 +3540,7 @@ HL_KERNEL_SCALAR void hl_sfa_f16_d512_rope64_block_scalar(
     /* O = alpha O + P V */
     hl_sfa_f16_d512_rope64_value_few_scalar(w, t, b, plan->group);
 }
+
 /* One chunk of a group's keys (FlashAttention-2, algorithm 1, with K and V in blocks). */
 HL_KERNEL_SCALAR void hl_sfa_f16_d512_rope64_forward_scalar(
     const hl_sparse_flash_attention_plan *plan, const hl_group *g, const hl_space *w,
@@ -5246,6 +5247,7 @@ HL_KERNEL_NEON void hl_sfa_f16_d512_rope64_block_neon(const hl_sparse_flash_atte
     /* O = alpha O + P V */
     hl_sfa_f16_d512_rope64_value_neon(w, t, padded, plan->group, b->value_apart ? 512 : 576, b->n);
 }
+
 /* One chunk of a group's keys (FlashAttention-2, algorithm 1, with K and V in blocks). */
 HL_KERNEL_NEON void hl_sfa_f16_d512_rope64_forward_neon(const hl_sparse_flash_attention_plan *plan,
     const hl_group *g, const hl_space *w, const hl_state *t, hl_cursor c, int32_t padded)
@@ -6758,6 +6760,7 @@ HL_KERNEL_AVX2 void hl_sfa_f16_d512_rope64_block_avx2(const hl_sparse_flash_atte
     /* O = alpha O + P V */
     hl_sfa_f16_d512_rope64_value_avx2(w, t, padded, plan->group, b->value_apart ? 512 : 576, b->n);
 }
+
 /* One chunk of a group's keys (FlashAttention-2, algorithm 1, with K and V in blocks). */
 HL_KERNEL_AVX2 void hl_sfa_f16_d512_rope64_forward_avx2(const hl_sparse_flash_attention_plan *plan,
     const hl_group *g, const hl_space *w, const hl_state *t, hl_cursor c, int32_t padded)
@@ -9128,6 +9131,7 @@ HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_block_avx512(
     hl_sfa_f16_d512_rope64_value_avx512(w, t, padded, plan->group, b->value_apart ? 512 : 576,
                                         b->n);
 }
+
 /* One chunk of a group's keys (FlashAttention-2, algorithm 1, with K and V in blocks). */
 HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_forward_avx512(
     const hl_sparse_flash_attention_plan *plan, const hl_group *g, const hl_space *w,

@@ -2717,6 +2717,7 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_block_scalar(const hl_sparse_flash_at
     /* O = alpha O + P V */
     hl_sfa_f32_d32_rope8_value_few_scalar(w, t, b, plan->group);
 }
+
 /* One chunk of a group's keys (FlashAttention-2, algorithm 1, with K and V in blocks). */
 HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_forward_scalar(
     const hl_sparse_flash_attention_plan *plan, const hl_group *g, const hl_space *w,

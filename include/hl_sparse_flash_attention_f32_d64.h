@@ -3035,6 +3035,7 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d64_block_scalar(const hl_sparse_flash_attentio
     /* O = alpha O + P V */
     hl_sfa_f32_d64_value_few_scalar(w, t, b, plan->group);
 }
+
 /* One chunk of a group's keys (FlashAttention-2, algorithm 1, with K and V in blocks). */
 HL_KERNEL_SCALAR void hl_sfa_f32_d64_forward_scalar(const hl_sparse_flash_attention_plan *plan,
                                                     const hl_group *g, const hl_space *w,
@@ -4667,6 +4668,7 @@ HL_KERNEL_NEON void hl_sfa_f32_d64_block_neon(const hl_sparse_flash_attention_pl
     /* O = alpha O + P V */
     hl_sfa_f32_d64_value_neon(w, t, padded, plan->group, b->value_apart ? 64 : 64, b->n);
 }
+
 /* One chunk of a group's keys (FlashAttention-2, algorithm 1, with K and V in blocks). */
 HL_KERNEL_NEON void hl_sfa_f32_d64_forward_neon(const hl_sparse_flash_attention_plan *plan,
                                                 const hl_group *g, const hl_space *w,
@@ -6108,6 +6110,7 @@ HL_KERNEL_AVX2 void hl_sfa_f32_d64_block_avx2(const hl_sparse_flash_attention_pl
     /* O = alpha O + P V */
     hl_sfa_f32_d64_value_avx2(w, t, padded, plan->group, b->value_apart ? 64 : 64, b->n);
 }
+
 /* One chunk of a group's keys (FlashAttention-2, algorithm 1, with K and V in blocks). */
 HL_KERNEL_AVX2 void hl_sfa_f32_d64_forward_avx2(const hl_sparse_flash_attention_plan *plan,
                                                 const hl_group *g, const hl_space *w,
@@ -8312,6 +8315,7 @@ HL_KERNEL_AVX512 void hl_sfa_f32_d64_block_avx512(const hl_sparse_flash_attentio
     /* O = alpha O + P V */
     hl_sfa_f32_d64_value_avx512(w, t, padded, plan->group, b->value_apart ? 64 : 64, b->n);
 }
+
 /* One chunk of a group's keys (FlashAttention-2, algorithm 1, with K and V in blocks). */
 HL_KERNEL_AVX512 void hl_sfa_f32_d64_forward_avx512(const hl_sparse_flash_attention_plan *plan,
                                                     const hl_group *g, const hl_space *w,

@@ -17,19 +17,19 @@ from oracle_append import F32, TYPES, decoded, encode, group_of, width
 from gen import bind, spec
 
 OP = "incre_flash_attention"
-BOTH = ["slots", "pages"]
+BOTH, NONE = ["stats", "slots", "pages"], ["stats"]
 # Odd, so that every vector and every group has a tail; every format on either side.
 SPECS: dict[str, dict[str, Any]] = {
     "f32": {"dtype": "f32", "dk": 15, "dv": 7, "features": BOTH},
     "bf16": {"dtype": "bf16", "dk": 32, "dv": 32, "features": BOTH},
-    "f16": {"dtype": "f16", "dk": 33, "dv": 40},
+    "f16": {"dtype": "f16", "dk": 33, "dv": 40, "features": NONE},
     "i8": {"dtype": "bf16", "dk": 40, "dv": 24, "kv": "i8", "features": BOTH},
-    "i8xe4m3": {"dtype": "f16", "dk": 19, "dv": 68, "kv": "i8xe4m3"},
+    "i8xe4m3": {"dtype": "f16", "dk": 19, "dv": 68, "kv": "i8xe4m3", "features": NONE},
     "e4m3": {"dtype": "bf16", "dk": 64, "dv": 33, "kv": "e4m3", "features": BOTH},
     "i4": {"dtype": "bf16", "dk": 48, "dv": 33, "kv": "i4_32", "features": BOTH},
-    "i4xf16": {"dtype": "f16", "dk": 150, "dv": 16, "kv": "i4_128xf16"},
-    "bf16xi8": {"dtype": "bf16", "dk": 16, "dv": 20, "kv": "bf16xi8"},
-    "i8xi4": {"dtype": "bf16", "dk": 24, "dv": 131, "kv": "i8xi4_64"},
+    "i4xf16": {"dtype": "f16", "dk": 150, "dv": 16, "kv": "i4_128xf16", "features": NONE},
+    "bf16xi8": {"dtype": "bf16", "dk": 16, "dv": 20, "kv": "bf16xi8", "features": NONE},
+    "i8xi4": {"dtype": "bf16", "dk": 24, "dv": 131, "kv": "i8xi4_64", "features": NONE},
 }
 NAMES = tuple(SPECS)
 CODED = ("i8", "i8xe4m3", "e4m3", "bf16xi8", "i8xi4")
@@ -40,7 +40,7 @@ BATCH, ROWS, TOKENS, HEADS, BLOCK = 3, 7, 23, 3, 5
 
 @functools.cache
 def text(name: str) -> str:
-    return bind.header_text(spec.parse_header({"op": OP, **SPECS[name]}))
+    return bind.header_text(spec.parse_header({"op": OP, "name": f"hl_{name}", **SPECS[name]}))
 
 
 @functools.cache
@@ -161,7 +161,7 @@ class Cache:
         rng = np.random.default_rng(seed)
         self.block = BLOCK if self.paged else TOKENS
         entries = TOKENS if self.slots else -(-TOKENS // self.block)
-        places = (batch * entries + 2) * (1 if not self.slots else 1)
+        places = batch * entries + 2
         self.outer = -(-places // BLOCK) if self.slots else places if self.paged else batch
         count = self.outer * BLOCK if self.slots else self.outer
         order = rng.permutation(count)[: batch * entries] if self.paged else None
@@ -601,10 +601,10 @@ def test_keys_and_values_of_a_block_row_or_head_may_lie_side_by_side(swapped):
     "gap,stride",
     [
         (0, (0, 0, 0)),  # the same memory
-        (31, (0, 192, 64)),  # a head's last channel
-        (64, (0, 192, 64)),  # heads in the gaps of the next one
-        (33, (0, 192, 64)),  # the other way round
-        (192, (0, 192, 64)),  # the next row
+        (31, (768, 192, 64)),  # a head's last channel
+        (64, (768, 192, 64)),  # heads in the gaps of the next one
+        (33, (768, 192, 64)),  # the other way round
+        (192, (768, 192, 64)),  # the next row
         (32, (760, 192, 64)),  # the next block begins before the last value ends
     ],
 )
