@@ -11,8 +11,8 @@
  *       key 32 channels of int8;
  *       value 32 channels of int8;
  *       cache BSND, BSH, BNSD, PA_BSND, PA_BNSD.
- *   One step of decoding (incre_flash_attention): 1 to 16 query rows of each batch, the last
- *   tokens of its cache, against all of its keys:
+ *   One step of decoding (incre_flash_attention): 1 to 16 query rows of each
+ *   batch, the last tokens of its cache, against all of its keys:
  *       score_j = scale_value * (q . k_j) + pse_j
  *       out = sum_j exp(score_j - max) v_j / sum_j exp(score_j - max)
  *   Everything is in this file: checks, tiled loops, dequantisation, the choice of instruction set
@@ -53,9 +53,10 @@
  *   Batch b sees the keys of its actual_seq_lengths: the first rows of its cache, or with
  *   kv_padding_size those that end that many rows in front of the last (where that would begin
  *   before the first row, it sees none). Row i of S1 sees key j of n if j <= n - S1 + i
- *   and no atten_mask byte is set for it. Columns of atten_mask and pse_shift are rows of the
- *   batch's cache, padding included; what is wider is not read. Keys and values that a row does not
- *   see may be NaN. A row that sees no key: out 0.
+ *   and no atten_mask byte is set for it. Columns of atten_mask and of
+ *   pse_shift are rows of the batch's cache, padding included; what is wider is not read. Keys and
+ *   values that a row does not see may be NaN.
+ *   A row that sees no key: out 0.
  *   Paged: token t is row t % block_size of block block_table[b][t / block_size]; batches may share
  *   blocks; entries past the last key are not read.
  *
@@ -2059,7 +2060,8 @@ static inline hl_status hl_ifa_f16_i8_d32_check_memory(hl_incre_flash_attention_
         const hl_range range[] = {
             {a->query, extent[0], HL_ARG_QUERY, 0, 2u},
             {a->key, any ? extent[1] : 0, HL_ARG_KEY, 0, 1u},
-            {a->value, any && a->value != NULL ? extent[2] : 0, HL_ARG_VALUE, 0, 1u},
+            {a->value, any && a->value != NULL ? extent[2] : 0, HL_ARG_VALUE, 0,
+             1u},
             {a->pse_shift, a->pse_shift ? pse : 0, HL_ARG_PSE_SHIFT, 0, 2u},
             {a->atten_mask, a->atten_mask ? mask : 0, HL_ARG_ATTEN_MASK, 0, 1u},
             {a->actual_seq_lengths, a->actual_seq_lengths ? (a->lengths == 1 ? 4u : each) : 0,
@@ -2750,7 +2752,8 @@ HL_KERNEL_SCALAR void hl_ifa_f16_i8_d32_pr_4x2_scalar(const float *p, const hl_r
     hl_vf_scalar o3_0 = hl_vzero_scalar();
     hl_vf_scalar o3_1 = hl_vzero_scalar();
     for (int32_t j = 0; j < n; ++j) {
-        const uint8_t *const value = (const uint8_t *)row[j].value + c;
+        const uint8_t *const value =
+            (const uint8_t *)row[j].value + c;
         if (j < later) {
             const uint8_t *const next =
                 (const uint8_t *)ask[j].value + c;
@@ -2816,7 +2819,8 @@ HL_KERNEL_SCALAR void hl_ifa_f16_i8_d32_pr_2x4_scalar(const float *p, const hl_r
     hl_vf_scalar o1_2 = hl_vzero_scalar();
     hl_vf_scalar o1_3 = hl_vzero_scalar();
     for (int32_t j = 0; j < n; ++j) {
-        const uint8_t *const value = (const uint8_t *)row[j].value + c;
+        const uint8_t *const value =
+            (const uint8_t *)row[j].value + c;
         if (j < later) {
             const uint8_t *const next =
                 (const uint8_t *)ask[j].value + c;
@@ -2883,7 +2887,8 @@ HL_KERNEL_SCALAR void hl_ifa_f16_i8_d32_pr_1x8_scalar(const float *p, const hl_r
     hl_vf_scalar o0_6 = hl_vzero_scalar();
     hl_vf_scalar o0_7 = hl_vzero_scalar();
     for (int32_t j = 0; j < n; ++j) {
-        const uint8_t *const value = (const uint8_t *)row[j].value + c;
+        const uint8_t *const value =
+            (const uint8_t *)row[j].value + c;
         if (j < later) {
             const uint8_t *const next =
                 (const uint8_t *)ask[j].value + c;
@@ -3023,9 +3028,10 @@ HL_KERNEL_SCALAR void hl_ifa_f16_i8_d32_scale_out_scalar(const hl_incre_flash_at
             x = hl_vadd_scalar(x, lift);
         } else {
             if (a->antiquant_offset != NULL) {
+                const void *const offset = a->antiquant_offset;
                 x =
-                    hl_vfma_scalar(hl_ifa_f16_i8_d32_numbers_scalar(a, a->antiquant_offset, 1, first
-                        + c, DV - c), lift, x);
+                    hl_vfma_scalar(hl_ifa_f16_i8_d32_numbers_scalar(a, offset, 1, first + c,
+                        DV - c), lift, x);
             }
             x =
                 hl_vmul_scalar(x,

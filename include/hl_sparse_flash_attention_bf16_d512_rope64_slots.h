@@ -3186,7 +3186,8 @@ HL_KERNEL_SCALAR void hl_sfa_bf16_d512_rope64_slots_pr_4x2_scalar(const float *p
     hl_vf_scalar o3_0 = hl_vzero_scalar();
     hl_vf_scalar o3_1 = hl_vzero_scalar();
     for (int32_t j = 0; j < n; ++j) {
-        const uint16_t *const value = (const uint16_t *)row[j].value + c;
+        const uint16_t *const value =
+            (const uint16_t *)row[j].value + c;
         if (j < later) {
             const uint16_t *const next =
                 (const uint16_t *)ask[j].value + c;
@@ -3253,7 +3254,8 @@ HL_KERNEL_SCALAR void hl_sfa_bf16_d512_rope64_slots_pr_2x4_scalar(const float *p
     hl_vf_scalar o1_2 = hl_vzero_scalar();
     hl_vf_scalar o1_3 = hl_vzero_scalar();
     for (int32_t j = 0; j < n; ++j) {
-        const uint16_t *const value = (const uint16_t *)row[j].value + c;
+        const uint16_t *const value =
+            (const uint16_t *)row[j].value + c;
         if (j < later) {
             const uint16_t *const next =
                 (const uint16_t *)ask[j].value + c;
@@ -3321,7 +3323,8 @@ HL_KERNEL_SCALAR void hl_sfa_bf16_d512_rope64_slots_pr_1x8_scalar(const float *p
     hl_vf_scalar o0_6 = hl_vzero_scalar();
     hl_vf_scalar o0_7 = hl_vzero_scalar();
     for (int32_t j = 0; j < n; ++j) {
-        const uint16_t *const value = (const uint16_t *)row[j].value + c;
+        const uint16_t *const value =
+            (const uint16_t *)row[j].value + c;
         if (j < later) {
             const uint16_t *const next =
                 (const uint16_t *)ask[j].value + c;
@@ -4815,7 +4818,8 @@ HL_KERNEL_NEON void hl_sfa_bf16_d512_rope64_slots_pr_4x4_neon(const float *p, co
     hl_vf_neon o3_2 = hl_vzero_neon();
     hl_vf_neon o3_3 = hl_vzero_neon();
     for (int32_t j = 0; j < n; ++j) {
-        const uint16_t *const value = (const uint16_t *)row[j].value + c;
+        const uint16_t *const value =
+            (const uint16_t *)row[j].value + c;
         if (j < later) {
             const uint16_t *const next =
                 (const uint16_t *)ask[j].value + c;
@@ -4909,7 +4913,8 @@ HL_KERNEL_NEON void hl_sfa_bf16_d512_rope64_slots_pr_2x8_neon(const float *p, co
     hl_vf_neon o1_6 = hl_vzero_neon();
     hl_vf_neon o1_7 = hl_vzero_neon();
     for (int32_t j = 0; j < n; ++j) {
-        const uint16_t *const value = (const uint16_t *)row[j].value + c;
+        const uint16_t *const value =
+            (const uint16_t *)row[j].value + c;
         if (j < later) {
             const uint16_t *const next =
                 (const uint16_t *)ask[j].value + c;
@@ -5007,7 +5012,8 @@ HL_KERNEL_NEON void hl_sfa_bf16_d512_rope64_slots_pr_1x16_neon(const float *p, c
     hl_vf_neon o0_14 = hl_vzero_neon();
     hl_vf_neon o0_15 = hl_vzero_neon();
     for (int32_t j = 0; j < n; ++j) {
-        const uint16_t *const value = (const uint16_t *)row[j].value + c;
+        const uint16_t *const value =
+            (const uint16_t *)row[j].value + c;
         if (j < later) {
             const uint16_t *const next =
                 (const uint16_t *)ask[j].value + c;
@@ -6447,7 +6453,8 @@ HL_KERNEL_AVX2 void hl_sfa_bf16_d512_rope64_slots_pr_4x2_avx2(const float *p, co
     hl_vf_avx2 o3_0 = hl_vzero_avx2();
     hl_vf_avx2 o3_1 = hl_vzero_avx2();
     for (int32_t j = 0; j < n; ++j) {
-        const uint16_t *const value = (const uint16_t *)row[j].value + c;
+        const uint16_t *const value =
+            (const uint16_t *)row[j].value + c;
         if (j < later) {
             const uint16_t *const next =
                 (const uint16_t *)ask[j].value + c;
@@ -6506,7 +6513,8 @@ HL_KERNEL_AVX2 void hl_sfa_bf16_d512_rope64_slots_pr_2x4_avx2(const float *p, co
     hl_vf_avx2 o1_2 = hl_vzero_avx2();
     hl_vf_avx2 o1_3 = hl_vzero_avx2();
     for (int32_t j = 0; j < n; ++j) {
-        const uint16_t *const value = (const uint16_t *)row[j].value + c;
+        const uint16_t *const value =
+            (const uint16_t *)row[j].value + c;
         if (j < later) {
             const uint16_t *const next =
                 (const uint16_t *)ask[j].value + c;
@@ -6566,7 +6574,8 @@ HL_KERNEL_AVX2 void hl_sfa_bf16_d512_rope64_slots_pr_1x8_avx2(const float *p, co
     hl_vf_avx2 o0_6 = hl_vzero_avx2();
     hl_vf_avx2 o0_7 = hl_vzero_avx2();
     for (int32_t j = 0; j < n; ++j) {
-        const uint16_t *const value = (const uint16_t *)row[j].value + c;
+        const uint16_t *const value =
+            (const uint16_t *)row[j].value + c;
         if (j < later) {
             const uint16_t *const next =
                 (const uint16_t *)ask[j].value + c;
@@ -8688,7 +8697,8 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d512_rope64_slots_pr_4x4_avx512(const float *p
     hl_vf_avx512 o3_2 = hl_vzero_avx512();
     hl_vf_avx512 o3_3 = hl_vzero_avx512();
     for (int32_t j = 0; j < n; ++j) {
-        const uint16_t *const value = (const uint16_t *)row[j].value + c;
+        const uint16_t *const value =
+            (const uint16_t *)row[j].value + c;
         if (j < later) {
             const uint16_t *const next =
                 (const uint16_t *)ask[j].value + c;
@@ -8799,7 +8809,8 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d512_rope64_slots_pr_2x8_avx512(const float *p
     hl_vf_avx512 o1_6 = hl_vzero_avx512();
     hl_vf_avx512 o1_7 = hl_vzero_avx512();
     for (int32_t j = 0; j < n; ++j) {
-        const uint16_t *const value = (const uint16_t *)row[j].value + c;
+        const uint16_t *const value =
+            (const uint16_t *)row[j].value + c;
         if (j < later) {
             const uint16_t *const next =
                 (const uint16_t *)ask[j].value + c;
@@ -8916,7 +8927,8 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d512_rope64_slots_pr_1x16_avx512(const float *
     hl_vf_avx512 o0_14 = hl_vzero_avx512();
     hl_vf_avx512 o0_15 = hl_vzero_avx512();
     for (int32_t j = 0; j < n; ++j) {
-        const uint16_t *const value = (const uint16_t *)row[j].value + c;
+        const uint16_t *const value =
+            (const uint16_t *)row[j].value + c;
         if (j < later) {
             const uint16_t *const next =
                 (const uint16_t *)ask[j].value + c;

@@ -2632,7 +2632,8 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d64_pr_4x2_scalar(const float *p, const hl_row 
     hl_vf_scalar o3_0 = hl_vzero_scalar();
     hl_vf_scalar o3_1 = hl_vzero_scalar();
     for (int32_t j = 0; j < n; ++j) {
-        const float *const value = (const float *)row[j].value + c;
+        const float *const value =
+            (const float *)row[j].value + c;
         if (j < later) {
             const float *const next =
                 (const float *)ask[j].value + c;
@@ -2699,7 +2700,8 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d64_pr_2x4_scalar(const float *p, const hl_row 
     hl_vf_scalar o1_2 = hl_vzero_scalar();
     hl_vf_scalar o1_3 = hl_vzero_scalar();
     for (int32_t j = 0; j < n; ++j) {
-        const float *const value = (const float *)row[j].value + c;
+        const float *const value =
+            (const float *)row[j].value + c;
         if (j < later) {
             const float *const next =
                 (const float *)ask[j].value + c;
@@ -2767,7 +2769,8 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d64_pr_1x8_scalar(const float *p, const hl_row 
     hl_vf_scalar o0_6 = hl_vzero_scalar();
     hl_vf_scalar o0_7 = hl_vzero_scalar();
     for (int32_t j = 0; j < n; ++j) {
-        const float *const value = (const float *)row[j].value + c;
+        const float *const value =
+            (const float *)row[j].value + c;
         if (j < later) {
             const float *const next =
                 (const float *)ask[j].value + c;
@@ -4172,7 +4175,8 @@ HL_KERNEL_NEON void hl_sfa_f32_d64_pr_4x4_neon(const float *p, const hl_row *row
     hl_vf_neon o3_2 = hl_vzero_neon();
     hl_vf_neon o3_3 = hl_vzero_neon();
     for (int32_t j = 0; j < n; ++j) {
-        const float *const value = (const float *)row[j].value + c;
+        const float *const value =
+            (const float *)row[j].value + c;
         if (j < later) {
             const float *const next =
                 (const float *)ask[j].value + c;
@@ -4266,7 +4270,8 @@ HL_KERNEL_NEON void hl_sfa_f32_d64_pr_2x8_neon(const float *p, const hl_row *row
     hl_vf_neon o1_6 = hl_vzero_neon();
     hl_vf_neon o1_7 = hl_vzero_neon();
     for (int32_t j = 0; j < n; ++j) {
-        const float *const value = (const float *)row[j].value + c;
+        const float *const value =
+            (const float *)row[j].value + c;
         if (j < later) {
             const float *const next =
                 (const float *)ask[j].value + c;
@@ -4365,7 +4370,8 @@ HL_KERNEL_NEON void hl_sfa_f32_d64_pr_1x16_neon(const float *p, const hl_row *ro
     hl_vf_neon o0_14 = hl_vzero_neon();
     hl_vf_neon o0_15 = hl_vzero_neon();
     for (int32_t j = 0; j < n; ++j) {
-        const float *const value = (const float *)row[j].value + c;
+        const float *const value =
+            (const float *)row[j].value + c;
         if (j < later) {
             const float *const next =
                 (const float *)ask[j].value + c;
@@ -5715,7 +5721,8 @@ HL_KERNEL_AVX2 void hl_sfa_f32_d64_pr_4x2_avx2(const float *p, const hl_row *row
     hl_vf_avx2 o3_0 = hl_vzero_avx2();
     hl_vf_avx2 o3_1 = hl_vzero_avx2();
     for (int32_t j = 0; j < n; ++j) {
-        const float *const value = (const float *)row[j].value + c;
+        const float *const value =
+            (const float *)row[j].value + c;
         if (j < later) {
             const float *const next =
                 (const float *)ask[j].value + c;
@@ -5774,7 +5781,8 @@ HL_KERNEL_AVX2 void hl_sfa_f32_d64_pr_2x4_avx2(const float *p, const hl_row *row
     hl_vf_avx2 o1_2 = hl_vzero_avx2();
     hl_vf_avx2 o1_3 = hl_vzero_avx2();
     for (int32_t j = 0; j < n; ++j) {
-        const float *const value = (const float *)row[j].value + c;
+        const float *const value =
+            (const float *)row[j].value + c;
         if (j < later) {
             const float *const next =
                 (const float *)ask[j].value + c;
@@ -5835,7 +5843,8 @@ HL_KERNEL_AVX2 void hl_sfa_f32_d64_pr_1x8_avx2(const float *p, const hl_row *row
     hl_vf_avx2 o0_6 = hl_vzero_avx2();
     hl_vf_avx2 o0_7 = hl_vzero_avx2();
     for (int32_t j = 0; j < n; ++j) {
-        const float *const value = (const float *)row[j].value + c;
+        const float *const value =
+            (const float *)row[j].value + c;
         if (j < later) {
             const float *const next =
                 (const float *)ask[j].value + c;
@@ -7878,7 +7887,8 @@ HL_KERNEL_AVX512 void hl_sfa_f32_d64_pr_4x4_avx512(const float *p, const hl_row 
     hl_vf_avx512 o3_2 = hl_vzero_avx512();
     hl_vf_avx512 o3_3 = hl_vzero_avx512();
     for (int32_t j = 0; j < n; ++j) {
-        const float *const value = (const float *)row[j].value + c;
+        const float *const value =
+            (const float *)row[j].value + c;
         if (j < later) {
             const float *const next =
                 (const float *)ask[j].value + c;
@@ -7983,7 +7993,8 @@ HL_KERNEL_AVX512 void hl_sfa_f32_d64_pr_2x4_avx512(const float *p, const hl_row 
     hl_vf_avx512 o1_2 = hl_vzero_avx512();
     hl_vf_avx512 o1_3 = hl_vzero_avx512();
     for (int32_t j = 0; j < n; ++j) {
-        const float *const value = (const float *)row[j].value + c;
+        const float *const value =
+            (const float *)row[j].value + c;
         if (j < later) {
             const float *const next =
                 (const float *)ask[j].value + c;
@@ -8050,7 +8061,8 @@ HL_KERNEL_AVX512 void hl_sfa_f32_d64_pr_1x4_avx512(const float *p, const hl_row 
     hl_vf_avx512 o0_2 = hl_vzero_avx512();
     hl_vf_avx512 o0_3 = hl_vzero_avx512();
     for (int32_t j = 0; j < n; ++j) {
-        const float *const value = (const float *)row[j].value + c;
+        const float *const value =
+            (const float *)row[j].value + c;
         if (j < later) {
             const float *const next =
                 (const float *)ask[j].value + c;
