@@ -83,7 +83,12 @@ SPECS: dict[str, dict[str, Any]] = {
         "features": ["stats", "window", "softcap"],
         "isa": ["avx512", "amx"],
     },
-    "bf16_heads": {"dtype": "bf16", "dk": 256, "dv": 224, "features": ["stats", "sinks", "alibi"]},
+    "bf16_heads": {
+        "dtype": "bf16",
+        "dk": 256,
+        "dv": 224,
+        "features": ["stats", "sinks", "window", "alibi"],
+    },
 }
 # What tiles have beside the other kernels': channels that are no whole column and values wider than
 # keys; every width of the steps through the values. Words are tried on the others.

@@ -121,6 +121,19 @@ def test_lengths_about_a_block_and_a_chunk(name, isa, lens):
         check_turns(name, isa, Shape(lens=lens, heads_kv=9, seq_q=rows, seed=lens[0]))
 
 
+@all_of("bf16_heads")
+def test_one_key_more_than_blocks_in_turn(name, isa):
+    """In one chunk: two blocks of tiles and one key, four of words."""
+    k = kernel(name)
+    for rows in (1, 2):
+        case = make_case(k, Shape(lens=(512 + rows, 385, 257), heads_kv=3, seq_q=rows, seed=rows))
+        case = in_floats(case)
+        assert turns(k, case, isa, chunk_keys=1024)[0] == 3
+        got = run(k, case, isa, chunk_keys=1024)
+        check(case.args, got, isa)
+        assert_same(execute(k, case, isa, chunk_keys=1024), got)
+
+
 @all_of("bf16_heads", "f16_i8xe4m3", "bf16_mla")
 def test_layouts_in_turn(name, isa):
     """Where heads lie side by side: BSND, BSH, blocks of either query; and left padding."""
@@ -150,7 +163,7 @@ def test_values_in_the_keys_in_turn(name, isa):
 def test_options_in_turn(name, isa):
     """Whatever a kernel has: bias, slopes, softcap, sinks, windows, numbers a token, codes."""
     has = SPECS[name].get("features", ())
-    for rows, window in ((1, 100), (5, 60)):
+    for rows, window in ((1, 100), (5, 60), (5, 140)):  # the last: own keys in front of common ones
         call = large(
             name,
             MOST + 1,
