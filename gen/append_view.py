@@ -67,9 +67,7 @@ def copies_of(kernel):
     for i, (_, stored, channels) in enumerate(sides_of(kernel)):
         if is_plain(stored):
             own = "" if kernel.dtype == "f32" else " && !run->numbers_f32"
-            found.append(
-                SimpleNamespace(test=f"side == {i}{own}", bytes=stored.element * channels)
-            )
+            found.append(SimpleNamespace(test=f"side == {i}{own}", bytes=stored.element * channels))
     return found
 
 

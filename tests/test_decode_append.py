@@ -495,6 +495,7 @@ def test_attention_over_appended_rows_is_that_over_the_decoded_ones(name, way):
             "layout_query": LAYOUTS[layout_query],
             "actual_seq_lengths": np.asarray([keys], np.int32),
             "scale_value": 0.2,
+            "isa": isa_number(name, WORDS_HERE[-1]),  # in float32, which tiles are not
         }
         for old, new in (("key_cache", "key"), ("value_cache", "value")):
             if old in there:
@@ -632,10 +633,8 @@ def base(name: str, way: str) -> dict[str, Any]:
     """A call that is accepted, with arrays of its own: two batches, three rows each."""
     new = tame(name, 2, 3)
     paged = way != "BSND"
-    memory = [
-        np.full((4, 4, HEADS, width(*side)) if paged else (2, 8, HEADS, width(*side)), 0xFF, np.uint8)
-        for side in sides(name)
-    ]
+    rows = (4, 4) if paged else (2, 8)
+    memory = [np.full((*rows, HEADS, width(*side)), 0xFF, np.uint8) for side in sides(name)]
     fields: dict[str, Any] = {
         "key": new[0],
         "value": new[1],
@@ -892,9 +891,10 @@ ARM_PROGRAM = """\
 #define JOINED(a, b) a##b
 int main(void)
 {
-    enum { K_IN = ROWS * HEADS * DK * NUMBER, V_IN = ROWS * HEADS * DV * NUMBER, GIVEN = 4096 };
+    enum { K_IN = N_ROWS * N_HEADS * K_CHANNELS * NUMBER, GIVEN = 4096 };
+    enum { V_IN = N_ROWS * N_HEADS * V_CHANNELS * NUMBER };
     static _Alignas(16) char k[K_IN], v[V_IN], scale[GIVEN], offset[GIVEN];
-    static _Alignas(16) char k_out[ROWS * K_ROW], v_out[ROWS * V_ROW], tokens[8 * ROWS];
+    static _Alignas(16) char k_out[N_ROWS * K_ROW], v_out[N_ROWS * V_ROW], tokens[8 * N_ROWS];
     static const int32_t zero = 0;
     hl_error error;
     if (fread(k, 1, K_IN, stdin) != K_IN || fread(v, 1, V_IN, stdin) != V_IN) return 1;
@@ -908,14 +908,14 @@ int main(void)
         a.value_cache = v_out;
         a.positions = &zero;
         a.batch = 1;
-        a.rows = a.seq_kv = ROWS;
-        a.heads_kv = HEADS;
+        a.rows = a.seq_kv = N_ROWS;
+        a.heads_kv = N_HEADS;
         a.numbers_f32 = NUMBER == 4;
         a.antiquant_f32 = 1;
-        a.antiquant_mode = MODE;
-        if (CODED && MODE == HL_ANTIQUANT_TOKEN) a.token_scales = (float *)(void *)tokens;
-        if (CODED && MODE != HL_ANTIQUANT_TOKEN) a.antiquant_scale = scale;
-        if (CODED && MODE != HL_ANTIQUANT_TOKEN) a.antiquant_offset = offset;
+        a.antiquant_mode = SCALING;
+        if (CODED && SCALING == HL_ANTIQUANT_TOKEN) a.token_scales = (float *)(void *)tokens;
+        if (CODED && SCALING != HL_ANTIQUANT_TOKEN) a.antiquant_scale = scale;
+        if (CODED && SCALING != HL_ANTIQUANT_TOKEN) a.antiquant_offset = offset;
         a.isa = isa;
         if (JOIN(KERNEL, _append)(&a, &error) != HL_OK) return 2;
         fwrite(k_out, 1, sizeof k_out, stdout);
@@ -959,15 +959,15 @@ def test_neon_writes_the_same_bytes(name):
                     block[: flat.size] = flat
             defines = {
                 "KERNEL": kernel(name).name,
-                "ROWS": rows,
-                "HEADS": HEADS,
-                "DK": sides(name)[0][1],
-                "DV": sides(name)[1][1],
+                "N_ROWS": rows,
+                "N_HEADS": HEADS,
+                "K_CHANNELS": sides(name)[0][1],
+                "V_CHANNELS": sides(name)[1][1],
                 "NUMBER": dtype.itemsize,
                 "K_ROW": HEADS * width(*sides(name)[0]),
                 "V_ROW": HEADS * width(*sides(name)[1]),
                 "CODED": int(name in CODED),
-                "MODE": mode,
+                "SCALING": mode,
             }
             program = bind.compile_c(
                 {"header.h": text(name), "append.c": ARM_PROGRAM},

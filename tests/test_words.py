@@ -59,7 +59,8 @@ def header_text() -> str:
     text = bind.header_text(spec.parse_header({"name": "hl_words", "kernel": kernels}))
     for isa in ISAS.values():
         if not isa.tiles:
-            words = render.words_page(isa, ("bf16", *CODES, "i4"), "builtin", tuple(STORED), tuple(CODES))
+            formats = ("bf16", *CODES, "i4")
+            words = render.words_page(isa, formats, "builtin", tuple(STORED), tuple(CODES))
             text += f"\n#if HL_HAS_{isa.macro}\n{words}#endif\n"
     return text
 
