@@ -236,7 +236,7 @@ def parser():
     one.add_argument("--spec", help="a TOML file with [[header]] tables")
     one.add_argument("--only", help="this header of the TOML file")
     one.add_argument("--op", help=", ".join(spec.names.OPERATORS))
-    one.add_argument("--dtype", help="query and output: " + ", ".join(spec.FORMATS))
+    one.add_argument("--dtype", help="query and output: " + ", ".join((*spec.FORMATS, spec.INT8)))
     one.add_argument("--kv", help="a quantised cache: " + ", ".join(quantised()))
     one.add_argument("--dk", type=int, help="channels of the key without the rotary ones (nope)")
     one.add_argument("--rope", type=int, help="rotary channels, 0 if not given")

@@ -12,16 +12,16 @@ def sides_of(kernel):
     return (("key", kernel.stored_key, kernel.dk), ("value", kernel.stored_value, kernel.dv))
 
 
-def is_plain(stored):
-    """Numbers as they are, no codes."""
-    return stored.name in FORMATS
+def is_plain(kernel, stored):
+    """Numbers as they are, no codes; or codes that new rows come as."""
+    return stored.name in FORMATS or kernel.integer
 
 
 def written_of(kernel):
     """Formats of codes that rows of numbers become."""
     if not kernel.decodes:
         return ()
-    names = [stored.name for _, stored, _ in sides_of(kernel) if not is_plain(stored)]
+    names = [stored.name for _, stored, _ in sides_of(kernel) if not is_plain(kernel, stored)]
     return tuple(dict.fromkeys(names))
 
 
@@ -42,6 +42,8 @@ def code_format(stored):
 def numbers_of(kernel, codes):
     """Types that new rows may have, each with what writes it as codes."""
     found = []
+    if kernel.integer:
+        return found
     for name in dict.fromkeys((kernel.dtype, "f32")):
         number = number_words(FORMATS[name], codes[0].name if codes else "")
         number.puts = [put_words(name, code.name, f"put_{code.name}") for code in codes]
@@ -57,6 +59,7 @@ def absent(kernel, codes):
     rows = [(f"a->{name} != NULL", name) for name in names]
     numbers = [] if codes else ["antiquant_mode"]
     numbers += [] if "slots" in kernel.features else ["index_kind"]
+    numbers += ["numbers_f32"] if kernel.integer else []  # new rows are codes
     rows += [(f"a->{name}", name) for name in numbers]
     return [SimpleNamespace(value=value, argument=name.upper()) for value, name in rows]
 
@@ -65,8 +68,8 @@ def copies_of(kernel):
     """Rows that are copied: (test, bytes)."""
     found = []
     for i, (_, stored, channels) in enumerate(sides_of(kernel)):
-        if is_plain(stored):
-            own = "" if kernel.dtype == "f32" else " && !run->numbers_f32"
+        if is_plain(kernel, stored):
+            own = "" if kernel.dtype == "f32" or kernel.integer else " && !run->numbers_f32"
             found.append(SimpleNamespace(test=f"side == {i}{own}", bytes=stored.element * channels))
     return found
 
@@ -74,18 +77,20 @@ def copies_of(kernel):
 def calls_of(kernel, alike):
     """Rows that become something else: (test, plain, format, number)."""
     found = []
+    if kernel.integer:
+        return found
     for i, (_, stored, _) in enumerate(sides_of(kernel)):
         if alike and i == 1:
             break
         for number in dict.fromkeys((kernel.dtype, "f32")):
-            if is_plain(stored) and (number != "f32" or kernel.dtype == "f32"):
+            if is_plain(kernel, stored) and (number != "f32" or kernel.dtype == "f32"):
                 continue
             tests = [] if alike else [f"side == {i}"]
             tests.append(("" if number == "f32" else "!") + "run->numbers_f32")
             test = " && ".join(tests)
             found.append(
                 SimpleNamespace(
-                    test=test, plain=is_plain(stored), format=stored.name, number=number
+                    test=test, plain=is_plain(kernel, stored), format=stored.name, number=number
                 )
             )
     return found
@@ -97,11 +102,11 @@ def append_view(kernel):
         return None
     sides = sides_of(kernel)
     stored = list(dict.fromkeys(side for _, side, _ in sides))
-    codes = [code_format(side) for side in stored if side.is_codes]
+    codes = [code_format(side) for side in stored if side.is_codes and not kernel.integer]
     return SimpleNamespace(
         sides=[
             SimpleNamespace(
-                codes=int(side.is_codes),
+                codes=int(side.is_codes and not kernel.integer),
                 channels=channels,
                 width=side.width(channels),
                 element=side.element,
@@ -113,7 +118,7 @@ def append_view(kernel):
         alike=len(stored) == 1,
         copies=copies_of(kernel),
         calls=calls_of(kernel, len(stored) == 1),
-        narrow=kernel.dtype != "f32" and any(is_plain(side) for side in stored),
+        narrow=kernel.dtype not in ("f32", "i8") and any(is_plain(kernel, s) for s in stored),
         codes=codes,
         packed=[
             SimpleNamespace(name=side.name, title=side.title, group=side.group)

@@ -32,6 +32,7 @@ DTYPES = {
     "f32": np.dtype(np.float32),
     "f16": np.dtype(np.float16),
     "bf16": np.dtype(ml_dtypes.bfloat16),
+    "i8": np.dtype(np.int8),
 }
 C_TYPES = {
     "float": ctypes.c_float,
@@ -644,7 +645,10 @@ def out_dtype(fields: dict[str, Any]) -> np.dtype:
     """attention_out's type."""
     if fields.get("quant_scale2") is not None:
         return np.dtype(np.int8)
-    return np.dtype(np.float32) if fields.get("out_f32") else fields["query"].dtype
+    if fields.get("out_f32"):
+        return np.dtype(np.float32)
+    query = fields["query"].dtype
+    return np.dtype(np.float16) if query == np.int8 else query
 
 
 def first_page(pages: Sequence[Sequence[Any]]) -> np.ndarray:
@@ -681,7 +685,7 @@ def dtype_of(name: str, header: Any) -> np.dtype | None:
     for kernel in getattr(header, "kernels", ()):
         if kernel.name == name:
             return DTYPES[kernel.dtype]
-    match = re.search(r"_(bf16|f16|f32)_", name)
+    match = re.search(r"_(bf16|f16|f32|i8)_", name)
     return DTYPES[match[1]] if match else None
 
 

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from gen.formats import STORED
 from gen.isa import FORMAT_WORDS
 
+TO_FLOAT = {"f32": "", "f16": "hl_float_of_f16", "bf16": "hl_float_of_bf16"}
 WALK_MOST = 16  # kv heads that are decoded in turn
 WALK_BYTES = 1 << 20  # of keys and values: less stays in the second-level cache
 ROWS_MOST = 16  # query rows of a batch that are decoded together
@@ -46,18 +47,25 @@ def side_read(kernel, name):
     )
 
 
+def scaled(kernel, name):
+    """Whether a side of the cache is of codes with numbers of antiquant_scale."""
+    return side(kernel, name).is_codes and not kernel.integer
+
+
 def rows_of(kernel):
     """Formats of which whole rows are loaded; None: those of the tensors."""
     if not kernel.decodes:
         return None
+    if kernel.integer:
+        return ()
     return tuple(dict.fromkeys((kernel.dtype, kernel.stored_key.name, kernel.stored_value.name)))
 
 
 def absent(kernel):
     """(test, argument) of what a kernel was not generated with."""
     has = kernel.features
-    codes = kernel.stored_key.is_codes or kernel.stored_value.is_codes
-    pointers = ["dequant_scale1", "quant_scale1", "dequant_scale2"]
+    codes = scaled(kernel, "key") or scaled(kernel, "value")
+    pointers = [] if kernel.integer else ["dequant_scale1", "quant_scale1", "dequant_scale2"]
     pointers += [] if codes else ["antiquant_scale", "antiquant_offset"]
     pointers += [] if "stats" in has else ["softmax_max", "softmax_sum", "softmax_lse"]
     pointers += [] if "sinks" in has else ["sinks"]
@@ -96,6 +104,7 @@ def manual_words(kernel):
     has = kernel.features
     sides = [("K", kernel.stored_key, kernel.dk), ("V", kernel.stored_value, kernel.dv)]
     codes = [(name, channels) for name, side, channels in sides if side.is_codes]
+    codes = [] if kernel.integer else codes
     packed = [(name, side) for name, side, _ in sides if side.packed]
     both = len(codes) == 2
     extras = [EXTRAS[name] for name in has]
@@ -133,6 +142,9 @@ def decode_view(kernel):
     if not kernel.decodes:
         return {
             "decodes": False,
+            "integer": False,
+            "splits": True,
+            "walks": False,
             "has_stats": True,
             "has_sinks": True,
             "key_codes": False,
@@ -154,9 +166,13 @@ def decode_view(kernel):
     paged = [n for n in kernel.layout_kv if n.startswith("PA_")]
     shared = key == value and kernel.dv <= kernel.dk
     pages, slots = "pages" in has, "slots" in has
-    sides = [(key, kernel.dk), (value, kernel.dv)]
+    sides = [("key", kernel.dk), ("value", kernel.dv)]
     return {
         "decodes": True,
+        "integer": kernel.integer,
+        "splits": not kernel.integer,  # whether rows may be split over tasks
+        # Small targets have little stack, and no far memory.
+        "walks": kernel.isa != ("scalar",) and not kernel.integer,
         "has_stats": "stats" in has,
         "has_sinks": "sinks" in has,
         "has_window": "window" in has,
@@ -164,10 +180,10 @@ def decode_view(kernel):
         "has_alibi": "alibi" in has,
         "has_pages": pages,
         "slot_table": slots,
-        "key_codes": key.is_codes,
-        "value_codes": value.is_codes,
-        "code_sides": sum(side.is_codes for side, _ in sides),
-        "code_channels": sum(channels for side, channels in sides if side.is_codes),
+        "key_codes": scaled(kernel, "key"),
+        "value_codes": scaled(kernel, "value"),
+        "code_sides": sum(scaled(kernel, name) for name, _ in sides),
+        "code_channels": sum(channels for name, channels in sides if scaled(kernel, name)),
         "value_second": int(key.is_codes),
         "value_numbers": f"(ptrdiff_t)a->heads_kv * {kernel.dk}" if key.is_codes else "0",
         "natural_q": key.read_as != kernel.dtype,
@@ -175,6 +191,7 @@ def decode_view(kernel):
         "q_shift": ", w->shift" if key.is_codes else "",
         "value_shared": shared,
         "value_apart": "k_value_apart(a)",
+        "key_needed": "any && a->key_pages == NULL" if pages else "any",
         "value_needed": "a->value != NULL" if shared else "a->key_pages == NULL" if pages else "1",
         "paged_test": " || ".join(f"a->layout_kv == HL_LAYOUT_{n}" for n in paged) or "a == NULL",
         "no_table": "a->block_table == NULL" + (" && a->key_pages == NULL" if pages else ""),
@@ -186,7 +203,7 @@ def decode_view(kernel):
         "scores_change": "a->pse_shift != NULL"
         + (" || a->alibi_slopes != NULL" if "alibi" in has else "")
         + (" || a->softcap != 0.0f" if "softcap" in has else ""),
-        "to_float": {"f32": "", "f16": "hl_float_of_f16", "bf16": "hl_float_of_bf16"}[kernel.dtype],
+        "to_float": TO_FLOAT[kernel.numbers],
         "query_at": "k_query_at(a, g, h)",
         "q_heads": "g->group",
         "stats_at": "g->stats + h % g->heads * g->rows + h / g->heads",

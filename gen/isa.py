@@ -158,6 +158,9 @@ WORDS = {
     "vpeak_bf16": "the largest magnitude of n numbers of bfloat16; NaN if one is NaN or infinite",
     "vput_i8_bf16": "2 * lanes codes of what vpair_bf16 reads, as vstore_i8; |x| <= 127.49",
     "vput_e4m3_bf16": "the same as vstore_e4m3; |x| <= 463",
+    "vdots_i8": "dot products of n int8 codes with 4 rows of 16-bit numbers, 0 behind n up to 32 m",
+    "vdots_i8_keys": "the same of one such row with 4 rows of codes",
+    "vsum_i8": "n sums in 32 bits take p x + r y of two rows of codes; p, r: -128 .. 127",
     "vrow": "a whole stored row to float32 (templates/kv)",
 }
 

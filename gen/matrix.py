@@ -78,6 +78,10 @@ class MatrixTile:
         return ", decoder" if self.panel else ""
 
     @property
+    def decoder_argument(self):
+        return ", &decoder" if self.panel else ""
+
+    @property
     def query_words(self):
         """What reads 16-bit rows as they are stored: those of Q, and of the cache if it has any."""
         return "ki_query_words" if self.panel else "ki_words"

@@ -6,6 +6,7 @@ header's instruction sets, so that one figure holds whichever of them runs.
 
 from dataclasses import dataclass
 
+from gen.int8 import Int8Tile
 from gen.matrix import MatrixTile
 
 ALIGN = 64  # a cache line: the start is moved up to it inside
@@ -127,6 +128,8 @@ class Memory:
 def plan(tiles):
     """The slices of a kernel whose instruction sets have these tiles: {isa: Tile}."""
     tiles = tuple(tiles.values())
+    if isinstance(tiles[0], Int8Tile):
+        return int8_plan(tiles)
     matrices = any(isinstance(t, MatrixTile) for t in tiles)
     o_stride = line(max(t.o_stride for t in tiles))
     window = max(t.window for t in tiles)
@@ -163,3 +166,34 @@ def plan(tiles):
         slices.append(Slice(f"{name}.seen", 0, 0, LINE, "1 once a key was taken"))
         slices.append(Slice(f"{name}.o", 0, o_stride, 0, "O, not yet divided by l"))
     return Memory(max(t.head_pad for t in tiles), matrices, tuple(slices), o_stride, own)
+
+
+@dataclass(frozen=True)
+class Int8Memory(Memory):
+    """That of a kernel of whole numbers: heads are not padded, and no row is split."""
+
+    def _padded_c(self, group, cast):
+        return f"({cast}){group}"
+
+    @property
+    def partials_macro(self):
+        return "((size_t)0)"
+
+    def partials_bytes(self, rows, heads, chunks):
+        return 0
+
+
+def int8_plan(tiles):
+    """Widest numbers first: every slice is whole cache lines, so that each starts on one."""
+    most = {name: max(t.memory[name] for t in tiles) for name in tiles[0].memory}
+    floats = "(float *)(void *)"
+    slices = (
+        Slice("o", 0, most["o"], 0, "sums of weighted codes, in 64 bits", "(int64_t *)(void *)"),
+        Slice("sum", 0, most["sum"], 0, "those of the last keys, in 32", "(int32_t *)(void *)"),
+        Slice("q", 0, most["q"], 0, "Q in 16 bits", "(int16_t *)(void *)"),
+        Slice("m", 0, most["m"], 0, "lanes of running maxima, sums, what they rounded off", floats),
+        Slice("s", 0, 0, line(most["s"]), "scores, then weights, of some queries", floats),
+        Slice("out", 0, 0, line(most["out"]), "a row of the result as float32", floats),
+        Slice("row", 0, 0, line(ROW * most["row"]), "where the keys lie", "(hl_row *)(void *)"),
+    )
+    return Int8Memory(1, False, slices, 0, 0)

@@ -17,7 +17,7 @@ OPERATORS = {
 }
 
 KERNEL = re.compile(
-    r"(?P<prefix>[a-z][a-z0-9]*)_(?P<op>" + "|".join(OPERATORS) + r")_(?P<dtype>f32|f16|bf16)"
+    r"(?P<prefix>[a-z][a-z0-9]*)_(?P<op>" + "|".join(OPERATORS) + r")_(?P<dtype>f32|f16|bf16|i8)"
     r"(_(?P<kv>[a-z][a-z0-9_]*?))?_d(?P<dk>\d+)(x(?P<dv>\d+))?(_rope(?P<rope>\d+))?(?P<rest>(_[a-z][a-z0-9]*)*)"
 )
 MATHS = ("builtin", "sleef", "libm")

@@ -170,6 +170,8 @@ def moves(plan, other):
 
 def formats_of(kernel):
     """Element types whose words a kernel needs, the query's first."""
+    if kernel.integer:
+        return ("f16", "dots")  # scores are rounded to float16; products of whole numbers
     if kernel.record is None:
         names = (kernel.dtype, kernel.stored_key.type, kernel.stored_value.type)
         return tuple(dict.fromkeys(names))

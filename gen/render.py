@@ -12,7 +12,7 @@ from gen import ABI, __version__, matrix, memory, tiling
 from gen.append_view import append_view, written_of
 from gen.decode_view import decode_view, rows_of, side_read, side_stored
 from gen.fill import WIDTH, refill
-from gen.formats import FORMATS, STORED
+from gen.formats import FORMATS, STORED, TYPES
 from gen.isa import FORMAT_WORDS, ISAS
 from gen.names import OPERATORS, Speller
 from gen.record_view import formats_of, record_view
@@ -44,6 +44,7 @@ EXP2_TILE_COEFFICIENTS = (
     "6.931513118e-1f",
     "1.0f",
 )
+FROM_FLOAT = {"f32": "", "f16": "hl_f16_of_float", "bf16": "hl_bf16_of_float"}
 LINK_NOTES = {
     "builtin": "",
     "sleef": ", to be linked with -lsleef",
@@ -129,8 +130,8 @@ class Region:
 
 def kernel_view(kernel):
     """What templates may ask about a kernel: every decision already taken."""
-    fmt = FORMATS[kernel.dtype]
-    words = FORMAT_WORDS[kernel.dtype]
+    fmt = FORMATS[kernel.numbers]
+    words = FORMAT_WORDS[kernel.numbers]
     views = [
         SimpleNamespace(
             name=isa.name,
@@ -149,16 +150,18 @@ def kernel_view(kernel):
         macro=kernel.name.upper(),
         op_name=f"hl_{kernel.op}",
         dtype=kernel.dtype,
-        title=fmt.title,
-        c_type=fmt.c_type,
+        title=TYPES[kernel.dtype].title,
+        c_type=fmt.c_type,  # of results and of pse_shift
         bytes=fmt.bytes,
+        query_bytes=TYPES[kernel.dtype].bytes,
         line=64 // fmt.bytes,
         dk=kernel.dk,
         rope=kernel.rope,
         rope_words=f" + {kernel.rope} rotary" if kernel.rope else "",
         dv=kernel.dv,
         d=kernel.d,
-        products=kernel.d + kernel.dv,  # multiply-adds of one key and head
+        # Multiply-adds of one key and head; whole numbers are scored twice.
+        products=kernel.d * (2 if kernel.integer else 1) + kernel.dv,
         float_row_bytes=4 * kernel.dv,
         has_rope=kernel.rope > 0,
         has_slots="slots" in kernel.features and not kernel.decodes,
@@ -189,7 +192,7 @@ def kernel_view(kernel):
         layouts_of_cache=", ".join(kernel.layout_kv)
         + (f", rows of {kernel.record.name}" if kernel.record else ""),
         row_word=f"hl_vrow_{kernel.dtype}",
-        from_float={"f32": "", "f16": "hl_f16_of_float", "bf16": "hl_bf16_of_float"}[kernel.dtype],
+        from_float=FROM_FLOAT[kernel.numbers],
         exp2=Speller("hl", math=kernel.math, isa="scalar").word("vexp2"),
         log={"builtin": "hl_log", "sleef": "Sleef_logf_u10", "libm": "logf"}[kernel.math],
     )
@@ -247,6 +250,8 @@ def with_isa(side, isa):
 
 
 STEPS = ("step/load", "step/score", "step/softmax", "step/value", "step/finish")
+INT8_STEPS = ("step/int8_load", "step/int8_score", "step/int8_softmax", "step/int8_value")
+INT8_STEPS += ("step/finish", "algo/int8")
 TILE_STEPS = ("tile/load", "tile/many", "tile/few", "tile/settle", "step/finish")
 
 
@@ -267,13 +272,15 @@ def region_page(region, view):
         "task_attribute": f'__attribute__((target("{isa.target}")))\n' if isa.target else "",
     }
     pages = [*(TILE_STEPS if isa.tiles else STEPS), "algo/merge", "algo/forward"]
-    if region.kernel.decodes:
+    if region.kernel.integer:
+        pages = list(INT8_STEPS)
+    elif region.kernel.decodes:
         pages.insert(pages.index("tile/few" if isa.tiles else "step/softmax"), "step/decode_bias")
     if isa.tiles:
         pages.insert(-1, "tile/forward")
         if not region.tile.few:
             pages.remove("tile/few")
-    elif region.tile.codes:
+    elif context["codes"]:
         pages.insert(pages.index("step/finish"), "kv/codes")
     if region.kernel.record and not isa.tiles:
         pages.append("kv/rows")

@@ -17,6 +17,7 @@ from gen.refusal import Refusal, identifier, nearest, whole
 CATALOGUE = Path(__file__).with_name("catalogue.toml")
 
 DECODE = "incre_flash_attention"
+INT8 = "i8"  # queries, keys and values of the decode operator's pipeline of whole numbers
 LAYOUTS_Q = {DECODE: ("BSND", "BSH", "BNSD")}
 LAYOUTS_KV = {DECODE: ("BSND", "BSH", "BNSD", "PA_BSND", "PA_BNSD")}
 FEATURES = {DECODE: ("stats", "sinks", "window", "softcap", "alibi", "slots", "pages")}
@@ -24,6 +25,14 @@ for _op in ("sparse_flash_attention", "sparse_flash_attention_antiquant"):
     LAYOUTS_Q[_op] = ("BSND", "TND")
     LAYOUTS_KV[_op] = ("BSND", "TND", "PA_BSND")
     FEATURES[_op] = ("slots",)
+# What that pipeline does not have, and why.
+INT8_REFUSED = {
+    "stats": "its weights are rounded after they are normalised: parts of a context cannot be "
+    "merged by their max and sum",
+    "sinks": "a weight without a value is not in its definition",
+    "softcap": "its scores are defined as float16(S * dequant_scale1) * scale_value + pse_shift",
+    "alibi": "its scores are defined as float16(S * dequant_scale1) * scale_value + pse_shift",
+}
 PREFIX_MAX = 8
 KERNEL_KEYS = (
     "op",
@@ -93,6 +102,16 @@ class Kernel:
     def decodes(self):
         """Whether it is the decode operator: every row of a batch sees the same cache, densely."""
         return self.op == DECODE
+
+    @property
+    def integer(self):
+        """Whether queries are int8: both products are of whole numbers."""
+        return self.dtype == INT8
+
+    @property
+    def numbers(self):
+        """The type of results and of pse_shift: the query's, where that is one of numbers."""
+        return "f16" if self.integer else self.dtype
 
     @property
     def stored_key(self):
@@ -172,6 +191,8 @@ def parse_stored(dtype, table):
     """kv of the decode operator: one format for keys and values, or two joined by an x."""
     kv = table.get("kv", dtype)
     known = (dtype, *(name for name in STORED if name not in FORMATS and dtype != "f32"))
+    if dtype == INT8:
+        known = (INT8,)  # its scales are three numbers for the whole call
     sides = kv.split("x") if isinstance(kv, str) else [kv]
     for side in sides:
         one_of("kv", side, known)
@@ -284,6 +305,18 @@ def parse_layouts(op, table, record):
     return layout_q, layout_kv
 
 
+def parse_features(op, dtype, table):
+    """Features that the operator has, and the pipeline of whole numbers too."""
+    features = some_of("features", table.get("features", ()), FEATURES[op], need_one=False)
+    for name in features:
+        if dtype == INT8 and name in INT8_REFUSED:
+            raise Refusal(
+                f"feature {name} with dtype = {dtype!r}: {INT8_REFUSED[name]}",
+                f"leave {name} out, or choose dtype bf16 or f16 with kv = {INT8!r}",
+            )
+    return features
+
+
 def tiles_fit(op, isa, dtype, kv):
     """Whether an instruction set is of use: decoding waits for memory, and what tiles could do for
     float16 in two parts, or for codes, words do as well."""
@@ -312,18 +345,19 @@ def parse_kernel(table, prefix=None, records=RECORDS):
         if key not in table:
             raise Refusal(f"{key} is missing: it has no default", f"add {key}")
     op = one_of("op", table["op"], tuple(names.OPERATORS))
-    dtype = one_of("dtype", table["dtype"], tuple(FORMATS))
+    dtype = one_of("dtype", table["dtype"], (*FORMATS, *([INT8] if op == DECODE else [])))
+    numbers = "f16" if dtype == INT8 else dtype
     kv, record = parse_cache(op, dtype, table, records)
     if record is None and "dk" not in table:
         raise Refusal("dk is missing: it has no default", "add dk")
     dk, rope, dv = parse_channels(op, table, record)
     layout_q, layout_kv = parse_layouts(op, table, record)
-    features = some_of("features", table.get("features", ()), FEATURES[op], need_one=False)
+    features = parse_features(op, dtype, table)
     math = one_of("math", table.get("math", "builtin"), names.MATHS)
     able = tuple(
         name
         for name, isa in ISAS.items()
-        if math in isa.maths and dtype in isa.formats and tiles_fit(op, isa, dtype, kv)
+        if math in isa.maths and numbers in isa.formats and tiles_fit(op, isa, dtype, kv)
     )
     isa = some_of("isa", table.get("isa", able), tuple(ISAS))
     for name in isa:
@@ -332,7 +366,7 @@ def parse_kernel(table, prefix=None, records=RECORDS):
                 f"isa {name} with dtype {dtype} and kv {kv}: when decoding, tiles take bf16 only",
                 f"leave {name} out of isa",
             )
-        if dtype not in ISAS[name].formats:
+        if numbers not in ISAS[name].formats:
             raise Refusal(
                 f"isa {name} cannot load {dtype}: it has words for {', '.join(ISAS[name].formats)}",
                 f"leave {name} out of isa, or choose another dtype",

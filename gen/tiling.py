@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from gen import matrix
+from gen import int8, matrix
 from gen.formats import TYPES, layout
 from gen.isa import FORMAT_WORDS
 
@@ -302,6 +302,8 @@ class Tile:
     def padded_c(self):
         """Heads up to whole vectors."""
         return f"(plan->group + {self.head_pad - 1}) / {self.head_pad} * {self.head_pad}"
+
+    decoder_argument = ""  # of tiles only
 
     @property
     def one_padded_c(self):
@@ -646,6 +648,8 @@ def tile(kernel, isa):
     """The tile sizes of one kernel on one instruction set."""
     if isa.tiles:
         return matrix.tile(kernel, isa)
+    if kernel.integer:
+        return int8.tile(kernel, isa)
     registers = REGISTERS[isa.name]
     lanes = isa.lanes
     block = registers["block"]

@@ -11,8 +11,8 @@
  *       key 128 channels of bfloat16;
  *       value 128 channels of bfloat16;
  *       cache BSND, BSH, BNSD, PA_BSND, PA_BNSD.
- *   One step of decoding (incre_flash_attention): 1 to 16 query rows of each batch, the last
- *   tokens of its cache, against all of its keys:
+ *   One step of decoding (incre_flash_attention): 1 to 16 query rows of each
+ *   batch, the last tokens of its cache, against all of its keys:
  *       score_j = scale_value * (q . k_j) + pse_j
  *       out = sum_j exp(score_j - max) v_j / sum_j exp(score_j - max)
  *   Everything is in this file: checks, tiled loops, dequantisation, the choice of instruction set
@@ -56,9 +56,10 @@
  *   Batch b sees the keys of its actual_seq_lengths: the first rows of its cache, or with
  *   kv_padding_size those that end that many rows in front of the last (where that would begin
  *   before the first row, it sees none). Row i of S1 sees key j of n if j <= n - S1 + i
- *   and no atten_mask byte is set for it. Columns of atten_mask and pse_shift are rows of the
- *   batch's cache, padding included; what is wider is not read. Keys and values that a row does not
- *   see may be NaN. A row that sees no key: out 0.
+ *   and no atten_mask byte is set for it. Columns of atten_mask and of
+ *   pse_shift are rows of the batch's cache, padding included; what is wider is not read. Keys and
+ *   values that a row does not see may be NaN.
+ *   A row that sees no key: out 0.
  *   Paged: token t is row t % block_size of block block_table[b][t / block_size]; batches may share
  *   blocks; entries past the last key are not read.
  *
@@ -2791,7 +2792,8 @@ static inline hl_status hl_ifa_bf16_d128_check_memory(hl_incre_flash_attention_a
         const hl_range range[] = {
             {a->query, extent[0], HL_ARG_QUERY, 0, 2u},
             {a->key, any ? extent[1] : 0, HL_ARG_KEY, 0, 2u},
-            {a->value, any && a->value != NULL ? extent[2] : 0, HL_ARG_VALUE, 0, 2u},
+            {a->value, any && a->value != NULL ? extent[2] : 0, HL_ARG_VALUE, 0,
+             2u},
             {a->pse_shift, a->pse_shift ? pse : 0, HL_ARG_PSE_SHIFT, 0, 2u},
             {a->atten_mask, a->atten_mask ? mask : 0, HL_ARG_ATTEN_MASK, 0, 1u},
             {a->actual_seq_lengths, a->actual_seq_lengths ? (a->lengths == 1 ? 4u : each) : 0,
@@ -3365,7 +3367,8 @@ HL_KERNEL_SCALAR void hl_ifa_bf16_d128_pr_4x2_scalar(const float *p, const hl_ro
     hl_vf_scalar o3_0 = hl_vzero_scalar();
     hl_vf_scalar o3_1 = hl_vzero_scalar();
     for (int32_t j = 0; j < n; ++j) {
-        const uint16_t *const value = (const uint16_t *)row[j].value + c;
+        const uint16_t *const value =
+            (const uint16_t *)row[j].value + c;
         if (j < later) {
             const uint16_t *const next =
                 (const uint16_t *)ask[j].value + c;
@@ -3431,7 +3434,8 @@ HL_KERNEL_SCALAR void hl_ifa_bf16_d128_pr_2x4_scalar(const float *p, const hl_ro
     hl_vf_scalar o1_2 = hl_vzero_scalar();
     hl_vf_scalar o1_3 = hl_vzero_scalar();
     for (int32_t j = 0; j < n; ++j) {
-        const uint16_t *const value = (const uint16_t *)row[j].value + c;
+        const uint16_t *const value =
+            (const uint16_t *)row[j].value + c;
         if (j < later) {
             const uint16_t *const next =
                 (const uint16_t *)ask[j].value + c;
@@ -3498,7 +3502,8 @@ HL_KERNEL_SCALAR void hl_ifa_bf16_d128_pr_1x8_scalar(const float *p, const hl_ro
     hl_vf_scalar o0_6 = hl_vzero_scalar();
     hl_vf_scalar o0_7 = hl_vzero_scalar();
     for (int32_t j = 0; j < n; ++j) {
-        const uint16_t *const value = (const uint16_t *)row[j].value + c;
+        const uint16_t *const value =
+            (const uint16_t *)row[j].value + c;
         if (j < later) {
             const uint16_t *const next =
                 (const uint16_t *)ask[j].value + c;
@@ -3723,6 +3728,7 @@ HL_KERNEL_SCALAR void hl_ifa_bf16_d128_block_scalar(const hl_incre_flash_attenti
     /* O = alpha O + P V */
     hl_ifa_bf16_d128_value_few_scalar(w, t, b, g->group);
 }
+
 /* One chunk of a group's keys (FlashAttention-2, algorithm 1, with K and V in blocks). */
 HL_KERNEL_SCALAR void hl_ifa_bf16_d128_forward_scalar(const hl_incre_flash_attention_plan *plan,
     const hl_group *g, const hl_space *w, const hl_state *t, hl_cursor c, int32_t padded)
@@ -3791,6 +3797,7 @@ HL_KERNEL_SCALAR void hl_ifa_bf16_d128_forward_row_scalar(const hl_incre_flash_a
         t->l[h0 + h] = row.l[h];
     }
 }
+
 /* One chunk of a group's keys: those that all rows see, at once; then each row's own. */
 HL_KERNEL_SCALAR void hl_ifa_bf16_d128_chunk_scalar(const hl_incre_flash_attention_plan *plan,
                                                     const hl_group *g, const hl_space *w,
@@ -5063,7 +5070,8 @@ HL_KERNEL_NEON void hl_ifa_bf16_d128_pr_4x4_neon(const float *p, const hl_row *r
     hl_vf_neon o3_2 = hl_vzero_neon();
     hl_vf_neon o3_3 = hl_vzero_neon();
     for (int32_t j = 0; j < n; ++j) {
-        const uint16_t *const value = (const uint16_t *)row[j].value + c;
+        const uint16_t *const value =
+            (const uint16_t *)row[j].value + c;
         if (j < later) {
             const uint16_t *const next =
                 (const uint16_t *)ask[j].value + c;
@@ -5157,7 +5165,8 @@ HL_KERNEL_NEON void hl_ifa_bf16_d128_pr_2x8_neon(const float *p, const hl_row *r
     hl_vf_neon o1_6 = hl_vzero_neon();
     hl_vf_neon o1_7 = hl_vzero_neon();
     for (int32_t j = 0; j < n; ++j) {
-        const uint16_t *const value = (const uint16_t *)row[j].value + c;
+        const uint16_t *const value =
+            (const uint16_t *)row[j].value + c;
         if (j < later) {
             const uint16_t *const next =
                 (const uint16_t *)ask[j].value + c;
@@ -5255,7 +5264,8 @@ HL_KERNEL_NEON void hl_ifa_bf16_d128_pr_1x16_neon(const float *p, const hl_row *
     hl_vf_neon o0_14 = hl_vzero_neon();
     hl_vf_neon o0_15 = hl_vzero_neon();
     for (int32_t j = 0; j < n; ++j) {
-        const uint16_t *const value = (const uint16_t *)row[j].value + c;
+        const uint16_t *const value =
+            (const uint16_t *)row[j].value + c;
         if (j < later) {
             const uint16_t *const next =
                 (const uint16_t *)ask[j].value + c;
@@ -5513,6 +5523,7 @@ HL_KERNEL_NEON void hl_ifa_bf16_d128_block_neon(const hl_incre_flash_attention_p
     /* O = alpha O + P V */
     hl_ifa_bf16_d128_value_neon(w, t, padded, g->group, b->value_apart ? 128 : 128, b->n);
 }
+
 /* One chunk of a group's keys (FlashAttention-2, algorithm 1, with K and V in blocks). */
 HL_KERNEL_NEON void hl_ifa_bf16_d128_forward_neon(const hl_incre_flash_attention_plan *plan,
                                                   const hl_group *g, const hl_space *w,
@@ -5587,6 +5598,7 @@ HL_KERNEL_NEON void hl_ifa_bf16_d128_forward_row_neon(const hl_incre_flash_atten
         t->l[h0 + h] = row.l[h];
     }
 }
+
 /* One chunk of a group's keys: those that all rows see, at once; then each row's own. */
 HL_KERNEL_NEON void hl_ifa_bf16_d128_chunk_neon(const hl_incre_flash_attention_plan *plan,
                                                 const hl_group *g, const hl_space *w,
@@ -6765,7 +6777,8 @@ HL_KERNEL_AVX2 void hl_ifa_bf16_d128_pr_4x2_avx2(const float *p, const hl_row *r
     hl_vf_avx2 o3_0 = hl_vzero_avx2();
     hl_vf_avx2 o3_1 = hl_vzero_avx2();
     for (int32_t j = 0; j < n; ++j) {
-        const uint16_t *const value = (const uint16_t *)row[j].value + c;
+        const uint16_t *const value =
+            (const uint16_t *)row[j].value + c;
         if (j < later) {
             const uint16_t *const next =
                 (const uint16_t *)ask[j].value + c;
@@ -6824,7 +6837,8 @@ HL_KERNEL_AVX2 void hl_ifa_bf16_d128_pr_2x4_avx2(const float *p, const hl_row *r
     hl_vf_avx2 o1_2 = hl_vzero_avx2();
     hl_vf_avx2 o1_3 = hl_vzero_avx2();
     for (int32_t j = 0; j < n; ++j) {
-        const uint16_t *const value = (const uint16_t *)row[j].value + c;
+        const uint16_t *const value =
+            (const uint16_t *)row[j].value + c;
         if (j < later) {
             const uint16_t *const next =
                 (const uint16_t *)ask[j].value + c;
@@ -6884,7 +6898,8 @@ HL_KERNEL_AVX2 void hl_ifa_bf16_d128_pr_1x8_avx2(const float *p, const hl_row *r
     hl_vf_avx2 o0_6 = hl_vzero_avx2();
     hl_vf_avx2 o0_7 = hl_vzero_avx2();
     for (int32_t j = 0; j < n; ++j) {
-        const uint16_t *const value = (const uint16_t *)row[j].value + c;
+        const uint16_t *const value =
+            (const uint16_t *)row[j].value + c;
         if (j < later) {
             const uint16_t *const next =
                 (const uint16_t *)ask[j].value + c;
@@ -7131,6 +7146,7 @@ HL_KERNEL_AVX2 void hl_ifa_bf16_d128_block_avx2(const hl_incre_flash_attention_p
     /* O = alpha O + P V */
     hl_ifa_bf16_d128_value_avx2(w, t, padded, g->group, b->value_apart ? 128 : 128, b->n);
 }
+
 /* One chunk of a group's keys (FlashAttention-2, algorithm 1, with K and V in blocks). */
 HL_KERNEL_AVX2 void hl_ifa_bf16_d128_forward_avx2(const hl_incre_flash_attention_plan *plan,
                                                   const hl_group *g, const hl_space *w,
@@ -7205,6 +7221,7 @@ HL_KERNEL_AVX2 void hl_ifa_bf16_d128_forward_row_avx2(const hl_incre_flash_atten
         t->l[h0 + h] = row.l[h];
     }
 }
+
 /* One chunk of a group's keys: those that all rows see, at once; then each row's own. */
 HL_KERNEL_AVX2 void hl_ifa_bf16_d128_chunk_avx2(const hl_incre_flash_attention_plan *plan,
                                                 const hl_group *g, const hl_space *w,
@@ -9084,7 +9101,8 @@ HL_KERNEL_AVX512 void hl_ifa_bf16_d128_pr_4x4_avx512(const float *p, const hl_ro
     hl_vf_avx512 o3_2 = hl_vzero_avx512();
     hl_vf_avx512 o3_3 = hl_vzero_avx512();
     for (int32_t j = 0; j < n; ++j) {
-        const uint16_t *const value = (const uint16_t *)row[j].value + c;
+        const uint16_t *const value =
+            (const uint16_t *)row[j].value + c;
         if (j < later) {
             const uint16_t *const next =
                 (const uint16_t *)ask[j].value + c;
@@ -9194,7 +9212,8 @@ HL_KERNEL_AVX512 void hl_ifa_bf16_d128_pr_2x8_avx512(const float *p, const hl_ro
     hl_vf_avx512 o1_6 = hl_vzero_avx512();
     hl_vf_avx512 o1_7 = hl_vzero_avx512();
     for (int32_t j = 0; j < n; ++j) {
-        const uint16_t *const value = (const uint16_t *)row[j].value + c;
+        const uint16_t *const value =
+            (const uint16_t *)row[j].value + c;
         if (j < later) {
             const uint16_t *const next =
                 (const uint16_t *)ask[j].value + c;
@@ -9302,7 +9321,8 @@ HL_KERNEL_AVX512 void hl_ifa_bf16_d128_pr_1x8_avx512(const float *p, const hl_ro
     hl_vf_avx512 o0_6 = hl_vzero_avx512();
     hl_vf_avx512 o0_7 = hl_vzero_avx512();
     for (int32_t j = 0; j < n; ++j) {
-        const uint16_t *const value = (const uint16_t *)row[j].value + c;
+        const uint16_t *const value =
+            (const uint16_t *)row[j].value + c;
         if (j < later) {
             const uint16_t *const next =
                 (const uint16_t *)ask[j].value + c;
@@ -9560,6 +9580,7 @@ HL_KERNEL_AVX512 void hl_ifa_bf16_d128_block_avx512(const hl_incre_flash_attenti
     /* O = alpha O + P V */
     hl_ifa_bf16_d128_value_avx512(w, t, padded, g->group, b->value_apart ? 128 : 128, b->n);
 }
+
 /* One chunk of a group's keys (FlashAttention-2, algorithm 1, with K and V in blocks). */
 HL_KERNEL_AVX512 void hl_ifa_bf16_d128_forward_avx512(const hl_incre_flash_attention_plan *plan,
     const hl_group *g, const hl_space *w, const hl_state *t, hl_cursor c, int32_t padded)
@@ -9633,6 +9654,7 @@ HL_KERNEL_AVX512 void hl_ifa_bf16_d128_forward_row_avx512(const hl_incre_flash_a
         t->l[h0 + h] = row.l[h];
     }
 }
+
 /* One chunk of a group's keys: those that all rows see, at once; then each row's own. */
 HL_KERNEL_AVX512 void hl_ifa_bf16_d128_chunk_avx512(const hl_incre_flash_attention_plan *plan,
                                                     const hl_group *g, const hl_space *w,
@@ -11198,6 +11220,7 @@ HL_KERNEL_AMX void hl_ifa_bf16_d128_forward_row_amx(const hl_incre_flash_attenti
     hl_ifa_bf16_d128_merge_row_amx(t, (ptrdiff_t)i * one.heads, &w->one, one.heads);
     *t->seen = 1.0f;
 }
+
 /* One chunk of a group's keys: those that all rows see, at once; then each row's own. */
 HL_KERNEL_AMX void hl_ifa_bf16_d128_chunk_amx(const hl_incre_flash_attention_plan *plan,
                                               const hl_group *g, const hl_space *w,

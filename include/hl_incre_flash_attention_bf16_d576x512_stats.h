@@ -12,8 +12,8 @@
  *       value 512 channels of bfloat16;
  *       cache BSND, BSH, BNSD, PA_BSND, PA_BNSD;
  *       with max, sum and LSE.
- *   One step of decoding (incre_flash_attention): 1 to 16 query rows of each batch, the last
- *   tokens of its cache, against all of its keys:
+ *   One step of decoding (incre_flash_attention): 1 to 16 query rows of each
+ *   batch, the last tokens of its cache, against all of its keys:
  *       score_j = scale_value * (q . k_j) + pse_j
  *       out = sum_j exp(score_j - max) v_j / sum_j exp(score_j - max)
  *   Everything is in this file: checks, tiled loops, dequantisation, the choice of instruction set
@@ -57,9 +57,10 @@
  *   Batch b sees the keys of its actual_seq_lengths: the first rows of its cache, or with
  *   kv_padding_size those that end that many rows in front of the last (where that would begin
  *   before the first row, it sees none). Row i of S1 sees key j of n if j <= n - S1 + i
- *   and no atten_mask byte is set for it. Columns of atten_mask and pse_shift are rows of the
- *   batch's cache, padding included; what is wider is not read. Keys and values that a row does not
- *   see may be NaN. A row that sees no key: out 0, max 0, sum 0, LSE -inf.
+ *   and no atten_mask byte is set for it. Columns of atten_mask and of
+ *   pse_shift are rows of the batch's cache, padding included; what is wider is not read. Keys and
+ *   values that a row does not see may be NaN.
+ *   A row that sees no key: out 0, max 0, sum 0, LSE -inf.
  *   Paged: token t is row t % block_size of block block_table[b][t / block_size]; batches may share
  *   blocks; entries past the last key are not read.
  *
@@ -2794,7 +2795,8 @@ static inline hl_status hl_ifa_bf16_d576x512_stats_check_memory(hl_incre_flash_a
         const hl_range range[] = {
             {a->query, extent[0], HL_ARG_QUERY, 0, 2u},
             {a->key, any ? extent[1] : 0, HL_ARG_KEY, 0, 2u},
-            {a->value, any && a->value != NULL ? extent[2] : 0, HL_ARG_VALUE, 0, 2u},
+            {a->value, any && a->value != NULL ? extent[2] : 0, HL_ARG_VALUE, 0,
+             2u},
             {a->pse_shift, a->pse_shift ? pse : 0, HL_ARG_PSE_SHIFT, 0, 2u},
             {a->atten_mask, a->atten_mask ? mask : 0, HL_ARG_ATTEN_MASK, 0, 1u},
             {a->actual_seq_lengths, a->actual_seq_lengths ? (a->lengths == 1 ? 4u : each) : 0,
@@ -3371,7 +3373,8 @@ HL_KERNEL_SCALAR void hl_ifa_bf16_d576x512_stats_pr_4x2_scalar(const float *p, c
     hl_vf_scalar o3_0 = hl_vzero_scalar();
     hl_vf_scalar o3_1 = hl_vzero_scalar();
     for (int32_t j = 0; j < n; ++j) {
-        const uint16_t *const value = (const uint16_t *)row[j].value + c;
+        const uint16_t *const value =
+            (const uint16_t *)row[j].value + c;
         if (j < later) {
             const uint16_t *const next =
                 (const uint16_t *)ask[j].value + c;
@@ -3438,7 +3441,8 @@ HL_KERNEL_SCALAR void hl_ifa_bf16_d576x512_stats_pr_2x4_scalar(const float *p, c
     hl_vf_scalar o1_2 = hl_vzero_scalar();
     hl_vf_scalar o1_3 = hl_vzero_scalar();
     for (int32_t j = 0; j < n; ++j) {
-        const uint16_t *const value = (const uint16_t *)row[j].value + c;
+        const uint16_t *const value =
+            (const uint16_t *)row[j].value + c;
         if (j < later) {
             const uint16_t *const next =
                 (const uint16_t *)ask[j].value + c;
@@ -3506,7 +3510,8 @@ HL_KERNEL_SCALAR void hl_ifa_bf16_d576x512_stats_pr_1x8_scalar(const float *p, c
     hl_vf_scalar o0_6 = hl_vzero_scalar();
     hl_vf_scalar o0_7 = hl_vzero_scalar();
     for (int32_t j = 0; j < n; ++j) {
-        const uint16_t *const value = (const uint16_t *)row[j].value + c;
+        const uint16_t *const value =
+            (const uint16_t *)row[j].value + c;
         if (j < later) {
             const uint16_t *const next =
                 (const uint16_t *)ask[j].value + c;
@@ -3756,6 +3761,7 @@ HL_KERNEL_SCALAR void hl_ifa_bf16_d576x512_stats_block_scalar(
     /* O = alpha O + P V */
     hl_ifa_bf16_d576x512_stats_value_few_scalar(w, t, b, g->group);
 }
+
 /* One chunk of a group's keys (FlashAttention-2, algorithm 1, with K and V in blocks). */
 HL_KERNEL_SCALAR void hl_ifa_bf16_d576x512_stats_forward_scalar(
     const hl_incre_flash_attention_plan *plan, const hl_group *g, const hl_space *w,
@@ -3826,6 +3832,7 @@ HL_KERNEL_SCALAR void hl_ifa_bf16_d576x512_stats_forward_row_scalar(
         t->l[h0 + h] = row.l[h];
     }
 }
+
 /* One chunk of a group's keys: those that all rows see, at once; then each row's own. */
 HL_KERNEL_SCALAR void hl_ifa_bf16_d576x512_stats_chunk_scalar(
     const hl_incre_flash_attention_plan *plan, const hl_group *g, const hl_space *w,
@@ -5089,7 +5096,8 @@ HL_KERNEL_NEON void hl_ifa_bf16_d576x512_stats_pr_4x4_neon(const float *p, const
     hl_vf_neon o3_2 = hl_vzero_neon();
     hl_vf_neon o3_3 = hl_vzero_neon();
     for (int32_t j = 0; j < n; ++j) {
-        const uint16_t *const value = (const uint16_t *)row[j].value + c;
+        const uint16_t *const value =
+            (const uint16_t *)row[j].value + c;
         if (j < later) {
             const uint16_t *const next =
                 (const uint16_t *)ask[j].value + c;
@@ -5183,7 +5191,8 @@ HL_KERNEL_NEON void hl_ifa_bf16_d576x512_stats_pr_2x8_neon(const float *p, const
     hl_vf_neon o1_6 = hl_vzero_neon();
     hl_vf_neon o1_7 = hl_vzero_neon();
     for (int32_t j = 0; j < n; ++j) {
-        const uint16_t *const value = (const uint16_t *)row[j].value + c;
+        const uint16_t *const value =
+            (const uint16_t *)row[j].value + c;
         if (j < later) {
             const uint16_t *const next =
                 (const uint16_t *)ask[j].value + c;
@@ -5281,7 +5290,8 @@ HL_KERNEL_NEON void hl_ifa_bf16_d576x512_stats_pr_1x16_neon(const float *p, cons
     hl_vf_neon o0_14 = hl_vzero_neon();
     hl_vf_neon o0_15 = hl_vzero_neon();
     for (int32_t j = 0; j < n; ++j) {
-        const uint16_t *const value = (const uint16_t *)row[j].value + c;
+        const uint16_t *const value =
+            (const uint16_t *)row[j].value + c;
         if (j < later) {
             const uint16_t *const next =
                 (const uint16_t *)ask[j].value + c;
@@ -5564,6 +5574,7 @@ HL_KERNEL_NEON void hl_ifa_bf16_d576x512_stats_block_neon(const hl_incre_flash_a
     /* O = alpha O + P V */
     hl_ifa_bf16_d576x512_stats_value_neon(w, t, padded, g->group, b->value_apart ? 512 : 576, b->n);
 }
+
 /* One chunk of a group's keys (FlashAttention-2, algorithm 1, with K and V in blocks). */
 HL_KERNEL_NEON void hl_ifa_bf16_d576x512_stats_forward_neon(
     const hl_incre_flash_attention_plan *plan, const hl_group *g, const hl_space *w,
@@ -5639,6 +5650,7 @@ HL_KERNEL_NEON void hl_ifa_bf16_d576x512_stats_forward_row_neon(
         t->l[h0 + h] = row.l[h];
     }
 }
+
 /* One chunk of a group's keys: those that all rows see, at once; then each row's own. */
 HL_KERNEL_NEON void hl_ifa_bf16_d576x512_stats_chunk_neon(const hl_incre_flash_attention_plan *plan,
     const hl_group *g, const hl_space *w, const hl_state *t, int32_t chunk, int32_t padded)
@@ -6809,7 +6821,8 @@ HL_KERNEL_AVX2 void hl_ifa_bf16_d576x512_stats_pr_4x2_avx2(const float *p, const
     hl_vf_avx2 o3_0 = hl_vzero_avx2();
     hl_vf_avx2 o3_1 = hl_vzero_avx2();
     for (int32_t j = 0; j < n; ++j) {
-        const uint16_t *const value = (const uint16_t *)row[j].value + c;
+        const uint16_t *const value =
+            (const uint16_t *)row[j].value + c;
         if (j < later) {
             const uint16_t *const next =
                 (const uint16_t *)ask[j].value + c;
@@ -6868,7 +6881,8 @@ HL_KERNEL_AVX2 void hl_ifa_bf16_d576x512_stats_pr_2x4_avx2(const float *p, const
     hl_vf_avx2 o1_2 = hl_vzero_avx2();
     hl_vf_avx2 o1_3 = hl_vzero_avx2();
     for (int32_t j = 0; j < n; ++j) {
-        const uint16_t *const value = (const uint16_t *)row[j].value + c;
+        const uint16_t *const value =
+            (const uint16_t *)row[j].value + c;
         if (j < later) {
             const uint16_t *const next =
                 (const uint16_t *)ask[j].value + c;
@@ -6928,7 +6942,8 @@ HL_KERNEL_AVX2 void hl_ifa_bf16_d576x512_stats_pr_1x8_avx2(const float *p, const
     hl_vf_avx2 o0_6 = hl_vzero_avx2();
     hl_vf_avx2 o0_7 = hl_vzero_avx2();
     for (int32_t j = 0; j < n; ++j) {
-        const uint16_t *const value = (const uint16_t *)row[j].value + c;
+        const uint16_t *const value =
+            (const uint16_t *)row[j].value + c;
         if (j < later) {
             const uint16_t *const next =
                 (const uint16_t *)ask[j].value + c;
@@ -7200,6 +7215,7 @@ HL_KERNEL_AVX2 void hl_ifa_bf16_d576x512_stats_block_avx2(const hl_incre_flash_a
     /* O = alpha O + P V */
     hl_ifa_bf16_d576x512_stats_value_avx2(w, t, padded, g->group, b->value_apart ? 512 : 576, b->n);
 }
+
 /* One chunk of a group's keys (FlashAttention-2, algorithm 1, with K and V in blocks). */
 HL_KERNEL_AVX2 void hl_ifa_bf16_d576x512_stats_forward_avx2(
     const hl_incre_flash_attention_plan *plan, const hl_group *g, const hl_space *w,
@@ -7275,6 +7291,7 @@ HL_KERNEL_AVX2 void hl_ifa_bf16_d576x512_stats_forward_row_avx2(
         t->l[h0 + h] = row.l[h];
     }
 }
+
 /* One chunk of a group's keys: those that all rows see, at once; then each row's own. */
 HL_KERNEL_AVX2 void hl_ifa_bf16_d576x512_stats_chunk_avx2(const hl_incre_flash_attention_plan *plan,
     const hl_group *g, const hl_space *w, const hl_state *t, int32_t chunk, int32_t padded)
@@ -9153,7 +9170,8 @@ HL_KERNEL_AVX512 void hl_ifa_bf16_d576x512_stats_pr_4x4_avx512(const float *p, c
     hl_vf_avx512 o3_2 = hl_vzero_avx512();
     hl_vf_avx512 o3_3 = hl_vzero_avx512();
     for (int32_t j = 0; j < n; ++j) {
-        const uint16_t *const value = (const uint16_t *)row[j].value + c;
+        const uint16_t *const value =
+            (const uint16_t *)row[j].value + c;
         if (j < later) {
             const uint16_t *const next =
                 (const uint16_t *)ask[j].value + c;
@@ -9264,7 +9282,8 @@ HL_KERNEL_AVX512 void hl_ifa_bf16_d576x512_stats_pr_2x8_avx512(const float *p, c
     hl_vf_avx512 o1_6 = hl_vzero_avx512();
     hl_vf_avx512 o1_7 = hl_vzero_avx512();
     for (int32_t j = 0; j < n; ++j) {
-        const uint16_t *const value = (const uint16_t *)row[j].value + c;
+        const uint16_t *const value =
+            (const uint16_t *)row[j].value + c;
         if (j < later) {
             const uint16_t *const next =
                 (const uint16_t *)ask[j].value + c;
@@ -9381,7 +9400,8 @@ HL_KERNEL_AVX512 void hl_ifa_bf16_d576x512_stats_pr_1x16_avx512(const float *p, 
     hl_vf_avx512 o0_14 = hl_vzero_avx512();
     hl_vf_avx512 o0_15 = hl_vzero_avx512();
     for (int32_t j = 0; j < n; ++j) {
-        const uint16_t *const value = (const uint16_t *)row[j].value + c;
+        const uint16_t *const value =
+            (const uint16_t *)row[j].value + c;
         if (j < later) {
             const uint16_t *const next =
                 (const uint16_t *)ask[j].value + c;
@@ -9705,6 +9725,7 @@ HL_KERNEL_AVX512 void hl_ifa_bf16_d576x512_stats_block_avx512(
     hl_ifa_bf16_d576x512_stats_value_avx512(w, t, padded, g->group, b->value_apart ? 512 : 576,
                                             b->n);
 }
+
 /* One chunk of a group's keys (FlashAttention-2, algorithm 1, with K and V in blocks). */
 HL_KERNEL_AVX512 void hl_ifa_bf16_d576x512_stats_forward_avx512(
     const hl_incre_flash_attention_plan *plan, const hl_group *g, const hl_space *w,
@@ -9780,6 +9801,7 @@ HL_KERNEL_AVX512 void hl_ifa_bf16_d576x512_stats_forward_row_avx512(
         t->l[h0 + h] = row.l[h];
     }
 }
+
 /* One chunk of a group's keys: those that all rows see, at once; then each row's own. */
 HL_KERNEL_AVX512 void hl_ifa_bf16_d576x512_stats_chunk_avx512(
     const hl_incre_flash_attention_plan *plan, const hl_group *g, const hl_space *w,
@@ -11385,6 +11407,7 @@ HL_KERNEL_AMX void hl_ifa_bf16_d576x512_stats_forward_row_amx(
     hl_ifa_bf16_d576x512_stats_merge_row_amx(t, (ptrdiff_t)i * one.heads, &w->one, one.heads);
     *t->seen = 1.0f;
 }
+
 /* One chunk of a group's keys: those that all rows see, at once; then each row's own. */
 HL_KERNEL_AMX void hl_ifa_bf16_d576x512_stats_chunk_amx(const hl_incre_flash_attention_plan *plan,
     const hl_group *g, const hl_space *w, const hl_state *t, int32_t chunk, int32_t padded)

@@ -11,8 +11,8 @@
  *       key 128 channels of int8;
  *       value 128 channels of int8;
  *       cache BSND, BSH, BNSD, PA_BSND, PA_BNSD.
- *   One step of decoding (incre_flash_attention): 1 to 16 query rows of each batch, the last
- *   tokens of its cache, against all of its keys:
+ *   One step of decoding (incre_flash_attention): 1 to 16 query rows of each
+ *   batch, the last tokens of its cache, against all of its keys:
  *       score_j = scale_value * (q . k_j) + pse_j
  *       out = sum_j exp(score_j - max) v_j / sum_j exp(score_j - max)
  *   Everything is in this file: checks, tiled loops, dequantisation, the choice of instruction set
@@ -56,9 +56,10 @@
  *   Batch b sees the keys of its actual_seq_lengths: the first rows of its cache, or with
  *   kv_padding_size those that end that many rows in front of the last (where that would begin
  *   before the first row, it sees none). Row i of S1 sees key j of n if j <= n - S1 + i
- *   and no atten_mask byte is set for it. Columns of atten_mask and pse_shift are rows of the
- *   batch's cache, padding included; what is wider is not read. Keys and values that a row does not
- *   see may be NaN. A row that sees no key: out 0.
+ *   and no atten_mask byte is set for it. Columns of atten_mask and of
+ *   pse_shift are rows of the batch's cache, padding included; what is wider is not read. Keys and
+ *   values that a row does not see may be NaN.
+ *   A row that sees no key: out 0.
  *   Paged: token t is row t % block_size of block block_table[b][t / block_size]; batches may share
  *   blocks; entries past the last key are not read.
  *
@@ -3028,7 +3029,8 @@ static inline hl_status hl_ifa_bf16_i8_d128_check_memory(hl_incre_flash_attentio
         const hl_range range[] = {
             {a->query, extent[0], HL_ARG_QUERY, 0, 2u},
             {a->key, any ? extent[1] : 0, HL_ARG_KEY, 0, 1u},
-            {a->value, any && a->value != NULL ? extent[2] : 0, HL_ARG_VALUE, 0, 1u},
+            {a->value, any && a->value != NULL ? extent[2] : 0, HL_ARG_VALUE, 0,
+             1u},
             {a->pse_shift, a->pse_shift ? pse : 0, HL_ARG_PSE_SHIFT, 0, 2u},
             {a->atten_mask, a->atten_mask ? mask : 0, HL_ARG_ATTEN_MASK, 0, 1u},
             {a->actual_seq_lengths, a->actual_seq_lengths ? (a->lengths == 1 ? 4u : each) : 0,
@@ -3737,7 +3739,8 @@ HL_KERNEL_SCALAR void hl_ifa_bf16_i8_d128_pr_4x2_scalar(const float *p, const hl
     hl_vf_scalar o3_0 = hl_vzero_scalar();
     hl_vf_scalar o3_1 = hl_vzero_scalar();
     for (int32_t j = 0; j < n; ++j) {
-        const uint8_t *const value = (const uint8_t *)row[j].value + c;
+        const uint8_t *const value =
+            (const uint8_t *)row[j].value + c;
         if (j < later) {
             const uint8_t *const next =
                 (const uint8_t *)ask[j].value + c;
@@ -3804,7 +3807,8 @@ HL_KERNEL_SCALAR void hl_ifa_bf16_i8_d128_pr_2x4_scalar(const float *p, const hl
     hl_vf_scalar o1_2 = hl_vzero_scalar();
     hl_vf_scalar o1_3 = hl_vzero_scalar();
     for (int32_t j = 0; j < n; ++j) {
-        const uint8_t *const value = (const uint8_t *)row[j].value + c;
+        const uint8_t *const value =
+            (const uint8_t *)row[j].value + c;
         if (j < later) {
             const uint8_t *const next =
                 (const uint8_t *)ask[j].value + c;
@@ -3872,7 +3876,8 @@ HL_KERNEL_SCALAR void hl_ifa_bf16_i8_d128_pr_1x8_scalar(const float *p, const hl
     hl_vf_scalar o0_6 = hl_vzero_scalar();
     hl_vf_scalar o0_7 = hl_vzero_scalar();
     for (int32_t j = 0; j < n; ++j) {
-        const uint8_t *const value = (const uint8_t *)row[j].value + c;
+        const uint8_t *const value =
+            (const uint8_t *)row[j].value + c;
         if (j < later) {
             const uint8_t *const next =
                 (const uint8_t *)ask[j].value + c;
@@ -4012,9 +4017,10 @@ HL_KERNEL_SCALAR void hl_ifa_bf16_i8_d128_scale_out_scalar(const hl_incre_flash_
             x = hl_vadd_scalar(x, lift);
         } else {
             if (a->antiquant_offset != NULL) {
+                const void *const offset = a->antiquant_offset;
                 x =
-                    hl_vfma_scalar(hl_ifa_bf16_i8_d128_numbers_scalar(a, a->antiquant_offset, 1,
-                        first + c, DV - c), lift, x);
+                    hl_vfma_scalar(hl_ifa_bf16_i8_d128_numbers_scalar(a, offset, 1, first + c,
+                        DV - c), lift, x);
             }
             x =
                 hl_vmul_scalar(x,
@@ -4133,6 +4139,7 @@ HL_KERNEL_SCALAR void hl_ifa_bf16_i8_d128_block_scalar(const hl_incre_flash_atte
     /* O = alpha O + P V */
     hl_ifa_bf16_i8_d128_value_few_scalar(w, t, b, g->group);
 }
+
 /* One chunk of a group's keys (FlashAttention-2, algorithm 1, with K and V in blocks). */
 HL_KERNEL_SCALAR void hl_ifa_bf16_i8_d128_forward_scalar(const hl_incre_flash_attention_plan *plan,
     const hl_group *g, const hl_space *w, const hl_state *t, hl_cursor c, int32_t padded)
@@ -4201,6 +4208,7 @@ HL_KERNEL_SCALAR void hl_ifa_bf16_i8_d128_forward_row_scalar(
         t->l[h0 + h] = row.l[h];
     }
 }
+
 /* One chunk of a group's keys: those that all rows see, at once; then each row's own. */
 HL_KERNEL_SCALAR void hl_ifa_bf16_i8_d128_chunk_scalar(const hl_incre_flash_attention_plan *plan,
     const hl_group *g, const hl_space *w, const hl_state *t, int32_t chunk, int32_t padded)
@@ -5782,7 +5790,8 @@ HL_KERNEL_NEON void hl_ifa_bf16_i8_d128_pr_4x4_neon(const float *p, const hl_row
     hl_vf_neon o3_2 = hl_vzero_neon();
     hl_vf_neon o3_3 = hl_vzero_neon();
     for (int32_t j = 0; j < n; ++j) {
-        const uint8_t *const value = (const uint8_t *)row[j].value + c;
+        const uint8_t *const value =
+            (const uint8_t *)row[j].value + c;
         if (j < later) {
             const uint8_t *const next =
                 (const uint8_t *)ask[j].value + c;
@@ -5876,7 +5885,8 @@ HL_KERNEL_NEON void hl_ifa_bf16_i8_d128_pr_2x8_neon(const float *p, const hl_row
     hl_vf_neon o1_6 = hl_vzero_neon();
     hl_vf_neon o1_7 = hl_vzero_neon();
     for (int32_t j = 0; j < n; ++j) {
-        const uint8_t *const value = (const uint8_t *)row[j].value + c;
+        const uint8_t *const value =
+            (const uint8_t *)row[j].value + c;
         if (j < later) {
             const uint8_t *const next =
                 (const uint8_t *)ask[j].value + c;
@@ -5973,7 +5983,8 @@ HL_KERNEL_NEON void hl_ifa_bf16_i8_d128_pr_1x16_neon(const float *p, const hl_ro
     hl_vf_neon o0_14 = hl_vzero_neon();
     hl_vf_neon o0_15 = hl_vzero_neon();
     for (int32_t j = 0; j < n; ++j) {
-        const uint8_t *const value = (const uint8_t *)row[j].value + c;
+        const uint8_t *const value =
+            (const uint8_t *)row[j].value + c;
         if (j < later) {
             const uint8_t *const next =
                 (const uint8_t *)ask[j].value + c;
@@ -6134,9 +6145,10 @@ HL_KERNEL_NEON void hl_ifa_bf16_i8_d128_scale_out_neon(const hl_incre_flash_atte
             x = hl_vadd_neon(x, lift);
         } else {
             if (a->antiquant_offset != NULL) {
+                const void *const offset = a->antiquant_offset;
                 x =
-                    hl_vfma_neon(hl_ifa_bf16_i8_d128_numbers_neon(a, a->antiquant_offset, 1, first
-                        + c, DV - c), lift, x);
+                    hl_vfma_neon(hl_ifa_bf16_i8_d128_numbers_neon(a, offset, 1, first + c, DV - c),
+                                 lift, x);
             }
             x =
                 hl_vmul_neon(x,
@@ -6271,6 +6283,7 @@ HL_KERNEL_NEON void hl_ifa_bf16_i8_d128_block_neon(const hl_incre_flash_attentio
     /* O = alpha O + P V */
     hl_ifa_bf16_i8_d128_value_neon(w, t, padded, g->group, b->value_apart ? 128 : 128, b->n);
 }
+
 /* One chunk of a group's keys (FlashAttention-2, algorithm 1, with K and V in blocks). */
 HL_KERNEL_NEON void hl_ifa_bf16_i8_d128_forward_neon(const hl_incre_flash_attention_plan *plan,
     const hl_group *g, const hl_space *w, const hl_state *t, hl_cursor c, int32_t padded)
@@ -6342,6 +6355,7 @@ HL_KERNEL_NEON void hl_ifa_bf16_i8_d128_forward_row_neon(const hl_incre_flash_at
         t->l[h0 + h] = row.l[h];
     }
 }
+
 /* One chunk of a group's keys: those that all rows see, at once; then each row's own. */
 HL_KERNEL_NEON void hl_ifa_bf16_i8_d128_chunk_neon(const hl_incre_flash_attention_plan *plan,
                                                    const hl_group *g, const hl_space *w,
@@ -7833,7 +7847,8 @@ HL_KERNEL_AVX2 void hl_ifa_bf16_i8_d128_pr_4x2_avx2(const float *p, const hl_row
     hl_vf_avx2 o3_0 = hl_vzero_avx2();
     hl_vf_avx2 o3_1 = hl_vzero_avx2();
     for (int32_t j = 0; j < n; ++j) {
-        const uint8_t *const value = (const uint8_t *)row[j].value + c;
+        const uint8_t *const value =
+            (const uint8_t *)row[j].value + c;
         if (j < later) {
             const uint8_t *const next =
                 (const uint8_t *)ask[j].value + c;
@@ -7892,7 +7907,8 @@ HL_KERNEL_AVX2 void hl_ifa_bf16_i8_d128_pr_2x4_avx2(const float *p, const hl_row
     hl_vf_avx2 o1_2 = hl_vzero_avx2();
     hl_vf_avx2 o1_3 = hl_vzero_avx2();
     for (int32_t j = 0; j < n; ++j) {
-        const uint8_t *const value = (const uint8_t *)row[j].value + c;
+        const uint8_t *const value =
+            (const uint8_t *)row[j].value + c;
         if (j < later) {
             const uint8_t *const next =
                 (const uint8_t *)ask[j].value + c;
@@ -7952,7 +7968,8 @@ HL_KERNEL_AVX2 void hl_ifa_bf16_i8_d128_pr_1x8_avx2(const float *p, const hl_row
     hl_vf_avx2 o0_6 = hl_vzero_avx2();
     hl_vf_avx2 o0_7 = hl_vzero_avx2();
     for (int32_t j = 0; j < n; ++j) {
-        const uint8_t *const value = (const uint8_t *)row[j].value + c;
+        const uint8_t *const value =
+            (const uint8_t *)row[j].value + c;
         if (j < later) {
             const uint8_t *const next =
                 (const uint8_t *)ask[j].value + c;
@@ -8085,9 +8102,10 @@ HL_KERNEL_AVX2 void hl_ifa_bf16_i8_d128_scale_out_avx2(const hl_incre_flash_atte
             x = hl_vadd_avx2(x, lift);
         } else {
             if (a->antiquant_offset != NULL) {
+                const void *const offset = a->antiquant_offset;
                 x =
-                    hl_vfma_avx2(hl_ifa_bf16_i8_d128_numbers_avx2(a, a->antiquant_offset, 1, first
-                        + c, DV - c), lift, x);
+                    hl_vfma_avx2(hl_ifa_bf16_i8_d128_numbers_avx2(a, offset, 1, first + c, DV - c),
+                                 lift, x);
             }
             x =
                 hl_vmul_avx2(x,
@@ -8222,6 +8240,7 @@ HL_KERNEL_AVX2 void hl_ifa_bf16_i8_d128_block_avx2(const hl_incre_flash_attentio
     /* O = alpha O + P V */
     hl_ifa_bf16_i8_d128_value_avx2(w, t, padded, g->group, b->value_apart ? 128 : 128, b->n);
 }
+
 /* One chunk of a group's keys (FlashAttention-2, algorithm 1, with K and V in blocks). */
 HL_KERNEL_AVX2 void hl_ifa_bf16_i8_d128_forward_avx2(const hl_incre_flash_attention_plan *plan,
     const hl_group *g, const hl_space *w, const hl_state *t, hl_cursor c, int32_t padded)
@@ -8293,6 +8312,7 @@ HL_KERNEL_AVX2 void hl_ifa_bf16_i8_d128_forward_row_avx2(const hl_incre_flash_at
         t->l[h0 + h] = row.l[h];
     }
 }
+
 /* One chunk of a group's keys: those that all rows see, at once; then each row's own. */
 HL_KERNEL_AVX2 void hl_ifa_bf16_i8_d128_chunk_avx2(const hl_incre_flash_attention_plan *plan,
                                                    const hl_group *g, const hl_space *w,
@@ -10489,7 +10509,8 @@ HL_KERNEL_AVX512 void hl_ifa_bf16_i8_d128_pr_4x4_avx512(const float *p, const hl
     hl_vf_avx512 o3_2 = hl_vzero_avx512();
     hl_vf_avx512 o3_3 = hl_vzero_avx512();
     for (int32_t j = 0; j < n; ++j) {
-        const uint8_t *const value = (const uint8_t *)row[j].value + c;
+        const uint8_t *const value =
+            (const uint8_t *)row[j].value + c;
         if (j < later) {
             const uint8_t *const next =
                 (const uint8_t *)ask[j].value + c;
@@ -10599,7 +10620,8 @@ HL_KERNEL_AVX512 void hl_ifa_bf16_i8_d128_pr_2x8_avx512(const float *p, const hl
     hl_vf_avx512 o1_6 = hl_vzero_avx512();
     hl_vf_avx512 o1_7 = hl_vzero_avx512();
     for (int32_t j = 0; j < n; ++j) {
-        const uint8_t *const value = (const uint8_t *)row[j].value + c;
+        const uint8_t *const value =
+            (const uint8_t *)row[j].value + c;
         if (j < later) {
             const uint8_t *const next =
                 (const uint8_t *)ask[j].value + c;
@@ -10706,7 +10728,8 @@ HL_KERNEL_AVX512 void hl_ifa_bf16_i8_d128_pr_1x8_avx512(const float *p, const hl
     hl_vf_avx512 o0_6 = hl_vzero_avx512();
     hl_vf_avx512 o0_7 = hl_vzero_avx512();
     for (int32_t j = 0; j < n; ++j) {
-        const uint8_t *const value = (const uint8_t *)row[j].value + c;
+        const uint8_t *const value =
+            (const uint8_t *)row[j].value + c;
         if (j < later) {
             const uint8_t *const next =
                 (const uint8_t *)ask[j].value + c;
@@ -10849,9 +10872,10 @@ HL_KERNEL_AVX512 void hl_ifa_bf16_i8_d128_scale_out_avx512(const hl_incre_flash_
             x = hl_vadd_avx512(x, lift);
         } else {
             if (a->antiquant_offset != NULL) {
+                const void *const offset = a->antiquant_offset;
                 x =
-                    hl_vfma_avx512(hl_ifa_bf16_i8_d128_numbers_avx512(a, a->antiquant_offset, 1,
-                        first + c, DV - c), lift, x);
+                    hl_vfma_avx512(hl_ifa_bf16_i8_d128_numbers_avx512(a, offset, 1, first + c,
+                        DV - c), lift, x);
             }
             x =
                 hl_vmul_avx512(x,
@@ -10984,6 +11008,7 @@ HL_KERNEL_AVX512 void hl_ifa_bf16_i8_d128_block_avx512(const hl_incre_flash_atte
     /* O = alpha O + P V */
     hl_ifa_bf16_i8_d128_value_avx512(w, t, padded, g->group, b->value_apart ? 128 : 128, b->n);
 }
+
 /* One chunk of a group's keys (FlashAttention-2, algorithm 1, with K and V in blocks). */
 HL_KERNEL_AVX512 void hl_ifa_bf16_i8_d128_forward_avx512(const hl_incre_flash_attention_plan *plan,
     const hl_group *g, const hl_space *w, const hl_state *t, hl_cursor c, int32_t padded)
@@ -11057,6 +11082,7 @@ HL_KERNEL_AVX512 void hl_ifa_bf16_i8_d128_forward_row_avx512(
         t->l[h0 + h] = row.l[h];
     }
 }
+
 /* One chunk of a group's keys: those that all rows see, at once; then each row's own. */
 HL_KERNEL_AVX512 void hl_ifa_bf16_i8_d128_chunk_avx512(const hl_incre_flash_attention_plan *plan,
     const hl_group *g, const hl_space *w, const hl_state *t, int32_t chunk, int32_t padded)

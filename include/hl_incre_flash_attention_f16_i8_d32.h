@@ -11,8 +11,8 @@
  *       key 32 channels of int8;
  *       value 32 channels of int8;
  *       cache BSND, BSH, BNSD, PA_BSND, PA_BNSD.
- *   One step of decoding (incre_flash_attention): 1 to 16 query rows of each batch, the last
- *   tokens of its cache, against all of its keys:
+ *   One step of decoding (incre_flash_attention): 1 to 16 query rows of each
+ *   batch, the last tokens of its cache, against all of its keys:
  *       score_j = scale_value * (q . k_j) + pse_j
  *       out = sum_j exp(score_j - max) v_j / sum_j exp(score_j - max)
  *   Everything is in this file: checks, tiled loops, dequantisation, the choice of instruction set
@@ -53,9 +53,10 @@
  *   Batch b sees the keys of its actual_seq_lengths: the first rows of its cache, or with
  *   kv_padding_size those that end that many rows in front of the last (where that would begin
  *   before the first row, it sees none). Row i of S1 sees key j of n if j <= n - S1 + i
- *   and no atten_mask byte is set for it. Columns of atten_mask and pse_shift are rows of the
- *   batch's cache, padding included; what is wider is not read. Keys and values that a row does not
- *   see may be NaN. A row that sees no key: out 0.
+ *   and no atten_mask byte is set for it. Columns of atten_mask and of
+ *   pse_shift are rows of the batch's cache, padding included; what is wider is not read. Keys and
+ *   values that a row does not see may be NaN.
+ *   A row that sees no key: out 0.
  *   Paged: token t is row t % block_size of block block_table[b][t / block_size]; batches may share
  *   blocks; entries past the last key are not read.
  *
@@ -1701,36 +1702,6 @@ static inline int32_t hl_ifa_f16_i8_d32_next(const hl_incre_flash_attention_args
     return n;
 }
 
-/* A block of keys by itself: the cursor stays where it is. */
-static inline int32_t hl_ifa_f16_i8_d32_next_block(const hl_incre_flash_attention_args *a,
-                                                   const hl_group *g, hl_cursor c, hl_row *row,
-                                                   int32_t cap)
-{
-    return hl_ifa_f16_i8_d32_next(a, g, &c, row, cap);
-}
-
-/* Head h's share of what n heads that are decoded in turn have to ask for: the next block's rows,
- * as they follow each other in memory, all heads of a row together. Returns how many pieces. */
-static inline int32_t hl_ifa_f16_i8_d32_share(const hl_incre_flash_attention_args *a,
-                                              const hl_row *later, int32_t rows, int32_t h,
-                                              int32_t n, hl_row *ask, int32_t cap)
-{
-    const int32_t begin = h * cap;
-    const int32_t left = rows * n - begin;
-    const int32_t count = left < cap ? left : cap;
-    for (int32_t i = 0; i < count; ++i) {
-        const hl_row *const row = later + (begin + i) / n;
-        const ptrdiff_t head = (begin + i) % n;
-        ask[i].key = (const uint8_t *)row->key + head * a->key_stride.head;
-        ask[i].rope = ask[i].key;
-        ask[i].value = ask[i].key;
-        if (hl_ifa_f16_i8_d32_value_apart(a)) {
-            ask[i].value = (const uint8_t *)row->value + head * a->value_stride.head;
-        }
-    }
-    return count > 0 ? count : 0;
-}
-
 /* How many chunks a group's keys are cut into. */
 static inline int32_t hl_ifa_f16_i8_d32_chunks(const hl_incre_flash_attention_args *a,
                                                const hl_group *g)
@@ -2089,7 +2060,8 @@ static inline hl_status hl_ifa_f16_i8_d32_check_memory(hl_incre_flash_attention_
         const hl_range range[] = {
             {a->query, extent[0], HL_ARG_QUERY, 0, 2u},
             {a->key, any ? extent[1] : 0, HL_ARG_KEY, 0, 1u},
-            {a->value, any && a->value != NULL ? extent[2] : 0, HL_ARG_VALUE, 0, 1u},
+            {a->value, any && a->value != NULL ? extent[2] : 0, HL_ARG_VALUE, 0,
+             1u},
             {a->pse_shift, a->pse_shift ? pse : 0, HL_ARG_PSE_SHIFT, 0, 2u},
             {a->atten_mask, a->atten_mask ? mask : 0, HL_ARG_ATTEN_MASK, 0, 1u},
             {a->actual_seq_lengths, a->actual_seq_lengths ? (a->lengths == 1 ? 4u : each) : 0,
@@ -2780,7 +2752,8 @@ HL_KERNEL_SCALAR void hl_ifa_f16_i8_d32_pr_4x2_scalar(const float *p, const hl_r
     hl_vf_scalar o3_0 = hl_vzero_scalar();
     hl_vf_scalar o3_1 = hl_vzero_scalar();
     for (int32_t j = 0; j < n; ++j) {
-        const uint8_t *const value = (const uint8_t *)row[j].value + c;
+        const uint8_t *const value =
+            (const uint8_t *)row[j].value + c;
         if (j < later) {
             const uint8_t *const next =
                 (const uint8_t *)ask[j].value + c;
@@ -2846,7 +2819,8 @@ HL_KERNEL_SCALAR void hl_ifa_f16_i8_d32_pr_2x4_scalar(const float *p, const hl_r
     hl_vf_scalar o1_2 = hl_vzero_scalar();
     hl_vf_scalar o1_3 = hl_vzero_scalar();
     for (int32_t j = 0; j < n; ++j) {
-        const uint8_t *const value = (const uint8_t *)row[j].value + c;
+        const uint8_t *const value =
+            (const uint8_t *)row[j].value + c;
         if (j < later) {
             const uint8_t *const next =
                 (const uint8_t *)ask[j].value + c;
@@ -2913,7 +2887,8 @@ HL_KERNEL_SCALAR void hl_ifa_f16_i8_d32_pr_1x8_scalar(const float *p, const hl_r
     hl_vf_scalar o0_6 = hl_vzero_scalar();
     hl_vf_scalar o0_7 = hl_vzero_scalar();
     for (int32_t j = 0; j < n; ++j) {
-        const uint8_t *const value = (const uint8_t *)row[j].value + c;
+        const uint8_t *const value =
+            (const uint8_t *)row[j].value + c;
         if (j < later) {
             const uint8_t *const next =
                 (const uint8_t *)ask[j].value + c;
@@ -3053,9 +3028,10 @@ HL_KERNEL_SCALAR void hl_ifa_f16_i8_d32_scale_out_scalar(const hl_incre_flash_at
             x = hl_vadd_scalar(x, lift);
         } else {
             if (a->antiquant_offset != NULL) {
+                const void *const offset = a->antiquant_offset;
                 x =
-                    hl_vfma_scalar(hl_ifa_f16_i8_d32_numbers_scalar(a, a->antiquant_offset, 1, first
-                        + c, DV - c), lift, x);
+                    hl_vfma_scalar(hl_ifa_f16_i8_d32_numbers_scalar(a, offset, 1, first + c,
+                        DV - c), lift, x);
             }
             x =
                 hl_vmul_scalar(x,
@@ -3174,6 +3150,7 @@ HL_KERNEL_SCALAR void hl_ifa_f16_i8_d32_block_scalar(const hl_incre_flash_attent
     /* O = alpha O + P V */
     hl_ifa_f16_i8_d32_value_few_scalar(w, t, b, g->group);
 }
+
 /* One chunk of a group's keys (FlashAttention-2, algorithm 1, with K and V in blocks). */
 HL_KERNEL_SCALAR void hl_ifa_f16_i8_d32_forward_scalar(const hl_incre_flash_attention_plan *plan,
     const hl_group *g, const hl_space *w, const hl_state *t, hl_cursor c, int32_t padded)
@@ -3242,6 +3219,7 @@ HL_KERNEL_SCALAR void hl_ifa_f16_i8_d32_forward_row_scalar(
         t->l[h0 + h] = row.l[h];
     }
 }
+
 /* One chunk of a group's keys: those that all rows see, at once; then each row's own. */
 HL_KERNEL_SCALAR void hl_ifa_f16_i8_d32_chunk_scalar(const hl_incre_flash_attention_plan *plan,
     const hl_group *g, const hl_space *w, const hl_state *t, int32_t chunk, int32_t padded)
@@ -3253,81 +3231,6 @@ HL_KERNEL_SCALAR void hl_ifa_f16_i8_d32_chunk_scalar(const hl_incre_flash_attent
                                      hl_ifa_f16_i8_d32_part_of_chunk(&plan->args, g, c), padded);
     for (int32_t i = 0; g->rows > 1 && i < g->rows; ++i) {
         hl_ifa_f16_i8_d32_forward_row_scalar(plan, g, w, t, c, i);
-    }
-}
-
-/* Some kv heads of a batch, a block of keys of each in turn: where a token's heads lie side by
- * side, their lines and pages are then read together. The arithmetic is that of their tasks. */
-static inline void hl_ifa_f16_i8_d32_walk_scalar(const hl_incre_flash_attention_plan *plan,
-                                                 int64_t first, int32_t n, char *workspace)
-{
-    const int32_t padded = (plan->group + 0) / 1 * 1;
-    const hl_incre_flash_attention_args *const a = &plan->args;
-    const int32_t block = 16;
-    hl_space w[16];
-    hl_group g[16];
-    hl_block b;
-    hl_row *later; /* the next block's rows, of the first head */
-    hl_row *ask;
-    int32_t chunks;
-    for (int32_t h = 0; h < n; ++h) {
-        (void)hl_ifa_f16_i8_d32_group(plan, first + h, &g[h]);
-        hl_ifa_f16_i8_d32_space(&w[h], workspace + (size_t)h * plan->task_bytes, plan->group,
-                                hl_ifa_f16_i8_d32_value_apart(a));
-        w[h].k = w[0].k; /* scratch of a block is for all of them */
-        w[h].v = w[0].v;
-        w[h].s = w[0].s;
-        w[h].row = w[0].row;
-        w[h].own = w[0].own;
-    }
-    later = w[0].row + block;
-    ask = later + block;
-    b.value_apart = hl_ifa_f16_i8_d32_value_apart(a);
-    b.n_later = 0;
-    b.ask = ask;
-    chunks = hl_ifa_f16_i8_d32_chunks(a, &g[0]);
-    for (int32_t chunk = 0; chunk < chunks; ++chunk) {
-        const hl_cursor all = hl_ifa_f16_i8_d32_chunk(a, &g[0], chunk);
-        hl_cursor c = hl_ifa_f16_i8_d32_part_of_chunk(a, &g[0], all);
-        const int32_t end = c.end;
-        for (int32_t h = 0; h < n; ++h) {
-            hl_ifa_f16_i8_d32_start_scalar(chunk == 0 ? &w[h].state : &w[h].other, padded,
-                                           plan->group);
-            hl_ifa_f16_i8_d32_load_queries_scalar(plan, &g[h], &w[h]);
-        }
-        c.end = end - c.at < block ? end : c.at + block;
-        b.row = w[0].row;
-        while (c.at < c.end) {
-            hl_cursor next;
-            int32_t rows;
-            next.at = c.end;
-            next.within = 0;
-            next.end = end - next.at < block ? end : next.at + block;
-            rows = next.at < next.end ? hl_ifa_f16_i8_d32_next_block(a, &g[0], next, later, block)
-                : 0;
-            for (int32_t h = 0; h < n; ++h) {
-                const hl_state *const t = chunk == 0 ? &w[h].state : &w[h].other;
-                b.n = hl_ifa_f16_i8_d32_next_block(a, &g[h], c, b.row, block);
-                b.asks = hl_ifa_f16_i8_d32_share(a, later, rows, h, n, ask, block);
-                if (b.n > 0) {
-                    hl_ifa_f16_i8_d32_block_scalar(plan, &g[h], &w[h], t, &b, padded);
-                    *t->seen = 1.0f;
-                }
-            }
-            c = next;
-        }
-        for (int32_t h = 0; h < n; ++h) {
-            const hl_state *const t = chunk == 0 ? &w[h].state : &w[h].other;
-            for (int32_t i = 0; g[h].rows > 1 && i < g[h].rows; ++i) {
-                hl_ifa_f16_i8_d32_forward_row_scalar(plan, &g[h], &w[h], t, all, i);
-            }
-            if (chunk > 0) {
-                hl_ifa_f16_i8_d32_merge_state_scalar(&w[h].state, t, padded, plan->group);
-            }
-        }
-    }
-    for (int32_t h = 0; h < n; ++h) {
-        hl_ifa_f16_i8_d32_finish_scalar(plan, &g[h], &w[h].state, padded);
     }
 }
 
@@ -3737,33 +3640,6 @@ HL_API void hl_incre_flash_attention_f16_i8_d32_merge(const hl_incre_flash_atten
     }
 }
 
-/* How many kv heads can be decoded in turn with so much workspace; less than 2: it is no help, as
- * with small caches. A mask chooses keys one by one: blocks would not be those of tasks. */
-static inline int32_t hl_ifa_f16_i8_d32_walks(const hl_incre_flash_attention_plan *plan,
-                                              size_t bytes)
-{
-    const hl_incre_flash_attention_args *const a = &plan->args;
-    const int32_t apart = a->layout_kv == HL_LAYOUT_BNSD || a->layout_kv == HL_LAYOUT_PA_BNSD;
-    const size_t held = bytes / plan->task_bytes;
-    const int32_t most = a->heads_kv < 16 ? a->heads_kv : 16;
-    const int64_t near = plan->longest * a->heads_kv * 64;
-    if (apart || a->atten_mask != NULL || plan->n_merges > 0 || near < 1048576) {
-        return 1;
-    }
-    return held < (size_t)most ? (int32_t)held : most;
-}
-
-/* Kv heads first .. first + n - 1, of one batch, in turn. */
-static inline void hl_ifa_f16_i8_d32_walk(const hl_incre_flash_attention_plan *plan, int64_t first,
-                                          int32_t n, void *workspace)
-{
-    switch (plan->args.isa) {
-    default:
-        hl_ifa_f16_i8_d32_walk_scalar(plan, first, n, (char *)workspace);
-        break;
-    }
-}
-
 /* Threads that `bytes` of workspace are enough for. */
 static inline int32_t hl_ifa_f16_i8_d32_threads(const hl_incre_flash_attention_plan *plan,
                                                 size_t bytes)
@@ -3793,10 +3669,7 @@ HL_API size_t hl_incre_flash_attention_f16_i8_d32_workspace_bytes(
     }
     return plan.task_bytes * (size_t)omp_get_max_threads();
 #else
-    {
-        const int32_t n = hl_ifa_f16_i8_d32_walks(&plan, SIZE_MAX);
-        return plan.task_bytes * (size_t)(n > 1 ? n : 1);
-    }
+    return plan.task_bytes;
 #endif
 }
 
@@ -3847,17 +3720,6 @@ HL_API hl_status hl_incre_flash_attention_f16_i8_d32(const hl_incre_flash_attent
 #else
     threads = hl_ifa_f16_i8_d32_threads(&plan, bytes);
     (void)threads;
-    if (hl_ifa_f16_i8_d32_walks(&plan, bytes) > 1) {
-        const int32_t most = hl_ifa_f16_i8_d32_walks(&plan, bytes);
-        const int32_t heads = plan.args.heads_kv;
-        for (int64_t task = 0; task < plan.n_tasks;) {
-            const int32_t left = heads - (int32_t)(task % heads);
-            const int32_t n = left < most ? left : most;
-            hl_ifa_f16_i8_d32_walk(&plan, task, n, workspace);
-            task += n;
-        }
-        return status;
-    }
     for (int64_t task = 0; task < plan.n_tasks; ++task) {
         hl_incre_flash_attention_f16_i8_d32_task(&plan, task, workspace);
     }

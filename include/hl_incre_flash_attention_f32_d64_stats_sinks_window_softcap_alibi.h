@@ -14,8 +14,8 @@
  *       cache BSND, BSH, BNSD, PA_BSND, PA_BNSD;
  *       with max, sum and LSE, sinks, a sliding window, softcap,
  *       ALiBi.
- *   One step of decoding (incre_flash_attention): 1 to 16 query rows of each batch, the last
- *   tokens of its cache, against all of its keys:
+ *   One step of decoding (incre_flash_attention): 1 to 16 query rows of each
+ *   batch, the last tokens of its cache, against all of its keys:
  *       score_j = scale_value * (q . k_j) (softcap: c tanh(score / c)) + pse_j + slope * distance
  *       out = sum_j exp(score_j - max) v_j / sum_j exp(score_j - max)
  *   Everything is in this file: checks, tiled loops, dequantisation, the choice of instruction set
@@ -59,9 +59,10 @@
  *   kv_padding_size those that end that many rows in front of the last (where that would begin
  *   before the first row, it sees none). Row i of S1 sees key j of n if j <= n - S1 + i
  *   (with window also j > n - S1 + i - window)
- *   and no atten_mask byte is set for it. Columns of atten_mask and pse_shift are rows of the
- *   batch's cache, padding included; what is wider is not read. Keys and values that a row does not
- *   see may be NaN. A row that sees no key: out 0, max 0, sum 0, LSE -inf;
+ *   and no atten_mask byte is set for it. Columns of atten_mask and of
+ *   pse_shift are rows of the batch's cache, padding included; what is wider is not read. Keys and
+ *   values that a row does not see may be NaN.
+ *   A row that sees no key: out 0, max 0, sum 0, LSE -inf;
  *   with a sink: max = LSE = sink, sum 1.
  *   Paged: token t is row t % block_size of block block_table[b][t / block_size]; batches may share
  *   blocks; entries past the last key are not read.
@@ -2400,7 +2401,8 @@ static inline hl_status hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_check_me
         const hl_range range[] = {
             {a->query, extent[0], HL_ARG_QUERY, 0, 4u},
             {a->key, any ? extent[1] : 0, HL_ARG_KEY, 0, 4u},
-            {a->value, any && a->value != NULL ? extent[2] : 0, HL_ARG_VALUE, 0, 4u},
+            {a->value, any && a->value != NULL ? extent[2] : 0, HL_ARG_VALUE, 0,
+             4u},
             {a->pse_shift, a->pse_shift ? pse : 0, HL_ARG_PSE_SHIFT, 0, 4u},
             {a->atten_mask, a->atten_mask ? mask : 0, HL_ARG_ATTEN_MASK, 0, 1u},
             {a->actual_seq_lengths, a->actual_seq_lengths ? (a->lengths == 1 ? 4u : each) : 0,
@@ -3035,7 +3037,8 @@ HL_KERNEL_SCALAR void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_pr_4x2_sca
     hl_vf_scalar o3_0 = hl_vzero_scalar();
     hl_vf_scalar o3_1 = hl_vzero_scalar();
     for (int32_t j = 0; j < n; ++j) {
-        const float *const value = (const float *)row[j].value + c;
+        const float *const value =
+            (const float *)row[j].value + c;
         if (j < later) {
             const float *const next =
                 (const float *)ask[j].value + c;
@@ -3102,7 +3105,8 @@ HL_KERNEL_SCALAR void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_pr_2x4_sca
     hl_vf_scalar o1_2 = hl_vzero_scalar();
     hl_vf_scalar o1_3 = hl_vzero_scalar();
     for (int32_t j = 0; j < n; ++j) {
-        const float *const value = (const float *)row[j].value + c;
+        const float *const value =
+            (const float *)row[j].value + c;
         if (j < later) {
             const float *const next =
                 (const float *)ask[j].value + c;
@@ -3170,7 +3174,8 @@ HL_KERNEL_SCALAR void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_pr_1x8_sca
     hl_vf_scalar o0_6 = hl_vzero_scalar();
     hl_vf_scalar o0_7 = hl_vzero_scalar();
     for (int32_t j = 0; j < n; ++j) {
-        const float *const value = (const float *)row[j].value + c;
+        const float *const value =
+            (const float *)row[j].value + c;
         if (j < later) {
             const float *const next =
                 (const float *)ask[j].value + c;
@@ -3450,6 +3455,7 @@ HL_KERNEL_SCALAR void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_block_scal
     /* O = alpha O + P V */
     hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_value_few_scalar(w, t, b, g->group);
 }
+
 /* One chunk of a group's keys (FlashAttention-2, algorithm 1, with K and V in blocks). */
 HL_KERNEL_SCALAR void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_forward_scalar(
     const hl_incre_flash_attention_plan *plan, const hl_group *g, const hl_space *w,
@@ -3524,6 +3530,7 @@ HL_KERNEL_SCALAR void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_forward_ro
         t->l[h0 + h] = row.l[h];
     }
 }
+
 /* One chunk of a group's keys: those that all rows see, at once; then each row's own. */
 HL_KERNEL_SCALAR void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_chunk_scalar(
     const hl_incre_flash_attention_plan *plan, const hl_group *g, const hl_space *w,
@@ -4839,7 +4846,8 @@ HL_KERNEL_NEON void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_pr_4x4_neon(
     hl_vf_neon o3_2 = hl_vzero_neon();
     hl_vf_neon o3_3 = hl_vzero_neon();
     for (int32_t j = 0; j < n; ++j) {
-        const float *const value = (const float *)row[j].value + c;
+        const float *const value =
+            (const float *)row[j].value + c;
         if (j < later) {
             const float *const next =
                 (const float *)ask[j].value + c;
@@ -4933,7 +4941,8 @@ HL_KERNEL_NEON void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_pr_2x8_neon(
     hl_vf_neon o1_6 = hl_vzero_neon();
     hl_vf_neon o1_7 = hl_vzero_neon();
     for (int32_t j = 0; j < n; ++j) {
-        const float *const value = (const float *)row[j].value + c;
+        const float *const value =
+            (const float *)row[j].value + c;
         if (j < later) {
             const float *const next =
                 (const float *)ask[j].value + c;
@@ -5032,7 +5041,8 @@ HL_KERNEL_NEON void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_pr_1x16_neon
     hl_vf_neon o0_14 = hl_vzero_neon();
     hl_vf_neon o0_15 = hl_vzero_neon();
     for (int32_t j = 0; j < n; ++j) {
-        const float *const value = (const float *)row[j].value + c;
+        const float *const value =
+            (const float *)row[j].value + c;
         if (j < later) {
             const float *const next =
                 (const float *)ask[j].value + c;
@@ -5349,6 +5359,7 @@ HL_KERNEL_NEON void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_block_neon(
     hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_value_neon(w, t, padded, g->group,
         b->value_apart ? 64 : 64, b->n);
 }
+
 /* One chunk of a group's keys (FlashAttention-2, algorithm 1, with K and V in blocks). */
 HL_KERNEL_NEON void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_forward_neon(
     const hl_incre_flash_attention_plan *plan, const hl_group *g, const hl_space *w,
@@ -5428,6 +5439,7 @@ HL_KERNEL_NEON void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_forward_row_
         t->l[h0 + h] = row.l[h];
     }
 }
+
 /* One chunk of a group's keys: those that all rows see, at once; then each row's own. */
 HL_KERNEL_NEON void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_chunk_neon(
     const hl_incre_flash_attention_plan *plan, const hl_group *g, const hl_space *w,
@@ -6649,7 +6661,8 @@ HL_KERNEL_AVX2 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_pr_4x2_avx2(
     hl_vf_avx2 o3_0 = hl_vzero_avx2();
     hl_vf_avx2 o3_1 = hl_vzero_avx2();
     for (int32_t j = 0; j < n; ++j) {
-        const float *const value = (const float *)row[j].value + c;
+        const float *const value =
+            (const float *)row[j].value + c;
         if (j < later) {
             const float *const next =
                 (const float *)ask[j].value + c;
@@ -6708,7 +6721,8 @@ HL_KERNEL_AVX2 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_pr_2x4_avx2(
     hl_vf_avx2 o1_2 = hl_vzero_avx2();
     hl_vf_avx2 o1_3 = hl_vzero_avx2();
     for (int32_t j = 0; j < n; ++j) {
-        const float *const value = (const float *)row[j].value + c;
+        const float *const value =
+            (const float *)row[j].value + c;
         if (j < later) {
             const float *const next =
                 (const float *)ask[j].value + c;
@@ -6769,7 +6783,8 @@ HL_KERNEL_AVX2 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_pr_1x8_avx2(
     hl_vf_avx2 o0_6 = hl_vzero_avx2();
     hl_vf_avx2 o0_7 = hl_vzero_avx2();
     for (int32_t j = 0; j < n; ++j) {
-        const float *const value = (const float *)row[j].value + c;
+        const float *const value =
+            (const float *)row[j].value + c;
         if (j < later) {
             const float *const next =
                 (const float *)ask[j].value + c;
@@ -7058,6 +7073,7 @@ HL_KERNEL_AVX2 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_block_avx2(
     hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_value_avx2(w, t, padded, g->group,
         b->value_apart ? 64 : 64, b->n);
 }
+
 /* One chunk of a group's keys (FlashAttention-2, algorithm 1, with K and V in blocks). */
 HL_KERNEL_AVX2 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_forward_avx2(
     const hl_incre_flash_attention_plan *plan, const hl_group *g, const hl_space *w,
@@ -7137,6 +7153,7 @@ HL_KERNEL_AVX2 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_forward_row_
         t->l[h0 + h] = row.l[h];
     }
 }
+
 /* One chunk of a group's keys: those that all rows see, at once; then each row's own. */
 HL_KERNEL_AVX2 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_chunk_avx2(
     const hl_incre_flash_attention_plan *plan, const hl_group *g, const hl_space *w,
@@ -9076,7 +9093,8 @@ HL_KERNEL_AVX512 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_pr_4x4_avx
     hl_vf_avx512 o3_2 = hl_vzero_avx512();
     hl_vf_avx512 o3_3 = hl_vzero_avx512();
     for (int32_t j = 0; j < n; ++j) {
-        const float *const value = (const float *)row[j].value + c;
+        const float *const value =
+            (const float *)row[j].value + c;
         if (j < later) {
             const float *const next =
                 (const float *)ask[j].value + c;
@@ -9181,7 +9199,8 @@ HL_KERNEL_AVX512 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_pr_2x4_avx
     hl_vf_avx512 o1_2 = hl_vzero_avx512();
     hl_vf_avx512 o1_3 = hl_vzero_avx512();
     for (int32_t j = 0; j < n; ++j) {
-        const float *const value = (const float *)row[j].value + c;
+        const float *const value =
+            (const float *)row[j].value + c;
         if (j < later) {
             const float *const next =
                 (const float *)ask[j].value + c;
@@ -9248,7 +9267,8 @@ HL_KERNEL_AVX512 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_pr_1x4_avx
     hl_vf_avx512 o0_2 = hl_vzero_avx512();
     hl_vf_avx512 o0_3 = hl_vzero_avx512();
     for (int32_t j = 0; j < n; ++j) {
-        const float *const value = (const float *)row[j].value + c;
+        const float *const value =
+            (const float *)row[j].value + c;
         if (j < later) {
             const float *const next =
                 (const float *)ask[j].value + c;
@@ -9528,6 +9548,7 @@ HL_KERNEL_AVX512 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_block_avx5
     hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_value_avx512(w, t, padded, g->group,
         b->value_apart ? 64 : 64, b->n);
 }
+
 /* One chunk of a group's keys (FlashAttention-2, algorithm 1, with K and V in blocks). */
 HL_KERNEL_AVX512 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_forward_avx512(
     const hl_incre_flash_attention_plan *plan, const hl_group *g, const hl_space *w,
@@ -9607,6 +9628,7 @@ HL_KERNEL_AVX512 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_forward_ro
         t->l[h0 + h] = row.l[h];
     }
 }
+
 /* One chunk of a group's keys: those that all rows see, at once; then each row's own. */
 HL_KERNEL_AVX512 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_chunk_avx512(
     const hl_incre_flash_attention_plan *plan, const hl_group *g, const hl_space *w,

@@ -3866,7 +3866,8 @@ HL_KERNEL_SCALAR void hl_sfaq_bf16_fp8_656_d512_rope64_slots_pr_4x2_scalar(const
     hl_vf_scalar o3_0 = hl_vzero_scalar();
     hl_vf_scalar o3_1 = hl_vzero_scalar();
     for (int32_t j = 0; j < n; ++j) {
-        const float *const value = (const float *)row[j].value + c;
+        const float *const value =
+            (const float *)row[j].value + c;
         hl_vf_scalar x;
         hl_vf_scalar v0;
         hl_vf_scalar v1;
@@ -3929,7 +3930,8 @@ HL_KERNEL_SCALAR void hl_sfaq_bf16_fp8_656_d512_rope64_slots_pr_2x4_scalar(const
     hl_vf_scalar o1_2 = hl_vzero_scalar();
     hl_vf_scalar o1_3 = hl_vzero_scalar();
     for (int32_t j = 0; j < n; ++j) {
-        const float *const value = (const float *)row[j].value + c;
+        const float *const value =
+            (const float *)row[j].value + c;
         hl_vf_scalar x;
         hl_vf_scalar v0;
         hl_vf_scalar v1;
@@ -3993,7 +3995,8 @@ HL_KERNEL_SCALAR void hl_sfaq_bf16_fp8_656_d512_rope64_slots_pr_1x8_scalar(const
     hl_vf_scalar o0_6 = hl_vzero_scalar();
     hl_vf_scalar o0_7 = hl_vzero_scalar();
     for (int32_t j = 0; j < n; ++j) {
-        const float *const value = (const float *)row[j].value + c;
+        const float *const value =
+            (const float *)row[j].value + c;
         const hl_vf_scalar x = hl_vset_scalar(p[j]);
         hl_vf_scalar v;
         hl_vf_scalar w;
@@ -4268,7 +4271,7 @@ HL_KERNEL_SCALAR void hl_sfaq_bf16_fp8_656_d512_rope64_slots_block_scalar(
     const hl_block *b, int32_t padded)
 {
     (void)padded;
-    const hl_block own = {w->own, b->n, 0, 0, NULL, 0}; /* the block, decoded */
+    const hl_block own = {w->own, b->n, 0, 0, NULL, 0}; /* decoded */
     hl_sfaq_bf16_fp8_656_d512_rope64_slots_load_scalar(w, b);
     /* S = scale Q K^T, in units of log2 */
     hl_sfaq_bf16_fp8_656_d512_rope64_slots_score_few_scalar(w, &own, plan->group, plan->scale_log2,
@@ -4278,6 +4281,7 @@ HL_KERNEL_SCALAR void hl_sfaq_bf16_fp8_656_d512_rope64_slots_block_scalar(
     /* O = alpha O + P V */
     hl_sfaq_bf16_fp8_656_d512_rope64_slots_value_few_scalar(w, t, &own, plan->group);
 }
+
 /* One chunk of a group's keys (FlashAttention-2, algorithm 1, with K and V in blocks). */
 HL_KERNEL_SCALAR void hl_sfaq_bf16_fp8_656_d512_rope64_slots_forward_scalar(
     const hl_sparse_flash_attention_antiquant_plan *plan, const hl_group *g, const hl_space *w,
@@ -5654,7 +5658,8 @@ HL_KERNEL_NEON void hl_sfaq_bf16_fp8_656_d512_rope64_slots_pr_4x4_neon(const flo
     hl_vf_neon o3_2 = hl_vzero_neon();
     hl_vf_neon o3_3 = hl_vzero_neon();
     for (int32_t j = 0; j < n; ++j) {
-        const float *const value = (const float *)row[j].value + c;
+        const float *const value =
+            (const float *)row[j].value + c;
         hl_vf_neon x;
         hl_vf_neon v0;
         hl_vf_neon v1;
@@ -5744,7 +5749,8 @@ HL_KERNEL_NEON void hl_sfaq_bf16_fp8_656_d512_rope64_slots_pr_2x8_neon(const flo
     hl_vf_neon o1_6 = hl_vzero_neon();
     hl_vf_neon o1_7 = hl_vzero_neon();
     for (int32_t j = 0; j < n; ++j) {
-        const float *const value = (const float *)row[j].value + c;
+        const float *const value =
+            (const float *)row[j].value + c;
         hl_vf_neon x;
         hl_vf_neon v0;
         hl_vf_neon v1;
@@ -5838,7 +5844,8 @@ HL_KERNEL_NEON void hl_sfaq_bf16_fp8_656_d512_rope64_slots_pr_1x16_neon(const fl
     hl_vf_neon o0_14 = hl_vzero_neon();
     hl_vf_neon o0_15 = hl_vzero_neon();
     for (int32_t j = 0; j < n; ++j) {
-        const float *const value = (const float *)row[j].value + c;
+        const float *const value =
+            (const float *)row[j].value + c;
         const hl_vf_neon x = hl_vset_neon(p[j]);
         hl_vf_neon v;
         hl_vf_neon w;
@@ -6133,7 +6140,7 @@ HL_KERNEL_NEON void hl_sfaq_bf16_fp8_656_d512_rope64_slots_block_neon(
     const hl_block *b, int32_t padded)
 {
     if (plan->group <= 16) {
-        const hl_block own = {w->own, b->n, 0, 0, NULL, 0}; /* the block, decoded */
+        const hl_block own = {w->own, b->n, 0, 0, NULL, 0}; /* decoded */
         hl_sfaq_bf16_fp8_656_d512_rope64_slots_load_neon(w, b);
         /* S = scale Q K^T, in units of log2 */
         hl_sfaq_bf16_fp8_656_d512_rope64_slots_score_few_neon(w, &own, plan->group,
@@ -6154,6 +6161,7 @@ HL_KERNEL_NEON void hl_sfaq_bf16_fp8_656_d512_rope64_slots_block_neon(
     hl_sfaq_bf16_fp8_656_d512_rope64_slots_value_neon(w, t, padded, plan->group, b->value_apart
         ? 512 : 576, b->n);
 }
+
 /* One chunk of a group's keys (FlashAttention-2, algorithm 1, with K and V in blocks). */
 HL_KERNEL_NEON void hl_sfaq_bf16_fp8_656_d512_rope64_slots_forward_neon(
     const hl_sparse_flash_attention_antiquant_plan *plan, const hl_group *g, const hl_space *w,
@@ -7447,7 +7455,8 @@ HL_KERNEL_AVX2 void hl_sfaq_bf16_fp8_656_d512_rope64_slots_pr_4x2_avx2(const flo
     hl_vf_avx2 o3_0 = hl_vzero_avx2();
     hl_vf_avx2 o3_1 = hl_vzero_avx2();
     for (int32_t j = 0; j < n; ++j) {
-        const float *const value = (const float *)row[j].value + c;
+        const float *const value =
+            (const float *)row[j].value + c;
         hl_vf_avx2 x;
         hl_vf_avx2 v0;
         hl_vf_avx2 v1;
@@ -7502,7 +7511,8 @@ HL_KERNEL_AVX2 void hl_sfaq_bf16_fp8_656_d512_rope64_slots_pr_2x4_avx2(const flo
     hl_vf_avx2 o1_2 = hl_vzero_avx2();
     hl_vf_avx2 o1_3 = hl_vzero_avx2();
     for (int32_t j = 0; j < n; ++j) {
-        const float *const value = (const float *)row[j].value + c;
+        const float *const value =
+            (const float *)row[j].value + c;
         hl_vf_avx2 x;
         hl_vf_avx2 v0;
         hl_vf_avx2 v1;
@@ -7558,7 +7568,8 @@ HL_KERNEL_AVX2 void hl_sfaq_bf16_fp8_656_d512_rope64_slots_pr_1x8_avx2(const flo
     hl_vf_avx2 o0_6 = hl_vzero_avx2();
     hl_vf_avx2 o0_7 = hl_vzero_avx2();
     for (int32_t j = 0; j < n; ++j) {
-        const float *const value = (const float *)row[j].value + c;
+        const float *const value =
+            (const float *)row[j].value + c;
         const hl_vf_avx2 x = hl_vset_avx2(p[j]);
         hl_vf_avx2 v;
         hl_vf_avx2 w;
@@ -8343,7 +8354,7 @@ HL_KERNEL_AVX2 void hl_sfaq_bf16_fp8_656_d512_rope64_slots_block_avx2(
             hl_sfaq_bf16_fp8_656_d512_rope64_slots_value_codes_avx2(w, t, b, plan->group);
             return;
         }
-        const hl_block own = {w->own, b->n, 0, 0, NULL, 0}; /* the block, decoded */
+        const hl_block own = {w->own, b->n, 0, 0, NULL, 0}; /* decoded */
         hl_sfaq_bf16_fp8_656_d512_rope64_slots_load_avx2(w, b);
         /* S = scale Q K^T, in units of log2 */
         hl_sfaq_bf16_fp8_656_d512_rope64_slots_score_few_avx2(w, &own, plan->group,
@@ -8364,6 +8375,7 @@ HL_KERNEL_AVX2 void hl_sfaq_bf16_fp8_656_d512_rope64_slots_block_avx2(
     hl_sfaq_bf16_fp8_656_d512_rope64_slots_value_avx2(w, t, padded, plan->group, b->value_apart
         ? 512 : 576, b->n);
 }
+
 /* One chunk of a group's keys (FlashAttention-2, algorithm 1, with K and V in blocks). */
 HL_KERNEL_AVX2 void hl_sfaq_bf16_fp8_656_d512_rope64_slots_forward_avx2(
     const hl_sparse_flash_attention_antiquant_plan *plan, const hl_group *g, const hl_space *w,
@@ -10351,7 +10363,8 @@ HL_KERNEL_AVX512 void hl_sfaq_bf16_fp8_656_d512_rope64_slots_pr_4x4_avx512(const
     hl_vf_avx512 o3_2 = hl_vzero_avx512();
     hl_vf_avx512 o3_3 = hl_vzero_avx512();
     for (int32_t j = 0; j < n; ++j) {
-        const float *const value = (const float *)row[j].value + c;
+        const float *const value =
+            (const float *)row[j].value + c;
         hl_vf_avx512 x;
         hl_vf_avx512 v0;
         hl_vf_avx512 v1;
@@ -10457,7 +10470,8 @@ HL_KERNEL_AVX512 void hl_sfaq_bf16_fp8_656_d512_rope64_slots_pr_2x8_avx512(const
     hl_vf_avx512 o1_6 = hl_vzero_avx512();
     hl_vf_avx512 o1_7 = hl_vzero_avx512();
     for (int32_t j = 0; j < n; ++j) {
-        const float *const value = (const float *)row[j].value + c;
+        const float *const value =
+            (const float *)row[j].value + c;
         hl_vf_avx512 x;
         hl_vf_avx512 v0;
         hl_vf_avx512 v1;
@@ -10567,7 +10581,8 @@ HL_KERNEL_AVX512 void hl_sfaq_bf16_fp8_656_d512_rope64_slots_pr_1x16_avx512(cons
     hl_vf_avx512 o0_14 = hl_vzero_avx512();
     hl_vf_avx512 o0_15 = hl_vzero_avx512();
     for (int32_t j = 0; j < n; ++j) {
-        const float *const value = (const float *)row[j].value + c;
+        const float *const value =
+            (const float *)row[j].value + c;
         const hl_vf_avx512 x = hl_vset_avx512(p[j]);
         hl_vf_avx512 v;
         hl_vf_avx512 w;
@@ -11605,7 +11620,7 @@ HL_KERNEL_AVX512 void hl_sfaq_bf16_fp8_656_d512_rope64_slots_block_avx512(
             hl_sfaq_bf16_fp8_656_d512_rope64_slots_value_codes_avx512(w, t, b, plan->group);
             return;
         }
-        const hl_block own = {w->own, b->n, 0, 0, NULL, 0}; /* the block, decoded */
+        const hl_block own = {w->own, b->n, 0, 0, NULL, 0}; /* decoded */
         hl_sfaq_bf16_fp8_656_d512_rope64_slots_load_avx512(w, b);
         /* S = scale Q K^T, in units of log2 */
         hl_sfaq_bf16_fp8_656_d512_rope64_slots_score_few_avx512(w, &own, plan->group,
@@ -11626,6 +11641,7 @@ HL_KERNEL_AVX512 void hl_sfaq_bf16_fp8_656_d512_rope64_slots_block_avx512(
     hl_sfaq_bf16_fp8_656_d512_rope64_slots_value_avx512(w, t, padded, plan->group, b->value_apart
         ? 512 : 576, b->n);
 }
+
 /* One chunk of a group's keys (FlashAttention-2, algorithm 1, with K and V in blocks). */
 HL_KERNEL_AVX512 void hl_sfaq_bf16_fp8_656_d512_rope64_slots_forward_avx512(
     const hl_sparse_flash_attention_antiquant_plan *plan, const hl_group *g, const hl_space *w,

@@ -3877,7 +3877,8 @@ HL_KERNEL_SCALAR void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_pr_4x2_scalar(const 
     hl_vf_scalar o3_0 = hl_vzero_scalar();
     hl_vf_scalar o3_1 = hl_vzero_scalar();
     for (int32_t j = 0; j < n; ++j) {
-        const float *const value = (const float *)row[j].value + c;
+        const float *const value =
+            (const float *)row[j].value + c;
         hl_vf_scalar x;
         hl_vf_scalar v0;
         hl_vf_scalar v1;
@@ -3940,7 +3941,8 @@ HL_KERNEL_SCALAR void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_pr_2x4_scalar(const 
     hl_vf_scalar o1_2 = hl_vzero_scalar();
     hl_vf_scalar o1_3 = hl_vzero_scalar();
     for (int32_t j = 0; j < n; ++j) {
-        const float *const value = (const float *)row[j].value + c;
+        const float *const value =
+            (const float *)row[j].value + c;
         hl_vf_scalar x;
         hl_vf_scalar v0;
         hl_vf_scalar v1;
@@ -4004,7 +4006,8 @@ HL_KERNEL_SCALAR void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_pr_1x8_scalar(const 
     hl_vf_scalar o0_6 = hl_vzero_scalar();
     hl_vf_scalar o0_7 = hl_vzero_scalar();
     for (int32_t j = 0; j < n; ++j) {
-        const float *const value = (const float *)row[j].value + c;
+        const float *const value =
+            (const float *)row[j].value + c;
         const hl_vf_scalar x = hl_vset_scalar(p[j]);
         hl_vf_scalar v;
         hl_vf_scalar w;
@@ -4279,7 +4282,7 @@ HL_KERNEL_SCALAR void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_block_scalar(
     const hl_block *b, int32_t padded)
 {
     (void)padded;
-    const hl_block own = {w->own, b->n, 0, 0, NULL, 0}; /* the block, decoded */
+    const hl_block own = {w->own, b->n, 0, 0, NULL, 0}; /* decoded */
     hl_sfaq_bf16_fp8_v4_d448_rope64_slots_load_scalar(w, b);
     /* S = scale Q K^T, in units of log2 */
     hl_sfaq_bf16_fp8_v4_d448_rope64_slots_score_few_scalar(w, &own, plan->group, plan->scale_log2,
@@ -4289,6 +4292,7 @@ HL_KERNEL_SCALAR void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_block_scalar(
     /* O = alpha O + P V */
     hl_sfaq_bf16_fp8_v4_d448_rope64_slots_value_few_scalar(w, t, &own, plan->group);
 }
+
 /* One chunk of a group's keys (FlashAttention-2, algorithm 1, with K and V in blocks). */
 HL_KERNEL_SCALAR void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_forward_scalar(
     const hl_sparse_flash_attention_antiquant_plan *plan, const hl_group *g, const hl_space *w,
@@ -5665,7 +5669,8 @@ HL_KERNEL_NEON void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_pr_4x4_neon(const floa
     hl_vf_neon o3_2 = hl_vzero_neon();
     hl_vf_neon o3_3 = hl_vzero_neon();
     for (int32_t j = 0; j < n; ++j) {
-        const float *const value = (const float *)row[j].value + c;
+        const float *const value =
+            (const float *)row[j].value + c;
         hl_vf_neon x;
         hl_vf_neon v0;
         hl_vf_neon v1;
@@ -5755,7 +5760,8 @@ HL_KERNEL_NEON void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_pr_2x8_neon(const floa
     hl_vf_neon o1_6 = hl_vzero_neon();
     hl_vf_neon o1_7 = hl_vzero_neon();
     for (int32_t j = 0; j < n; ++j) {
-        const float *const value = (const float *)row[j].value + c;
+        const float *const value =
+            (const float *)row[j].value + c;
         hl_vf_neon x;
         hl_vf_neon v0;
         hl_vf_neon v1;
@@ -5849,7 +5855,8 @@ HL_KERNEL_NEON void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_pr_1x16_neon(const flo
     hl_vf_neon o0_14 = hl_vzero_neon();
     hl_vf_neon o0_15 = hl_vzero_neon();
     for (int32_t j = 0; j < n; ++j) {
-        const float *const value = (const float *)row[j].value + c;
+        const float *const value =
+            (const float *)row[j].value + c;
         const hl_vf_neon x = hl_vset_neon(p[j]);
         hl_vf_neon v;
         hl_vf_neon w;
@@ -6144,7 +6151,7 @@ HL_KERNEL_NEON void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_block_neon(
     const hl_block *b, int32_t padded)
 {
     if (plan->group <= 16) {
-        const hl_block own = {w->own, b->n, 0, 0, NULL, 0}; /* the block, decoded */
+        const hl_block own = {w->own, b->n, 0, 0, NULL, 0}; /* decoded */
         hl_sfaq_bf16_fp8_v4_d448_rope64_slots_load_neon(w, b);
         /* S = scale Q K^T, in units of log2 */
         hl_sfaq_bf16_fp8_v4_d448_rope64_slots_score_few_neon(w, &own, plan->group, plan->scale_log2,
@@ -6165,6 +6172,7 @@ HL_KERNEL_NEON void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_block_neon(
     hl_sfaq_bf16_fp8_v4_d448_rope64_slots_value_neon(w, t, padded, plan->group, b->value_apart ? 512
         : 512, b->n);
 }
+
 /* One chunk of a group's keys (FlashAttention-2, algorithm 1, with K and V in blocks). */
 HL_KERNEL_NEON void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_forward_neon(
     const hl_sparse_flash_attention_antiquant_plan *plan, const hl_group *g, const hl_space *w,
@@ -7461,7 +7469,8 @@ HL_KERNEL_AVX2 void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_pr_4x2_avx2(const floa
     hl_vf_avx2 o3_0 = hl_vzero_avx2();
     hl_vf_avx2 o3_1 = hl_vzero_avx2();
     for (int32_t j = 0; j < n; ++j) {
-        const float *const value = (const float *)row[j].value + c;
+        const float *const value =
+            (const float *)row[j].value + c;
         hl_vf_avx2 x;
         hl_vf_avx2 v0;
         hl_vf_avx2 v1;
@@ -7516,7 +7525,8 @@ HL_KERNEL_AVX2 void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_pr_2x4_avx2(const floa
     hl_vf_avx2 o1_2 = hl_vzero_avx2();
     hl_vf_avx2 o1_3 = hl_vzero_avx2();
     for (int32_t j = 0; j < n; ++j) {
-        const float *const value = (const float *)row[j].value + c;
+        const float *const value =
+            (const float *)row[j].value + c;
         hl_vf_avx2 x;
         hl_vf_avx2 v0;
         hl_vf_avx2 v1;
@@ -7572,7 +7582,8 @@ HL_KERNEL_AVX2 void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_pr_1x8_avx2(const floa
     hl_vf_avx2 o0_6 = hl_vzero_avx2();
     hl_vf_avx2 o0_7 = hl_vzero_avx2();
     for (int32_t j = 0; j < n; ++j) {
-        const float *const value = (const float *)row[j].value + c;
+        const float *const value =
+            (const float *)row[j].value + c;
         const hl_vf_avx2 x = hl_vset_avx2(p[j]);
         hl_vf_avx2 v;
         hl_vf_avx2 w;
@@ -7839,7 +7850,7 @@ HL_KERNEL_AVX2 void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_block_avx2(
     const hl_block *b, int32_t padded)
 {
     if (plan->group <= 16) {
-        const hl_block own = {w->own, b->n, 0, 0, NULL, 0}; /* the block, decoded */
+        const hl_block own = {w->own, b->n, 0, 0, NULL, 0}; /* decoded */
         hl_sfaq_bf16_fp8_v4_d448_rope64_slots_load_avx2(w, b);
         /* S = scale Q K^T, in units of log2 */
         hl_sfaq_bf16_fp8_v4_d448_rope64_slots_score_few_avx2(w, &own, plan->group, plan->scale_log2,
@@ -7860,6 +7871,7 @@ HL_KERNEL_AVX2 void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_block_avx2(
     hl_sfaq_bf16_fp8_v4_d448_rope64_slots_value_avx2(w, t, padded, plan->group, b->value_apart ? 512
         : 512, b->n);
 }
+
 /* One chunk of a group's keys (FlashAttention-2, algorithm 1, with K and V in blocks). */
 HL_KERNEL_AVX2 void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_forward_avx2(
     const hl_sparse_flash_attention_antiquant_plan *plan, const hl_group *g, const hl_space *w,
@@ -9850,7 +9862,8 @@ HL_KERNEL_AVX512 void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_pr_4x4_avx512(const 
     hl_vf_avx512 o3_2 = hl_vzero_avx512();
     hl_vf_avx512 o3_3 = hl_vzero_avx512();
     for (int32_t j = 0; j < n; ++j) {
-        const float *const value = (const float *)row[j].value + c;
+        const float *const value =
+            (const float *)row[j].value + c;
         hl_vf_avx512 x;
         hl_vf_avx512 v0;
         hl_vf_avx512 v1;
@@ -9956,7 +9969,8 @@ HL_KERNEL_AVX512 void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_pr_2x8_avx512(const 
     hl_vf_avx512 o1_6 = hl_vzero_avx512();
     hl_vf_avx512 o1_7 = hl_vzero_avx512();
     for (int32_t j = 0; j < n; ++j) {
-        const float *const value = (const float *)row[j].value + c;
+        const float *const value =
+            (const float *)row[j].value + c;
         hl_vf_avx512 x;
         hl_vf_avx512 v0;
         hl_vf_avx512 v1;
@@ -10066,7 +10080,8 @@ HL_KERNEL_AVX512 void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_pr_1x16_avx512(const
     hl_vf_avx512 o0_14 = hl_vzero_avx512();
     hl_vf_avx512 o0_15 = hl_vzero_avx512();
     for (int32_t j = 0; j < n; ++j) {
-        const float *const value = (const float *)row[j].value + c;
+        const float *const value =
+            (const float *)row[j].value + c;
         const hl_vf_avx512 x = hl_vset_avx512(p[j]);
         hl_vf_avx512 v;
         hl_vf_avx512 w;
@@ -10377,7 +10392,7 @@ HL_KERNEL_AVX512 void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_block_avx512(
     const hl_block *b, int32_t padded)
 {
     if (plan->group <= 32) {
-        const hl_block own = {w->own, b->n, 0, 0, NULL, 0}; /* the block, decoded */
+        const hl_block own = {w->own, b->n, 0, 0, NULL, 0}; /* decoded */
         hl_sfaq_bf16_fp8_v4_d448_rope64_slots_load_avx512(w, b);
         /* S = scale Q K^T, in units of log2 */
         hl_sfaq_bf16_fp8_v4_d448_rope64_slots_score_few_avx512(w, &own, plan->group,
@@ -10398,6 +10413,7 @@ HL_KERNEL_AVX512 void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_block_avx512(
     hl_sfaq_bf16_fp8_v4_d448_rope64_slots_value_avx512(w, t, padded, plan->group, b->value_apart
         ? 512 : 512, b->n);
 }
+
 /* One chunk of a group's keys (FlashAttention-2, algorithm 1, with K and V in blocks). */
 HL_KERNEL_AVX512 void hl_sfaq_bf16_fp8_v4_d448_rope64_slots_forward_avx512(
     const hl_sparse_flash_attention_antiquant_plan *plan, const hl_group *g, const hl_space *w,

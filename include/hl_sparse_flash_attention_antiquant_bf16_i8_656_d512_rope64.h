@@ -3639,7 +3639,8 @@ HL_KERNEL_SCALAR void hl_sfaq_bf16_i8_656_d512_rope64_pr_4x2_scalar(const float 
     hl_vf_scalar o3_0 = hl_vzero_scalar();
     hl_vf_scalar o3_1 = hl_vzero_scalar();
     for (int32_t j = 0; j < n; ++j) {
-        const float *const value = (const float *)row[j].value + c;
+        const float *const value =
+            (const float *)row[j].value + c;
         hl_vf_scalar x;
         hl_vf_scalar v0;
         hl_vf_scalar v1;
@@ -3702,7 +3703,8 @@ HL_KERNEL_SCALAR void hl_sfaq_bf16_i8_656_d512_rope64_pr_2x4_scalar(const float 
     hl_vf_scalar o1_2 = hl_vzero_scalar();
     hl_vf_scalar o1_3 = hl_vzero_scalar();
     for (int32_t j = 0; j < n; ++j) {
-        const float *const value = (const float *)row[j].value + c;
+        const float *const value =
+            (const float *)row[j].value + c;
         hl_vf_scalar x;
         hl_vf_scalar v0;
         hl_vf_scalar v1;
@@ -3766,7 +3768,8 @@ HL_KERNEL_SCALAR void hl_sfaq_bf16_i8_656_d512_rope64_pr_1x8_scalar(const float 
     hl_vf_scalar o0_6 = hl_vzero_scalar();
     hl_vf_scalar o0_7 = hl_vzero_scalar();
     for (int32_t j = 0; j < n; ++j) {
-        const float *const value = (const float *)row[j].value + c;
+        const float *const value =
+            (const float *)row[j].value + c;
         const hl_vf_scalar x = hl_vset_scalar(p[j]);
         hl_vf_scalar v;
         hl_vf_scalar w;
@@ -4035,7 +4038,7 @@ HL_KERNEL_SCALAR void hl_sfaq_bf16_i8_656_d512_rope64_block_scalar(
     const hl_block *b, int32_t padded)
 {
     (void)padded;
-    const hl_block own = {w->own, b->n, 0, 0, NULL, 0}; /* the block, decoded */
+    const hl_block own = {w->own, b->n, 0, 0, NULL, 0}; /* decoded */
     hl_sfaq_bf16_i8_656_d512_rope64_load_scalar(w, b);
     /* S = scale Q K^T, in units of log2 */
     hl_sfaq_bf16_i8_656_d512_rope64_score_few_scalar(w, &own, plan->group, plan->scale_log2, b->row
@@ -4045,6 +4048,7 @@ HL_KERNEL_SCALAR void hl_sfaq_bf16_i8_656_d512_rope64_block_scalar(
     /* O = alpha O + P V */
     hl_sfaq_bf16_i8_656_d512_rope64_value_few_scalar(w, t, &own, plan->group);
 }
+
 /* One chunk of a group's keys (FlashAttention-2, algorithm 1, with K and V in blocks). */
 HL_KERNEL_SCALAR void hl_sfaq_bf16_i8_656_d512_rope64_forward_scalar(
     const hl_sparse_flash_attention_antiquant_plan *plan, const hl_group *g, const hl_space *w,
@@ -5408,7 +5412,8 @@ HL_KERNEL_NEON void hl_sfaq_bf16_i8_656_d512_rope64_pr_4x4_neon(const float *p, 
     hl_vf_neon o3_2 = hl_vzero_neon();
     hl_vf_neon o3_3 = hl_vzero_neon();
     for (int32_t j = 0; j < n; ++j) {
-        const float *const value = (const float *)row[j].value + c;
+        const float *const value =
+            (const float *)row[j].value + c;
         hl_vf_neon x;
         hl_vf_neon v0;
         hl_vf_neon v1;
@@ -5498,7 +5503,8 @@ HL_KERNEL_NEON void hl_sfaq_bf16_i8_656_d512_rope64_pr_2x8_neon(const float *p, 
     hl_vf_neon o1_6 = hl_vzero_neon();
     hl_vf_neon o1_7 = hl_vzero_neon();
     for (int32_t j = 0; j < n; ++j) {
-        const float *const value = (const float *)row[j].value + c;
+        const float *const value =
+            (const float *)row[j].value + c;
         hl_vf_neon x;
         hl_vf_neon v0;
         hl_vf_neon v1;
@@ -5592,7 +5598,8 @@ HL_KERNEL_NEON void hl_sfaq_bf16_i8_656_d512_rope64_pr_1x16_neon(const float *p,
     hl_vf_neon o0_14 = hl_vzero_neon();
     hl_vf_neon o0_15 = hl_vzero_neon();
     for (int32_t j = 0; j < n; ++j) {
-        const float *const value = (const float *)row[j].value + c;
+        const float *const value =
+            (const float *)row[j].value + c;
         const hl_vf_neon x = hl_vset_neon(p[j]);
         hl_vf_neon v;
         hl_vf_neon w;
@@ -5881,7 +5888,7 @@ HL_KERNEL_NEON void hl_sfaq_bf16_i8_656_d512_rope64_block_neon(
     const hl_block *b, int32_t padded)
 {
     if (plan->group <= 16) {
-        const hl_block own = {w->own, b->n, 0, 0, NULL, 0}; /* the block, decoded */
+        const hl_block own = {w->own, b->n, 0, 0, NULL, 0}; /* decoded */
         hl_sfaq_bf16_i8_656_d512_rope64_load_neon(w, b);
         /* S = scale Q K^T, in units of log2 */
         hl_sfaq_bf16_i8_656_d512_rope64_score_few_neon(w, &own, plan->group, plan->scale_log2,
@@ -5902,6 +5909,7 @@ HL_KERNEL_NEON void hl_sfaq_bf16_i8_656_d512_rope64_block_neon(
     hl_sfaq_bf16_i8_656_d512_rope64_value_neon(w, t, padded, plan->group, b->value_apart ? 512
                                                : 576, b->n);
 }
+
 /* One chunk of a group's keys (FlashAttention-2, algorithm 1, with K and V in blocks). */
 HL_KERNEL_NEON void hl_sfaq_bf16_i8_656_d512_rope64_forward_neon(
     const hl_sparse_flash_attention_antiquant_plan *plan, const hl_group *g, const hl_space *w,
@@ -7185,7 +7193,8 @@ HL_KERNEL_AVX2 void hl_sfaq_bf16_i8_656_d512_rope64_pr_4x2_avx2(const float *p, 
     hl_vf_avx2 o3_0 = hl_vzero_avx2();
     hl_vf_avx2 o3_1 = hl_vzero_avx2();
     for (int32_t j = 0; j < n; ++j) {
-        const float *const value = (const float *)row[j].value + c;
+        const float *const value =
+            (const float *)row[j].value + c;
         hl_vf_avx2 x;
         hl_vf_avx2 v0;
         hl_vf_avx2 v1;
@@ -7240,7 +7249,8 @@ HL_KERNEL_AVX2 void hl_sfaq_bf16_i8_656_d512_rope64_pr_2x4_avx2(const float *p, 
     hl_vf_avx2 o1_2 = hl_vzero_avx2();
     hl_vf_avx2 o1_3 = hl_vzero_avx2();
     for (int32_t j = 0; j < n; ++j) {
-        const float *const value = (const float *)row[j].value + c;
+        const float *const value =
+            (const float *)row[j].value + c;
         hl_vf_avx2 x;
         hl_vf_avx2 v0;
         hl_vf_avx2 v1;
@@ -7296,7 +7306,8 @@ HL_KERNEL_AVX2 void hl_sfaq_bf16_i8_656_d512_rope64_pr_1x8_avx2(const float *p, 
     hl_vf_avx2 o0_6 = hl_vzero_avx2();
     hl_vf_avx2 o0_7 = hl_vzero_avx2();
     for (int32_t j = 0; j < n; ++j) {
-        const float *const value = (const float *)row[j].value + c;
+        const float *const value =
+            (const float *)row[j].value + c;
         const hl_vf_avx2 x = hl_vset_avx2(p[j]);
         hl_vf_avx2 v;
         hl_vf_avx2 w;
@@ -8117,7 +8128,7 @@ HL_KERNEL_AVX2 void hl_sfaq_bf16_i8_656_d512_rope64_block_avx2(
             hl_sfaq_bf16_i8_656_d512_rope64_value_codes_avx2(w, t, b, plan->group);
             return;
         }
-        const hl_block own = {w->own, b->n, 0, 0, NULL, 0}; /* the block, decoded */
+        const hl_block own = {w->own, b->n, 0, 0, NULL, 0}; /* decoded */
         hl_sfaq_bf16_i8_656_d512_rope64_load_avx2(w, b);
         /* S = scale Q K^T, in units of log2 */
         hl_sfaq_bf16_i8_656_d512_rope64_score_few_avx2(w, &own, plan->group, plan->scale_log2,
@@ -8138,6 +8149,7 @@ HL_KERNEL_AVX2 void hl_sfaq_bf16_i8_656_d512_rope64_block_avx2(
     hl_sfaq_bf16_i8_656_d512_rope64_value_avx2(w, t, padded, plan->group, b->value_apart ? 512
                                                : 576, b->n);
 }
+
 /* One chunk of a group's keys (FlashAttention-2, algorithm 1, with K and V in blocks). */
 HL_KERNEL_AVX2 void hl_sfaq_bf16_i8_656_d512_rope64_forward_avx2(
     const hl_sparse_flash_attention_antiquant_plan *plan, const hl_group *g, const hl_space *w,
@@ -10117,7 +10129,8 @@ HL_KERNEL_AVX512 void hl_sfaq_bf16_i8_656_d512_rope64_pr_4x4_avx512(const float 
     hl_vf_avx512 o3_2 = hl_vzero_avx512();
     hl_vf_avx512 o3_3 = hl_vzero_avx512();
     for (int32_t j = 0; j < n; ++j) {
-        const float *const value = (const float *)row[j].value + c;
+        const float *const value =
+            (const float *)row[j].value + c;
         hl_vf_avx512 x;
         hl_vf_avx512 v0;
         hl_vf_avx512 v1;
@@ -10223,7 +10236,8 @@ HL_KERNEL_AVX512 void hl_sfaq_bf16_i8_656_d512_rope64_pr_2x8_avx512(const float 
     hl_vf_avx512 o1_6 = hl_vzero_avx512();
     hl_vf_avx512 o1_7 = hl_vzero_avx512();
     for (int32_t j = 0; j < n; ++j) {
-        const float *const value = (const float *)row[j].value + c;
+        const float *const value =
+            (const float *)row[j].value + c;
         hl_vf_avx512 x;
         hl_vf_avx512 v0;
         hl_vf_avx512 v1;
@@ -10333,7 +10347,8 @@ HL_KERNEL_AVX512 void hl_sfaq_bf16_i8_656_d512_rope64_pr_1x16_avx512(const float
     hl_vf_avx512 o0_14 = hl_vzero_avx512();
     hl_vf_avx512 o0_15 = hl_vzero_avx512();
     for (int32_t j = 0; j < n; ++j) {
-        const float *const value = (const float *)row[j].value + c;
+        const float *const value =
+            (const float *)row[j].value + c;
         const hl_vf_avx512 x = hl_vset_avx512(p[j]);
         hl_vf_avx512 v;
         hl_vf_avx512 w;
@@ -11415,7 +11430,7 @@ HL_KERNEL_AVX512 void hl_sfaq_bf16_i8_656_d512_rope64_block_avx512(
             hl_sfaq_bf16_i8_656_d512_rope64_value_codes_avx512(w, t, b, plan->group);
             return;
         }
-        const hl_block own = {w->own, b->n, 0, 0, NULL, 0}; /* the block, decoded */
+        const hl_block own = {w->own, b->n, 0, 0, NULL, 0}; /* decoded */
         hl_sfaq_bf16_i8_656_d512_rope64_load_avx512(w, b);
         /* S = scale Q K^T, in units of log2 */
         hl_sfaq_bf16_i8_656_d512_rope64_score_few_avx512(w, &own, plan->group, plan->scale_log2,
@@ -11436,6 +11451,7 @@ HL_KERNEL_AVX512 void hl_sfaq_bf16_i8_656_d512_rope64_block_avx512(
     hl_sfaq_bf16_i8_656_d512_rope64_value_avx512(w, t, padded, plan->group, b->value_apart ? 512
                                                  : 576, b->n);
 }
+
 /* One chunk of a group's keys (FlashAttention-2, algorithm 1, with K and V in blocks). */
 HL_KERNEL_AVX512 void hl_sfaq_bf16_i8_656_d512_rope64_forward_avx512(
     const hl_sparse_flash_attention_antiquant_plan *plan, const hl_group *g, const hl_space *w,

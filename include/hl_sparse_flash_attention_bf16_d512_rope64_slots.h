@@ -3186,7 +3186,8 @@ HL_KERNEL_SCALAR void hl_sfa_bf16_d512_rope64_slots_pr_4x2_scalar(const float *p
     hl_vf_scalar o3_0 = hl_vzero_scalar();
     hl_vf_scalar o3_1 = hl_vzero_scalar();
     for (int32_t j = 0; j < n; ++j) {
-        const uint16_t *const value = (const uint16_t *)row[j].value + c;
+        const uint16_t *const value =
+            (const uint16_t *)row[j].value + c;
         if (j < later) {
             const uint16_t *const next =
                 (const uint16_t *)ask[j].value + c;
@@ -3253,7 +3254,8 @@ HL_KERNEL_SCALAR void hl_sfa_bf16_d512_rope64_slots_pr_2x4_scalar(const float *p
     hl_vf_scalar o1_2 = hl_vzero_scalar();
     hl_vf_scalar o1_3 = hl_vzero_scalar();
     for (int32_t j = 0; j < n; ++j) {
-        const uint16_t *const value = (const uint16_t *)row[j].value + c;
+        const uint16_t *const value =
+            (const uint16_t *)row[j].value + c;
         if (j < later) {
             const uint16_t *const next =
                 (const uint16_t *)ask[j].value + c;
@@ -3321,7 +3323,8 @@ HL_KERNEL_SCALAR void hl_sfa_bf16_d512_rope64_slots_pr_1x8_scalar(const float *p
     hl_vf_scalar o0_6 = hl_vzero_scalar();
     hl_vf_scalar o0_7 = hl_vzero_scalar();
     for (int32_t j = 0; j < n; ++j) {
-        const uint16_t *const value = (const uint16_t *)row[j].value + c;
+        const uint16_t *const value =
+            (const uint16_t *)row[j].value + c;
         if (j < later) {
             const uint16_t *const next =
                 (const uint16_t *)ask[j].value + c;
@@ -3604,6 +3607,7 @@ HL_KERNEL_SCALAR void hl_sfa_bf16_d512_rope64_slots_block_scalar(
     /* O = alpha O + P V */
     hl_sfa_bf16_d512_rope64_slots_value_few_scalar(w, t, b, plan->group);
 }
+
 /* One chunk of a group's keys (FlashAttention-2, algorithm 1, with K and V in blocks). */
 HL_KERNEL_SCALAR void hl_sfa_bf16_d512_rope64_slots_forward_scalar(
     const hl_sparse_flash_attention_plan *plan, const hl_group *g, const hl_space *w,
@@ -4814,7 +4818,8 @@ HL_KERNEL_NEON void hl_sfa_bf16_d512_rope64_slots_pr_4x4_neon(const float *p, co
     hl_vf_neon o3_2 = hl_vzero_neon();
     hl_vf_neon o3_3 = hl_vzero_neon();
     for (int32_t j = 0; j < n; ++j) {
-        const uint16_t *const value = (const uint16_t *)row[j].value + c;
+        const uint16_t *const value =
+            (const uint16_t *)row[j].value + c;
         if (j < later) {
             const uint16_t *const next =
                 (const uint16_t *)ask[j].value + c;
@@ -4908,7 +4913,8 @@ HL_KERNEL_NEON void hl_sfa_bf16_d512_rope64_slots_pr_2x8_neon(const float *p, co
     hl_vf_neon o1_6 = hl_vzero_neon();
     hl_vf_neon o1_7 = hl_vzero_neon();
     for (int32_t j = 0; j < n; ++j) {
-        const uint16_t *const value = (const uint16_t *)row[j].value + c;
+        const uint16_t *const value =
+            (const uint16_t *)row[j].value + c;
         if (j < later) {
             const uint16_t *const next =
                 (const uint16_t *)ask[j].value + c;
@@ -5006,7 +5012,8 @@ HL_KERNEL_NEON void hl_sfa_bf16_d512_rope64_slots_pr_1x16_neon(const float *p, c
     hl_vf_neon o0_14 = hl_vzero_neon();
     hl_vf_neon o0_15 = hl_vzero_neon();
     for (int32_t j = 0; j < n; ++j) {
-        const uint16_t *const value = (const uint16_t *)row[j].value + c;
+        const uint16_t *const value =
+            (const uint16_t *)row[j].value + c;
         if (j < later) {
             const uint16_t *const next =
                 (const uint16_t *)ask[j].value + c;
@@ -5323,6 +5330,7 @@ HL_KERNEL_NEON void hl_sfa_bf16_d512_rope64_slots_block_neon(
     hl_sfa_bf16_d512_rope64_slots_value_neon(w, t, padded, plan->group, b->value_apart ? 512 : 576,
                                              b->n);
 }
+
 /* One chunk of a group's keys (FlashAttention-2, algorithm 1, with K and V in blocks). */
 HL_KERNEL_NEON void hl_sfa_bf16_d512_rope64_slots_forward_neon(
     const hl_sparse_flash_attention_plan *plan, const hl_group *g, const hl_space *w,
@@ -6445,7 +6453,8 @@ HL_KERNEL_AVX2 void hl_sfa_bf16_d512_rope64_slots_pr_4x2_avx2(const float *p, co
     hl_vf_avx2 o3_0 = hl_vzero_avx2();
     hl_vf_avx2 o3_1 = hl_vzero_avx2();
     for (int32_t j = 0; j < n; ++j) {
-        const uint16_t *const value = (const uint16_t *)row[j].value + c;
+        const uint16_t *const value =
+            (const uint16_t *)row[j].value + c;
         if (j < later) {
             const uint16_t *const next =
                 (const uint16_t *)ask[j].value + c;
@@ -6504,7 +6513,8 @@ HL_KERNEL_AVX2 void hl_sfa_bf16_d512_rope64_slots_pr_2x4_avx2(const float *p, co
     hl_vf_avx2 o1_2 = hl_vzero_avx2();
     hl_vf_avx2 o1_3 = hl_vzero_avx2();
     for (int32_t j = 0; j < n; ++j) {
-        const uint16_t *const value = (const uint16_t *)row[j].value + c;
+        const uint16_t *const value =
+            (const uint16_t *)row[j].value + c;
         if (j < later) {
             const uint16_t *const next =
                 (const uint16_t *)ask[j].value + c;
@@ -6564,7 +6574,8 @@ HL_KERNEL_AVX2 void hl_sfa_bf16_d512_rope64_slots_pr_1x8_avx2(const float *p, co
     hl_vf_avx2 o0_6 = hl_vzero_avx2();
     hl_vf_avx2 o0_7 = hl_vzero_avx2();
     for (int32_t j = 0; j < n; ++j) {
-        const uint16_t *const value = (const uint16_t *)row[j].value + c;
+        const uint16_t *const value =
+            (const uint16_t *)row[j].value + c;
         if (j < later) {
             const uint16_t *const next =
                 (const uint16_t *)ask[j].value + c;
@@ -6870,6 +6881,7 @@ HL_KERNEL_AVX2 void hl_sfa_bf16_d512_rope64_slots_block_avx2(
     hl_sfa_bf16_d512_rope64_slots_value_avx2(w, t, padded, plan->group, b->value_apart ? 512 : 576,
                                              b->n);
 }
+
 /* One chunk of a group's keys (FlashAttention-2, algorithm 1, with K and V in blocks). */
 HL_KERNEL_AVX2 void hl_sfa_bf16_d512_rope64_slots_forward_avx2(
     const hl_sparse_flash_attention_plan *plan, const hl_group *g, const hl_space *w,
@@ -8685,7 +8697,8 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d512_rope64_slots_pr_4x4_avx512(const float *p
     hl_vf_avx512 o3_2 = hl_vzero_avx512();
     hl_vf_avx512 o3_3 = hl_vzero_avx512();
     for (int32_t j = 0; j < n; ++j) {
-        const uint16_t *const value = (const uint16_t *)row[j].value + c;
+        const uint16_t *const value =
+            (const uint16_t *)row[j].value + c;
         if (j < later) {
             const uint16_t *const next =
                 (const uint16_t *)ask[j].value + c;
@@ -8796,7 +8809,8 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d512_rope64_slots_pr_2x8_avx512(const float *p
     hl_vf_avx512 o1_6 = hl_vzero_avx512();
     hl_vf_avx512 o1_7 = hl_vzero_avx512();
     for (int32_t j = 0; j < n; ++j) {
-        const uint16_t *const value = (const uint16_t *)row[j].value + c;
+        const uint16_t *const value =
+            (const uint16_t *)row[j].value + c;
         if (j < later) {
             const uint16_t *const next =
                 (const uint16_t *)ask[j].value + c;
@@ -8913,7 +8927,8 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d512_rope64_slots_pr_1x16_avx512(const float *
     hl_vf_avx512 o0_14 = hl_vzero_avx512();
     hl_vf_avx512 o0_15 = hl_vzero_avx512();
     for (int32_t j = 0; j < n; ++j) {
-        const uint16_t *const value = (const uint16_t *)row[j].value + c;
+        const uint16_t *const value =
+            (const uint16_t *)row[j].value + c;
         if (j < later) {
             const uint16_t *const next =
                 (const uint16_t *)ask[j].value + c;
@@ -9269,6 +9284,7 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d512_rope64_slots_block_avx512(
     hl_sfa_bf16_d512_rope64_slots_value_avx512(w, t, padded, plan->group, b->value_apart ? 512
                                                : 576, b->n);
 }
+
 /* One chunk of a group's keys (FlashAttention-2, algorithm 1, with K and V in blocks). */
 HL_KERNEL_AVX512 void hl_sfa_bf16_d512_rope64_slots_forward_avx512(
     const hl_sparse_flash_attention_plan *plan, const hl_group *g, const hl_space *w,

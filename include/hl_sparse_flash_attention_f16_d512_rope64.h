@@ -3129,7 +3129,8 @@ HL_KERNEL_SCALAR void hl_sfa_f16_d512_rope64_pr_4x2_scalar(const float *p, const
     hl_vf_scalar o3_0 = hl_vzero_scalar();
     hl_vf_scalar o3_1 = hl_vzero_scalar();
     for (int32_t j = 0; j < n; ++j) {
-        const uint16_t *const value = (const uint16_t *)row[j].value + c;
+        const uint16_t *const value =
+            (const uint16_t *)row[j].value + c;
         if (j < later) {
             const uint16_t *const next =
                 (const uint16_t *)ask[j].value + c;
@@ -3196,7 +3197,8 @@ HL_KERNEL_SCALAR void hl_sfa_f16_d512_rope64_pr_2x4_scalar(const float *p, const
     hl_vf_scalar o1_2 = hl_vzero_scalar();
     hl_vf_scalar o1_3 = hl_vzero_scalar();
     for (int32_t j = 0; j < n; ++j) {
-        const uint16_t *const value = (const uint16_t *)row[j].value + c;
+        const uint16_t *const value =
+            (const uint16_t *)row[j].value + c;
         if (j < later) {
             const uint16_t *const next =
                 (const uint16_t *)ask[j].value + c;
@@ -3264,7 +3266,8 @@ HL_KERNEL_SCALAR void hl_sfa_f16_d512_rope64_pr_1x8_scalar(const float *p, const
     hl_vf_scalar o0_6 = hl_vzero_scalar();
     hl_vf_scalar o0_7 = hl_vzero_scalar();
     for (int32_t j = 0; j < n; ++j) {
-        const uint16_t *const value = (const uint16_t *)row[j].value + c;
+        const uint16_t *const value =
+            (const uint16_t *)row[j].value + c;
         if (j < later) {
             const uint16_t *const next =
                 (const uint16_t *)ask[j].value + c;
@@ -3540,6 +3543,7 @@ HL_KERNEL_SCALAR void hl_sfa_f16_d512_rope64_block_scalar(
     /* O = alpha O + P V */
     hl_sfa_f16_d512_rope64_value_few_scalar(w, t, b, plan->group);
 }
+
 /* One chunk of a group's keys (FlashAttention-2, algorithm 1, with K and V in blocks). */
 HL_KERNEL_SCALAR void hl_sfa_f16_d512_rope64_forward_scalar(
     const hl_sparse_flash_attention_plan *plan, const hl_group *g, const hl_space *w,
@@ -4748,7 +4752,8 @@ HL_KERNEL_NEON void hl_sfa_f16_d512_rope64_pr_4x4_neon(const float *p, const hl_
     hl_vf_neon o3_2 = hl_vzero_neon();
     hl_vf_neon o3_3 = hl_vzero_neon();
     for (int32_t j = 0; j < n; ++j) {
-        const uint16_t *const value = (const uint16_t *)row[j].value + c;
+        const uint16_t *const value =
+            (const uint16_t *)row[j].value + c;
         if (j < later) {
             const uint16_t *const next =
                 (const uint16_t *)ask[j].value + c;
@@ -4841,7 +4846,8 @@ HL_KERNEL_NEON void hl_sfa_f16_d512_rope64_pr_2x8_neon(const float *p, const hl_
     hl_vf_neon o1_6 = hl_vzero_neon();
     hl_vf_neon o1_7 = hl_vzero_neon();
     for (int32_t j = 0; j < n; ++j) {
-        const uint16_t *const value = (const uint16_t *)row[j].value + c;
+        const uint16_t *const value =
+            (const uint16_t *)row[j].value + c;
         if (j < later) {
             const uint16_t *const next =
                 (const uint16_t *)ask[j].value + c;
@@ -4939,7 +4945,8 @@ HL_KERNEL_NEON void hl_sfa_f16_d512_rope64_pr_1x16_neon(const float *p, const hl
     hl_vf_neon o0_14 = hl_vzero_neon();
     hl_vf_neon o0_15 = hl_vzero_neon();
     for (int32_t j = 0; j < n; ++j) {
-        const uint16_t *const value = (const uint16_t *)row[j].value + c;
+        const uint16_t *const value =
+            (const uint16_t *)row[j].value + c;
         if (j < later) {
             const uint16_t *const next =
                 (const uint16_t *)ask[j].value + c;
@@ -5246,6 +5253,7 @@ HL_KERNEL_NEON void hl_sfa_f16_d512_rope64_block_neon(const hl_sparse_flash_atte
     /* O = alpha O + P V */
     hl_sfa_f16_d512_rope64_value_neon(w, t, padded, plan->group, b->value_apart ? 512 : 576, b->n);
 }
+
 /* One chunk of a group's keys (FlashAttention-2, algorithm 1, with K and V in blocks). */
 HL_KERNEL_NEON void hl_sfa_f16_d512_rope64_forward_neon(const hl_sparse_flash_attention_plan *plan,
     const hl_group *g, const hl_space *w, const hl_state *t, hl_cursor c, int32_t padded)
@@ -6362,7 +6370,8 @@ HL_KERNEL_AVX2 void hl_sfa_f16_d512_rope64_pr_4x2_avx2(const float *p, const hl_
     hl_vf_avx2 o3_0 = hl_vzero_avx2();
     hl_vf_avx2 o3_1 = hl_vzero_avx2();
     for (int32_t j = 0; j < n; ++j) {
-        const uint16_t *const value = (const uint16_t *)row[j].value + c;
+        const uint16_t *const value =
+            (const uint16_t *)row[j].value + c;
         if (j < later) {
             const uint16_t *const next =
                 (const uint16_t *)ask[j].value + c;
@@ -6420,7 +6429,8 @@ HL_KERNEL_AVX2 void hl_sfa_f16_d512_rope64_pr_2x4_avx2(const float *p, const hl_
     hl_vf_avx2 o1_2 = hl_vzero_avx2();
     hl_vf_avx2 o1_3 = hl_vzero_avx2();
     for (int32_t j = 0; j < n; ++j) {
-        const uint16_t *const value = (const uint16_t *)row[j].value + c;
+        const uint16_t *const value =
+            (const uint16_t *)row[j].value + c;
         if (j < later) {
             const uint16_t *const next =
                 (const uint16_t *)ask[j].value + c;
@@ -6479,7 +6489,8 @@ HL_KERNEL_AVX2 void hl_sfa_f16_d512_rope64_pr_1x8_avx2(const float *p, const hl_
     hl_vf_avx2 o0_6 = hl_vzero_avx2();
     hl_vf_avx2 o0_7 = hl_vzero_avx2();
     for (int32_t j = 0; j < n; ++j) {
-        const uint16_t *const value = (const uint16_t *)row[j].value + c;
+        const uint16_t *const value =
+            (const uint16_t *)row[j].value + c;
         if (j < later) {
             const uint16_t *const next =
                 (const uint16_t *)ask[j].value + c;
@@ -6758,6 +6769,7 @@ HL_KERNEL_AVX2 void hl_sfa_f16_d512_rope64_block_avx2(const hl_sparse_flash_atte
     /* O = alpha O + P V */
     hl_sfa_f16_d512_rope64_value_avx2(w, t, padded, plan->group, b->value_apart ? 512 : 576, b->n);
 }
+
 /* One chunk of a group's keys (FlashAttention-2, algorithm 1, with K and V in blocks). */
 HL_KERNEL_AVX2 void hl_sfa_f16_d512_rope64_forward_avx2(const hl_sparse_flash_attention_plan *plan,
     const hl_group *g, const hl_space *w, const hl_state *t, hl_cursor c, int32_t padded)
@@ -8568,7 +8580,8 @@ HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_pr_4x4_avx512(const float *p, const
     hl_vf_avx512 o3_2 = hl_vzero_avx512();
     hl_vf_avx512 o3_3 = hl_vzero_avx512();
     for (int32_t j = 0; j < n; ++j) {
-        const uint16_t *const value = (const uint16_t *)row[j].value + c;
+        const uint16_t *const value =
+            (const uint16_t *)row[j].value + c;
         if (j < later) {
             const uint16_t *const next =
                 (const uint16_t *)ask[j].value + c;
@@ -8679,7 +8692,8 @@ HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_pr_2x8_avx512(const float *p, const
     hl_vf_avx512 o1_6 = hl_vzero_avx512();
     hl_vf_avx512 o1_7 = hl_vzero_avx512();
     for (int32_t j = 0; j < n; ++j) {
-        const uint16_t *const value = (const uint16_t *)row[j].value + c;
+        const uint16_t *const value =
+            (const uint16_t *)row[j].value + c;
         if (j < later) {
             const uint16_t *const next =
                 (const uint16_t *)ask[j].value + c;
@@ -8796,7 +8810,8 @@ HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_pr_1x16_avx512(const float *p, cons
     hl_vf_avx512 o0_14 = hl_vzero_avx512();
     hl_vf_avx512 o0_15 = hl_vzero_avx512();
     for (int32_t j = 0; j < n; ++j) {
-        const uint16_t *const value = (const uint16_t *)row[j].value + c;
+        const uint16_t *const value =
+            (const uint16_t *)row[j].value + c;
         if (j < later) {
             const uint16_t *const next =
                 (const uint16_t *)ask[j].value + c;
@@ -9128,6 +9143,7 @@ HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_block_avx512(
     hl_sfa_f16_d512_rope64_value_avx512(w, t, padded, plan->group, b->value_apart ? 512 : 576,
                                         b->n);
 }
+
 /* One chunk of a group's keys (FlashAttention-2, algorithm 1, with K and V in blocks). */
 HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_forward_avx512(
     const hl_sparse_flash_attention_plan *plan, const hl_group *g, const hl_space *w,

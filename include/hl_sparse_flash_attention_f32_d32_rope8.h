@@ -2315,7 +2315,8 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_pr_4x2_scalar(const float *p, const h
     hl_vf_scalar o3_0 = hl_vzero_scalar();
     hl_vf_scalar o3_1 = hl_vzero_scalar();
     for (int32_t j = 0; j < n; ++j) {
-        const float *const value = (const float *)row[j].value + c;
+        const float *const value =
+            (const float *)row[j].value + c;
         if (j < later) {
             const float *const next =
                 (const float *)ask[j].value + c;
@@ -2382,7 +2383,8 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_pr_2x4_scalar(const float *p, const h
     hl_vf_scalar o1_2 = hl_vzero_scalar();
     hl_vf_scalar o1_3 = hl_vzero_scalar();
     for (int32_t j = 0; j < n; ++j) {
-        const float *const value = (const float *)row[j].value + c;
+        const float *const value =
+            (const float *)row[j].value + c;
         if (j < later) {
             const float *const next =
                 (const float *)ask[j].value + c;
@@ -2450,7 +2452,8 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_pr_1x8_scalar(const float *p, const h
     hl_vf_scalar o0_6 = hl_vzero_scalar();
     hl_vf_scalar o0_7 = hl_vzero_scalar();
     for (int32_t j = 0; j < n; ++j) {
-        const float *const value = (const float *)row[j].value + c;
+        const float *const value =
+            (const float *)row[j].value + c;
         if (j < later) {
             const float *const next =
                 (const float *)ask[j].value + c;
@@ -2717,6 +2720,7 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_block_scalar(const hl_sparse_flash_at
     /* O = alpha O + P V */
     hl_sfa_f32_d32_rope8_value_few_scalar(w, t, b, plan->group);
 }
+
 /* One chunk of a group's keys (FlashAttention-2, algorithm 1, with K and V in blocks). */
 HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_forward_scalar(
     const hl_sparse_flash_attention_plan *plan, const hl_group *g, const hl_space *w,

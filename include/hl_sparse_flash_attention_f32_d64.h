@@ -2632,7 +2632,8 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d64_pr_4x2_scalar(const float *p, const hl_row 
     hl_vf_scalar o3_0 = hl_vzero_scalar();
     hl_vf_scalar o3_1 = hl_vzero_scalar();
     for (int32_t j = 0; j < n; ++j) {
-        const float *const value = (const float *)row[j].value + c;
+        const float *const value =
+            (const float *)row[j].value + c;
         if (j < later) {
             const float *const next =
                 (const float *)ask[j].value + c;
@@ -2699,7 +2700,8 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d64_pr_2x4_scalar(const float *p, const hl_row 
     hl_vf_scalar o1_2 = hl_vzero_scalar();
     hl_vf_scalar o1_3 = hl_vzero_scalar();
     for (int32_t j = 0; j < n; ++j) {
-        const float *const value = (const float *)row[j].value + c;
+        const float *const value =
+            (const float *)row[j].value + c;
         if (j < later) {
             const float *const next =
                 (const float *)ask[j].value + c;
@@ -2767,7 +2769,8 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d64_pr_1x8_scalar(const float *p, const hl_row 
     hl_vf_scalar o0_6 = hl_vzero_scalar();
     hl_vf_scalar o0_7 = hl_vzero_scalar();
     for (int32_t j = 0; j < n; ++j) {
-        const float *const value = (const float *)row[j].value + c;
+        const float *const value =
+            (const float *)row[j].value + c;
         if (j < later) {
             const float *const next =
                 (const float *)ask[j].value + c;
@@ -3035,6 +3038,7 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d64_block_scalar(const hl_sparse_flash_attentio
     /* O = alpha O + P V */
     hl_sfa_f32_d64_value_few_scalar(w, t, b, plan->group);
 }
+
 /* One chunk of a group's keys (FlashAttention-2, algorithm 1, with K and V in blocks). */
 HL_KERNEL_SCALAR void hl_sfa_f32_d64_forward_scalar(const hl_sparse_flash_attention_plan *plan,
                                                     const hl_group *g, const hl_space *w,
@@ -4171,7 +4175,8 @@ HL_KERNEL_NEON void hl_sfa_f32_d64_pr_4x4_neon(const float *p, const hl_row *row
     hl_vf_neon o3_2 = hl_vzero_neon();
     hl_vf_neon o3_3 = hl_vzero_neon();
     for (int32_t j = 0; j < n; ++j) {
-        const float *const value = (const float *)row[j].value + c;
+        const float *const value =
+            (const float *)row[j].value + c;
         if (j < later) {
             const float *const next =
                 (const float *)ask[j].value + c;
@@ -4265,7 +4270,8 @@ HL_KERNEL_NEON void hl_sfa_f32_d64_pr_2x8_neon(const float *p, const hl_row *row
     hl_vf_neon o1_6 = hl_vzero_neon();
     hl_vf_neon o1_7 = hl_vzero_neon();
     for (int32_t j = 0; j < n; ++j) {
-        const float *const value = (const float *)row[j].value + c;
+        const float *const value =
+            (const float *)row[j].value + c;
         if (j < later) {
             const float *const next =
                 (const float *)ask[j].value + c;
@@ -4364,7 +4370,8 @@ HL_KERNEL_NEON void hl_sfa_f32_d64_pr_1x16_neon(const float *p, const hl_row *ro
     hl_vf_neon o0_14 = hl_vzero_neon();
     hl_vf_neon o0_15 = hl_vzero_neon();
     for (int32_t j = 0; j < n; ++j) {
-        const float *const value = (const float *)row[j].value + c;
+        const float *const value =
+            (const float *)row[j].value + c;
         if (j < later) {
             const float *const next =
                 (const float *)ask[j].value + c;
@@ -4667,6 +4674,7 @@ HL_KERNEL_NEON void hl_sfa_f32_d64_block_neon(const hl_sparse_flash_attention_pl
     /* O = alpha O + P V */
     hl_sfa_f32_d64_value_neon(w, t, padded, plan->group, b->value_apart ? 64 : 64, b->n);
 }
+
 /* One chunk of a group's keys (FlashAttention-2, algorithm 1, with K and V in blocks). */
 HL_KERNEL_NEON void hl_sfa_f32_d64_forward_neon(const hl_sparse_flash_attention_plan *plan,
                                                 const hl_group *g, const hl_space *w,
@@ -5713,7 +5721,8 @@ HL_KERNEL_AVX2 void hl_sfa_f32_d64_pr_4x2_avx2(const float *p, const hl_row *row
     hl_vf_avx2 o3_0 = hl_vzero_avx2();
     hl_vf_avx2 o3_1 = hl_vzero_avx2();
     for (int32_t j = 0; j < n; ++j) {
-        const float *const value = (const float *)row[j].value + c;
+        const float *const value =
+            (const float *)row[j].value + c;
         if (j < later) {
             const float *const next =
                 (const float *)ask[j].value + c;
@@ -5772,7 +5781,8 @@ HL_KERNEL_AVX2 void hl_sfa_f32_d64_pr_2x4_avx2(const float *p, const hl_row *row
     hl_vf_avx2 o1_2 = hl_vzero_avx2();
     hl_vf_avx2 o1_3 = hl_vzero_avx2();
     for (int32_t j = 0; j < n; ++j) {
-        const float *const value = (const float *)row[j].value + c;
+        const float *const value =
+            (const float *)row[j].value + c;
         if (j < later) {
             const float *const next =
                 (const float *)ask[j].value + c;
@@ -5833,7 +5843,8 @@ HL_KERNEL_AVX2 void hl_sfa_f32_d64_pr_1x8_avx2(const float *p, const hl_row *row
     hl_vf_avx2 o0_6 = hl_vzero_avx2();
     hl_vf_avx2 o0_7 = hl_vzero_avx2();
     for (int32_t j = 0; j < n; ++j) {
-        const float *const value = (const float *)row[j].value + c;
+        const float *const value =
+            (const float *)row[j].value + c;
         if (j < later) {
             const float *const next =
                 (const float *)ask[j].value + c;
@@ -6108,6 +6119,7 @@ HL_KERNEL_AVX2 void hl_sfa_f32_d64_block_avx2(const hl_sparse_flash_attention_pl
     /* O = alpha O + P V */
     hl_sfa_f32_d64_value_avx2(w, t, padded, plan->group, b->value_apart ? 64 : 64, b->n);
 }
+
 /* One chunk of a group's keys (FlashAttention-2, algorithm 1, with K and V in blocks). */
 HL_KERNEL_AVX2 void hl_sfa_f32_d64_forward_avx2(const hl_sparse_flash_attention_plan *plan,
                                                 const hl_group *g, const hl_space *w,
@@ -7875,7 +7887,8 @@ HL_KERNEL_AVX512 void hl_sfa_f32_d64_pr_4x4_avx512(const float *p, const hl_row 
     hl_vf_avx512 o3_2 = hl_vzero_avx512();
     hl_vf_avx512 o3_3 = hl_vzero_avx512();
     for (int32_t j = 0; j < n; ++j) {
-        const float *const value = (const float *)row[j].value + c;
+        const float *const value =
+            (const float *)row[j].value + c;
         if (j < later) {
             const float *const next =
                 (const float *)ask[j].value + c;
@@ -7980,7 +7993,8 @@ HL_KERNEL_AVX512 void hl_sfa_f32_d64_pr_2x4_avx512(const float *p, const hl_row 
     hl_vf_avx512 o1_2 = hl_vzero_avx512();
     hl_vf_avx512 o1_3 = hl_vzero_avx512();
     for (int32_t j = 0; j < n; ++j) {
-        const float *const value = (const float *)row[j].value + c;
+        const float *const value =
+            (const float *)row[j].value + c;
         if (j < later) {
             const float *const next =
                 (const float *)ask[j].value + c;
@@ -8047,7 +8061,8 @@ HL_KERNEL_AVX512 void hl_sfa_f32_d64_pr_1x4_avx512(const float *p, const hl_row 
     hl_vf_avx512 o0_2 = hl_vzero_avx512();
     hl_vf_avx512 o0_3 = hl_vzero_avx512();
     for (int32_t j = 0; j < n; ++j) {
-        const float *const value = (const float *)row[j].value + c;
+        const float *const value =
+            (const float *)row[j].value + c;
         if (j < later) {
             const float *const next =
                 (const float *)ask[j].value + c;
@@ -8312,6 +8327,7 @@ HL_KERNEL_AVX512 void hl_sfa_f32_d64_block_avx512(const hl_sparse_flash_attentio
     /* O = alpha O + P V */
     hl_sfa_f32_d64_value_avx512(w, t, padded, plan->group, b->value_apart ? 64 : 64, b->n);
 }
+
 /* One chunk of a group's keys (FlashAttention-2, algorithm 1, with K and V in blocks). */
 HL_KERNEL_AVX512 void hl_sfa_f32_d64_forward_avx512(const hl_sparse_flash_attention_plan *plan,
                                                     const hl_group *g, const hl_space *w,

@@ -30,25 +30,39 @@ def done():
 
 
 @pytest.fixture(scope="module")
-def table(done):
-    """The printed table: row title -> [sparse, dense]."""
+def tables(done):
+    """The printed tables: row title -> [sparse, dense], and [append, decode]."""
     assert done.returncode == 0, done.stdout + done.stderr
-    rows = [
-        re.split(r"\s*\|\s*", line.strip("| "))
-        for line in done.stdout.splitlines()
-        if line.startswith("|")
-    ]
-    return {title: cells for title, *cells in rows}
+    found = []
+    for line in done.stdout.splitlines():
+        if line.startswith("| Cortex-M4F"):
+            found.append({})
+        elif line.startswith("|"):
+            title, *cells = re.split(r"\s*\|\s*", line.removeprefix("| ").removesuffix(" |"))
+            found[-1][title] = cells
+    assert len(found) == 2
+    return found
+
+
+@pytest.fixture(scope="module")
+def table(tables):
+    return tables[0]
+
+
+@pytest.fixture(scope="module")
+def table_int8(tables):
+    return tables[1]
 
 
 def test_runs(done):
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "counted twice, equal both times." in done.stdout
+    assert done.stdout.count("counted twice, equal both times.") == 2
 
 
 def test_table_is_markdown(done):
     lines = [line for line in done.stdout.splitlines() if line.startswith("|")]
-    assert re.fullmatch(r"\|( -+:? \|){3}", lines[1])
+    titles = [n for n, line in enumerate(lines) if line.startswith("| Cortex-M4F")]
+    assert all(re.fullmatch(r"\|( -+:? \|){3}", lines[n + 1]) for n in titles)
     assert {line.count("|") for line in lines} == {4}
 
 
@@ -61,7 +75,7 @@ def test_table_is_markdown(done):
         ("stack, bytes (deepest path in gcc's call graph)", 64, 4096),
         ("stack, bytes (painted and seen on the target)", 64, 4096),
         # 4 heads x 32 keys x (40 + 32) multiply-adds, at most a hundred instructions each.
-        ("instructions a decode", 4 * 32 * 72, 100 * 4 * 64 * 72),
+        ("instructions", 4 * 32 * 72, 100 * 4 * 64 * 72),
     ],
 )
 def test_costs_are_sane(table, title, least, most):
@@ -69,13 +83,66 @@ def test_costs_are_sane(table, title, least, most):
 
 
 def test_dense_costs_more_than_half_of_its_keys(table):
-    sparse, dense = (int(cell) for cell in table["instructions a decode"])
+    sparse, dense = (int(cell) for cell in table["instructions"])
     assert 1.2 < dense / sparse < 2.5
 
 
 def test_errors_are_those_of_float32(table):
     assert all(0 < float(cell) <= 1e-6 for cell in table["largest error of the output"])
     assert all(float(cell) <= 4e-6 for cell in table["largest error of the LSE"])
+
+
+@pytest.mark.parametrize(
+    "title, least, most",
+    [
+        # The decode step may be as large as that of the other table, and append a third of it.
+        ("code, bytes (as linked)", 1000, 32 * 1024),
+        ("constants, bytes", 0, 1024),
+        ("cache, bytes (float32: 32768)", 128, 32768 // 4),
+        ("stack, bytes (deepest path in gcc's call graph)", 64, 4096),
+        ("stack, bytes (painted and seen on the target)", 64, 4096),
+    ],
+)
+def test_costs_of_int8_are_sane(table_int8, title, least, most):
+    assert all(least <= int(cell) <= most for cell in table_int8[title]), table_int8[title]
+
+
+def test_workspace_of_int8_is_small(table_int8):
+    append, decode = (int(cell) for cell in table_int8["workspace, bytes"])
+    assert append == 0
+    assert 2 * 32 * 4 <= decode <= 8 * 1024
+
+
+def test_work_of_int8_is_in_proportion(table_int8):
+    """Append writes 128 codes, decode does 4 heads x 64 keys x (32 + 32) multiply-adds."""
+    append, decode = (int(cell) for cell in table_int8["instructions"])
+    assert 128 <= append <= 200 * 128
+    assert 4 * 64 * 64 <= decode <= 20 * 4 * 64 * 64
+
+
+def test_errors_of_int8(table_int8):
+    """Arithmetic is float32's; what the codes cost is below a step of the largest values."""
+    name = "largest error of the output, from "
+    assert 0 < float(table_int8[name + "the cache's own numbers"][1]) <= 1e-6
+    assert 1e-4 < float(table_int8[name + "the numbers before int8"][1]) <= 2e-2
+
+
+@pytest.mark.parametrize(
+    "array, wrong",
+    [("key_codes[4096]", "1"), ("value_codes[4096]", "1"), ("code_out[128]", "9.0f")],
+)
+def test_a_wrong_number_of_int8_is_noticed(tmp_path, array, wrong):
+    run = load_run(tmp_path)
+    run.write_vectors_int8()
+    text = (tmp_path / "vectors_int8.h").read_text()
+    head, name, tail = text.partition(array + " = {\n    ")
+    assert name
+    old, comma, rest = tail.partition(",")
+    assert old != wrong
+    (tmp_path / "vectors_int8.h").write_text(head + name + wrong + comma + rest)
+    run.build("_int8")
+    with pytest.raises(run.Wrong, match="qemu-system-arm failed"):
+        run.run_firmware("_int8")
 
 
 def test_a_wrong_number_is_noticed(tmp_path):

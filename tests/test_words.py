@@ -26,6 +26,7 @@ PEAKS = range(0, 65536 - 96, 61)
 CODE_ROWS = (*range(1, 40), *range(40, 257, 24))
 I4 = tuple(name for name, stored in STORED.items() if stored.packed)
 N, ROW_MAX, QUOTIENTS = 1 << 17, 40, 1 << 22
+DOTS_MOST, DOTS_ROW = 70, 96  # codes of a row, and from one row to the next
 E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
 ARRAYS = ("x", "y", "z", "tame", "fraction", "exponent", "small", "f16", "bf16", "power")
 ARRAYS += tuple(CODES)
@@ -59,7 +60,7 @@ def header_text() -> str:
     text = bind.header_text(spec.parse_header({"name": "hl_words", "kernel": kernels}))
     for isa in ISAS.values():
         if not isa.tiles:
-            formats = ("bf16", *CODES, "i4")
+            formats = ("bf16", *CODES, "i4", "dots")
             words = render.words_page(isa, formats, "builtin", tuple(STORED), tuple(CODES))
             text += f"\n#if HL_HAS_{isa.macro}\n{words}#endif\n"
     return text
@@ -266,6 +267,8 @@ def results(machine: str) -> dict[str, dict[str, np.ndarray]]:
         type_input={name: AT[name] for name in ("f16", "bf16", *CODES)},
         quotients=QUOTIENTS,
         row_max=ROW_MAX,
+        dots_most=DOTS_MOST,
+        dots_row=DOTS_ROW,
     )
     compiler = AARCH64 if machine == "aarch64" else "cc"
     program = bind.compile_c(
@@ -348,6 +351,10 @@ class Pieces:
             made[f"vrow_{kind}"] = [
                 self.take(-(-n // lanes) * lanes) for n in range(1, ROW_MAX + 1)
             ]
+        made["dots"] = [
+            tuple(self.take(count, np.int32) for count in (4, 4, DOTS_ROW))
+            for _ in range(DOTS_MOST)
+        ]
         return made
 
 
@@ -620,6 +627,21 @@ def test_quotients_are_rounded_as_division_rounds(machine, isa):
     want = x / d
     wrong = got.view(np.uint32) != want.view(np.uint32)
     assert not wrong.any(), (wrong.sum(), x[wrong][:5], d[wrong][:5], got[wrong][:5])
+
+
+@BY_ISA
+def test_products_of_codes_are_exact(machine, isa):
+    """At least where both are -128, whose product is the largest."""
+    c, i = np.arange(DOTS_ROW), np.arange(4)[:, None]
+    for n, found in enumerate(results(machine)[isa]["dots"], 1):
+        q, k = (c * 37 + i * 11 + n) % 256 - 128, (c * 91 + i * 53 + n * 7) % 256 - 128
+        x, y = k[n % 4], k[(n + 1) % 4]
+        weights = -128 if n % 2 else 127, -128
+        sums = c * 1000 - 5
+        sums[:n] += (weights[0] * x + weights[1] * y)[:n]
+        assert found[0].tolist() == (q[:, :n] @ x[:n]).tolist(), n
+        assert found[1].tolist() == (k[:, :n] @ q[0, :n]).tolist(), n
+        assert found[2].tolist() == sums.tolist(), n
 
 
 @BY_ISA
