@@ -12100,7 +12100,8 @@ static inline hl_status hl_ifa_bf16_i8_d128_check_append_memory(const hl_decode_
     const uint32_t given = a->antiquant_f32 ? 4u : 2u;
     const uint64_t scales = given
         * (a->antiquant_mode == HL_ANTIQUANT_TENSOR ? 2u : (uint64_t)a->heads_kv * 256u);
-    const uint64_t tokens = hl_mul_cap(each, 2u * (uint64_t)hl_ifa_bf16_i8_d128_append_limit(a));
+    const uint64_t tokens =
+        hl_mul_cap(each, 2u * (uint64_t)hl_ifa_bf16_i8_d128_append_limit(a));
     const int64_t fresh[3] = {a->batch, a->rows, a->heads_kv};
     uint64_t extent[2] = {0, 0};
     hl_status status = HL_OK;
