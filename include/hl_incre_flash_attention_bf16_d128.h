@@ -77,8 +77,9 @@
  *
  * NUMBERS
  *   Scores, softmax and sums are float32; each key's score is a plain dot product. The bits of a
- *   row depend on that row's inputs, S1, chunk_keys and the instruction set alone: not on threads,
- *   tasks, batch, layout or pages. 2^x and ln x: math = "builtin".
+ *   row depend on that row's inputs, S1, chunk_keys and the instruction set alone (and where rows
+ *   have masks of their own, on which keys all of them see): not on threads, tasks, batch, layout
+ *   or pages. 2^x and ln x: math = "builtin".
  *
  * MACROS (before the first inclusion)
  *   HL_API, HL_IMPLEMENTATION  one copy for several files

@@ -1,7 +1,7 @@
 """What the decode operator's append has to write: slow, in NumPy, nothing of the generated code.
 
-Rows of numbers [heads][channels] become bytes [heads][width], and scales of tokens. `decoded` is the
-way back.
+Rows of numbers [heads][channels] become bytes [heads][width], and scales of tokens. `decoded` is
+the way back.
 """
 
 import ml_dtypes
@@ -82,9 +82,8 @@ def packed(kind: str, x: np.ndarray) -> np.ndarray:
         if scale > 0:
             codes[at : at + len(part)] = np.rint(part / np.float32(scale))
     halves = (codes & 15).reshape(-1, 2)
-    return np.concatenate(
-        [(halves[:, 0] | halves[:, 1] << 4).astype(np.uint8), np.asarray(scales, "<u2").view(np.uint8)]
-    )
+    both = (halves[:, 0] | halves[:, 1] << 4).astype(np.uint8)
+    return np.concatenate([both, np.asarray(scales, "<u2").view(np.uint8)])
 
 
 def encode(

@@ -307,6 +307,7 @@ class Call:
             if self.offset:
                 more["antiquant_offset"] = arena.place(joined(self.given["offset"]))
         arena.protect()
+        made = kernel(self.name)  # here, not in each child
 
         def all_of_it() -> None:
             for isa in isas:
@@ -315,7 +316,7 @@ class Call:
                 if self.coded and self.mode == TOKEN:
                     fields["token_scales"] = scales
                 for step in steps:
-                    kernel(self.name).append(**fields, **step).check()
+                    made.append(**fields, **step).check()
 
         in_child(all_of_it, f"{self}")
         return room
@@ -494,6 +495,7 @@ def test_attention_over_appended_rows_is_that_over_the_decoded_ones(name, way):
             "layout_query": LAYOUTS[layout_query],
             "actual_seq_lengths": np.asarray([keys], np.int32),
             "scale_value": 0.2,
+            "isa": isa_number(name, WORDS_HERE[-1]),  # in float32, which tiles are not
         }
         for old, new in (("key_cache", "key"), ("value_cache", "value")):
             if old in there:
@@ -619,3 +621,369 @@ def test_keys_and_values_that_overlap_are_refused(gap, stride):
     )  # fmt: skip
     assert (got.argument, got.rule) == ("VALUE_CACHE", "DISJOINT"), got.error_text
     assert (both == 0xFFFF).all()
+
+
+# ---- refusals ------------------------------------------------------------------------------------
+
+P62 = 2**62
+PTR_MAX = 2**63 - 1
+
+
+def base(name: str, way: str) -> dict[str, Any]:
+    """A call that is accepted, with arrays of its own: two batches, three rows each."""
+    new = tame(name, 2, 3)
+    paged = way != "BSND"
+    rows = (4, 4) if paged else (2, 8)
+    memory = [np.full((*rows, HEADS, width(*side)), 0xFF, np.uint8) for side in sides(name)]
+    fields: dict[str, Any] = {
+        "key": new[0],
+        "value": new[1],
+        "key_cache": memory[0],
+        "value_cache": memory[1],
+        "positions": np.asarray([3, 2], np.int32),
+        "lengths": np.asarray([2, 3], np.int32),
+        "batch": 2,
+        "rows": 3,
+        "heads_kv": HEADS,
+    }
+    if name in CODED:
+        scale, offset = fine_scales(name)
+        fields |= {"antiquant_scale": scale, "antiquant_offset": offset, "antiquant_f32": 1}
+    if not paged:
+        return {**fields, "seq_kv": 8}
+    fields |= {"layout_kv": 2, "num_blocks": 4, "block_size": 4, "max_blocks": 2}
+    table = np.asarray([[0, 1], [2, 3]], np.int32)
+    if way == "slots":
+        slots = np.arange(16, dtype=np.int32).reshape(2, 8)
+        return {**fields, "index_kind": 1, "max_blocks": 8, "block_table": slots}
+    if way == "pages":
+        del fields["key_cache"], fields["value_cache"]
+        pages = [[*m] for m in memory]
+        return {**fields, "key_pages": pages[0], "value_pages": pages[1], "kept": memory}
+    return {**fields, "block_table": table}
+
+
+def shifted(name: str, by: int = 1) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """The same array, not aligned."""
+    return lambda f: {name: f[name].ctypes.data + by}
+
+
+def array(name: str, *values: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    return lambda _: {name: np.asarray(values, np.int32)}
+
+
+def page(which: str, i: int, new: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """Another one of the pages: an address, or a field's."""
+
+    def change(f: dict[str, Any]) -> dict[str, Any]:
+        pages = list(f[which])
+        pages[i] = f[new] if isinstance(new, str) else new
+        return {which: pages}
+
+    return change
+
+
+TOKENS_ROOM = np.zeros((2, 2, 8), F32)
+TOKEN_CALL = {
+    "antiquant_mode": TOKEN,
+    "antiquant_scale": None,
+    "antiquant_offset": None,
+    "token_scales": TOKENS_ROOM,
+}
+Bad = tuple[str, str, Any, str, str, str, tuple[int, ...], int, int]
+# name, way, change, argument, status, rule, position, value, limit
+BAD: list[Bad] = [
+    *(
+        ("bf16", "BSND", {field: -1}, field.upper(), "SHAPE", "AT_LEAST", (), -1, 0)
+        for field in ("batch", "rows", "heads_kv", "seq_kv", "antiquant_f32", "numbers_f32")
+    ),
+    ("bf16", "BSND", {"numbers_f32": 2}, "NUMBERS_F32", "SHAPE", "AT_MOST", (), 2, 1),
+    ("i8", "BSND", {"antiquant_f32": 2}, "ANTIQUANT_F32", "SHAPE", "AT_MOST", (), 2, 1),
+    ("i8", "BSND", {"antiquant_mode": 3}, "ANTIQUANT_MODE", "SHAPE", "AT_MOST", (), 3, 2),
+    ("i8", "BSND", {"antiquant_mode": -1}, "ANTIQUANT_MODE", "SHAPE", "AT_LEAST", (), -1, 0),
+    ("bf16", "BSND", {"layout_kv": 1}, "LAYOUT_KV", "UNSUPPORTED", "GENERATED", (), 1, 0),
+    ("bf16", "BSND", {"layout_kv": 9}, "LAYOUT_KV", "UNSUPPORTED", "GENERATED", (), 9, 0),
+    ("bf16", "BSND", {"layout_new": 2}, "LAYOUT_NEW", "UNSUPPORTED", "GENERATED", (), 2, 0),
+    ("bf16", "BSND", {"layout_new": -1}, "LAYOUT_NEW", "UNSUPPORTED", "GENERATED", (), -1, 0),
+    ("bf16", "BSND", {"isa": 99}, "ISA", "UNSUPPORTED", "GENERATED", (), 99, 0),
+    ("bf16", "BSND", {"isa": -1}, "ISA", "UNSUPPORTED", "GENERATED", (), -1, 0),
+    ("bf16", "BSND", array("block_table", 1), "BLOCK_TABLE", "UNSUPPORTED", "NULL", (), 1, 0),
+    ("bf16", "BSND", lambda f: {"key_pages": [f["key"]]}, "KEY_PAGES", "UNSUPPORTED", "NULL", (),
+     1, 0),
+    ("bf16", "BSND", {"index_kind": 1}, "INDEX_KIND", "UNSUPPORTED", "GENERATED", (), 1, 1),
+    ("bf16", "PA", {"index_kind": 2}, "INDEX_KIND", "UNSUPPORTED", "GENERATED", (), 2, 1),
+    # What a header was not generated with.
+    ("f16", "PA", {"index_kind": 1}, "INDEX_KIND", "UNSUPPORTED", "NULL", (), 1, 0),
+    ("f16", "PA", lambda f: {"key_pages": [f["key"]]}, "KEY_PAGES", "UNSUPPORTED", "NULL", (), 1,
+     0),
+    ("f16", "PA", lambda f: {"value_pages": [f["key"]]}, "VALUE_PAGES", "UNSUPPORTED", "NULL", (),
+     1, 0),
+    ("f16", "BSND", {"antiquant_mode": 1}, "ANTIQUANT_MODE", "UNSUPPORTED", "NULL", (), 1, 0),
+    *(
+        ("i4", "BSND", {field: TOKENS_ROOM}, field.upper(), "UNSUPPORTED", "NULL", (), 1, 0)
+        for field in ("antiquant_scale", "antiquant_offset", "token_scales")
+    ),
+    # Tensors.
+    *(
+        (name, "BSND", {field: None}, field.upper(), "NULL", "NOT_NULL", (), 0, 0)
+        for name in ("bf16", "i8", "i4")
+        for field in ("key", "value", "key_cache", "value_cache", "positions")
+    ),
+    ("f16", "BSND", {"value": None, "value_cache": None}, "VALUE", "NULL", "NOT_NULL", (), 0, 0),
+    ("i8", "BSND", {"antiquant_scale": None}, "ANTIQUANT_SCALE", "NULL", "NOT_NULL", (), 0, 0),
+    ("i8", "BSND", {**TOKEN_CALL, "token_scales": None}, "TOKEN_SCALES", "NULL", "NOT_NULL", (), 0,
+     0),
+    ("i8", "BSND", {"token_scales": TOKENS_ROOM}, "TOKEN_SCALES", "UNSUPPORTED", "NULL", (), 1, 0),
+    ("i8", "BSND", {**TOKEN_CALL, "antiquant_scale": TOKENS_ROOM}, "ANTIQUANT_SCALE",
+     "UNSUPPORTED", "NULL", (), 1, 0),
+    ("i8", "BSND", {**TOKEN_CALL, "antiquant_offset": TOKENS_ROOM}, "ANTIQUANT_OFFSET",
+     "UNSUPPORTED", "NULL", (), 1, 0),
+    ("bf16", "PA", {"block_table": None}, "BLOCK_TABLE", "NULL", "NOT_NULL", (), 0, 0),
+    *(
+        ("bf16", "BSND", shifted(field), field.upper(), "ALIGN", "MULTIPLE_OF", (), 1, 2)
+        for field in ("key", "value", "key_cache", "value_cache")
+    ),
+    ("bf16", "BSND", {"numbers_f32": 1, "key": np.zeros(900, F32).ctypes.data + 2}, "KEY", "ALIGN",
+     "MULTIPLE_OF", (), 2, 4),
+    *(
+        ("bf16", "PA", shifted(field, 2), field.upper(), "ALIGN", "MULTIPLE_OF", (), 2, 4)
+        for field in ("positions", "lengths", "block_table")
+    ),
+    ("i8", "BSND", shifted("antiquant_scale", 2), "ANTIQUANT_SCALE", "ALIGN", "MULTIPLE_OF", (), 2,
+     4),
+    ("i8", "BSND", {**TOKEN_CALL, "token_scales": TOKENS_ROOM.ctypes.data + 2}, "TOKEN_SCALES",
+     "ALIGN", "MULTIPLE_OF", (), 2, 4),
+    # Memory that is written, and that lies under something else.
+    *(
+        ("bf16", "PA", lambda f, field=field: {"key_cache": f[field]}, "KEY_CACHE", "ALIAS",
+         "DISJOINT", (), 0, 0)
+        for field in ("key", "value", "positions", "lengths", "block_table")
+    ),
+    ("bf16", "BSND", lambda f: {"value_cache": f["key"]}, "VALUE_CACHE", "ALIAS", "DISJOINT", (),
+     0, 0),
+    ("bf16", "BSND", lambda f: {"value_cache": f["key_cache"]}, "VALUE_CACHE", "ALIAS", "DISJOINT",
+     (), 0, 0),
+    ("i8", "BSND", lambda f: {"antiquant_scale": f["key_cache"].view(F32)}, "KEY_CACHE", "ALIAS",
+     "DISJOINT", (), 0, 0),
+    ("i8", "BSND", lambda f: {**TOKEN_CALL, "token_scales": f["value_cache"].view(F32)},
+     "VALUE_CACHE", "ALIAS", "DISJOINT", (), 0, 0),
+    ("i8", "BSND", lambda f: {**TOKEN_CALL, "token_scales": f["key"].view(F32)}, "TOKEN_SCALES",
+     "ALIAS", "DISJOINT", (), 0, 0),
+    # Strides.
+    *(
+        ("bf16", "BSND", {field: (0, -1, 0)}, field.upper(), "SHAPE", "AT_LEAST", (), -1, 0)
+        for field in ("key_stride", "value_stride", "key_cache_stride", "value_cache_stride")
+    ),
+    ("bf16", "BSND", {"key_cache_stride": (0, 95, 0)}, "KEY_CACHE_STRIDE", "SHAPE", "AT_LEAST", (),
+     95, 96),
+    ("bf16", "BSND", {"value_cache_stride": (767, 96, 0)}, "VALUE_CACHE_STRIDE", "SHAPE",
+     "AT_LEAST", (), 767, 768),
+    ("i4", "BSND", {"key_cache_stride": (0, 0, 27)}, "KEY_CACHE_STRIDE", "SHAPE", "AT_LEAST", (),
+     27, 28),
+    ("bf16", "BSND", {"key_stride": (P62, 0, 0)}, "KEY_STRIDE", "SHAPE", "ADDRESSABLE", (),
+     PTR_MAX, PTR_MAX),
+    ("bf16", "BSND", {"key_cache_stride": (P62, 0, 0)}, "KEY_CACHE_STRIDE", "SHAPE",
+     "ADDRESSABLE", (), PTR_MAX, PTR_MAX),
+    # Places.
+    ("bf16", "BSND", array("positions", -1, 0), "POSITIONS", "LENGTH", "AT_LEAST", (0,), -1, 0),
+    ("bf16", "BSND", array("positions", 6, 6), "POSITIONS", "LENGTH", "AT_MOST", (1,), 6, 5),
+    ("bf16", "BSND", array("positions", 2**31 - 1, 6), "POSITIONS", "LENGTH", "AT_MOST", (0,),
+     2**31 - 1, 6),
+    ("bf16", "BSND", {"seq_kv": 2}, "POSITIONS", "LENGTH", "AT_MOST", (0,), 3, 0),
+    ("bf16", "BSND", array("lengths", 1, -1), "LENGTHS", "LENGTH", "AT_LEAST", (1,), -1, 0),
+    ("bf16", "BSND", array("lengths", 4, 1), "LENGTHS", "LENGTH", "AT_MOST", (0,), 4, 3),
+    ("bf16", "PA", array("positions", 0, 6), "POSITIONS", "LENGTH", "AT_MOST", (1,), 6, 5),
+    ("bf16", "slots", array("positions", 0, 6), "POSITIONS", "LENGTH", "AT_MOST", (1,), 6, 5),
+    ("bf16", "PA", {"block_size": 0}, "BLOCK_SIZE", "SHAPE", "AT_LEAST", (), 0, 1),
+    ("bf16", "PA", {"num_blocks": -1}, "NUM_BLOCKS", "SHAPE", "AT_LEAST", (), -1, 0),
+    ("bf16", "PA", {"max_blocks": -1}, "MAX_BLOCKS", "SHAPE", "AT_LEAST", (), -1, 0),
+    ("bf16", "PA", {"max_blocks": 2**30}, "MAX_BLOCKS", "SHAPE", "AT_MOST", (), 2**30,
+     (2**31 - 1) // 4),
+    ("bf16", "PA", array("block_table", [0, 1], [-1, 3]), "BLOCK_TABLE", "BLOCK_ID", "AT_LEAST",
+     (1, 0), -1, 0),
+    ("bf16", "PA", array("block_table", [0, 4], [2, 3]), "BLOCK_TABLE", "BLOCK_ID", "AT_MOST",
+     (0, 1), 4, 3),
+    ("bf16", "slots", array("block_table", range(8), [8, 9, 10, 16, 0, 0, 0, 0]), "BLOCK_TABLE",
+     "BLOCK_ID", "AT_MOST", (1, 3), 16, 15),
+    ("bf16", "slots", array("block_table", range(8), [8, 9, 10, 11, -1, 0, 0, 0]), "BLOCK_TABLE",
+     "BLOCK_ID", "AT_LEAST", (1, 4), -1, 0),
+    # Pages.
+    ("i8", "pages", page("key_pages", 1, None), "KEY_PAGES", "NULL", "NOT_NULL", (0, 1), 0, 0),
+    ("i8", "pages", page("value_pages", 2, None), "VALUE_PAGES", "NULL", "NOT_NULL", (1, 0), 0, 0),
+    ("bf16", "pages", page("key_pages", 2, 4099), "KEY_PAGES", "ALIGN", "MULTIPLE_OF", (1, 0), 1,
+     2),
+    ("bf16", "pages", page("value_pages", 3, "key"), "VALUE_PAGES", "ALIAS", "DISJOINT", (1, 1), 0,
+     0),
+    ("bf16", "pages", lambda f: {"value_pages": f["key_pages"]}, "VALUE_PAGES", "ALIAS",
+     "DISJOINT", (0, 0), 0, 0),
+    ("bf16", "pages", {"key_pages": None}, "KEY_PAGES", "NULL", "NOT_NULL", (), 0, 0),
+    ("bf16", "pages", {"value_pages": None}, "VALUE_PAGES", "NULL", "NOT_NULL", (), 0, 0),
+    ("bf16", "pages", array("block_table", 1), "BLOCK_TABLE", "UNSUPPORTED", "NULL", (), 1, 0),
+    ("bf16", "pages", lambda f: {"key_cache": f["kept"][0]}, "KEY_CACHE", "UNSUPPORTED", "NULL",
+     (), 1, 0),
+    ("bf16", "pages", lambda f: {"value_cache": f["kept"][0]}, "VALUE_CACHE", "UNSUPPORTED",
+     "NULL", (), 1, 0),
+    ("bf16", "pages", {"index_kind": 1}, "INDEX_KIND", "UNSUPPORTED", "GENERATED", (), 1, 1),
+]  # fmt: skip
+
+
+def call(name: str, fields: dict[str, Any]) -> bind.Result:
+    return kernel(name).append(**{n: v for n, v in fields.items() if n != "kept"})
+
+
+@pytest.mark.parametrize(
+    "name,way,change,argument,status,rule,position,value,limit", BAD,
+    ids=[f"{b[0]}-{b[1]}-{b[3]}-{b[5]}-{i}" for i, b in enumerate(BAD)],
+)  # fmt: skip
+def test_bad_input(name, way, change, argument, status, rule, position, value, limit):
+    """Which argument, where, what and what it was held against; and nothing is written."""
+    good = call(name, base(name, way))
+    assert good.ok, good.error_text
+    fields = base(name, way)
+    arrays = [a for a in fields.values() if isinstance(a, np.ndarray)] + fields.get("kept", [])
+    before = [a.copy() for a in [*arrays, TOKENS_ROOM]]
+    got = call(name, {**fields, **(change(fields) if callable(change) else change)})
+    assert (got.status_name, got.argument, got.rule) == (f"HL_ERR_{status}", argument, rule)
+    assert (got.position, got.value, got.limit) == (position, value, limit)
+    assert argument.lower() in got.error_text
+    for a, then in zip([*arrays, TOKENS_ROOM], before, strict=True):
+        assert a.tobytes() == then.tobytes()
+
+
+@pytest.mark.parametrize("name", ["f32", "i8", "i4xf16"])
+def test_nothing_to_do_needs_no_memory(name):
+    paged = {"layout_kv": 2, "block_size": 4}
+    for fields in ({}, {"batch": 3}, {"rows": 3}, paged, {**paged, "batch": 3}):
+        kernel(name).append(**fields).check()
+    error = kernel(name).Error()
+    status = kernel(name)._c_append(None, ctypes.byref(error))
+    assert kernel(name).result(status, error).argument == "ARGS"
+
+
+def test_an_instruction_set_that_is_not_here_is_refused():
+    for isa in WORDS_HERE:
+        kernel("i8").append(isa=isa_number("i8", isa)).check()
+    absent = "avx2" if "neon" in WORDS_HERE else "neon"
+    got = kernel("i8").append(isa=isa_number("i8", absent))
+    assert (got.argument, got.rule) == ("ISA", "GENERATED")
+
+
+@pytest.mark.parametrize("name,way", [("bf16", "PA"), ("i8", "pages")])
+def test_only_entries_that_new_rows_need_are_read(name, way):
+    """Others name no block, or no page; a page that is not needed may even be the keys."""
+    fields = base(name, way)
+    fields |= {"positions": np.asarray([4, 0], np.int32), "lengths": np.asarray([2, 0], np.int32)}
+    fields["rows"] = 3
+    if way == "pages":
+        fields["key_pages"] = [None, fields["key_pages"][1], fields["key"], None]
+        fields["value_pages"] = [None, fields["value_pages"][1], None, None]
+    else:
+        fields["block_table"] = np.asarray([[-7, 1], [99, -1]], np.int32)
+    call(name, fields).check()
+
+
+# ---- AArch64 -------------------------------------------------------------------------------------
+
+ARM_PROGRAM = """\
+#include <stdio.h>
+#include "header.h"
+#define JOIN(a, b) JOINED(a, b)
+#define JOINED(a, b) a##b
+int main(void)
+{
+    enum { K_IN = N_ROWS * N_HEADS * K_CHANNELS * NUMBER, GIVEN = 4096 };
+    enum { V_IN = N_ROWS * N_HEADS * V_CHANNELS * NUMBER };
+    static _Alignas(16) char k[K_IN], v[V_IN], scale[GIVEN], offset[GIVEN];
+    static _Alignas(16) char k_out[N_ROWS * K_ROW], v_out[N_ROWS * V_ROW], tokens[8 * N_ROWS];
+    static const int32_t zero = 0;
+    hl_error error;
+    if (fread(k, 1, K_IN, stdin) != K_IN || fread(v, 1, V_IN, stdin) != V_IN) return 1;
+    if (fread(scale, 1, GIVEN, stdin) != GIVEN || fread(offset, 1, GIVEN, stdin) != GIVEN) return 1;
+    for (int isa = HL_ISA_SCALAR; isa <= HL_ISA_NEON; isa++) {
+        hl_decode_append_args a = {0};
+        for (size_t i = 0; i < sizeof tokens; i++) tokens[i] = (char)0xff;
+        a.key = k;
+        a.value = v;
+        a.key_cache = k_out;
+        a.value_cache = v_out;
+        a.positions = &zero;
+        a.batch = 1;
+        a.rows = a.seq_kv = N_ROWS;
+        a.heads_kv = N_HEADS;
+        a.numbers_f32 = NUMBER == 4;
+        a.antiquant_f32 = 1;
+        a.antiquant_mode = SCALING;
+        if (CODED && SCALING == HL_ANTIQUANT_TOKEN) a.token_scales = (float *)(void *)tokens;
+        if (CODED && SCALING != HL_ANTIQUANT_TOKEN) a.antiquant_scale = scale;
+        if (CODED && SCALING != HL_ANTIQUANT_TOKEN) a.antiquant_offset = offset;
+        a.isa = isa;
+        if (JOIN(KERNEL, _append)(&a, &error) != HL_OK) return 2;
+        fwrite(k_out, 1, sizeof k_out, stdout);
+        fwrite(v_out, 1, sizeof v_out, stdout);
+        fwrite(tokens, 1, sizeof tokens, stdout);
+    }
+    return 0;
+}
+"""
+
+
+@pytest.mark.parametrize("name", ["bf16", "f16", "i8", "i8xe4m3", "e4m3", "i4"])
+def test_neon_writes_the_same_bytes(name):
+    """Under qemu: plain C99 and NEON, both types of numbers, scales that are given and that are
+    not."""
+    need_aarch64()
+    rows = 24
+    for mode in [CHANNEL, TOKEN] if name in CODED else [CHANNEL]:
+        for dtype in (query_type(name), F32):
+            new = [
+                rows_of_numbers((rows, HEADS, channels), dtype, i)
+                for i, (_, channels) in enumerate(sides(name))
+            ]
+            given = scales_of(name, mode, np.dtype(F32)) if name in CODED else None
+            want = [[], []]
+            tokens = np.full((2, rows), 0xFFFFFFFF, np.uint32)
+            for s, (kind, _) in enumerate(sides(name)):
+                for i in range(rows):
+                    use = given is not None and mode == CHANNEL
+                    scale = given["scale"][s] if use else None
+                    offset = given["offset"][s] if use else 0
+                    made, token = encode(kind, new[s][i], scale, offset)
+                    want[s].append(made)
+                    if token is not None:
+                        nan = np.isnan(token)
+                        tokens[s, i] = 0x7FC00000 if nan else token.view(np.uint32)
+            blocks = [np.zeros(4096, np.uint8) for _ in range(2)]
+            if given:
+                for block, what in zip(blocks, ("scale", "offset"), strict=True):
+                    flat = joined(given[what]).view(np.uint8)
+                    block[: flat.size] = flat
+            defines = {
+                "KERNEL": kernel(name).name,
+                "N_ROWS": rows,
+                "N_HEADS": HEADS,
+                "K_CHANNELS": sides(name)[0][1],
+                "V_CHANNELS": sides(name)[1][1],
+                "NUMBER": dtype.itemsize,
+                "K_ROW": HEADS * width(*sides(name)[0]),
+                "V_ROW": HEADS * width(*sides(name)[1]),
+                "CODED": int(name in CODED),
+                "SCALING": mode,
+            }
+            program = bind.compile_c(
+                {"header.h": text(name), "append.c": ARM_PROGRAM},
+                compiler=AARCH64,
+                flags=("-O1", *(f"-D{key}={value}" for key, value in defines.items())),
+                suffix=".bin",
+            )
+            run = subprocess.run(
+                [*QEMU, str(program)],
+                input=b"".join(x.tobytes() for x in [*new, *blocks]),
+                capture_output=True,
+                timeout=300,
+            )
+            assert run.returncode == 0, run.stderr
+            exact = np.concatenate([np.concatenate(w).ravel() for w in want])
+            exact = np.concatenate([exact, tokens.view(np.uint8).ravel()])
+            for got in np.frombuffer(run.stdout, np.uint8).reshape(2, -1):
+                wrong = np.flatnonzero(got != exact)
+                assert not wrong.size, (mode, dtype, wrong[0])

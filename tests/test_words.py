@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from helpers import BF16, WORDS_HERE
 from helpers_runner import AARCH64, QEMU, need_aarch64
+from oracle_append import as_codes
 
 from gen import bind, render, spec
 from gen.formats import CODES, STORED
@@ -60,7 +61,7 @@ def header_text() -> str:
     for isa in ISAS.values():
         if not isa.tiles:
             formats = ("bf16", *CODES, "i4", "dots")
-            words = render.words_page(isa, formats, "builtin", tuple(STORED))
+            words = render.words_page(isa, formats, "builtin", tuple(STORED), tuple(CODES))
             text += f"\n#if HL_HAS_{isa.macro}\n{words}#endif\n"
     return text
 
@@ -334,6 +335,11 @@ class Pieces:
         for kind in CODES:
             made[f"vput_{kind}"] = self.take(65536, np.uint8), self.take(N // 2, np.uint8)
         made["vpeak"] = self.take(len(PEAKS))
+        for kind in CODES:
+            made[f"vclip_{kind}"] = self.take(2 * N, np.uint8)
+            made[f"clip_tails_{kind}"] = [
+                (self.take(n, np.uint8), self.take(lanes, np.uint8)) for n in range(1, lanes)
+            ]
         for kind in (*CODES, *I4):
             made[f"vrow_{kind}"] = [(n, self.take(-(-n // lanes) * lanes)) for n in CODE_ROWS]
         for kind in (*CODES, "i4"):
@@ -529,6 +535,22 @@ def test_codes_are_written(machine, isa, kind):
     for n, (last, first) in enumerate(got[f"tails_{kind}"], 1):
         assert (last == want[:n]).all() and (first[:n] == want[:n]).all(), n
         assert (first[n:] == 0x55).all() and len(first) == lanes, n
+
+
+@BY_ISA
+@pytest.mark.parametrize("kind", CODES)
+def test_any_number_becomes_a_code(machine, isa, kind):
+    """Infinite ones the largest, NaN 0 or E4M3's; -128 too."""
+    got, lanes = of(machine, isa), ISAS[isa].lanes
+    x = np.concatenate([inputs()[kind], inputs()["x"]])
+    want = as_codes(kind, x)
+    wrong = got[f"vclip_{kind}"] != want
+    assert not wrong.any(), (x[wrong][:5], got[f"vclip_{kind}"][wrong][:5], want[wrong][:5])
+    assert {"i8": (want == 0x80).any(), "e4m3": (want == 0x7F).any()}[kind]
+    start = as_codes(kind, inputs()["x"][:lanes])
+    for n, (last, first) in enumerate(got[f"clip_tails_{kind}"], 1):
+        assert (last == start[:n]).all() and (first[:n] == start[:n]).all(), n
+        assert (first[n:] == 0x55).all(), n
 
 
 @BY_ISA
