@@ -15,8 +15,9 @@ import oracle_decode as oracle
 import pytest
 from helpers import (
     BF16,
+    FEW_HEADS,
+    ISAS_HERE,
     LIBS,
-    WORDS_HERE,
     Sizes,
     check_errors,
     check_statistics,
@@ -45,6 +46,7 @@ from oracle_decode import (
 )
 
 from gen import bind, spec
+from gen.isa import ISAS
 
 OP = "incre_flash_attention"
 FEATURES = ("stats", "sinks", "window", "softcap", "alibi", "slots", "pages")
@@ -74,7 +76,18 @@ SPECS: dict[str, dict[str, Any]] = {
     "bf16_bf16xi8": {"dtype": "bf16", "dk": 16, "dv": 20, "kv": "bf16xi8", "features": ["stats"]},
     "f16_e4m3xi4": {"dtype": "f16", "dk": 32, "dv": 70, "kv": "e4m3xi4_64"},
     "f16_i4xf16": {"dtype": "f16", "dk": 150, "dv": 16, "kv": "i4_128xf16", "features": ["sinks"]},
+    "bf16_tails": {
+        "dtype": "bf16",
+        "dk": 33,
+        "dv": 49,
+        "features": ["stats", "window", "softcap"],
+        "isa": ["avx512", "amx"],
+    },
+    "bf16_heads": {"dtype": "bf16", "dk": 256, "dv": 224, "features": ["stats", "sinks", "alibi"]},
 }
+# What tiles have beside the other kernels': channels that are no whole column and values wider than
+# keys; every width of the steps through the values. Words are tried on the others.
+TILED = ("bf16_tails", "bf16_heads")
 SMALL = ("f32_all", "f16_none", "bf16_all")  # that have no codes
 CODED = (
     "bf16_i8",
@@ -102,8 +115,9 @@ POINTERS = (
 
 
 def table(name: str, **changes: Any) -> dict[str, Any]:
-    """The generator's table of one of SPECS."""
-    return {"op": OP, **SPECS[name], **changes}
+    """The generator's table of one of SPECS. A name that lists all features would be too long for
+    some of its header's lines."""
+    return {"op": OP, "name": f"hl_decode_{name}", **SPECS[name], **changes}
 
 
 def has(name: str, feature: str) -> bool:
@@ -115,9 +129,26 @@ def with_feature(feature: str) -> tuple[str, ...]:
 
 
 @functools.cache
+def header(name: str) -> Any:
+    """The generator's Header."""
+    return spec.parse_header(table(name))
+
+
+def isas_in(name: str) -> tuple[str, ...]:
+    """The instruction sets that a kernel has and that run here: tiles only where both sides of the
+    cache are plain bfloat16."""
+    return tuple(isa for isa in ISAS_HERE if isa in header(name).kernels[0].isa)
+
+
+def best_in(name: str) -> str:
+    """The one that plan chooses."""
+    return isas_in(name)[-1]
+
+
+@functools.cache
 def text(name: str) -> str:
     """The header's C text."""
-    return bind.header_text(spec.parse_header(table(name)))
+    return bind.header_text(header(name))
 
 
 def formats_of(name: str) -> tuple[str, str]:
@@ -141,8 +172,14 @@ def bound(name: str, made: bind.Kernel) -> bind.Kernel:
 
 
 def by_pair(*names: str) -> pytest.MarkDecorator:
-    """Parametrises name and isa: every kernel on every instruction set that runs here."""
-    pairs = [(name, isa) for name in names for isa in WORDS_HERE]
+    """Parametrises name and isa: every kernel on every instruction set that runs here; those that
+    are there for tiles on tiles alone."""
+    pairs = [
+        (name, isa)
+        for name in names
+        for isa in isas_in(name)
+        if name not in TILED or ISAS[isa].tiles
+    ]
     return pytest.mark.parametrize("name,isa", pairs)
 
 
@@ -723,7 +760,7 @@ def sizes(a: Args) -> Sizes:
     """What rounding is relative to, [B][S1][N1] and for values [B][S1][N1][DV]."""
     shape = (a.batch, a.seq_q, a.heads_q)
     score, keys = np.zeros(shape), np.zeros(shape)
-    value, none = np.zeros((*shape, a.dv)), np.zeros((*shape, a.dv))
+    value, spread = np.zeros((*shape, a.dv)), np.zeros((*shape, a.dv))
     with np.errstate(all="ignore"):
         for r in oracle.rows(a):
             if len(r.k) == 0:
@@ -733,10 +770,38 @@ def sizes(a: Args) -> Sizes:
             bias = abs(r.pse.astype(np.float64)) + abs(r.slopes[:, None] * r.distance)
             bias = np.where(np.isfinite(bias), bias, 0.0)
             score[r.b, r.i, r.heads] = (size + abs(a.softcap) + bias).max(axis=1)
-            value[r.b, r.i, r.heads] = weigh(
-                oracle.scores(r, a, np.float64), r.v_size.astype(np.float64), None
-            )[0]
-    return Sizes(score, keys, value, none)
+            s = oracle.scores(r, a, np.float64)
+            value[r.b, r.i, r.heads] = weigh(s, r.v_size.astype(np.float64), None)[0]
+            if tiles_take(a):  # only there it is asked for
+                spread[r.b, r.i, r.heads] = spread_of(s, r.v.astype(np.float64), r.sinks)
+    return Sizes(score, keys, value, spread)
+
+
+def spread_of(s: np.ndarray, v: np.ndarray, sinks: np.ndarray | None) -> np.ndarray:
+    """sum p |v - o|, [G][DV], o being the mean of v; a sink takes of the weights, not of the
+    mean."""
+    made = np.zeros((len(s), v.shape[1]))
+    shares = np.ones(len(s)) if sinks is None else weigh(s, np.ones((len(v), 1)), sinks)[0][:, 0]
+    for head, scores in enumerate(s):
+        p = np.exp(scores - scores.max())
+        p /= p.sum()
+        made[head] = shares[head] * (p @ abs(v - p @ v))
+    return np.nan_to_num(made, nan=0.0, posinf=0.0)
+
+
+def tiles_take(a: Args) -> bool:
+    """Whether an instruction set with tiles computes a call on them: caches of bfloat16; and with
+    more queries than one tile holds, nothing that changes scores."""
+    many = a.heads_q // a.heads_kv * a.seq_q > FEW_HEADS
+    changed = a.pse_shift is not None or a.alibi_slopes is not None or a.softcap != 0
+    return a.query.dtype == BF16 and a.formats == ("", "") and not (many and changed)
+
+
+def tile_error(a: Args, isa: str, size: Sizes) -> np.ndarray:
+    """What weights in bfloat16 add to the error, as helpers.tile_error says."""
+    if not ISAS[isa].tiles or not tiles_take(a):
+        return np.zeros(1)
+    return 2.0**-8 / (1 - 2.0**-8) * size.spread
 
 
 @dataclass
@@ -753,14 +818,18 @@ def expected(a: Args) -> Expected:
 
 
 def check(
-    a: Args, got: dict[str, np.ndarray], strict: bool = False, known: Expected | None = None
+    a: Args,
+    got: dict[str, np.ndarray],
+    isa: str,
+    strict: bool = False,
+    known: Expected | None = None,
 ) -> Output:
-    """All outputs of one call against the oracle; strict: enough elements for the error rule to
-    need no slack but FlashAttention's."""
+    """All outputs of one call, made on an instruction set, against the oracle; strict: enough
+    elements for the error rule to need no slack but FlashAttention's."""
     known = known or expected(a)
     want, size = known.want, known.size
     by_head = dataclasses.replace(size, score=size.score[..., None], keys=size.keys[..., None])
-    error = float32_error(by_head, a.dk)
+    error = float32_error(by_head, a.dk) + tile_error(a, isa, size)
     out, exact = (by_row(x, a.layout_query) for x in (got["attention_out"], want.exact))
     if a.quant_scale2 is not None:
         check_codes(a, out, exact, rounded_bound(error, exact, np.dtype(np.float32), size))
@@ -781,14 +850,14 @@ def prepared(name: str, shape: Shape) -> tuple[Case, Expected]:
 def check_call(name: str, shape: Shape, isa: str, **more: Any) -> Case:
     """One call on ordinary memory against the oracle."""
     case, known = prepared(name, shape)
-    check(case.args, run(kernel(name), case, isa, **more), known=known)
+    check(case.args, run(kernel(name), case, isa, **more), isa, known=known)
     return case
 
 
 def check_guarded(name: str, shape: Shape, way: Way) -> None:
     """One call between guard pages against the oracle."""
     case, known = prepared(name, shape)
-    check(case.args, run_guarded(kernel(name), case, way), known=known)
+    check(case.args, run_guarded(kernel(name), case, way), way.isa, known=known)
 
 
 def check_codes(a: Args, got: np.ndarray, exact: np.ndarray, bound: np.ndarray) -> None:

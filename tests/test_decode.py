@@ -6,7 +6,7 @@ import math
 import numpy as np
 import oracle_decode as oracle
 import pytest
-from helpers import BF16, WORDS_HERE, same_bits
+from helpers import BF16, ISAS_HERE, same_bits
 from helpers_cases import INT_MIN, STATS
 from helpers_decode import (
     CODED,
@@ -26,6 +26,7 @@ from helpers_decode import (
     formats_of,
     has,
     in_floats,
+    isas_in,
     kernel,
     make_case,
     run,
@@ -50,7 +51,9 @@ def can_leave_value_out(name: str) -> bool:
 
 def test_every_instruction_set_is_present():
     for name in ALL:
-        assert tuple(kernel(name).isas()) == WORDS_HERE
+        assert tuple(kernel(name).isas()) == isas_in(name)
+        plain = SPECS[name]["dtype"] == "bf16" and formats_of(name) == ("", "")
+        assert ("amx" in isas_in(name)) == (plain and "amx" in ISAS_HERE)
 
 
 # ---- layouts, rows, heads -----------------------------------------------------------------------
@@ -130,9 +133,9 @@ def test_values_in_the_first_channels_of_the_keys(name, isa):
             k = kernel(name)
             case = make_case(k, shape)
             got = run(k, case, isa)
-            check(case.args, got)
+            check(case.args, got, isa)
             copy = case.changed(value=case.args.key[..., : k.dv].copy())
-            check(copy.args, run(k, copy, isa))
+            check(copy.args, run(k, copy, isa), isa)
 
 
 @by_pair(*SMALL)
@@ -155,7 +158,7 @@ def test_zero_is_the_default_of_every_size(name, isa):
     ):
         got = run(k, case, **{"isa": k.isas()[isa], zero: 0})
         if zero == "isa":
-            check(case.args, got)
+            check(case.args, got, isa)
         else:
             assert same_bits(got["attention_out"], want["attention_out"]), zero
 
@@ -170,7 +173,7 @@ def test_scale_zero_is_one_and_negative_turns_the_order(name, isa):
     turned = case.changed(query=-case.args.query, scale_value=0.25)
     outs = [run(k, c, isa)["attention_out"] for c in (minus, turned)]
     assert same_bits(*outs)
-    check(minus.args, {"attention_out": outs[0]})
+    check(minus.args, {"attention_out": outs[0]}, isa)
 
 
 # ---- bias and masks -----------------------------------------------------------------------------
@@ -206,7 +209,7 @@ def test_a_bias_of_minus_infinity_leaves_out(name, isa):
         case.args.key[:, hidden] = 1.0
         if case.args.value is not None:
             case.args.value[:, hidden] = 1.0
-        check(case.args, run(k, case, isa, chunk_keys=128))
+        check(case.args, run(k, case, isa, chunk_keys=128), isa)
 
 
 @by_pair(*SMALL)
@@ -266,7 +269,7 @@ def test_rows_that_see_nothing_are_zero_in_every_bit(name, isa):
             case = make_case(k, shape)
             got = run(k, case, isa, chunk_keys=128)
             assert not got["attention_out"].view(np.uint8).any()
-            check(case.args, got)
+            check(case.args, got, isa)
             if k.stats and sink == "none":
                 assert not got["softmax_max"].view(np.uint8).any()
                 assert not got["softmax_sum"].view(np.uint8).any()
@@ -276,7 +279,7 @@ def test_rows_that_see_nothing_are_zero_in_every_bit(name, isa):
         got = run(k, early, isa)
         assert not got["attention_out"][:, :6].view(np.uint8).any()
         assert got["attention_out"][:, 6:].astype(np.float32).any()
-        check(early.args, got)
+        check(early.args, got, isa)
 
 
 @by_pair(*SMALL)
@@ -288,7 +291,7 @@ def test_one_row_that_sees_nothing_between_others(name, isa):
     case.args.atten_mask[0, 2] = 9
     got = run(k, case, isa)
     assert not got["attention_out"][:, 2].view(np.uint8).any()
-    check(case.args, got)
+    check(case.args, got, isa)
 
 
 def refill(case: Case) -> None:
@@ -436,7 +439,7 @@ def test_blocks_may_be_shared(name, isa):
     table[:, :5] = table[0, [0, 1, 1, 3, 4]]
     case = case.changed(block_table=table)
     got = run(k, case, isa)
-    check(case.args, got)
+    check(case.args, got, isa)
     assert not same_bits(got["attention_out"][0], np.zeros_like(got["attention_out"][0]))
 
 
@@ -485,7 +488,7 @@ def test_every_code(name, isa):
         elif kind:
             scales_at = -(-(k.dk, k.dv)[side == "value"] // 4) * 2
             tensor[..., :scales_at] = rng.integers(0, 256, (*tensor.shape[:-1], scales_at))
-    check(case.args, run(k, case, isa))
+    check(case.args, run(k, case, isa), isa)
 
 
 @by_pair(*CODED)
@@ -495,7 +498,7 @@ def test_offsets_that_cancel_most_of_a_code(name, isa):
     for mode in (CHANNEL, TENSOR, TOKEN):
         case = make_case(k, Shape(lens=(60,), group=2, antiquant=mode, spread="equal", seed=2))
         case.args.antiquant_offset[...] = np.where(case.args.antiquant_offset > 0, -97.3, 101.9)
-        check(case.args, run(k, case, isa))
+        check(case.args, run(k, case, isa), isa)
 
 
 # ---- quantised output ---------------------------------------------------------------------------
@@ -585,7 +588,7 @@ def test_rows_that_see_nothing_become_the_code_of_zero(name, isa):
         case.args.quant_offset2[...] = offset
         got = run(k, case, isa)["attention_out"]
         assert (got[0] == np.clip(np.rint(np.float32(offset)), -128, 127)).all()
-        check(case.args, {"attention_out": got})
+        check(case.args, {"attention_out": got}, isa)
     case = case.changed(quant_offset2=None)
     assert not run(k, case, isa)["attention_out"][0].any()
 
@@ -600,7 +603,7 @@ def test_float_output_is_the_output_before_rounding(name, isa):
         case.extra["out_f32"] = 1
         exact = run(k, case, isa)["attention_out"]
         assert exact.dtype == np.float32 and same_bits(exact.astype(case.dtype), rounded)
-        check(case.args, {"attention_out": exact})
+        check(case.args, {"attention_out": exact}, isa)
 
 
 # ---- extensions ---------------------------------------------------------------------------------
@@ -687,7 +690,7 @@ def test_chunks_and_partials(name, isa, layout):
         )
         case = in_floats(make_case(k, shape))
         whole = run(k, case, isa, chunk_keys=128)
-        check(case.args, whole)
+        check(case.args, whole, isa)
         for partials in (False, True):
             got = execute(k, case, isa, partials=partials)
             for output in whole:
@@ -703,7 +706,7 @@ def test_hostile_spreads_over_several_chunks(name, isa, spread):
         shape = Shape(lens=(500,), seq_q=rows, group=group, spread=spread, seed=3)
         k = kernel(name)
         case = make_case(k, shape)
-        check(case.args, execute(k, case, isa, partials=True))
+        check(case.args, execute(k, case, isa, partials=True), isa)
 
 
 @by_pair(*ALL)
@@ -714,7 +717,7 @@ def test_error_rule_on_realistic_scores(name, isa):
     for sharpness in (1.0, 4.0):
         case = make_case(k, Shape(lens=(400,), seq_q=12, heads_kv=2, group=4, seed=7))
         case = case.changed(scale_value=abs(case.args.scale_value) * sharpness)
-        check(case.args, run(k, case, isa, chunk_keys=128), strict=True)
+        check(case.args, run(k, case, isa, chunk_keys=128), isa, strict=True)
 
 
 def parts_of(k, case: Case, cuts: list[int], isa: str) -> list[dict[str, np.ndarray]]:
@@ -757,7 +760,7 @@ def test_merged_parts_are_the_whole(name, isa, cuts):
             **outputs,
         )
         assert result.ok, result.error_text
-        check(case.args, outputs)
+        check(case.args, outputs, isa)
         for stat in STATS:
             assert np.allclose(outputs[stat], whole[stat], rtol=1e-6, atol=1e-6)
     assert math.isinf(outputs["softmax_lse"][1, 0, 0]) == (sinks == "none")
@@ -845,7 +848,7 @@ def test_a_softcap_hides_no_nan(name, isa):
         got = run(k, case, isa)["attention_out"].astype(np.float32)
         assert np.isnan(got[0, 0, 0]).all() and not np.isnan(got[0, 0, 1:]).any()
         case.args.query[0, 0, 0] = 1e30
-        check(case.args, run(k, case, isa))
+        check(case.args, run(k, case, isa), isa)
 
 
 @by_pair("f16_none", "bf16_all")
@@ -866,5 +869,5 @@ def test_table_of_the_second_batch_only(name, isa):
     case = make_case(k, Shape(lens=(0, 33), layout_kv=PA_BSND, block_size=4, group=2, seed=3))
     case.args.block_table[0] = INT_MIN
     got = run(k, case, isa)
-    check(case.args, got)
+    check(case.args, got, isa)
     assert not by_row(got["attention_out"], BSND)[0].view(np.uint8).any()
