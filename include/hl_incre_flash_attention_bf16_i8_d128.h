@@ -72,6 +72,11 @@
  *   Scales of K's channels go into Q and those of V's into the result, so that every code is
  *   read once for all queries and enters the products as the whole number that it is.
  *
+ * NEW ROWS
+ *   ..._append(&rows, &error) writes new keys and values of each batch into its cache, from a
+ *   position on, in any layout of the cache; what is stored, hl_decode_append_args says. One at a
+ *   time or at once, and on every instruction set, the bytes are the same.
+ *
  * OUTPUT
  *   In the query's type, rounded to nearest even. With quant_scale2: int8, the number before that
  *   rounding, times quant_scale2, plus quant_offset2, each rounded as float32, to nearest even,
@@ -86,8 +91,9 @@
  *
  * NUMBERS
  *   Scores, softmax and sums are float32; each key's score is a plain dot product. The bits of a
- *   row depend on that row's inputs, S1, chunk_keys and the instruction set alone: not on threads,
- *   tasks, batch, layout or pages. 2^x and ln x: math = "builtin".
+ *   row depend on that row's inputs, S1, chunk_keys and the instruction set alone (and where rows
+ *   have masks of their own, on which keys all of them see): not on threads, tasks, batch, layout
+ *   or pages. 2^x and ln x: math = "builtin".
  *
  * MACROS (before the first inclusion)
  *   HL_API, HL_IMPLEMENTATION  one copy for several files
@@ -12099,7 +12105,8 @@ static inline hl_status hl_ifa_bf16_i8_d128_check_append_memory(const hl_decode_
     const uint32_t given = a->antiquant_f32 ? 4u : 2u;
     const uint64_t scales = given
         * (a->antiquant_mode == HL_ANTIQUANT_TENSOR ? 2u : (uint64_t)a->heads_kv * 256u);
-    const uint64_t tokens = hl_mul_cap(each, 2u * (uint64_t)hl_ifa_bf16_i8_d128_append_limit(a));
+    const uint64_t tokens =
+        hl_mul_cap(each, 2u * (uint64_t)hl_ifa_bf16_i8_d128_append_limit(a));
     const int64_t fresh[3] = {a->batch, a->rows, a->heads_kv};
     uint64_t extent[2] = {0, 0};
     hl_status status = HL_OK;

@@ -67,6 +67,11 @@
  *   Paged: token t is row t % block_size of block block_table[b][t / block_size]; batches may share
  *   blocks; entries past the last key are not read.
  *
+ * NEW ROWS
+ *   ..._append(&rows, &error) writes new keys and values of each batch into its cache, from a
+ *   position on, in any layout of the cache; what is stored, hl_decode_append_args says. One at a
+ *   time or at once, and on every instruction set, the bytes are the same.
+ *
  * OUTPUT
  *   In the query's type, rounded to nearest even. With quant_scale2: int8, the number before that
  *   rounding, times quant_scale2, plus quant_offset2, each rounded as float32, to nearest even,
@@ -81,8 +86,9 @@
  *
  * NUMBERS
  *   Scores, softmax and sums are float32; each key's score is a plain dot product. The bits of a
- *   row depend on that row's inputs, S1, chunk_keys and the instruction set alone: not on threads,
- *   tasks, batch, layout or pages. 2^x and ln x: math = "builtin".
+ *   row depend on that row's inputs, S1, chunk_keys and the instruction set alone (and where rows
+ *   have masks of their own, on which keys all of them see): not on threads, tasks, batch, layout
+ *   or pages. 2^x and ln x: math = "builtin".
  *
  * MACROS (before the first inclusion)
  *   HL_API, HL_IMPLEMENTATION  one copy for several files
