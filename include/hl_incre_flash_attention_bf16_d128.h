@@ -63,6 +63,11 @@
  *   Paged: token t is row t % block_size of block block_table[b][t / block_size]; batches may share
  *   blocks; entries past the last key are not read.
  *
+ * NEW ROWS
+ *   ..._append(&rows, &error) writes new keys and values of each batch into its cache, from a
+ *   position on, in any layout of the cache; what is stored, hl_decode_append_args says. One at a
+ *   time or at once, and on every instruction set, the bytes are the same.
+ *
  * OUTPUT
  *   In the query's type, rounded to nearest even. With quant_scale2: int8, the number before that
  *   rounding, times quant_scale2, plus quant_offset2, each rounded as float32, to nearest even,

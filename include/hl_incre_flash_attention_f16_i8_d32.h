@@ -69,6 +69,11 @@
  *   Scales of K's channels go into Q and those of V's into the result, so that every code is
  *   read once for all queries and enters the products as the whole number that it is.
  *
+ * NEW ROWS
+ *   ..._append(&rows, &error) writes new keys and values of each batch into its cache, from a
+ *   position on, in any layout of the cache; what is stored, hl_decode_append_args says. One at a
+ *   time or at once, and on every instruction set, the bytes are the same.
+ *
  * OUTPUT
  *   In the query's type, rounded to nearest even. With quant_scale2: int8, the number before that
  *   rounding, times quant_scale2, plus quant_offset2, each rounded as float32, to nearest even,
