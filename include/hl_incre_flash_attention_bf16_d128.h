@@ -3834,6 +3834,9 @@ static inline void hl_ifa_bf16_d128_walk_scalar(const hl_incre_flash_attention_p
     hl_row *later; /* the next block's rows, of the first head */
     hl_row *ask;
     int32_t chunks;
+    if (n < 1) {
+        return;
+    }
     for (int32_t h = 0; h < n; ++h) {
         (void)hl_ifa_bf16_d128_group(plan, first + h, &g[h]);
         hl_ifa_bf16_d128_space(&w[h], workspace + (size_t)h * plan->task_bytes, plan->group,
@@ -5635,6 +5638,9 @@ static inline void hl_ifa_bf16_d128_walk_neon(const hl_incre_flash_attention_pla
     hl_row *later; /* the next block's rows, of the first head */
     hl_row *ask;
     int32_t chunks;
+    if (n < 1) {
+        return;
+    }
     for (int32_t h = 0; h < n; ++h) {
         (void)hl_ifa_bf16_d128_group(plan, first + h, &g[h]);
         hl_ifa_bf16_d128_space(&w[h], workspace + (size_t)h * plan->task_bytes, plan->group,
@@ -7259,6 +7265,9 @@ static inline void hl_ifa_bf16_d128_walk_avx2(const hl_incre_flash_attention_pla
     hl_row *later; /* the next block's rows, of the first head */
     hl_row *ask;
     int32_t chunks;
+    if (n < 1) {
+        return;
+    }
     for (int32_t h = 0; h < n; ++h) {
         (void)hl_ifa_bf16_d128_group(plan, first + h, &g[h]);
         hl_ifa_bf16_d128_space(&w[h], workspace + (size_t)h * plan->task_bytes, plan->group,
@@ -9693,6 +9702,9 @@ static inline void hl_ifa_bf16_d128_walk_avx512(const hl_incre_flash_attention_p
     hl_row *later; /* the next block's rows, of the first head */
     hl_row *ask;
     int32_t chunks;
+    if (n < 1) {
+        return;
+    }
     for (int32_t h = 0; h < n; ++h) {
         (void)hl_ifa_bf16_d128_group(plan, first + h, &g[h]);
         hl_ifa_bf16_d128_space(&w[h], workspace + (size_t)h * plan->task_bytes, plan->group,
@@ -11257,6 +11269,9 @@ static inline void hl_ifa_bf16_d128_walk_amx(const hl_incre_flash_attention_plan
     hl_row *later; /* the next block's rows, of the first head */
     hl_row *ask;
     int32_t chunks;
+    if (n < 1) {
+        return;
+    }
     for (int32_t h = 0; h < n; ++h) {
         (void)hl_ifa_bf16_d128_group(plan, first + h, &g[h]);
         hl_ifa_bf16_d128_space(&w[h], workspace + (size_t)h * plan->task_bytes, plan->group,

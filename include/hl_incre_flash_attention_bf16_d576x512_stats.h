@@ -3869,6 +3869,9 @@ static inline void hl_ifa_bf16_d576x512_stats_walk_scalar(const hl_incre_flash_a
     hl_row *later; /* the next block's rows, of the first head */
     hl_row *ask;
     int32_t chunks;
+    if (n < 1) {
+        return;
+    }
     for (int32_t h = 0; h < n; ++h) {
         (void)hl_ifa_bf16_d576x512_stats_group(plan, first + h, &g[h]);
         hl_ifa_bf16_d576x512_stats_space(&w[h], workspace + (size_t)h * plan->task_bytes,
@@ -5687,6 +5690,9 @@ static inline void hl_ifa_bf16_d576x512_stats_walk_neon(const hl_incre_flash_att
     hl_row *later; /* the next block's rows, of the first head */
     hl_row *ask;
     int32_t chunks;
+    if (n < 1) {
+        return;
+    }
     for (int32_t h = 0; h < n; ++h) {
         (void)hl_ifa_bf16_d576x512_stats_group(plan, first + h, &g[h]);
         hl_ifa_bf16_d576x512_stats_space(&w[h], workspace + (size_t)h * plan->task_bytes,
@@ -7329,6 +7335,9 @@ static inline void hl_ifa_bf16_d576x512_stats_walk_avx2(const hl_incre_flash_att
     hl_row *later; /* the next block's rows, of the first head */
     hl_row *ask;
     int32_t chunks;
+    if (n < 1) {
+        return;
+    }
     for (int32_t h = 0; h < n; ++h) {
         (void)hl_ifa_bf16_d576x512_stats_group(plan, first + h, &g[h]);
         hl_ifa_bf16_d576x512_stats_space(&w[h], workspace + (size_t)h * plan->task_bytes,
@@ -9840,6 +9849,9 @@ static inline void hl_ifa_bf16_d576x512_stats_walk_avx512(const hl_incre_flash_a
     hl_row *later; /* the next block's rows, of the first head */
     hl_row *ask;
     int32_t chunks;
+    if (n < 1) {
+        return;
+    }
     for (int32_t h = 0; h < n; ++h) {
         (void)hl_ifa_bf16_d576x512_stats_group(plan, first + h, &g[h]);
         hl_ifa_bf16_d576x512_stats_space(&w[h], workspace + (size_t)h * plan->task_bytes,
@@ -11444,6 +11456,9 @@ static inline void hl_ifa_bf16_d576x512_stats_walk_amx(const hl_incre_flash_atte
     hl_row *later; /* the next block's rows, of the first head */
     hl_row *ask;
     int32_t chunks;
+    if (n < 1) {
+        return;
+    }
     for (int32_t h = 0; h < n; ++h) {
         (void)hl_ifa_bf16_d576x512_stats_group(plan, first + h, &g[h]);
         hl_ifa_bf16_d576x512_stats_space(&w[h], workspace + (size_t)h * plan->task_bytes,

@@ -4244,6 +4244,9 @@ static inline void hl_ifa_bf16_i8_d128_walk_scalar(const hl_incre_flash_attentio
     hl_row *later; /* the next block's rows, of the first head */
     hl_row *ask;
     int32_t chunks;
+    if (n < 1) {
+        return;
+    }
     for (int32_t h = 0; h < n; ++h) {
         (void)hl_ifa_bf16_i8_d128_group(plan, first + h, &g[h]);
         hl_ifa_bf16_i8_d128_space(&w[h], workspace + (size_t)h * plan->task_bytes, plan->group,
@@ -6391,6 +6394,9 @@ static inline void hl_ifa_bf16_i8_d128_walk_neon(const hl_incre_flash_attention_
     hl_row *later; /* the next block's rows, of the first head */
     hl_row *ask;
     int32_t chunks;
+    if (n < 1) {
+        return;
+    }
     for (int32_t h = 0; h < n; ++h) {
         (void)hl_ifa_bf16_i8_d128_group(plan, first + h, &g[h]);
         hl_ifa_bf16_i8_d128_space(&w[h], workspace + (size_t)h * plan->task_bytes, plan->group,
@@ -8349,6 +8355,9 @@ static inline void hl_ifa_bf16_i8_d128_walk_avx2(const hl_incre_flash_attention_
     hl_row *later; /* the next block's rows, of the first head */
     hl_row *ask;
     int32_t chunks;
+    if (n < 1) {
+        return;
+    }
     for (int32_t h = 0; h < n; ++h) {
         (void)hl_ifa_bf16_i8_d128_group(plan, first + h, &g[h]);
         hl_ifa_bf16_i8_d128_space(&w[h], workspace + (size_t)h * plan->task_bytes, plan->group,
@@ -11120,6 +11129,9 @@ static inline void hl_ifa_bf16_i8_d128_walk_avx512(const hl_incre_flash_attentio
     hl_row *later; /* the next block's rows, of the first head */
     hl_row *ask;
     int32_t chunks;
+    if (n < 1) {
+        return;
+    }
     for (int32_t h = 0; h < n; ++h) {
         (void)hl_ifa_bf16_i8_d128_group(plan, first + h, &g[h]);
         hl_ifa_bf16_i8_d128_space(&w[h], workspace + (size_t)h * plan->task_bytes, plan->group,

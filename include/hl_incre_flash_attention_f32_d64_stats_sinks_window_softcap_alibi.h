@@ -3567,6 +3567,9 @@ static inline void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_walk_scalar(
     hl_row *later; /* the next block's rows, of the first head */
     hl_row *ask;
     int32_t chunks;
+    if (n < 1) {
+        return;
+    }
     for (int32_t h = 0; h < n; ++h) {
         (void)hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_group(plan, first + h, &g[h]);
         hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_space(&w[h], workspace + (size_t)h
@@ -5477,6 +5480,9 @@ static inline void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_walk_neon(
     hl_row *later; /* the next block's rows, of the first head */
     hl_row *ask;
     int32_t chunks;
+    if (n < 1) {
+        return;
+    }
     for (int32_t h = 0; h < n; ++h) {
         (void)hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_group(plan, first + h, &g[h]);
         hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_space(&w[h], workspace + (size_t)h
@@ -7192,6 +7198,9 @@ static inline void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_walk_avx2(
     hl_row *later; /* the next block's rows, of the first head */
     hl_row *ask;
     int32_t chunks;
+    if (n < 1) {
+        return;
+    }
     for (int32_t h = 0; h < n; ++h) {
         (void)hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_group(plan, first + h, &g[h]);
         hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_space(&w[h], workspace + (size_t)h
@@ -9667,6 +9676,9 @@ static inline void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_walk_avx512(
     hl_row *later; /* the next block's rows, of the first head */
     hl_row *ask;
     int32_t chunks;
+    if (n < 1) {
+        return;
+    }
     for (int32_t h = 0; h < n; ++h) {
         (void)hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_group(plan, first + h, &g[h]);
         hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_space(&w[h], workspace + (size_t)h
