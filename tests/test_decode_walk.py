@@ -20,13 +20,13 @@ from helpers_decode import (
     Way,
     check,
     execute,
-    expected,
     fields_of,
     formats_of,
     in_floats,
     isas_in,
     kernel,
     make_case,
+    prepared,
     run,
     run_guarded,
 )
@@ -79,8 +79,8 @@ def assert_same(x: dict, y: dict, what: object = "") -> None:
 def check_turns(name: str, isa: str, call: Shape, guarded: bool = False) -> None:
     """The one call, tasks in some order, partials, and less workspace: right, and the same bits."""
     k = kernel(name)
-    case = in_floats(make_case(k, call)) if call.quant == "none" else make_case(k, call)
-    known = expected(case.args)
+    case, known = prepared(name, call)
+    case = case.changed() if call.quant != "none" else in_floats(case.changed())
     n, one = turns(k, case, isa, chunk_keys=128)
     assert n == min(call.heads_kv, MOST) > 1
     want = run(k, case, isa, chunk_keys=128)
@@ -88,7 +88,7 @@ def check_turns(name: str, isa: str, call: Shape, guarded: bool = False) -> None
     assert_same(execute(k, case, isa, order=1), want, "tasks")
     if max(call.lens) > 128:
         assert_same(execute(k, case, isa, order=2, partials=True), want, "partials")
-    for held in sorted({1, 2, 3, n // 2 + 1, n - 1}):
+    for held in sorted({1, 3, n - 1}):
         room = np.full(held * one + one // 2, 0xFF, np.uint8)
         got = run(k, case, isa, chunk_keys=128, workspace=room)
         assert_same(got, want, f"{held} in turn")
