@@ -318,8 +318,8 @@ def parse_features(op, dtype, table):
 
 
 def tiles_fit(op, isa, dtype, kv):
-    """Whether an instruction set is of use: decoding waits for memory, and what tiles could do for
-    float16 in two parts, or for codes, words do as well."""
+    """Whether an instruction set can be had: when decoding, tiles read rows of bfloat16 only. For
+    float16 they would take two parts and more than 16 queries; for codes there is no page yet."""
     return op != DECODE or not isa.tiles or dtype == kv == "bf16"
 
 
