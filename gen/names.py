@@ -14,6 +14,8 @@ OPERATORS = {
     "sparse_flash_attention": "sfa",
     "sparse_flash_attention_antiquant": "sfaq",
     "incre_flash_attention": "ifa",
+    "fusion_attention": "fa",
+    "fusion_attention_grad": "fag",
 }
 
 KERNEL = re.compile(

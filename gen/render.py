@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import jinja2
 
-from gen import ABI, __version__, matrix, memory, tiling
+from gen import ABI, __version__, matrix, memory, tiling, train
 from gen.append_view import append_view, written_of
 from gen.decode_view import decode_view, rows_of, side_read, side_stored
 from gen.fill import WIDTH, refill
@@ -17,6 +17,7 @@ from gen.isa import FORMAT_WORDS, ISAS
 from gen.names import OPERATORS, Speller
 from gen.record_view import formats_of, record_view
 from gen.refusal import Refusal
+from gen.train import train_view
 
 CHUNK_KEYS = 2048  # keys summed before they are merged, unless the caller says otherwise
 MAX_GROUP = 65536  # query heads on one kv head: keeps every size of the workspace in 32 bits
@@ -186,7 +187,7 @@ def kernel_view(kernel):
         value=side_stored(kernel, "value"),
         key_as=side_read(kernel, "key"),  # as the products read them
         value_as=side_read(kernel, "value"),
-        **decode_view(kernel),
+        **{**decode_view(kernel), **train_view(kernel)},
         append=append_view(kernel),
         record=record_view(kernel),
         layouts_of_cache=", ".join(kernel.layout_kv)
@@ -252,6 +253,8 @@ def with_isa(side, isa):
 STEPS = ("step/load", "step/score", "step/softmax", "step/value", "step/finish")
 INT8_STEPS = ("step/int8_load", "step/int8_score", "step/int8_softmax", "step/int8_value")
 INT8_STEPS += ("step/finish", "algo/int8")
+TRAIN_STEPS = ("train/load", "train/products", "train/softmax", "train/finish")
+TRAIN_STEPS += ("train/forward",)
 TILE_STEPS = ("tile/load", "tile/many", "tile/few", "tile/settle", "step/finish")
 
 
@@ -272,7 +275,9 @@ def region_page(region, view):
         "task_attribute": f'__attribute__((target("{isa.target}")))\n' if isa.target else "",
     }
     pages = [*(TILE_STEPS if isa.tiles else STEPS), "algo/merge", "algo/forward"]
-    if region.kernel.integer:
+    if region.kernel.trains:
+        pages = list(TRAIN_STEPS)
+    elif region.kernel.integer:
         pages = list(INT8_STEPS)
     elif region.kernel.decodes:
         pages.insert(pages.index("tile/few" if isa.tiles else "step/softmax"), "step/decode_bias")
@@ -291,14 +296,19 @@ def region_page(region, view):
 
 
 def tiles_of(kernel):
-    return {isa: tiling.tile(kernel, isa) for isa in kernel.isas}
+    tile = train.tile if kernel.trains else tiling.tile
+    return {isa: tile(kernel, isa) for isa in kernel.isas}
+
+
+def memory_of(kernel, tiles):
+    return train.plan(tiles) if kernel.trains else memory.plan(tiles)
 
 
 def kernel_page(kernel):
     """Everything of one kernel behind the shared parts."""
     view = kernel_view(kernel)
     tiles = tiles_of(kernel)
-    mem = memory.plan(tiles)
+    mem = memory_of(kernel, tiles)
     needs = (formats_of(kernel), kernel.math, rows_of(kernel), written_of(kernel))
     words = [
         SimpleNamespace(isa=isa, text=words_page(isa, *needs))
@@ -310,8 +320,9 @@ def kernel_page(kernel):
     ]
     common = Speller(kernel.prefix, kernel.private)
     text = page(
-        "kernel.h.j2",
+        "train/kernel.h.j2" if kernel.trains else "kernel.h.j2",
         k=view,
+        queries=max(getattr(t, "queries", 0) for t in tiles.values()),
         memory=mem,
         words=words,
         regions=regions,
@@ -369,7 +380,7 @@ def wrap_command(command, width=91):
 def render_header(header):
     """The text of one header."""
     views = [kernel_view(kernel) for kernel in header.kernels]
-    kernels = [view for view in views if not view.decodes]
+    kernels = [view for view in views if not view.decodes and not view.trains]
     ops = sorted({kernel.op for kernel in header.kernels})
     text = page(
         "header.h.j2",
@@ -380,6 +391,7 @@ def render_header(header):
         command=wrap_command(command_of(header)),
         kernels=kernels,
         decoders=[view for view in views if view.decodes],
+        trainers=[view for view in views if view.trains],
         decode_bytes=decode_bytes(header),
         decode_tiles=any(isa.tiles for k in header.kernels if k.decodes for isa in k.isas),
         pages=[kernel_page(kernel) for kernel in header.kernels],
@@ -418,7 +430,9 @@ def decode_bytes(header):
 def manual_of(header):
     """Figures that the manual quotes, for the header's first kernel."""
     kernel = header.kernels[0]
-    mem = memory.plan(tiles_of(kernel))
+    mem = memory_of(kernel, tiles_of(kernel))
+    if kernel.trains:
+        return SimpleNamespace(bytes=mem.bytes)
     return SimpleNamespace(
         example_group=128 if kernel.d >= 512 else 8,
         bytes=mem.workspace_bytes(128 if kernel.d >= 512 else 8),

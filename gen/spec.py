@@ -17,10 +17,16 @@ from gen.refusal import Refusal, identifier, nearest, whole
 CATALOGUE = Path(__file__).with_name("catalogue.toml")
 
 DECODE = "incre_flash_attention"
+TRAIN = "fusion_attention"
+GRAD = "fusion_attention_grad"
 INT8 = "i8"  # queries, keys and values of the decode operator's pipeline of whole numbers
 LAYOUTS_Q = {DECODE: ("BSND", "BSH", "BNSD")}
 LAYOUTS_KV = {DECODE: ("BSND", "BSH", "BNSD", "PA_BSND", "PA_BNSD")}
 FEATURES = {DECODE: ("stats", "sinks", "window", "softcap", "alibi", "slots", "pages")}
+for _op in (TRAIN, GRAD):
+    LAYOUTS_Q[_op] = LAYOUTS_KV[_op] = ("BSND", "BSH", "SBH", "BNSD", "TND")
+FEATURES[TRAIN] = ("pse_types", "softcap", "sinks")
+FEATURES[GRAD] = ("pse_types", "softcap")
 for _op in ("sparse_flash_attention", "sparse_flash_attention_antiquant"):
     LAYOUTS_Q[_op] = ("BSND", "TND")
     LAYOUTS_KV[_op] = ("BSND", "TND", "PA_BSND")
@@ -102,6 +108,11 @@ class Kernel:
     def decodes(self):
         """Whether it is the decode operator: every row of a batch sees the same cache, densely."""
         return self.op == DECODE
+
+    @property
+    def trains(self):
+        """Whether it is an operator of training and prefill: many rows see the same keys."""
+        return self.op in (TRAIN, GRAD)
 
     @property
     def integer(self):
@@ -207,12 +218,13 @@ def parse_cache(op, dtype, table, records):
     """kv and the record that it names (None: rows of the query's own type)."""
     if op == DECODE:
         return parse_stored(dtype, table), None
-    kv = table.get("kv", dtype if op == "sparse_flash_attention" else None)
-    if op == "sparse_flash_attention":
+    plain = op in ("sparse_flash_attention", TRAIN, GRAD)
+    kv = table.get("kv", dtype if plain else None)
+    if plain:
         if kv in records or (kv in STORED and kv not in FORMATS):
             raise Refusal(
                 f"kv = {kv!r} is a quantised cache, which {op} does not have",
-                'set op to "sparse_flash_attention_antiquant"',
+                f'set op to "{DECODE if op in (TRAIN, GRAD) else op + "_antiquant"}"',
             )
         one_of("kv", kv, tuple(FORMATS))
         if kv != dtype:
@@ -236,14 +248,20 @@ def parse_cache(op, dtype, table, records):
 
 def parse_channels(op, table, record):
     """dk, rope and dv; a record says them by itself."""
-    if op == DECODE:
+    if op in (DECODE, TRAIN, GRAD):
         if table.get("rope", 0) != 0:
             raise Refusal(
                 f"rope = {table['rope']!r}: {op} has joined rows",
                 "leave rope out; dk counts all channels of a key",
             )
         dk = channels("dk", table["dk"], 1)
-        return dk, 0, channels("dv", table.get("dv", dk), 1)
+        dv = channels("dv", table.get("dv", dk), 1)
+        if op != DECODE and dv > dk:
+            raise Refusal(
+                f"dv = {dv} is more than dk = {dk}: {op} has values as wide as keys or narrower",
+                f"set dv to {dk} or less",
+            )
+        return dk, 0, dv
     if record is None:
         dk = channels("dk", table["dk"], 1)
         rope = channels("rope", table.get("rope", 0), 0)
@@ -272,10 +290,25 @@ def parse_channels(op, table, record):
     return dk, rope, dv
 
 
+def parse_input_layouts(op, table):
+    """Training: all tensors of a call have the same layout."""
+    layout_q = some_of("layout_q", table.get("layout_q", LAYOUTS_Q[op]), LAYOUTS_Q[op])
+    layout_kv = some_of("layout_kv", table.get("layout_kv", layout_q), LAYOUTS_KV[op])
+    if layout_kv != layout_q:
+        raise Refusal(
+            f"layout_kv = {list(layout_kv)} differs from layout_q = {list(layout_q)}: {op} has one "
+            "layout for all tensors",
+            "leave layout_kv out",
+        )
+    return layout_q, layout_kv
+
+
 def parse_layouts(op, table, record):
     """layout_q and layout_kv, each of which has one of the other to go with."""
     paged_only = record is not None and record.scales_behind
     every = LAYOUTS_Q[op]
+    if op in (TRAIN, GRAD):
+        return parse_input_layouts(op, table)
     known = ("PA_BSND",) if paged_only else LAYOUTS_KV[op]
     layout_q = some_of("layout_q", table.get("layout_q", every), every)
     layout_kv = some_of("layout_kv", table.get("layout_kv", known), LAYOUTS_KV[op])
@@ -320,6 +353,8 @@ def parse_features(op, dtype, table):
 def tiles_fit(op, isa, dtype, kv):
     """Whether an instruction set can be had: when decoding, tiles read rows of bfloat16 only. For
     float16 they would take two parts and more than 16 queries; for codes there is no page yet."""
+    if op in (TRAIN, GRAD):
+        return not isa.tiles
     return op != DECODE or not isa.tiles or dtype == kv == "bf16"
 
 
@@ -363,7 +398,7 @@ def parse_kernel(table, prefix=None, records=RECORDS):
     for name in isa:
         if not tiles_fit(op, ISAS[name], dtype, kv):
             raise Refusal(
-                f"isa {name} with dtype {dtype} and kv {kv}: when decoding, tiles take bf16 only",
+                f"isa {name} with dtype {dtype} and kv {kv}: {op} on tiles takes bf16 only",
                 f"leave {name} out of isa",
             )
         if numbers not in ISAS[name].formats:
