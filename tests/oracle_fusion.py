@@ -281,7 +281,7 @@ def bias(a: Args, b: int, h: int, sq: int, skv: int) -> np.ndarray:
         column = width - 1 - np.maximum(distance, 0)
         there = (row >= 0) & (column >= 0)
         made = a.pse[of, h][np.maximum(row, 0), np.maximum(column, 0)].astype(np.float64)
-        made = np.where(there, made, np.nan)
+        made = np.where(there, made, 0.0)  # 1024 and more behind the row: there is none
     elif a.pse_shape == ONE_ROW and a.input_layout == TND:
         at = a.heads_q * sum(n for _, _, _, n in before) + h * skv
         made = a.pse[at : at + skv].astype(np.float64)[None].repeat(sq, axis=0)
@@ -340,7 +340,7 @@ def pack(bits: np.ndarray) -> np.ndarray:
 
 def kept(a: Args, b: int, h: int, sq: int, skv: int) -> np.ndarray:
     """[Sq][Skv] of one head: what its weights are multiplied with."""
-    if a.dropout_mask is not None:
+    if a.dropout_mask is not None and a.kept_share < 1:
         before = a.heads_q * sum(m * n for _, m, _, n in spans_of(a)[:b]) + h * sq * skv
         bits = np.unpackbits(a.dropout_mask, bitorder="little")[before : before + sq * skv]
         return bits.reshape(sq, skv) / a.kept_share
