@@ -6,6 +6,7 @@ Inside, a tensor is [rows][heads][channels], the rows of all batches one behind 
 head of every batch is one Part: a matrix of scores and what happens to it.
 """
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -186,11 +187,13 @@ def keep(mode: int, sq: int, skv: int, before: int, behind: int, prefix: int) ->
     raise ValueError(f"mode {mode}")
 
 
+@functools.cache
 def upper_triangle() -> np.ndarray:
     """The mask that modes 2, 3, 4, 7 and 8 want to be given: 1 right of the diagonal."""
     return np.triu(np.ones((2048, 2048), np.uint8), k=1)
 
 
+@functools.cache
 def triangle_and_rectangle() -> np.ndarray:
     """And that of mode 6: below it 1024 rows whose right half is 1."""
     rectangle = np.concatenate([np.zeros((1024, 1024)), np.ones((1024, 1024))], axis=1)
