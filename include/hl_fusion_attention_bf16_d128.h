@@ -376,10 +376,9 @@ enum {
 
 /* Shapes of pse, for each of pse_batch batches and each head. */
 enum {
-    HL_PSE_FULL = 0, /* [S1][S2]; TND: those of all batches end to end, each [N1][S1][S2] */
-    HL_PSE_ONE_ROW = 1, /* [S2]: the same for all queries; TND: end to end, each [N1][S2] */
-    /* [1024][pse_width]: the last rows of a bias that depends on i - j alone */
-    HL_PSE_LAST_ROWS = 2
+    HL_PSE_FULL = 0,     /* [S1][S2]; TND: those of all batches end to end, each [N1][S1][S2] */
+    HL_PSE_ONE_ROW = 1,  /* [S2]: the same for all queries; TND: end to end, each [N1][S2]    */
+    HL_PSE_LAST_ROWS = 2 /* [1024][pse_width]: the last rows, as the bias depends on i - j    */
 };
 
 #endif /* HL_TRAIN_COMMON */
@@ -2709,8 +2708,8 @@ static inline const uint16_t *hl_fa_bf16_d128_query_row_scalar(const void *tenso
            + (ptrdiff_t)((g->first + p) % g->heads) * stride->head;
 }
 
-/* One row into its column of panels of 2 vectors, [panel][channel][column]; the last
- * panel may be narrower. A row that is NULL is 0. */
+/* One row into its column of panels of 2 vectors, [panel][channel][column]; the
+ * last panel may be narrower. A row that is NULL is 0. */
 HL_KERNEL_SCALAR void hl_fa_bf16_d128_pack_row_scalar(const float *row, int32_t channels,
     int32_t column, int32_t columns, float *to)
 {
@@ -3363,8 +3362,8 @@ static inline const uint16_t *hl_fa_bf16_d128_query_row_neon(const void *tensor,
            + (ptrdiff_t)((g->first + p) % g->heads) * stride->head;
 }
 
-/* One row into its column of panels of 2 vectors, [panel][channel][column]; the last
- * panel may be narrower. A row that is NULL is 0. */
+/* One row into its column of panels of 2 vectors, [panel][channel][column]; the
+ * last panel may be narrower. A row that is NULL is 0. */
 HL_KERNEL_NEON void hl_fa_bf16_d128_pack_row_neon(const float *row, int32_t channels,
                                                   int32_t column, int32_t columns, float *to)
 {
@@ -4112,8 +4111,8 @@ static inline const uint16_t *hl_fa_bf16_d128_query_row_avx2(const void *tensor,
            + (ptrdiff_t)((g->first + p) % g->heads) * stride->head;
 }
 
-/* One row into its column of panels of 2 vectors, [panel][channel][column]; the last
- * panel may be narrower. A row that is NULL is 0. */
+/* One row into its column of panels of 2 vectors, [panel][channel][column]; the
+ * last panel may be narrower. A row that is NULL is 0. */
 HL_KERNEL_AVX2 void hl_fa_bf16_d128_pack_row_avx2(const float *row, int32_t channels,
                                                   int32_t column, int32_t columns, float *to)
 {
@@ -4800,8 +4799,8 @@ static inline const uint16_t *hl_fa_bf16_d128_query_row_avx512(const void *tenso
            + (ptrdiff_t)((g->first + p) % g->heads) * stride->head;
 }
 
-/* One row into its column of panels of 2 vectors, [panel][channel][column]; the last
- * panel may be narrower. A row that is NULL is 0. */
+/* One row into its column of panels of 2 vectors, [panel][channel][column]; the
+ * last panel may be narrower. A row that is NULL is 0. */
 HL_KERNEL_AVX512 void hl_fa_bf16_d128_pack_row_avx512(const float *row, int32_t channels,
     int32_t column, int32_t columns, float *to)
 {

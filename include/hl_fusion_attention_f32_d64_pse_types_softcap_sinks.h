@@ -377,10 +377,9 @@ enum {
 
 /* Shapes of pse, for each of pse_batch batches and each head. */
 enum {
-    HL_PSE_FULL = 0, /* [S1][S2]; TND: those of all batches end to end, each [N1][S1][S2] */
-    HL_PSE_ONE_ROW = 1, /* [S2]: the same for all queries; TND: end to end, each [N1][S2] */
-    /* [1024][pse_width]: the last rows of a bias that depends on i - j alone */
-    HL_PSE_LAST_ROWS = 2
+    HL_PSE_FULL = 0,     /* [S1][S2]; TND: those of all batches end to end, each [N1][S1][S2] */
+    HL_PSE_ONE_ROW = 1,  /* [S2]: the same for all queries; TND: end to end, each [N1][S2]    */
+    HL_PSE_LAST_ROWS = 2 /* [1024][pse_width]: the last rows, as the bias depends on i - j    */
 };
 
 #endif /* HL_TRAIN_COMMON */
@@ -2596,8 +2595,8 @@ static inline const float *hl_fa_f32_d64_pse_types_softcap_sinks_query_row_scala
            + (ptrdiff_t)((g->first + p) % g->heads) * stride->head;
 }
 
-/* One row into its column of panels of 2 vectors, [panel][channel][column]; the last
- * panel may be narrower. A row that is NULL is 0. */
+/* One row into its column of panels of 2 vectors, [panel][channel][column]; the
+ * last panel may be narrower. A row that is NULL is 0. */
 HL_KERNEL_SCALAR void hl_fa_f32_d64_pse_types_softcap_sinks_pack_row_scalar(const float *row,
     int32_t channels, int32_t column, int32_t columns, float *to)
 {
@@ -3311,8 +3310,8 @@ static inline const float *hl_fa_f32_d64_pse_types_softcap_sinks_query_row_neon(
            + (ptrdiff_t)((g->first + p) % g->heads) * stride->head;
 }
 
-/* One row into its column of panels of 2 vectors, [panel][channel][column]; the last
- * panel may be narrower. A row that is NULL is 0. */
+/* One row into its column of panels of 2 vectors, [panel][channel][column]; the
+ * last panel may be narrower. A row that is NULL is 0. */
 HL_KERNEL_NEON void hl_fa_f32_d64_pse_types_softcap_sinks_pack_row_neon(const float *row,
     int32_t channels, int32_t column, int32_t columns, float *to)
 {
@@ -4121,8 +4120,8 @@ static inline const float *hl_fa_f32_d64_pse_types_softcap_sinks_query_row_avx2(
            + (ptrdiff_t)((g->first + p) % g->heads) * stride->head;
 }
 
-/* One row into its column of panels of 2 vectors, [panel][channel][column]; the last
- * panel may be narrower. A row that is NULL is 0. */
+/* One row into its column of panels of 2 vectors, [panel][channel][column]; the
+ * last panel may be narrower. A row that is NULL is 0. */
 HL_KERNEL_AVX2 void hl_fa_f32_d64_pse_types_softcap_sinks_pack_row_avx2(const float *row,
     int32_t channels, int32_t column, int32_t columns, float *to)
 {
@@ -4870,8 +4869,8 @@ static inline const float *hl_fa_f32_d64_pse_types_softcap_sinks_query_row_avx51
            + (ptrdiff_t)((g->first + p) % g->heads) * stride->head;
 }
 
-/* One row into its column of panels of 2 vectors, [panel][channel][column]; the last
- * panel may be narrower. A row that is NULL is 0. */
+/* One row into its column of panels of 2 vectors, [panel][channel][column]; the
+ * last panel may be narrower. A row that is NULL is 0. */
 HL_KERNEL_AVX512 void hl_fa_f32_d64_pse_types_softcap_sinks_pack_row_avx512(const float *row,
     int32_t channels, int32_t column, int32_t columns, float *to)
 {
