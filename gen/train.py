@@ -31,7 +31,7 @@ WHY = {
     "avx2": "6 x 2 accumulators, 2 vectors and a broadcast fill 15 of 16 registers",
     "avx512": "12 x 2 accumulators take 24 of 32 registers: 14 loads for 24 FMA",
 }
-QUERIES = 96
+QUERIES = 144  # an odd number of cache lines: rows of S do not share their cache sets
 BLOCK = 96
 SMALL = 16  # both, where memory is dear: headers for small targets alone
 

@@ -76,7 +76,7 @@
  *   to be below keep_prob * 2^32. The same on all instruction sets, threads and layouts.
  *
  * MEMORY
- *   One task needs 901312 bytes, whatever the shape. Nothing is read before or
+ *   One task needs 1129600 bytes, whatever the shape. Nothing is read before or
  *   behind a row; unused memory may hold NaN.
  *
  * NUMBERS
@@ -1139,6 +1139,14 @@ typedef struct hl_span {
     ptrdiff_t out;
 } hl_span;
 
+/* For each column of a block, the rows low .. high-1 that it may see; both never fall from one
+ * column to the next. The block's first row is number `at`. */
+typedef struct hl_seen {
+    const int32_t *low;
+    const int32_t *high;
+    int32_t at;
+} hl_seen;
+
 static inline int32_t hl_clip(int64_t x, int64_t low, int64_t high)
 {
     return (int32_t)(x < low ? low : x > high ? high : x);
@@ -1227,7 +1235,7 @@ enum {
 };
 
 /* Bytes of workspace for one task, any alignment, whatever the shape of the call. */
-#define HL_FUSION_ATTENTION_BF16_D576X512_WORKSPACE_BYTES ((size_t)901312)
+#define HL_FUSION_ATTENTION_BF16_D576X512_WORKSPACE_BYTES ((size_t)1129600)
 
 /* Checks everything, fills in defaults, counts tasks. On an error *plan is untouched. */
 HL_API hl_status hl_fusion_attention_bf16_d576x512_plan(hl_fusion_attention_plan *plan,
@@ -1301,6 +1309,12 @@ HL_WORD_SCALAR hl_vf_scalar hl_vscale_scalar(hl_vf_scalar x, hl_vf_scalar n)
 {
     return n <= 0.0f ? hl_float_of(hl_bits_of(x) + ((uint32_t)(int32_t)n << 23)) : n;
 }
+
+#endif
+#ifndef HL_WORDS_SCALAR_TURN
+#define HL_WORDS_SCALAR_TURN
+
+HL_WORD_SCALAR void hl_vturn_scalar(hl_vf_scalar *x) { (void)x; }
 
 #endif
 #ifndef HL_WORDS_SCALAR_BF16
@@ -1420,6 +1434,22 @@ HL_WORD_NEON hl_vf_neon hl_vswap_neon(hl_vf_neon x, int32_t n)
 HL_WORD_NEON hl_vf_neon hl_vsums_neon(const hl_vf_neon *x)
 {
     return vpaddq_f32(vpaddq_f32(x[0], x[1]), vpaddq_f32(x[2], x[3]));
+}
+
+#endif
+#ifndef HL_WORDS_NEON_TURN
+#define HL_WORDS_NEON_TURN
+
+HL_WORD_NEON void hl_vturn_neon(hl_vf_neon *x)
+{
+    const float64x2_t a = vreinterpretq_f64_f32(vtrn1q_f32(x[0], x[1]));
+    const float64x2_t b = vreinterpretq_f64_f32(vtrn2q_f32(x[0], x[1]));
+    const float64x2_t c = vreinterpretq_f64_f32(vtrn1q_f32(x[2], x[3]));
+    const float64x2_t d = vreinterpretq_f64_f32(vtrn2q_f32(x[2], x[3]));
+    x[0] = vreinterpretq_f32_f64(vtrn1q_f64(a, c));
+    x[1] = vreinterpretq_f32_f64(vtrn1q_f64(b, d));
+    x[2] = vreinterpretq_f32_f64(vtrn2q_f64(a, c));
+    x[3] = vreinterpretq_f32_f64(vtrn2q_f64(b, d));
 }
 
 #endif
@@ -1565,6 +1595,29 @@ HL_WORD_AVX2 hl_vf_avx2 hl_vsums_avx2(const hl_vf_avx2 *x)
     const __m256 a = _mm256_hadd_ps(_mm256_hadd_ps(x[0], x[1]), _mm256_hadd_ps(x[2], x[3]));
     const __m256 b = _mm256_hadd_ps(_mm256_hadd_ps(x[4], x[5]), _mm256_hadd_ps(x[6], x[7]));
     return _mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x21), _mm256_blend_ps(a, b, 0xf0));
+}
+
+#endif
+#ifndef HL_WORDS_AVX2_TURN
+#define HL_WORDS_AVX2_TURN
+
+HL_WORD_AVX2 void hl_vturn_avx2(hl_vf_avx2 *x)
+{
+    hl_vf_avx2 r[8];
+    for (int32_t i = 0; i < 8; i += 4) { /* four rows: four columns of each half */
+        const __m256d a = _mm256_castps_pd(_mm256_unpacklo_ps(x[i], x[i + 1]));
+        const __m256d b = _mm256_castps_pd(_mm256_unpackhi_ps(x[i], x[i + 1]));
+        const __m256d c = _mm256_castps_pd(_mm256_unpacklo_ps(x[i + 2], x[i + 3]));
+        const __m256d d = _mm256_castps_pd(_mm256_unpackhi_ps(x[i + 2], x[i + 3]));
+        r[i] = _mm256_castpd_ps(_mm256_unpacklo_pd(a, c));
+        r[i + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(a, c));
+        r[i + 2] = _mm256_castpd_ps(_mm256_unpacklo_pd(b, d));
+        r[i + 3] = _mm256_castpd_ps(_mm256_unpackhi_pd(b, d));
+    }
+    for (int32_t i = 0; i < 4; ++i) {
+        x[i] = _mm256_permute2f128_ps(r[i], r[4 + i], 0x20);
+        x[4 + i] = _mm256_permute2f128_ps(r[i], r[4 + i], 0x31);
+    }
 }
 
 #endif
@@ -1764,6 +1817,36 @@ HL_WORD_AVX512 hl_vf_avx512 hl_vsums_avx512(const hl_vf_avx512 *x)
 }
 
 #endif
+#ifndef HL_WORDS_AVX512_TURN
+#define HL_WORDS_AVX512_TURN
+
+HL_WORD_AVX512 void hl_vturn_avx512(hl_vf_avx512 *x)
+{
+    const __mmask16 all = hl_all_avx512();
+    hl_vf_avx512 r[16];
+    for (int32_t i = 0; i < 16; i += 4) { /* four rows: four columns of each quarter */
+        const __m512d a = _mm512_castps_pd(_mm512_maskz_unpacklo_ps(all, x[i], x[i + 1]));
+        const __m512d b = _mm512_castps_pd(_mm512_maskz_unpackhi_ps(all, x[i], x[i + 1]));
+        const __m512d c = _mm512_castps_pd(_mm512_maskz_unpacklo_ps(all, x[i + 2], x[i + 3]));
+        const __m512d d = _mm512_castps_pd(_mm512_maskz_unpackhi_ps(all, x[i + 2], x[i + 3]));
+        r[i] = _mm512_castpd_ps(_mm512_maskz_unpacklo_pd((__mmask8)all, a, c));
+        r[i + 1] = _mm512_castpd_ps(_mm512_maskz_unpackhi_pd((__mmask8)all, a, c));
+        r[i + 2] = _mm512_castpd_ps(_mm512_maskz_unpacklo_pd((__mmask8)all, b, d));
+        r[i + 3] = _mm512_castpd_ps(_mm512_maskz_unpackhi_pd((__mmask8)all, b, d));
+    }
+    for (int32_t i = 0; i < 4; ++i) {
+        const hl_vf_avx512 a = _mm512_maskz_shuffle_f32x4(all, r[i], r[4 + i], 0x88);
+        const hl_vf_avx512 b = _mm512_maskz_shuffle_f32x4(all, r[8 + i], r[12 + i], 0x88);
+        const hl_vf_avx512 c = _mm512_maskz_shuffle_f32x4(all, r[i], r[4 + i], 0xdd);
+        const hl_vf_avx512 d = _mm512_maskz_shuffle_f32x4(all, r[8 + i], r[12 + i], 0xdd);
+        x[i] = _mm512_maskz_shuffle_f32x4(all, a, b, 0x88);
+        x[4 + i] = _mm512_maskz_shuffle_f32x4(all, c, d, 0x88);
+        x[8 + i] = _mm512_maskz_shuffle_f32x4(all, a, b, 0xdd);
+        x[12 + i] = _mm512_maskz_shuffle_f32x4(all, c, d, 0xdd);
+    }
+}
+
+#endif
 #ifndef HL_WORDS_AVX512_BF16
 #define HL_WORDS_AVX512_BF16
 
@@ -1881,25 +1964,25 @@ static inline void hl_fa_bf16_d576x512_cut(hl_fa_bf16_d576x512_space *w, void *w
     const size_t off = (size_t)((uintptr_t)start % 64u);
     float *at = (float *)(void *)(start + (off != 0 ? 64u - off : 0u));
     w->q = at;
-    at += 55296;
+    at += 82944;
     w->k = at;
     at += 55296;
     w->v = at;
     at += 55296;
     w->s = at;
-    at += 9216;
+    at += 13824;
     w->o = at;
-    at += 49152;
+    at += 73728;
     w->row = at;
     at += 576;
     w->m = at;
-    at += 96;
+    at += 144;
     w->l = at;
-    at += 96;
+    at += 144;
     w->alpha = at;
-    at += 96;
+    at += 144;
     w->low = (int32_t *)(void *)at;
-    at += 96;
+    at += 144;
     w->high = (int32_t *)(void *)at;
 }
 /* ---- select: which rows and keys a batch has, which keys a row sees ---- */
@@ -1955,6 +2038,9 @@ static inline void hl_fa_bf16_d576x512_batch(const hl_fusion_attention_plan *pla
     shift = mode == 3 || mode == 4 || mode == 6 ? (int64_t)g->seq_kv - g->seq_q : 0;
     g->ahead = mode == 0 || mode == 4 ? a->next_tokens + shift : mode == 1 ? INT32_MAX : shift;
     g->back = mode == 0 || mode == 4 ? a->pre_tokens - shift : (int64_t)INT32_MAX * 2;
+    if (b == a->batch) { /* rows and keys behind the last end are nobody's */
+        g->ahead = -(int64_t)INT32_MAX * 2;
+    }
     g->prefix = mode == 6 ? hl_clip(b < a->batch ? a->prefix[b] : 0, 0, g->seq_kv) : 0;
 }
 
@@ -2527,11 +2613,13 @@ static inline int32_t hl_fa_bf16_d576x512_sees(const hl_fusion_attention_args *a
         && (a->atten_mask == NULL || hl_fa_bf16_d576x512_mask_row(a, g, i, head)[j] == 0);
 }
 
-/* The bounds of each query's keys. */
-static inline void hl_fa_bf16_d576x512_bounds(const hl_span *g, int32_t *low, int32_t *high)
+/* The bounds of each query's keys; columns behind the last query have its own. */
+static inline void hl_fa_bf16_d576x512_bounds(const hl_span *g, int32_t columns, int32_t *low,
+                                              int32_t *high)
 {
-    for (int32_t p = 0; p < g->n; ++p) {
-        hl_fa_bf16_d576x512_row_keys(g, (g->first + p) / g->heads, &low[p], &high[p]);
+    for (int32_t p = 0; p < columns; ++p) {
+        const int32_t query = p < g->n ? p : g->n - 1;
+        hl_fa_bf16_d576x512_row_keys(g, (g->first + query) / g->heads, &low[p], &high[p]);
     }
 }
 
@@ -2661,7 +2749,7 @@ static inline void hl_fa_bf16_d576x512_bias_row(const hl_fusion_attention_args *
     int32_t end = n;
     if (a->pse_shape == HL_PSE_LAST_ROWS) { /* a stored row with the same distances */
         const int32_t first = a->pse_width - 1024;
-        const int32_t row = i % 1024 >= i - first ? i % 1024 : i - first;
+        const int32_t row = i > first ? i - first : 0; /* the one that goes furthest past i */
         from = (at * 1024 + row) * a->pse_width + (first + row - i + j0);
         end = hl_clip((int64_t)a->pse_width - (first + row - i + j0), 0, n);
     } else if (a->pse_shape == HL_PSE_ONE_ROW) {
@@ -2678,14 +2766,14 @@ static inline void hl_fa_bf16_d576x512_bias_row(const hl_fusion_attention_args *
     for (int32_t j = 0; j < end; ++j) {
         to[j] = factor * hl_float_of_bf16(pse[from + j]);
     }
-    for (int32_t j = end; j < n; ++j) { /* behind the stored ones: above the diagonal */
+    for (int32_t j = end; j < n; ++j) { /* 1024 and more behind the row: nothing is stored */
         to[j] = 0.0f;
     }
 }
 /* ==== hl_fusion_attention_bf16_d576x512 ====
  * plain C99 (scalar).
  * Tiles: 8 sums fit the 16 float registers of a small core with room for operands.
- * 96 queries by 96 keys: what is loaded is used 96 times.
+ * 144 queries by 96 keys: what is loaded is used 144 times.
  * 576 channels of 2 queries are 4 KiB: they stay in the first-level cache. */
 
 /* ---- load: rows -> float32 ---- */
@@ -2709,6 +2797,11 @@ static inline const uint16_t *hl_fa_bf16_d576x512_query_row_scalar(const void *t
            + (ptrdiff_t)((g->first + p) % g->heads) * stride->head;
 }
 
+<<<<<<< HEAD
+/* Q^T, or what is shaped as it, of a task's queries: panels of 2 vectors,
+ * [panel][channel][query]; the last may be narrower. Queries behind the last are 0. `rows` is
+ * scratch for a vector's queries. */
+=======
 /* One row into its column of panels of 2 vectors, [panel][channel][column]; the
  * last panel may be narrower. A row that is NULL is 0. */
 HL_KERNEL_SCALAR void hl_fa_bf16_d576x512_pack_row_scalar(const float *row, int32_t channels,
@@ -2724,17 +2817,38 @@ HL_KERNEL_SCALAR void hl_fa_bf16_d576x512_pack_row_scalar(const float *row, int3
 }
 
 /* Q^T, or what is shaped as it, of a task's queries. */
+>>>>>>> train-ex
 HL_KERNEL_SCALAR void hl_fa_bf16_d576x512_pack_queries_scalar(const void *tensor, ptrdiff_t start,
-    const hl_stride *stride, const hl_span *g, int32_t channels, int32_t columns, float *row,
+    const hl_stride *stride, const hl_span *g, int32_t channels, int32_t columns, float *rows,
     float *to)
 {
-    for (int32_t p = 0; p < columns; ++p) {
-        if (p < g->n) {
-            hl_vrow_bf16_scalar(row,
-                                hl_fa_bf16_d576x512_query_row_scalar(tensor, start, stride, g, p),
-                                channels);
+    enum { L = 1, W = 2 * L, KS = 576 };
+    for (int32_t p = 0; p < columns; p += L) {
+        const int32_t panel = p / W * W;
+        const ptrdiff_t width = columns - panel < W ? columns - panel : W;
+        float *const at = to + (ptrdiff_t)panel * channels + (p - panel);
+        for (int32_t i = 0; i < L; ++i) {
+            float *const row = rows + (ptrdiff_t)i * KS;
+            for (int32_t c = 0; p + i >= g->n && c < KS; c += L) {
+                hl_vstore_scalar(row + c, hl_vzero_scalar());
+            }
+            if (p + i < g->n) {
+                hl_vrow_bf16_scalar(row,
+                                    hl_fa_bf16_d576x512_query_row_scalar(tensor, start, stride, g, p
+                        + i), channels);
+            }
         }
-        hl_fa_bf16_d576x512_pack_row_scalar(p < g->n ? row : NULL, channels, p, columns, to);
+        for (int32_t c = 0; c < channels; c += L) {
+            const int32_t n = channels - c < L ? channels - c : L;
+            hl_vf_scalar x[L];
+            for (int32_t i = 0; i < L; ++i) {
+                x[i] = hl_vload_scalar(rows + (ptrdiff_t)i * KS + c);
+            }
+            hl_vturn_scalar(x);
+            for (int32_t i = 0; i < n; ++i) {
+                hl_vstore_scalar(at + (c + i) * width, x[i]);
+            }
+        }
     }
 }
 
@@ -2901,19 +3015,24 @@ HL_KERNEL_SCALAR void hl_fa_bf16_d576x512_score_panel_scalar(const float *q, con
 
 /* n rows against all columns of a packed matrix: s is [row][column]. Channels in slices of
  * 576, so that a slice of a panel stays in the first-level cache while rows pass
- * by. */
+ * by. With `seen`, only what some column of a panel sees is computed. */
 HL_KERNEL_SCALAR void hl_fa_bf16_d576x512_scores_scalar(const float *panels, const float *rows,
-    float *s, int32_t columns, int32_t n, int32_t channels, float scale)
+    float *s, int32_t columns, int32_t n, int32_t channels, float scale, const hl_seen *seen)
 {
     enum { W = 2 * 1, SLICE = 576 };
+    enum { KS = 576 };
     for (int32_t p = 0; p < columns; p += W) {
         const int32_t width = columns - p < W ? columns - p : W;
+        const int32_t begin = seen != NULL ? hl_clip(seen->low[p] - seen->at, 0, n) : 0;
+        const int32_t end = seen != NULL
+            ? hl_clip(seen->high[p + width - 1] - seen->at, begin, n) : n;
         for (int32_t c0 = 0; c0 < channels; c0 += SLICE) {
             const int32_t left = channels - c0;
             hl_fa_bf16_d576x512_score_panel_scalar(panels + (ptrdiff_t)p * channels + (ptrdiff_t)c0
-                                                   * width, rows + c0, s + p, columns, width, n, c0,
-                                                   left < SLICE ? left : SLICE, left > SLICE ? 1.0f
-                                                   : scale);
+                                                   * width, rows + (ptrdiff_t)begin * KS + c0, s
+                                                   + (ptrdiff_t)begin * columns + p, columns, width,
+                                                   end - begin, c0, left < SLICE ? left : SLICE,
+                                                   left > SLICE ? 1.0f : scale);
         }
     }
 }
@@ -3050,32 +3169,49 @@ HL_KERNEL_SCALAR void hl_fa_bf16_d576x512_pv_1x1_scalar(const float *p, ptrdiff_
 }
 
 /* Columns of s, as weights of n rows: a few channels of all rows stay in the nearest cache while
- * the columns pass by. */
+ * the columns pass by. With `seen`, a column's rows are those that it or its neighbours see. */
 HL_KERNEL_SCALAR void hl_fa_bf16_d576x512_sums_scalar(const float *s, int32_t columns, int32_t used,
-    const float *rows, int32_t n, int32_t channels, const float *alpha, float *o)
+    const float *rows, int32_t n, int32_t channels, const float *alpha, float *o,
+    const hl_seen *seen)
 {
     enum { L = 1, OS = 512, KS = 576 };
     int32_t c = 0;
     for (; c + 2 * L <= channels; c += 2 * L) {
         int32_t p = 0;
         for (; p + 4 <= used; p += 4) {
-            hl_fa_bf16_d576x512_pv_4x2_scalar(s + p, columns, rows + c, KS, o + (ptrdiff_t)p * OS
-                                              + c, alpha + p, n);
+            const int32_t begin = seen != NULL ? hl_clip(seen->low[p] - seen->at, 0, n) : 0;
+            const int32_t end = seen != NULL
+                ? hl_clip(seen->high[p + 4 - 1] - seen->at, begin, n) : n;
+            hl_fa_bf16_d576x512_pv_4x2_scalar(s + (ptrdiff_t)begin * columns + p, columns, rows
+                                              + (ptrdiff_t)begin * KS + c, KS, o + (ptrdiff_t)p * OS
+                                              + c, alpha + p, end - begin);
         }
         for (; p + 1 <= used; p += 1) {
-            hl_fa_bf16_d576x512_pv_1x2_scalar(s + p, columns, rows + c, KS, o + (ptrdiff_t)p * OS
-                                              + c, alpha + p, n);
+            const int32_t begin = seen != NULL ? hl_clip(seen->low[p] - seen->at, 0, n) : 0;
+            const int32_t end = seen != NULL
+                ? hl_clip(seen->high[p + 1 - 1] - seen->at, begin, n) : n;
+            hl_fa_bf16_d576x512_pv_1x2_scalar(s + (ptrdiff_t)begin * columns + p, columns, rows
+                                              + (ptrdiff_t)begin * KS + c, KS, o + (ptrdiff_t)p * OS
+                                              + c, alpha + p, end - begin);
         }
     }
     for (; c + 1 * L <= channels; c += 1 * L) {
         int32_t p = 0;
         for (; p + 4 <= used; p += 4) {
-            hl_fa_bf16_d576x512_pv_4x1_scalar(s + p, columns, rows + c, KS, o + (ptrdiff_t)p * OS
-                                              + c, alpha + p, n);
+            const int32_t begin = seen != NULL ? hl_clip(seen->low[p] - seen->at, 0, n) : 0;
+            const int32_t end = seen != NULL
+                ? hl_clip(seen->high[p + 4 - 1] - seen->at, begin, n) : n;
+            hl_fa_bf16_d576x512_pv_4x1_scalar(s + (ptrdiff_t)begin * columns + p, columns, rows
+                                              + (ptrdiff_t)begin * KS + c, KS, o + (ptrdiff_t)p * OS
+                                              + c, alpha + p, end - begin);
         }
         for (; p + 1 <= used; p += 1) {
-            hl_fa_bf16_d576x512_pv_1x1_scalar(s + p, columns, rows + c, KS, o + (ptrdiff_t)p * OS
-                                              + c, alpha + p, n);
+            const int32_t begin = seen != NULL ? hl_clip(seen->low[p] - seen->at, 0, n) : 0;
+            const int32_t end = seen != NULL
+                ? hl_clip(seen->high[p + 1 - 1] - seen->at, begin, n) : n;
+            hl_fa_bf16_d576x512_pv_1x1_scalar(s + (ptrdiff_t)begin * columns + p, columns, rows
+                                              + (ptrdiff_t)begin * KS + c, KS, o + (ptrdiff_t)p * OS
+                                              + c, alpha + p, end - begin);
         }
     }
 }
@@ -3148,7 +3284,7 @@ HL_KERNEL_SCALAR void hl_fa_bf16_d576x512_store_out_scalar(const hl_fusion_atten
 }
 
 /* A query without a key: out 0, max -FLT_MAX, sum FLT_MAX, so that the backward pass finds weights
- * of 0; where the whole batch has no key, max 0 and sum 0. */
+ * of 0; where the whole batch has no key, and behind the last end, max 0 and sum 0. */
 HL_KERNEL_SCALAR void hl_fa_bf16_d576x512_finish_scalar(const hl_fusion_attention_plan *plan,
     const hl_span *g, const hl_state *t, int32_t columns)
 {
@@ -3166,7 +3302,7 @@ HL_KERNEL_SCALAR void hl_fa_bf16_d576x512_finish_scalar(const hl_fusion_attentio
         const ptrdiff_t stats = hl_fa_bf16_d576x512_stats_at(a, g, i, g->kv_head * g->heads + h);
         const float l = t->l[p];
         const int32_t none = l == 0.0f;
-        const int32_t no_keys = g->seq_kv == 0;
+        const int32_t no_keys = g->seq_kv == 0 || g->batch == a->batch;
         float max = none ? (no_keys ? 0.0f : -most) : t->m[p] * 0.693147181f;
         const float sum = none ? (no_keys ? 0.0f : most) : l;
         if (sinks != NULL && !none && !(max > sinks[h])) {
@@ -3250,13 +3386,15 @@ HL_KERNEL_SCALAR void hl_fa_bf16_d576x512_block_scalar(const hl_fusion_attention
     const uint16_t *const value =
         (const uint16_t *)a->value + g->value + j0 * a->value_stride.row;
     const int32_t whole = j0 >= g->all_low && j0 + n <= g->all_high && a->atten_mask == NULL;
+    const hl_seen bounds = {w->low, w->high, j0};
+    const hl_seen *const seen = whole ? NULL : &bounds;
     int32_t apart[96];
     int32_t n_apart = 0;
     /* rows -> numbers, once for all queries */
     hl_fa_bf16_d576x512_load_rows_scalar(key, a->key_stride.row, n, DK, w->k);
     hl_fa_bf16_d576x512_load_rows_scalar(value, a->value_stride.row, n, DV, w->v);
     /* S = scale Q K^T, in units of log2 */
-    hl_fa_bf16_d576x512_scores_scalar(w->q, w->k, w->s, columns, n, DK, plan->scale_log2);
+    hl_fa_bf16_d576x512_scores_scalar(w->q, w->k, w->s, columns, n, DK, plan->scale_log2, seen);
     hl_fa_bf16_d576x512_bias_scalar(a, g, w->s, columns, j0, n, w->row);
     if (!whole) {
         hl_fa_bf16_d576x512_hide(a, g, w->low, w->high, w->s, columns, j0, n,
@@ -3269,7 +3407,7 @@ HL_KERNEL_SCALAR void hl_fa_bf16_d576x512_block_scalar(const hl_fusion_attention
         hl_fa_bf16_d576x512_drop(a, g, w->s, columns, j0, n);
     }
     /* O = alpha O + P V */
-    hl_fa_bf16_d576x512_sums_scalar(w->s, columns, g->n, w->v, n, OC, t->alpha, t->o);
+    hl_fa_bf16_d576x512_sums_scalar(w->s, columns, g->n, w->v, n, OC, t->alpha, t->o, seen);
     for (int32_t i = 0; i < n_apart; ++i) {
         hl_vrow_bf16_scalar(w->row, value + apart[i] * a->value_stride.row, DV);
         hl_fa_bf16_d576x512_add_seen_scalar(plan, g, w, columns, j0 + apart[i], w->s
@@ -3308,8 +3446,8 @@ static inline void hl_fa_bf16_d576x512_task_scalar(const hl_fusion_attention_pla
         t.o[c] = 0.0f;
     }
     hl_fa_bf16_d576x512_pack_queries_scalar(a->query, g.query, &a->query_stride, &g, 576, columns,
-                                            w.row, w.q);
-    hl_fa_bf16_d576x512_bounds(&g, w.low, w.high);
+                                            w.k, w.q);
+    hl_fa_bf16_d576x512_bounds(&g, columns, w.low, w.high);
     for (int32_t j = g.low; j < g.high;) {
         const int32_t next = g.high - j > BLOCK - j % BLOCK ? j - j % BLOCK + BLOCK : g.high;
         if (a->atten_mask == NULL || !hl_fa_bf16_d576x512_all_hidden(a, &g, j, next - j)) {
@@ -3326,7 +3464,7 @@ static inline void hl_fa_bf16_d576x512_task_scalar(const hl_fusion_attention_pla
 /* ==== hl_fusion_attention_bf16_d576x512 ====
  * AArch64 NEON (neon).
  * Tiles: 8 x 2 accumulators, 2 vectors and a broadcast of 32 registers.
- * 96 queries by 96 keys: what is loaded is used 96 times.
+ * 144 queries by 96 keys: what is loaded is used 144 times.
  * 288 channels of 8 queries are 9 KiB: they stay in the first-level cache. */
 
 #if HL_HAS_NEON
@@ -3352,6 +3490,11 @@ static inline const uint16_t *hl_fa_bf16_d576x512_query_row_neon(const void *ten
            + (ptrdiff_t)((g->first + p) % g->heads) * stride->head;
 }
 
+<<<<<<< HEAD
+/* Q^T, or what is shaped as it, of a task's queries: panels of 2 vectors,
+ * [panel][channel][query]; the last may be narrower. Queries behind the last are 0. `rows` is
+ * scratch for a vector's queries. */
+=======
 /* One row into its column of panels of 2 vectors, [panel][channel][column]; the
  * last panel may be narrower. A row that is NULL is 0. */
 HL_KERNEL_NEON void hl_fa_bf16_d576x512_pack_row_neon(const float *row, int32_t channels,
@@ -3367,16 +3510,38 @@ HL_KERNEL_NEON void hl_fa_bf16_d576x512_pack_row_neon(const float *row, int32_t 
 }
 
 /* Q^T, or what is shaped as it, of a task's queries. */
+>>>>>>> train-ex
 HL_KERNEL_NEON void hl_fa_bf16_d576x512_pack_queries_neon(const void *tensor, ptrdiff_t start,
-    const hl_stride *stride, const hl_span *g, int32_t channels, int32_t columns, float *row,
+    const hl_stride *stride, const hl_span *g, int32_t channels, int32_t columns, float *rows,
     float *to)
 {
-    for (int32_t p = 0; p < columns; ++p) {
-        if (p < g->n) {
-            hl_vrow_bf16_neon(row, hl_fa_bf16_d576x512_query_row_neon(tensor, start, stride, g, p),
-                              channels);
+    enum { L = 4, W = 2 * L, KS = 576 };
+    for (int32_t p = 0; p < columns; p += L) {
+        const int32_t panel = p / W * W;
+        const ptrdiff_t width = columns - panel < W ? columns - panel : W;
+        float *const at = to + (ptrdiff_t)panel * channels + (p - panel);
+        for (int32_t i = 0; i < L; ++i) {
+            float *const row = rows + (ptrdiff_t)i * KS;
+            for (int32_t c = 0; p + i >= g->n && c < KS; c += L) {
+                hl_vstore_neon(row + c, hl_vzero_neon());
+            }
+            if (p + i < g->n) {
+                hl_vrow_bf16_neon(row,
+                                  hl_fa_bf16_d576x512_query_row_neon(tensor, start, stride, g, p
+                        + i), channels);
+            }
         }
-        hl_fa_bf16_d576x512_pack_row_neon(p < g->n ? row : NULL, channels, p, columns, to);
+        for (int32_t c = 0; c < channels; c += L) {
+            const int32_t n = channels - c < L ? channels - c : L;
+            hl_vf_neon x[L];
+            for (int32_t i = 0; i < L; ++i) {
+                x[i] = hl_vload_neon(rows + (ptrdiff_t)i * KS + c);
+            }
+            hl_vturn_neon(x);
+            for (int32_t i = 0; i < n; ++i) {
+                hl_vstore_neon(at + (c + i) * width, x[i]);
+            }
+        }
     }
 }
 
@@ -3603,20 +3768,26 @@ HL_KERNEL_NEON void hl_fa_bf16_d576x512_score_panel_neon(const float *q, const f
 
 /* n rows against all columns of a packed matrix: s is [row][column]. Channels in slices of
  * 288, so that a slice of a panel stays in the first-level cache while rows pass
- * by. */
+ * by. With `seen`, only what some column of a panel sees is computed. */
 HL_KERNEL_NEON void hl_fa_bf16_d576x512_scores_neon(const float *panels, const float *rows,
                                                     float *s, int32_t columns, int32_t n,
-                                                    int32_t channels, float scale)
+                                                    int32_t channels, float scale,
+                                                    const hl_seen *seen)
 {
     enum { W = 2 * 4, SLICE = 288 };
+    enum { KS = 576 };
     for (int32_t p = 0; p < columns; p += W) {
         const int32_t width = columns - p < W ? columns - p : W;
+        const int32_t begin = seen != NULL ? hl_clip(seen->low[p] - seen->at, 0, n) : 0;
+        const int32_t end = seen != NULL
+            ? hl_clip(seen->high[p + width - 1] - seen->at, begin, n) : n;
         for (int32_t c0 = 0; c0 < channels; c0 += SLICE) {
             const int32_t left = channels - c0;
             hl_fa_bf16_d576x512_score_panel_neon(panels + (ptrdiff_t)p * channels + (ptrdiff_t)c0
-                                                 * width, rows + c0, s + p, columns, width, n, c0,
-                                                 left < SLICE ? left : SLICE, left > SLICE ? 1.0f
-                                                 : scale);
+                                                 * width, rows + (ptrdiff_t)begin * KS + c0, s
+                                                 + (ptrdiff_t)begin * columns + p, columns, width,
+                                                 end - begin, c0, left < SLICE ? left : SLICE,
+                                                 left > SLICE ? 1.0f : scale);
         }
     }
 }
@@ -3798,33 +3969,49 @@ HL_KERNEL_NEON void hl_fa_bf16_d576x512_pv_1x1_neon(const float *p, ptrdiff_t ps
 }
 
 /* Columns of s, as weights of n rows: a few channels of all rows stay in the nearest cache while
- * the columns pass by. */
+ * the columns pass by. With `seen`, a column's rows are those that it or its neighbours see. */
 HL_KERNEL_NEON void hl_fa_bf16_d576x512_sums_neon(const float *s, int32_t columns, int32_t used,
                                                   const float *rows, int32_t n, int32_t channels,
-                                                  const float *alpha, float *o)
+                                                  const float *alpha, float *o, const hl_seen *seen)
 {
     enum { L = 4, OS = 512, KS = 576 };
     int32_t c = 0;
     for (; c + 2 * L <= channels; c += 2 * L) {
         int32_t p = 0;
         for (; p + 8 <= used; p += 8) {
-            hl_fa_bf16_d576x512_pv_8x2_neon(s + p, columns, rows + c, KS, o + (ptrdiff_t)p * OS + c,
-                                            alpha + p, n);
+            const int32_t begin = seen != NULL ? hl_clip(seen->low[p] - seen->at, 0, n) : 0;
+            const int32_t end = seen != NULL
+                ? hl_clip(seen->high[p + 8 - 1] - seen->at, begin, n) : n;
+            hl_fa_bf16_d576x512_pv_8x2_neon(s + (ptrdiff_t)begin * columns + p, columns, rows
+                                            + (ptrdiff_t)begin * KS + c, KS, o + (ptrdiff_t)p * OS
+                                            + c, alpha + p, end - begin);
         }
         for (; p + 1 <= used; p += 1) {
-            hl_fa_bf16_d576x512_pv_1x2_neon(s + p, columns, rows + c, KS, o + (ptrdiff_t)p * OS + c,
-                                            alpha + p, n);
+            const int32_t begin = seen != NULL ? hl_clip(seen->low[p] - seen->at, 0, n) : 0;
+            const int32_t end = seen != NULL
+                ? hl_clip(seen->high[p + 1 - 1] - seen->at, begin, n) : n;
+            hl_fa_bf16_d576x512_pv_1x2_neon(s + (ptrdiff_t)begin * columns + p, columns, rows
+                                            + (ptrdiff_t)begin * KS + c, KS, o + (ptrdiff_t)p * OS
+                                            + c, alpha + p, end - begin);
         }
     }
     for (; c + 1 * L <= channels; c += 1 * L) {
         int32_t p = 0;
         for (; p + 8 <= used; p += 8) {
-            hl_fa_bf16_d576x512_pv_8x1_neon(s + p, columns, rows + c, KS, o + (ptrdiff_t)p * OS + c,
-                                            alpha + p, n);
+            const int32_t begin = seen != NULL ? hl_clip(seen->low[p] - seen->at, 0, n) : 0;
+            const int32_t end = seen != NULL
+                ? hl_clip(seen->high[p + 8 - 1] - seen->at, begin, n) : n;
+            hl_fa_bf16_d576x512_pv_8x1_neon(s + (ptrdiff_t)begin * columns + p, columns, rows
+                                            + (ptrdiff_t)begin * KS + c, KS, o + (ptrdiff_t)p * OS
+                                            + c, alpha + p, end - begin);
         }
         for (; p + 1 <= used; p += 1) {
-            hl_fa_bf16_d576x512_pv_1x1_neon(s + p, columns, rows + c, KS, o + (ptrdiff_t)p * OS + c,
-                                            alpha + p, n);
+            const int32_t begin = seen != NULL ? hl_clip(seen->low[p] - seen->at, 0, n) : 0;
+            const int32_t end = seen != NULL
+                ? hl_clip(seen->high[p + 1 - 1] - seen->at, begin, n) : n;
+            hl_fa_bf16_d576x512_pv_1x1_neon(s + (ptrdiff_t)begin * columns + p, columns, rows
+                                            + (ptrdiff_t)begin * KS + c, KS, o + (ptrdiff_t)p * OS
+                                            + c, alpha + p, end - begin);
         }
     }
 }
@@ -3898,7 +4085,7 @@ HL_KERNEL_NEON void hl_fa_bf16_d576x512_store_out_neon(const hl_fusion_attention
 }
 
 /* A query without a key: out 0, max -FLT_MAX, sum FLT_MAX, so that the backward pass finds weights
- * of 0; where the whole batch has no key, max 0 and sum 0. */
+ * of 0; where the whole batch has no key, and behind the last end, max 0 and sum 0. */
 HL_KERNEL_NEON void hl_fa_bf16_d576x512_finish_neon(const hl_fusion_attention_plan *plan,
                                                     const hl_span *g, const hl_state *t,
                                                     int32_t columns)
@@ -3917,7 +4104,7 @@ HL_KERNEL_NEON void hl_fa_bf16_d576x512_finish_neon(const hl_fusion_attention_pl
         const ptrdiff_t stats = hl_fa_bf16_d576x512_stats_at(a, g, i, g->kv_head * g->heads + h);
         const float l = t->l[p];
         const int32_t none = l == 0.0f;
-        const int32_t no_keys = g->seq_kv == 0;
+        const int32_t no_keys = g->seq_kv == 0 || g->batch == a->batch;
         float max = none ? (no_keys ? 0.0f : -most) : t->m[p] * 0.693147181f;
         const float sum = none ? (no_keys ? 0.0f : most) : l;
         if (sinks != NULL && !none && !(max > sinks[h])) {
@@ -4002,13 +4189,15 @@ HL_KERNEL_NEON void hl_fa_bf16_d576x512_block_neon(const hl_fusion_attention_pla
     const uint16_t *const value =
         (const uint16_t *)a->value + g->value + j0 * a->value_stride.row;
     const int32_t whole = j0 >= g->all_low && j0 + n <= g->all_high && a->atten_mask == NULL;
+    const hl_seen bounds = {w->low, w->high, j0};
+    const hl_seen *const seen = whole ? NULL : &bounds;
     int32_t apart[96];
     int32_t n_apart = 0;
     /* rows -> numbers, once for all queries */
     hl_fa_bf16_d576x512_load_rows_neon(key, a->key_stride.row, n, DK, w->k);
     hl_fa_bf16_d576x512_load_rows_neon(value, a->value_stride.row, n, DV, w->v);
     /* S = scale Q K^T, in units of log2 */
-    hl_fa_bf16_d576x512_scores_neon(w->q, w->k, w->s, columns, n, DK, plan->scale_log2);
+    hl_fa_bf16_d576x512_scores_neon(w->q, w->k, w->s, columns, n, DK, plan->scale_log2, seen);
     hl_fa_bf16_d576x512_bias_neon(a, g, w->s, columns, j0, n, w->row);
     if (!whole) {
         hl_fa_bf16_d576x512_hide(a, g, w->low, w->high, w->s, columns, j0, n,
@@ -4021,7 +4210,7 @@ HL_KERNEL_NEON void hl_fa_bf16_d576x512_block_neon(const hl_fusion_attention_pla
         hl_fa_bf16_d576x512_drop(a, g, w->s, columns, j0, n);
     }
     /* O = alpha O + P V */
-    hl_fa_bf16_d576x512_sums_neon(w->s, columns, g->n, w->v, n, OC, t->alpha, t->o);
+    hl_fa_bf16_d576x512_sums_neon(w->s, columns, g->n, w->v, n, OC, t->alpha, t->o, seen);
     for (int32_t i = 0; i < n_apart; ++i) {
         hl_vrow_bf16_neon(w->row, value + apart[i] * a->value_stride.row, DV);
         hl_fa_bf16_d576x512_add_seen_neon(plan, g, w, columns, j0 + apart[i], w->s
@@ -4060,8 +4249,8 @@ static inline void hl_fa_bf16_d576x512_task_neon(const hl_fusion_attention_plan 
         t.o[c] = 0.0f;
     }
     hl_fa_bf16_d576x512_pack_queries_neon(a->query, g.query, &a->query_stride, &g, 576, columns,
-                                          w.row, w.q);
-    hl_fa_bf16_d576x512_bounds(&g, w.low, w.high);
+                                          w.k, w.q);
+    hl_fa_bf16_d576x512_bounds(&g, columns, w.low, w.high);
     for (int32_t j = g.low; j < g.high;) {
         const int32_t next = g.high - j > BLOCK - j % BLOCK ? j - j % BLOCK + BLOCK : g.high;
         if (a->atten_mask == NULL || !hl_fa_bf16_d576x512_all_hidden(a, &g, j, next - j)) {
@@ -4080,7 +4269,7 @@ static inline void hl_fa_bf16_d576x512_task_neon(const hl_fusion_attention_plan 
 /* ==== hl_fusion_attention_bf16_d576x512 ====
  * AVX2, FMA and F16C (avx2).
  * Tiles: 6 x 2 accumulators, 2 vectors and a broadcast fill 15 of 16 registers.
- * 96 queries by 96 keys: what is loaded is used 96 times.
+ * 144 queries by 96 keys: what is loaded is used 144 times.
  * 192 channels of 16 queries are 12 KiB: they stay in the first-level cache. */
 
 #if HL_HAS_AVX2
@@ -4106,6 +4295,11 @@ static inline const uint16_t *hl_fa_bf16_d576x512_query_row_avx2(const void *ten
            + (ptrdiff_t)((g->first + p) % g->heads) * stride->head;
 }
 
+<<<<<<< HEAD
+/* Q^T, or what is shaped as it, of a task's queries: panels of 2 vectors,
+ * [panel][channel][query]; the last may be narrower. Queries behind the last are 0. `rows` is
+ * scratch for a vector's queries. */
+=======
 /* One row into its column of panels of 2 vectors, [panel][channel][column]; the
  * last panel may be narrower. A row that is NULL is 0. */
 HL_KERNEL_AVX2 void hl_fa_bf16_d576x512_pack_row_avx2(const float *row, int32_t channels,
@@ -4121,16 +4315,38 @@ HL_KERNEL_AVX2 void hl_fa_bf16_d576x512_pack_row_avx2(const float *row, int32_t 
 }
 
 /* Q^T, or what is shaped as it, of a task's queries. */
+>>>>>>> train-ex
 HL_KERNEL_AVX2 void hl_fa_bf16_d576x512_pack_queries_avx2(const void *tensor, ptrdiff_t start,
-    const hl_stride *stride, const hl_span *g, int32_t channels, int32_t columns, float *row,
+    const hl_stride *stride, const hl_span *g, int32_t channels, int32_t columns, float *rows,
     float *to)
 {
-    for (int32_t p = 0; p < columns; ++p) {
-        if (p < g->n) {
-            hl_vrow_bf16_avx2(row, hl_fa_bf16_d576x512_query_row_avx2(tensor, start, stride, g, p),
-                              channels);
+    enum { L = 8, W = 2 * L, KS = 576 };
+    for (int32_t p = 0; p < columns; p += L) {
+        const int32_t panel = p / W * W;
+        const ptrdiff_t width = columns - panel < W ? columns - panel : W;
+        float *const at = to + (ptrdiff_t)panel * channels + (p - panel);
+        for (int32_t i = 0; i < L; ++i) {
+            float *const row = rows + (ptrdiff_t)i * KS;
+            for (int32_t c = 0; p + i >= g->n && c < KS; c += L) {
+                hl_vstore_avx2(row + c, hl_vzero_avx2());
+            }
+            if (p + i < g->n) {
+                hl_vrow_bf16_avx2(row,
+                                  hl_fa_bf16_d576x512_query_row_avx2(tensor, start, stride, g, p
+                        + i), channels);
+            }
         }
-        hl_fa_bf16_d576x512_pack_row_avx2(p < g->n ? row : NULL, channels, p, columns, to);
+        for (int32_t c = 0; c < channels; c += L) {
+            const int32_t n = channels - c < L ? channels - c : L;
+            hl_vf_avx2 x[L];
+            for (int32_t i = 0; i < L; ++i) {
+                x[i] = hl_vload_avx2(rows + (ptrdiff_t)i * KS + c);
+            }
+            hl_vturn_avx2(x);
+            for (int32_t i = 0; i < n; ++i) {
+                hl_vstore_avx2(at + (c + i) * width, x[i]);
+            }
+        }
     }
 }
 
@@ -4329,20 +4545,26 @@ HL_KERNEL_AVX2 void hl_fa_bf16_d576x512_score_panel_avx2(const float *q, const f
 
 /* n rows against all columns of a packed matrix: s is [row][column]. Channels in slices of
  * 192, so that a slice of a panel stays in the first-level cache while rows pass
- * by. */
+ * by. With `seen`, only what some column of a panel sees is computed. */
 HL_KERNEL_AVX2 void hl_fa_bf16_d576x512_scores_avx2(const float *panels, const float *rows,
                                                     float *s, int32_t columns, int32_t n,
-                                                    int32_t channels, float scale)
+                                                    int32_t channels, float scale,
+                                                    const hl_seen *seen)
 {
     enum { W = 2 * 8, SLICE = 192 };
+    enum { KS = 576 };
     for (int32_t p = 0; p < columns; p += W) {
         const int32_t width = columns - p < W ? columns - p : W;
+        const int32_t begin = seen != NULL ? hl_clip(seen->low[p] - seen->at, 0, n) : 0;
+        const int32_t end = seen != NULL
+            ? hl_clip(seen->high[p + width - 1] - seen->at, begin, n) : n;
         for (int32_t c0 = 0; c0 < channels; c0 += SLICE) {
             const int32_t left = channels - c0;
             hl_fa_bf16_d576x512_score_panel_avx2(panels + (ptrdiff_t)p * channels + (ptrdiff_t)c0
-                                                 * width, rows + c0, s + p, columns, width, n, c0,
-                                                 left < SLICE ? left : SLICE, left > SLICE ? 1.0f
-                                                 : scale);
+                                                 * width, rows + (ptrdiff_t)begin * KS + c0, s
+                                                 + (ptrdiff_t)begin * columns + p, columns, width,
+                                                 end - begin, c0, left < SLICE ? left : SLICE,
+                                                 left > SLICE ? 1.0f : scale);
         }
     }
 }
@@ -4490,33 +4712,49 @@ HL_KERNEL_AVX2 void hl_fa_bf16_d576x512_pv_1x1_avx2(const float *p, ptrdiff_t ps
 }
 
 /* Columns of s, as weights of n rows: a few channels of all rows stay in the nearest cache while
- * the columns pass by. */
+ * the columns pass by. With `seen`, a column's rows are those that it or its neighbours see. */
 HL_KERNEL_AVX2 void hl_fa_bf16_d576x512_sums_avx2(const float *s, int32_t columns, int32_t used,
                                                   const float *rows, int32_t n, int32_t channels,
-                                                  const float *alpha, float *o)
+                                                  const float *alpha, float *o, const hl_seen *seen)
 {
     enum { L = 8, OS = 512, KS = 576 };
     int32_t c = 0;
     for (; c + 3 * L <= channels; c += 3 * L) {
         int32_t p = 0;
         for (; p + 4 <= used; p += 4) {
-            hl_fa_bf16_d576x512_pv_4x3_avx2(s + p, columns, rows + c, KS, o + (ptrdiff_t)p * OS + c,
-                                            alpha + p, n);
+            const int32_t begin = seen != NULL ? hl_clip(seen->low[p] - seen->at, 0, n) : 0;
+            const int32_t end = seen != NULL
+                ? hl_clip(seen->high[p + 4 - 1] - seen->at, begin, n) : n;
+            hl_fa_bf16_d576x512_pv_4x3_avx2(s + (ptrdiff_t)begin * columns + p, columns, rows
+                                            + (ptrdiff_t)begin * KS + c, KS, o + (ptrdiff_t)p * OS
+                                            + c, alpha + p, end - begin);
         }
         for (; p + 1 <= used; p += 1) {
-            hl_fa_bf16_d576x512_pv_1x3_avx2(s + p, columns, rows + c, KS, o + (ptrdiff_t)p * OS + c,
-                                            alpha + p, n);
+            const int32_t begin = seen != NULL ? hl_clip(seen->low[p] - seen->at, 0, n) : 0;
+            const int32_t end = seen != NULL
+                ? hl_clip(seen->high[p + 1 - 1] - seen->at, begin, n) : n;
+            hl_fa_bf16_d576x512_pv_1x3_avx2(s + (ptrdiff_t)begin * columns + p, columns, rows
+                                            + (ptrdiff_t)begin * KS + c, KS, o + (ptrdiff_t)p * OS
+                                            + c, alpha + p, end - begin);
         }
     }
     for (; c + 1 * L <= channels; c += 1 * L) {
         int32_t p = 0;
         for (; p + 4 <= used; p += 4) {
-            hl_fa_bf16_d576x512_pv_4x1_avx2(s + p, columns, rows + c, KS, o + (ptrdiff_t)p * OS + c,
-                                            alpha + p, n);
+            const int32_t begin = seen != NULL ? hl_clip(seen->low[p] - seen->at, 0, n) : 0;
+            const int32_t end = seen != NULL
+                ? hl_clip(seen->high[p + 4 - 1] - seen->at, begin, n) : n;
+            hl_fa_bf16_d576x512_pv_4x1_avx2(s + (ptrdiff_t)begin * columns + p, columns, rows
+                                            + (ptrdiff_t)begin * KS + c, KS, o + (ptrdiff_t)p * OS
+                                            + c, alpha + p, end - begin);
         }
         for (; p + 1 <= used; p += 1) {
-            hl_fa_bf16_d576x512_pv_1x1_avx2(s + p, columns, rows + c, KS, o + (ptrdiff_t)p * OS + c,
-                                            alpha + p, n);
+            const int32_t begin = seen != NULL ? hl_clip(seen->low[p] - seen->at, 0, n) : 0;
+            const int32_t end = seen != NULL
+                ? hl_clip(seen->high[p + 1 - 1] - seen->at, begin, n) : n;
+            hl_fa_bf16_d576x512_pv_1x1_avx2(s + (ptrdiff_t)begin * columns + p, columns, rows
+                                            + (ptrdiff_t)begin * KS + c, KS, o + (ptrdiff_t)p * OS
+                                            + c, alpha + p, end - begin);
         }
     }
 }
@@ -4590,7 +4828,7 @@ HL_KERNEL_AVX2 void hl_fa_bf16_d576x512_store_out_avx2(const hl_fusion_attention
 }
 
 /* A query without a key: out 0, max -FLT_MAX, sum FLT_MAX, so that the backward pass finds weights
- * of 0; where the whole batch has no key, max 0 and sum 0. */
+ * of 0; where the whole batch has no key, and behind the last end, max 0 and sum 0. */
 HL_KERNEL_AVX2 void hl_fa_bf16_d576x512_finish_avx2(const hl_fusion_attention_plan *plan,
                                                     const hl_span *g, const hl_state *t,
                                                     int32_t columns)
@@ -4609,7 +4847,7 @@ HL_KERNEL_AVX2 void hl_fa_bf16_d576x512_finish_avx2(const hl_fusion_attention_pl
         const ptrdiff_t stats = hl_fa_bf16_d576x512_stats_at(a, g, i, g->kv_head * g->heads + h);
         const float l = t->l[p];
         const int32_t none = l == 0.0f;
-        const int32_t no_keys = g->seq_kv == 0;
+        const int32_t no_keys = g->seq_kv == 0 || g->batch == a->batch;
         float max = none ? (no_keys ? 0.0f : -most) : t->m[p] * 0.693147181f;
         const float sum = none ? (no_keys ? 0.0f : most) : l;
         if (sinks != NULL && !none && !(max > sinks[h])) {
@@ -4694,13 +4932,15 @@ HL_KERNEL_AVX2 void hl_fa_bf16_d576x512_block_avx2(const hl_fusion_attention_pla
     const uint16_t *const value =
         (const uint16_t *)a->value + g->value + j0 * a->value_stride.row;
     const int32_t whole = j0 >= g->all_low && j0 + n <= g->all_high && a->atten_mask == NULL;
+    const hl_seen bounds = {w->low, w->high, j0};
+    const hl_seen *const seen = whole ? NULL : &bounds;
     int32_t apart[96];
     int32_t n_apart = 0;
     /* rows -> numbers, once for all queries */
     hl_fa_bf16_d576x512_load_rows_avx2(key, a->key_stride.row, n, DK, w->k);
     hl_fa_bf16_d576x512_load_rows_avx2(value, a->value_stride.row, n, DV, w->v);
     /* S = scale Q K^T, in units of log2 */
-    hl_fa_bf16_d576x512_scores_avx2(w->q, w->k, w->s, columns, n, DK, plan->scale_log2);
+    hl_fa_bf16_d576x512_scores_avx2(w->q, w->k, w->s, columns, n, DK, plan->scale_log2, seen);
     hl_fa_bf16_d576x512_bias_avx2(a, g, w->s, columns, j0, n, w->row);
     if (!whole) {
         hl_fa_bf16_d576x512_hide(a, g, w->low, w->high, w->s, columns, j0, n,
@@ -4713,7 +4953,7 @@ HL_KERNEL_AVX2 void hl_fa_bf16_d576x512_block_avx2(const hl_fusion_attention_pla
         hl_fa_bf16_d576x512_drop(a, g, w->s, columns, j0, n);
     }
     /* O = alpha O + P V */
-    hl_fa_bf16_d576x512_sums_avx2(w->s, columns, g->n, w->v, n, OC, t->alpha, t->o);
+    hl_fa_bf16_d576x512_sums_avx2(w->s, columns, g->n, w->v, n, OC, t->alpha, t->o, seen);
     for (int32_t i = 0; i < n_apart; ++i) {
         hl_vrow_bf16_avx2(w->row, value + apart[i] * a->value_stride.row, DV);
         hl_fa_bf16_d576x512_add_seen_avx2(plan, g, w, columns, j0 + apart[i], w->s
@@ -4753,8 +4993,8 @@ static inline void hl_fa_bf16_d576x512_task_avx2(const hl_fusion_attention_plan 
         t.o[c] = 0.0f;
     }
     hl_fa_bf16_d576x512_pack_queries_avx2(a->query, g.query, &a->query_stride, &g, 576, columns,
-                                          w.row, w.q);
-    hl_fa_bf16_d576x512_bounds(&g, w.low, w.high);
+                                          w.k, w.q);
+    hl_fa_bf16_d576x512_bounds(&g, columns, w.low, w.high);
     for (int32_t j = g.low; j < g.high;) {
         const int32_t next = g.high - j > BLOCK - j % BLOCK ? j - j % BLOCK + BLOCK : g.high;
         if (a->atten_mask == NULL || !hl_fa_bf16_d576x512_all_hidden(a, &g, j, next - j)) {
@@ -4773,7 +5013,7 @@ static inline void hl_fa_bf16_d576x512_task_avx2(const hl_fusion_attention_plan 
 /* ==== hl_fusion_attention_bf16_d576x512 ====
  * AVX-512 F, BW, DQ and VL (avx512).
  * Tiles: 12 x 2 accumulators take 24 of 32 registers: 14 loads for 24 FMA.
- * 96 queries by 96 keys: what is loaded is used 96 times.
+ * 144 queries by 96 keys: what is loaded is used 144 times.
  * 128 channels of 32 queries are 16 KiB: they stay in the first-level cache. */
 
 #if HL_HAS_AVX512
@@ -4799,6 +5039,11 @@ static inline const uint16_t *hl_fa_bf16_d576x512_query_row_avx512(const void *t
            + (ptrdiff_t)((g->first + p) % g->heads) * stride->head;
 }
 
+<<<<<<< HEAD
+/* Q^T, or what is shaped as it, of a task's queries: panels of 2 vectors,
+ * [panel][channel][query]; the last may be narrower. Queries behind the last are 0. `rows` is
+ * scratch for a vector's queries. */
+=======
 /* One row into its column of panels of 2 vectors, [panel][channel][column]; the
  * last panel may be narrower. A row that is NULL is 0. */
 HL_KERNEL_AVX512 void hl_fa_bf16_d576x512_pack_row_avx512(const float *row, int32_t channels,
@@ -4814,17 +5059,38 @@ HL_KERNEL_AVX512 void hl_fa_bf16_d576x512_pack_row_avx512(const float *row, int3
 }
 
 /* Q^T, or what is shaped as it, of a task's queries. */
+>>>>>>> train-ex
 HL_KERNEL_AVX512 void hl_fa_bf16_d576x512_pack_queries_avx512(const void *tensor, ptrdiff_t start,
-    const hl_stride *stride, const hl_span *g, int32_t channels, int32_t columns, float *row,
+    const hl_stride *stride, const hl_span *g, int32_t channels, int32_t columns, float *rows,
     float *to)
 {
-    for (int32_t p = 0; p < columns; ++p) {
-        if (p < g->n) {
-            hl_vrow_bf16_avx512(row,
-                                hl_fa_bf16_d576x512_query_row_avx512(tensor, start, stride, g, p),
-                                channels);
+    enum { L = 16, W = 2 * L, KS = 576 };
+    for (int32_t p = 0; p < columns; p += L) {
+        const int32_t panel = p / W * W;
+        const ptrdiff_t width = columns - panel < W ? columns - panel : W;
+        float *const at = to + (ptrdiff_t)panel * channels + (p - panel);
+        for (int32_t i = 0; i < L; ++i) {
+            float *const row = rows + (ptrdiff_t)i * KS;
+            for (int32_t c = 0; p + i >= g->n && c < KS; c += L) {
+                hl_vstore_avx512(row + c, hl_vzero_avx512());
+            }
+            if (p + i < g->n) {
+                hl_vrow_bf16_avx512(row,
+                                    hl_fa_bf16_d576x512_query_row_avx512(tensor, start, stride, g, p
+                        + i), channels);
+            }
         }
-        hl_fa_bf16_d576x512_pack_row_avx512(p < g->n ? row : NULL, channels, p, columns, to);
+        for (int32_t c = 0; c < channels; c += L) {
+            const int32_t n = channels - c < L ? channels - c : L;
+            hl_vf_avx512 x[L];
+            for (int32_t i = 0; i < L; ++i) {
+                x[i] = hl_vload_avx512(rows + (ptrdiff_t)i * KS + c);
+            }
+            hl_vturn_avx512(x);
+            for (int32_t i = 0; i < n; ++i) {
+                hl_vstore_avx512(at + (c + i) * width, x[i]);
+            }
+        }
     }
 }
 
@@ -5199,19 +5465,24 @@ HL_KERNEL_AVX512 void hl_fa_bf16_d576x512_score_panel_avx512(const float *q, con
 
 /* n rows against all columns of a packed matrix: s is [row][column]. Channels in slices of
  * 128, so that a slice of a panel stays in the first-level cache while rows pass
- * by. */
+ * by. With `seen`, only what some column of a panel sees is computed. */
 HL_KERNEL_AVX512 void hl_fa_bf16_d576x512_scores_avx512(const float *panels, const float *rows,
-    float *s, int32_t columns, int32_t n, int32_t channels, float scale)
+    float *s, int32_t columns, int32_t n, int32_t channels, float scale, const hl_seen *seen)
 {
     enum { W = 2 * 16, SLICE = 128 };
+    enum { KS = 576 };
     for (int32_t p = 0; p < columns; p += W) {
         const int32_t width = columns - p < W ? columns - p : W;
+        const int32_t begin = seen != NULL ? hl_clip(seen->low[p] - seen->at, 0, n) : 0;
+        const int32_t end = seen != NULL
+            ? hl_clip(seen->high[p + width - 1] - seen->at, begin, n) : n;
         for (int32_t c0 = 0; c0 < channels; c0 += SLICE) {
             const int32_t left = channels - c0;
             hl_fa_bf16_d576x512_score_panel_avx512(panels + (ptrdiff_t)p * channels + (ptrdiff_t)c0
-                                                   * width, rows + c0, s + p, columns, width, n, c0,
-                                                   left < SLICE ? left : SLICE, left > SLICE ? 1.0f
-                                                   : scale);
+                                                   * width, rows + (ptrdiff_t)begin * KS + c0, s
+                                                   + (ptrdiff_t)begin * columns + p, columns, width,
+                                                   end - begin, c0, left < SLICE ? left : SLICE,
+                                                   left > SLICE ? 1.0f : scale);
         }
     }
 }
@@ -5754,55 +6025,92 @@ HL_KERNEL_AVX512 void hl_fa_bf16_d576x512_pv_1x1_avx512(const float *p, ptrdiff_
 }
 
 /* Columns of s, as weights of n rows: a few channels of all rows stay in the nearest cache while
- * the columns pass by. */
+ * the columns pass by. With `seen`, a column's rows are those that it or its neighbours see. */
 HL_KERNEL_AVX512 void hl_fa_bf16_d576x512_sums_avx512(const float *s, int32_t columns, int32_t used,
-    const float *rows, int32_t n, int32_t channels, const float *alpha, float *o)
+    const float *rows, int32_t n, int32_t channels, const float *alpha, float *o,
+    const hl_seen *seen)
 {
     enum { L = 16, OS = 512, KS = 576 };
     int32_t c = 0;
     for (; c + 3 * L <= channels; c += 3 * L) {
         int32_t p = 0;
         for (; p + 8 <= used; p += 8) {
-            hl_fa_bf16_d576x512_pv_8x3_avx512(s + p, columns, rows + c, KS, o + (ptrdiff_t)p * OS
-                                              + c, alpha + p, n);
+            const int32_t begin = seen != NULL ? hl_clip(seen->low[p] - seen->at, 0, n) : 0;
+            const int32_t end = seen != NULL
+                ? hl_clip(seen->high[p + 8 - 1] - seen->at, begin, n) : n;
+            hl_fa_bf16_d576x512_pv_8x3_avx512(s + (ptrdiff_t)begin * columns + p, columns, rows
+                                              + (ptrdiff_t)begin * KS + c, KS, o + (ptrdiff_t)p * OS
+                                              + c, alpha + p, end - begin);
         }
         for (; p + 4 <= used; p += 4) {
-            hl_fa_bf16_d576x512_pv_4x3_avx512(s + p, columns, rows + c, KS, o + (ptrdiff_t)p * OS
-                                              + c, alpha + p, n);
+            const int32_t begin = seen != NULL ? hl_clip(seen->low[p] - seen->at, 0, n) : 0;
+            const int32_t end = seen != NULL
+                ? hl_clip(seen->high[p + 4 - 1] - seen->at, begin, n) : n;
+            hl_fa_bf16_d576x512_pv_4x3_avx512(s + (ptrdiff_t)begin * columns + p, columns, rows
+                                              + (ptrdiff_t)begin * KS + c, KS, o + (ptrdiff_t)p * OS
+                                              + c, alpha + p, end - begin);
         }
         for (; p + 1 <= used; p += 1) {
-            hl_fa_bf16_d576x512_pv_1x3_avx512(s + p, columns, rows + c, KS, o + (ptrdiff_t)p * OS
-                                              + c, alpha + p, n);
+            const int32_t begin = seen != NULL ? hl_clip(seen->low[p] - seen->at, 0, n) : 0;
+            const int32_t end = seen != NULL
+                ? hl_clip(seen->high[p + 1 - 1] - seen->at, begin, n) : n;
+            hl_fa_bf16_d576x512_pv_1x3_avx512(s + (ptrdiff_t)begin * columns + p, columns, rows
+                                              + (ptrdiff_t)begin * KS + c, KS, o + (ptrdiff_t)p * OS
+                                              + c, alpha + p, end - begin);
         }
     }
     for (; c + 2 * L <= channels; c += 2 * L) {
         int32_t p = 0;
         for (; p + 8 <= used; p += 8) {
-            hl_fa_bf16_d576x512_pv_8x2_avx512(s + p, columns, rows + c, KS, o + (ptrdiff_t)p * OS
-                                              + c, alpha + p, n);
+            const int32_t begin = seen != NULL ? hl_clip(seen->low[p] - seen->at, 0, n) : 0;
+            const int32_t end = seen != NULL
+                ? hl_clip(seen->high[p + 8 - 1] - seen->at, begin, n) : n;
+            hl_fa_bf16_d576x512_pv_8x2_avx512(s + (ptrdiff_t)begin * columns + p, columns, rows
+                                              + (ptrdiff_t)begin * KS + c, KS, o + (ptrdiff_t)p * OS
+                                              + c, alpha + p, end - begin);
         }
         for (; p + 4 <= used; p += 4) {
-            hl_fa_bf16_d576x512_pv_4x2_avx512(s + p, columns, rows + c, KS, o + (ptrdiff_t)p * OS
-                                              + c, alpha + p, n);
+            const int32_t begin = seen != NULL ? hl_clip(seen->low[p] - seen->at, 0, n) : 0;
+            const int32_t end = seen != NULL
+                ? hl_clip(seen->high[p + 4 - 1] - seen->at, begin, n) : n;
+            hl_fa_bf16_d576x512_pv_4x2_avx512(s + (ptrdiff_t)begin * columns + p, columns, rows
+                                              + (ptrdiff_t)begin * KS + c, KS, o + (ptrdiff_t)p * OS
+                                              + c, alpha + p, end - begin);
         }
         for (; p + 1 <= used; p += 1) {
-            hl_fa_bf16_d576x512_pv_1x2_avx512(s + p, columns, rows + c, KS, o + (ptrdiff_t)p * OS
-                                              + c, alpha + p, n);
+            const int32_t begin = seen != NULL ? hl_clip(seen->low[p] - seen->at, 0, n) : 0;
+            const int32_t end = seen != NULL
+                ? hl_clip(seen->high[p + 1 - 1] - seen->at, begin, n) : n;
+            hl_fa_bf16_d576x512_pv_1x2_avx512(s + (ptrdiff_t)begin * columns + p, columns, rows
+                                              + (ptrdiff_t)begin * KS + c, KS, o + (ptrdiff_t)p * OS
+                                              + c, alpha + p, end - begin);
         }
     }
     for (; c + 1 * L <= channels; c += 1 * L) {
         int32_t p = 0;
         for (; p + 8 <= used; p += 8) {
-            hl_fa_bf16_d576x512_pv_8x1_avx512(s + p, columns, rows + c, KS, o + (ptrdiff_t)p * OS
-                                              + c, alpha + p, n);
+            const int32_t begin = seen != NULL ? hl_clip(seen->low[p] - seen->at, 0, n) : 0;
+            const int32_t end = seen != NULL
+                ? hl_clip(seen->high[p + 8 - 1] - seen->at, begin, n) : n;
+            hl_fa_bf16_d576x512_pv_8x1_avx512(s + (ptrdiff_t)begin * columns + p, columns, rows
+                                              + (ptrdiff_t)begin * KS + c, KS, o + (ptrdiff_t)p * OS
+                                              + c, alpha + p, end - begin);
         }
         for (; p + 4 <= used; p += 4) {
-            hl_fa_bf16_d576x512_pv_4x1_avx512(s + p, columns, rows + c, KS, o + (ptrdiff_t)p * OS
-                                              + c, alpha + p, n);
+            const int32_t begin = seen != NULL ? hl_clip(seen->low[p] - seen->at, 0, n) : 0;
+            const int32_t end = seen != NULL
+                ? hl_clip(seen->high[p + 4 - 1] - seen->at, begin, n) : n;
+            hl_fa_bf16_d576x512_pv_4x1_avx512(s + (ptrdiff_t)begin * columns + p, columns, rows
+                                              + (ptrdiff_t)begin * KS + c, KS, o + (ptrdiff_t)p * OS
+                                              + c, alpha + p, end - begin);
         }
         for (; p + 1 <= used; p += 1) {
-            hl_fa_bf16_d576x512_pv_1x1_avx512(s + p, columns, rows + c, KS, o + (ptrdiff_t)p * OS
-                                              + c, alpha + p, n);
+            const int32_t begin = seen != NULL ? hl_clip(seen->low[p] - seen->at, 0, n) : 0;
+            const int32_t end = seen != NULL
+                ? hl_clip(seen->high[p + 1 - 1] - seen->at, begin, n) : n;
+            hl_fa_bf16_d576x512_pv_1x1_avx512(s + (ptrdiff_t)begin * columns + p, columns, rows
+                                              + (ptrdiff_t)begin * KS + c, KS, o + (ptrdiff_t)p * OS
+                                              + c, alpha + p, end - begin);
         }
     }
 }
@@ -5875,7 +6183,7 @@ HL_KERNEL_AVX512 void hl_fa_bf16_d576x512_store_out_avx512(const hl_fusion_atten
 }
 
 /* A query without a key: out 0, max -FLT_MAX, sum FLT_MAX, so that the backward pass finds weights
- * of 0; where the whole batch has no key, max 0 and sum 0. */
+ * of 0; where the whole batch has no key, and behind the last end, max 0 and sum 0. */
 HL_KERNEL_AVX512 void hl_fa_bf16_d576x512_finish_avx512(const hl_fusion_attention_plan *plan,
     const hl_span *g, const hl_state *t, int32_t columns)
 {
@@ -5893,7 +6201,7 @@ HL_KERNEL_AVX512 void hl_fa_bf16_d576x512_finish_avx512(const hl_fusion_attentio
         const ptrdiff_t stats = hl_fa_bf16_d576x512_stats_at(a, g, i, g->kv_head * g->heads + h);
         const float l = t->l[p];
         const int32_t none = l == 0.0f;
-        const int32_t no_keys = g->seq_kv == 0;
+        const int32_t no_keys = g->seq_kv == 0 || g->batch == a->batch;
         float max = none ? (no_keys ? 0.0f : -most) : t->m[p] * 0.693147181f;
         const float sum = none ? (no_keys ? 0.0f : most) : l;
         if (sinks != NULL && !none && !(max > sinks[h])) {
@@ -5977,13 +6285,15 @@ HL_KERNEL_AVX512 void hl_fa_bf16_d576x512_block_avx512(const hl_fusion_attention
     const uint16_t *const value =
         (const uint16_t *)a->value + g->value + j0 * a->value_stride.row;
     const int32_t whole = j0 >= g->all_low && j0 + n <= g->all_high && a->atten_mask == NULL;
+    const hl_seen bounds = {w->low, w->high, j0};
+    const hl_seen *const seen = whole ? NULL : &bounds;
     int32_t apart[96];
     int32_t n_apart = 0;
     /* rows -> numbers, once for all queries */
     hl_fa_bf16_d576x512_load_rows_avx512(key, a->key_stride.row, n, DK, w->k);
     hl_fa_bf16_d576x512_load_rows_avx512(value, a->value_stride.row, n, DV, w->v);
     /* S = scale Q K^T, in units of log2 */
-    hl_fa_bf16_d576x512_scores_avx512(w->q, w->k, w->s, columns, n, DK, plan->scale_log2);
+    hl_fa_bf16_d576x512_scores_avx512(w->q, w->k, w->s, columns, n, DK, plan->scale_log2, seen);
     hl_fa_bf16_d576x512_bias_avx512(a, g, w->s, columns, j0, n, w->row);
     if (!whole) {
         hl_fa_bf16_d576x512_hide(a, g, w->low, w->high, w->s, columns, j0, n,
@@ -5996,7 +6306,7 @@ HL_KERNEL_AVX512 void hl_fa_bf16_d576x512_block_avx512(const hl_fusion_attention
         hl_fa_bf16_d576x512_drop(a, g, w->s, columns, j0, n);
     }
     /* O = alpha O + P V */
-    hl_fa_bf16_d576x512_sums_avx512(w->s, columns, g->n, w->v, n, OC, t->alpha, t->o);
+    hl_fa_bf16_d576x512_sums_avx512(w->s, columns, g->n, w->v, n, OC, t->alpha, t->o, seen);
     for (int32_t i = 0; i < n_apart; ++i) {
         hl_vrow_bf16_avx512(w->row, value + apart[i] * a->value_stride.row, DV);
         hl_fa_bf16_d576x512_add_seen_avx512(plan, g, w, columns, j0 + apart[i], w->s
@@ -6036,8 +6346,8 @@ static inline void hl_fa_bf16_d576x512_task_avx512(const hl_fusion_attention_pla
         t.o[c] = 0.0f;
     }
     hl_fa_bf16_d576x512_pack_queries_avx512(a->query, g.query, &a->query_stride, &g, 576, columns,
-                                            w.row, w.q);
-    hl_fa_bf16_d576x512_bounds(&g, w.low, w.high);
+                                            w.k, w.q);
+    hl_fa_bf16_d576x512_bounds(&g, columns, w.low, w.high);
     for (int32_t j = g.low; j < g.high;) {
         const int32_t next = g.high - j > BLOCK - j % BLOCK ? j - j % BLOCK + BLOCK : g.high;
         if (a->atten_mask == NULL || !hl_fa_bf16_d576x512_all_hidden(a, &g, j, next - j)) {
@@ -6127,7 +6437,7 @@ static inline hl_status hl_fa_bf16_d576x512_plan(hl_fusion_attention_plan *plan,
     }
     p.group = a->heads_q / a->heads_kv;
     p.scale_log2 = a->scale_value * 1.44269504f;
-    p.queries = 96;
+    p.queries = 144;
     p.band_batch = -1;
     for (int32_t b = 0; a->sparse_mode > 6 && b < a->batch; ++b) { /* the last or first with rows */
         const int64_t before = b > 0 ? a->actual_seq_qlen[b - 1] : 0;

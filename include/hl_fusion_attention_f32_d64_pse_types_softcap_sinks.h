@@ -77,7 +77,7 @@
  *   to be below keep_prob * 2^32. The same on all instruction sets, threads and layouts.
  *
  * MEMORY
- *   One task needs 137536 bytes, whatever the shape. Nothing is read before or
+ *   One task needs 181504 bytes, whatever the shape. Nothing is read before or
  *   behind a row; unused memory may hold NaN.
  *
  * NUMBERS
@@ -1140,6 +1140,14 @@ typedef struct hl_span {
     ptrdiff_t out;
 } hl_span;
 
+/* For each column of a block, the rows low .. high-1 that it may see; both never fall from one
+ * column to the next. The block's first row is number `at`. */
+typedef struct hl_seen {
+    const int32_t *low;
+    const int32_t *high;
+    int32_t at;
+} hl_seen;
+
 static inline int32_t hl_clip(int64_t x, int64_t low, int64_t high)
 {
     return (int32_t)(x < low ? low : x > high ? high : x);
@@ -1228,7 +1236,7 @@ enum {
 };
 
 /* Bytes of workspace for one task, any alignment, whatever the shape of the call. */
-#define HL_FUSION_ATTENTION_F32_D64_PSE_TYPES_SOFTCAP_SINKS_WORKSPACE_BYTES ((size_t)137536)
+#define HL_FUSION_ATTENTION_F32_D64_PSE_TYPES_SOFTCAP_SINKS_WORKSPACE_BYTES ((size_t)181504)
 
 /* Checks everything, fills in defaults, counts tasks. On an error *plan is untouched. */
 HL_API hl_status hl_fusion_attention_f32_d64_pse_types_softcap_sinks_plan(
@@ -1302,6 +1310,12 @@ HL_WORD_SCALAR hl_vf_scalar hl_vscale_scalar(hl_vf_scalar x, hl_vf_scalar n)
 {
     return n <= 0.0f ? hl_float_of(hl_bits_of(x) + ((uint32_t)(int32_t)n << 23)) : n;
 }
+
+#endif
+#ifndef HL_WORDS_SCALAR_TURN
+#define HL_WORDS_SCALAR_TURN
+
+HL_WORD_SCALAR void hl_vturn_scalar(hl_vf_scalar *x) { (void)x; }
 
 #endif
 #ifndef HL_VEXP2_SCALAR
@@ -1401,6 +1415,22 @@ HL_WORD_NEON hl_vf_neon hl_vswap_neon(hl_vf_neon x, int32_t n)
 HL_WORD_NEON hl_vf_neon hl_vsums_neon(const hl_vf_neon *x)
 {
     return vpaddq_f32(vpaddq_f32(x[0], x[1]), vpaddq_f32(x[2], x[3]));
+}
+
+#endif
+#ifndef HL_WORDS_NEON_TURN
+#define HL_WORDS_NEON_TURN
+
+HL_WORD_NEON void hl_vturn_neon(hl_vf_neon *x)
+{
+    const float64x2_t a = vreinterpretq_f64_f32(vtrn1q_f32(x[0], x[1]));
+    const float64x2_t b = vreinterpretq_f64_f32(vtrn2q_f32(x[0], x[1]));
+    const float64x2_t c = vreinterpretq_f64_f32(vtrn1q_f32(x[2], x[3]));
+    const float64x2_t d = vreinterpretq_f64_f32(vtrn2q_f32(x[2], x[3]));
+    x[0] = vreinterpretq_f32_f64(vtrn1q_f64(a, c));
+    x[1] = vreinterpretq_f32_f64(vtrn1q_f64(b, d));
+    x[2] = vreinterpretq_f32_f64(vtrn2q_f64(a, c));
+    x[3] = vreinterpretq_f32_f64(vtrn2q_f64(b, d));
 }
 
 #endif
@@ -1511,6 +1541,29 @@ HL_WORD_AVX2 hl_vf_avx2 hl_vsums_avx2(const hl_vf_avx2 *x)
     const __m256 a = _mm256_hadd_ps(_mm256_hadd_ps(x[0], x[1]), _mm256_hadd_ps(x[2], x[3]));
     const __m256 b = _mm256_hadd_ps(_mm256_hadd_ps(x[4], x[5]), _mm256_hadd_ps(x[6], x[7]));
     return _mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x21), _mm256_blend_ps(a, b, 0xf0));
+}
+
+#endif
+#ifndef HL_WORDS_AVX2_TURN
+#define HL_WORDS_AVX2_TURN
+
+HL_WORD_AVX2 void hl_vturn_avx2(hl_vf_avx2 *x)
+{
+    hl_vf_avx2 r[8];
+    for (int32_t i = 0; i < 8; i += 4) { /* four rows: four columns of each half */
+        const __m256d a = _mm256_castps_pd(_mm256_unpacklo_ps(x[i], x[i + 1]));
+        const __m256d b = _mm256_castps_pd(_mm256_unpackhi_ps(x[i], x[i + 1]));
+        const __m256d c = _mm256_castps_pd(_mm256_unpacklo_ps(x[i + 2], x[i + 3]));
+        const __m256d d = _mm256_castps_pd(_mm256_unpackhi_ps(x[i + 2], x[i + 3]));
+        r[i] = _mm256_castpd_ps(_mm256_unpacklo_pd(a, c));
+        r[i + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(a, c));
+        r[i + 2] = _mm256_castpd_ps(_mm256_unpacklo_pd(b, d));
+        r[i + 3] = _mm256_castpd_ps(_mm256_unpackhi_pd(b, d));
+    }
+    for (int32_t i = 0; i < 4; ++i) {
+        x[i] = _mm256_permute2f128_ps(r[i], r[4 + i], 0x20);
+        x[4 + i] = _mm256_permute2f128_ps(r[i], r[4 + i], 0x31);
+    }
 }
 
 #endif
@@ -1664,6 +1717,36 @@ HL_WORD_AVX512 hl_vf_avx512 hl_vsums_avx512(const hl_vf_avx512 *x)
 }
 
 #endif
+#ifndef HL_WORDS_AVX512_TURN
+#define HL_WORDS_AVX512_TURN
+
+HL_WORD_AVX512 void hl_vturn_avx512(hl_vf_avx512 *x)
+{
+    const __mmask16 all = hl_all_avx512();
+    hl_vf_avx512 r[16];
+    for (int32_t i = 0; i < 16; i += 4) { /* four rows: four columns of each quarter */
+        const __m512d a = _mm512_castps_pd(_mm512_maskz_unpacklo_ps(all, x[i], x[i + 1]));
+        const __m512d b = _mm512_castps_pd(_mm512_maskz_unpackhi_ps(all, x[i], x[i + 1]));
+        const __m512d c = _mm512_castps_pd(_mm512_maskz_unpacklo_ps(all, x[i + 2], x[i + 3]));
+        const __m512d d = _mm512_castps_pd(_mm512_maskz_unpackhi_ps(all, x[i + 2], x[i + 3]));
+        r[i] = _mm512_castpd_ps(_mm512_maskz_unpacklo_pd((__mmask8)all, a, c));
+        r[i + 1] = _mm512_castpd_ps(_mm512_maskz_unpackhi_pd((__mmask8)all, a, c));
+        r[i + 2] = _mm512_castpd_ps(_mm512_maskz_unpacklo_pd((__mmask8)all, b, d));
+        r[i + 3] = _mm512_castpd_ps(_mm512_maskz_unpackhi_pd((__mmask8)all, b, d));
+    }
+    for (int32_t i = 0; i < 4; ++i) {
+        const hl_vf_avx512 a = _mm512_maskz_shuffle_f32x4(all, r[i], r[4 + i], 0x88);
+        const hl_vf_avx512 b = _mm512_maskz_shuffle_f32x4(all, r[8 + i], r[12 + i], 0x88);
+        const hl_vf_avx512 c = _mm512_maskz_shuffle_f32x4(all, r[i], r[4 + i], 0xdd);
+        const hl_vf_avx512 d = _mm512_maskz_shuffle_f32x4(all, r[8 + i], r[12 + i], 0xdd);
+        x[i] = _mm512_maskz_shuffle_f32x4(all, a, b, 0x88);
+        x[4 + i] = _mm512_maskz_shuffle_f32x4(all, c, d, 0x88);
+        x[8 + i] = _mm512_maskz_shuffle_f32x4(all, a, b, 0xdd);
+        x[12 + i] = _mm512_maskz_shuffle_f32x4(all, c, d, 0xdd);
+    }
+}
+
+#endif
 #ifndef HL_VEXP2_AVX512
 #define HL_VEXP2_AVX512
 
@@ -1733,25 +1816,25 @@ static inline void hl_fa_f32_d64_pse_types_softcap_sinks_cut(
     const size_t off = (size_t)((uintptr_t)start % 64u);
     float *at = (float *)(void *)(start + (off != 0 ? 64u - off : 0u));
     w->q = at;
-    at += 6144;
+    at += 9216;
     w->k = at;
     at += 6144;
     w->v = at;
     at += 6144;
     w->s = at;
-    at += 9216;
+    at += 13824;
     w->o = at;
-    at += 6144;
+    at += 9216;
     w->row = at;
     at += 96;
     w->m = at;
-    at += 96;
+    at += 144;
     w->l = at;
-    at += 96;
+    at += 144;
     w->alpha = at;
-    at += 96;
+    at += 144;
     w->low = (int32_t *)(void *)at;
-    at += 96;
+    at += 144;
     w->high = (int32_t *)(void *)at;
 }
 /* ---- select: which rows and keys a batch has, which keys a row sees ---- */
@@ -1813,6 +1896,9 @@ static inline void hl_fa_f32_d64_pse_types_softcap_sinks_batch(const hl_fusion_a
     shift = mode == 3 || mode == 4 || mode == 6 ? (int64_t)g->seq_kv - g->seq_q : 0;
     g->ahead = mode == 0 || mode == 4 ? a->next_tokens + shift : mode == 1 ? INT32_MAX : shift;
     g->back = mode == 0 || mode == 4 ? a->pre_tokens - shift : (int64_t)INT32_MAX * 2;
+    if (b == a->batch) { /* rows and keys behind the last end are nobody's */
+        g->ahead = -(int64_t)INT32_MAX * 2;
+    }
     g->prefix = mode == 6 ? hl_clip(b < a->batch ? a->prefix[b] : 0, 0, g->seq_kv) : 0;
 }
 
@@ -2396,12 +2482,13 @@ static inline int32_t hl_fa_f32_d64_pse_types_softcap_sinks_sees(const hl_fusion
             || hl_fa_f32_d64_pse_types_softcap_sinks_mask_row(a, g, i, head)[j] == 0);
 }
 
-/* The bounds of each query's keys. */
-static inline void hl_fa_f32_d64_pse_types_softcap_sinks_bounds(const hl_span *g, int32_t *low,
-    int32_t *high)
+/* The bounds of each query's keys; columns behind the last query have its own. */
+static inline void hl_fa_f32_d64_pse_types_softcap_sinks_bounds(const hl_span *g, int32_t columns,
+    int32_t *low, int32_t *high)
 {
-    for (int32_t p = 0; p < g->n; ++p) {
-        hl_fa_f32_d64_pse_types_softcap_sinks_row_keys(g, (g->first + p) / g->heads, &low[p],
+    for (int32_t p = 0; p < columns; ++p) {
+        const int32_t query = p < g->n ? p : g->n - 1;
+        hl_fa_f32_d64_pse_types_softcap_sinks_row_keys(g, (g->first + query) / g->heads, &low[p],
             &high[p]);
     }
 }
@@ -2547,7 +2634,7 @@ static inline void hl_fa_f32_d64_pse_types_softcap_sinks_bias_row(const hl_fusio
     }
     if (a->pse_shape == HL_PSE_LAST_ROWS) { /* a stored row with the same distances */
         const int32_t first = a->pse_width - 1024;
-        const int32_t row = i % 1024 >= i - first ? i % 1024 : i - first;
+        const int32_t row = i > first ? i - first : 0; /* the one that goes furthest past i */
         from = (at * 1024 + row) * a->pse_width + (first + row - i + j0);
         end = hl_clip((int64_t)a->pse_width - (first + row - i + j0), 0, n);
     } else if (a->pse_shape == HL_PSE_ONE_ROW) {
@@ -2564,14 +2651,14 @@ static inline void hl_fa_f32_d64_pse_types_softcap_sinks_bias_row(const hl_fusio
     for (int32_t j = 0; j < end; ++j) {
         to[j] = factor * (pse[from + j]);
     }
-    for (int32_t j = end; j < n; ++j) { /* behind the stored ones: above the diagonal */
+    for (int32_t j = end; j < n; ++j) { /* 1024 and more behind the row: nothing is stored */
         to[j] = 0.0f;
     }
 }
 /* ==== hl_fusion_attention_f32_d64_pse_types_softcap_sinks ====
  * plain C99 (scalar).
  * Tiles: 8 sums fit the 16 float registers of a small core with room for operands.
- * 96 queries by 96 keys: what is loaded is used 96 times.
+ * 144 queries by 96 keys: what is loaded is used 144 times.
  * 64 channels of 2 queries are 0 KiB: they stay in the first-level cache. */
 
 /* ---- load: rows -> float32 ---- */
@@ -2595,6 +2682,11 @@ static inline const float *hl_fa_f32_d64_pse_types_softcap_sinks_query_row_scala
            + (ptrdiff_t)((g->first + p) % g->heads) * stride->head;
 }
 
+<<<<<<< HEAD
+/* Q^T, or what is shaped as it, of a task's queries: panels of 2 vectors,
+ * [panel][channel][query]; the last may be narrower. Queries behind the last are 0. `rows` is
+ * scratch for a vector's queries. */
+=======
 /* One row into its column of panels of 2 vectors, [panel][channel][column]; the
  * last panel may be narrower. A row that is NULL is 0. */
 HL_KERNEL_SCALAR void hl_fa_f32_d64_pse_types_softcap_sinks_pack_row_scalar(const float *row,
@@ -2610,18 +2702,38 @@ HL_KERNEL_SCALAR void hl_fa_f32_d64_pse_types_softcap_sinks_pack_row_scalar(cons
 }
 
 /* Q^T, or what is shaped as it, of a task's queries. */
+>>>>>>> train-ex
 HL_KERNEL_SCALAR void hl_fa_f32_d64_pse_types_softcap_sinks_pack_queries_scalar(const void *tensor,
     ptrdiff_t start, const hl_stride *stride, const hl_span *g, int32_t channels, int32_t columns,
-    float *row, float *to)
+    float *rows, float *to)
 {
-    for (int32_t p = 0; p < columns; ++p) {
-        if (p < g->n) {
-            hl_vrow_f32_scalar(row,
-                               hl_fa_f32_d64_pse_types_softcap_sinks_query_row_scalar(tensor, start,
-                    stride, g, p), channels);
+    enum { L = 1, W = 2 * L, KS = 64 };
+    for (int32_t p = 0; p < columns; p += L) {
+        const int32_t panel = p / W * W;
+        const ptrdiff_t width = columns - panel < W ? columns - panel : W;
+        float *const at = to + (ptrdiff_t)panel * channels + (p - panel);
+        for (int32_t i = 0; i < L; ++i) {
+            float *const row = rows + (ptrdiff_t)i * KS;
+            for (int32_t c = 0; p + i >= g->n && c < KS; c += L) {
+                hl_vstore_scalar(row + c, hl_vzero_scalar());
+            }
+            if (p + i < g->n) {
+                hl_vrow_f32_scalar(row,
+                                   hl_fa_f32_d64_pse_types_softcap_sinks_query_row_scalar(tensor,
+                        start, stride, g, p + i), channels);
+            }
         }
-        hl_fa_f32_d64_pse_types_softcap_sinks_pack_row_scalar(p < g->n ? row : NULL, channels, p,
-            columns, to);
+        for (int32_t c = 0; c < channels; c += L) {
+            const int32_t n = channels - c < L ? channels - c : L;
+            hl_vf_scalar x[L];
+            for (int32_t i = 0; i < L; ++i) {
+                x[i] = hl_vload_scalar(rows + (ptrdiff_t)i * KS + c);
+            }
+            hl_vturn_scalar(x);
+            for (int32_t i = 0; i < n; ++i) {
+                hl_vstore_scalar(at + (c + i) * width, x[i]);
+            }
+        }
     }
 }
 
@@ -2789,18 +2901,24 @@ HL_KERNEL_SCALAR void hl_fa_f32_d64_pse_types_softcap_sinks_score_panel_scalar(c
 
 /* n rows against all columns of a packed matrix: s is [row][column]. Channels in slices of
  * 64, so that a slice of a panel stays in the first-level cache while rows pass
- * by. */
+ * by. With `seen`, only what some column of a panel sees is computed. */
 HL_KERNEL_SCALAR void hl_fa_f32_d64_pse_types_softcap_sinks_scores_scalar(const float *panels,
-    const float *rows, float *s, int32_t columns, int32_t n, int32_t channels, float scale)
+    const float *rows, float *s, int32_t columns, int32_t n, int32_t channels, float scale,
+    const hl_seen *seen)
 {
     enum { W = 2 * 1, SLICE = 64 };
+    enum { KS = 64 };
     for (int32_t p = 0; p < columns; p += W) {
         const int32_t width = columns - p < W ? columns - p : W;
+        const int32_t begin = seen != NULL ? hl_clip(seen->low[p] - seen->at, 0, n) : 0;
+        const int32_t end = seen != NULL
+            ? hl_clip(seen->high[p + width - 1] - seen->at, begin, n) : n;
         for (int32_t c0 = 0; c0 < channels; c0 += SLICE) {
             const int32_t left = channels - c0;
             hl_fa_f32_d64_pse_types_softcap_sinks_score_panel_scalar(panels + (ptrdiff_t)p
-                * channels + (ptrdiff_t)c0 * width, rows + c0, s + p, columns, width, n, c0,
-                left < SLICE ? left : SLICE, left > SLICE ? 1.0f : scale);
+                * channels + (ptrdiff_t)c0 * width, rows + (ptrdiff_t)begin * KS + c0, s
+                + (ptrdiff_t)begin * columns + p, columns, width, end - begin, c0, left < SLICE
+                ? left : SLICE, left > SLICE ? 1.0f : scale);
         }
     }
 }
@@ -2937,33 +3055,49 @@ HL_KERNEL_SCALAR void hl_fa_f32_d64_pse_types_softcap_sinks_pv_1x1_scalar(const 
 }
 
 /* Columns of s, as weights of n rows: a few channels of all rows stay in the nearest cache while
- * the columns pass by. */
+ * the columns pass by. With `seen`, a column's rows are those that it or its neighbours see. */
 HL_KERNEL_SCALAR void hl_fa_f32_d64_pse_types_softcap_sinks_sums_scalar(const float *s,
     int32_t columns, int32_t used, const float *rows, int32_t n, int32_t channels,
-    const float *alpha, float *o)
+    const float *alpha, float *o, const hl_seen *seen)
 {
     enum { L = 1, OS = 64, KS = 64 };
     int32_t c = 0;
     for (; c + 2 * L <= channels; c += 2 * L) {
         int32_t p = 0;
         for (; p + 4 <= used; p += 4) {
-            hl_fa_f32_d64_pse_types_softcap_sinks_pv_4x2_scalar(s + p, columns, rows + c, KS, o
-                + (ptrdiff_t)p * OS + c, alpha + p, n);
+            const int32_t begin = seen != NULL ? hl_clip(seen->low[p] - seen->at, 0, n) : 0;
+            const int32_t end = seen != NULL
+                ? hl_clip(seen->high[p + 4 - 1] - seen->at, begin, n) : n;
+            hl_fa_f32_d64_pse_types_softcap_sinks_pv_4x2_scalar(s + (ptrdiff_t)begin * columns + p,
+                columns, rows + (ptrdiff_t)begin * KS + c, KS, o + (ptrdiff_t)p * OS + c, alpha + p,
+                end - begin);
         }
         for (; p + 1 <= used; p += 1) {
-            hl_fa_f32_d64_pse_types_softcap_sinks_pv_1x2_scalar(s + p, columns, rows + c, KS, o
-                + (ptrdiff_t)p * OS + c, alpha + p, n);
+            const int32_t begin = seen != NULL ? hl_clip(seen->low[p] - seen->at, 0, n) : 0;
+            const int32_t end = seen != NULL
+                ? hl_clip(seen->high[p + 1 - 1] - seen->at, begin, n) : n;
+            hl_fa_f32_d64_pse_types_softcap_sinks_pv_1x2_scalar(s + (ptrdiff_t)begin * columns + p,
+                columns, rows + (ptrdiff_t)begin * KS + c, KS, o + (ptrdiff_t)p * OS + c, alpha + p,
+                end - begin);
         }
     }
     for (; c + 1 * L <= channels; c += 1 * L) {
         int32_t p = 0;
         for (; p + 4 <= used; p += 4) {
-            hl_fa_f32_d64_pse_types_softcap_sinks_pv_4x1_scalar(s + p, columns, rows + c, KS, o
-                + (ptrdiff_t)p * OS + c, alpha + p, n);
+            const int32_t begin = seen != NULL ? hl_clip(seen->low[p] - seen->at, 0, n) : 0;
+            const int32_t end = seen != NULL
+                ? hl_clip(seen->high[p + 4 - 1] - seen->at, begin, n) : n;
+            hl_fa_f32_d64_pse_types_softcap_sinks_pv_4x1_scalar(s + (ptrdiff_t)begin * columns + p,
+                columns, rows + (ptrdiff_t)begin * KS + c, KS, o + (ptrdiff_t)p * OS + c, alpha + p,
+                end - begin);
         }
         for (; p + 1 <= used; p += 1) {
-            hl_fa_f32_d64_pse_types_softcap_sinks_pv_1x1_scalar(s + p, columns, rows + c, KS, o
-                + (ptrdiff_t)p * OS + c, alpha + p, n);
+            const int32_t begin = seen != NULL ? hl_clip(seen->low[p] - seen->at, 0, n) : 0;
+            const int32_t end = seen != NULL
+                ? hl_clip(seen->high[p + 1 - 1] - seen->at, begin, n) : n;
+            hl_fa_f32_d64_pse_types_softcap_sinks_pv_1x1_scalar(s + (ptrdiff_t)begin * columns + p,
+                columns, rows + (ptrdiff_t)begin * KS + c, KS, o + (ptrdiff_t)p * OS + c, alpha + p,
+                end - begin);
         }
     }
 }
@@ -3094,15 +3228,15 @@ HL_KERNEL_SCALAR void hl_fa_f32_d64_pse_types_softcap_sinks_sink_scalar(const hl
 }
 
 /* A query without a key: out 0, max -FLT_MAX, sum FLT_MAX, so that the backward pass finds weights
- * of 0; where the whole batch has no key, max 0 and sum 0. */
+ * of 0; where the whole batch has no key, and behind the last end, max 0 and sum 0. */
 HL_KERNEL_SCALAR void hl_fa_f32_d64_pse_types_softcap_sinks_finish_scalar(
     const hl_fusion_attention_plan *plan, const hl_span *g, const hl_state *t, int32_t columns)
 {
     enum { OS = 64 };
     const hl_fusion_attention_args *const a = &plan->args;
     const float most = 3.402823466e+38f;
-    const float *const sinks = a->sinks != NULL ? a->sinks + (ptrdiff_t)g->kv_head * g->heads
-                                                : NULL;
+    const float *const sinks = a->sinks != NULL && g->batch < a->batch
+        ? a->sinks + (ptrdiff_t)g->kv_head * g->heads : NULL;
     for (int32_t p = 0; p < columns; ++p) {
         t->alpha[p] = 1.0f;
     }
@@ -3117,7 +3251,7 @@ HL_KERNEL_SCALAR void hl_fa_f32_d64_pse_types_softcap_sinks_finish_scalar(
             hl_fa_f32_d64_pse_types_softcap_sinks_stats_at(a, g, i, g->kv_head * g->heads + h);
         const float l = t->l[p];
         const int32_t none = l == 0.0f;
-        const int32_t no_keys = g->seq_kv == 0;
+        const int32_t no_keys = g->seq_kv == 0 || g->batch == a->batch;
         float max = none ? (no_keys ? 0.0f : -most) : t->m[p] * 0.693147181f;
         const float sum = none ? (no_keys ? 0.0f : most) : l;
         if (sinks != NULL && !none && !(max > sinks[h])) {
@@ -3203,6 +3337,8 @@ HL_KERNEL_SCALAR void hl_fa_f32_d64_pse_types_softcap_sinks_block_scalar(
     const float *const value =
         (const float *)a->value + g->value + j0 * a->value_stride.row;
     const int32_t whole = j0 >= g->all_low && j0 + n <= g->all_high && a->atten_mask == NULL;
+    const hl_seen bounds = {w->low, w->high, j0};
+    const hl_seen *const seen = whole ? NULL : &bounds;
     int32_t apart[96];
     int32_t n_apart = 0;
     /* rows -> numbers, once for all queries */
@@ -3210,7 +3346,7 @@ HL_KERNEL_SCALAR void hl_fa_f32_d64_pse_types_softcap_sinks_block_scalar(
     hl_fa_f32_d64_pse_types_softcap_sinks_load_rows_scalar(value, a->value_stride.row, n, DV, w->v);
     /* S = scale Q K^T, in units of log2 */
     hl_fa_f32_d64_pse_types_softcap_sinks_scores_scalar(w->q, w->k, w->s, columns, n, DK,
-        plan->scale_log2);
+        plan->scale_log2, seen);
     hl_fa_f32_d64_pse_types_softcap_sinks_bias_scalar(a, g, w->s, columns, j0, n, w->row);
     if (!whole) {
         hl_fa_f32_d64_pse_types_softcap_sinks_hide(a, g, w->low, w->high, w->s, columns, j0, n,
@@ -3224,7 +3360,7 @@ HL_KERNEL_SCALAR void hl_fa_f32_d64_pse_types_softcap_sinks_block_scalar(
     }
     /* O = alpha O + P V */
     hl_fa_f32_d64_pse_types_softcap_sinks_sums_scalar(w->s, columns, g->n, w->v, n, OC, t->alpha,
-        t->o);
+        t->o, seen);
     for (int32_t i = 0; i < n_apart; ++i) {
         hl_vrow_f32_scalar(w->row, value + apart[i] * a->value_stride.row, DV);
         hl_fa_f32_d64_pse_types_softcap_sinks_add_seen_scalar(plan, g, w, columns, j0 + apart[i],
@@ -3264,8 +3400,8 @@ static inline void hl_fa_f32_d64_pse_types_softcap_sinks_task_scalar(
         t.o[c] = 0.0f;
     }
     hl_fa_f32_d64_pse_types_softcap_sinks_pack_queries_scalar(a->query, g.query, &a->query_stride,
-        &g, 64, columns, w.row, w.q);
-    hl_fa_f32_d64_pse_types_softcap_sinks_bounds(&g, w.low, w.high);
+        &g, 64, columns, w.k, w.q);
+    hl_fa_f32_d64_pse_types_softcap_sinks_bounds(&g, columns, w.low, w.high);
     for (int32_t j = g.low; j < g.high;) {
         const int32_t next = g.high - j > BLOCK - j % BLOCK ? j - j % BLOCK + BLOCK : g.high;
         if (a->atten_mask == NULL
@@ -3284,7 +3420,7 @@ static inline void hl_fa_f32_d64_pse_types_softcap_sinks_task_scalar(
 /* ==== hl_fusion_attention_f32_d64_pse_types_softcap_sinks ====
  * AArch64 NEON (neon).
  * Tiles: 8 x 2 accumulators, 2 vectors and a broadcast of 32 registers.
- * 96 queries by 96 keys: what is loaded is used 96 times.
+ * 144 queries by 96 keys: what is loaded is used 144 times.
  * 64 channels of 8 queries are 2 KiB: they stay in the first-level cache. */
 
 #if HL_HAS_NEON
@@ -3310,6 +3446,11 @@ static inline const float *hl_fa_f32_d64_pse_types_softcap_sinks_query_row_neon(
            + (ptrdiff_t)((g->first + p) % g->heads) * stride->head;
 }
 
+<<<<<<< HEAD
+/* Q^T, or what is shaped as it, of a task's queries: panels of 2 vectors,
+ * [panel][channel][query]; the last may be narrower. Queries behind the last are 0. `rows` is
+ * scratch for a vector's queries. */
+=======
 /* One row into its column of panels of 2 vectors, [panel][channel][column]; the
  * last panel may be narrower. A row that is NULL is 0. */
 HL_KERNEL_NEON void hl_fa_f32_d64_pse_types_softcap_sinks_pack_row_neon(const float *row,
@@ -3325,18 +3466,38 @@ HL_KERNEL_NEON void hl_fa_f32_d64_pse_types_softcap_sinks_pack_row_neon(const fl
 }
 
 /* Q^T, or what is shaped as it, of a task's queries. */
+>>>>>>> train-ex
 HL_KERNEL_NEON void hl_fa_f32_d64_pse_types_softcap_sinks_pack_queries_neon(const void *tensor,
     ptrdiff_t start, const hl_stride *stride, const hl_span *g, int32_t channels, int32_t columns,
-    float *row, float *to)
+    float *rows, float *to)
 {
-    for (int32_t p = 0; p < columns; ++p) {
-        if (p < g->n) {
-            hl_vrow_f32_neon(row,
-                             hl_fa_f32_d64_pse_types_softcap_sinks_query_row_neon(tensor, start,
-                    stride, g, p), channels);
+    enum { L = 4, W = 2 * L, KS = 64 };
+    for (int32_t p = 0; p < columns; p += L) {
+        const int32_t panel = p / W * W;
+        const ptrdiff_t width = columns - panel < W ? columns - panel : W;
+        float *const at = to + (ptrdiff_t)panel * channels + (p - panel);
+        for (int32_t i = 0; i < L; ++i) {
+            float *const row = rows + (ptrdiff_t)i * KS;
+            for (int32_t c = 0; p + i >= g->n && c < KS; c += L) {
+                hl_vstore_neon(row + c, hl_vzero_neon());
+            }
+            if (p + i < g->n) {
+                hl_vrow_f32_neon(row,
+                                 hl_fa_f32_d64_pse_types_softcap_sinks_query_row_neon(tensor, start,
+                        stride, g, p + i), channels);
+            }
         }
-        hl_fa_f32_d64_pse_types_softcap_sinks_pack_row_neon(p < g->n ? row : NULL, channels, p,
-            columns, to);
+        for (int32_t c = 0; c < channels; c += L) {
+            const int32_t n = channels - c < L ? channels - c : L;
+            hl_vf_neon x[L];
+            for (int32_t i = 0; i < L; ++i) {
+                x[i] = hl_vload_neon(rows + (ptrdiff_t)i * KS + c);
+            }
+            hl_vturn_neon(x);
+            for (int32_t i = 0; i < n; ++i) {
+                hl_vstore_neon(at + (c + i) * width, x[i]);
+            }
+        }
     }
 }
 
@@ -3560,18 +3721,24 @@ HL_KERNEL_NEON void hl_fa_f32_d64_pse_types_softcap_sinks_score_panel_neon(const
 
 /* n rows against all columns of a packed matrix: s is [row][column]. Channels in slices of
  * 64, so that a slice of a panel stays in the first-level cache while rows pass
- * by. */
+ * by. With `seen`, only what some column of a panel sees is computed. */
 HL_KERNEL_NEON void hl_fa_f32_d64_pse_types_softcap_sinks_scores_neon(const float *panels,
-    const float *rows, float *s, int32_t columns, int32_t n, int32_t channels, float scale)
+    const float *rows, float *s, int32_t columns, int32_t n, int32_t channels, float scale,
+    const hl_seen *seen)
 {
     enum { W = 2 * 4, SLICE = 64 };
+    enum { KS = 64 };
     for (int32_t p = 0; p < columns; p += W) {
         const int32_t width = columns - p < W ? columns - p : W;
+        const int32_t begin = seen != NULL ? hl_clip(seen->low[p] - seen->at, 0, n) : 0;
+        const int32_t end = seen != NULL
+            ? hl_clip(seen->high[p + width - 1] - seen->at, begin, n) : n;
         for (int32_t c0 = 0; c0 < channels; c0 += SLICE) {
             const int32_t left = channels - c0;
             hl_fa_f32_d64_pse_types_softcap_sinks_score_panel_neon(panels + (ptrdiff_t)p * channels
-                + (ptrdiff_t)c0 * width, rows + c0, s + p, columns, width, n, c0, left < SLICE
-                ? left : SLICE, left > SLICE ? 1.0f : scale);
+                + (ptrdiff_t)c0 * width, rows + (ptrdiff_t)begin * KS + c0, s + (ptrdiff_t)begin
+                * columns + p, columns, width, end - begin, c0, left < SLICE ? left : SLICE,
+                left > SLICE ? 1.0f : scale);
         }
     }
 }
@@ -3749,32 +3916,49 @@ HL_KERNEL_NEON void hl_fa_f32_d64_pse_types_softcap_sinks_pv_1x1_neon(const floa
 }
 
 /* Columns of s, as weights of n rows: a few channels of all rows stay in the nearest cache while
- * the columns pass by. */
+ * the columns pass by. With `seen`, a column's rows are those that it or its neighbours see. */
 HL_KERNEL_NEON void hl_fa_f32_d64_pse_types_softcap_sinks_sums_neon(const float *s, int32_t columns,
-    int32_t used, const float *rows, int32_t n, int32_t channels, const float *alpha, float *o)
+    int32_t used, const float *rows, int32_t n, int32_t channels, const float *alpha, float *o,
+    const hl_seen *seen)
 {
     enum { L = 4, OS = 64, KS = 64 };
     int32_t c = 0;
     for (; c + 2 * L <= channels; c += 2 * L) {
         int32_t p = 0;
         for (; p + 8 <= used; p += 8) {
-            hl_fa_f32_d64_pse_types_softcap_sinks_pv_8x2_neon(s + p, columns, rows + c, KS, o
-                + (ptrdiff_t)p * OS + c, alpha + p, n);
+            const int32_t begin = seen != NULL ? hl_clip(seen->low[p] - seen->at, 0, n) : 0;
+            const int32_t end = seen != NULL
+                ? hl_clip(seen->high[p + 8 - 1] - seen->at, begin, n) : n;
+            hl_fa_f32_d64_pse_types_softcap_sinks_pv_8x2_neon(s + (ptrdiff_t)begin * columns + p,
+                columns, rows + (ptrdiff_t)begin * KS + c, KS, o + (ptrdiff_t)p * OS + c, alpha + p,
+                end - begin);
         }
         for (; p + 1 <= used; p += 1) {
-            hl_fa_f32_d64_pse_types_softcap_sinks_pv_1x2_neon(s + p, columns, rows + c, KS, o
-                + (ptrdiff_t)p * OS + c, alpha + p, n);
+            const int32_t begin = seen != NULL ? hl_clip(seen->low[p] - seen->at, 0, n) : 0;
+            const int32_t end = seen != NULL
+                ? hl_clip(seen->high[p + 1 - 1] - seen->at, begin, n) : n;
+            hl_fa_f32_d64_pse_types_softcap_sinks_pv_1x2_neon(s + (ptrdiff_t)begin * columns + p,
+                columns, rows + (ptrdiff_t)begin * KS + c, KS, o + (ptrdiff_t)p * OS + c, alpha + p,
+                end - begin);
         }
     }
     for (; c + 1 * L <= channels; c += 1 * L) {
         int32_t p = 0;
         for (; p + 8 <= used; p += 8) {
-            hl_fa_f32_d64_pse_types_softcap_sinks_pv_8x1_neon(s + p, columns, rows + c, KS, o
-                + (ptrdiff_t)p * OS + c, alpha + p, n);
+            const int32_t begin = seen != NULL ? hl_clip(seen->low[p] - seen->at, 0, n) : 0;
+            const int32_t end = seen != NULL
+                ? hl_clip(seen->high[p + 8 - 1] - seen->at, begin, n) : n;
+            hl_fa_f32_d64_pse_types_softcap_sinks_pv_8x1_neon(s + (ptrdiff_t)begin * columns + p,
+                columns, rows + (ptrdiff_t)begin * KS + c, KS, o + (ptrdiff_t)p * OS + c, alpha + p,
+                end - begin);
         }
         for (; p + 1 <= used; p += 1) {
-            hl_fa_f32_d64_pse_types_softcap_sinks_pv_1x1_neon(s + p, columns, rows + c, KS, o
-                + (ptrdiff_t)p * OS + c, alpha + p, n);
+            const int32_t begin = seen != NULL ? hl_clip(seen->low[p] - seen->at, 0, n) : 0;
+            const int32_t end = seen != NULL
+                ? hl_clip(seen->high[p + 1 - 1] - seen->at, begin, n) : n;
+            hl_fa_f32_d64_pse_types_softcap_sinks_pv_1x1_neon(s + (ptrdiff_t)begin * columns + p,
+                columns, rows + (ptrdiff_t)begin * KS + c, KS, o + (ptrdiff_t)p * OS + c, alpha + p,
+                end - begin);
         }
     }
 }
@@ -3903,15 +4087,15 @@ HL_KERNEL_NEON void hl_fa_f32_d64_pse_types_softcap_sinks_sink_neon(const hl_spa
 }
 
 /* A query without a key: out 0, max -FLT_MAX, sum FLT_MAX, so that the backward pass finds weights
- * of 0; where the whole batch has no key, max 0 and sum 0. */
+ * of 0; where the whole batch has no key, and behind the last end, max 0 and sum 0. */
 HL_KERNEL_NEON void hl_fa_f32_d64_pse_types_softcap_sinks_finish_neon(
     const hl_fusion_attention_plan *plan, const hl_span *g, const hl_state *t, int32_t columns)
 {
     enum { OS = 64 };
     const hl_fusion_attention_args *const a = &plan->args;
     const float most = 3.402823466e+38f;
-    const float *const sinks = a->sinks != NULL ? a->sinks + (ptrdiff_t)g->kv_head * g->heads
-                                                : NULL;
+    const float *const sinks = a->sinks != NULL && g->batch < a->batch
+        ? a->sinks + (ptrdiff_t)g->kv_head * g->heads : NULL;
     for (int32_t p = 0; p < columns; ++p) {
         t->alpha[p] = 1.0f;
     }
@@ -3926,7 +4110,7 @@ HL_KERNEL_NEON void hl_fa_f32_d64_pse_types_softcap_sinks_finish_neon(
             hl_fa_f32_d64_pse_types_softcap_sinks_stats_at(a, g, i, g->kv_head * g->heads + h);
         const float l = t->l[p];
         const int32_t none = l == 0.0f;
-        const int32_t no_keys = g->seq_kv == 0;
+        const int32_t no_keys = g->seq_kv == 0 || g->batch == a->batch;
         float max = none ? (no_keys ? 0.0f : -most) : t->m[p] * 0.693147181f;
         const float sum = none ? (no_keys ? 0.0f : most) : l;
         if (sinks != NULL && !none && !(max > sinks[h])) {
@@ -4011,6 +4195,8 @@ HL_KERNEL_NEON void hl_fa_f32_d64_pse_types_softcap_sinks_block_neon(
     const float *const value =
         (const float *)a->value + g->value + j0 * a->value_stride.row;
     const int32_t whole = j0 >= g->all_low && j0 + n <= g->all_high && a->atten_mask == NULL;
+    const hl_seen bounds = {w->low, w->high, j0};
+    const hl_seen *const seen = whole ? NULL : &bounds;
     int32_t apart[96];
     int32_t n_apart = 0;
     /* rows -> numbers, once for all queries */
@@ -4018,7 +4204,7 @@ HL_KERNEL_NEON void hl_fa_f32_d64_pse_types_softcap_sinks_block_neon(
     hl_fa_f32_d64_pse_types_softcap_sinks_load_rows_neon(value, a->value_stride.row, n, DV, w->v);
     /* S = scale Q K^T, in units of log2 */
     hl_fa_f32_d64_pse_types_softcap_sinks_scores_neon(w->q, w->k, w->s, columns, n, DK,
-        plan->scale_log2);
+        plan->scale_log2, seen);
     hl_fa_f32_d64_pse_types_softcap_sinks_bias_neon(a, g, w->s, columns, j0, n, w->row);
     if (!whole) {
         hl_fa_f32_d64_pse_types_softcap_sinks_hide(a, g, w->low, w->high, w->s, columns, j0, n,
@@ -4032,7 +4218,7 @@ HL_KERNEL_NEON void hl_fa_f32_d64_pse_types_softcap_sinks_block_neon(
     }
     /* O = alpha O + P V */
     hl_fa_f32_d64_pse_types_softcap_sinks_sums_neon(w->s, columns, g->n, w->v, n, OC, t->alpha,
-                                                    t->o);
+                                                    t->o, seen);
     for (int32_t i = 0; i < n_apart; ++i) {
         hl_vrow_f32_neon(w->row, value + apart[i] * a->value_stride.row, DV);
         hl_fa_f32_d64_pse_types_softcap_sinks_add_seen_neon(plan, g, w, columns, j0 + apart[i], w->s
@@ -4072,8 +4258,8 @@ static inline void hl_fa_f32_d64_pse_types_softcap_sinks_task_neon(
         t.o[c] = 0.0f;
     }
     hl_fa_f32_d64_pse_types_softcap_sinks_pack_queries_neon(a->query, g.query, &a->query_stride, &g,
-        64, columns, w.row, w.q);
-    hl_fa_f32_d64_pse_types_softcap_sinks_bounds(&g, w.low, w.high);
+        64, columns, w.k, w.q);
+    hl_fa_f32_d64_pse_types_softcap_sinks_bounds(&g, columns, w.low, w.high);
     for (int32_t j = g.low; j < g.high;) {
         const int32_t next = g.high - j > BLOCK - j % BLOCK ? j - j % BLOCK + BLOCK : g.high;
         if (a->atten_mask == NULL
@@ -4094,7 +4280,7 @@ static inline void hl_fa_f32_d64_pse_types_softcap_sinks_task_neon(
 /* ==== hl_fusion_attention_f32_d64_pse_types_softcap_sinks ====
  * AVX2, FMA and F16C (avx2).
  * Tiles: 6 x 2 accumulators, 2 vectors and a broadcast fill 15 of 16 registers.
- * 96 queries by 96 keys: what is loaded is used 96 times.
+ * 144 queries by 96 keys: what is loaded is used 144 times.
  * 64 channels of 16 queries are 4 KiB: they stay in the first-level cache. */
 
 #if HL_HAS_AVX2
@@ -4120,6 +4306,11 @@ static inline const float *hl_fa_f32_d64_pse_types_softcap_sinks_query_row_avx2(
            + (ptrdiff_t)((g->first + p) % g->heads) * stride->head;
 }
 
+<<<<<<< HEAD
+/* Q^T, or what is shaped as it, of a task's queries: panels of 2 vectors,
+ * [panel][channel][query]; the last may be narrower. Queries behind the last are 0. `rows` is
+ * scratch for a vector's queries. */
+=======
 /* One row into its column of panels of 2 vectors, [panel][channel][column]; the
  * last panel may be narrower. A row that is NULL is 0. */
 HL_KERNEL_AVX2 void hl_fa_f32_d64_pse_types_softcap_sinks_pack_row_avx2(const float *row,
@@ -4135,18 +4326,38 @@ HL_KERNEL_AVX2 void hl_fa_f32_d64_pse_types_softcap_sinks_pack_row_avx2(const fl
 }
 
 /* Q^T, or what is shaped as it, of a task's queries. */
+>>>>>>> train-ex
 HL_KERNEL_AVX2 void hl_fa_f32_d64_pse_types_softcap_sinks_pack_queries_avx2(const void *tensor,
     ptrdiff_t start, const hl_stride *stride, const hl_span *g, int32_t channels, int32_t columns,
-    float *row, float *to)
+    float *rows, float *to)
 {
-    for (int32_t p = 0; p < columns; ++p) {
-        if (p < g->n) {
-            hl_vrow_f32_avx2(row,
-                             hl_fa_f32_d64_pse_types_softcap_sinks_query_row_avx2(tensor, start,
-                    stride, g, p), channels);
+    enum { L = 8, W = 2 * L, KS = 64 };
+    for (int32_t p = 0; p < columns; p += L) {
+        const int32_t panel = p / W * W;
+        const ptrdiff_t width = columns - panel < W ? columns - panel : W;
+        float *const at = to + (ptrdiff_t)panel * channels + (p - panel);
+        for (int32_t i = 0; i < L; ++i) {
+            float *const row = rows + (ptrdiff_t)i * KS;
+            for (int32_t c = 0; p + i >= g->n && c < KS; c += L) {
+                hl_vstore_avx2(row + c, hl_vzero_avx2());
+            }
+            if (p + i < g->n) {
+                hl_vrow_f32_avx2(row,
+                                 hl_fa_f32_d64_pse_types_softcap_sinks_query_row_avx2(tensor, start,
+                        stride, g, p + i), channels);
+            }
         }
-        hl_fa_f32_d64_pse_types_softcap_sinks_pack_row_avx2(p < g->n ? row : NULL, channels, p,
-            columns, to);
+        for (int32_t c = 0; c < channels; c += L) {
+            const int32_t n = channels - c < L ? channels - c : L;
+            hl_vf_avx2 x[L];
+            for (int32_t i = 0; i < L; ++i) {
+                x[i] = hl_vload_avx2(rows + (ptrdiff_t)i * KS + c);
+            }
+            hl_vturn_avx2(x);
+            for (int32_t i = 0; i < n; ++i) {
+                hl_vstore_avx2(at + (c + i) * width, x[i]);
+            }
+        }
     }
 }
 
@@ -4342,18 +4553,24 @@ HL_KERNEL_AVX2 void hl_fa_f32_d64_pse_types_softcap_sinks_score_panel_avx2(const
 
 /* n rows against all columns of a packed matrix: s is [row][column]. Channels in slices of
  * 64, so that a slice of a panel stays in the first-level cache while rows pass
- * by. */
+ * by. With `seen`, only what some column of a panel sees is computed. */
 HL_KERNEL_AVX2 void hl_fa_f32_d64_pse_types_softcap_sinks_scores_avx2(const float *panels,
-    const float *rows, float *s, int32_t columns, int32_t n, int32_t channels, float scale)
+    const float *rows, float *s, int32_t columns, int32_t n, int32_t channels, float scale,
+    const hl_seen *seen)
 {
     enum { W = 2 * 8, SLICE = 64 };
+    enum { KS = 64 };
     for (int32_t p = 0; p < columns; p += W) {
         const int32_t width = columns - p < W ? columns - p : W;
+        const int32_t begin = seen != NULL ? hl_clip(seen->low[p] - seen->at, 0, n) : 0;
+        const int32_t end = seen != NULL
+            ? hl_clip(seen->high[p + width - 1] - seen->at, begin, n) : n;
         for (int32_t c0 = 0; c0 < channels; c0 += SLICE) {
             const int32_t left = channels - c0;
             hl_fa_f32_d64_pse_types_softcap_sinks_score_panel_avx2(panels + (ptrdiff_t)p * channels
-                + (ptrdiff_t)c0 * width, rows + c0, s + p, columns, width, n, c0, left < SLICE
-                ? left : SLICE, left > SLICE ? 1.0f : scale);
+                + (ptrdiff_t)c0 * width, rows + (ptrdiff_t)begin * KS + c0, s + (ptrdiff_t)begin
+                * columns + p, columns, width, end - begin, c0, left < SLICE ? left : SLICE,
+                left > SLICE ? 1.0f : scale);
         }
     }
 }
@@ -4497,32 +4714,49 @@ HL_KERNEL_AVX2 void hl_fa_f32_d64_pse_types_softcap_sinks_pv_1x1_avx2(const floa
 }
 
 /* Columns of s, as weights of n rows: a few channels of all rows stay in the nearest cache while
- * the columns pass by. */
+ * the columns pass by. With `seen`, a column's rows are those that it or its neighbours see. */
 HL_KERNEL_AVX2 void hl_fa_f32_d64_pse_types_softcap_sinks_sums_avx2(const float *s, int32_t columns,
-    int32_t used, const float *rows, int32_t n, int32_t channels, const float *alpha, float *o)
+    int32_t used, const float *rows, int32_t n, int32_t channels, const float *alpha, float *o,
+    const hl_seen *seen)
 {
     enum { L = 8, OS = 64, KS = 64 };
     int32_t c = 0;
     for (; c + 3 * L <= channels; c += 3 * L) {
         int32_t p = 0;
         for (; p + 4 <= used; p += 4) {
-            hl_fa_f32_d64_pse_types_softcap_sinks_pv_4x3_avx2(s + p, columns, rows + c, KS, o
-                + (ptrdiff_t)p * OS + c, alpha + p, n);
+            const int32_t begin = seen != NULL ? hl_clip(seen->low[p] - seen->at, 0, n) : 0;
+            const int32_t end = seen != NULL
+                ? hl_clip(seen->high[p + 4 - 1] - seen->at, begin, n) : n;
+            hl_fa_f32_d64_pse_types_softcap_sinks_pv_4x3_avx2(s + (ptrdiff_t)begin * columns + p,
+                columns, rows + (ptrdiff_t)begin * KS + c, KS, o + (ptrdiff_t)p * OS + c, alpha + p,
+                end - begin);
         }
         for (; p + 1 <= used; p += 1) {
-            hl_fa_f32_d64_pse_types_softcap_sinks_pv_1x3_avx2(s + p, columns, rows + c, KS, o
-                + (ptrdiff_t)p * OS + c, alpha + p, n);
+            const int32_t begin = seen != NULL ? hl_clip(seen->low[p] - seen->at, 0, n) : 0;
+            const int32_t end = seen != NULL
+                ? hl_clip(seen->high[p + 1 - 1] - seen->at, begin, n) : n;
+            hl_fa_f32_d64_pse_types_softcap_sinks_pv_1x3_avx2(s + (ptrdiff_t)begin * columns + p,
+                columns, rows + (ptrdiff_t)begin * KS + c, KS, o + (ptrdiff_t)p * OS + c, alpha + p,
+                end - begin);
         }
     }
     for (; c + 1 * L <= channels; c += 1 * L) {
         int32_t p = 0;
         for (; p + 4 <= used; p += 4) {
-            hl_fa_f32_d64_pse_types_softcap_sinks_pv_4x1_avx2(s + p, columns, rows + c, KS, o
-                + (ptrdiff_t)p * OS + c, alpha + p, n);
+            const int32_t begin = seen != NULL ? hl_clip(seen->low[p] - seen->at, 0, n) : 0;
+            const int32_t end = seen != NULL
+                ? hl_clip(seen->high[p + 4 - 1] - seen->at, begin, n) : n;
+            hl_fa_f32_d64_pse_types_softcap_sinks_pv_4x1_avx2(s + (ptrdiff_t)begin * columns + p,
+                columns, rows + (ptrdiff_t)begin * KS + c, KS, o + (ptrdiff_t)p * OS + c, alpha + p,
+                end - begin);
         }
         for (; p + 1 <= used; p += 1) {
-            hl_fa_f32_d64_pse_types_softcap_sinks_pv_1x1_avx2(s + p, columns, rows + c, KS, o
-                + (ptrdiff_t)p * OS + c, alpha + p, n);
+            const int32_t begin = seen != NULL ? hl_clip(seen->low[p] - seen->at, 0, n) : 0;
+            const int32_t end = seen != NULL
+                ? hl_clip(seen->high[p + 1 - 1] - seen->at, begin, n) : n;
+            hl_fa_f32_d64_pse_types_softcap_sinks_pv_1x1_avx2(s + (ptrdiff_t)begin * columns + p,
+                columns, rows + (ptrdiff_t)begin * KS + c, KS, o + (ptrdiff_t)p * OS + c, alpha + p,
+                end - begin);
         }
     }
 }
@@ -4651,15 +4885,15 @@ HL_KERNEL_AVX2 void hl_fa_f32_d64_pse_types_softcap_sinks_sink_avx2(const hl_spa
 }
 
 /* A query without a key: out 0, max -FLT_MAX, sum FLT_MAX, so that the backward pass finds weights
- * of 0; where the whole batch has no key, max 0 and sum 0. */
+ * of 0; where the whole batch has no key, and behind the last end, max 0 and sum 0. */
 HL_KERNEL_AVX2 void hl_fa_f32_d64_pse_types_softcap_sinks_finish_avx2(
     const hl_fusion_attention_plan *plan, const hl_span *g, const hl_state *t, int32_t columns)
 {
     enum { OS = 64 };
     const hl_fusion_attention_args *const a = &plan->args;
     const float most = 3.402823466e+38f;
-    const float *const sinks = a->sinks != NULL ? a->sinks + (ptrdiff_t)g->kv_head * g->heads
-                                                : NULL;
+    const float *const sinks = a->sinks != NULL && g->batch < a->batch
+        ? a->sinks + (ptrdiff_t)g->kv_head * g->heads : NULL;
     for (int32_t p = 0; p < columns; ++p) {
         t->alpha[p] = 1.0f;
     }
@@ -4674,7 +4908,7 @@ HL_KERNEL_AVX2 void hl_fa_f32_d64_pse_types_softcap_sinks_finish_avx2(
             hl_fa_f32_d64_pse_types_softcap_sinks_stats_at(a, g, i, g->kv_head * g->heads + h);
         const float l = t->l[p];
         const int32_t none = l == 0.0f;
-        const int32_t no_keys = g->seq_kv == 0;
+        const int32_t no_keys = g->seq_kv == 0 || g->batch == a->batch;
         float max = none ? (no_keys ? 0.0f : -most) : t->m[p] * 0.693147181f;
         const float sum = none ? (no_keys ? 0.0f : most) : l;
         if (sinks != NULL && !none && !(max > sinks[h])) {
@@ -4759,6 +4993,8 @@ HL_KERNEL_AVX2 void hl_fa_f32_d64_pse_types_softcap_sinks_block_avx2(
     const float *const value =
         (const float *)a->value + g->value + j0 * a->value_stride.row;
     const int32_t whole = j0 >= g->all_low && j0 + n <= g->all_high && a->atten_mask == NULL;
+    const hl_seen bounds = {w->low, w->high, j0};
+    const hl_seen *const seen = whole ? NULL : &bounds;
     int32_t apart[96];
     int32_t n_apart = 0;
     /* rows -> numbers, once for all queries */
@@ -4766,7 +5002,7 @@ HL_KERNEL_AVX2 void hl_fa_f32_d64_pse_types_softcap_sinks_block_avx2(
     hl_fa_f32_d64_pse_types_softcap_sinks_load_rows_avx2(value, a->value_stride.row, n, DV, w->v);
     /* S = scale Q K^T, in units of log2 */
     hl_fa_f32_d64_pse_types_softcap_sinks_scores_avx2(w->q, w->k, w->s, columns, n, DK,
-        plan->scale_log2);
+        plan->scale_log2, seen);
     hl_fa_f32_d64_pse_types_softcap_sinks_bias_avx2(a, g, w->s, columns, j0, n, w->row);
     if (!whole) {
         hl_fa_f32_d64_pse_types_softcap_sinks_hide(a, g, w->low, w->high, w->s, columns, j0, n,
@@ -4780,7 +5016,7 @@ HL_KERNEL_AVX2 void hl_fa_f32_d64_pse_types_softcap_sinks_block_avx2(
     }
     /* O = alpha O + P V */
     hl_fa_f32_d64_pse_types_softcap_sinks_sums_avx2(w->s, columns, g->n, w->v, n, OC, t->alpha,
-                                                    t->o);
+                                                    t->o, seen);
     for (int32_t i = 0; i < n_apart; ++i) {
         hl_vrow_f32_avx2(w->row, value + apart[i] * a->value_stride.row, DV);
         hl_fa_f32_d64_pse_types_softcap_sinks_add_seen_avx2(plan, g, w, columns, j0 + apart[i], w->s
@@ -4821,8 +5057,8 @@ static inline void hl_fa_f32_d64_pse_types_softcap_sinks_task_avx2(
         t.o[c] = 0.0f;
     }
     hl_fa_f32_d64_pse_types_softcap_sinks_pack_queries_avx2(a->query, g.query, &a->query_stride, &g,
-        64, columns, w.row, w.q);
-    hl_fa_f32_d64_pse_types_softcap_sinks_bounds(&g, w.low, w.high);
+        64, columns, w.k, w.q);
+    hl_fa_f32_d64_pse_types_softcap_sinks_bounds(&g, columns, w.low, w.high);
     for (int32_t j = g.low; j < g.high;) {
         const int32_t next = g.high - j > BLOCK - j % BLOCK ? j - j % BLOCK + BLOCK : g.high;
         if (a->atten_mask == NULL
@@ -4843,7 +5079,7 @@ static inline void hl_fa_f32_d64_pse_types_softcap_sinks_task_avx2(
 /* ==== hl_fusion_attention_f32_d64_pse_types_softcap_sinks ====
  * AVX-512 F, BW, DQ and VL (avx512).
  * Tiles: 12 x 2 accumulators take 24 of 32 registers: 14 loads for 24 FMA.
- * 96 queries by 96 keys: what is loaded is used 96 times.
+ * 144 queries by 96 keys: what is loaded is used 144 times.
  * 64 channels of 32 queries are 8 KiB: they stay in the first-level cache. */
 
 #if HL_HAS_AVX512
@@ -4869,6 +5105,11 @@ static inline const float *hl_fa_f32_d64_pse_types_softcap_sinks_query_row_avx51
            + (ptrdiff_t)((g->first + p) % g->heads) * stride->head;
 }
 
+<<<<<<< HEAD
+/* Q^T, or what is shaped as it, of a task's queries: panels of 2 vectors,
+ * [panel][channel][query]; the last may be narrower. Queries behind the last are 0. `rows` is
+ * scratch for a vector's queries. */
+=======
 /* One row into its column of panels of 2 vectors, [panel][channel][column]; the
  * last panel may be narrower. A row that is NULL is 0. */
 HL_KERNEL_AVX512 void hl_fa_f32_d64_pse_types_softcap_sinks_pack_row_avx512(const float *row,
@@ -4884,18 +5125,38 @@ HL_KERNEL_AVX512 void hl_fa_f32_d64_pse_types_softcap_sinks_pack_row_avx512(cons
 }
 
 /* Q^T, or what is shaped as it, of a task's queries. */
+>>>>>>> train-ex
 HL_KERNEL_AVX512 void hl_fa_f32_d64_pse_types_softcap_sinks_pack_queries_avx512(const void *tensor,
     ptrdiff_t start, const hl_stride *stride, const hl_span *g, int32_t channels, int32_t columns,
-    float *row, float *to)
+    float *rows, float *to)
 {
-    for (int32_t p = 0; p < columns; ++p) {
-        if (p < g->n) {
-            hl_vrow_f32_avx512(row,
-                               hl_fa_f32_d64_pse_types_softcap_sinks_query_row_avx512(tensor, start,
-                    stride, g, p), channels);
+    enum { L = 16, W = 2 * L, KS = 64 };
+    for (int32_t p = 0; p < columns; p += L) {
+        const int32_t panel = p / W * W;
+        const ptrdiff_t width = columns - panel < W ? columns - panel : W;
+        float *const at = to + (ptrdiff_t)panel * channels + (p - panel);
+        for (int32_t i = 0; i < L; ++i) {
+            float *const row = rows + (ptrdiff_t)i * KS;
+            for (int32_t c = 0; p + i >= g->n && c < KS; c += L) {
+                hl_vstore_avx512(row + c, hl_vzero_avx512());
+            }
+            if (p + i < g->n) {
+                hl_vrow_f32_avx512(row,
+                                   hl_fa_f32_d64_pse_types_softcap_sinks_query_row_avx512(tensor,
+                        start, stride, g, p + i), channels);
+            }
         }
-        hl_fa_f32_d64_pse_types_softcap_sinks_pack_row_avx512(p < g->n ? row : NULL, channels, p,
-            columns, to);
+        for (int32_t c = 0; c < channels; c += L) {
+            const int32_t n = channels - c < L ? channels - c : L;
+            hl_vf_avx512 x[L];
+            for (int32_t i = 0; i < L; ++i) {
+                x[i] = hl_vload_avx512(rows + (ptrdiff_t)i * KS + c);
+            }
+            hl_vturn_avx512(x);
+            for (int32_t i = 0; i < n; ++i) {
+                hl_vstore_avx512(at + (c + i) * width, x[i]);
+            }
+        }
     }
 }
 
@@ -5271,18 +5532,24 @@ HL_KERNEL_AVX512 void hl_fa_f32_d64_pse_types_softcap_sinks_score_panel_avx512(c
 
 /* n rows against all columns of a packed matrix: s is [row][column]. Channels in slices of
  * 64, so that a slice of a panel stays in the first-level cache while rows pass
- * by. */
+ * by. With `seen`, only what some column of a panel sees is computed. */
 HL_KERNEL_AVX512 void hl_fa_f32_d64_pse_types_softcap_sinks_scores_avx512(const float *panels,
-    const float *rows, float *s, int32_t columns, int32_t n, int32_t channels, float scale)
+    const float *rows, float *s, int32_t columns, int32_t n, int32_t channels, float scale,
+    const hl_seen *seen)
 {
     enum { W = 2 * 16, SLICE = 64 };
+    enum { KS = 64 };
     for (int32_t p = 0; p < columns; p += W) {
         const int32_t width = columns - p < W ? columns - p : W;
+        const int32_t begin = seen != NULL ? hl_clip(seen->low[p] - seen->at, 0, n) : 0;
+        const int32_t end = seen != NULL
+            ? hl_clip(seen->high[p + width - 1] - seen->at, begin, n) : n;
         for (int32_t c0 = 0; c0 < channels; c0 += SLICE) {
             const int32_t left = channels - c0;
             hl_fa_f32_d64_pse_types_softcap_sinks_score_panel_avx512(panels + (ptrdiff_t)p
-                * channels + (ptrdiff_t)c0 * width, rows + c0, s + p, columns, width, n, c0,
-                left < SLICE ? left : SLICE, left > SLICE ? 1.0f : scale);
+                * channels + (ptrdiff_t)c0 * width, rows + (ptrdiff_t)begin * KS + c0, s
+                + (ptrdiff_t)begin * columns + p, columns, width, end - begin, c0, left < SLICE
+                ? left : SLICE, left > SLICE ? 1.0f : scale);
         }
     }
 }
@@ -5825,56 +6092,92 @@ HL_KERNEL_AVX512 void hl_fa_f32_d64_pse_types_softcap_sinks_pv_1x1_avx512(const 
 }
 
 /* Columns of s, as weights of n rows: a few channels of all rows stay in the nearest cache while
- * the columns pass by. */
+ * the columns pass by. With `seen`, a column's rows are those that it or its neighbours see. */
 HL_KERNEL_AVX512 void hl_fa_f32_d64_pse_types_softcap_sinks_sums_avx512(const float *s,
     int32_t columns, int32_t used, const float *rows, int32_t n, int32_t channels,
-    const float *alpha, float *o)
+    const float *alpha, float *o, const hl_seen *seen)
 {
     enum { L = 16, OS = 64, KS = 64 };
     int32_t c = 0;
     for (; c + 3 * L <= channels; c += 3 * L) {
         int32_t p = 0;
         for (; p + 8 <= used; p += 8) {
-            hl_fa_f32_d64_pse_types_softcap_sinks_pv_8x3_avx512(s + p, columns, rows + c, KS, o
-                + (ptrdiff_t)p * OS + c, alpha + p, n);
+            const int32_t begin = seen != NULL ? hl_clip(seen->low[p] - seen->at, 0, n) : 0;
+            const int32_t end = seen != NULL
+                ? hl_clip(seen->high[p + 8 - 1] - seen->at, begin, n) : n;
+            hl_fa_f32_d64_pse_types_softcap_sinks_pv_8x3_avx512(s + (ptrdiff_t)begin * columns + p,
+                columns, rows + (ptrdiff_t)begin * KS + c, KS, o + (ptrdiff_t)p * OS + c, alpha + p,
+                end - begin);
         }
         for (; p + 4 <= used; p += 4) {
-            hl_fa_f32_d64_pse_types_softcap_sinks_pv_4x3_avx512(s + p, columns, rows + c, KS, o
-                + (ptrdiff_t)p * OS + c, alpha + p, n);
+            const int32_t begin = seen != NULL ? hl_clip(seen->low[p] - seen->at, 0, n) : 0;
+            const int32_t end = seen != NULL
+                ? hl_clip(seen->high[p + 4 - 1] - seen->at, begin, n) : n;
+            hl_fa_f32_d64_pse_types_softcap_sinks_pv_4x3_avx512(s + (ptrdiff_t)begin * columns + p,
+                columns, rows + (ptrdiff_t)begin * KS + c, KS, o + (ptrdiff_t)p * OS + c, alpha + p,
+                end - begin);
         }
         for (; p + 1 <= used; p += 1) {
-            hl_fa_f32_d64_pse_types_softcap_sinks_pv_1x3_avx512(s + p, columns, rows + c, KS, o
-                + (ptrdiff_t)p * OS + c, alpha + p, n);
+            const int32_t begin = seen != NULL ? hl_clip(seen->low[p] - seen->at, 0, n) : 0;
+            const int32_t end = seen != NULL
+                ? hl_clip(seen->high[p + 1 - 1] - seen->at, begin, n) : n;
+            hl_fa_f32_d64_pse_types_softcap_sinks_pv_1x3_avx512(s + (ptrdiff_t)begin * columns + p,
+                columns, rows + (ptrdiff_t)begin * KS + c, KS, o + (ptrdiff_t)p * OS + c, alpha + p,
+                end - begin);
         }
     }
     for (; c + 2 * L <= channels; c += 2 * L) {
         int32_t p = 0;
         for (; p + 8 <= used; p += 8) {
-            hl_fa_f32_d64_pse_types_softcap_sinks_pv_8x2_avx512(s + p, columns, rows + c, KS, o
-                + (ptrdiff_t)p * OS + c, alpha + p, n);
+            const int32_t begin = seen != NULL ? hl_clip(seen->low[p] - seen->at, 0, n) : 0;
+            const int32_t end = seen != NULL
+                ? hl_clip(seen->high[p + 8 - 1] - seen->at, begin, n) : n;
+            hl_fa_f32_d64_pse_types_softcap_sinks_pv_8x2_avx512(s + (ptrdiff_t)begin * columns + p,
+                columns, rows + (ptrdiff_t)begin * KS + c, KS, o + (ptrdiff_t)p * OS + c, alpha + p,
+                end - begin);
         }
         for (; p + 4 <= used; p += 4) {
-            hl_fa_f32_d64_pse_types_softcap_sinks_pv_4x2_avx512(s + p, columns, rows + c, KS, o
-                + (ptrdiff_t)p * OS + c, alpha + p, n);
+            const int32_t begin = seen != NULL ? hl_clip(seen->low[p] - seen->at, 0, n) : 0;
+            const int32_t end = seen != NULL
+                ? hl_clip(seen->high[p + 4 - 1] - seen->at, begin, n) : n;
+            hl_fa_f32_d64_pse_types_softcap_sinks_pv_4x2_avx512(s + (ptrdiff_t)begin * columns + p,
+                columns, rows + (ptrdiff_t)begin * KS + c, KS, o + (ptrdiff_t)p * OS + c, alpha + p,
+                end - begin);
         }
         for (; p + 1 <= used; p += 1) {
-            hl_fa_f32_d64_pse_types_softcap_sinks_pv_1x2_avx512(s + p, columns, rows + c, KS, o
-                + (ptrdiff_t)p * OS + c, alpha + p, n);
+            const int32_t begin = seen != NULL ? hl_clip(seen->low[p] - seen->at, 0, n) : 0;
+            const int32_t end = seen != NULL
+                ? hl_clip(seen->high[p + 1 - 1] - seen->at, begin, n) : n;
+            hl_fa_f32_d64_pse_types_softcap_sinks_pv_1x2_avx512(s + (ptrdiff_t)begin * columns + p,
+                columns, rows + (ptrdiff_t)begin * KS + c, KS, o + (ptrdiff_t)p * OS + c, alpha + p,
+                end - begin);
         }
     }
     for (; c + 1 * L <= channels; c += 1 * L) {
         int32_t p = 0;
         for (; p + 8 <= used; p += 8) {
-            hl_fa_f32_d64_pse_types_softcap_sinks_pv_8x1_avx512(s + p, columns, rows + c, KS, o
-                + (ptrdiff_t)p * OS + c, alpha + p, n);
+            const int32_t begin = seen != NULL ? hl_clip(seen->low[p] - seen->at, 0, n) : 0;
+            const int32_t end = seen != NULL
+                ? hl_clip(seen->high[p + 8 - 1] - seen->at, begin, n) : n;
+            hl_fa_f32_d64_pse_types_softcap_sinks_pv_8x1_avx512(s + (ptrdiff_t)begin * columns + p,
+                columns, rows + (ptrdiff_t)begin * KS + c, KS, o + (ptrdiff_t)p * OS + c, alpha + p,
+                end - begin);
         }
         for (; p + 4 <= used; p += 4) {
-            hl_fa_f32_d64_pse_types_softcap_sinks_pv_4x1_avx512(s + p, columns, rows + c, KS, o
-                + (ptrdiff_t)p * OS + c, alpha + p, n);
+            const int32_t begin = seen != NULL ? hl_clip(seen->low[p] - seen->at, 0, n) : 0;
+            const int32_t end = seen != NULL
+                ? hl_clip(seen->high[p + 4 - 1] - seen->at, begin, n) : n;
+            hl_fa_f32_d64_pse_types_softcap_sinks_pv_4x1_avx512(s + (ptrdiff_t)begin * columns + p,
+                columns, rows + (ptrdiff_t)begin * KS + c, KS, o + (ptrdiff_t)p * OS + c, alpha + p,
+                end - begin);
         }
         for (; p + 1 <= used; p += 1) {
-            hl_fa_f32_d64_pse_types_softcap_sinks_pv_1x1_avx512(s + p, columns, rows + c, KS, o
-                + (ptrdiff_t)p * OS + c, alpha + p, n);
+            const int32_t begin = seen != NULL ? hl_clip(seen->low[p] - seen->at, 0, n) : 0;
+            const int32_t end = seen != NULL
+                ? hl_clip(seen->high[p + 1 - 1] - seen->at, begin, n) : n;
+            hl_fa_f32_d64_pse_types_softcap_sinks_pv_1x1_avx512(s + (ptrdiff_t)begin * columns + p,
+                columns, rows + (ptrdiff_t)begin * KS + c, KS, o + (ptrdiff_t)p * OS + c, alpha + p,
+                end - begin);
         }
     }
 }
@@ -6005,15 +6308,15 @@ HL_KERNEL_AVX512 void hl_fa_f32_d64_pse_types_softcap_sinks_sink_avx512(const hl
 }
 
 /* A query without a key: out 0, max -FLT_MAX, sum FLT_MAX, so that the backward pass finds weights
- * of 0; where the whole batch has no key, max 0 and sum 0. */
+ * of 0; where the whole batch has no key, and behind the last end, max 0 and sum 0. */
 HL_KERNEL_AVX512 void hl_fa_f32_d64_pse_types_softcap_sinks_finish_avx512(
     const hl_fusion_attention_plan *plan, const hl_span *g, const hl_state *t, int32_t columns)
 {
     enum { OS = 64 };
     const hl_fusion_attention_args *const a = &plan->args;
     const float most = 3.402823466e+38f;
-    const float *const sinks = a->sinks != NULL ? a->sinks + (ptrdiff_t)g->kv_head * g->heads
-                                                : NULL;
+    const float *const sinks = a->sinks != NULL && g->batch < a->batch
+        ? a->sinks + (ptrdiff_t)g->kv_head * g->heads : NULL;
     for (int32_t p = 0; p < columns; ++p) {
         t->alpha[p] = 1.0f;
     }
@@ -6028,7 +6331,7 @@ HL_KERNEL_AVX512 void hl_fa_f32_d64_pse_types_softcap_sinks_finish_avx512(
             hl_fa_f32_d64_pse_types_softcap_sinks_stats_at(a, g, i, g->kv_head * g->heads + h);
         const float l = t->l[p];
         const int32_t none = l == 0.0f;
-        const int32_t no_keys = g->seq_kv == 0;
+        const int32_t no_keys = g->seq_kv == 0 || g->batch == a->batch;
         float max = none ? (no_keys ? 0.0f : -most) : t->m[p] * 0.693147181f;
         const float sum = none ? (no_keys ? 0.0f : most) : l;
         if (sinks != NULL && !none && !(max > sinks[h])) {
@@ -6114,6 +6417,8 @@ HL_KERNEL_AVX512 void hl_fa_f32_d64_pse_types_softcap_sinks_block_avx512(
     const float *const value =
         (const float *)a->value + g->value + j0 * a->value_stride.row;
     const int32_t whole = j0 >= g->all_low && j0 + n <= g->all_high && a->atten_mask == NULL;
+    const hl_seen bounds = {w->low, w->high, j0};
+    const hl_seen *const seen = whole ? NULL : &bounds;
     int32_t apart[96];
     int32_t n_apart = 0;
     /* rows -> numbers, once for all queries */
@@ -6121,7 +6426,7 @@ HL_KERNEL_AVX512 void hl_fa_f32_d64_pse_types_softcap_sinks_block_avx512(
     hl_fa_f32_d64_pse_types_softcap_sinks_load_rows_avx512(value, a->value_stride.row, n, DV, w->v);
     /* S = scale Q K^T, in units of log2 */
     hl_fa_f32_d64_pse_types_softcap_sinks_scores_avx512(w->q, w->k, w->s, columns, n, DK,
-        plan->scale_log2);
+        plan->scale_log2, seen);
     hl_fa_f32_d64_pse_types_softcap_sinks_bias_avx512(a, g, w->s, columns, j0, n, w->row);
     if (!whole) {
         hl_fa_f32_d64_pse_types_softcap_sinks_hide(a, g, w->low, w->high, w->s, columns, j0, n,
@@ -6135,7 +6440,7 @@ HL_KERNEL_AVX512 void hl_fa_f32_d64_pse_types_softcap_sinks_block_avx512(
     }
     /* O = alpha O + P V */
     hl_fa_f32_d64_pse_types_softcap_sinks_sums_avx512(w->s, columns, g->n, w->v, n, OC, t->alpha,
-        t->o);
+        t->o, seen);
     for (int32_t i = 0; i < n_apart; ++i) {
         hl_vrow_f32_avx512(w->row, value + apart[i] * a->value_stride.row, DV);
         hl_fa_f32_d64_pse_types_softcap_sinks_add_seen_avx512(plan, g, w, columns, j0 + apart[i],
@@ -6176,8 +6481,8 @@ static inline void hl_fa_f32_d64_pse_types_softcap_sinks_task_avx512(
         t.o[c] = 0.0f;
     }
     hl_fa_f32_d64_pse_types_softcap_sinks_pack_queries_avx512(a->query, g.query, &a->query_stride,
-        &g, 64, columns, w.row, w.q);
-    hl_fa_f32_d64_pse_types_softcap_sinks_bounds(&g, w.low, w.high);
+        &g, 64, columns, w.k, w.q);
+    hl_fa_f32_d64_pse_types_softcap_sinks_bounds(&g, columns, w.low, w.high);
     for (int32_t j = g.low; j < g.high;) {
         const int32_t next = g.high - j > BLOCK - j % BLOCK ? j - j % BLOCK + BLOCK : g.high;
         if (a->atten_mask == NULL
@@ -6267,7 +6572,7 @@ static inline hl_status hl_fa_f32_d64_pse_types_softcap_sinks_plan(hl_fusion_att
     }
     p.group = a->heads_q / a->heads_kv;
     p.scale_log2 = a->scale_value * 1.44269504f;
-    p.queries = 96;
+    p.queries = 144;
     p.band_batch = -1;
     for (int32_t b = 0; a->sparse_mode > 6 && b < a->batch; ++b) { /* the last or first with rows */
         const int64_t before = b > 0 ? a->actual_seq_qlen[b - 1] : 0;

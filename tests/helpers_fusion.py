@@ -228,7 +228,9 @@ class Case:
     def inputs(self) -> dict[str, np.ndarray]:
         """The arrays behind the input pointers that are not NULL."""
         named = {name: getattr(self.args, name) for name in INPUTS}
-        return {name: array for name, array in named.items() if array is not None}
+        named = {name: array for name, array in named.items() if array is not None}
+        assert all(array.flags.c_contiguous for array in named.values())
+        return named
 
     def stats_shape(self) -> tuple[int, ...]:
         """[B][N1][S1], TND [T1][N1]."""
@@ -494,7 +496,7 @@ def set_pse(rng: np.random.Generator, a: Args, shape: Shape) -> None:
         return
     a.pse_shape = {"full": FULL, "one_row": ONE_ROW, "last_rows": LAST_ROWS}[shape.pse]
     if shape.pse == "last_rows":
-        width = skv + shape.wider
+        width = max(skv + shape.wider, 1024)
         by_distance = 2 * rng.standard_normal((batch, a.heads_q, 1024 + 2 * width))
         row, column = np.arange(1024)[:, None], np.arange(width)
         pse = by_distance[..., row - column + width]
@@ -506,7 +508,7 @@ def set_pse(rng: np.random.Generator, a: Args, shape: Shape) -> None:
         pse = 2 * rng.standard_normal((batch, a.heads_q, *rows, skv))
     if shape.pse_type == INNER:  # as large behind the scale as it is before
         pse = pse / (abs(a.scale) or 1.0)
-    a.pse = pse.astype(a.query.dtype)
+    a.pse = pse.astype(a.query.dtype, order="C")
 
 
 def set_dropout(rng: np.random.Generator, a: Args, shape: Shape) -> None:
@@ -626,7 +628,7 @@ def check(
     check_statistics(found, want, size.score)
     for name in STATS:
         if name in found:
-            exact = getattr(want, name)
+            exact = getattr(want, name.removeprefix("softmax_"))
             special = ~np.isfinite(exact) | (abs(exact) == oracle.FLT_MAX) | (exact == 0)
             same = found[name].astype(np.float64) == exact
             assert (same | np.isnan(exact) | ~special | (known.size.keys > 0)).all(), name
@@ -635,9 +637,9 @@ def check(
 
 
 def check_state(case: Case, got: dict[str, np.ndarray]) -> None:
-    """dropout_state: seed, offset and how many weights there are."""
+    """dropout_state: seed, offset and how many weights there are; of calls with queries."""
     a, state = case.args, got.get("dropout_state")
-    if state is not None and 0 < a.kept_share < 1 and a.dropout_mask is None:
+    if state is not None and a.query.size:
         n = a.heads_q * sum(sq * skv for _, sq, _, skv in spans_of(a))
         assert state.tolist() == [a.dropout_seed, a.dropout_offset, n]
 
@@ -881,7 +883,7 @@ def shapes(
     pse_type = either(*pse_types)
     if pse != "none" and pse_type in (SLOPE, SLOPE_SQRT):
         pse = "slope"
-    if pse == "last_rows" and (mode not in (0, 2, 3) or lens_q != lens_kv):
+    if pse == "last_rows" and (mode not in (0, 2, 3) or lens_q != lens_kv or max(lens_q) < 30):
         pse = "full"
     tokens = st.one_of(st.integers(-20, 40), st.sampled_from((0, 1, 2**31 - 1, -(2**31), 2**62)))
     sinks = ("none", "none", "plain", "plain" if plain_sinks else "infinite")

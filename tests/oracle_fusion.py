@@ -6,6 +6,7 @@ Inside, a tensor is [rows][heads][channels], the rows of all batches one behind 
 head of every batch is one Part: a matrix of scores and what happens to it.
 """
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -186,11 +187,13 @@ def keep(mode: int, sq: int, skv: int, before: int, behind: int, prefix: int) ->
     raise ValueError(f"mode {mode}")
 
 
+@functools.cache
 def upper_triangle() -> np.ndarray:
     """The mask that modes 2, 3, 4, 7 and 8 want to be given: 1 right of the diagonal."""
     return np.triu(np.ones((2048, 2048), np.uint8), k=1)
 
 
+@functools.cache
 def triangle_and_rectangle() -> np.ndarray:
     """And that of mode 6: below it 1024 rows whose right half is 1."""
     rectangle = np.concatenate([np.zeros((1024, 1024)), np.ones((1024, 1024))], axis=1)
@@ -281,7 +284,7 @@ def bias(a: Args, b: int, h: int, sq: int, skv: int) -> np.ndarray:
         column = width - 1 - np.maximum(distance, 0)
         there = (row >= 0) & (column >= 0)
         made = a.pse[of, h][np.maximum(row, 0), np.maximum(column, 0)].astype(np.float64)
-        made = np.where(there, made, np.nan)
+        made = np.where(there, made, 0.0)  # 1024 and more behind the row: there is none
     elif a.pse_shape == ONE_ROW and a.input_layout == TND:
         at = a.heads_q * sum(n for _, _, _, n in before) + h * skv
         made = a.pse[at : at + skv].astype(np.float64)[None].repeat(sq, axis=0)
@@ -340,7 +343,7 @@ def pack(bits: np.ndarray) -> np.ndarray:
 
 def kept(a: Args, b: int, h: int, sq: int, skv: int) -> np.ndarray:
     """[Sq][Skv] of one head: what its weights are multiplied with."""
-    if a.dropout_mask is not None:
+    if a.dropout_mask is not None and a.kept_share < 1:
         before = a.heads_q * sum(m * n for _, m, _, n in spans_of(a)[:b]) + h * sq * skv
         bits = np.unpackbits(a.dropout_mask, bitorder="little")[before : before + sq * skv]
         return bits.reshape(sq, skv) / a.kept_share
