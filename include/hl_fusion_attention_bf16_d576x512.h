@@ -2797,27 +2797,9 @@ static inline const uint16_t *hl_fa_bf16_d576x512_query_row_scalar(const void *t
            + (ptrdiff_t)((g->first + p) % g->heads) * stride->head;
 }
 
-<<<<<<< HEAD
 /* Q^T, or what is shaped as it, of a task's queries: panels of 2 vectors,
  * [panel][channel][query]; the last may be narrower. Queries behind the last are 0. `rows` is
  * scratch for a vector's queries. */
-=======
-/* One row into its column of panels of 2 vectors, [panel][channel][column]; the
- * last panel may be narrower. A row that is NULL is 0. */
-HL_KERNEL_SCALAR void hl_fa_bf16_d576x512_pack_row_scalar(const float *row, int32_t channels,
-    int32_t column, int32_t columns, float *to)
-{
-    enum { W = 2 * 1 };
-    const int32_t panel = column / W * W;
-    const ptrdiff_t width = columns - panel < W ? columns - panel : W;
-    float *const at = to + (ptrdiff_t)panel * channels + (column - panel);
-    for (int32_t c = 0; c < channels; ++c) {
-        at[c * width] = row != NULL ? row[c] : 0.0f;
-    }
-}
-
-/* Q^T, or what is shaped as it, of a task's queries. */
->>>>>>> train-ex
 HL_KERNEL_SCALAR void hl_fa_bf16_d576x512_pack_queries_scalar(const void *tensor, ptrdiff_t start,
     const hl_stride *stride, const hl_span *g, int32_t channels, int32_t columns, float *rows,
     float *to)
@@ -3291,7 +3273,6 @@ HL_KERNEL_SCALAR void hl_fa_bf16_d576x512_finish_scalar(const hl_fusion_attentio
     enum { OS = 512 };
     const hl_fusion_attention_args *const a = &plan->args;
     const float most = 3.402823466e+38f;
-    const float *const sinks = NULL;
     for (int32_t p = 0; p < columns; ++p) {
         t->alpha[p] = 1.0f;
     }
@@ -3305,9 +3286,6 @@ HL_KERNEL_SCALAR void hl_fa_bf16_d576x512_finish_scalar(const hl_fusion_attentio
         const int32_t no_keys = g->seq_kv == 0 || g->batch == a->batch;
         float max = none ? (no_keys ? 0.0f : -most) : t->m[p] * 0.693147181f;
         const float sum = none ? (no_keys ? 0.0f : most) : l;
-        if (sinks != NULL && !none && !(max > sinks[h])) {
-            max = sinks[h];
-        }
         max = l != l ? l : max;
         hl_fa_bf16_d576x512_store_out_scalar(a, at, t->o + (ptrdiff_t)p * OS, none ? 0.0f
                                              : t->alpha[p] / (l * a->keep_prob));
@@ -3490,27 +3468,9 @@ static inline const uint16_t *hl_fa_bf16_d576x512_query_row_neon(const void *ten
            + (ptrdiff_t)((g->first + p) % g->heads) * stride->head;
 }
 
-<<<<<<< HEAD
 /* Q^T, or what is shaped as it, of a task's queries: panels of 2 vectors,
  * [panel][channel][query]; the last may be narrower. Queries behind the last are 0. `rows` is
  * scratch for a vector's queries. */
-=======
-/* One row into its column of panels of 2 vectors, [panel][channel][column]; the
- * last panel may be narrower. A row that is NULL is 0. */
-HL_KERNEL_NEON void hl_fa_bf16_d576x512_pack_row_neon(const float *row, int32_t channels,
-    int32_t column, int32_t columns, float *to)
-{
-    enum { W = 2 * 4 };
-    const int32_t panel = column / W * W;
-    const ptrdiff_t width = columns - panel < W ? columns - panel : W;
-    float *const at = to + (ptrdiff_t)panel * channels + (column - panel);
-    for (int32_t c = 0; c < channels; ++c) {
-        at[c * width] = row != NULL ? row[c] : 0.0f;
-    }
-}
-
-/* Q^T, or what is shaped as it, of a task's queries. */
->>>>>>> train-ex
 HL_KERNEL_NEON void hl_fa_bf16_d576x512_pack_queries_neon(const void *tensor, ptrdiff_t start,
     const hl_stride *stride, const hl_span *g, int32_t channels, int32_t columns, float *rows,
     float *to)
@@ -4093,7 +4053,6 @@ HL_KERNEL_NEON void hl_fa_bf16_d576x512_finish_neon(const hl_fusion_attention_pl
     enum { OS = 512 };
     const hl_fusion_attention_args *const a = &plan->args;
     const float most = 3.402823466e+38f;
-    const float *const sinks = NULL;
     for (int32_t p = 0; p < columns; ++p) {
         t->alpha[p] = 1.0f;
     }
@@ -4107,9 +4066,6 @@ HL_KERNEL_NEON void hl_fa_bf16_d576x512_finish_neon(const hl_fusion_attention_pl
         const int32_t no_keys = g->seq_kv == 0 || g->batch == a->batch;
         float max = none ? (no_keys ? 0.0f : -most) : t->m[p] * 0.693147181f;
         const float sum = none ? (no_keys ? 0.0f : most) : l;
-        if (sinks != NULL && !none && !(max > sinks[h])) {
-            max = sinks[h];
-        }
         max = l != l ? l : max;
         hl_fa_bf16_d576x512_store_out_neon(a, at, t->o + (ptrdiff_t)p * OS, none ? 0.0f
                                            : t->alpha[p] / (l * a->keep_prob));
@@ -4295,27 +4251,9 @@ static inline const uint16_t *hl_fa_bf16_d576x512_query_row_avx2(const void *ten
            + (ptrdiff_t)((g->first + p) % g->heads) * stride->head;
 }
 
-<<<<<<< HEAD
 /* Q^T, or what is shaped as it, of a task's queries: panels of 2 vectors,
  * [panel][channel][query]; the last may be narrower. Queries behind the last are 0. `rows` is
  * scratch for a vector's queries. */
-=======
-/* One row into its column of panels of 2 vectors, [panel][channel][column]; the
- * last panel may be narrower. A row that is NULL is 0. */
-HL_KERNEL_AVX2 void hl_fa_bf16_d576x512_pack_row_avx2(const float *row, int32_t channels,
-    int32_t column, int32_t columns, float *to)
-{
-    enum { W = 2 * 8 };
-    const int32_t panel = column / W * W;
-    const ptrdiff_t width = columns - panel < W ? columns - panel : W;
-    float *const at = to + (ptrdiff_t)panel * channels + (column - panel);
-    for (int32_t c = 0; c < channels; ++c) {
-        at[c * width] = row != NULL ? row[c] : 0.0f;
-    }
-}
-
-/* Q^T, or what is shaped as it, of a task's queries. */
->>>>>>> train-ex
 HL_KERNEL_AVX2 void hl_fa_bf16_d576x512_pack_queries_avx2(const void *tensor, ptrdiff_t start,
     const hl_stride *stride, const hl_span *g, int32_t channels, int32_t columns, float *rows,
     float *to)
@@ -4836,7 +4774,6 @@ HL_KERNEL_AVX2 void hl_fa_bf16_d576x512_finish_avx2(const hl_fusion_attention_pl
     enum { OS = 512 };
     const hl_fusion_attention_args *const a = &plan->args;
     const float most = 3.402823466e+38f;
-    const float *const sinks = NULL;
     for (int32_t p = 0; p < columns; ++p) {
         t->alpha[p] = 1.0f;
     }
@@ -4850,9 +4787,6 @@ HL_KERNEL_AVX2 void hl_fa_bf16_d576x512_finish_avx2(const hl_fusion_attention_pl
         const int32_t no_keys = g->seq_kv == 0 || g->batch == a->batch;
         float max = none ? (no_keys ? 0.0f : -most) : t->m[p] * 0.693147181f;
         const float sum = none ? (no_keys ? 0.0f : most) : l;
-        if (sinks != NULL && !none && !(max > sinks[h])) {
-            max = sinks[h];
-        }
         max = l != l ? l : max;
         hl_fa_bf16_d576x512_store_out_avx2(a, at, t->o + (ptrdiff_t)p * OS, none ? 0.0f
                                            : t->alpha[p] / (l * a->keep_prob));
@@ -5039,27 +4973,9 @@ static inline const uint16_t *hl_fa_bf16_d576x512_query_row_avx512(const void *t
            + (ptrdiff_t)((g->first + p) % g->heads) * stride->head;
 }
 
-<<<<<<< HEAD
 /* Q^T, or what is shaped as it, of a task's queries: panels of 2 vectors,
  * [panel][channel][query]; the last may be narrower. Queries behind the last are 0. `rows` is
  * scratch for a vector's queries. */
-=======
-/* One row into its column of panels of 2 vectors, [panel][channel][column]; the
- * last panel may be narrower. A row that is NULL is 0. */
-HL_KERNEL_AVX512 void hl_fa_bf16_d576x512_pack_row_avx512(const float *row, int32_t channels,
-    int32_t column, int32_t columns, float *to)
-{
-    enum { W = 2 * 16 };
-    const int32_t panel = column / W * W;
-    const ptrdiff_t width = columns - panel < W ? columns - panel : W;
-    float *const at = to + (ptrdiff_t)panel * channels + (column - panel);
-    for (int32_t c = 0; c < channels; ++c) {
-        at[c * width] = row != NULL ? row[c] : 0.0f;
-    }
-}
-
-/* Q^T, or what is shaped as it, of a task's queries. */
->>>>>>> train-ex
 HL_KERNEL_AVX512 void hl_fa_bf16_d576x512_pack_queries_avx512(const void *tensor, ptrdiff_t start,
     const hl_stride *stride, const hl_span *g, int32_t channels, int32_t columns, float *rows,
     float *to)
@@ -6190,7 +6106,6 @@ HL_KERNEL_AVX512 void hl_fa_bf16_d576x512_finish_avx512(const hl_fusion_attentio
     enum { OS = 512 };
     const hl_fusion_attention_args *const a = &plan->args;
     const float most = 3.402823466e+38f;
-    const float *const sinks = NULL;
     for (int32_t p = 0; p < columns; ++p) {
         t->alpha[p] = 1.0f;
     }
@@ -6204,9 +6119,6 @@ HL_KERNEL_AVX512 void hl_fa_bf16_d576x512_finish_avx512(const hl_fusion_attentio
         const int32_t no_keys = g->seq_kv == 0 || g->batch == a->batch;
         float max = none ? (no_keys ? 0.0f : -most) : t->m[p] * 0.693147181f;
         const float sum = none ? (no_keys ? 0.0f : most) : l;
-        if (sinks != NULL && !none && !(max > sinks[h])) {
-            max = sinks[h];
-        }
         max = l != l ? l : max;
         hl_fa_bf16_d576x512_store_out_avx512(a, at, t->o + (ptrdiff_t)p * OS, none ? 0.0f
                                              : t->alpha[p] / (l * a->keep_prob));

@@ -2682,27 +2682,9 @@ static inline const float *hl_fa_f32_d64_pse_types_softcap_sinks_query_row_scala
            + (ptrdiff_t)((g->first + p) % g->heads) * stride->head;
 }
 
-<<<<<<< HEAD
 /* Q^T, or what is shaped as it, of a task's queries: panels of 2 vectors,
  * [panel][channel][query]; the last may be narrower. Queries behind the last are 0. `rows` is
  * scratch for a vector's queries. */
-=======
-/* One row into its column of panels of 2 vectors, [panel][channel][column]; the
- * last panel may be narrower. A row that is NULL is 0. */
-HL_KERNEL_SCALAR void hl_fa_f32_d64_pse_types_softcap_sinks_pack_row_scalar(const float *row,
-    int32_t channels, int32_t column, int32_t columns, float *to)
-{
-    enum { W = 2 * 1 };
-    const int32_t panel = column / W * W;
-    const ptrdiff_t width = columns - panel < W ? columns - panel : W;
-    float *const at = to + (ptrdiff_t)panel * channels + (column - panel);
-    for (int32_t c = 0; c < channels; ++c) {
-        at[c * width] = row != NULL ? row[c] : 0.0f;
-    }
-}
-
-/* Q^T, or what is shaped as it, of a task's queries. */
->>>>>>> train-ex
 HL_KERNEL_SCALAR void hl_fa_f32_d64_pse_types_softcap_sinks_pack_queries_scalar(const void *tensor,
     ptrdiff_t start, const hl_stride *stride, const hl_span *g, int32_t channels, int32_t columns,
     float *rows, float *to)
@@ -3446,27 +3428,9 @@ static inline const float *hl_fa_f32_d64_pse_types_softcap_sinks_query_row_neon(
            + (ptrdiff_t)((g->first + p) % g->heads) * stride->head;
 }
 
-<<<<<<< HEAD
 /* Q^T, or what is shaped as it, of a task's queries: panels of 2 vectors,
  * [panel][channel][query]; the last may be narrower. Queries behind the last are 0. `rows` is
  * scratch for a vector's queries. */
-=======
-/* One row into its column of panels of 2 vectors, [panel][channel][column]; the
- * last panel may be narrower. A row that is NULL is 0. */
-HL_KERNEL_NEON void hl_fa_f32_d64_pse_types_softcap_sinks_pack_row_neon(const float *row,
-    int32_t channels, int32_t column, int32_t columns, float *to)
-{
-    enum { W = 2 * 4 };
-    const int32_t panel = column / W * W;
-    const ptrdiff_t width = columns - panel < W ? columns - panel : W;
-    float *const at = to + (ptrdiff_t)panel * channels + (column - panel);
-    for (int32_t c = 0; c < channels; ++c) {
-        at[c * width] = row != NULL ? row[c] : 0.0f;
-    }
-}
-
-/* Q^T, or what is shaped as it, of a task's queries. */
->>>>>>> train-ex
 HL_KERNEL_NEON void hl_fa_f32_d64_pse_types_softcap_sinks_pack_queries_neon(const void *tensor,
     ptrdiff_t start, const hl_stride *stride, const hl_span *g, int32_t channels, int32_t columns,
     float *rows, float *to)
@@ -4306,27 +4270,9 @@ static inline const float *hl_fa_f32_d64_pse_types_softcap_sinks_query_row_avx2(
            + (ptrdiff_t)((g->first + p) % g->heads) * stride->head;
 }
 
-<<<<<<< HEAD
 /* Q^T, or what is shaped as it, of a task's queries: panels of 2 vectors,
  * [panel][channel][query]; the last may be narrower. Queries behind the last are 0. `rows` is
  * scratch for a vector's queries. */
-=======
-/* One row into its column of panels of 2 vectors, [panel][channel][column]; the
- * last panel may be narrower. A row that is NULL is 0. */
-HL_KERNEL_AVX2 void hl_fa_f32_d64_pse_types_softcap_sinks_pack_row_avx2(const float *row,
-    int32_t channels, int32_t column, int32_t columns, float *to)
-{
-    enum { W = 2 * 8 };
-    const int32_t panel = column / W * W;
-    const ptrdiff_t width = columns - panel < W ? columns - panel : W;
-    float *const at = to + (ptrdiff_t)panel * channels + (column - panel);
-    for (int32_t c = 0; c < channels; ++c) {
-        at[c * width] = row != NULL ? row[c] : 0.0f;
-    }
-}
-
-/* Q^T, or what is shaped as it, of a task's queries. */
->>>>>>> train-ex
 HL_KERNEL_AVX2 void hl_fa_f32_d64_pse_types_softcap_sinks_pack_queries_avx2(const void *tensor,
     ptrdiff_t start, const hl_stride *stride, const hl_span *g, int32_t channels, int32_t columns,
     float *rows, float *to)
@@ -5105,27 +5051,9 @@ static inline const float *hl_fa_f32_d64_pse_types_softcap_sinks_query_row_avx51
            + (ptrdiff_t)((g->first + p) % g->heads) * stride->head;
 }
 
-<<<<<<< HEAD
 /* Q^T, or what is shaped as it, of a task's queries: panels of 2 vectors,
  * [panel][channel][query]; the last may be narrower. Queries behind the last are 0. `rows` is
  * scratch for a vector's queries. */
-=======
-/* One row into its column of panels of 2 vectors, [panel][channel][column]; the
- * last panel may be narrower. A row that is NULL is 0. */
-HL_KERNEL_AVX512 void hl_fa_f32_d64_pse_types_softcap_sinks_pack_row_avx512(const float *row,
-    int32_t channels, int32_t column, int32_t columns, float *to)
-{
-    enum { W = 2 * 16 };
-    const int32_t panel = column / W * W;
-    const ptrdiff_t width = columns - panel < W ? columns - panel : W;
-    float *const at = to + (ptrdiff_t)panel * channels + (column - panel);
-    for (int32_t c = 0; c < channels; ++c) {
-        at[c * width] = row != NULL ? row[c] : 0.0f;
-    }
-}
-
-/* Q^T, or what is shaped as it, of a task's queries. */
->>>>>>> train-ex
 HL_KERNEL_AVX512 void hl_fa_f32_d64_pse_types_softcap_sinks_pack_queries_avx512(const void *tensor,
     ptrdiff_t start, const hl_stride *stride, const hl_span *g, int32_t channels, int32_t columns,
     float *rows, float *to)
