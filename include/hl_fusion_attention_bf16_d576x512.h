@@ -3273,7 +3273,6 @@ HL_KERNEL_SCALAR void hl_fa_bf16_d576x512_finish_scalar(const hl_fusion_attentio
     enum { OS = 512 };
     const hl_fusion_attention_args *const a = &plan->args;
     const float most = 3.402823466e+38f;
-    const float *const sinks = NULL;
     for (int32_t p = 0; p < columns; ++p) {
         t->alpha[p] = 1.0f;
     }
@@ -3287,9 +3286,6 @@ HL_KERNEL_SCALAR void hl_fa_bf16_d576x512_finish_scalar(const hl_fusion_attentio
         const int32_t no_keys = g->seq_kv == 0 || g->batch == a->batch;
         float max = none ? (no_keys ? 0.0f : -most) : t->m[p] * 0.693147181f;
         const float sum = none ? (no_keys ? 0.0f : most) : l;
-        if (sinks != NULL && !none && !(max > sinks[h])) {
-            max = sinks[h];
-        }
         max = l != l ? l : max;
         hl_fa_bf16_d576x512_store_out_scalar(a, at, t->o + (ptrdiff_t)p * OS, none ? 0.0f
                                              : t->alpha[p] / (l * a->keep_prob));
@@ -4057,7 +4053,6 @@ HL_KERNEL_NEON void hl_fa_bf16_d576x512_finish_neon(const hl_fusion_attention_pl
     enum { OS = 512 };
     const hl_fusion_attention_args *const a = &plan->args;
     const float most = 3.402823466e+38f;
-    const float *const sinks = NULL;
     for (int32_t p = 0; p < columns; ++p) {
         t->alpha[p] = 1.0f;
     }
@@ -4071,9 +4066,6 @@ HL_KERNEL_NEON void hl_fa_bf16_d576x512_finish_neon(const hl_fusion_attention_pl
         const int32_t no_keys = g->seq_kv == 0 || g->batch == a->batch;
         float max = none ? (no_keys ? 0.0f : -most) : t->m[p] * 0.693147181f;
         const float sum = none ? (no_keys ? 0.0f : most) : l;
-        if (sinks != NULL && !none && !(max > sinks[h])) {
-            max = sinks[h];
-        }
         max = l != l ? l : max;
         hl_fa_bf16_d576x512_store_out_neon(a, at, t->o + (ptrdiff_t)p * OS, none ? 0.0f
                                            : t->alpha[p] / (l * a->keep_prob));
@@ -4782,7 +4774,6 @@ HL_KERNEL_AVX2 void hl_fa_bf16_d576x512_finish_avx2(const hl_fusion_attention_pl
     enum { OS = 512 };
     const hl_fusion_attention_args *const a = &plan->args;
     const float most = 3.402823466e+38f;
-    const float *const sinks = NULL;
     for (int32_t p = 0; p < columns; ++p) {
         t->alpha[p] = 1.0f;
     }
@@ -4796,9 +4787,6 @@ HL_KERNEL_AVX2 void hl_fa_bf16_d576x512_finish_avx2(const hl_fusion_attention_pl
         const int32_t no_keys = g->seq_kv == 0 || g->batch == a->batch;
         float max = none ? (no_keys ? 0.0f : -most) : t->m[p] * 0.693147181f;
         const float sum = none ? (no_keys ? 0.0f : most) : l;
-        if (sinks != NULL && !none && !(max > sinks[h])) {
-            max = sinks[h];
-        }
         max = l != l ? l : max;
         hl_fa_bf16_d576x512_store_out_avx2(a, at, t->o + (ptrdiff_t)p * OS, none ? 0.0f
                                            : t->alpha[p] / (l * a->keep_prob));
@@ -6118,7 +6106,6 @@ HL_KERNEL_AVX512 void hl_fa_bf16_d576x512_finish_avx512(const hl_fusion_attentio
     enum { OS = 512 };
     const hl_fusion_attention_args *const a = &plan->args;
     const float most = 3.402823466e+38f;
-    const float *const sinks = NULL;
     for (int32_t p = 0; p < columns; ++p) {
         t->alpha[p] = 1.0f;
     }
@@ -6132,9 +6119,6 @@ HL_KERNEL_AVX512 void hl_fa_bf16_d576x512_finish_avx512(const hl_fusion_attentio
         const int32_t no_keys = g->seq_kv == 0 || g->batch == a->batch;
         float max = none ? (no_keys ? 0.0f : -most) : t->m[p] * 0.693147181f;
         const float sum = none ? (no_keys ? 0.0f : most) : l;
-        if (sinks != NULL && !none && !(max > sinks[h])) {
-            max = sinks[h];
-        }
         max = l != l ? l : max;
         hl_fa_bf16_d576x512_store_out_avx512(a, at, t->o + (ptrdiff_t)p * OS, none ? 0.0f
                                              : t->alpha[p] / (l * a->keep_prob));
