@@ -6,11 +6,12 @@ import sys
 import tempfile
 from pathlib import Path
 
-from gen import __version__, memory, render, spec
-from gen.formats import RECORDS, layout
+from gen import __version__, render, spec
+from gen.formats import FORMATS, RECORDS, layout
 from gen.spec import Refusal
 
 INCLUDE = Path(__file__).parent.parent / "include"
+GROUP = 128  # query heads that `show` takes where nobody says
 
 
 def write_whole(path, text):
@@ -134,9 +135,11 @@ def describe(kernel):
     cache = f", cache of {kernel.kv}" if kernel.kv != kernel.dtype else ""
     extra = f", {', '.join(kernel.features)}" if kernel.features else ""
     math = f", math {kernel.math}" if kernel.math != "builtin" else ""
+    layouts = "/".join(kernel.layout_q)
+    layouts += "" if kernel.trains else f" x {'/'.join(kernel.layout_kv)}"
     return (
         f"{kernel.dtype}{cache}, key {kernel.dk}{rope}, value {kernel.dv}, "
-        f"layouts {'/'.join(kernel.layout_q)} x {'/'.join(kernel.layout_kv)}, "
+        f"layouts {layouts}, "
         f"isa {' '.join(kernel.isa)}{extra}{math}"
     )
 
@@ -162,8 +165,7 @@ def row_bytes(kernel):
 
 def show_kernel(kernel, options):
     tiles = render.tiles_of(kernel)
-    mem = memory.plan(tiles)
-    row = row_bytes(kernel)
+    mem = render.memory_of(kernel, tiles)
     print(f"\n{kernel.name}\n  {describe(kernel)}")
     print(f"\n  arguments (hl_{kernel.op}_args)")
     print("    " + ", ".join(render.argument_names(kernel.op)))
@@ -172,7 +174,13 @@ def show_kernel(kernel, options):
         print(f"    {isa.name}: {isa.lanes} lanes, {isa.registers} registers")
         for line in (*tile.shape_lines, *tile.why.values()):
             print(f"      {line}")
-    group, rows, keys = options.group, options.rows, options.keys
+    (show_training if kernel.trains else show_decoding)(kernel, mem, options)
+
+
+def show_decoding(kernel, mem, options):
+    """Memory, and work a key: what is read of it, heads share."""
+    group, rows, keys = options.group or GROUP, options.rows or 1, options.keys
+    row = row_bytes(kernel)
     chunks = max(1, -(-keys // render.CHUNK_KEYS))
     print(f"\n  memory for {group} query heads on a kv head, {rows} rows, {keys} keys")
     print(f"    workspace of one task  {mem.workspace_bytes(group)} bytes")
@@ -180,6 +188,20 @@ def show_kernel(kernel, options):
     flops = 2 * group * (kernel.d + kernel.dv)
     print(f"\n  work of one key\n    {flops} flop for all {group} heads, {row} bytes read once")
     print(f"    {flops / row:.1f} flop a byte")
+
+
+def show_training(kernel, mem, options):
+    """The same of many rows. Backward: five products, three as deep or wide as keys."""
+    group, rows, keys = options.group or 1, options.rows or options.keys, options.keys
+    channels = kernel.dk + kernel.dv
+    if kernel.backward:
+        channels = 3 * kernel.dk + 2 * kernel.dv
+    size = FORMATS[kernel.dtype].bytes
+    read = size * (kernel.dk + kernel.dv) * keys
+    print(f"\n  memory, whatever the shape\n    workspace of one task  {mem.bytes} bytes")
+    print(f"\n  work of {rows} rows of {group} query heads on a kv head, {keys} keys, no mask")
+    print(f"    {2 * group * rows * keys * channels} flop, half of it where rows are causal")
+    print(f"    {read} bytes of keys and values")
 
 
 def run_all(options):
@@ -227,8 +249,8 @@ def parser():
 
     one = sub.add_parser("show", help="what a header will contain: tiles and why, memory, work")
     one.add_argument("name", help="a shipped header, or any name of the grammar")
-    one.add_argument("--group", type=int, default=128, help="query heads on one kv head")
-    one.add_argument("--rows", type=int, default=1, help="query rows")
+    one.add_argument("--group", type=int, help="query heads on one kv head")
+    one.add_argument("--rows", type=int, help="query rows")
     one.add_argument("--keys", type=int, default=2048, help="keys of a row")
     one.set_defaults(run=run_show)
 

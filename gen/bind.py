@@ -27,6 +27,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from gen.bind_train import Call
+
 ROOT = Path(__file__).resolve().parent.parent
 DTYPES = {
     "f32": np.dtype(np.float32),
@@ -42,7 +44,11 @@ C_TYPES = {
     "size_t": ctypes.c_size_t,
     "ptrdiff_t": ctypes.c_ssize_t,
 }
-POINTED = {"float": np.dtype(np.float32), "int32_t": np.dtype(np.int32)}
+POINTED = {
+    "float": np.dtype(np.float32),
+    "int32_t": np.dtype(np.int32),
+    "int64_t": np.dtype(np.int64),
+}
 ROUTINES = ("quantise_rows", "dequantise_rows", "append", "convert")  # of a cache's rows
 TENSORS = ("query", "query_rope", "key", "key_rope", "value")
 STATS = ("softmax_max", "softmax_sum", "softmax_lse")
@@ -292,7 +298,12 @@ class Kernel:
         self.Parts = made.get(f"{self.op}_parts")
         # One query step over any cache has arguments of its own, and statistics only if asked for.
         self.decodes = self.op.endswith("_incre_flash_attention")
-        self.stats = f"{name}_merge_parts(" in header.text
+        # Whole sequences of queries: every task writes what it computes, there is nothing to merge.
+        declared = {f.name for f in header.structs[f"{self.op}_args"]}
+        self.trains, self.grads = "stats_width" in declared, "dquery" in declared
+        self.merges = f"{name}_merge(" in header.text
+        self.parts = f"{name}_merge_parts(" in header.text
+        self.stats = self.parts or (self.trains and not self.grads)
         self.Rows = {  # of routines that not all caches have
             routine: made[found[1]]
             for routine in ROUTINES
@@ -312,8 +323,8 @@ class Kernel:
             ("", status, (p, p, size, p)),
             ("_plan", status, (p, p, p)),
             ("_task", None, (p, index, p)),
-            ("_merge", None, (p, index)),
-            *((("_merge_parts", status, (p, p)),) if self.stats else ()),
+            *((("_merge", None, (p, index)),) if self.merges else ()),
+            *((("_merge_parts", status, (p, p)),) if self.parts else ()),
             ("_workspace_bytes", size, (p,)),
             ("_isas", ctypes.c_uint32, ()),
             *((f"_{routine}", status, (p, p)) for routine in self.Rows),
@@ -350,8 +361,10 @@ class Kernel:
             )
             made.kept += [array, value]
             return ctypes.addressof(array)
+        expected = POINTED.get(declared.type) if declared.stars else None
+        if expected is not None and isinstance(value, list):
+            value = np.array(value, expected)
         if declared.stars and isinstance(value, np.ndarray):
-            expected = POINTED.get(declared.type)
             if expected is not None and value.dtype != expected:
                 raise TypeError(f"{declared.name} is {value.dtype}; fix: pass {expected}")
             made.kept.append(value)
@@ -436,7 +449,7 @@ class Kernel:
     def execute(
         self, plan: ctypes.Structure, order: Iterable[int] | None = None, workers: int = 1
     ) -> None:
-        """All tasks in the given order on some threads, then all merges."""
+        """All tasks in the given order on some threads, then all merges, if it has any."""
         tasks = iter(range(plan.n_tasks) if order is None else order)
         lock = threading.Lock()
 
@@ -455,7 +468,7 @@ class Kernel:
         work()
         for thread in threads:
             thread.join()
-        for i in range(plan.n_merges):
+        for i in range(plan.n_merges if self.merges else 0):
             self.merge(plan, i)
 
     def workspace_bytes(self, **fields: Any) -> int:
@@ -464,8 +477,9 @@ class Kernel:
 
     def merge_parts(self, **fields: Any) -> Result:
         """Merges the results of several calls over parts of one context."""
-        if not self.stats:
-            raise TypeError(f"{self.name} has no merge_parts; fix: add the feature stats")
+        if not self.parts:
+            fix = "call it once for all keys" if self.trains else "add the feature stats"
+            raise TypeError(f"{self.name} has no merge_parts; fix: {fix}")
         parts, error = self.struct(self.Parts, fields), self.Error()
         status = self._c_merge_parts(ctypes.byref(parts), ctypes.byref(error))
         return self.result(status, error)
@@ -505,13 +519,33 @@ class Kernel:
     def attend(self, **fields: Any) -> Result:
         """run() with sizes, layouts and strides read from the arrays, and outputs made here:
         attention_out and, where the kernel has them, softmax_max, softmax_sum and softmax_lse in
-        .outputs."""
+        .outputs. Of fusion_attention also dropout_state, where keep_prob is given."""
+        if self.trains:
+            call = self._trained(fields)
+            return self._fill(call, call.outputs())
         fields = {**self.sizes(fields), **fields}
         outputs = {"attention_out": np.empty(self._out_shape(fields), out_dtype(fields))}
         if self.stats:
             shape = self._stats_shape(fields)
             outputs |= {name: np.empty(shape, np.float32) for name in STATS}
         result = self.run(**fields, **outputs).check()
+        result.outputs = outputs
+        return result
+
+    def gradients(self, **fields: Any) -> Result:
+        """run() of fusion_attention_grad with the fields of attend, what that returned in
+        attention_out, softmax_max and softmax_sum, and dout: dquery, dkey, dvalue and, where pse
+        has a gradient, dpse in .outputs."""
+        if not self.grads:
+            raise TypeError(f"{self.name} has no gradients; fix: load fusion_attention_grad")
+        call = self._trained(fields)
+        return self._fill(call, call.gradients())
+
+    def _trained(self, fields: dict[str, Any]) -> Call:
+        return Call(self.constants, self.header.macro, self.dk, self.dv, fields)
+
+    def _fill(self, call: Call, outputs: dict[str, np.ndarray]) -> Result:
+        result = self.run(**call.fields, **outputs).check()
         result.outputs = outputs
         return result
 
@@ -531,6 +565,9 @@ class Kernel:
 
     def sizes(self, arrays: dict[str, Any]) -> dict[str, Any]:
         """The size, layout and stride fields that arrays of the documented shapes imply."""
+        if self.trains:
+            given = self._trained(arrays).fields
+            return {n: v for n, v in given.items() if arrays.get(n) is not v}
         return self._decode_sizes(arrays) if self.decodes else self._sparse_sizes(arrays)
 
     def _layout(self, name: str) -> int:

@@ -126,6 +126,7 @@ WORDS = {
     "vexp2": "2^x for x <= 0 (templates/step/exp2)",
     "vsums": "of as many vectors as there are lanes: lane i is the sum of the lanes of vector i",
     "vswap": "lane i is lane i ^ n of x; n: 1, 2, .. lanes / 2",
+    "vturn": "as many vectors as there are lanes, turned: lane j of vector i becomes lane i of j",
     "vpair": "the 2 * lanes numbers from p as x and y",
     "vload_f16": "as vload, from float16",
     "vload_f16_n": "as vload_n",

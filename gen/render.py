@@ -222,10 +222,10 @@ def packed_row_of(isa, stored):
     )
 
 
-def words_page(isa, formats, math, rows=None, written=()):
+def words_page(isa, formats, math, rows=None, written=(), turns=False):
     """Words, exp2 and row loaders of one instruction set, for the element types given; loaders for
     those of `rows`, or for the types that tensors have. written: formats of codes that rows of
-    numbers become, beside those of records."""
+    numbers become, beside those of records. turns: whether vturn is used."""
     speller = Speller("hl", isa=isa.name, words=isa.words, math=math)
     if isa.tiles:
         return speller.spell(
@@ -235,7 +235,7 @@ def words_page(isa, formats, math, rows=None, written=()):
     exp2 = SimpleNamespace(
         guard=f"HL_VEXP2{math_tag}_{isa.macro}", coefficients=EXP2_COEFFICIENTS, ulp=EXP2_ULP
     )
-    text = page(f"isa/{isa.name}.h.j2", formats=formats, written=written)
+    text = page(f"isa/{isa.name}.h.j2", formats=formats, written=written, turns=turns)
     text += page("step/exp2.h.j2", isa=isa, math=math, exp2=exp2)
     for name in [name for name in formats if name in FORMATS] if rows is None else rows:
         if STORED[name].packed:
@@ -318,7 +318,7 @@ def kernel_page(kernel):
     view = kernel_view(kernel)
     tiles = tiles_of(kernel)
     mem = memory_of(kernel, tiles)
-    needs = (formats_of(kernel), kernel.math, rows_of(kernel), written_of(kernel))
+    needs = (formats_of(kernel), kernel.math, rows_of(kernel), written_of(kernel), kernel.trains)
     words = [
         SimpleNamespace(isa=isa, text=words_page(isa, *needs))
         for isa in {**{ISAS["scalar"]: 0}, **dict.fromkeys(kernel.isas, 0)}

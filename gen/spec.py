@@ -115,6 +115,11 @@ class Kernel:
         return self.op in (TRAIN, GRAD)
 
     @property
+    def backward(self):
+        """Whether it computes gradients."""
+        return self.op == GRAD
+
+    @property
     def integer(self):
         """Whether queries are int8: both products are of whole numbers."""
         return self.dtype == INT8

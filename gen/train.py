@@ -1,6 +1,6 @@
-"""The operators for training and prefill: sizes of their tiles, their memory, and what templates may
-ask about them. Many query rows see the same keys, so queries are packed once for a task, keys once
-for a block, and both products run at the speed of FMA."""
+"""The operators for training and prefill: sizes of their tiles, their memory, and what templates
+may ask about them. Many query rows see the same keys, so queries are packed once for a task, keys
+once for a block, and both products run at the speed of FMA."""
 
 from dataclasses import dataclass
 from types import MappingProxyType, SimpleNamespace
@@ -19,7 +19,12 @@ SIZES = {
     "scalar": {"rows": (4, 1), "vecs": (2, 1), "value_rows": (4, 1), "value_vecs": (2, 1)},
     "neon": {"rows": (8, 1), "vecs": (2, 1), "value_rows": (8, 1), "value_vecs": (2, 1)},
     "avx2": {"rows": (6, 1), "vecs": (2, 1), "value_rows": (4, 1), "value_vecs": (3, 1)},
-    "avx512": {"rows": (12, 4, 1), "vecs": (2, 1), "value_rows": (8, 4, 1), "value_vecs": (3, 2, 1)},
+    "avx512": {
+        "rows": (12, 4, 1),
+        "vecs": (2, 1),
+        "value_rows": (8, 4, 1),
+        "value_vecs": (3, 2, 1),
+    },
 }
 WHY = {
     "scalar": "8 sums fit the 16 float registers of a small core with room for operands",
@@ -27,7 +32,7 @@ WHY = {
     "avx2": "6 x 2 accumulators, 2 vectors and a broadcast fill 15 of 16 registers",
     "avx512": "12 x 2 accumulators take 24 of 32 registers: 14 loads for 24 FMA",
 }
-QUERIES = 96
+QUERIES = 144  # an odd number of cache lines: rows of S do not share their cache sets
 BLOCK = 96
 SMALL = 16  # both, where memory is dear: headers for small targets alone
 

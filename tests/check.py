@@ -715,13 +715,17 @@ def layout_faults(text: str) -> list[str]:
 
 
 def layout() -> Iterator[Check]:
-    """Generated headers and templates: at most 100 columns, no trailing blanks, no tabs."""
+    """Generated headers and templates: at most 100 columns, no trailing blanks, no tabs. A template
+    may end in a blank line: Jinja takes those away that stand behind an include."""
     files = sorted(INCLUDE.glob("*.h"))
     files += sorted(path for path in (ROOT / "templates").rglob("*") if path.is_file())
     for path in files:
 
         def run(path=path) -> str:
-            faults = layout_faults(path.read_text(encoding="utf-8"))
+            text = path.read_text(encoding="utf-8")
+            if path.suffix == ".j2" and text.endswith("\n\n"):
+                text = text[:-1]
+            faults = layout_faults(text)
             if faults:
                 raise Wrong("\n".join(f"{path.relative_to(ROOT)}: {fault}" for fault in faults[:9]))
             return ""

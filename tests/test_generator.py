@@ -264,6 +264,22 @@ def test_show_reads_any_name_of_the_grammar(capsys):
     assert "f16, key 51 + 4, value 20" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    "name", [h.name for h in spec.load_catalogue() if any(k.trains for k in h.kernels)]
+)
+def test_show_of_training(name, capsys):
+    """One layout for all tensors, one workspace for all shapes, and the products of a whole call:
+    two forward, five backward."""
+    kernel = next(h.kernels[0] for h in spec.load_catalogue() if h.name == name)
+    assert main(["show", name, "--group", "2", "--rows", "3", "--keys", "5"]) == 0
+    shown = capsys.readouterr().out
+    deep, wide = (3, 2) if kernel.backward else (1, 1)
+    flops = 2 * 2 * 3 * 5 * (deep * kernel.dk + wide * kernel.dv)
+    assert f"    {flops} flop" in shown and "BSND/BSH/SBH/BNSD/TND, isa" in shown
+    size = render.memory_of(kernel, render.tiles_of(kernel)).bytes
+    assert f"workspace of one task  {size} bytes" in shown
+
+
 def test_what_was_not_asked_for_is_not_there():
     whole = render.render_header(spec.parse_header(PLAIN))
     less = render.render_header(
@@ -322,7 +338,8 @@ def test_the_example_in_the_manual_compiles(header, compiler, tmp_path):
     lines = [line[9:] for line in use.split("\n") if line.startswith(" *       ")]
     assert len(lines) > 10
     types = "const void *q, const void *k, const void *v, const void *scales, void *out, "
-    types += "int keys, int heads, int heads_kv, float scale"
+    types += "int rows, int keys, int heads, int heads_kv, float scale, "
+    types += "const void *dout, const float *max, const float *sum, void *dq, void *dk, void *dv"
     source = tmp_path / "use.c"
     source.write_text(
         f'#include <stdio.h>\n#include "{header.name}.h"\n'

@@ -61,7 +61,9 @@ def header_text() -> str:
     for isa in ISAS.values():
         if not isa.tiles:
             formats = ("bf16", *CODES, "i4", "dots")
-            words = render.words_page(isa, formats, "builtin", tuple(STORED), tuple(CODES))
+            words = render.words_page(
+                isa, formats, "builtin", tuple(STORED), tuple(CODES), turns=True
+            )
             text += f"\n#if HL_HAS_{isa.macro}\n{words}#endif\n"
     return text
 
@@ -306,6 +308,7 @@ class Pieces:
             made[word.name] = self.take(N)
         made["vfma"], made["vflush"] = self.take(N), self.take(N)
         made["vsums"] = self.take(N // lanes**2 * lanes)
+        made["vturn"] = self.take(lanes * lanes).reshape(lanes, lanes)
         made["vkeep"] = self.take(lanes)
         made["vswap"] = {n: self.take(lanes) for n in (1, 2, 4, 8) if n < lanes}
         for word in UNARY:
@@ -417,6 +420,13 @@ def test_exponents(machine, isa):
         abs(got["vexp2"][inside] - want[inside]) <= 1.25 * unit
     ).all()  # exact figures: test_exp2
     assert (got["vexp2"][x == 0] == 1).all()
+
+
+@BY_ISA
+def test_a_square_of_vectors_is_turned(machine, isa):
+    got, lanes = of(machine, isa), ISAS[isa].lanes
+    square = inputs()["tame"][: lanes * lanes].reshape(lanes, lanes)
+    assert same(got["vturn"], square.T).all()
 
 
 @BY_ISA
