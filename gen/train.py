@@ -119,9 +119,7 @@ def grad_tile(kernel, isa):
     sizes = SIZES[isa.name]
     lanes = isa.lanes
     small = kernel.isa == ("scalar",)
-    queries, block, keys = (
-        (SMALL, SMALL, SMALL) if small else (GRAD_QUERIES, GRAD_BLOCK, GRAD_KEYS)
-    )
+    queries, block, keys = (SMALL, SMALL, SMALL) if small else (GRAD_QUERIES, GRAD_BLOCK, GRAD_KEYS)
     panel = sizes["vecs"][0] * lanes
     channels = channels_of(kernel, isa)
     stride = row_stride(kernel.dk, lanes)
