@@ -590,8 +590,8 @@ def sizes(a: Args) -> RowSizes:
 
 
 def spread_of(p: oracle.Part, w: np.ndarray) -> np.ndarray:
-    """[Sq][DV] sum p |v - o|, with 0 or v / keep_prob for v, and their mean for o: without the sink,
-    which has no value."""
+    """[Sq][DV] sum p |v - o|, with 0 or v / keep_prob for v, and their mean for o: without the
+    sink, which has no value."""
     w, v = np.where(p.seen, w, 0.0), p.v.astype(np.float64)
     share = np.maximum(w.sum(axis=1), 1e-300)
     made = np.zeros((len(w), v.shape[1]))
