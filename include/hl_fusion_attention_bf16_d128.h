@@ -3053,6 +3053,7 @@ HL_KERNEL_SCALAR void hl_fa_bf16_d128_pack_queries_scalar(const void *tensor, pt
     float *to)
 {
     enum { L = 1, W = 2 * L, KS = 128 };
+    hl_vf_scalar x[L];
     for (int32_t p = 0; p < columns; p += L) {
         const int32_t panel = p / W * W;
         const ptrdiff_t width = columns - panel < W ? columns - panel : W;
@@ -3070,7 +3071,6 @@ HL_KERNEL_SCALAR void hl_fa_bf16_d128_pack_queries_scalar(const void *tensor, pt
         }
         for (int32_t c = 0; c < channels; c += L) {
             const int32_t n = channels - c < L ? channels - c : L;
-            hl_vf_scalar x[L];
             for (int32_t i = 0; i < L; ++i) {
                 x[i] = hl_vload_scalar(rows + (ptrdiff_t)i * KS + c);
             }
@@ -3736,6 +3736,7 @@ HL_KERNEL_NEON void hl_fa_bf16_d128_pack_queries_neon(const void *tensor, ptrdif
     float *to)
 {
     enum { L = 4, W = 2 * L, KS = 128 };
+    hl_vf_neon x[L];
     for (int32_t p = 0; p < columns; p += L) {
         const int32_t panel = p / W * W;
         const ptrdiff_t width = columns - panel < W ? columns - panel : W;
@@ -3753,7 +3754,6 @@ HL_KERNEL_NEON void hl_fa_bf16_d128_pack_queries_neon(const void *tensor, ptrdif
         }
         for (int32_t c = 0; c < channels; c += L) {
             const int32_t n = channels - c < L ? channels - c : L;
-            hl_vf_neon x[L];
             for (int32_t i = 0; i < L; ++i) {
                 x[i] = hl_vload_neon(rows + (ptrdiff_t)i * KS + c);
             }
@@ -4513,6 +4513,7 @@ HL_KERNEL_AVX2 void hl_fa_bf16_d128_pack_queries_avx2(const void *tensor, ptrdif
     float *to)
 {
     enum { L = 8, W = 2 * L, KS = 128 };
+    hl_vf_avx2 x[L];
     for (int32_t p = 0; p < columns; p += L) {
         const int32_t panel = p / W * W;
         const ptrdiff_t width = columns - panel < W ? columns - panel : W;
@@ -4530,7 +4531,6 @@ HL_KERNEL_AVX2 void hl_fa_bf16_d128_pack_queries_avx2(const void *tensor, ptrdif
         }
         for (int32_t c = 0; c < channels; c += L) {
             const int32_t n = channels - c < L ? channels - c : L;
-            hl_vf_avx2 x[L];
             for (int32_t i = 0; i < L; ++i) {
                 x[i] = hl_vload_avx2(rows + (ptrdiff_t)i * KS + c);
             }
@@ -5229,6 +5229,7 @@ HL_KERNEL_AVX512 void hl_fa_bf16_d128_pack_queries_avx512(const void *tensor, pt
     float *to)
 {
     enum { L = 16, W = 2 * L, KS = 128 };
+    hl_vf_avx512 x[L];
     for (int32_t p = 0; p < columns; p += L) {
         const int32_t panel = p / W * W;
         const ptrdiff_t width = columns - panel < W ? columns - panel : W;
@@ -5246,7 +5247,6 @@ HL_KERNEL_AVX512 void hl_fa_bf16_d128_pack_queries_avx512(const void *tensor, pt
         }
         for (int32_t c = 0; c < channels; c += L) {
             const int32_t n = channels - c < L ? channels - c : L;
-            hl_vf_avx512 x[L];
             for (int32_t i = 0; i < L; ++i) {
                 x[i] = hl_vload_avx512(rows + (ptrdiff_t)i * KS + c);
             }

@@ -3054,6 +3054,7 @@ HL_KERNEL_SCALAR void hl_fa_bf16_d576x512_pack_queries_scalar(const void *tensor
     float *to)
 {
     enum { L = 1, W = 2 * L, KS = 576 };
+    hl_vf_scalar x[L];
     for (int32_t p = 0; p < columns; p += L) {
         const int32_t panel = p / W * W;
         const ptrdiff_t width = columns - panel < W ? columns - panel : W;
@@ -3071,7 +3072,6 @@ HL_KERNEL_SCALAR void hl_fa_bf16_d576x512_pack_queries_scalar(const void *tensor
         }
         for (int32_t c = 0; c < channels; c += L) {
             const int32_t n = channels - c < L ? channels - c : L;
-            hl_vf_scalar x[L];
             for (int32_t i = 0; i < L; ++i) {
                 x[i] = hl_vload_scalar(rows + (ptrdiff_t)i * KS + c);
             }
@@ -3725,6 +3725,7 @@ HL_KERNEL_NEON void hl_fa_bf16_d576x512_pack_queries_neon(const void *tensor, pt
     float *to)
 {
     enum { L = 4, W = 2 * L, KS = 576 };
+    hl_vf_neon x[L];
     for (int32_t p = 0; p < columns; p += L) {
         const int32_t panel = p / W * W;
         const ptrdiff_t width = columns - panel < W ? columns - panel : W;
@@ -3742,7 +3743,6 @@ HL_KERNEL_NEON void hl_fa_bf16_d576x512_pack_queries_neon(const void *tensor, pt
         }
         for (int32_t c = 0; c < channels; c += L) {
             const int32_t n = channels - c < L ? channels - c : L;
-            hl_vf_neon x[L];
             for (int32_t i = 0; i < L; ++i) {
                 x[i] = hl_vload_neon(rows + (ptrdiff_t)i * KS + c);
             }
@@ -4508,6 +4508,7 @@ HL_KERNEL_AVX2 void hl_fa_bf16_d576x512_pack_queries_avx2(const void *tensor, pt
     float *to)
 {
     enum { L = 8, W = 2 * L, KS = 576 };
+    hl_vf_avx2 x[L];
     for (int32_t p = 0; p < columns; p += L) {
         const int32_t panel = p / W * W;
         const ptrdiff_t width = columns - panel < W ? columns - panel : W;
@@ -4525,7 +4526,6 @@ HL_KERNEL_AVX2 void hl_fa_bf16_d576x512_pack_queries_avx2(const void *tensor, pt
         }
         for (int32_t c = 0; c < channels; c += L) {
             const int32_t n = channels - c < L ? channels - c : L;
-            hl_vf_avx2 x[L];
             for (int32_t i = 0; i < L; ++i) {
                 x[i] = hl_vload_avx2(rows + (ptrdiff_t)i * KS + c);
             }
@@ -5230,6 +5230,7 @@ HL_KERNEL_AVX512 void hl_fa_bf16_d576x512_pack_queries_avx512(const void *tensor
     float *to)
 {
     enum { L = 16, W = 2 * L, KS = 576 };
+    hl_vf_avx512 x[L];
     for (int32_t p = 0; p < columns; p += L) {
         const int32_t panel = p / W * W;
         const ptrdiff_t width = columns - panel < W ? columns - panel : W;
@@ -5247,7 +5248,6 @@ HL_KERNEL_AVX512 void hl_fa_bf16_d576x512_pack_queries_avx512(const void *tensor
         }
         for (int32_t c = 0; c < channels; c += L) {
             const int32_t n = channels - c < L ? channels - c : L;
-            hl_vf_avx512 x[L];
             for (int32_t i = 0; i < L; ++i) {
                 x[i] = hl_vload_avx512(rows + (ptrdiff_t)i * KS + c);
             }

@@ -2690,6 +2690,7 @@ HL_KERNEL_SCALAR void hl_fa_f32_d64_pse_types_softcap_sinks_pack_queries_scalar(
     float *rows, float *to)
 {
     enum { L = 1, W = 2 * L, KS = 64 };
+    hl_vf_scalar x[L];
     for (int32_t p = 0; p < columns; p += L) {
         const int32_t panel = p / W * W;
         const ptrdiff_t width = columns - panel < W ? columns - panel : W;
@@ -2707,7 +2708,6 @@ HL_KERNEL_SCALAR void hl_fa_f32_d64_pse_types_softcap_sinks_pack_queries_scalar(
         }
         for (int32_t c = 0; c < channels; c += L) {
             const int32_t n = channels - c < L ? channels - c : L;
-            hl_vf_scalar x[L];
             for (int32_t i = 0; i < L; ++i) {
                 x[i] = hl_vload_scalar(rows + (ptrdiff_t)i * KS + c);
             }
@@ -3436,6 +3436,7 @@ HL_KERNEL_NEON void hl_fa_f32_d64_pse_types_softcap_sinks_pack_queries_neon(cons
     float *rows, float *to)
 {
     enum { L = 4, W = 2 * L, KS = 64 };
+    hl_vf_neon x[L];
     for (int32_t p = 0; p < columns; p += L) {
         const int32_t panel = p / W * W;
         const ptrdiff_t width = columns - panel < W ? columns - panel : W;
@@ -3453,7 +3454,6 @@ HL_KERNEL_NEON void hl_fa_f32_d64_pse_types_softcap_sinks_pack_queries_neon(cons
         }
         for (int32_t c = 0; c < channels; c += L) {
             const int32_t n = channels - c < L ? channels - c : L;
-            hl_vf_neon x[L];
             for (int32_t i = 0; i < L; ++i) {
                 x[i] = hl_vload_neon(rows + (ptrdiff_t)i * KS + c);
             }
@@ -4278,6 +4278,7 @@ HL_KERNEL_AVX2 void hl_fa_f32_d64_pse_types_softcap_sinks_pack_queries_avx2(cons
     float *rows, float *to)
 {
     enum { L = 8, W = 2 * L, KS = 64 };
+    hl_vf_avx2 x[L];
     for (int32_t p = 0; p < columns; p += L) {
         const int32_t panel = p / W * W;
         const ptrdiff_t width = columns - panel < W ? columns - panel : W;
@@ -4295,7 +4296,6 @@ HL_KERNEL_AVX2 void hl_fa_f32_d64_pse_types_softcap_sinks_pack_queries_avx2(cons
         }
         for (int32_t c = 0; c < channels; c += L) {
             const int32_t n = channels - c < L ? channels - c : L;
-            hl_vf_avx2 x[L];
             for (int32_t i = 0; i < L; ++i) {
                 x[i] = hl_vload_avx2(rows + (ptrdiff_t)i * KS + c);
             }
@@ -5059,6 +5059,7 @@ HL_KERNEL_AVX512 void hl_fa_f32_d64_pse_types_softcap_sinks_pack_queries_avx512(
     float *rows, float *to)
 {
     enum { L = 16, W = 2 * L, KS = 64 };
+    hl_vf_avx512 x[L];
     for (int32_t p = 0; p < columns; p += L) {
         const int32_t panel = p / W * W;
         const ptrdiff_t width = columns - panel < W ? columns - panel : W;
@@ -5076,7 +5077,6 @@ HL_KERNEL_AVX512 void hl_fa_f32_d64_pse_types_softcap_sinks_pack_queries_avx512(
         }
         for (int32_t c = 0; c < channels; c += L) {
             const int32_t n = channels - c < L ? channels - c : L;
-            hl_vf_avx512 x[L];
             for (int32_t i = 0; i < L; ++i) {
                 x[i] = hl_vload_avx512(rows + (ptrdiff_t)i * KS + c);
             }
