@@ -255,6 +255,8 @@ INT8_STEPS = ("step/int8_load", "step/int8_score", "step/int8_softmax", "step/in
 INT8_STEPS += ("step/finish", "algo/int8")
 TRAIN_STEPS = ("train/load", "train/products", "train/softmax", "train/finish")
 TRAIN_STEPS += ("train/forward",)
+TRAIN_TILE_STEPS = ("train/tile_load", "train/tile_softmax", "train/tile_products")
+TRAIN_TILE_STEPS += ("train/softmax", "train/finish", "train/tile_forward")
 TILE_STEPS = ("tile/load", "tile/many", "tile/few", "tile/settle", "step/finish")
 
 
@@ -276,16 +278,16 @@ def region_page(region, view):
     }
     pages = [*(TILE_STEPS if isa.tiles else STEPS), "algo/merge", "algo/forward"]
     if region.kernel.trains:
-        pages = list(TRAIN_STEPS)
+        pages = list(TRAIN_TILE_STEPS if isa.tiles else TRAIN_STEPS)
     elif region.kernel.integer:
         pages = list(INT8_STEPS)
     elif region.kernel.decodes:
         pages.insert(pages.index("tile/few" if isa.tiles else "step/softmax"), "step/decode_bias")
-    if isa.tiles:
+    if isa.tiles and not region.kernel.trains:
         pages.insert(-1, "tile/forward")
         if not region.tile.few:
             pages.remove("tile/few")
-    elif context["codes"]:
+    elif not isa.tiles and context["codes"]:
         pages.insert(pages.index("step/finish"), "kv/codes")
     if region.kernel.record and not isa.tiles:
         pages.append("kv/rows")
@@ -302,6 +304,13 @@ def tiles_of(kernel):
 
 def memory_of(kernel, tiles):
     return train.plan(tiles) if kernel.trains else memory.plan(tiles)
+
+
+def queries_of(tiles, on_tiles):
+    """Queries of a task, for plan: {isa: tile} of one kernel."""
+    return max(
+        (getattr(t, "queries", 0) for i, t in tiles.items() if i.tiles == on_tiles), default=0
+    )
 
 
 def kernel_page(kernel):
@@ -322,7 +331,8 @@ def kernel_page(kernel):
     text = page(
         "train/kernel.h.j2" if kernel.trains else "kernel.h.j2",
         k=view,
-        queries=max(getattr(t, "queries", 0) for t in tiles.values()),
+        queries=queries_of(tiles, False),
+        tile_queries=queries_of(tiles, True),
         memory=mem,
         words=words,
         regions=regions,

@@ -3,8 +3,9 @@ may ask about them. Many query rows see the same keys, so queries are packed onc
 once for a block, and both products run at the speed of FMA."""
 
 from dataclasses import dataclass
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 
+from gen import train_matrix
 from gen.decode_view import TO_FLOAT, listed
 
 ALIGN = 64  # a cache line: the start is moved up to it inside
@@ -59,6 +60,7 @@ class TrainTile:
     why: dict[str, str]
     slices: dict[str, int]  # floats of each named piece of workspace
     decodes: bool = False
+    numbers = MappingProxyType({})  # what it keeps of each query beside NUMBERS
 
     @property
     def shape_lines(self):
@@ -71,6 +73,8 @@ class TrainTile:
 
 def tile(kernel, isa):
     """The tile sizes of one kernel."""
+    if isa.tiles:
+        return train_matrix.tile(kernel, isa)
     sizes = SIZES[isa.name]
     lanes = isa.lanes
     small = kernel.isa == ("scalar",)
@@ -154,7 +158,7 @@ def plan(tiles):
 
     for field, why in SLICES.items():
         add(field, max(t.slices.get(field, 0) for t in tiles), why)
-    for field, why in NUMBERS.items():
+    for field, why in (NUMBERS | {f: w for t in tiles for f, w in t.numbers.items()}).items():
         add(field, queries, why)
     for field, why in BOUNDS.items():
         add(field, queries, why, "(int32_t *)(void *)")

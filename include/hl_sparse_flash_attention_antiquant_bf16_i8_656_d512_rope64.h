@@ -111,7 +111,7 @@
 /* ==== shared by every Headlight header ==== */
 
 #ifndef HL_COMMON
-#define HL_COMMON 3
+#define HL_COMMON 4
 
 #include <stddef.h>
 #include <stdint.h>
@@ -368,7 +368,7 @@ HL_API const char *hl_error_text(const hl_error *error, char *text, size_t size)
 }
 #endif
 
-#elif HL_COMMON != 3
+#elif HL_COMMON != 4
 #error "hl: headers of two generator versions in one file; regenerate the older one"
 #endif /* HL_COMMON */
 /* ==== the operator's arguments, shared by all of its kernels ==== */

@@ -1,0 +1,130 @@
+"""The operators for training and prefill on matrix tiles: sizes, and their reasons.
+
+Queries in groups of 32, which is 2 x 2 tiles wide; keys in units of 32, in steps that are weighed
+together, in panels that all groups of a task share."""
+
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+
+TILE = 1024  # bytes: 16 rows of 64
+SUB = 32  # keys of a unit, queries of a group
+MARGIN = 8  # powers of 2 that a weight may grow to before the maximum is raised: raising is dear
+L1_BYTES = 44 * 1024  # of 48 KiB: two steps' scores, a group's Q^T and O^T
+STEPS = (64, 128)  # keys of a step: below, O^T is loaded and stored for too few products
+WIDE_STEP = 256  # where O^T does not fit the first-level cache, it is moved half as often
+PANEL_BYTES = 576 * 1024  # K and V^T of a panel, of 2 MiB of the second-level cache,
+TASK_BYTES = 832 * 1024  # beside Q^T and O^T of a task
+PANELS = (256, 2048)
+QUERIES = (128, 512)  # the more, the less often V is turned; but tasks are to run beside each other
+
+# The accumulators of a unit: C += A B with A two tiles of rows, B two of queries; rows of C are 32
+# numbers, of both tiles of B.
+DOTS = tuple(
+    SimpleNamespace(c=2 * i + j, a=4 + i, b=6 + j, at=2048 * i + 64 * j)
+    for i in range(2)
+    for j in range(2)
+)
+
+
+@dataclass(frozen=True)
+class TrainMatrixTile:
+    """How one kernel's blocks are computed on tiles of 16 rows of 64 bytes."""
+
+    queries: int  # of a task
+    block: int  # keys of a step
+    panel: int  # keys whose tiles are made once for all queries of a task
+    columns: int  # of 32 channels of the key
+    groups: int  # the same of the value
+    pairs: int  # of keys that are weighed behind each column of a product
+    o_stride: int  # floats of a row of O when it is finished
+    dv_tail: bool
+    exp2: str
+    why: dict[str, str]
+    slices: dict[str, int]
+    sub: int = SUB
+    margin: int = MARGIN
+    dots: tuple = DOTS
+    decodes: bool = False
+    lanes: int = 16
+    numbers: dict[str, str] = field(
+        default_factory=lambda: {
+            "top": "largest scores, where m may lie below them",
+            "mass": "sums of the weights as V meets them, rounded",
+        }
+    )
+
+    @property
+    def shape_lines(self):
+        """For people."""
+        return (
+            f"units of {SUB} keys x {SUB} queries, 2 x 2 tiles",
+            f"steps of {self.block} keys, panels of {self.panel}",
+        )
+
+    @property
+    def group_bytes(self):
+        """Q^T of 32 queries."""
+        return self.columns * 2 * TILE
+
+    @property
+    def value_bytes(self):
+        """V^T of a unit of keys."""
+        return self.groups * 2 * TILE
+
+    @property
+    def task_groups(self):
+        return self.queries // SUB
+
+    @property
+    def units(self):
+        return self.panel // SUB
+
+
+def largest(least, most, each, room):
+    """The largest power of two times `least`, up to `most`, of which `room` bytes hold all."""
+    while least < most and 2 * least * each <= room:
+        least *= 2
+    return least
+
+
+def step_of(columns, groups):
+    """Keys that are weighed together."""
+    room = L1_BYTES - columns * 2 * TILE - groups * 4 * TILE
+    if room < 2 * 4 * SUB * STEPS[0]:
+        return WIDE_STEP
+    return STEPS[1] if room >= 2 * 4 * SUB * STEPS[1] else STEPS[0]
+
+
+def tile(kernel, isa):
+    """The tiles of one kernel."""
+    columns, groups = -(-kernel.dk // SUB), -(-kernel.dv // SUB)
+    step = step_of(columns, groups)
+    panel = largest(*PANELS, 64 * (columns + groups), PANEL_BYTES)
+    queries = largest(*QUERIES, 64 * columns + 128 * groups, TASK_BYTES)
+    kilobytes = panel * 64 * (columns + groups) // 1024
+    return TrainMatrixTile(
+        queries=queries,
+        block=step,
+        panel=panel,
+        columns=columns,
+        groups=groups,
+        pairs=-(-SUB // 2 // (columns + groups)),
+        o_stride=SUB * groups,
+        dv_tail=kernel.dv % isa.lanes != 0,
+        exp2="hl_exp2_amx" if kernel.math == "builtin" else "vexp2",
+        why={
+            "registers": "2 x 2 tiles of 16 x 16 sums in 4 of 8 registers: 4 loads, 4 products",
+            "block": f"{queries} queries by panels of {panel} keys, whose tiles are "
+            f"{kilobytes} KiB of the second-level cache",
+            "channels": f"{step} keys a step: two steps' scores are {2 * step * SUB * 4 // 1024} "
+            "KiB, beside Q^T and O^T of 32 queries",
+        },
+        slices={
+            "q": queries * columns * 16,
+            "k": panel * columns * 16,
+            "v": panel * groups * 16,
+            "s": 2 * step * SUB,
+            "o": queries * groups * SUB,
+            "row": max(step, 16 * -(-kernel.dk // 16)),
+        },
+    )
