@@ -931,3 +931,59 @@ def shapes(
         spread=either(*spreads),
         seed=draw(st.integers(0, 2**32 - 1)),
     )
+
+
+def various(name: str, seed: int, count: int) -> list[tuple[Shape, Way]]:
+    """Calls of all kinds, drawn once: for programs that run many calls in one go."""
+    rng = np.random.default_rng(seed)
+    made = []
+
+    def either(*values: Any) -> Any:
+        return values[rng.integers(0, len(values))]
+
+    for _ in range(count):
+        layout = either(*LAYOUTS, TND)
+        batch = either(1, 2, 3)
+        lens_q, lens_kv = (tuple(rng.integers(0, 160, batch).tolist()) for _ in range(2))
+        if layout != TND:
+            lens_q, lens_kv = lens_q[:1] * batch, lens_kv[:1] * batch
+        mode = either(0, 1, 2, 3, 4, 6, *((7, 8) if layout == TND else (5,)))
+        pse = "none" if mode > 6 else either("none", "full", "one_row")
+        kind = either(INNER, OUTER, SLOPE, SLOPE_SQRT) if has(name, "pse_types") else INNER
+        shape = Shape(
+            lens_q=lens_q,
+            lens_kv=lens_kv,
+            heads_kv=either(1, 2),
+            group=either(1, 2, 3),
+            layout=layout,
+            pad_q=either(0, 3),
+            pad_kv=either(0, 3),
+            unused=either(0, 2),
+            mode=mode,
+            mask=either("none", "formula", "formula")
+            if mode not in (0, 1, 5)
+            else either("formula", "given"),
+            hidden=either(0.0, 0.5),
+            band=either(None, (20, 3), (90, -4), (-3, 100)),
+            pse="slope" if pse != "none" and kind in (SLOPE, SLOPE_SQRT) else pse,
+            pse_type=kind,
+            softcap=either(0.0, 5.0) if has(name, "softcap") else 0.0,
+            sinks=either("none", "plain", "infinite") if has(name, "sinks") else "none",
+            keep_prob=either(0.0, 0.7),
+            bits=either(False, True),
+            stats_width=either(1, 8),
+            stats_order=either(0, 1) if layout == TND else 0,
+            spread=either(*SPREADS),
+            seed=int(rng.integers(1 << 30)),
+        )
+        made.append(
+            (
+                shape,
+                Way(
+                    flush=either("left", "right"),
+                    by_task=either(False, True),
+                    stats=either(True, True, False),
+                ),
+            )
+        )
+    return made
