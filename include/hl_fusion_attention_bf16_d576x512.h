@@ -91,6 +91,12 @@
  *   HL_ISA_ONLY_<ISA>          one instruction set, no choice at run time
  *   HL_NO_TILES                no AMX tiles, whatever the processor has
  *
+ * TILES
+ *   On x86-64 Linux ..._plan and ..._isas ask the system once for the use of AMX tiles; where it
+ *   says no, AVX-512 runs. A task leaves no tile configured; tiles of the caller's own are lost, as
+ *   in any call (they are the caller's to save). There P is rounded to bfloat16 on its way to V,
+ *   and subnormal bfloat16 numbers count as 0; max, sum and LSE are those of the exact weights.
+ *
  * SOURCES
  *   Milakov and Gimelshein 2018 (online softmax); Dao 2023 (FlashAttention-2); Salmon et al. 2011
  *   (Philox); the operator's own documents.
@@ -3092,20 +3098,12 @@ HL_KERNEL_SCALAR void hl_fa_bf16_d576x512_pack_some_scalar(const float *rows, in
     int32_t channels, int32_t p, int32_t columns, float *to)
 {
     enum { L = 1, W = 2 * L, KS = 576 };
-<<<<<<< HEAD
     const int32_t panel = p / W * W;
     const ptrdiff_t width = columns - panel < W ? columns - panel : W;
     float *const at = to + (ptrdiff_t)panel * channels + (p - panel);
+    hl_vf_scalar x[L];
     for (int32_t c = 0; c < channels; c += L) {
         const int32_t left = channels - c < L ? channels - c : L;
-        hl_vf_scalar x[L];
-=======
-    hl_vf_scalar x[L];
-    for (int32_t p = 0; p < columns; p += L) {
-        const int32_t panel = p / W * W;
-        const ptrdiff_t width = columns - panel < W ? columns - panel : W;
-        float *const at = to + (ptrdiff_t)panel * channels + (p - panel);
->>>>>>> train-ex
         for (int32_t i = 0; i < L; ++i) {
             x[i] = i < n ? hl_vload_scalar(rows + (ptrdiff_t)i * KS + c) : hl_vzero_scalar();
         }
@@ -3143,7 +3141,6 @@ HL_KERNEL_SCALAR int32_t hl_fa_bf16_d576x512_take_out_scalar(float *rows, int32_
         float lane[L];
         float all = 0.0f;
         for (int32_t c = 0; c < channels; c += L) {
-<<<<<<< HEAD
             /* 0, or NaN */
             sum =
                 hl_vadd_scalar(sum,
@@ -3157,15 +3154,6 @@ HL_KERNEL_SCALAR int32_t hl_fa_bf16_d576x512_take_out_scalar(float *rows, int32_
             apart[count++] = j;
             for (int32_t c = 0; c < channels; ++c) {
                 row[c] = 0.0f;
-=======
-            const int32_t n = channels - c < L ? channels - c : L;
-            for (int32_t i = 0; i < L; ++i) {
-                x[i] = hl_vload_scalar(rows + (ptrdiff_t)i * KS + c);
-            }
-            hl_vturn_scalar(x);
-            for (int32_t i = 0; i < n; ++i) {
-                hl_vstore_scalar(at + (c + i) * width, x[i]);
->>>>>>> train-ex
             }
         }
     }
@@ -3776,20 +3764,12 @@ HL_KERNEL_NEON void hl_fa_bf16_d576x512_pack_some_neon(const float *rows, int32_
     int32_t channels, int32_t p, int32_t columns, float *to)
 {
     enum { L = 4, W = 2 * L, KS = 576 };
-<<<<<<< HEAD
     const int32_t panel = p / W * W;
     const ptrdiff_t width = columns - panel < W ? columns - panel : W;
     float *const at = to + (ptrdiff_t)panel * channels + (p - panel);
+    hl_vf_neon x[L];
     for (int32_t c = 0; c < channels; c += L) {
         const int32_t left = channels - c < L ? channels - c : L;
-        hl_vf_neon x[L];
-=======
-    hl_vf_neon x[L];
-    for (int32_t p = 0; p < columns; p += L) {
-        const int32_t panel = p / W * W;
-        const ptrdiff_t width = columns - panel < W ? columns - panel : W;
-        float *const at = to + (ptrdiff_t)panel * channels + (p - panel);
->>>>>>> train-ex
         for (int32_t i = 0; i < L; ++i) {
             x[i] = i < n ? hl_vload_neon(rows + (ptrdiff_t)i * KS + c) : hl_vzero_neon();
         }
@@ -3827,7 +3807,6 @@ HL_KERNEL_NEON int32_t hl_fa_bf16_d576x512_take_out_neon(float *rows, int32_t n,
         float lane[L];
         float all = 0.0f;
         for (int32_t c = 0; c < channels; c += L) {
-<<<<<<< HEAD
             /* 0, or NaN */
             sum = hl_vadd_neon(sum, hl_vsub_neon(hl_vload_neon(row + c), hl_vload_neon(row + c)));
         }
@@ -3839,15 +3818,6 @@ HL_KERNEL_NEON int32_t hl_fa_bf16_d576x512_take_out_neon(float *rows, int32_t n,
             apart[count++] = j;
             for (int32_t c = 0; c < channels; ++c) {
                 row[c] = 0.0f;
-=======
-            const int32_t n = channels - c < L ? channels - c : L;
-            for (int32_t i = 0; i < L; ++i) {
-                x[i] = hl_vload_neon(rows + (ptrdiff_t)i * KS + c);
-            }
-            hl_vturn_neon(x);
-            for (int32_t i = 0; i < n; ++i) {
-                hl_vstore_neon(at + (c + i) * width, x[i]);
->>>>>>> train-ex
             }
         }
     }
@@ -4571,20 +4541,12 @@ HL_KERNEL_AVX2 void hl_fa_bf16_d576x512_pack_some_avx2(const float *rows, int32_
     int32_t channels, int32_t p, int32_t columns, float *to)
 {
     enum { L = 8, W = 2 * L, KS = 576 };
-<<<<<<< HEAD
     const int32_t panel = p / W * W;
     const ptrdiff_t width = columns - panel < W ? columns - panel : W;
     float *const at = to + (ptrdiff_t)panel * channels + (p - panel);
+    hl_vf_avx2 x[L];
     for (int32_t c = 0; c < channels; c += L) {
         const int32_t left = channels - c < L ? channels - c : L;
-        hl_vf_avx2 x[L];
-=======
-    hl_vf_avx2 x[L];
-    for (int32_t p = 0; p < columns; p += L) {
-        const int32_t panel = p / W * W;
-        const ptrdiff_t width = columns - panel < W ? columns - panel : W;
-        float *const at = to + (ptrdiff_t)panel * channels + (p - panel);
->>>>>>> train-ex
         for (int32_t i = 0; i < L; ++i) {
             x[i] = i < n ? hl_vload_avx2(rows + (ptrdiff_t)i * KS + c) : hl_vzero_avx2();
         }
@@ -4622,7 +4584,6 @@ HL_KERNEL_AVX2 int32_t hl_fa_bf16_d576x512_take_out_avx2(float *rows, int32_t n,
         float lane[L];
         float all = 0.0f;
         for (int32_t c = 0; c < channels; c += L) {
-<<<<<<< HEAD
             /* 0, or NaN */
             sum = hl_vadd_avx2(sum, hl_vsub_avx2(hl_vload_avx2(row + c), hl_vload_avx2(row + c)));
         }
@@ -4634,15 +4595,6 @@ HL_KERNEL_AVX2 int32_t hl_fa_bf16_d576x512_take_out_avx2(float *rows, int32_t n,
             apart[count++] = j;
             for (int32_t c = 0; c < channels; ++c) {
                 row[c] = 0.0f;
-=======
-            const int32_t n = channels - c < L ? channels - c : L;
-            for (int32_t i = 0; i < L; ++i) {
-                x[i] = hl_vload_avx2(rows + (ptrdiff_t)i * KS + c);
-            }
-            hl_vturn_avx2(x);
-            for (int32_t i = 0; i < n; ++i) {
-                hl_vstore_avx2(at + (c + i) * width, x[i]);
->>>>>>> train-ex
             }
         }
     }
@@ -5305,20 +5257,12 @@ HL_KERNEL_AVX512 void hl_fa_bf16_d576x512_pack_some_avx512(const float *rows, in
     int32_t channels, int32_t p, int32_t columns, float *to)
 {
     enum { L = 16, W = 2 * L, KS = 576 };
-<<<<<<< HEAD
     const int32_t panel = p / W * W;
     const ptrdiff_t width = columns - panel < W ? columns - panel : W;
     float *const at = to + (ptrdiff_t)panel * channels + (p - panel);
+    hl_vf_avx512 x[L];
     for (int32_t c = 0; c < channels; c += L) {
         const int32_t left = channels - c < L ? channels - c : L;
-        hl_vf_avx512 x[L];
-=======
-    hl_vf_avx512 x[L];
-    for (int32_t p = 0; p < columns; p += L) {
-        const int32_t panel = p / W * W;
-        const ptrdiff_t width = columns - panel < W ? columns - panel : W;
-        float *const at = to + (ptrdiff_t)panel * channels + (p - panel);
->>>>>>> train-ex
         for (int32_t i = 0; i < L; ++i) {
             x[i] = i < n ? hl_vload_avx512(rows + (ptrdiff_t)i * KS + c) : hl_vzero_avx512();
         }
@@ -5356,7 +5300,6 @@ HL_KERNEL_AVX512 int32_t hl_fa_bf16_d576x512_take_out_avx512(float *rows, int32_
         float lane[L];
         float all = 0.0f;
         for (int32_t c = 0; c < channels; c += L) {
-<<<<<<< HEAD
             /* 0, or NaN */
             sum =
                 hl_vadd_avx512(sum,
@@ -5370,15 +5313,6 @@ HL_KERNEL_AVX512 int32_t hl_fa_bf16_d576x512_take_out_avx512(float *rows, int32_
             apart[count++] = j;
             for (int32_t c = 0; c < channels; ++c) {
                 row[c] = 0.0f;
-=======
-            const int32_t n = channels - c < L ? channels - c : L;
-            for (int32_t i = 0; i < L; ++i) {
-                x[i] = hl_vload_avx512(rows + (ptrdiff_t)i * KS + c);
-            }
-            hl_vturn_avx512(x);
-            for (int32_t i = 0; i < n; ++i) {
-                hl_vstore_avx512(at + (c + i) * width, x[i]);
->>>>>>> train-ex
             }
         }
     }
@@ -6745,9 +6679,9 @@ HL_KERNEL_AMX uint32_t hl_fa_bf16_d576x512_finite_amx(const uint16_t *from, ptrd
 
 /* ---- softmax: P = 2^(S - m) in pairs of keys, behind the columns of products ----
  *
- * m is a whole number, raised only when a score lies more than 2^8 above it: every factor of O and
- * l is then a power of two, and most are 1. P takes the place of S: a pair of keys is 16 words of
- * 32 bits where its first key was. */
+ * m is a whole number, raised only when a score lies more than 8 above it: every factor of O
+ * and l is then a power of two, and most are 1. P takes the place of S: a pair of keys is 16 words
+ * of 32 bits where its first key was. */
 
 /* What goes on beside products: tiles that are not stored yet, scores that become weights. */
 typedef struct hl_fa_bf16_d576x512_woven_amx {

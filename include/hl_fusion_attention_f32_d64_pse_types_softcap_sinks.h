@@ -2725,20 +2725,12 @@ HL_KERNEL_SCALAR void hl_fa_f32_d64_pse_types_softcap_sinks_pack_some_scalar(con
     int32_t n, int32_t channels, int32_t p, int32_t columns, float *to)
 {
     enum { L = 1, W = 2 * L, KS = 64 };
-<<<<<<< HEAD
     const int32_t panel = p / W * W;
     const ptrdiff_t width = columns - panel < W ? columns - panel : W;
     float *const at = to + (ptrdiff_t)panel * channels + (p - panel);
+    hl_vf_scalar x[L];
     for (int32_t c = 0; c < channels; c += L) {
         const int32_t left = channels - c < L ? channels - c : L;
-        hl_vf_scalar x[L];
-=======
-    hl_vf_scalar x[L];
-    for (int32_t p = 0; p < columns; p += L) {
-        const int32_t panel = p / W * W;
-        const ptrdiff_t width = columns - panel < W ? columns - panel : W;
-        float *const at = to + (ptrdiff_t)panel * channels + (p - panel);
->>>>>>> train-ex
         for (int32_t i = 0; i < L; ++i) {
             x[i] = i < n ? hl_vload_scalar(rows + (ptrdiff_t)i * KS + c) : hl_vzero_scalar();
         }
@@ -2776,7 +2768,6 @@ HL_KERNEL_SCALAR int32_t hl_fa_f32_d64_pse_types_softcap_sinks_take_out_scalar(f
         float lane[L];
         float all = 0.0f;
         for (int32_t c = 0; c < channels; c += L) {
-<<<<<<< HEAD
             /* 0, or NaN */
             sum =
                 hl_vadd_scalar(sum,
@@ -2790,15 +2781,6 @@ HL_KERNEL_SCALAR int32_t hl_fa_f32_d64_pse_types_softcap_sinks_take_out_scalar(f
             apart[count++] = j;
             for (int32_t c = 0; c < channels; ++c) {
                 row[c] = 0.0f;
-=======
-            const int32_t n = channels - c < L ? channels - c : L;
-            for (int32_t i = 0; i < L; ++i) {
-                x[i] = hl_vload_scalar(rows + (ptrdiff_t)i * KS + c);
-            }
-            hl_vturn_scalar(x);
-            for (int32_t i = 0; i < n; ++i) {
-                hl_vstore_scalar(at + (c + i) * width, x[i]);
->>>>>>> train-ex
             }
         }
     }
@@ -3484,20 +3466,12 @@ HL_KERNEL_NEON void hl_fa_f32_d64_pse_types_softcap_sinks_pack_some_neon(const f
     int32_t n, int32_t channels, int32_t p, int32_t columns, float *to)
 {
     enum { L = 4, W = 2 * L, KS = 64 };
-<<<<<<< HEAD
     const int32_t panel = p / W * W;
     const ptrdiff_t width = columns - panel < W ? columns - panel : W;
     float *const at = to + (ptrdiff_t)panel * channels + (p - panel);
+    hl_vf_neon x[L];
     for (int32_t c = 0; c < channels; c += L) {
         const int32_t left = channels - c < L ? channels - c : L;
-        hl_vf_neon x[L];
-=======
-    hl_vf_neon x[L];
-    for (int32_t p = 0; p < columns; p += L) {
-        const int32_t panel = p / W * W;
-        const ptrdiff_t width = columns - panel < W ? columns - panel : W;
-        float *const at = to + (ptrdiff_t)panel * channels + (p - panel);
->>>>>>> train-ex
         for (int32_t i = 0; i < L; ++i) {
             x[i] = i < n ? hl_vload_neon(rows + (ptrdiff_t)i * KS + c) : hl_vzero_neon();
         }
@@ -3535,7 +3509,6 @@ HL_KERNEL_NEON int32_t hl_fa_f32_d64_pse_types_softcap_sinks_take_out_neon(float
         float lane[L];
         float all = 0.0f;
         for (int32_t c = 0; c < channels; c += L) {
-<<<<<<< HEAD
             /* 0, or NaN */
             sum = hl_vadd_neon(sum, hl_vsub_neon(hl_vload_neon(row + c), hl_vload_neon(row + c)));
         }
@@ -3547,15 +3520,6 @@ HL_KERNEL_NEON int32_t hl_fa_f32_d64_pse_types_softcap_sinks_take_out_neon(float
             apart[count++] = j;
             for (int32_t c = 0; c < channels; ++c) {
                 row[c] = 0.0f;
-=======
-            const int32_t n = channels - c < L ? channels - c : L;
-            for (int32_t i = 0; i < L; ++i) {
-                x[i] = hl_vload_neon(rows + (ptrdiff_t)i * KS + c);
-            }
-            hl_vturn_neon(x);
-            for (int32_t i = 0; i < n; ++i) {
-                hl_vstore_neon(at + (c + i) * width, x[i]);
->>>>>>> train-ex
             }
         }
     }
@@ -4338,20 +4302,12 @@ HL_KERNEL_AVX2 void hl_fa_f32_d64_pse_types_softcap_sinks_pack_some_avx2(const f
     int32_t n, int32_t channels, int32_t p, int32_t columns, float *to)
 {
     enum { L = 8, W = 2 * L, KS = 64 };
-<<<<<<< HEAD
     const int32_t panel = p / W * W;
     const ptrdiff_t width = columns - panel < W ? columns - panel : W;
     float *const at = to + (ptrdiff_t)panel * channels + (p - panel);
+    hl_vf_avx2 x[L];
     for (int32_t c = 0; c < channels; c += L) {
         const int32_t left = channels - c < L ? channels - c : L;
-        hl_vf_avx2 x[L];
-=======
-    hl_vf_avx2 x[L];
-    for (int32_t p = 0; p < columns; p += L) {
-        const int32_t panel = p / W * W;
-        const ptrdiff_t width = columns - panel < W ? columns - panel : W;
-        float *const at = to + (ptrdiff_t)panel * channels + (p - panel);
->>>>>>> train-ex
         for (int32_t i = 0; i < L; ++i) {
             x[i] = i < n ? hl_vload_avx2(rows + (ptrdiff_t)i * KS + c) : hl_vzero_avx2();
         }
@@ -4389,7 +4345,6 @@ HL_KERNEL_AVX2 int32_t hl_fa_f32_d64_pse_types_softcap_sinks_take_out_avx2(float
         float lane[L];
         float all = 0.0f;
         for (int32_t c = 0; c < channels; c += L) {
-<<<<<<< HEAD
             /* 0, or NaN */
             sum = hl_vadd_avx2(sum, hl_vsub_avx2(hl_vload_avx2(row + c), hl_vload_avx2(row + c)));
         }
@@ -4401,15 +4356,6 @@ HL_KERNEL_AVX2 int32_t hl_fa_f32_d64_pse_types_softcap_sinks_take_out_avx2(float
             apart[count++] = j;
             for (int32_t c = 0; c < channels; ++c) {
                 row[c] = 0.0f;
-=======
-            const int32_t n = channels - c < L ? channels - c : L;
-            for (int32_t i = 0; i < L; ++i) {
-                x[i] = hl_vload_avx2(rows + (ptrdiff_t)i * KS + c);
-            }
-            hl_vturn_avx2(x);
-            for (int32_t i = 0; i < n; ++i) {
-                hl_vstore_avx2(at + (c + i) * width, x[i]);
->>>>>>> train-ex
             }
         }
     }
@@ -5131,20 +5077,12 @@ HL_KERNEL_AVX512 void hl_fa_f32_d64_pse_types_softcap_sinks_pack_some_avx512(con
     int32_t n, int32_t channels, int32_t p, int32_t columns, float *to)
 {
     enum { L = 16, W = 2 * L, KS = 64 };
-<<<<<<< HEAD
     const int32_t panel = p / W * W;
     const ptrdiff_t width = columns - panel < W ? columns - panel : W;
     float *const at = to + (ptrdiff_t)panel * channels + (p - panel);
+    hl_vf_avx512 x[L];
     for (int32_t c = 0; c < channels; c += L) {
         const int32_t left = channels - c < L ? channels - c : L;
-        hl_vf_avx512 x[L];
-=======
-    hl_vf_avx512 x[L];
-    for (int32_t p = 0; p < columns; p += L) {
-        const int32_t panel = p / W * W;
-        const ptrdiff_t width = columns - panel < W ? columns - panel : W;
-        float *const at = to + (ptrdiff_t)panel * channels + (p - panel);
->>>>>>> train-ex
         for (int32_t i = 0; i < L; ++i) {
             x[i] = i < n ? hl_vload_avx512(rows + (ptrdiff_t)i * KS + c) : hl_vzero_avx512();
         }
@@ -5182,7 +5120,6 @@ HL_KERNEL_AVX512 int32_t hl_fa_f32_d64_pse_types_softcap_sinks_take_out_avx512(f
         float lane[L];
         float all = 0.0f;
         for (int32_t c = 0; c < channels; c += L) {
-<<<<<<< HEAD
             /* 0, or NaN */
             sum =
                 hl_vadd_avx512(sum,
@@ -5196,15 +5133,6 @@ HL_KERNEL_AVX512 int32_t hl_fa_f32_d64_pse_types_softcap_sinks_take_out_avx512(f
             apart[count++] = j;
             for (int32_t c = 0; c < channels; ++c) {
                 row[c] = 0.0f;
-=======
-            const int32_t n = channels - c < L ? channels - c : L;
-            for (int32_t i = 0; i < L; ++i) {
-                x[i] = hl_vload_avx512(rows + (ptrdiff_t)i * KS + c);
-            }
-            hl_vturn_avx512(x);
-            for (int32_t i = 0; i < n; ++i) {
-                hl_vstore_avx512(at + (c + i) * width, x[i]);
->>>>>>> train-ex
             }
         }
     }
