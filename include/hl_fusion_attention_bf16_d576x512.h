@@ -6610,17 +6610,15 @@ HL_KERNEL_AMX void hl_fa_bf16_d576x512_load_unit_amx(const uint16_t *from, ptrdi
 }
 
 /* These rows as A. */
-HL_WORD_AMX hl_fa_bf16_d576x512_operand_amx hl_fa_bf16_d576x512_rows_of_amx(const uint16_t *from,
-    ptrdiff_t step, int32_t n, int32_t channels, const unsigned char *unit)
+HL_WORD_AMX void hl_fa_bf16_d576x512_rows_of_amx(hl_fa_bf16_d576x512_operand_amx *rows,
+                                                 const uint16_t *from, ptrdiff_t step, int32_t n,
+                                                 int32_t channels, const unsigned char *unit)
 {
-    hl_fa_bf16_d576x512_operand_amx rows = {unit, 64, 1024, 2048};
-    if (hl_fa_bf16_d576x512_in_place_amx(step, n, channels)) {
-        rows.at = (const unsigned char *)from;
-        rows.stride = step * 2;
-        rows.second = step * 32;
-        rows.step = 64;
-    }
-    return rows;
+    const int32_t in_place = hl_fa_bf16_d576x512_in_place_amx(step, n, channels);
+    rows->at = in_place ? (const unsigned char *)from : unit;
+    rows->stride = in_place ? step * 2 : 64;
+    rows->second = in_place ? step * 32 : 1024;
+    rows->step = in_place ? 64 : 2048;
 }
 
 /* A unit as B: [column][tile][pair of channels], rows in the lanes. */
@@ -7021,11 +7019,11 @@ HL_KERNEL_AMX void hl_fa_bf16_d576x512_scores_amx(const hl_fusion_attention_args
 {
     const hl_fa_bf16_d576x512_operand_amx q = {u->q, 64, 1024, 2048};
     for (int32_t j = j0; j < j0 + n; j += 32) {
-        const hl_fa_bf16_d576x512_operand_amx rows =
-            hl_fa_bf16_d576x512_rows_of_amx((const uint16_t *)a->key + u->g.key + j
-                                            * a->key_stride.row, a->key_stride.row, u->g.seq_kv - j,
-                                            576, (const unsigned char *)w->k
-                                            + (ptrdiff_t)(j - panel->j0) / 32 * 36864);
+        hl_fa_bf16_d576x512_operand_amx rows;
+        hl_fa_bf16_d576x512_rows_of_amx(&rows, (const uint16_t *)a->key + u->g.key + j
+                                        * a->key_stride.row, a->key_stride.row, u->g.seq_kv - j,
+                                        576, (const unsigned char *)w->k
+                                        + (ptrdiff_t)(j - panel->j0) / 32 * 36864);
         hl_fa_bf16_d576x512_unit_amx(x, &rows, &q, 18, 1, (unsigned char *)(s + (j - j0) * 32));
     }
 }
@@ -7126,7 +7124,8 @@ HL_KERNEL_AMX void hl_fa_bf16_d576x512_add_apart_amx(const hl_fusion_attention_a
         for (int32_t q = 0; q < u->g.n; ++q) {
             const uint32_t word = hl_bits_of(words[q]);
             const float p = hl_float_of(j % 2 != 0 ? word & 0xffff0000u : word << 16);
-            for (int32_t c = 0; c < 512 && hl_fa_bf16_d576x512_sees(a, &u->g, q, j); ++c) {
+            const int32_t end = hl_fa_bf16_d576x512_sees(a, &u->g, q, j) ? 512 : 0;
+            for (int32_t c = 0; c < end; ++c) {
                 u->t.o[32 * c + q] += p * hl_float_of_bf16(value[c]);
             }
         }
@@ -7143,10 +7142,11 @@ HL_KERNEL_AMX void hl_fa_bf16_d576x512_sums_amx(const hl_fusion_attention_plan *
                                                 int32_t j0, int32_t n, float *later,
                                                 int32_t later_j0, int32_t later_n)
 {
-    hl_fa_bf16_d576x512_operand_amx p = {(const unsigned char *)s, 256, 64, 4096};
-    hl_fa_bf16_d576x512_operand_amx v = {(const unsigned char *)w->v
-                        + (ptrdiff_t)(j0 - panel->j0) / 32 * 32768,
-                    64, 1024, 32768};
+    const unsigned char *const weights = (const unsigned char *)s;
+    const unsigned char *const values =
+        (const unsigned char *)w->v + (ptrdiff_t)(j0 - panel->j0) / 32 * 32768;
+    const hl_fa_bf16_d576x512_operand_amx p = {weights, 256, 64, 4096};
+    hl_fa_bf16_d576x512_operand_amx v = {values, 64, 1024, 32768};
     for (int32_t c = 0; c < 16; ++c, v.at += 2048) {
         hl_fa_bf16_d576x512_unit_amx(x, &v, &p, (n + 31) / 32, u->fresh,
                                      (unsigned char *)(u->t.o + 1024 * c));
