@@ -129,6 +129,13 @@ class Region:
         )
 
 
+def products_of(kernel):
+    """Multiply-adds of one query with one key."""
+    if kernel.trains and kernel.op.endswith("_grad"):
+        return 4 * kernel.d + 3 * kernel.dv  # S and dP twice, dQ, dK and dV
+    return kernel.d * (2 if kernel.integer else 1) + kernel.dv
+
+
 def kernel_view(kernel):
     """What templates may ask about a kernel: every decision already taken."""
     fmt = FORMATS[kernel.numbers]
@@ -162,7 +169,7 @@ def kernel_view(kernel):
         dv=kernel.dv,
         d=kernel.d,
         # Multiply-adds of one key and head; whole numbers are scored twice.
-        products=kernel.d * (2 if kernel.integer else 1) + kernel.dv,
+        products=products_of(kernel),
         float_row_bytes=4 * kernel.dv,
         has_rope=kernel.rope > 0,
         has_slots="slots" in kernel.features and not kernel.decodes,
@@ -257,6 +264,7 @@ TRAIN_STEPS = ("train/load", "train/products", "train/softmax", "train/finish")
 TRAIN_STEPS += ("train/forward",)
 TRAIN_TILE_STEPS = ("train/tile_load", "train/tile_softmax", "train/tile_products")
 TRAIN_TILE_STEPS += ("train/softmax", "train/finish", "train/tile_forward")
+GRAD_STEPS = ("train/load", "train/products", "train/gradient", "train/backward")
 TILE_STEPS = ("tile/load", "tile/many", "tile/few", "tile/settle", "step/finish")
 
 
@@ -278,7 +286,7 @@ def region_page(region, view):
     }
     pages = [*(TILE_STEPS if isa.tiles else STEPS), "algo/merge", "algo/forward"]
     if region.kernel.trains:
-        pages = list(TRAIN_TILE_STEPS if isa.tiles else TRAIN_STEPS)
+        pages = list(GRAD_STEPS if view.grad else TRAIN_TILE_STEPS if isa.tiles else TRAIN_STEPS)
     elif region.kernel.integer:
         pages = list(INT8_STEPS)
     elif region.kernel.decodes:
@@ -333,6 +341,7 @@ def kernel_page(kernel):
         k=view,
         queries=queries_of(tiles, False),
         tile_queries=queries_of(tiles, True),
+        keys=max(getattr(t, "keys", 0) for t in tiles.values()),
         memory=mem,
         words=words,
         regions=regions,

@@ -34,6 +34,12 @@ WHY = {
 }
 QUERIES = 144  # an odd number of cache lines: rows of S do not share their cache sets
 BLOCK = 96
+# The same for gradients: queries of a task, or of what a task of keys loads at once; keys of a
+# block; keys of a task. What a task packs, loads and sums has to stay in the second-level cache: 7
+# slices of 48 KiB for 128 channels.
+GRAD_QUERIES = 96
+GRAD_BLOCK = 96
+GRAD_KEYS = 96
 SMALL = 16  # both, where memory is dear: headers for small targets alone
 
 
@@ -61,6 +67,18 @@ class TrainTile:
     slices: dict[str, int]  # floats of each named piece of workspace
     decodes: bool = False
     numbers = MappingProxyType({})  # what it keeps of each query beside NUMBERS
+    grad: bool = False
+    keys: int = 0  # gradients: of a task of keys
+    k_columns: int = 0
+    rows_step: int = 1  # rows that panels meet begin and end at multiples of it in their block
+
+    @property
+    def most_rows(self):
+        return max(self.queries, self.block)
+
+    @property
+    def most_columns(self):
+        return max(self.queries, self.keys)
 
     @property
     def shape_lines(self):
@@ -71,17 +89,91 @@ class TrainTile:
         )
 
 
+def is_grad(kernel):
+    return kernel.op.endswith("_grad")
+
+
+def row_stride(channels, lanes):
+    """Of rows that a product reads a few channels of, all of them again and again: not a multiple
+    of 256 bytes, or few sets of the first-level cache would have to hold them all."""
+    stride = round_up(channels, lanes)
+    return stride + LINE if lanes > 1 and stride % (4 * LINE) == 0 else stride
+
+
 def tile(kernel, isa):
     """The tile sizes of one kernel."""
     if isa.tiles:
         return train_matrix.tile(kernel, isa)
+    return grad_tile(kernel, isa) if is_grad(kernel) else forward_tile(kernel, isa)
+
+
+def channels_of(kernel, isa):
+    """Of one slice of a panel."""
+    panel = SIZES[isa.name]["vecs"][0] * isa.lanes
+    cuts = max(1, -(-kernel.dk * panel * 4 // L1_BYTES)) if isa.name != "scalar" else 1
+    return round_up(-(-kernel.dk // cuts), isa.lanes)
+
+
+def grad_tile(kernel, isa):
+    """The tile sizes of gradients."""
+    sizes = SIZES[isa.name]
+    lanes = isa.lanes
+    small = kernel.isa == ("scalar",)
+    queries, block, keys = (SMALL, SMALL, SMALL) if small else (GRAD_QUERIES, GRAD_BLOCK, GRAD_KEYS)
+    panel = sizes["vecs"][0] * lanes
+    channels = channels_of(kernel, isa)
+    stride = row_stride(kernel.dk, lanes)
+    columns, rows = max(queries, keys), max(queries, keys, block)
+    pairs = max(queries, block) * panel
+    o_stride = round_up(kernel.dk, lanes)
+    return TrainTile(
+        lanes=lanes,
+        queries=queries,
+        block=block,
+        keys=keys,
+        grad=True,
+        rows=sizes["rows"],
+        vecs=sizes["vecs"],
+        value_heads=sizes["value_rows"],
+        value_vecs=sizes["value_vecs"],
+        channels=channels,
+        k_stride=stride,
+        o_stride=o_stride,
+        o_columns=round_up(kernel.dv, lanes),
+        k_columns=o_stride,
+        dv_tail=kernel.dv % lanes != 0,
+        rows_step=1 if lanes == 1 else 4,
+        why={
+            "registers": WHY[isa.name],
+            "block": f"{queries} queries by {block} keys, {keys} keys by {queries} queries: "
+            "what is loaded is used as often",
+            "channels": f"{channels} channels of {panel} columns are "
+            f"{channels * panel * 4 // 1024} KiB: they stay in the first-level cache",
+        },
+        slices={
+            "panel_k": columns * kernel.dk,
+            "panel_v": columns * kernel.dv,
+            "k": rows * stride,
+            "v": rows * stride,
+            "s": pairs,
+            "ds": pairs,
+            "kept": pairs,
+            "slope": pairs if "softcap" in kernel.features else 0,
+            "out_k": columns * o_stride,
+            "out_v": keys * o_stride,
+            "row": max(stride, block, panel),
+        },
+    )
+
+
+def forward_tile(kernel, isa):
+    """The tile sizes of outputs."""
     sizes = SIZES[isa.name]
     lanes = isa.lanes
     small = kernel.isa == ("scalar",)
     queries, block = (SMALL, SMALL) if small else (QUERIES, BLOCK)
     panel = sizes["vecs"][0] * lanes
-    cuts = max(1, -(-kernel.dk * panel * 4 // L1_BYTES)) if isa.name != "scalar" else 1
-    channels = round_up(-(-kernel.dk // cuts), lanes)
+    channels = channels_of(kernel, isa)
     stride = round_up(kernel.dk, lanes)
     o_stride = round_up(kernel.dv, lanes)
     return TrainTile(
@@ -127,6 +219,25 @@ NUMBERS = {
     "l": "running sums",
     "alpha": "factors of the last rescale",
 }
+GRAD_SLICES = {
+    "panel_k": "Q^T in panels; tasks of keys: K^T",
+    "panel_v": "dO^T; V^T",
+    "k": "rows of K; of Q",
+    "v": "rows of V; of dO",
+    "s": "S, then P o M / keep_prob: [row][column]",
+    "ds": "dP, then dS",
+    "kept": "M / keep_prob",
+    "slope": "of softcap",
+    "out_k": "dQ; dK",
+    "out_v": "dV",
+    "row": "one row, as float32",
+}
+GRAD_NUMBERS = {
+    "max": "maxima, in log2 units",
+    "weight": "1 / sum",
+    "delta": "rowsum(dO o O)",
+    "ones": "factors of sums that go on: 1",
+}
 BOUNDS = {
     "low": "the first key that each query sees",
     "high": "and the one behind its last",
@@ -149,16 +260,20 @@ class TrainMemory:
 def plan(tiles):
     """The slices of a kernel whose instruction sets have these tiles: {isa: tile}."""
     tiles = tuple(tiles.values())
-    queries = max(t.queries for t in tiles)
+    grad = getattr(tiles[0], "grad", False)
+    queries = max(max(t.queries, getattr(t, "keys", 0)) for t in tiles)
     made = []
 
     def add(field, floats, why, cast=""):
         size = round_up(floats, LINE)
         made.append(SimpleNamespace(field=field, size=size, why=why, cast=cast))
 
-    for field, why in SLICES.items():
-        add(field, max(t.slices.get(field, 0) for t in tiles), why)
-    for field, why in (NUMBERS | {f: w for t in tiles for f, w in t.numbers.items()}).items():
+    for field, why in (GRAD_SLICES if grad else SLICES).items():
+        floats = max(t.slices.get(field, 0) for t in tiles)
+        if floats > 0:
+            add(field, floats, why)
+    kept = GRAD_NUMBERS if grad else NUMBERS | {f: w for t in tiles for f, w in t.numbers.items()}
+    for field, why in kept.items():
         add(field, queries, why)
     for field, why in BOUNDS.items():
         add(field, queries, why, "(int32_t *)(void *)")
@@ -183,7 +298,7 @@ def train_view(kernel):
     if not kernel.trains:
         return {"trains": False}
     has = kernel.features
-    grad = kernel.op.endswith("_grad")
+    grad = is_grad(kernel)
     absent = [
         SimpleNamespace(test=test, argument=argument)
         for name, (test, argument) in WANTED.items()

@@ -1149,6 +1149,23 @@ typedef struct hl_seen {
     int32_t at;
 } hl_seen;
 
+/* Queries and keys that meet: as columns of a panel one kind, as rows the other. */
+typedef struct hl_pairs {
+    hl_span g;            /* the queries                                                          */
+    int32_t at;           /* the first of them, counted from those that bounds are known of       */
+    int32_t key;          /* the first key                                                        */
+    int32_t keys;
+    int32_t of_keys;      /* 1: columns are keys, 0: queries                                      */
+    int32_t rows;
+    int32_t columns;
+    int32_t width;        /* columns of the panel, with those that fill its last vector           */
+    int32_t whole;        /* every query sees every key                                           */
+    const float *panel_k; /* K^T or Q^T                                                           */
+    const float *panel_v; /* V^T or dO^T                                                          */
+    float *k;             /* rows of Q or K                                                       */
+    float *v;             /* rows of dO or V                                                      */
+} hl_pairs;
+
 static inline int32_t hl_clip(int64_t x, int64_t low, int64_t high)
 {
     return (int32_t)(x < low ? low : x > high ? high : x);
@@ -1627,20 +1644,20 @@ HL_WORD_AVX2 hl_vf_avx2 hl_vsums_avx2(const hl_vf_avx2 *x)
 
 HL_WORD_AVX2 void hl_vturn_avx2(hl_vf_avx2 *x)
 {
-    hl_vf_avx2 r[8];
     for (int32_t i = 0; i < 8; i += 4) { /* four rows: four columns of each half */
         const __m256d a = _mm256_castps_pd(_mm256_unpacklo_ps(x[i], x[i + 1]));
         const __m256d b = _mm256_castps_pd(_mm256_unpackhi_ps(x[i], x[i + 1]));
         const __m256d c = _mm256_castps_pd(_mm256_unpacklo_ps(x[i + 2], x[i + 3]));
         const __m256d d = _mm256_castps_pd(_mm256_unpackhi_ps(x[i + 2], x[i + 3]));
-        r[i] = _mm256_castpd_ps(_mm256_unpacklo_pd(a, c));
-        r[i + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(a, c));
-        r[i + 2] = _mm256_castpd_ps(_mm256_unpacklo_pd(b, d));
-        r[i + 3] = _mm256_castpd_ps(_mm256_unpackhi_pd(b, d));
+        x[i] = _mm256_castpd_ps(_mm256_unpacklo_pd(a, c));
+        x[i + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(a, c));
+        x[i + 2] = _mm256_castpd_ps(_mm256_unpacklo_pd(b, d));
+        x[i + 3] = _mm256_castpd_ps(_mm256_unpackhi_pd(b, d));
     }
     for (int32_t i = 0; i < 4; ++i) {
-        x[i] = _mm256_permute2f128_ps(r[i], r[4 + i], 0x20);
-        x[4 + i] = _mm256_permute2f128_ps(r[i], r[4 + i], 0x31);
+        const hl_vf_avx2 low = x[i];
+        x[i] = _mm256_permute2f128_ps(low, x[4 + i], 0x20);
+        x[4 + i] = _mm256_permute2f128_ps(low, x[4 + i], 0x31);
     }
 }
 
@@ -1847,22 +1864,21 @@ HL_WORD_AVX512 hl_vf_avx512 hl_vsums_avx512(const hl_vf_avx512 *x)
 HL_WORD_AVX512 void hl_vturn_avx512(hl_vf_avx512 *x)
 {
     const __mmask16 all = hl_all_avx512();
-    hl_vf_avx512 r[16];
     for (int32_t i = 0; i < 16; i += 4) { /* four rows: four columns of each quarter */
         const __m512d a = _mm512_castps_pd(_mm512_maskz_unpacklo_ps(all, x[i], x[i + 1]));
         const __m512d b = _mm512_castps_pd(_mm512_maskz_unpackhi_ps(all, x[i], x[i + 1]));
         const __m512d c = _mm512_castps_pd(_mm512_maskz_unpacklo_ps(all, x[i + 2], x[i + 3]));
         const __m512d d = _mm512_castps_pd(_mm512_maskz_unpackhi_ps(all, x[i + 2], x[i + 3]));
-        r[i] = _mm512_castpd_ps(_mm512_maskz_unpacklo_pd((__mmask8)all, a, c));
-        r[i + 1] = _mm512_castpd_ps(_mm512_maskz_unpackhi_pd((__mmask8)all, a, c));
-        r[i + 2] = _mm512_castpd_ps(_mm512_maskz_unpacklo_pd((__mmask8)all, b, d));
-        r[i + 3] = _mm512_castpd_ps(_mm512_maskz_unpackhi_pd((__mmask8)all, b, d));
+        x[i] = _mm512_castpd_ps(_mm512_maskz_unpacklo_pd((__mmask8)all, a, c));
+        x[i + 1] = _mm512_castpd_ps(_mm512_maskz_unpackhi_pd((__mmask8)all, a, c));
+        x[i + 2] = _mm512_castpd_ps(_mm512_maskz_unpacklo_pd((__mmask8)all, b, d));
+        x[i + 3] = _mm512_castpd_ps(_mm512_maskz_unpackhi_pd((__mmask8)all, b, d));
     }
     for (int32_t i = 0; i < 4; ++i) {
-        const hl_vf_avx512 a = _mm512_maskz_shuffle_f32x4(all, r[i], r[4 + i], 0x88);
-        const hl_vf_avx512 b = _mm512_maskz_shuffle_f32x4(all, r[8 + i], r[12 + i], 0x88);
-        const hl_vf_avx512 c = _mm512_maskz_shuffle_f32x4(all, r[i], r[4 + i], 0xdd);
-        const hl_vf_avx512 d = _mm512_maskz_shuffle_f32x4(all, r[8 + i], r[12 + i], 0xdd);
+        const hl_vf_avx512 a = _mm512_maskz_shuffle_f32x4(all, x[i], x[4 + i], 0x88);
+        const hl_vf_avx512 b = _mm512_maskz_shuffle_f32x4(all, x[8 + i], x[12 + i], 0x88);
+        const hl_vf_avx512 c = _mm512_maskz_shuffle_f32x4(all, x[i], x[4 + i], 0xdd);
+        const hl_vf_avx512 d = _mm512_maskz_shuffle_f32x4(all, x[8 + i], x[12 + i], 0xdd);
         x[i] = _mm512_maskz_shuffle_f32x4(all, a, b, 0x88);
         x[4 + i] = _mm512_maskz_shuffle_f32x4(all, c, d, 0x88);
         x[8 + i] = _mm512_maskz_shuffle_f32x4(all, a, b, 0xdd);
@@ -2303,13 +2319,23 @@ static inline void hl_fa_bf16_d576x512_row_keys(const hl_span *g, int32_t i, int
     *low = g->prefix > 0 ? 0 : begin < *high ? begin : *high;
 }
 
+/* Where a tensor's rows of g's batch begin: of keys, or of queries at the kv head's first head. */
+static inline ptrdiff_t hl_fa_bf16_d576x512_start(const hl_fusion_attention_args *a,
+                                                  const hl_span *g, const hl_stride *stride,
+                                                  int32_t of_keys)
+{
+    const ptrdiff_t b = a->input_layout == HL_LAYOUT_TND ? 0 : g->batch;
+    const ptrdiff_t row = (ptrdiff_t)(of_keys ? g->row_kv : g->row_q);
+    const ptrdiff_t head = (ptrdiff_t)g->kv_head * (of_keys ? 1 : g->heads);
+    (void)a;
+    return b * stride->batch + row * stride->row + head * stride->head;
+}
+
 /* Queries first .. first + n - 1 of a kv head of g's batch. */
 static inline void hl_fa_bf16_d576x512_queries(const hl_fusion_attention_args *a, hl_span *g,
                                                int32_t kv_head, int32_t first, int32_t most)
 {
     const int32_t left = g->seq_q * g->heads - first;
-    const ptrdiff_t head = (ptrdiff_t)kv_head * g->heads;
-    const ptrdiff_t b = a->input_layout == HL_LAYOUT_TND ? 0 : g->batch;
     int32_t begin;
     int32_t end;
     g->kv_head = kv_head;
@@ -2319,14 +2345,10 @@ static inline void hl_fa_bf16_d576x512_queries(const hl_fusion_attention_args *a
     hl_fa_bf16_d576x512_row_keys(g, (first + g->n - 1) / g->heads, &begin, &g->high);
     g->all_low = begin;
     g->all_high = end;
-    g->query = b * a->query_stride.batch + (ptrdiff_t)g->row_q * a->query_stride.row
-               + head * a->query_stride.head;
-    g->key = b * a->key_stride.batch + (ptrdiff_t)g->row_kv * a->key_stride.row
-             + kv_head * a->key_stride.head;
-    g->value = b * a->value_stride.batch + (ptrdiff_t)g->row_kv * a->value_stride.row
-               + kv_head * a->value_stride.head;
-    g->out = b * a->out_stride.batch + (ptrdiff_t)g->row_q * a->out_stride.row
-             + head * a->out_stride.head;
+    g->query = hl_fa_bf16_d576x512_start(a, g, &a->query_stride, 0);
+    g->key = hl_fa_bf16_d576x512_start(a, g, &a->key_stride, 1);
+    g->value = hl_fa_bf16_d576x512_start(a, g, &a->value_stride, 1);
+    g->out = hl_fa_bf16_d576x512_start(a, g, &a->out_stride, 0);
 }
 
 /* Tasks that a batch of so many rows makes: `each` to a row, `most` of them a task. */
@@ -2900,16 +2922,19 @@ static inline int32_t hl_fa_bf16_d576x512_all_hidden(const hl_fusion_attention_a
     return 1;
 }
 
-/* `value` in the place of what is masked of s, [n keys from j0][step]. */
+/* `value` in the place of what is masked of s: n keys from j0, which lie step_k apart, the queries
+ * step_q. */
 static inline void hl_fa_bf16_d576x512_hide(const hl_fusion_attention_args *a, const hl_span *g,
                                             const int32_t *low, const int32_t *high, float *s,
-                                            ptrdiff_t step, int32_t j0, int32_t n, float value)
+                                            ptrdiff_t step_q, ptrdiff_t step_k, int32_t j0,
+                                            int32_t n, float value)
 {
     for (int32_t p = 0; p < g->n; ++p) {
         const int32_t begin = hl_clip((int64_t)low[p] - j0, 0, n);
         const int32_t end = hl_clip((int64_t)high[p] - j0, begin, n);
+        float *const of = s + p * step_q;
         for (int32_t j = 0; j < begin; ++j) {
-            s[j * step + p] = value;
+            of[j * step_k] = value;
         }
         if (a->atten_mask != NULL) {
             const int32_t i = (g->first + p) / g->heads;
@@ -2917,12 +2942,12 @@ static inline void hl_fa_bf16_d576x512_hide(const hl_fusion_attention_args *a, c
             const unsigned char *const mask = hl_fa_bf16_d576x512_mask_row(a, g, i, head) + j0;
             for (int32_t j = begin; j < end; ++j) {
                 if (mask[j] != 0) {
-                    s[j * step + p] = value;
+                    of[j * step_k] = value;
                 }
             }
         }
         for (int32_t j = end; j < n; ++j) {
-            s[j * step + p] = value;
+            of[j * step_k] = value;
         }
     }
 }
@@ -2933,9 +2958,10 @@ static inline void hl_fa_bf16_d576x512_hide(const hl_fusion_attention_args *a, c
  * head, dropout_offset) and the two halves of dropout_seed. An element is kept if its word is
  * below keep_prob * 2^32. */
 
-/* P = 0 where a weight is dropped, of s, [n keys from j0][step]. */
+/* P = 0 where a weight is dropped: n keys from j0, which lie step_k apart, the queries step_q. */
 static inline void hl_fa_bf16_d576x512_drop(const hl_fusion_attention_args *a, const hl_span *g,
-                                            float *s, ptrdiff_t step, int32_t j0, int32_t n)
+                                            float *s, ptrdiff_t step_q, ptrdiff_t step_k,
+                                            int32_t j0, int32_t n)
 {
     const uint64_t kept = (uint64_t)((double)a->keep_prob * 4294967296.0);
     const uint64_t seed = (uint64_t)a->dropout_seed;
@@ -2951,7 +2977,7 @@ static inline void hl_fa_bf16_d576x512_drop(const hl_fusion_attention_args *a, c
             for (int32_t j = 0; j < n; ++j) {
                 const uint64_t e = (uint64_t)at + (uint64_t)(j0 + j);
                 if ((bits[(size_t)(e / 8u)] >> e % 8u & 1u) == 0) {
-                    s[j * step + p] = 0.0f;
+                    s[p * step_q + j * step_k] = 0.0f;
                 }
             }
             continue;
@@ -2966,7 +2992,7 @@ static inline void hl_fa_bf16_d576x512_drop(const hl_fusion_attention_args *a, c
             for (int32_t w = 0; w < 4; ++w) {
                 const int32_t j = four + w - j0;
                 if (j >= 0 && j < n && word[w] >= kept) {
-                    s[j * step + p] = 0.0f;
+                    s[p * step_q + j * step_k] = 0.0f;
                 }
             }
         }
@@ -3019,6 +3045,19 @@ static inline void hl_fa_bf16_d576x512_bias_row(const hl_fusion_attention_args *
         to[j] = 0.0f;
     }
 }
+
+/* S += bias for n keys from j0, which lie step_k apart, the queries step_q; `row` is scratch. */
+static inline void hl_fa_bf16_d576x512_add_bias(const hl_fusion_attention_args *a, const hl_span *g,
+                                                float *s, ptrdiff_t step_q, ptrdiff_t step_k,
+                                                int32_t j0, int32_t n, float *row)
+{
+    for (int32_t p = 0; a->pse != NULL && p < g->n; ++p) {
+        hl_fa_bf16_d576x512_bias_row(a, g, p, j0, n, row);
+        for (int32_t j = 0; j < n; ++j) {
+            s[p * step_q + j * step_k] += row[j];
+        }
+    }
+}
 /* ==== hl_fusion_attention_bf16_d576x512 ====
  * plain C99 (scalar).
  * Tiles: 8 sums fit the 16 float registers of a small core with room for operands.
@@ -3046,41 +3085,72 @@ static inline const uint16_t *hl_fa_bf16_d576x512_query_row_scalar(const void *t
            + (ptrdiff_t)((g->first + p) % g->heads) * stride->head;
 }
 
-/* Q^T, or what is shaped as it, of a task's queries: panels of 2 vectors,
- * [panel][channel][query]; the last may be narrower. Queries behind the last are 0. `rows` is
- * scratch for a vector's queries. */
-HL_KERNEL_SCALAR void hl_fa_bf16_d576x512_pack_queries_scalar(const void *tensor, ptrdiff_t start,
-    const hl_stride *stride, const hl_span *g, int32_t channels, int32_t columns, float *rows,
-    float *to)
+/* A vector's columns of panels of 2 vectors, [panel][channel][column], of which
+ * the last may be narrower: n rows, and 0 for those that are missing. */
+HL_KERNEL_SCALAR void hl_fa_bf16_d576x512_pack_some_scalar(const float *rows, int32_t n,
+    int32_t channels, int32_t p, int32_t columns, float *to)
 {
     enum { L = 1, W = 2 * L, KS = 576 };
+    const int32_t panel = p / W * W;
+    const ptrdiff_t width = columns - panel < W ? columns - panel : W;
+    float *const at = to + (ptrdiff_t)panel * channels + (p - panel);
     hl_vf_scalar x[L];
-    for (int32_t p = 0; p < columns; p += L) {
-        const int32_t panel = p / W * W;
-        const ptrdiff_t width = columns - panel < W ? columns - panel : W;
-        float *const at = to + (ptrdiff_t)panel * channels + (p - panel);
+    for (int32_t c = 0; c < channels; c += L) {
+        const int32_t left = channels - c < L ? channels - c : L;
         for (int32_t i = 0; i < L; ++i) {
-            float *const row = rows + (ptrdiff_t)i * KS;
-            for (int32_t c = 0; p + i >= g->n && c < KS; c += L) {
-                hl_vstore_scalar(row + c, hl_vzero_scalar());
-            }
-            if (p + i < g->n) {
-                hl_vrow_bf16_scalar(row,
-                                    hl_fa_bf16_d576x512_query_row_scalar(tensor, start, stride, g, p
-                        + i), channels);
-            }
+            x[i] = i < n ? hl_vload_scalar(rows + (ptrdiff_t)i * KS + c) : hl_vzero_scalar();
         }
+        hl_vturn_scalar(x);
+        for (int32_t i = 0; i < left; ++i) {
+            hl_vstore_scalar(at + (c + i) * width, x[i]);
+        }
+    }
+}
+
+/* Q^T in panels; `rows` is scratch for a vector's queries. */
+HL_KERNEL_SCALAR void hl_fa_bf16_d576x512_pack_queries_scalar(const hl_fusion_attention_args *a,
+    const hl_span *g, int32_t columns, float *rows, float *to)
+{
+    enum { L = 1, DK = 576, KS = 576 };
+    for (int32_t p = 0; p < columns; p += L) {
+        const int32_t n = g->n - p < L ? g->n - p : L;
+        for (int32_t i = 0; i < n; ++i) {
+            hl_vrow_bf16_scalar(rows + (ptrdiff_t)i * KS,
+                                hl_fa_bf16_d576x512_query_row_scalar(a->query, g->query,
+                    &a->query_stride, g, p + i), DK);
+        }
+        hl_fa_bf16_d576x512_pack_some_scalar(rows, n, DK, p, columns, to);
+    }
+}
+/* Takes rows that are not finite out of n of them: their numbers in `apart`, and 0 for them. */
+HL_KERNEL_SCALAR int32_t hl_fa_bf16_d576x512_take_out_scalar(float *rows, int32_t n,
+    int32_t channels, int32_t *apart)
+{
+    enum { L = 1, KS = 576 };
+    int32_t count = 0;
+    for (int32_t j = 0; j < n; ++j) {
+        float *const row = rows + (ptrdiff_t)j * KS;
+        hl_vf_scalar sum = hl_vzero_scalar();
+        float lane[L];
+        float all = 0.0f;
         for (int32_t c = 0; c < channels; c += L) {
-            const int32_t n = channels - c < L ? channels - c : L;
-            for (int32_t i = 0; i < L; ++i) {
-                x[i] = hl_vload_scalar(rows + (ptrdiff_t)i * KS + c);
-            }
-            hl_vturn_scalar(x);
-            for (int32_t i = 0; i < n; ++i) {
-                hl_vstore_scalar(at + (c + i) * width, x[i]);
+            /* 0, or NaN */
+            sum =
+                hl_vadd_scalar(sum,
+                               hl_vsub_scalar(hl_vload_scalar(row + c), hl_vload_scalar(row + c)));
+        }
+        hl_vstore_scalar(lane, sum);
+        for (int32_t i = 0; i < L; ++i) {
+            all += lane[i];
+        }
+        if (all != all) {
+            apart[count++] = j;
+            for (int32_t c = 0; c < channels; ++c) {
+                row[c] = 0.0f;
             }
         }
     }
+    return count;
 }
 
 /* ---- products: S = scale R P^T of rows and packed panels, O = alpha O + S^T R ---- */
@@ -3483,12 +3553,7 @@ HL_KERNEL_SCALAR void hl_fa_bf16_d576x512_softmax_scalar(float *s, const hl_stat
 HL_KERNEL_SCALAR void hl_fa_bf16_d576x512_bias_scalar(const hl_fusion_attention_args *a,
     const hl_span *g, float *s, int32_t columns, int32_t j0, int32_t n, float *row)
 {
-    for (int32_t p = 0; a->pse != NULL && p < g->n; ++p) {
-        hl_fa_bf16_d576x512_bias_row(a, g, p, j0, n, row);
-        for (int32_t j = 0; j < n; ++j) {
-            s[(ptrdiff_t)j * columns + p] += row[j];
-        }
-    }
+    hl_fa_bf16_d576x512_add_bias(a, g, s, 1, columns, j0, n, row);
 }
 
 /* ---- finish: O / l, converted; max, sum and LSE ---- */
@@ -3571,36 +3636,6 @@ HL_KERNEL_SCALAR void hl_fa_bf16_d576x512_add_seen_scalar(const hl_fusion_attent
     (void)columns;
 }
 
-/* Takes rows that are not finite out of the block's values: their numbers in `rows`. */
-HL_KERNEL_SCALAR int32_t hl_fa_bf16_d576x512_take_out_scalar(const hl_fa_bf16_d576x512_space *w,
-    int32_t n, int32_t *rows)
-{
-    enum { L = 1, KS = 576, OC = 512 };
-    int32_t count = 0;
-    for (int32_t j = 0; j < n; ++j) {
-        float *const v = w->v + (ptrdiff_t)j * KS;
-        hl_vf_scalar sum = hl_vzero_scalar();
-        float lane[L];
-        float all = 0.0f;
-        for (int32_t c = 0; c < OC; c += L) {
-            /* 0, or NaN */
-            sum =
-                hl_vadd_scalar(sum, hl_vsub_scalar(hl_vload_scalar(v + c), hl_vload_scalar(v + c)));
-        }
-        hl_vstore_scalar(lane, sum);
-        for (int32_t i = 0; i < L; ++i) {
-            all += lane[i];
-        }
-        if (all != all) {
-            rows[count++] = j;
-            for (int32_t c = 0; c < OC; ++c) {
-                v[c] = 0.0f;
-            }
-        }
-    }
-    return count;
-}
-
 /* One block of keys: load, score, mask, softmax, dropout, value. */
 HL_KERNEL_SCALAR void hl_fa_bf16_d576x512_block_scalar(const hl_fusion_attention_plan *plan,
     const hl_span *g, const hl_fa_bf16_d576x512_space *w, const hl_state *t, int32_t columns,
@@ -3624,14 +3659,14 @@ HL_KERNEL_SCALAR void hl_fa_bf16_d576x512_block_scalar(const hl_fusion_attention
     hl_fa_bf16_d576x512_scores_scalar(w->q, w->k, w->s, columns, n, DK, plan->scale_log2, seen);
     hl_fa_bf16_d576x512_bias_scalar(a, g, w->s, columns, j0, n, w->row);
     if (!whole) {
-        hl_fa_bf16_d576x512_hide(a, g, w->low, w->high, w->s, columns, j0, n,
+        hl_fa_bf16_d576x512_hide(a, g, w->low, w->high, w->s, 1, columns, j0, n,
                                  hl_float_of(0xff800000u));
-        n_apart = hl_fa_bf16_d576x512_take_out_scalar(w, n, apart);
+        n_apart = hl_fa_bf16_d576x512_take_out_scalar(w->v, n, OC, apart);
     }
     /* m' = max(m, rowmax S);  P = 2^(S - m');  l, alpha */
     hl_fa_bf16_d576x512_softmax_scalar(w->s, t, columns, n);
     if (a->keep_prob < 1.0f) {
-        hl_fa_bf16_d576x512_drop(a, g, w->s, columns, j0, n);
+        hl_fa_bf16_d576x512_drop(a, g, w->s, 1, columns, j0, n);
     }
     /* O = alpha O + P V */
     hl_fa_bf16_d576x512_sums_scalar(w->s, columns, g->n, w->v, n, OC, t->alpha, t->o, seen);
@@ -3672,8 +3707,7 @@ static inline void hl_fa_bf16_d576x512_task_scalar(const hl_fusion_attention_pla
     for (ptrdiff_t c = 0; c < (ptrdiff_t)g.n * OS; ++c) {
         t.o[c] = 0.0f;
     }
-    hl_fa_bf16_d576x512_pack_queries_scalar(a->query, g.query, &a->query_stride, &g, 576, columns,
-                                            w.k, w.q);
+    hl_fa_bf16_d576x512_pack_queries_scalar(a, &g, columns, w.k, w.q);
     hl_fa_bf16_d576x512_bounds(&g, columns, w.low, w.high);
     for (int32_t j = g.low; j < g.high;) {
         const int32_t next = g.high - j > BLOCK - j % BLOCK ? j - j % BLOCK + BLOCK : g.high;
@@ -3717,41 +3751,70 @@ static inline const uint16_t *hl_fa_bf16_d576x512_query_row_neon(const void *ten
            + (ptrdiff_t)((g->first + p) % g->heads) * stride->head;
 }
 
-/* Q^T, or what is shaped as it, of a task's queries: panels of 2 vectors,
- * [panel][channel][query]; the last may be narrower. Queries behind the last are 0. `rows` is
- * scratch for a vector's queries. */
-HL_KERNEL_NEON void hl_fa_bf16_d576x512_pack_queries_neon(const void *tensor, ptrdiff_t start,
-    const hl_stride *stride, const hl_span *g, int32_t channels, int32_t columns, float *rows,
-    float *to)
+/* A vector's columns of panels of 2 vectors, [panel][channel][column], of which
+ * the last may be narrower: n rows, and 0 for those that are missing. */
+HL_KERNEL_NEON void hl_fa_bf16_d576x512_pack_some_neon(const float *rows, int32_t n,
+    int32_t channels, int32_t p, int32_t columns, float *to)
 {
     enum { L = 4, W = 2 * L, KS = 576 };
+    const int32_t panel = p / W * W;
+    const ptrdiff_t width = columns - panel < W ? columns - panel : W;
+    float *const at = to + (ptrdiff_t)panel * channels + (p - panel);
     hl_vf_neon x[L];
-    for (int32_t p = 0; p < columns; p += L) {
-        const int32_t panel = p / W * W;
-        const ptrdiff_t width = columns - panel < W ? columns - panel : W;
-        float *const at = to + (ptrdiff_t)panel * channels + (p - panel);
+    for (int32_t c = 0; c < channels; c += L) {
+        const int32_t left = channels - c < L ? channels - c : L;
         for (int32_t i = 0; i < L; ++i) {
-            float *const row = rows + (ptrdiff_t)i * KS;
-            for (int32_t c = 0; p + i >= g->n && c < KS; c += L) {
-                hl_vstore_neon(row + c, hl_vzero_neon());
-            }
-            if (p + i < g->n) {
-                hl_vrow_bf16_neon(row,
-                                  hl_fa_bf16_d576x512_query_row_neon(tensor, start, stride, g, p
-                        + i), channels);
-            }
+            x[i] = i < n ? hl_vload_neon(rows + (ptrdiff_t)i * KS + c) : hl_vzero_neon();
         }
+        hl_vturn_neon(x);
+        for (int32_t i = 0; i < left; ++i) {
+            hl_vstore_neon(at + (c + i) * width, x[i]);
+        }
+    }
+}
+
+/* Q^T in panels; `rows` is scratch for a vector's queries. */
+HL_KERNEL_NEON void hl_fa_bf16_d576x512_pack_queries_neon(const hl_fusion_attention_args *a,
+    const hl_span *g, int32_t columns, float *rows, float *to)
+{
+    enum { L = 4, DK = 576, KS = 576 };
+    for (int32_t p = 0; p < columns; p += L) {
+        const int32_t n = g->n - p < L ? g->n - p : L;
+        for (int32_t i = 0; i < n; ++i) {
+            hl_vrow_bf16_neon(rows + (ptrdiff_t)i * KS,
+                              hl_fa_bf16_d576x512_query_row_neon(a->query, g->query,
+                    &a->query_stride, g, p + i), DK);
+        }
+        hl_fa_bf16_d576x512_pack_some_neon(rows, n, DK, p, columns, to);
+    }
+}
+/* Takes rows that are not finite out of n of them: their numbers in `apart`, and 0 for them. */
+HL_KERNEL_NEON int32_t hl_fa_bf16_d576x512_take_out_neon(float *rows, int32_t n, int32_t channels,
+    int32_t *apart)
+{
+    enum { L = 4, KS = 576 };
+    int32_t count = 0;
+    for (int32_t j = 0; j < n; ++j) {
+        float *const row = rows + (ptrdiff_t)j * KS;
+        hl_vf_neon sum = hl_vzero_neon();
+        float lane[L];
+        float all = 0.0f;
         for (int32_t c = 0; c < channels; c += L) {
-            const int32_t n = channels - c < L ? channels - c : L;
-            for (int32_t i = 0; i < L; ++i) {
-                x[i] = hl_vload_neon(rows + (ptrdiff_t)i * KS + c);
-            }
-            hl_vturn_neon(x);
-            for (int32_t i = 0; i < n; ++i) {
-                hl_vstore_neon(at + (c + i) * width, x[i]);
+            /* 0, or NaN */
+            sum = hl_vadd_neon(sum, hl_vsub_neon(hl_vload_neon(row + c), hl_vload_neon(row + c)));
+        }
+        hl_vstore_neon(lane, sum);
+        for (int32_t i = 0; i < L; ++i) {
+            all += lane[i];
+        }
+        if (all != all) {
+            apart[count++] = j;
+            for (int32_t c = 0; c < channels; ++c) {
+                row[c] = 0.0f;
             }
         }
     }
+    return count;
 }
 
 /* ---- products: S = scale R P^T of rows and packed panels, O = alpha O + S^T R ---- */
@@ -4262,12 +4325,7 @@ HL_KERNEL_NEON void hl_fa_bf16_d576x512_bias_neon(const hl_fusion_attention_args
                                                   const hl_span *g, float *s, int32_t columns,
                                                   int32_t j0, int32_t n, float *row)
 {
-    for (int32_t p = 0; a->pse != NULL && p < g->n; ++p) {
-        hl_fa_bf16_d576x512_bias_row(a, g, p, j0, n, row);
-        for (int32_t j = 0; j < n; ++j) {
-            s[(ptrdiff_t)j * columns + p] += row[j];
-        }
-    }
+    hl_fa_bf16_d576x512_add_bias(a, g, s, 1, columns, j0, n, row);
 }
 
 /* ---- finish: O / l, converted; max, sum and LSE ---- */
@@ -4351,35 +4409,6 @@ HL_KERNEL_NEON void hl_fa_bf16_d576x512_add_seen_neon(const hl_fusion_attention_
     (void)columns;
 }
 
-/* Takes rows that are not finite out of the block's values: their numbers in `rows`. */
-HL_KERNEL_NEON int32_t hl_fa_bf16_d576x512_take_out_neon(const hl_fa_bf16_d576x512_space *w,
-    int32_t n, int32_t *rows)
-{
-    enum { L = 4, KS = 576, OC = 512 };
-    int32_t count = 0;
-    for (int32_t j = 0; j < n; ++j) {
-        float *const v = w->v + (ptrdiff_t)j * KS;
-        hl_vf_neon sum = hl_vzero_neon();
-        float lane[L];
-        float all = 0.0f;
-        for (int32_t c = 0; c < OC; c += L) {
-            /* 0, or NaN */
-            sum = hl_vadd_neon(sum, hl_vsub_neon(hl_vload_neon(v + c), hl_vload_neon(v + c)));
-        }
-        hl_vstore_neon(lane, sum);
-        for (int32_t i = 0; i < L; ++i) {
-            all += lane[i];
-        }
-        if (all != all) {
-            rows[count++] = j;
-            for (int32_t c = 0; c < OC; ++c) {
-                v[c] = 0.0f;
-            }
-        }
-    }
-    return count;
-}
-
 /* One block of keys: load, score, mask, softmax, dropout, value. */
 HL_KERNEL_NEON void hl_fa_bf16_d576x512_block_neon(const hl_fusion_attention_plan *plan,
                                                    const hl_span *g,
@@ -4405,14 +4434,14 @@ HL_KERNEL_NEON void hl_fa_bf16_d576x512_block_neon(const hl_fusion_attention_pla
     hl_fa_bf16_d576x512_scores_neon(w->q, w->k, w->s, columns, n, DK, plan->scale_log2, seen);
     hl_fa_bf16_d576x512_bias_neon(a, g, w->s, columns, j0, n, w->row);
     if (!whole) {
-        hl_fa_bf16_d576x512_hide(a, g, w->low, w->high, w->s, columns, j0, n,
+        hl_fa_bf16_d576x512_hide(a, g, w->low, w->high, w->s, 1, columns, j0, n,
                                  hl_float_of(0xff800000u));
-        n_apart = hl_fa_bf16_d576x512_take_out_neon(w, n, apart);
+        n_apart = hl_fa_bf16_d576x512_take_out_neon(w->v, n, OC, apart);
     }
     /* m' = max(m, rowmax S);  P = 2^(S - m');  l, alpha */
     hl_fa_bf16_d576x512_softmax_neon(w->s, t, columns, n);
     if (a->keep_prob < 1.0f) {
-        hl_fa_bf16_d576x512_drop(a, g, w->s, columns, j0, n);
+        hl_fa_bf16_d576x512_drop(a, g, w->s, 1, columns, j0, n);
     }
     /* O = alpha O + P V */
     hl_fa_bf16_d576x512_sums_neon(w->s, columns, g->n, w->v, n, OC, t->alpha, t->o, seen);
@@ -4453,8 +4482,7 @@ static inline void hl_fa_bf16_d576x512_task_neon(const hl_fusion_attention_plan 
     for (ptrdiff_t c = 0; c < (ptrdiff_t)g.n * OS; ++c) {
         t.o[c] = 0.0f;
     }
-    hl_fa_bf16_d576x512_pack_queries_neon(a->query, g.query, &a->query_stride, &g, 576, columns,
-                                          w.k, w.q);
+    hl_fa_bf16_d576x512_pack_queries_neon(a, &g, columns, w.k, w.q);
     hl_fa_bf16_d576x512_bounds(&g, columns, w.low, w.high);
     for (int32_t j = g.low; j < g.high;) {
         const int32_t next = g.high - j > BLOCK - j % BLOCK ? j - j % BLOCK + BLOCK : g.high;
@@ -4500,41 +4528,70 @@ static inline const uint16_t *hl_fa_bf16_d576x512_query_row_avx2(const void *ten
            + (ptrdiff_t)((g->first + p) % g->heads) * stride->head;
 }
 
-/* Q^T, or what is shaped as it, of a task's queries: panels of 2 vectors,
- * [panel][channel][query]; the last may be narrower. Queries behind the last are 0. `rows` is
- * scratch for a vector's queries. */
-HL_KERNEL_AVX2 void hl_fa_bf16_d576x512_pack_queries_avx2(const void *tensor, ptrdiff_t start,
-    const hl_stride *stride, const hl_span *g, int32_t channels, int32_t columns, float *rows,
-    float *to)
+/* A vector's columns of panels of 2 vectors, [panel][channel][column], of which
+ * the last may be narrower: n rows, and 0 for those that are missing. */
+HL_KERNEL_AVX2 void hl_fa_bf16_d576x512_pack_some_avx2(const float *rows, int32_t n,
+    int32_t channels, int32_t p, int32_t columns, float *to)
 {
     enum { L = 8, W = 2 * L, KS = 576 };
+    const int32_t panel = p / W * W;
+    const ptrdiff_t width = columns - panel < W ? columns - panel : W;
+    float *const at = to + (ptrdiff_t)panel * channels + (p - panel);
     hl_vf_avx2 x[L];
-    for (int32_t p = 0; p < columns; p += L) {
-        const int32_t panel = p / W * W;
-        const ptrdiff_t width = columns - panel < W ? columns - panel : W;
-        float *const at = to + (ptrdiff_t)panel * channels + (p - panel);
+    for (int32_t c = 0; c < channels; c += L) {
+        const int32_t left = channels - c < L ? channels - c : L;
         for (int32_t i = 0; i < L; ++i) {
-            float *const row = rows + (ptrdiff_t)i * KS;
-            for (int32_t c = 0; p + i >= g->n && c < KS; c += L) {
-                hl_vstore_avx2(row + c, hl_vzero_avx2());
-            }
-            if (p + i < g->n) {
-                hl_vrow_bf16_avx2(row,
-                                  hl_fa_bf16_d576x512_query_row_avx2(tensor, start, stride, g, p
-                        + i), channels);
-            }
+            x[i] = i < n ? hl_vload_avx2(rows + (ptrdiff_t)i * KS + c) : hl_vzero_avx2();
         }
+        hl_vturn_avx2(x);
+        for (int32_t i = 0; i < left; ++i) {
+            hl_vstore_avx2(at + (c + i) * width, x[i]);
+        }
+    }
+}
+
+/* Q^T in panels; `rows` is scratch for a vector's queries. */
+HL_KERNEL_AVX2 void hl_fa_bf16_d576x512_pack_queries_avx2(const hl_fusion_attention_args *a,
+    const hl_span *g, int32_t columns, float *rows, float *to)
+{
+    enum { L = 8, DK = 576, KS = 576 };
+    for (int32_t p = 0; p < columns; p += L) {
+        const int32_t n = g->n - p < L ? g->n - p : L;
+        for (int32_t i = 0; i < n; ++i) {
+            hl_vrow_bf16_avx2(rows + (ptrdiff_t)i * KS,
+                              hl_fa_bf16_d576x512_query_row_avx2(a->query, g->query,
+                    &a->query_stride, g, p + i), DK);
+        }
+        hl_fa_bf16_d576x512_pack_some_avx2(rows, n, DK, p, columns, to);
+    }
+}
+/* Takes rows that are not finite out of n of them: their numbers in `apart`, and 0 for them. */
+HL_KERNEL_AVX2 int32_t hl_fa_bf16_d576x512_take_out_avx2(float *rows, int32_t n, int32_t channels,
+    int32_t *apart)
+{
+    enum { L = 8, KS = 576 };
+    int32_t count = 0;
+    for (int32_t j = 0; j < n; ++j) {
+        float *const row = rows + (ptrdiff_t)j * KS;
+        hl_vf_avx2 sum = hl_vzero_avx2();
+        float lane[L];
+        float all = 0.0f;
         for (int32_t c = 0; c < channels; c += L) {
-            const int32_t n = channels - c < L ? channels - c : L;
-            for (int32_t i = 0; i < L; ++i) {
-                x[i] = hl_vload_avx2(rows + (ptrdiff_t)i * KS + c);
-            }
-            hl_vturn_avx2(x);
-            for (int32_t i = 0; i < n; ++i) {
-                hl_vstore_avx2(at + (c + i) * width, x[i]);
+            /* 0, or NaN */
+            sum = hl_vadd_avx2(sum, hl_vsub_avx2(hl_vload_avx2(row + c), hl_vload_avx2(row + c)));
+        }
+        hl_vstore_avx2(lane, sum);
+        for (int32_t i = 0; i < L; ++i) {
+            all += lane[i];
+        }
+        if (all != all) {
+            apart[count++] = j;
+            for (int32_t c = 0; c < channels; ++c) {
+                row[c] = 0.0f;
             }
         }
     }
+    return count;
 }
 
 /* ---- products: S = scale R P^T of rows and packed panels, O = alpha O + S^T R ---- */
@@ -4983,12 +5040,7 @@ HL_KERNEL_AVX2 void hl_fa_bf16_d576x512_bias_avx2(const hl_fusion_attention_args
                                                   const hl_span *g, float *s, int32_t columns,
                                                   int32_t j0, int32_t n, float *row)
 {
-    for (int32_t p = 0; a->pse != NULL && p < g->n; ++p) {
-        hl_fa_bf16_d576x512_bias_row(a, g, p, j0, n, row);
-        for (int32_t j = 0; j < n; ++j) {
-            s[(ptrdiff_t)j * columns + p] += row[j];
-        }
-    }
+    hl_fa_bf16_d576x512_add_bias(a, g, s, 1, columns, j0, n, row);
 }
 
 /* ---- finish: O / l, converted; max, sum and LSE ---- */
@@ -5072,35 +5124,6 @@ HL_KERNEL_AVX2 void hl_fa_bf16_d576x512_add_seen_avx2(const hl_fusion_attention_
     (void)columns;
 }
 
-/* Takes rows that are not finite out of the block's values: their numbers in `rows`. */
-HL_KERNEL_AVX2 int32_t hl_fa_bf16_d576x512_take_out_avx2(const hl_fa_bf16_d576x512_space *w,
-    int32_t n, int32_t *rows)
-{
-    enum { L = 8, KS = 576, OC = 512 };
-    int32_t count = 0;
-    for (int32_t j = 0; j < n; ++j) {
-        float *const v = w->v + (ptrdiff_t)j * KS;
-        hl_vf_avx2 sum = hl_vzero_avx2();
-        float lane[L];
-        float all = 0.0f;
-        for (int32_t c = 0; c < OC; c += L) {
-            /* 0, or NaN */
-            sum = hl_vadd_avx2(sum, hl_vsub_avx2(hl_vload_avx2(v + c), hl_vload_avx2(v + c)));
-        }
-        hl_vstore_avx2(lane, sum);
-        for (int32_t i = 0; i < L; ++i) {
-            all += lane[i];
-        }
-        if (all != all) {
-            rows[count++] = j;
-            for (int32_t c = 0; c < OC; ++c) {
-                v[c] = 0.0f;
-            }
-        }
-    }
-    return count;
-}
-
 /* One block of keys: load, score, mask, softmax, dropout, value. */
 HL_KERNEL_AVX2 void hl_fa_bf16_d576x512_block_avx2(const hl_fusion_attention_plan *plan,
                                                    const hl_span *g,
@@ -5126,14 +5149,14 @@ HL_KERNEL_AVX2 void hl_fa_bf16_d576x512_block_avx2(const hl_fusion_attention_pla
     hl_fa_bf16_d576x512_scores_avx2(w->q, w->k, w->s, columns, n, DK, plan->scale_log2, seen);
     hl_fa_bf16_d576x512_bias_avx2(a, g, w->s, columns, j0, n, w->row);
     if (!whole) {
-        hl_fa_bf16_d576x512_hide(a, g, w->low, w->high, w->s, columns, j0, n,
+        hl_fa_bf16_d576x512_hide(a, g, w->low, w->high, w->s, 1, columns, j0, n,
                                  hl_float_of(0xff800000u));
-        n_apart = hl_fa_bf16_d576x512_take_out_avx2(w, n, apart);
+        n_apart = hl_fa_bf16_d576x512_take_out_avx2(w->v, n, OC, apart);
     }
     /* m' = max(m, rowmax S);  P = 2^(S - m');  l, alpha */
     hl_fa_bf16_d576x512_softmax_avx2(w->s, t, columns, n);
     if (a->keep_prob < 1.0f) {
-        hl_fa_bf16_d576x512_drop(a, g, w->s, columns, j0, n);
+        hl_fa_bf16_d576x512_drop(a, g, w->s, 1, columns, j0, n);
     }
     /* O = alpha O + P V */
     hl_fa_bf16_d576x512_sums_avx2(w->s, columns, g->n, w->v, n, OC, t->alpha, t->o, seen);
@@ -5175,8 +5198,7 @@ static inline void hl_fa_bf16_d576x512_task_avx2(const hl_fusion_attention_plan 
     for (ptrdiff_t c = 0; c < (ptrdiff_t)g.n * OS; ++c) {
         t.o[c] = 0.0f;
     }
-    hl_fa_bf16_d576x512_pack_queries_avx2(a->query, g.query, &a->query_stride, &g, 576, columns,
-                                          w.k, w.q);
+    hl_fa_bf16_d576x512_pack_queries_avx2(a, &g, columns, w.k, w.q);
     hl_fa_bf16_d576x512_bounds(&g, columns, w.low, w.high);
     for (int32_t j = g.low; j < g.high;) {
         const int32_t next = g.high - j > BLOCK - j % BLOCK ? j - j % BLOCK + BLOCK : g.high;
@@ -5222,41 +5244,72 @@ static inline const uint16_t *hl_fa_bf16_d576x512_query_row_avx512(const void *t
            + (ptrdiff_t)((g->first + p) % g->heads) * stride->head;
 }
 
-/* Q^T, or what is shaped as it, of a task's queries: panels of 2 vectors,
- * [panel][channel][query]; the last may be narrower. Queries behind the last are 0. `rows` is
- * scratch for a vector's queries. */
-HL_KERNEL_AVX512 void hl_fa_bf16_d576x512_pack_queries_avx512(const void *tensor, ptrdiff_t start,
-    const hl_stride *stride, const hl_span *g, int32_t channels, int32_t columns, float *rows,
-    float *to)
+/* A vector's columns of panels of 2 vectors, [panel][channel][column], of which
+ * the last may be narrower: n rows, and 0 for those that are missing. */
+HL_KERNEL_AVX512 void hl_fa_bf16_d576x512_pack_some_avx512(const float *rows, int32_t n,
+    int32_t channels, int32_t p, int32_t columns, float *to)
 {
     enum { L = 16, W = 2 * L, KS = 576 };
+    const int32_t panel = p / W * W;
+    const ptrdiff_t width = columns - panel < W ? columns - panel : W;
+    float *const at = to + (ptrdiff_t)panel * channels + (p - panel);
     hl_vf_avx512 x[L];
-    for (int32_t p = 0; p < columns; p += L) {
-        const int32_t panel = p / W * W;
-        const ptrdiff_t width = columns - panel < W ? columns - panel : W;
-        float *const at = to + (ptrdiff_t)panel * channels + (p - panel);
+    for (int32_t c = 0; c < channels; c += L) {
+        const int32_t left = channels - c < L ? channels - c : L;
         for (int32_t i = 0; i < L; ++i) {
-            float *const row = rows + (ptrdiff_t)i * KS;
-            for (int32_t c = 0; p + i >= g->n && c < KS; c += L) {
-                hl_vstore_avx512(row + c, hl_vzero_avx512());
-            }
-            if (p + i < g->n) {
-                hl_vrow_bf16_avx512(row,
-                                    hl_fa_bf16_d576x512_query_row_avx512(tensor, start, stride, g, p
-                        + i), channels);
-            }
+            x[i] = i < n ? hl_vload_avx512(rows + (ptrdiff_t)i * KS + c) : hl_vzero_avx512();
         }
+        hl_vturn_avx512(x);
+        for (int32_t i = 0; i < left; ++i) {
+            hl_vstore_avx512(at + (c + i) * width, x[i]);
+        }
+    }
+}
+
+/* Q^T in panels; `rows` is scratch for a vector's queries. */
+HL_KERNEL_AVX512 void hl_fa_bf16_d576x512_pack_queries_avx512(const hl_fusion_attention_args *a,
+    const hl_span *g, int32_t columns, float *rows, float *to)
+{
+    enum { L = 16, DK = 576, KS = 576 };
+    for (int32_t p = 0; p < columns; p += L) {
+        const int32_t n = g->n - p < L ? g->n - p : L;
+        for (int32_t i = 0; i < n; ++i) {
+            hl_vrow_bf16_avx512(rows + (ptrdiff_t)i * KS,
+                                hl_fa_bf16_d576x512_query_row_avx512(a->query, g->query,
+                    &a->query_stride, g, p + i), DK);
+        }
+        hl_fa_bf16_d576x512_pack_some_avx512(rows, n, DK, p, columns, to);
+    }
+}
+/* Takes rows that are not finite out of n of them: their numbers in `apart`, and 0 for them. */
+HL_KERNEL_AVX512 int32_t hl_fa_bf16_d576x512_take_out_avx512(float *rows, int32_t n,
+    int32_t channels, int32_t *apart)
+{
+    enum { L = 16, KS = 576 };
+    int32_t count = 0;
+    for (int32_t j = 0; j < n; ++j) {
+        float *const row = rows + (ptrdiff_t)j * KS;
+        hl_vf_avx512 sum = hl_vzero_avx512();
+        float lane[L];
+        float all = 0.0f;
         for (int32_t c = 0; c < channels; c += L) {
-            const int32_t n = channels - c < L ? channels - c : L;
-            for (int32_t i = 0; i < L; ++i) {
-                x[i] = hl_vload_avx512(rows + (ptrdiff_t)i * KS + c);
-            }
-            hl_vturn_avx512(x);
-            for (int32_t i = 0; i < n; ++i) {
-                hl_vstore_avx512(at + (c + i) * width, x[i]);
+            /* 0, or NaN */
+            sum =
+                hl_vadd_avx512(sum,
+                               hl_vsub_avx512(hl_vload_avx512(row + c), hl_vload_avx512(row + c)));
+        }
+        hl_vstore_avx512(lane, sum);
+        for (int32_t i = 0; i < L; ++i) {
+            all += lane[i];
+        }
+        if (all != all) {
+            apart[count++] = j;
+            for (int32_t c = 0; c < channels; ++c) {
+                row[c] = 0.0f;
             }
         }
     }
+    return count;
 }
 
 /* ---- products: S = scale R P^T of rows and packed panels, O = alpha O + S^T R ---- */
@@ -6316,12 +6369,7 @@ HL_KERNEL_AVX512 void hl_fa_bf16_d576x512_softmax_avx512(float *s, const hl_stat
 HL_KERNEL_AVX512 void hl_fa_bf16_d576x512_bias_avx512(const hl_fusion_attention_args *a,
     const hl_span *g, float *s, int32_t columns, int32_t j0, int32_t n, float *row)
 {
-    for (int32_t p = 0; a->pse != NULL && p < g->n; ++p) {
-        hl_fa_bf16_d576x512_bias_row(a, g, p, j0, n, row);
-        for (int32_t j = 0; j < n; ++j) {
-            s[(ptrdiff_t)j * columns + p] += row[j];
-        }
-    }
+    hl_fa_bf16_d576x512_add_bias(a, g, s, 1, columns, j0, n, row);
 }
 
 /* ---- finish: O / l, converted; max, sum and LSE ---- */
@@ -6404,36 +6452,6 @@ HL_KERNEL_AVX512 void hl_fa_bf16_d576x512_add_seen_avx512(const hl_fusion_attent
     (void)columns;
 }
 
-/* Takes rows that are not finite out of the block's values: their numbers in `rows`. */
-HL_KERNEL_AVX512 int32_t hl_fa_bf16_d576x512_take_out_avx512(const hl_fa_bf16_d576x512_space *w,
-    int32_t n, int32_t *rows)
-{
-    enum { L = 16, KS = 576, OC = 512 };
-    int32_t count = 0;
-    for (int32_t j = 0; j < n; ++j) {
-        float *const v = w->v + (ptrdiff_t)j * KS;
-        hl_vf_avx512 sum = hl_vzero_avx512();
-        float lane[L];
-        float all = 0.0f;
-        for (int32_t c = 0; c < OC; c += L) {
-            /* 0, or NaN */
-            sum =
-                hl_vadd_avx512(sum, hl_vsub_avx512(hl_vload_avx512(v + c), hl_vload_avx512(v + c)));
-        }
-        hl_vstore_avx512(lane, sum);
-        for (int32_t i = 0; i < L; ++i) {
-            all += lane[i];
-        }
-        if (all != all) {
-            rows[count++] = j;
-            for (int32_t c = 0; c < OC; ++c) {
-                v[c] = 0.0f;
-            }
-        }
-    }
-    return count;
-}
-
 /* One block of keys: load, score, mask, softmax, dropout, value. */
 HL_KERNEL_AVX512 void hl_fa_bf16_d576x512_block_avx512(const hl_fusion_attention_plan *plan,
     const hl_span *g, const hl_fa_bf16_d576x512_space *w, const hl_state *t, int32_t columns,
@@ -6457,14 +6475,14 @@ HL_KERNEL_AVX512 void hl_fa_bf16_d576x512_block_avx512(const hl_fusion_attention
     hl_fa_bf16_d576x512_scores_avx512(w->q, w->k, w->s, columns, n, DK, plan->scale_log2, seen);
     hl_fa_bf16_d576x512_bias_avx512(a, g, w->s, columns, j0, n, w->row);
     if (!whole) {
-        hl_fa_bf16_d576x512_hide(a, g, w->low, w->high, w->s, columns, j0, n,
+        hl_fa_bf16_d576x512_hide(a, g, w->low, w->high, w->s, 1, columns, j0, n,
                                  hl_float_of(0xff800000u));
-        n_apart = hl_fa_bf16_d576x512_take_out_avx512(w, n, apart);
+        n_apart = hl_fa_bf16_d576x512_take_out_avx512(w->v, n, OC, apart);
     }
     /* m' = max(m, rowmax S);  P = 2^(S - m');  l, alpha */
     hl_fa_bf16_d576x512_softmax_avx512(w->s, t, columns, n);
     if (a->keep_prob < 1.0f) {
-        hl_fa_bf16_d576x512_drop(a, g, w->s, columns, j0, n);
+        hl_fa_bf16_d576x512_drop(a, g, w->s, 1, columns, j0, n);
     }
     /* O = alpha O + P V */
     hl_fa_bf16_d576x512_sums_avx512(w->s, columns, g->n, w->v, n, OC, t->alpha, t->o, seen);
@@ -6506,8 +6524,7 @@ static inline void hl_fa_bf16_d576x512_task_avx512(const hl_fusion_attention_pla
     for (ptrdiff_t c = 0; c < (ptrdiff_t)g.n * OS; ++c) {
         t.o[c] = 0.0f;
     }
-    hl_fa_bf16_d576x512_pack_queries_avx512(a->query, g.query, &a->query_stride, &g, 576, columns,
-                                            w.k, w.q);
+    hl_fa_bf16_d576x512_pack_queries_avx512(a, &g, columns, w.k, w.q);
     hl_fa_bf16_d576x512_bounds(&g, columns, w.low, w.high);
     for (int32_t j = g.low; j < g.high;) {
         const int32_t next = g.high - j > BLOCK - j % BLOCK ? j - j % BLOCK + BLOCK : g.high;
@@ -6712,7 +6729,7 @@ HL_KERNEL_AMX void hl_fa_bf16_d576x512_weigh_dropped_amx(const hl_fusion_attenti
                          hl_vadd_avx512(hl_vload_avx512(x->mass + q), hl_rounded_amx(p)));
         hl_vstore_avx512(x->s + i, p);
     }
-    hl_fa_bf16_d576x512_drop(a, g, x->s, 32, j0, n);
+    hl_fa_bf16_d576x512_drop(a, g, x->s, 1, 32, j0, n);
     for (int32_t i = 32 * n; i < 64 * x->pairs; i += 16) {
         hl_vstore_avx512(x->s + i, hl_vzero_avx512());
     }
@@ -6871,12 +6888,7 @@ HL_KERNEL_AMX void hl_fa_bf16_d576x512_bias_amx(const hl_fusion_attention_args *
                                                 float *s, int32_t columns, int32_t j0, int32_t n,
                                                 float *row)
 {
-    for (int32_t p = 0; a->pse != NULL && p < g->n; ++p) {
-        hl_fa_bf16_d576x512_bias_row(a, g, p, j0, n, row);
-        for (int32_t j = 0; j < n; ++j) {
-            s[(ptrdiff_t)j * columns + p] += row[j];
-        }
-    }
+    hl_fa_bf16_d576x512_add_bias(a, g, s, 1, columns, j0, n, row);
 }
 
 /* ---- finish: O / l, converted; max, sum and LSE ---- */
@@ -7018,7 +7030,7 @@ HL_KERNEL_AMX void hl_fa_bf16_d576x512_hide_amx(const hl_fusion_attention_args *
                                                 int32_t j0, int32_t n, float value)
 {
     if (a->atten_mask != NULL) {
-        hl_fa_bf16_d576x512_hide(a, &u->g, u->low, u->high, s, 32, j0, n, value);
+        hl_fa_bf16_d576x512_hide(a, &u->g, u->low, u->high, s, 1, 32, j0, n, value);
         return;
     }
     for (int32_t q = 0; q < 32; q += 16) {
