@@ -54,8 +54,8 @@
  * MASKS
  *   The operator's rule: without atten_mask every key is seen, whatever sparse_mode says. With
  *   mask_from_mode = 1 sparse_mode counts without a mask, too, and no mask is read in modes 2, 3,
- *   4, 6, 7, 8 even if there is one. S1 and S2 are the batch's; pre and next as pre_tokens and
- *   next_tokens, of any sign. Row i sees key j if
+ *   4, 6, 7, 8 even if there is one. S1 and S2 are the batch's; pre and next are pre_tokens and
+ *   next_tokens, of any sign, where band = 1, else without limit. Row i sees key j if
  *       0  i - pre <= j <= i + next, and the byte of atten_mask is 0
  *       1  the byte is 0
  *       2  j <= i
