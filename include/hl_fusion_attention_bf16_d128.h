@@ -91,6 +91,12 @@
  *   HL_ISA_ONLY_<ISA>          one instruction set, no choice at run time
  *   HL_NO_TILES                no AMX tiles, whatever the processor has
  *
+ * TILES
+ *   On x86-64 Linux ..._plan and ..._isas ask the system once for the use of AMX tiles; where it
+ *   says no, AVX-512 runs. A task leaves no tile configured; tiles of the caller's own are lost, as
+ *   in any call (they are the caller's to save). There P is rounded to bfloat16 on its way to V,
+ *   and subnormal bfloat16 numbers count as 0; max, sum and LSE are those of the exact weights.
+ *
  * SOURCES
  *   Milakov and Gimelshein 2018 (online softmax); Dao 2023 (FlashAttention-2); Salmon et al. 2011
  *   (Philox); the operator's own documents.
@@ -1169,21 +1175,6 @@ typedef struct hl_pairs {
 static inline int32_t hl_clip(int64_t x, int64_t low, int64_t high)
 {
     return (int32_t)(x < low ? low : x > high ? high : x);
-}
-
-/* Philox4x32-10 (Salmon et al. 2011): four words for a counter of four and a key of two. */
-static inline void hl_philox(uint32_t c[4], uint32_t k0, uint32_t k1)
-{
-    for (int32_t round = 0; round < 10; ++round) {
-        const uint64_t x = (uint64_t)c[0] * 0xd2511f53u;
-        const uint64_t y = (uint64_t)c[2] * 0xcd9e8d57u;
-        c[0] = (uint32_t)(y >> 32) ^ c[1] ^ k0;
-        c[1] = (uint32_t)y;
-        c[2] = (uint32_t)(x >> 32) ^ c[3] ^ k1;
-        c[3] = (uint32_t)x;
-        k0 += 0x9e3779b9u;
-        k1 += 0xbb67ae85u;
-    }
 }
 
 /* The root of x > 0 by Newton's steps, as no library is asked for one. */
@@ -2892,32 +2883,39 @@ static inline void hl_fa_bf16_d128_bounds(const hl_span *g, int32_t columns, int
     }
 }
 
-/* Is one of n bytes 0? Eight at a time, as most rows are all alike. */
-static inline int32_t hl_fa_bf16_d128_any_seen(const unsigned char *mask, int32_t n)
+/* Are bytes of 0 among n, or others? Eight at a time, as most rows are all alike: 1, 2 or both. */
+static inline int32_t hl_fa_bf16_d128_kinds(const unsigned char *mask, int32_t n)
 {
-    int32_t seen = 0;
-    for (int32_t j = 0; j < n; ++j) {
-        seen |= mask[j] == 0;
+    const uint64_t ones = 0x0101010101010101u;
+    int32_t kinds = 0;
+    int32_t j = 0;
+    for (; j + 8 <= n && kinds != 3; j += 8) {
+        uint64_t x;
+        HL_COPY(&x, mask + j, sizeof x);
+        kinds |= x != 0 ? 2 : 1;
+        kinds |= ((x - ones) & ~x & ones << 7) != 0 ? 1 : 0;
     }
-    return seen;
+    for (; j < n; ++j) {
+        kinds |= mask[j] == 0 ? 1 : 2;
+    }
+    return kinds;
 }
 
-/* Do bytes hide all of keys j0 .. j0 + n - 1 from all queries? */
-static inline int32_t hl_fa_bf16_d128_all_hidden(const hl_fusion_attention_args *a,
+/* The same of all queries, for keys j0 .. j0 + n - 1. Without bytes 1. */
+static inline int32_t hl_fa_bf16_d128_mask_kinds(const hl_fusion_attention_args *a,
                                                  const hl_span *g, int32_t j0, int32_t n)
 {
     int32_t before = -1;
-    for (int32_t p = 0; p < g->n; ++p) {
+    int32_t kinds = a->atten_mask == NULL ? 1 : 0;
+    for (int32_t p = 0; a->atten_mask != NULL && kinds != 3 && p < g->n; ++p) {
         const int32_t i = (g->first + p) / g->heads;
         const int32_t head = g->kv_head * g->heads + (g->first + p) % g->heads;
         if (a->mask_heads > 1 || i != before) {
-            if (hl_fa_bf16_d128_any_seen(hl_fa_bf16_d128_mask_row(a, g, i, head) + j0, n)) {
-                return 0;
-            }
+            kinds |= hl_fa_bf16_d128_kinds(hl_fa_bf16_d128_mask_row(a, g, i, head) + j0, n);
         }
         before = i;
     }
-    return 1;
+    return kinds;
 }
 
 /* `value` in the place of what is masked of s: n keys from j0, which lie step_k apart, the queries
@@ -2946,53 +2944,6 @@ static inline void hl_fa_bf16_d128_hide(const hl_fusion_attention_args *a, const
         }
         for (int32_t j = end; j < n; ++j) {
             of[j * step_k] = value;
-        }
-    }
-}
-
-/* ---- dropout: which weights are kept ----
- *
- * Bits of the caller's, or words of Philox4x32-10: word j % 4 for the counter (j / 4, row, b N1 +
- * head, dropout_offset) and the two halves of dropout_seed. An element is kept if its word is
- * below keep_prob * 2^32. */
-
-/* P = 0 where a weight is dropped: n keys from j0, which lie step_k apart, the queries step_q. */
-static inline void hl_fa_bf16_d128_drop(const hl_fusion_attention_args *a, const hl_span *g,
-                                        float *s, ptrdiff_t step_q, ptrdiff_t step_k, int32_t j0,
-                                        int32_t n)
-{
-    const uint64_t kept = (uint64_t)((double)a->keep_prob * 4294967296.0);
-    const uint64_t seed = (uint64_t)a->dropout_seed;
-    for (int32_t p = 0; p < g->n; ++p) {
-        const int32_t i = (g->first + p) / g->heads;
-        const int32_t head = g->kv_head * g->heads + (g->first + p) % g->heads;
-        if (a->dropout_mask != NULL) {
-            const unsigned char *const bits = (const unsigned char *)a->dropout_mask;
-            const int64_t row = (int64_t)head * g->seq_q + i;
-            const int64_t at = a->input_layout != HL_LAYOUT_TND
-                ? ((int64_t)g->batch * a->heads_q * g->seq_q + row) * g->seq_kv
-                               : g->pairs * a->heads_q + row * g->seq_kv;
-            for (int32_t j = 0; j < n; ++j) {
-                const uint64_t e = (uint64_t)at + (uint64_t)(j0 + j);
-                if ((bits[(size_t)(e / 8u)] >> e % 8u & 1u) == 0) {
-                    s[p * step_q + j * step_k] = 0.0f;
-                }
-            }
-            continue;
-        }
-        for (int32_t four = j0 / 4 * 4; four < j0 + n; four += 4) {
-            uint32_t word[4];
-            word[0] = (uint32_t)four / 4u;
-            word[1] = (uint32_t)i;
-            word[2] = (uint32_t)g->batch * (uint32_t)a->heads_q + (uint32_t)head;
-            word[3] = (uint32_t)a->dropout_offset;
-            hl_philox(word, (uint32_t)seed, (uint32_t)(seed >> 32));
-            for (int32_t w = 0; w < 4; ++w) {
-                const int32_t j = four + w - j0;
-                if (j >= 0 && j < n && word[w] >= kept) {
-                    s[p * step_q + j * step_k] = 0.0f;
-                }
-            }
         }
     }
 }
@@ -3565,6 +3516,89 @@ HL_KERNEL_SCALAR void hl_fa_bf16_d128_bias_scalar(const hl_fusion_attention_args
     hl_fa_bf16_d128_add_bias(a, g, s, 1, columns, j0, n, row);
 }
 
+/* ---- dropout: which weights are kept ----
+ *
+ * Bits of the caller's, or words of Philox4x32-10 (Salmon et al. 2011): word j % 4 for the counter
+ * (j / 4, row, b N1 + head, dropout_offset) and the two halves of dropout_seed. A weight is kept
+ * if its word is below keep_prob * 2^32. */
+
+/* The words of one query for 4 1 keys, from key 4 * four on. */
+HL_KERNEL_SCALAR void hl_fa_bf16_d128_words_scalar(uint32_t four, uint32_t row, uint32_t head,
+                                                   uint32_t offset, uint64_t seed, uint32_t *word)
+{
+    enum { N = 1 };
+    uint32_t k0 = (uint32_t)seed;
+    uint32_t k1 = (uint32_t)(seed >> 32);
+    uint32_t c0[N];
+    uint32_t c1[N];
+    uint32_t c2[N];
+    uint32_t c3[N];
+    for (int32_t u = 0; u < N; ++u) {
+        c0[u] = four + (uint32_t)u;
+        c1[u] = row;
+        c2[u] = head;
+        c3[u] = offset;
+    }
+    for (int32_t round = 0; round < 10; ++round) {
+        for (int32_t u = 0; u < N; ++u) {
+            const uint64_t x = (uint64_t)c0[u] * 0xd2511f53u;
+            const uint64_t y = (uint64_t)c2[u] * 0xcd9e8d57u;
+            c0[u] = (uint32_t)(y >> 32) ^ c1[u] ^ k0;
+            c1[u] = (uint32_t)y;
+            c2[u] = (uint32_t)(x >> 32) ^ c3[u] ^ k1;
+            c3[u] = (uint32_t)x;
+        }
+        k0 += 0x9e3779b9u;
+        k1 += 0xbb67ae85u;
+    }
+    for (int32_t u = 0; u < N; ++u) {
+        word[4 * u] = c0[u];
+        word[4 * u + 1] = c1[u];
+        word[4 * u + 2] = c2[u];
+        word[4 * u + 3] = c3[u];
+    }
+}
+
+/* 0 where a weight is dropped: n keys from j0, which lie step_k apart, the queries step_q. */
+HL_KERNEL_SCALAR void hl_fa_bf16_d128_drop_scalar(const hl_fusion_attention_args *a,
+                                                  const hl_span *g, float *s, ptrdiff_t step_q,
+                                                  ptrdiff_t step_k, int32_t j0, int32_t n)
+{
+    enum { N = 4 * 1 };
+    const uint32_t kept = (uint32_t)((double)a->keep_prob * 4294967296.0);
+    for (int32_t p = 0; p < g->n; ++p) {
+        const int32_t i = (g->first + p) / g->heads;
+        const int32_t head = g->kv_head * g->heads + (g->first + p) % g->heads;
+        float *const of = s + p * step_q;
+        if (a->dropout_mask != NULL) {
+            const unsigned char *const bits = (const unsigned char *)a->dropout_mask;
+            const int64_t row = (int64_t)head * g->seq_q + i;
+            const int64_t at = a->input_layout != HL_LAYOUT_TND
+                ? ((int64_t)g->batch * a->heads_q * g->seq_q + row) * g->seq_kv
+                               : g->pairs * a->heads_q + row * g->seq_kv;
+            for (int32_t j = 0; j < n; ++j) {
+                const uint64_t e = (uint64_t)at + (uint64_t)(j0 + j);
+                if ((bits[(size_t)(e / 8u)] >> e % 8u & 1u) == 0) {
+                    of[j * step_k] = 0.0f;
+                }
+            }
+            continue;
+        }
+        for (int32_t j = -(j0 % 4); j < n; j += N) {
+            uint32_t word[N];
+            const int32_t end = n - j < N ? n - j : N;
+            hl_fa_bf16_d128_words_scalar((uint32_t)(j0 + j) / 4u, (uint32_t)i, (uint32_t)g->batch
+                                         * (uint32_t)a->heads_q + (uint32_t)head,
+                                         (uint32_t)a->dropout_offset, (uint64_t)a->dropout_seed,
+                                         word);
+            for (int32_t u = j < 0 ? -j : 0; u < end; ++u) {
+                float *const w = of + (j + u) * step_k;
+                *w = word[u] < kept ? *w : 0.0f;
+            }
+        }
+    }
+}
+
 /* ---- finish: O / l, converted; max, sum and LSE ---- */
 
 HL_KERNEL_SCALAR void hl_fa_bf16_d128_store_out_scalar(const hl_fusion_attention_args *a,
@@ -3650,7 +3684,7 @@ HL_KERNEL_SCALAR void hl_fa_bf16_d128_add_seen_scalar(const hl_fusion_attention_
 HL_KERNEL_SCALAR void hl_fa_bf16_d128_block_scalar(const hl_fusion_attention_plan *plan,
                                                    const hl_span *g, const hl_fa_bf16_d128_space *w,
                                                    const hl_state *t, int32_t columns, int32_t j0,
-                                                   int32_t n)
+                                                   int32_t n, int32_t kinds)
 {
     enum { DK = 128, DV = 128, OC = 128 };
     const hl_fusion_attention_args *const a = &plan->args;
@@ -3658,7 +3692,7 @@ HL_KERNEL_SCALAR void hl_fa_bf16_d128_block_scalar(const hl_fusion_attention_pla
         (const uint16_t *)a->key + g->key + j0 * a->key_stride.row;
     const uint16_t *const value =
         (const uint16_t *)a->value + g->value + j0 * a->value_stride.row;
-    const int32_t whole = j0 >= g->all_low && j0 + n <= g->all_high && a->atten_mask == NULL;
+    const int32_t whole = j0 >= g->all_low && j0 + n <= g->all_high && kinds == 1;
     const hl_seen bounds = {w->low, w->high, j0};
     const hl_seen *const seen = whole ? NULL : &bounds;
     int32_t apart[96];
@@ -3677,7 +3711,7 @@ HL_KERNEL_SCALAR void hl_fa_bf16_d128_block_scalar(const hl_fusion_attention_pla
     /* m' = max(m, rowmax S);  P = 2^(S - m');  l, alpha */
     hl_fa_bf16_d128_softmax_scalar(w->s, t, columns, n);
     if (a->keep_prob < 1.0f) {
-        hl_fa_bf16_d128_drop(a, g, w->s, 1, columns, j0, n);
+        hl_fa_bf16_d128_drop_scalar(a, g, w->s, 1, columns, j0, n);
     }
     /* O = alpha O + P V */
     hl_fa_bf16_d128_sums_scalar(w->s, columns, g->n, w->v, n, OC, t->alpha, t->o, seen);
@@ -3722,8 +3756,9 @@ static inline void hl_fa_bf16_d128_task_scalar(const hl_fusion_attention_plan *p
     hl_fa_bf16_d128_bounds(&g, columns, w.low, w.high);
     for (int32_t j = g.low; j < g.high;) {
         const int32_t next = g.high - j > BLOCK - j % BLOCK ? j - j % BLOCK + BLOCK : g.high;
-        if (a->atten_mask == NULL || !hl_fa_bf16_d128_all_hidden(a, &g, j, next - j)) {
-            hl_fa_bf16_d128_block_scalar(plan, &g, &w, &t, columns, j, next - j);
+        const int32_t kinds = hl_fa_bf16_d128_mask_kinds(a, &g, j, next - j);
+        if (kinds != 2) { /* 2: all hidden */
+            hl_fa_bf16_d128_block_scalar(plan, &g, &w, &t, columns, j, next - j, kinds);
         }
         j = next;
     }
@@ -4334,6 +4369,89 @@ HL_KERNEL_NEON void hl_fa_bf16_d128_bias_neon(const hl_fusion_attention_args *a,
     hl_fa_bf16_d128_add_bias(a, g, s, 1, columns, j0, n, row);
 }
 
+/* ---- dropout: which weights are kept ----
+ *
+ * Bits of the caller's, or words of Philox4x32-10 (Salmon et al. 2011): word j % 4 for the counter
+ * (j / 4, row, b N1 + head, dropout_offset) and the two halves of dropout_seed. A weight is kept
+ * if its word is below keep_prob * 2^32. */
+
+/* The words of one query for 4 4 keys, from key 4 * four on. */
+HL_KERNEL_NEON void hl_fa_bf16_d128_words_neon(uint32_t four, uint32_t row, uint32_t head,
+                                               uint32_t offset, uint64_t seed, uint32_t *word)
+{
+    enum { N = 4 };
+    uint32_t k0 = (uint32_t)seed;
+    uint32_t k1 = (uint32_t)(seed >> 32);
+    uint32_t c0[N];
+    uint32_t c1[N];
+    uint32_t c2[N];
+    uint32_t c3[N];
+    for (int32_t u = 0; u < N; ++u) {
+        c0[u] = four + (uint32_t)u;
+        c1[u] = row;
+        c2[u] = head;
+        c3[u] = offset;
+    }
+    for (int32_t round = 0; round < 10; ++round) {
+        for (int32_t u = 0; u < N; ++u) {
+            const uint64_t x = (uint64_t)c0[u] * 0xd2511f53u;
+            const uint64_t y = (uint64_t)c2[u] * 0xcd9e8d57u;
+            c0[u] = (uint32_t)(y >> 32) ^ c1[u] ^ k0;
+            c1[u] = (uint32_t)y;
+            c2[u] = (uint32_t)(x >> 32) ^ c3[u] ^ k1;
+            c3[u] = (uint32_t)x;
+        }
+        k0 += 0x9e3779b9u;
+        k1 += 0xbb67ae85u;
+    }
+    for (int32_t u = 0; u < N; ++u) {
+        word[4 * u] = c0[u];
+        word[4 * u + 1] = c1[u];
+        word[4 * u + 2] = c2[u];
+        word[4 * u + 3] = c3[u];
+    }
+}
+
+/* 0 where a weight is dropped: n keys from j0, which lie step_k apart, the queries step_q. */
+HL_KERNEL_NEON void hl_fa_bf16_d128_drop_neon(const hl_fusion_attention_args *a, const hl_span *g,
+                                              float *s, ptrdiff_t step_q, ptrdiff_t step_k,
+                                              int32_t j0, int32_t n)
+{
+    enum { N = 4 * 4 };
+    const uint32_t kept = (uint32_t)((double)a->keep_prob * 4294967296.0);
+    for (int32_t p = 0; p < g->n; ++p) {
+        const int32_t i = (g->first + p) / g->heads;
+        const int32_t head = g->kv_head * g->heads + (g->first + p) % g->heads;
+        float *const of = s + p * step_q;
+        if (a->dropout_mask != NULL) {
+            const unsigned char *const bits = (const unsigned char *)a->dropout_mask;
+            const int64_t row = (int64_t)head * g->seq_q + i;
+            const int64_t at = a->input_layout != HL_LAYOUT_TND
+                ? ((int64_t)g->batch * a->heads_q * g->seq_q + row) * g->seq_kv
+                               : g->pairs * a->heads_q + row * g->seq_kv;
+            for (int32_t j = 0; j < n; ++j) {
+                const uint64_t e = (uint64_t)at + (uint64_t)(j0 + j);
+                if ((bits[(size_t)(e / 8u)] >> e % 8u & 1u) == 0) {
+                    of[j * step_k] = 0.0f;
+                }
+            }
+            continue;
+        }
+        for (int32_t j = -(j0 % 4); j < n; j += N) {
+            uint32_t word[N];
+            const int32_t end = n - j < N ? n - j : N;
+            hl_fa_bf16_d128_words_neon((uint32_t)(j0 + j) / 4u, (uint32_t)i, (uint32_t)g->batch
+                                       * (uint32_t)a->heads_q + (uint32_t)head,
+                                       (uint32_t)a->dropout_offset, (uint64_t)a->dropout_seed,
+                                       word);
+            for (int32_t u = j < 0 ? -j : 0; u < end; ++u) {
+                float *const w = of + (j + u) * step_k;
+                *w = word[u] < kept ? *w : 0.0f;
+            }
+        }
+    }
+}
+
 /* ---- finish: O / l, converted; max, sum and LSE ---- */
 
 HL_KERNEL_NEON void hl_fa_bf16_d128_store_out_neon(const hl_fusion_attention_args *a, ptrdiff_t at,
@@ -4420,7 +4538,7 @@ HL_KERNEL_NEON void hl_fa_bf16_d128_add_seen_neon(const hl_fusion_attention_plan
 HL_KERNEL_NEON void hl_fa_bf16_d128_block_neon(const hl_fusion_attention_plan *plan,
                                                const hl_span *g, const hl_fa_bf16_d128_space *w,
                                                const hl_state *t, int32_t columns, int32_t j0,
-                                               int32_t n)
+                                               int32_t n, int32_t kinds)
 {
     enum { DK = 128, DV = 128, OC = 128 };
     const hl_fusion_attention_args *const a = &plan->args;
@@ -4428,7 +4546,7 @@ HL_KERNEL_NEON void hl_fa_bf16_d128_block_neon(const hl_fusion_attention_plan *p
         (const uint16_t *)a->key + g->key + j0 * a->key_stride.row;
     const uint16_t *const value =
         (const uint16_t *)a->value + g->value + j0 * a->value_stride.row;
-    const int32_t whole = j0 >= g->all_low && j0 + n <= g->all_high && a->atten_mask == NULL;
+    const int32_t whole = j0 >= g->all_low && j0 + n <= g->all_high && kinds == 1;
     const hl_seen bounds = {w->low, w->high, j0};
     const hl_seen *const seen = whole ? NULL : &bounds;
     int32_t apart[96];
@@ -4447,7 +4565,7 @@ HL_KERNEL_NEON void hl_fa_bf16_d128_block_neon(const hl_fusion_attention_plan *p
     /* m' = max(m, rowmax S);  P = 2^(S - m');  l, alpha */
     hl_fa_bf16_d128_softmax_neon(w->s, t, columns, n);
     if (a->keep_prob < 1.0f) {
-        hl_fa_bf16_d128_drop(a, g, w->s, 1, columns, j0, n);
+        hl_fa_bf16_d128_drop_neon(a, g, w->s, 1, columns, j0, n);
     }
     /* O = alpha O + P V */
     hl_fa_bf16_d128_sums_neon(w->s, columns, g->n, w->v, n, OC, t->alpha, t->o, seen);
@@ -4492,8 +4610,9 @@ static inline void hl_fa_bf16_d128_task_neon(const hl_fusion_attention_plan *pla
     hl_fa_bf16_d128_bounds(&g, columns, w.low, w.high);
     for (int32_t j = g.low; j < g.high;) {
         const int32_t next = g.high - j > BLOCK - j % BLOCK ? j - j % BLOCK + BLOCK : g.high;
-        if (a->atten_mask == NULL || !hl_fa_bf16_d128_all_hidden(a, &g, j, next - j)) {
-            hl_fa_bf16_d128_block_neon(plan, &g, &w, &t, columns, j, next - j);
+        const int32_t kinds = hl_fa_bf16_d128_mask_kinds(a, &g, j, next - j);
+        if (kinds != 2) { /* 2: all hidden */
+            hl_fa_bf16_d128_block_neon(plan, &g, &w, &t, columns, j, next - j, kinds);
         }
         j = next;
     }
@@ -5044,6 +5163,89 @@ HL_KERNEL_AVX2 void hl_fa_bf16_d128_bias_avx2(const hl_fusion_attention_args *a,
     hl_fa_bf16_d128_add_bias(a, g, s, 1, columns, j0, n, row);
 }
 
+/* ---- dropout: which weights are kept ----
+ *
+ * Bits of the caller's, or words of Philox4x32-10 (Salmon et al. 2011): word j % 4 for the counter
+ * (j / 4, row, b N1 + head, dropout_offset) and the two halves of dropout_seed. A weight is kept
+ * if its word is below keep_prob * 2^32. */
+
+/* The words of one query for 4 8 keys, from key 4 * four on. */
+HL_KERNEL_AVX2 void hl_fa_bf16_d128_words_avx2(uint32_t four, uint32_t row, uint32_t head,
+                                               uint32_t offset, uint64_t seed, uint32_t *word)
+{
+    enum { N = 8 };
+    uint32_t k0 = (uint32_t)seed;
+    uint32_t k1 = (uint32_t)(seed >> 32);
+    uint32_t c0[N];
+    uint32_t c1[N];
+    uint32_t c2[N];
+    uint32_t c3[N];
+    for (int32_t u = 0; u < N; ++u) {
+        c0[u] = four + (uint32_t)u;
+        c1[u] = row;
+        c2[u] = head;
+        c3[u] = offset;
+    }
+    for (int32_t round = 0; round < 10; ++round) {
+        for (int32_t u = 0; u < N; ++u) {
+            const uint64_t x = (uint64_t)c0[u] * 0xd2511f53u;
+            const uint64_t y = (uint64_t)c2[u] * 0xcd9e8d57u;
+            c0[u] = (uint32_t)(y >> 32) ^ c1[u] ^ k0;
+            c1[u] = (uint32_t)y;
+            c2[u] = (uint32_t)(x >> 32) ^ c3[u] ^ k1;
+            c3[u] = (uint32_t)x;
+        }
+        k0 += 0x9e3779b9u;
+        k1 += 0xbb67ae85u;
+    }
+    for (int32_t u = 0; u < N; ++u) {
+        word[4 * u] = c0[u];
+        word[4 * u + 1] = c1[u];
+        word[4 * u + 2] = c2[u];
+        word[4 * u + 3] = c3[u];
+    }
+}
+
+/* 0 where a weight is dropped: n keys from j0, which lie step_k apart, the queries step_q. */
+HL_KERNEL_AVX2 void hl_fa_bf16_d128_drop_avx2(const hl_fusion_attention_args *a, const hl_span *g,
+                                              float *s, ptrdiff_t step_q, ptrdiff_t step_k,
+                                              int32_t j0, int32_t n)
+{
+    enum { N = 4 * 8 };
+    const uint32_t kept = (uint32_t)((double)a->keep_prob * 4294967296.0);
+    for (int32_t p = 0; p < g->n; ++p) {
+        const int32_t i = (g->first + p) / g->heads;
+        const int32_t head = g->kv_head * g->heads + (g->first + p) % g->heads;
+        float *const of = s + p * step_q;
+        if (a->dropout_mask != NULL) {
+            const unsigned char *const bits = (const unsigned char *)a->dropout_mask;
+            const int64_t row = (int64_t)head * g->seq_q + i;
+            const int64_t at = a->input_layout != HL_LAYOUT_TND
+                ? ((int64_t)g->batch * a->heads_q * g->seq_q + row) * g->seq_kv
+                               : g->pairs * a->heads_q + row * g->seq_kv;
+            for (int32_t j = 0; j < n; ++j) {
+                const uint64_t e = (uint64_t)at + (uint64_t)(j0 + j);
+                if ((bits[(size_t)(e / 8u)] >> e % 8u & 1u) == 0) {
+                    of[j * step_k] = 0.0f;
+                }
+            }
+            continue;
+        }
+        for (int32_t j = -(j0 % 4); j < n; j += N) {
+            uint32_t word[N];
+            const int32_t end = n - j < N ? n - j : N;
+            hl_fa_bf16_d128_words_avx2((uint32_t)(j0 + j) / 4u, (uint32_t)i, (uint32_t)g->batch
+                                       * (uint32_t)a->heads_q + (uint32_t)head,
+                                       (uint32_t)a->dropout_offset, (uint64_t)a->dropout_seed,
+                                       word);
+            for (int32_t u = j < 0 ? -j : 0; u < end; ++u) {
+                float *const w = of + (j + u) * step_k;
+                *w = word[u] < kept ? *w : 0.0f;
+            }
+        }
+    }
+}
+
 /* ---- finish: O / l, converted; max, sum and LSE ---- */
 
 HL_KERNEL_AVX2 void hl_fa_bf16_d128_store_out_avx2(const hl_fusion_attention_args *a, ptrdiff_t at,
@@ -5130,7 +5332,7 @@ HL_KERNEL_AVX2 void hl_fa_bf16_d128_add_seen_avx2(const hl_fusion_attention_plan
 HL_KERNEL_AVX2 void hl_fa_bf16_d128_block_avx2(const hl_fusion_attention_plan *plan,
                                                const hl_span *g, const hl_fa_bf16_d128_space *w,
                                                const hl_state *t, int32_t columns, int32_t j0,
-                                               int32_t n)
+                                               int32_t n, int32_t kinds)
 {
     enum { DK = 128, DV = 128, OC = 128 };
     const hl_fusion_attention_args *const a = &plan->args;
@@ -5138,7 +5340,7 @@ HL_KERNEL_AVX2 void hl_fa_bf16_d128_block_avx2(const hl_fusion_attention_plan *p
         (const uint16_t *)a->key + g->key + j0 * a->key_stride.row;
     const uint16_t *const value =
         (const uint16_t *)a->value + g->value + j0 * a->value_stride.row;
-    const int32_t whole = j0 >= g->all_low && j0 + n <= g->all_high && a->atten_mask == NULL;
+    const int32_t whole = j0 >= g->all_low && j0 + n <= g->all_high && kinds == 1;
     const hl_seen bounds = {w->low, w->high, j0};
     const hl_seen *const seen = whole ? NULL : &bounds;
     int32_t apart[96];
@@ -5157,7 +5359,7 @@ HL_KERNEL_AVX2 void hl_fa_bf16_d128_block_avx2(const hl_fusion_attention_plan *p
     /* m' = max(m, rowmax S);  P = 2^(S - m');  l, alpha */
     hl_fa_bf16_d128_softmax_avx2(w->s, t, columns, n);
     if (a->keep_prob < 1.0f) {
-        hl_fa_bf16_d128_drop(a, g, w->s, 1, columns, j0, n);
+        hl_fa_bf16_d128_drop_avx2(a, g, w->s, 1, columns, j0, n);
     }
     /* O = alpha O + P V */
     hl_fa_bf16_d128_sums_avx2(w->s, columns, g->n, w->v, n, OC, t->alpha, t->o, seen);
@@ -5203,8 +5405,9 @@ static inline void hl_fa_bf16_d128_task_avx2(const hl_fusion_attention_plan *pla
     hl_fa_bf16_d128_bounds(&g, columns, w.low, w.high);
     for (int32_t j = g.low; j < g.high;) {
         const int32_t next = g.high - j > BLOCK - j % BLOCK ? j - j % BLOCK + BLOCK : g.high;
-        if (a->atten_mask == NULL || !hl_fa_bf16_d128_all_hidden(a, &g, j, next - j)) {
-            hl_fa_bf16_d128_block_avx2(plan, &g, &w, &t, columns, j, next - j);
+        const int32_t kinds = hl_fa_bf16_d128_mask_kinds(a, &g, j, next - j);
+        if (kinds != 2) { /* 2: all hidden */
+            hl_fa_bf16_d128_block_avx2(plan, &g, &w, &t, columns, j, next - j, kinds);
         }
         j = next;
     }
@@ -6389,6 +6592,89 @@ HL_KERNEL_AVX512 void hl_fa_bf16_d128_bias_avx512(const hl_fusion_attention_args
     hl_fa_bf16_d128_add_bias(a, g, s, 1, columns, j0, n, row);
 }
 
+/* ---- dropout: which weights are kept ----
+ *
+ * Bits of the caller's, or words of Philox4x32-10 (Salmon et al. 2011): word j % 4 for the counter
+ * (j / 4, row, b N1 + head, dropout_offset) and the two halves of dropout_seed. A weight is kept
+ * if its word is below keep_prob * 2^32. */
+
+/* The words of one query for 4 16 keys, from key 4 * four on. */
+HL_KERNEL_AVX512 void hl_fa_bf16_d128_words_avx512(uint32_t four, uint32_t row, uint32_t head,
+                                                   uint32_t offset, uint64_t seed, uint32_t *word)
+{
+    enum { N = 16 };
+    uint32_t k0 = (uint32_t)seed;
+    uint32_t k1 = (uint32_t)(seed >> 32);
+    uint32_t c0[N];
+    uint32_t c1[N];
+    uint32_t c2[N];
+    uint32_t c3[N];
+    for (int32_t u = 0; u < N; ++u) {
+        c0[u] = four + (uint32_t)u;
+        c1[u] = row;
+        c2[u] = head;
+        c3[u] = offset;
+    }
+    for (int32_t round = 0; round < 10; ++round) {
+        for (int32_t u = 0; u < N; ++u) {
+            const uint64_t x = (uint64_t)c0[u] * 0xd2511f53u;
+            const uint64_t y = (uint64_t)c2[u] * 0xcd9e8d57u;
+            c0[u] = (uint32_t)(y >> 32) ^ c1[u] ^ k0;
+            c1[u] = (uint32_t)y;
+            c2[u] = (uint32_t)(x >> 32) ^ c3[u] ^ k1;
+            c3[u] = (uint32_t)x;
+        }
+        k0 += 0x9e3779b9u;
+        k1 += 0xbb67ae85u;
+    }
+    for (int32_t u = 0; u < N; ++u) {
+        word[4 * u] = c0[u];
+        word[4 * u + 1] = c1[u];
+        word[4 * u + 2] = c2[u];
+        word[4 * u + 3] = c3[u];
+    }
+}
+
+/* 0 where a weight is dropped: n keys from j0, which lie step_k apart, the queries step_q. */
+HL_KERNEL_AVX512 void hl_fa_bf16_d128_drop_avx512(const hl_fusion_attention_args *a,
+                                                  const hl_span *g, float *s, ptrdiff_t step_q,
+                                                  ptrdiff_t step_k, int32_t j0, int32_t n)
+{
+    enum { N = 4 * 16 };
+    const uint32_t kept = (uint32_t)((double)a->keep_prob * 4294967296.0);
+    for (int32_t p = 0; p < g->n; ++p) {
+        const int32_t i = (g->first + p) / g->heads;
+        const int32_t head = g->kv_head * g->heads + (g->first + p) % g->heads;
+        float *const of = s + p * step_q;
+        if (a->dropout_mask != NULL) {
+            const unsigned char *const bits = (const unsigned char *)a->dropout_mask;
+            const int64_t row = (int64_t)head * g->seq_q + i;
+            const int64_t at = a->input_layout != HL_LAYOUT_TND
+                ? ((int64_t)g->batch * a->heads_q * g->seq_q + row) * g->seq_kv
+                               : g->pairs * a->heads_q + row * g->seq_kv;
+            for (int32_t j = 0; j < n; ++j) {
+                const uint64_t e = (uint64_t)at + (uint64_t)(j0 + j);
+                if ((bits[(size_t)(e / 8u)] >> e % 8u & 1u) == 0) {
+                    of[j * step_k] = 0.0f;
+                }
+            }
+            continue;
+        }
+        for (int32_t j = -(j0 % 4); j < n; j += N) {
+            uint32_t word[N];
+            const int32_t end = n - j < N ? n - j : N;
+            hl_fa_bf16_d128_words_avx512((uint32_t)(j0 + j) / 4u, (uint32_t)i, (uint32_t)g->batch
+                                         * (uint32_t)a->heads_q + (uint32_t)head,
+                                         (uint32_t)a->dropout_offset, (uint64_t)a->dropout_seed,
+                                         word);
+            for (int32_t u = j < 0 ? -j : 0; u < end; ++u) {
+                float *const w = of + (j + u) * step_k;
+                *w = word[u] < kept ? *w : 0.0f;
+            }
+        }
+    }
+}
+
 /* ---- finish: O / l, converted; max, sum and LSE ---- */
 
 HL_KERNEL_AVX512 void hl_fa_bf16_d128_store_out_avx512(const hl_fusion_attention_args *a,
@@ -6474,7 +6760,7 @@ HL_KERNEL_AVX512 void hl_fa_bf16_d128_add_seen_avx512(const hl_fusion_attention_
 HL_KERNEL_AVX512 void hl_fa_bf16_d128_block_avx512(const hl_fusion_attention_plan *plan,
                                                    const hl_span *g, const hl_fa_bf16_d128_space *w,
                                                    const hl_state *t, int32_t columns, int32_t j0,
-                                                   int32_t n)
+                                                   int32_t n, int32_t kinds)
 {
     enum { DK = 128, DV = 128, OC = 128 };
     const hl_fusion_attention_args *const a = &plan->args;
@@ -6482,7 +6768,7 @@ HL_KERNEL_AVX512 void hl_fa_bf16_d128_block_avx512(const hl_fusion_attention_pla
         (const uint16_t *)a->key + g->key + j0 * a->key_stride.row;
     const uint16_t *const value =
         (const uint16_t *)a->value + g->value + j0 * a->value_stride.row;
-    const int32_t whole = j0 >= g->all_low && j0 + n <= g->all_high && a->atten_mask == NULL;
+    const int32_t whole = j0 >= g->all_low && j0 + n <= g->all_high && kinds == 1;
     const hl_seen bounds = {w->low, w->high, j0};
     const hl_seen *const seen = whole ? NULL : &bounds;
     int32_t apart[96];
@@ -6501,7 +6787,7 @@ HL_KERNEL_AVX512 void hl_fa_bf16_d128_block_avx512(const hl_fusion_attention_pla
     /* m' = max(m, rowmax S);  P = 2^(S - m');  l, alpha */
     hl_fa_bf16_d128_softmax_avx512(w->s, t, columns, n);
     if (a->keep_prob < 1.0f) {
-        hl_fa_bf16_d128_drop(a, g, w->s, 1, columns, j0, n);
+        hl_fa_bf16_d128_drop_avx512(a, g, w->s, 1, columns, j0, n);
     }
     /* O = alpha O + P V */
     hl_fa_bf16_d128_sums_avx512(w->s, columns, g->n, w->v, n, OC, t->alpha, t->o, seen);
@@ -6547,8 +6833,9 @@ static inline void hl_fa_bf16_d128_task_avx512(const hl_fusion_attention_plan *p
     hl_fa_bf16_d128_bounds(&g, columns, w.low, w.high);
     for (int32_t j = g.low; j < g.high;) {
         const int32_t next = g.high - j > BLOCK - j % BLOCK ? j - j % BLOCK + BLOCK : g.high;
-        if (a->atten_mask == NULL || !hl_fa_bf16_d128_all_hidden(a, &g, j, next - j)) {
-            hl_fa_bf16_d128_block_avx512(plan, &g, &w, &t, columns, j, next - j);
+        const int32_t kinds = hl_fa_bf16_d128_mask_kinds(a, &g, j, next - j);
+        if (kinds != 2) { /* 2: all hidden */
+            hl_fa_bf16_d128_block_avx512(plan, &g, &w, &t, columns, j, next - j, kinds);
         }
         j = next;
     }
@@ -6622,17 +6909,15 @@ HL_KERNEL_AMX void hl_fa_bf16_d128_load_unit_amx(const uint16_t *from, ptrdiff_t
 }
 
 /* These rows as A. */
-HL_WORD_AMX hl_fa_bf16_d128_operand_amx hl_fa_bf16_d128_rows_of_amx(const uint16_t *from,
-    ptrdiff_t step, int32_t n, int32_t channels, const unsigned char *unit)
+HL_WORD_AMX void hl_fa_bf16_d128_rows_of_amx(hl_fa_bf16_d128_operand_amx *rows,
+                                             const uint16_t *from, ptrdiff_t step, int32_t n,
+                                             int32_t channels, const unsigned char *unit)
 {
-    hl_fa_bf16_d128_operand_amx rows = {unit, 64, 1024, 2048};
-    if (hl_fa_bf16_d128_in_place_amx(step, n, channels)) {
-        rows.at = (const unsigned char *)from;
-        rows.stride = step * 2;
-        rows.second = step * 32;
-        rows.step = 64;
-    }
-    return rows;
+    const int32_t in_place = hl_fa_bf16_d128_in_place_amx(step, n, channels);
+    rows->at = in_place ? (const unsigned char *)from : unit;
+    rows->stride = in_place ? step * 2 : 64;
+    rows->second = in_place ? step * 32 : 1024;
+    rows->step = in_place ? 64 : 2048;
 }
 
 /* A unit as B: [column][tile][pair of channels], rows in the lanes. */
@@ -6690,11 +6975,93 @@ HL_KERNEL_AMX uint32_t hl_fa_bf16_d128_finite_amx(const uint16_t *from, ptrdiff_
     return rows;
 }
 
+/* ---- dropout: which weights are kept ----
+ *
+ * Bits of the caller's, or words of Philox4x32-10 (Salmon et al. 2011): word j % 4 for the counter
+ * (j / 4, row, b N1 + head, dropout_offset) and the two halves of dropout_seed. A weight is kept
+ * if its word is below keep_prob * 2^32. */
+
+/* The words of one query for 4 16 keys, from key 4 * four on. */
+HL_KERNEL_AMX void hl_fa_bf16_d128_words_amx(uint32_t four, uint32_t row, uint32_t head,
+                                             uint32_t offset, uint64_t seed, uint32_t *word)
+{
+    enum { N = 16 };
+    uint32_t k0 = (uint32_t)seed;
+    uint32_t k1 = (uint32_t)(seed >> 32);
+    uint32_t c0[N];
+    uint32_t c1[N];
+    uint32_t c2[N];
+    uint32_t c3[N];
+    for (int32_t u = 0; u < N; ++u) {
+        c0[u] = four + (uint32_t)u;
+        c1[u] = row;
+        c2[u] = head;
+        c3[u] = offset;
+    }
+    for (int32_t round = 0; round < 10; ++round) {
+        for (int32_t u = 0; u < N; ++u) {
+            const uint64_t x = (uint64_t)c0[u] * 0xd2511f53u;
+            const uint64_t y = (uint64_t)c2[u] * 0xcd9e8d57u;
+            c0[u] = (uint32_t)(y >> 32) ^ c1[u] ^ k0;
+            c1[u] = (uint32_t)y;
+            c2[u] = (uint32_t)(x >> 32) ^ c3[u] ^ k1;
+            c3[u] = (uint32_t)x;
+        }
+        k0 += 0x9e3779b9u;
+        k1 += 0xbb67ae85u;
+    }
+    for (int32_t u = 0; u < N; ++u) {
+        word[4 * u] = c0[u];
+        word[4 * u + 1] = c1[u];
+        word[4 * u + 2] = c2[u];
+        word[4 * u + 3] = c3[u];
+    }
+}
+
+/* 0 where a weight is dropped: n keys from j0, which lie step_k apart, the queries step_q. */
+HL_KERNEL_AMX void hl_fa_bf16_d128_drop_amx(const hl_fusion_attention_args *a, const hl_span *g,
+                                            float *s, ptrdiff_t step_q, ptrdiff_t step_k,
+                                            int32_t j0, int32_t n)
+{
+    enum { N = 4 * 16 };
+    const uint32_t kept = (uint32_t)((double)a->keep_prob * 4294967296.0);
+    for (int32_t p = 0; p < g->n; ++p) {
+        const int32_t i = (g->first + p) / g->heads;
+        const int32_t head = g->kv_head * g->heads + (g->first + p) % g->heads;
+        float *const of = s + p * step_q;
+        if (a->dropout_mask != NULL) {
+            const unsigned char *const bits = (const unsigned char *)a->dropout_mask;
+            const int64_t row = (int64_t)head * g->seq_q + i;
+            const int64_t at = a->input_layout != HL_LAYOUT_TND
+                ? ((int64_t)g->batch * a->heads_q * g->seq_q + row) * g->seq_kv
+                               : g->pairs * a->heads_q + row * g->seq_kv;
+            for (int32_t j = 0; j < n; ++j) {
+                const uint64_t e = (uint64_t)at + (uint64_t)(j0 + j);
+                if ((bits[(size_t)(e / 8u)] >> e % 8u & 1u) == 0) {
+                    of[j * step_k] = 0.0f;
+                }
+            }
+            continue;
+        }
+        for (int32_t j = -(j0 % 4); j < n; j += N) {
+            uint32_t word[N];
+            const int32_t end = n - j < N ? n - j : N;
+            hl_fa_bf16_d128_words_amx((uint32_t)(j0 + j) / 4u, (uint32_t)i, (uint32_t)g->batch
+                                      * (uint32_t)a->heads_q + (uint32_t)head,
+                                      (uint32_t)a->dropout_offset, (uint64_t)a->dropout_seed, word);
+            for (int32_t u = j < 0 ? -j : 0; u < end; ++u) {
+                float *const w = of + (j + u) * step_k;
+                *w = word[u] < kept ? *w : 0.0f;
+            }
+        }
+    }
+}
+
 /* ---- softmax: P = 2^(S - m) in pairs of keys, behind the columns of products ----
  *
- * m is a whole number, raised only when a score lies more than 2^8 above it: every factor of O and
- * l is then a power of two, and most are 1. P takes the place of S: a pair of keys is 16 words of
- * 32 bits where its first key was. */
+ * m is a whole number, raised only when a score lies more than 8 above it: every factor of O
+ * and l is then a power of two, and most are 1. P takes the place of S: a pair of keys is 16 words
+ * of 32 bits where its first key was. */
 
 /* What goes on beside products: tiles that are not stored yet, scores that become weights. */
 typedef struct hl_fa_bf16_d128_woven_amx {
@@ -6749,7 +7116,7 @@ HL_KERNEL_AMX void hl_fa_bf16_d128_weigh_dropped_amx(const hl_fusion_attention_a
                          hl_vadd_avx512(hl_vload_avx512(x->mass + q), hl_rounded_amx(p)));
         hl_vstore_avx512(x->s + i, p);
     }
-    hl_fa_bf16_d128_drop(a, g, x->s, 1, 32, j0, n);
+    hl_fa_bf16_d128_drop_amx(a, g, x->s, 1, 32, j0, n);
     for (int32_t i = 32 * n; i < 64 * x->pairs; i += 16) {
         hl_vstore_avx512(x->s + i, hl_vzero_avx512());
     }
@@ -7033,11 +7400,11 @@ HL_KERNEL_AMX void hl_fa_bf16_d128_scores_amx(const hl_fusion_attention_args *a,
 {
     const hl_fa_bf16_d128_operand_amx q = {u->q, 64, 1024, 2048};
     for (int32_t j = j0; j < j0 + n; j += 32) {
-        const hl_fa_bf16_d128_operand_amx rows =
-            hl_fa_bf16_d128_rows_of_amx((const uint16_t *)a->key + u->g.key + j * a->key_stride.row,
-                                        a->key_stride.row, u->g.seq_kv - j, 128,
-                                        (const unsigned char *)w->k
-                                        + (ptrdiff_t)(j - panel->j0) / 32 * 8192);
+        hl_fa_bf16_d128_operand_amx rows;
+        hl_fa_bf16_d128_rows_of_amx(&rows, (const uint16_t *)a->key + u->g.key + j
+                                    * a->key_stride.row, a->key_stride.row, u->g.seq_kv - j, 128,
+                                    (const unsigned char *)w->k + (ptrdiff_t)(j - panel->j0) / 32
+                                    * 8192);
         hl_fa_bf16_d128_unit_amx(x, &rows, &q, 4, 1, (unsigned char *)(s + (j - j0) * 32));
     }
 }
@@ -7139,7 +7506,8 @@ HL_KERNEL_AMX void hl_fa_bf16_d128_add_apart_amx(const hl_fusion_attention_args 
         for (int32_t q = 0; q < u->g.n; ++q) {
             const uint32_t word = hl_bits_of(words[q]);
             const float p = hl_float_of(j % 2 != 0 ? word & 0xffff0000u : word << 16);
-            for (int32_t c = 0; c < 128 && hl_fa_bf16_d128_sees(a, &u->g, q, j); ++c) {
+            const int32_t end = hl_fa_bf16_d128_sees(a, &u->g, q, j) ? 128 : 0;
+            for (int32_t c = 0; c < end; ++c) {
                 u->t.o[32 * c + q] += p * hl_float_of_bf16(value[c]);
             }
         }
@@ -7156,10 +7524,11 @@ HL_KERNEL_AMX void hl_fa_bf16_d128_sums_amx(const hl_fusion_attention_plan *plan
                                             int32_t n, float *later, int32_t later_j0,
                                             int32_t later_n)
 {
-    hl_fa_bf16_d128_operand_amx p = {(const unsigned char *)s, 256, 64, 4096};
-    hl_fa_bf16_d128_operand_amx v = {(const unsigned char *)w->v
-                        + (ptrdiff_t)(j0 - panel->j0) / 32 * 8192,
-                    64, 1024, 8192};
+    const unsigned char *const weights = (const unsigned char *)s;
+    const unsigned char *const values =
+        (const unsigned char *)w->v + (ptrdiff_t)(j0 - panel->j0) / 32 * 8192;
+    const hl_fa_bf16_d128_operand_amx p = {weights, 256, 64, 4096};
+    hl_fa_bf16_d128_operand_amx v = {values, 64, 1024, 8192};
     for (int32_t c = 0; c < 4; ++c, v.at += 2048) {
         hl_fa_bf16_d128_unit_amx(x, &v, &p, (n + 31) / 32, u->fresh,
                                  (unsigned char *)(u->t.o + 1024 * c));
@@ -7178,7 +7547,7 @@ HL_KERNEL_AMX int32_t hl_fa_bf16_d128_next_amx(const hl_fusion_attention_args *a
     enum { STEP = 64 };
     for (; *j < end; *j = *j - *j % STEP + STEP) {
         const int32_t n = end - *j > STEP - *j % STEP ? STEP - *j % STEP : end - *j;
-        if (a->atten_mask == NULL || !hl_fa_bf16_d128_all_hidden(a, g, *j, n)) {
+        if (hl_fa_bf16_d128_mask_kinds(a, g, *j, n) != 2) {
             return n;
         }
     }
@@ -7340,7 +7709,7 @@ static inline void hl_fa_bf16_d128_task_amx(const hl_fusion_attention_plan *plan
     for (int32_t j = g.low - g.low % 32; j < g.high; j = panel.end) {
         panel.j0 = j;
         panel.end = g.high - j > PANEL - j % PANEL ? j - j % PANEL + PANEL : g.high;
-        if (a->atten_mask != NULL && hl_fa_bf16_d128_all_hidden(a, &g, j, panel.end - j)) {
+        if (hl_fa_bf16_d128_mask_kinds(a, &g, j, panel.end - j) == 2) {
             continue;
         }
         hl_fa_bf16_d128_load_panel_amx(a, &g, &w, &panel);
