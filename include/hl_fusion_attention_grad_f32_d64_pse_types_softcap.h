@@ -1175,21 +1175,6 @@ static inline int32_t hl_clip(int64_t x, int64_t low, int64_t high)
     return (int32_t)(x < low ? low : x > high ? high : x);
 }
 
-/* Philox4x32-10 (Salmon et al. 2011): four words for a counter of four and a key of two. */
-static inline void hl_philox(uint32_t c[4], uint32_t k0, uint32_t k1)
-{
-    for (int32_t round = 0; round < 10; ++round) {
-        const uint64_t x = (uint64_t)c[0] * 0xd2511f53u;
-        const uint64_t y = (uint64_t)c[2] * 0xcd9e8d57u;
-        c[0] = (uint32_t)(y >> 32) ^ c[1] ^ k0;
-        c[1] = (uint32_t)y;
-        c[2] = (uint32_t)(x >> 32) ^ c[3] ^ k1;
-        c[3] = (uint32_t)x;
-        k0 += 0x9e3779b9u;
-        k1 += 0xbb67ae85u;
-    }
-}
-
 /* The root of x > 0 by Newton's steps, as no library is asked for one. */
 static inline float hl_root(float x)
 {
@@ -2563,35 +2548,40 @@ static inline void hl_fag_f32_d64_pse_types_softcap_bounds(const hl_span *g, int
     }
 }
 
-/* Is one of n bytes 0? Eight at a time, as most rows are all alike. */
-static inline int32_t hl_fag_f32_d64_pse_types_softcap_any_seen(const unsigned char *mask,
-    int32_t n)
+/* Are bytes of 0 among n, or others? Eight at a time, as most rows are all alike: 1, 2 or both. */
+static inline int32_t hl_fag_f32_d64_pse_types_softcap_kinds(const unsigned char *mask, int32_t n)
 {
-    int32_t seen = 0;
-    for (int32_t j = 0; j < n; ++j) {
-        seen |= mask[j] == 0;
+    const uint64_t ones = 0x0101010101010101u;
+    int32_t kinds = 0;
+    int32_t j = 0;
+    for (; j + 8 <= n && kinds != 3; j += 8) {
+        uint64_t x;
+        HL_COPY(&x, mask + j, sizeof x);
+        kinds |= x != 0 ? 2 : 1;
+        kinds |= ((x - ones) & ~x & ones << 7) != 0 ? 1 : 0;
     }
-    return seen;
+    for (; j < n; ++j) {
+        kinds |= mask[j] == 0 ? 1 : 2;
+    }
+    return kinds;
 }
 
-/* Do bytes hide all of keys j0 .. j0 + n - 1 from all queries? */
-static inline int32_t hl_fag_f32_d64_pse_types_softcap_all_hidden(
+/* The same of all queries, for keys j0 .. j0 + n - 1. Without bytes 1. */
+static inline int32_t hl_fag_f32_d64_pse_types_softcap_mask_kinds(
     const hl_fusion_attention_grad_args *a, const hl_span *g, int32_t j0, int32_t n)
 {
     int32_t before = -1;
-    for (int32_t p = 0; p < g->n; ++p) {
+    int32_t kinds = a->atten_mask == NULL ? 1 : 0;
+    for (int32_t p = 0; a->atten_mask != NULL && kinds != 3 && p < g->n; ++p) {
         const int32_t i = (g->first + p) / g->heads;
         const int32_t head = g->kv_head * g->heads + (g->first + p) % g->heads;
         if (a->mask_heads > 1 || i != before) {
-            if (
-                hl_fag_f32_d64_pse_types_softcap_any_seen(
-                hl_fag_f32_d64_pse_types_softcap_mask_row(a, g, i, head) + j0, n)) {
-                return 0;
-            }
+            kinds |= hl_fag_f32_d64_pse_types_softcap_kinds(
+                hl_fag_f32_d64_pse_types_softcap_mask_row(a, g, i, head) + j0, n);
         }
         before = i;
     }
-    return 1;
+    return kinds;
 }
 
 /* `value` in the place of what is masked of s: n keys from j0, which lie step_k apart, the queries
@@ -2620,52 +2610,6 @@ static inline void hl_fag_f32_d64_pse_types_softcap_hide(const hl_fusion_attenti
         }
         for (int32_t j = end; j < n; ++j) {
             of[j * step_k] = value;
-        }
-    }
-}
-
-/* ---- dropout: which weights are kept ----
- *
- * Bits of the caller's, or words of Philox4x32-10: word j % 4 for the counter (j / 4, row, b N1 +
- * head, dropout_offset) and the two halves of dropout_seed. An element is kept if its word is
- * below keep_prob * 2^32. */
-
-/* P = 0 where a weight is dropped: n keys from j0, which lie step_k apart, the queries step_q. */
-static inline void hl_fag_f32_d64_pse_types_softcap_drop(const hl_fusion_attention_grad_args *a,
-    const hl_span *g, float *s, ptrdiff_t step_q, ptrdiff_t step_k, int32_t j0, int32_t n)
-{
-    const uint64_t kept = (uint64_t)((double)a->keep_prob * 4294967296.0);
-    const uint64_t seed = (uint64_t)a->dropout_seed;
-    for (int32_t p = 0; p < g->n; ++p) {
-        const int32_t i = (g->first + p) / g->heads;
-        const int32_t head = g->kv_head * g->heads + (g->first + p) % g->heads;
-        if (a->dropout_mask != NULL) {
-            const unsigned char *const bits = (const unsigned char *)a->dropout_mask;
-            const int64_t row = (int64_t)head * g->seq_q + i;
-            const int64_t at = a->input_layout != HL_LAYOUT_TND
-                ? ((int64_t)g->batch * a->heads_q * g->seq_q + row) * g->seq_kv
-                               : g->pairs * a->heads_q + row * g->seq_kv;
-            for (int32_t j = 0; j < n; ++j) {
-                const uint64_t e = (uint64_t)at + (uint64_t)(j0 + j);
-                if ((bits[(size_t)(e / 8u)] >> e % 8u & 1u) == 0) {
-                    s[p * step_q + j * step_k] = 0.0f;
-                }
-            }
-            continue;
-        }
-        for (int32_t four = j0 / 4 * 4; four < j0 + n; four += 4) {
-            uint32_t word[4];
-            word[0] = (uint32_t)four / 4u;
-            word[1] = (uint32_t)i;
-            word[2] = (uint32_t)g->batch * (uint32_t)a->heads_q + (uint32_t)head;
-            word[3] = (uint32_t)a->dropout_offset;
-            hl_philox(word, (uint32_t)seed, (uint32_t)(seed >> 32));
-            for (int32_t w = 0; w < 4; ++w) {
-                const int32_t j = four + w - j0;
-                if (j >= 0 && j < n && word[w] >= kept) {
-                    s[p * step_q + j * step_k] = 0.0f;
-                }
-            }
         }
     }
 }
@@ -3241,6 +3185,88 @@ HL_KERNEL_SCALAR void hl_fag_f32_d64_pse_types_softcap_sums_scalar(const float *
     }
 }
 
+/* ---- dropout: which weights are kept ----
+ *
+ * Bits of the caller's, or words of Philox4x32-10 (Salmon et al. 2011): word j % 4 for the counter
+ * (j / 4, row, b N1 + head, dropout_offset) and the two halves of dropout_seed. A weight is kept
+ * if its word is below keep_prob * 2^32. */
+
+/* The words of one query for 4 1 keys, from key 4 * four on. */
+HL_KERNEL_SCALAR void hl_fag_f32_d64_pse_types_softcap_words_scalar(uint32_t four, uint32_t row,
+    uint32_t head, uint32_t offset, uint64_t seed, uint32_t *word)
+{
+    enum { N = 1 };
+    uint32_t k0 = (uint32_t)seed;
+    uint32_t k1 = (uint32_t)(seed >> 32);
+    uint32_t c0[N];
+    uint32_t c1[N];
+    uint32_t c2[N];
+    uint32_t c3[N];
+    for (int32_t u = 0; u < N; ++u) {
+        c0[u] = four + (uint32_t)u;
+        c1[u] = row;
+        c2[u] = head;
+        c3[u] = offset;
+    }
+    for (int32_t round = 0; round < 10; ++round) {
+        for (int32_t u = 0; u < N; ++u) {
+            const uint64_t x = (uint64_t)c0[u] * 0xd2511f53u;
+            const uint64_t y = (uint64_t)c2[u] * 0xcd9e8d57u;
+            c0[u] = (uint32_t)(y >> 32) ^ c1[u] ^ k0;
+            c1[u] = (uint32_t)y;
+            c2[u] = (uint32_t)(x >> 32) ^ c3[u] ^ k1;
+            c3[u] = (uint32_t)x;
+        }
+        k0 += 0x9e3779b9u;
+        k1 += 0xbb67ae85u;
+    }
+    for (int32_t u = 0; u < N; ++u) {
+        word[4 * u] = c0[u];
+        word[4 * u + 1] = c1[u];
+        word[4 * u + 2] = c2[u];
+        word[4 * u + 3] = c3[u];
+    }
+}
+
+/* 0 where a weight is dropped: n keys from j0, which lie step_k apart, the queries step_q. */
+HL_KERNEL_SCALAR void hl_fag_f32_d64_pse_types_softcap_drop_scalar(
+    const hl_fusion_attention_grad_args *a, const hl_span *g, float *s, ptrdiff_t step_q,
+    ptrdiff_t step_k, int32_t j0, int32_t n)
+{
+    enum { N = 4 * 1 };
+    const uint32_t kept = (uint32_t)((double)a->keep_prob * 4294967296.0);
+    for (int32_t p = 0; p < g->n; ++p) {
+        const int32_t i = (g->first + p) / g->heads;
+        const int32_t head = g->kv_head * g->heads + (g->first + p) % g->heads;
+        float *const of = s + p * step_q;
+        if (a->dropout_mask != NULL) {
+            const unsigned char *const bits = (const unsigned char *)a->dropout_mask;
+            const int64_t row = (int64_t)head * g->seq_q + i;
+            const int64_t at = a->input_layout != HL_LAYOUT_TND
+                ? ((int64_t)g->batch * a->heads_q * g->seq_q + row) * g->seq_kv
+                               : g->pairs * a->heads_q + row * g->seq_kv;
+            for (int32_t j = 0; j < n; ++j) {
+                const uint64_t e = (uint64_t)at + (uint64_t)(j0 + j);
+                if ((bits[(size_t)(e / 8u)] >> e % 8u & 1u) == 0) {
+                    of[j * step_k] = 0.0f;
+                }
+            }
+            continue;
+        }
+        for (int32_t j = -(j0 % 4); j < n; j += N) {
+            uint32_t word[N];
+            const int32_t end = n - j < N ? n - j : N;
+            hl_fag_f32_d64_pse_types_softcap_words_scalar((uint32_t)(j0 + j) / 4u, (uint32_t)i,
+                (uint32_t)g->batch * (uint32_t)a->heads_q + (uint32_t)head,
+                (uint32_t)a->dropout_offset, (uint64_t)a->dropout_seed, word);
+            for (int32_t u = j < 0 ? -j : 0; u < end; ++u) {
+                float *const w = of + (j + u) * step_k;
+                *w = word[u] < kept ? *w : 0.0f;
+            }
+        }
+    }
+}
+
 /* ---- gradient: P = 2^(S - max) / sum;  dS = P o (dP - delta), delta = rowsum(dO o O) ---- */
 
 /* cap * tanh(s / cap) = s * (tanh x / x). From 1/4 on tanh x = (1 - e) / (1 + e) with
@@ -3435,7 +3461,8 @@ HL_KERNEL_SCALAR void hl_fag_f32_d64_pse_types_softcap_pairs_scalar(
         for (int32_t i = 0; i < t->rows * t->width; ++i) {
             kept[i] = 1.0f / a->keep_prob;
         }
-        hl_fag_f32_d64_pse_types_softcap_drop(a, &t->g, kept, step_q, step_k, t->key, t->keys);
+        hl_fag_f32_d64_pse_types_softcap_drop_scalar(a, &t->g, kept, step_q, step_k, t->key,
+            t->keys);
     }
     /* P = 2^(S - max) / sum;  dS = P o (dP - delta) */
     if (t->of_keys) {
@@ -3607,8 +3634,7 @@ HL_KERNEL_SCALAR void hl_fag_f32_d64_pse_types_softcap_query_task_scalar(
     }
     for (int32_t j = g.low; j < g.high;) {
         const int32_t next = g.high - j > BLOCK - j % BLOCK ? j - j % BLOCK + BLOCK : g.high;
-        if (a->atten_mask == NULL
-            || !hl_fag_f32_d64_pse_types_softcap_all_hidden(a, &g, j, next - j)) {
+        if (hl_fag_f32_d64_pse_types_softcap_mask_kinds(a, &g, j, next - j) != 2) {
             hl_fag_f32_d64_pse_types_softcap_load_rows_scalar((const float *)a->key + g.key + j
                 * a->key_stride.row, a->key_stride.row, next - j, DK, w->k);
             hl_fag_f32_d64_pse_types_softcap_load_rows_scalar((const float *)a->value + g.value + j
@@ -3708,8 +3734,7 @@ HL_KERNEL_SCALAR void hl_fag_f32_d64_pse_types_softcap_key_task_scalar(
     for (int32_t first = 0; first < g.seq_q * g.heads; first += plan->queries) {
         hl_fag_f32_d64_pse_types_softcap_queries(a, &g, kv_head, first, plan->queries);
         if (g.high <= j0 || g.low >= j0 + n
-            || (a->atten_mask != NULL
-                && hl_fag_f32_d64_pse_types_softcap_all_hidden(a, &g, j0, n))) {
+            || hl_fag_f32_d64_pse_types_softcap_mask_kinds(a, &g, j0, n) == 2) {
             continue;
         }
         hl_fag_f32_d64_pse_types_softcap_load_queries_scalar(a->query, g.query, &a->query_stride,
@@ -4315,6 +4340,88 @@ HL_KERNEL_NEON void hl_fag_f32_d64_pse_types_softcap_sums_neon(const float *s, i
     }
 }
 
+/* ---- dropout: which weights are kept ----
+ *
+ * Bits of the caller's, or words of Philox4x32-10 (Salmon et al. 2011): word j % 4 for the counter
+ * (j / 4, row, b N1 + head, dropout_offset) and the two halves of dropout_seed. A weight is kept
+ * if its word is below keep_prob * 2^32. */
+
+/* The words of one query for 4 4 keys, from key 4 * four on. */
+HL_KERNEL_NEON void hl_fag_f32_d64_pse_types_softcap_words_neon(uint32_t four, uint32_t row,
+    uint32_t head, uint32_t offset, uint64_t seed, uint32_t *word)
+{
+    enum { N = 4 };
+    uint32_t k0 = (uint32_t)seed;
+    uint32_t k1 = (uint32_t)(seed >> 32);
+    uint32_t c0[N];
+    uint32_t c1[N];
+    uint32_t c2[N];
+    uint32_t c3[N];
+    for (int32_t u = 0; u < N; ++u) {
+        c0[u] = four + (uint32_t)u;
+        c1[u] = row;
+        c2[u] = head;
+        c3[u] = offset;
+    }
+    for (int32_t round = 0; round < 10; ++round) {
+        for (int32_t u = 0; u < N; ++u) {
+            const uint64_t x = (uint64_t)c0[u] * 0xd2511f53u;
+            const uint64_t y = (uint64_t)c2[u] * 0xcd9e8d57u;
+            c0[u] = (uint32_t)(y >> 32) ^ c1[u] ^ k0;
+            c1[u] = (uint32_t)y;
+            c2[u] = (uint32_t)(x >> 32) ^ c3[u] ^ k1;
+            c3[u] = (uint32_t)x;
+        }
+        k0 += 0x9e3779b9u;
+        k1 += 0xbb67ae85u;
+    }
+    for (int32_t u = 0; u < N; ++u) {
+        word[4 * u] = c0[u];
+        word[4 * u + 1] = c1[u];
+        word[4 * u + 2] = c2[u];
+        word[4 * u + 3] = c3[u];
+    }
+}
+
+/* 0 where a weight is dropped: n keys from j0, which lie step_k apart, the queries step_q. */
+HL_KERNEL_NEON void hl_fag_f32_d64_pse_types_softcap_drop_neon(
+    const hl_fusion_attention_grad_args *a, const hl_span *g, float *s, ptrdiff_t step_q,
+    ptrdiff_t step_k, int32_t j0, int32_t n)
+{
+    enum { N = 4 * 4 };
+    const uint32_t kept = (uint32_t)((double)a->keep_prob * 4294967296.0);
+    for (int32_t p = 0; p < g->n; ++p) {
+        const int32_t i = (g->first + p) / g->heads;
+        const int32_t head = g->kv_head * g->heads + (g->first + p) % g->heads;
+        float *const of = s + p * step_q;
+        if (a->dropout_mask != NULL) {
+            const unsigned char *const bits = (const unsigned char *)a->dropout_mask;
+            const int64_t row = (int64_t)head * g->seq_q + i;
+            const int64_t at = a->input_layout != HL_LAYOUT_TND
+                ? ((int64_t)g->batch * a->heads_q * g->seq_q + row) * g->seq_kv
+                               : g->pairs * a->heads_q + row * g->seq_kv;
+            for (int32_t j = 0; j < n; ++j) {
+                const uint64_t e = (uint64_t)at + (uint64_t)(j0 + j);
+                if ((bits[(size_t)(e / 8u)] >> e % 8u & 1u) == 0) {
+                    of[j * step_k] = 0.0f;
+                }
+            }
+            continue;
+        }
+        for (int32_t j = -(j0 % 4); j < n; j += N) {
+            uint32_t word[N];
+            const int32_t end = n - j < N ? n - j : N;
+            hl_fag_f32_d64_pse_types_softcap_words_neon((uint32_t)(j0 + j) / 4u, (uint32_t)i,
+                (uint32_t)g->batch * (uint32_t)a->heads_q + (uint32_t)head,
+                (uint32_t)a->dropout_offset, (uint64_t)a->dropout_seed, word);
+            for (int32_t u = j < 0 ? -j : 0; u < end; ++u) {
+                float *const w = of + (j + u) * step_k;
+                *w = word[u] < kept ? *w : 0.0f;
+            }
+        }
+    }
+}
+
 /* ---- gradient: P = 2^(S - max) / sum;  dS = P o (dP - delta), delta = rowsum(dO o O) ---- */
 
 /* cap * tanh(s / cap) = s * (tanh x / x). From 1/4 on tanh x = (1 - e) / (1 + e) with
@@ -4503,7 +4610,7 @@ HL_KERNEL_NEON void hl_fag_f32_d64_pse_types_softcap_pairs_neon(
         for (int32_t i = 0; i < t->rows * t->width; ++i) {
             kept[i] = 1.0f / a->keep_prob;
         }
-        hl_fag_f32_d64_pse_types_softcap_drop(a, &t->g, kept, step_q, step_k, t->key, t->keys);
+        hl_fag_f32_d64_pse_types_softcap_drop_neon(a, &t->g, kept, step_q, step_k, t->key, t->keys);
     }
     /* P = 2^(S - max) / sum;  dS = P o (dP - delta) */
     if (t->of_keys) {
@@ -4675,8 +4782,7 @@ HL_KERNEL_NEON void hl_fag_f32_d64_pse_types_softcap_query_task_neon(
     }
     for (int32_t j = g.low; j < g.high;) {
         const int32_t next = g.high - j > BLOCK - j % BLOCK ? j - j % BLOCK + BLOCK : g.high;
-        if (a->atten_mask == NULL
-            || !hl_fag_f32_d64_pse_types_softcap_all_hidden(a, &g, j, next - j)) {
+        if (hl_fag_f32_d64_pse_types_softcap_mask_kinds(a, &g, j, next - j) != 2) {
             hl_fag_f32_d64_pse_types_softcap_load_rows_neon((const float *)a->key + g.key + j
                 * a->key_stride.row, a->key_stride.row, next - j, DK, w->k);
             hl_fag_f32_d64_pse_types_softcap_load_rows_neon((const float *)a->value + g.value + j
@@ -4778,8 +4884,7 @@ HL_KERNEL_NEON void hl_fag_f32_d64_pse_types_softcap_key_task_neon(
     for (int32_t first = 0; first < g.seq_q * g.heads; first += plan->queries) {
         hl_fag_f32_d64_pse_types_softcap_queries(a, &g, kv_head, first, plan->queries);
         if (g.high <= j0 || g.low >= j0 + n
-            || (a->atten_mask != NULL
-                && hl_fag_f32_d64_pse_types_softcap_all_hidden(a, &g, j0, n))) {
+            || hl_fag_f32_d64_pse_types_softcap_mask_kinds(a, &g, j0, n) == 2) {
             continue;
         }
         hl_fag_f32_d64_pse_types_softcap_load_queries_neon(a->query, g.query, &a->query_stride, &g,
@@ -5325,6 +5430,88 @@ HL_KERNEL_AVX2 void hl_fag_f32_d64_pse_types_softcap_sums_avx2(const float *s, i
     }
 }
 
+/* ---- dropout: which weights are kept ----
+ *
+ * Bits of the caller's, or words of Philox4x32-10 (Salmon et al. 2011): word j % 4 for the counter
+ * (j / 4, row, b N1 + head, dropout_offset) and the two halves of dropout_seed. A weight is kept
+ * if its word is below keep_prob * 2^32. */
+
+/* The words of one query for 4 8 keys, from key 4 * four on. */
+HL_KERNEL_AVX2 void hl_fag_f32_d64_pse_types_softcap_words_avx2(uint32_t four, uint32_t row,
+    uint32_t head, uint32_t offset, uint64_t seed, uint32_t *word)
+{
+    enum { N = 8 };
+    uint32_t k0 = (uint32_t)seed;
+    uint32_t k1 = (uint32_t)(seed >> 32);
+    uint32_t c0[N];
+    uint32_t c1[N];
+    uint32_t c2[N];
+    uint32_t c3[N];
+    for (int32_t u = 0; u < N; ++u) {
+        c0[u] = four + (uint32_t)u;
+        c1[u] = row;
+        c2[u] = head;
+        c3[u] = offset;
+    }
+    for (int32_t round = 0; round < 10; ++round) {
+        for (int32_t u = 0; u < N; ++u) {
+            const uint64_t x = (uint64_t)c0[u] * 0xd2511f53u;
+            const uint64_t y = (uint64_t)c2[u] * 0xcd9e8d57u;
+            c0[u] = (uint32_t)(y >> 32) ^ c1[u] ^ k0;
+            c1[u] = (uint32_t)y;
+            c2[u] = (uint32_t)(x >> 32) ^ c3[u] ^ k1;
+            c3[u] = (uint32_t)x;
+        }
+        k0 += 0x9e3779b9u;
+        k1 += 0xbb67ae85u;
+    }
+    for (int32_t u = 0; u < N; ++u) {
+        word[4 * u] = c0[u];
+        word[4 * u + 1] = c1[u];
+        word[4 * u + 2] = c2[u];
+        word[4 * u + 3] = c3[u];
+    }
+}
+
+/* 0 where a weight is dropped: n keys from j0, which lie step_k apart, the queries step_q. */
+HL_KERNEL_AVX2 void hl_fag_f32_d64_pse_types_softcap_drop_avx2(
+    const hl_fusion_attention_grad_args *a, const hl_span *g, float *s, ptrdiff_t step_q,
+    ptrdiff_t step_k, int32_t j0, int32_t n)
+{
+    enum { N = 4 * 8 };
+    const uint32_t kept = (uint32_t)((double)a->keep_prob * 4294967296.0);
+    for (int32_t p = 0; p < g->n; ++p) {
+        const int32_t i = (g->first + p) / g->heads;
+        const int32_t head = g->kv_head * g->heads + (g->first + p) % g->heads;
+        float *const of = s + p * step_q;
+        if (a->dropout_mask != NULL) {
+            const unsigned char *const bits = (const unsigned char *)a->dropout_mask;
+            const int64_t row = (int64_t)head * g->seq_q + i;
+            const int64_t at = a->input_layout != HL_LAYOUT_TND
+                ? ((int64_t)g->batch * a->heads_q * g->seq_q + row) * g->seq_kv
+                               : g->pairs * a->heads_q + row * g->seq_kv;
+            for (int32_t j = 0; j < n; ++j) {
+                const uint64_t e = (uint64_t)at + (uint64_t)(j0 + j);
+                if ((bits[(size_t)(e / 8u)] >> e % 8u & 1u) == 0) {
+                    of[j * step_k] = 0.0f;
+                }
+            }
+            continue;
+        }
+        for (int32_t j = -(j0 % 4); j < n; j += N) {
+            uint32_t word[N];
+            const int32_t end = n - j < N ? n - j : N;
+            hl_fag_f32_d64_pse_types_softcap_words_avx2((uint32_t)(j0 + j) / 4u, (uint32_t)i,
+                (uint32_t)g->batch * (uint32_t)a->heads_q + (uint32_t)head,
+                (uint32_t)a->dropout_offset, (uint64_t)a->dropout_seed, word);
+            for (int32_t u = j < 0 ? -j : 0; u < end; ++u) {
+                float *const w = of + (j + u) * step_k;
+                *w = word[u] < kept ? *w : 0.0f;
+            }
+        }
+    }
+}
+
 /* ---- gradient: P = 2^(S - max) / sum;  dS = P o (dP - delta), delta = rowsum(dO o O) ---- */
 
 /* cap * tanh(s / cap) = s * (tanh x / x). From 1/4 on tanh x = (1 - e) / (1 + e) with
@@ -5513,7 +5700,7 @@ HL_KERNEL_AVX2 void hl_fag_f32_d64_pse_types_softcap_pairs_avx2(
         for (int32_t i = 0; i < t->rows * t->width; ++i) {
             kept[i] = 1.0f / a->keep_prob;
         }
-        hl_fag_f32_d64_pse_types_softcap_drop(a, &t->g, kept, step_q, step_k, t->key, t->keys);
+        hl_fag_f32_d64_pse_types_softcap_drop_avx2(a, &t->g, kept, step_q, step_k, t->key, t->keys);
     }
     /* P = 2^(S - max) / sum;  dS = P o (dP - delta) */
     if (t->of_keys) {
@@ -5685,8 +5872,7 @@ HL_KERNEL_AVX2 void hl_fag_f32_d64_pse_types_softcap_query_task_avx2(
     }
     for (int32_t j = g.low; j < g.high;) {
         const int32_t next = g.high - j > BLOCK - j % BLOCK ? j - j % BLOCK + BLOCK : g.high;
-        if (a->atten_mask == NULL
-            || !hl_fag_f32_d64_pse_types_softcap_all_hidden(a, &g, j, next - j)) {
+        if (hl_fag_f32_d64_pse_types_softcap_mask_kinds(a, &g, j, next - j) != 2) {
             hl_fag_f32_d64_pse_types_softcap_load_rows_avx2((const float *)a->key + g.key + j
                 * a->key_stride.row, a->key_stride.row, next - j, DK, w->k);
             hl_fag_f32_d64_pse_types_softcap_load_rows_avx2((const float *)a->value + g.value + j
@@ -5788,8 +5974,7 @@ HL_KERNEL_AVX2 void hl_fag_f32_d64_pse_types_softcap_key_task_avx2(
     for (int32_t first = 0; first < g.seq_q * g.heads; first += plan->queries) {
         hl_fag_f32_d64_pse_types_softcap_queries(a, &g, kv_head, first, plan->queries);
         if (g.high <= j0 || g.low >= j0 + n
-            || (a->atten_mask != NULL
-                && hl_fag_f32_d64_pse_types_softcap_all_hidden(a, &g, j0, n))) {
+            || hl_fag_f32_d64_pse_types_softcap_mask_kinds(a, &g, j0, n) == 2) {
             continue;
         }
         hl_fag_f32_d64_pse_types_softcap_load_queries_avx2(a->query, g.query, &a->query_stride, &g,
@@ -6960,6 +7145,88 @@ HL_KERNEL_AVX512 void hl_fag_f32_d64_pse_types_softcap_sums_avx512(const float *
     }
 }
 
+/* ---- dropout: which weights are kept ----
+ *
+ * Bits of the caller's, or words of Philox4x32-10 (Salmon et al. 2011): word j % 4 for the counter
+ * (j / 4, row, b N1 + head, dropout_offset) and the two halves of dropout_seed. A weight is kept
+ * if its word is below keep_prob * 2^32. */
+
+/* The words of one query for 4 16 keys, from key 4 * four on. */
+HL_KERNEL_AVX512 void hl_fag_f32_d64_pse_types_softcap_words_avx512(uint32_t four, uint32_t row,
+    uint32_t head, uint32_t offset, uint64_t seed, uint32_t *word)
+{
+    enum { N = 16 };
+    uint32_t k0 = (uint32_t)seed;
+    uint32_t k1 = (uint32_t)(seed >> 32);
+    uint32_t c0[N];
+    uint32_t c1[N];
+    uint32_t c2[N];
+    uint32_t c3[N];
+    for (int32_t u = 0; u < N; ++u) {
+        c0[u] = four + (uint32_t)u;
+        c1[u] = row;
+        c2[u] = head;
+        c3[u] = offset;
+    }
+    for (int32_t round = 0; round < 10; ++round) {
+        for (int32_t u = 0; u < N; ++u) {
+            const uint64_t x = (uint64_t)c0[u] * 0xd2511f53u;
+            const uint64_t y = (uint64_t)c2[u] * 0xcd9e8d57u;
+            c0[u] = (uint32_t)(y >> 32) ^ c1[u] ^ k0;
+            c1[u] = (uint32_t)y;
+            c2[u] = (uint32_t)(x >> 32) ^ c3[u] ^ k1;
+            c3[u] = (uint32_t)x;
+        }
+        k0 += 0x9e3779b9u;
+        k1 += 0xbb67ae85u;
+    }
+    for (int32_t u = 0; u < N; ++u) {
+        word[4 * u] = c0[u];
+        word[4 * u + 1] = c1[u];
+        word[4 * u + 2] = c2[u];
+        word[4 * u + 3] = c3[u];
+    }
+}
+
+/* 0 where a weight is dropped: n keys from j0, which lie step_k apart, the queries step_q. */
+HL_KERNEL_AVX512 void hl_fag_f32_d64_pse_types_softcap_drop_avx512(
+    const hl_fusion_attention_grad_args *a, const hl_span *g, float *s, ptrdiff_t step_q,
+    ptrdiff_t step_k, int32_t j0, int32_t n)
+{
+    enum { N = 4 * 16 };
+    const uint32_t kept = (uint32_t)((double)a->keep_prob * 4294967296.0);
+    for (int32_t p = 0; p < g->n; ++p) {
+        const int32_t i = (g->first + p) / g->heads;
+        const int32_t head = g->kv_head * g->heads + (g->first + p) % g->heads;
+        float *const of = s + p * step_q;
+        if (a->dropout_mask != NULL) {
+            const unsigned char *const bits = (const unsigned char *)a->dropout_mask;
+            const int64_t row = (int64_t)head * g->seq_q + i;
+            const int64_t at = a->input_layout != HL_LAYOUT_TND
+                ? ((int64_t)g->batch * a->heads_q * g->seq_q + row) * g->seq_kv
+                               : g->pairs * a->heads_q + row * g->seq_kv;
+            for (int32_t j = 0; j < n; ++j) {
+                const uint64_t e = (uint64_t)at + (uint64_t)(j0 + j);
+                if ((bits[(size_t)(e / 8u)] >> e % 8u & 1u) == 0) {
+                    of[j * step_k] = 0.0f;
+                }
+            }
+            continue;
+        }
+        for (int32_t j = -(j0 % 4); j < n; j += N) {
+            uint32_t word[N];
+            const int32_t end = n - j < N ? n - j : N;
+            hl_fag_f32_d64_pse_types_softcap_words_avx512((uint32_t)(j0 + j) / 4u, (uint32_t)i,
+                (uint32_t)g->batch * (uint32_t)a->heads_q + (uint32_t)head,
+                (uint32_t)a->dropout_offset, (uint64_t)a->dropout_seed, word);
+            for (int32_t u = j < 0 ? -j : 0; u < end; ++u) {
+                float *const w = of + (j + u) * step_k;
+                *w = word[u] < kept ? *w : 0.0f;
+            }
+        }
+    }
+}
+
 /* ---- gradient: P = 2^(S - max) / sum;  dS = P o (dP - delta), delta = rowsum(dO o O) ---- */
 
 /* cap * tanh(s / cap) = s * (tanh x / x). From 1/4 on tanh x = (1 - e) / (1 + e) with
@@ -7154,7 +7421,8 @@ HL_KERNEL_AVX512 void hl_fag_f32_d64_pse_types_softcap_pairs_avx512(
         for (int32_t i = 0; i < t->rows * t->width; ++i) {
             kept[i] = 1.0f / a->keep_prob;
         }
-        hl_fag_f32_d64_pse_types_softcap_drop(a, &t->g, kept, step_q, step_k, t->key, t->keys);
+        hl_fag_f32_d64_pse_types_softcap_drop_avx512(a, &t->g, kept, step_q, step_k, t->key,
+            t->keys);
     }
     /* P = 2^(S - max) / sum;  dS = P o (dP - delta) */
     if (t->of_keys) {
@@ -7326,8 +7594,7 @@ HL_KERNEL_AVX512 void hl_fag_f32_d64_pse_types_softcap_query_task_avx512(
     }
     for (int32_t j = g.low; j < g.high;) {
         const int32_t next = g.high - j > BLOCK - j % BLOCK ? j - j % BLOCK + BLOCK : g.high;
-        if (a->atten_mask == NULL
-            || !hl_fag_f32_d64_pse_types_softcap_all_hidden(a, &g, j, next - j)) {
+        if (hl_fag_f32_d64_pse_types_softcap_mask_kinds(a, &g, j, next - j) != 2) {
             hl_fag_f32_d64_pse_types_softcap_load_rows_avx512((const float *)a->key + g.key + j
                 * a->key_stride.row, a->key_stride.row, next - j, DK, w->k);
             hl_fag_f32_d64_pse_types_softcap_load_rows_avx512((const float *)a->value + g.value + j
@@ -7427,8 +7694,7 @@ HL_KERNEL_AVX512 void hl_fag_f32_d64_pse_types_softcap_key_task_avx512(
     for (int32_t first = 0; first < g.seq_q * g.heads; first += plan->queries) {
         hl_fag_f32_d64_pse_types_softcap_queries(a, &g, kv_head, first, plan->queries);
         if (g.high <= j0 || g.low >= j0 + n
-            || (a->atten_mask != NULL
-                && hl_fag_f32_d64_pse_types_softcap_all_hidden(a, &g, j0, n))) {
+            || hl_fag_f32_d64_pse_types_softcap_mask_kinds(a, &g, j0, n) == 2) {
             continue;
         }
         hl_fag_f32_d64_pse_types_softcap_load_queries_avx512(a->query, g.query, &a->query_stride,
