@@ -54,8 +54,8 @@
  * MASKS
  *   The operator's rule: without atten_mask every key is seen, whatever sparse_mode says. With
  *   mask_from_mode = 1 sparse_mode counts without a mask, too, and no mask is read in modes 2, 3,
- *   4, 6, 7, 8 even if there is one. S1 and S2 are the batch's; pre and next as pre_tokens and
- *   next_tokens, of any sign. Row i sees key j if
+ *   4, 6, 7, 8 even if there is one. S1 and S2 are the batch's; pre and next are pre_tokens and
+ *   next_tokens, of any sign, where band = 1, else without limit. Row i sees key j if
  *       0  i - pre <= j <= i + next, and the byte of atten_mask is 0
  *       1  the byte is 0
  *       2  j <= i
@@ -1551,20 +1551,20 @@ HL_WORD_AVX2 hl_vf_avx2 hl_vsums_avx2(const hl_vf_avx2 *x)
 
 HL_WORD_AVX2 void hl_vturn_avx2(hl_vf_avx2 *x)
 {
-    hl_vf_avx2 r[8];
     for (int32_t i = 0; i < 8; i += 4) { /* four rows: four columns of each half */
         const __m256d a = _mm256_castps_pd(_mm256_unpacklo_ps(x[i], x[i + 1]));
         const __m256d b = _mm256_castps_pd(_mm256_unpackhi_ps(x[i], x[i + 1]));
         const __m256d c = _mm256_castps_pd(_mm256_unpacklo_ps(x[i + 2], x[i + 3]));
         const __m256d d = _mm256_castps_pd(_mm256_unpackhi_ps(x[i + 2], x[i + 3]));
-        r[i] = _mm256_castpd_ps(_mm256_unpacklo_pd(a, c));
-        r[i + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(a, c));
-        r[i + 2] = _mm256_castpd_ps(_mm256_unpacklo_pd(b, d));
-        r[i + 3] = _mm256_castpd_ps(_mm256_unpackhi_pd(b, d));
+        x[i] = _mm256_castpd_ps(_mm256_unpacklo_pd(a, c));
+        x[i + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(a, c));
+        x[i + 2] = _mm256_castpd_ps(_mm256_unpacklo_pd(b, d));
+        x[i + 3] = _mm256_castpd_ps(_mm256_unpackhi_pd(b, d));
     }
     for (int32_t i = 0; i < 4; ++i) {
-        x[i] = _mm256_permute2f128_ps(r[i], r[4 + i], 0x20);
-        x[4 + i] = _mm256_permute2f128_ps(r[i], r[4 + i], 0x31);
+        const hl_vf_avx2 low = x[i];
+        x[i] = _mm256_permute2f128_ps(low, x[4 + i], 0x20);
+        x[4 + i] = _mm256_permute2f128_ps(low, x[4 + i], 0x31);
     }
 }
 
@@ -1725,22 +1725,21 @@ HL_WORD_AVX512 hl_vf_avx512 hl_vsums_avx512(const hl_vf_avx512 *x)
 HL_WORD_AVX512 void hl_vturn_avx512(hl_vf_avx512 *x)
 {
     const __mmask16 all = hl_all_avx512();
-    hl_vf_avx512 r[16];
     for (int32_t i = 0; i < 16; i += 4) { /* four rows: four columns of each quarter */
         const __m512d a = _mm512_castps_pd(_mm512_maskz_unpacklo_ps(all, x[i], x[i + 1]));
         const __m512d b = _mm512_castps_pd(_mm512_maskz_unpackhi_ps(all, x[i], x[i + 1]));
         const __m512d c = _mm512_castps_pd(_mm512_maskz_unpacklo_ps(all, x[i + 2], x[i + 3]));
         const __m512d d = _mm512_castps_pd(_mm512_maskz_unpackhi_ps(all, x[i + 2], x[i + 3]));
-        r[i] = _mm512_castpd_ps(_mm512_maskz_unpacklo_pd((__mmask8)all, a, c));
-        r[i + 1] = _mm512_castpd_ps(_mm512_maskz_unpackhi_pd((__mmask8)all, a, c));
-        r[i + 2] = _mm512_castpd_ps(_mm512_maskz_unpacklo_pd((__mmask8)all, b, d));
-        r[i + 3] = _mm512_castpd_ps(_mm512_maskz_unpackhi_pd((__mmask8)all, b, d));
+        x[i] = _mm512_castpd_ps(_mm512_maskz_unpacklo_pd((__mmask8)all, a, c));
+        x[i + 1] = _mm512_castpd_ps(_mm512_maskz_unpackhi_pd((__mmask8)all, a, c));
+        x[i + 2] = _mm512_castpd_ps(_mm512_maskz_unpacklo_pd((__mmask8)all, b, d));
+        x[i + 3] = _mm512_castpd_ps(_mm512_maskz_unpackhi_pd((__mmask8)all, b, d));
     }
     for (int32_t i = 0; i < 4; ++i) {
-        const hl_vf_avx512 a = _mm512_maskz_shuffle_f32x4(all, r[i], r[4 + i], 0x88);
-        const hl_vf_avx512 b = _mm512_maskz_shuffle_f32x4(all, r[8 + i], r[12 + i], 0x88);
-        const hl_vf_avx512 c = _mm512_maskz_shuffle_f32x4(all, r[i], r[4 + i], 0xdd);
-        const hl_vf_avx512 d = _mm512_maskz_shuffle_f32x4(all, r[8 + i], r[12 + i], 0xdd);
+        const hl_vf_avx512 a = _mm512_maskz_shuffle_f32x4(all, x[i], x[4 + i], 0x88);
+        const hl_vf_avx512 b = _mm512_maskz_shuffle_f32x4(all, x[8 + i], x[12 + i], 0x88);
+        const hl_vf_avx512 c = _mm512_maskz_shuffle_f32x4(all, x[i], x[4 + i], 0xdd);
+        const hl_vf_avx512 d = _mm512_maskz_shuffle_f32x4(all, x[8 + i], x[12 + i], 0xdd);
         x[i] = _mm512_maskz_shuffle_f32x4(all, a, b, 0x88);
         x[4 + i] = _mm512_maskz_shuffle_f32x4(all, c, d, 0x88);
         x[8 + i] = _mm512_maskz_shuffle_f32x4(all, a, b, 0xdd);
