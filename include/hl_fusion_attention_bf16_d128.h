@@ -2086,7 +2086,7 @@ HL_WORD_AMX __m512 hl_whole_amx(__m512 x)
         (__mmask16)(_mm512_cmp_ps_mask(x, most,
                                        _CMP_LT_OQ) & _mm512_cmp_ps_mask(
         _mm512_sub_ps(_mm512_setzero_ps(), x), most, _CMP_LT_OQ));
-    return _mm512_mask_mov_ps(x, small, hl_vround_avx512(x));
+    return _mm512_mask_mov_ps(x, small, hl_vround_avx512(_mm512_maskz_mov_ps(small, x)));
 }
 
 /* One number from a vector: the first, the largest, the sum (in a fixed order). */
@@ -2499,10 +2499,13 @@ static inline hl_status hl_fa_bf16_d128_check_sizes(hl_fusion_attention_args *a,
     }
     a->scale_value = a->scale_value != 0.0f ? a->scale_value : 1.0f;
     a->keep_prob = a->keep_prob != 0.0f ? a->keep_prob : 1.0f;
+    if (a->keep_prob != a->keep_prob) {
+        return hl_refuse(error, HL_ERR_VALUE, HL_ARG_KEEP_PROB, HL_RULE_FINITE, 0, 0);
+    }
     if (!(a->keep_prob > 0.0f && a->keep_prob <= 1.0f)) {
         return hl_refuse(error, HL_ERR_VALUE, HL_ARG_KEEP_PROB, a->keep_prob > 1.0f
-                         ? HL_RULE_AT_MOST : HL_RULE_AT_LEAST, a->keep_prob > 1.0f ? 2
-                         : a->keep_prob < 0.0f ? -1 : 0, a->keep_prob > 1.0f ? 1 : 0);
+                         ? HL_RULE_AT_MOST : HL_RULE_AT_LEAST, a->keep_prob > 1.0f ? 2 : -1,
+                         a->keep_prob > 1.0f ? 1 : 0);
     }
     if (a->heads_q % a->heads_kv != 0) {
         return hl_refuse(error, HL_ERR_SHAPE, HL_ARG_HEADS_Q, HL_RULE_MULTIPLE_OF, a->heads_q,
@@ -2530,6 +2533,19 @@ static inline hl_status hl_fa_bf16_d128_check_sizes(hl_fusion_attention_args *a,
     return HL_OK;
 }
 
+/* A list of `count` numbers: there, and aligned, as it is read before the others are looked at. */
+static inline hl_status hl_fa_bf16_d128_check_list(const int64_t *list, int32_t count,
+                                                   hl_argument argument, hl_error *error)
+{
+    const uintptr_t off = (uintptr_t)list % 8u;
+    if (count > 0 && (list == NULL || off != 0)) {
+        return list == NULL ? hl_refuse(error, HL_ERR_NULL, argument, HL_RULE_NOT_NULL, 0, 0)
+                            : hl_refuse(error, HL_ERR_ALIGN, argument, HL_RULE_MULTIPLE_OF,
+                                        (int64_t)off, 8);
+    }
+    return HL_OK;
+}
+
 /* TND: ends do not fall, but for zeros behind the last batch that is used. */
 static inline hl_status hl_fa_bf16_d128_check_ends(const int64_t *ends, int32_t batch,
                                                    int32_t total, hl_argument argument,
@@ -2537,8 +2553,9 @@ static inline hl_status hl_fa_bf16_d128_check_ends(const int64_t *ends, int32_t 
 {
     int64_t last = 0;
     int32_t unused = 0;
-    if (ends == NULL && batch > 0) {
-        return hl_refuse(error, HL_ERR_NULL, argument, HL_RULE_NOT_NULL, 0, 0);
+    const hl_status status = hl_fa_bf16_d128_check_list(ends, batch, argument, error);
+    if (status != HL_OK) {
+        return status;
     }
     for (int32_t b = 0; b < batch; ++b) {
         if (ends[b] > total) {
@@ -2666,10 +2683,12 @@ static inline hl_status hl_fa_bf16_d128_check_mask(hl_fusion_attention_args *a,
                          a->sparse_mode, 3);
     }
     if (a->sparse_mode == 6) {
+        const hl_status status =
+            hl_fa_bf16_d128_check_list(a->prefix, a->batch, HL_ARG_PREFIX, error);
+        if (status != HL_OK) {
+            return status;
+        }
         for (int32_t b = 0; b < a->batch; ++b) {
-            if (a->prefix == NULL) {
-                return hl_refuse(error, HL_ERR_NULL, HL_ARG_PREFIX, HL_RULE_NOT_NULL, 0, 0);
-            }
             if (a->prefix[b] < 0) {
                 return hl_refuse_at(error, HL_ERR_LENGTH, HL_ARG_PREFIX, HL_RULE_AT_LEAST, 1, b, 0,
                                     a->prefix[b], 0);

@@ -2126,10 +2126,13 @@ static inline hl_status hl_fag_f32_d64_pse_types_softcap_check_sizes(
     }
     a->scale_value = a->scale_value != 0.0f ? a->scale_value : 1.0f;
     a->keep_prob = a->keep_prob != 0.0f ? a->keep_prob : 1.0f;
+    if (a->keep_prob != a->keep_prob) {
+        return hl_refuse(error, HL_ERR_VALUE, HL_ARG_KEEP_PROB, HL_RULE_FINITE, 0, 0);
+    }
     if (!(a->keep_prob > 0.0f && a->keep_prob <= 1.0f)) {
         return hl_refuse(error, HL_ERR_VALUE, HL_ARG_KEEP_PROB, a->keep_prob > 1.0f
-                         ? HL_RULE_AT_MOST : HL_RULE_AT_LEAST, a->keep_prob > 1.0f ? 2
-                         : a->keep_prob < 0.0f ? -1 : 0, a->keep_prob > 1.0f ? 1 : 0);
+                         ? HL_RULE_AT_MOST : HL_RULE_AT_LEAST, a->keep_prob > 1.0f ? 2 : -1,
+                         a->keep_prob > 1.0f ? 1 : 0);
     }
     if ((hl_bits_of(a->softcap) & 0x7f800000u) == 0x7f800000u || a->softcap < 0.0f) {
         return hl_refuse(error, HL_ERR_VALUE, HL_ARG_SOFTCAP, HL_RULE_FINITE, 0, 0);
@@ -2160,14 +2163,29 @@ static inline hl_status hl_fag_f32_d64_pse_types_softcap_check_sizes(
     return HL_OK;
 }
 
+/* A list of `count` numbers: there, and aligned, as it is read before the others are looked at. */
+static inline hl_status hl_fag_f32_d64_pse_types_softcap_check_list(const int64_t *list,
+    int32_t count, hl_argument argument, hl_error *error)
+{
+    const uintptr_t off = (uintptr_t)list % 8u;
+    if (count > 0 && (list == NULL || off != 0)) {
+        return list == NULL ? hl_refuse(error, HL_ERR_NULL, argument, HL_RULE_NOT_NULL, 0, 0)
+                            : hl_refuse(error, HL_ERR_ALIGN, argument, HL_RULE_MULTIPLE_OF,
+                                        (int64_t)off, 8);
+    }
+    return HL_OK;
+}
+
 /* TND: ends do not fall, but for zeros behind the last batch that is used. */
 static inline hl_status hl_fag_f32_d64_pse_types_softcap_check_ends(const int64_t *ends,
     int32_t batch, int32_t total, hl_argument argument, hl_error *error)
 {
     int64_t last = 0;
     int32_t unused = 0;
-    if (ends == NULL && batch > 0) {
-        return hl_refuse(error, HL_ERR_NULL, argument, HL_RULE_NOT_NULL, 0, 0);
+    const hl_status status =
+        hl_fag_f32_d64_pse_types_softcap_check_list(ends, batch, argument, error);
+    if (status != HL_OK) {
+        return status;
     }
     for (int32_t b = 0; b < batch; ++b) {
         if (ends[b] > total) {
@@ -2297,10 +2315,12 @@ static inline hl_status hl_fag_f32_d64_pse_types_softcap_check_mask(
                          a->sparse_mode, 3);
     }
     if (a->sparse_mode == 6) {
+        const hl_status status =
+            hl_fag_f32_d64_pse_types_softcap_check_list(a->prefix, a->batch, HL_ARG_PREFIX, error);
+        if (status != HL_OK) {
+            return status;
+        }
         for (int32_t b = 0; b < a->batch; ++b) {
-            if (a->prefix == NULL) {
-                return hl_refuse(error, HL_ERR_NULL, HL_ARG_PREFIX, HL_RULE_NOT_NULL, 0, 0);
-            }
             if (a->prefix[b] < 0) {
                 return hl_refuse_at(error, HL_ERR_LENGTH, HL_ARG_PREFIX, HL_RULE_AT_LEAST, 1, b, 0,
                                     a->prefix[b], 0);
