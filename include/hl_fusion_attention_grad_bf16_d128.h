@@ -83,7 +83,7 @@
  *   to be below keep_prob * 2^32. The same on all instruction sets, threads and layouts.
  *
  * MEMORY
- *   One task needs 347008 bytes, whatever the shape. Nothing is read before or
+ *   One task needs 545920 bytes, whatever the shape. Nothing is read before or
  *   behind a row; unused memory may hold NaN.
  *
  * NUMBERS
@@ -1242,7 +1242,7 @@ enum {
 };
 
 /* Bytes of workspace for one task, any alignment, whatever the shape of the call. */
-#define HL_FUSION_ATTENTION_GRAD_BF16_D128_WORKSPACE_BYTES ((size_t)347008)
+#define HL_FUSION_ATTENTION_GRAD_BF16_D128_WORKSPACE_BYTES ((size_t)545920)
 
 /* Checks everything, fills in defaults, counts tasks. On an error *plan is untouched. */
 HL_API hl_status hl_fusion_attention_grad_bf16_d128_plan(hl_fusion_attention_grad_plan *plan,
@@ -1975,9 +1975,9 @@ static inline void hl_fag_bf16_d128_cut(hl_fag_bf16_d128_space *w, void *workspa
     const size_t off = (size_t)((uintptr_t)start % 64u);
     float *at = (float *)(void *)(start + (off != 0 ? 64u - off : 0u));
     w->panel_k = at;
-    at += 12288;
+    at += 24576;
     w->panel_v = at;
-    at += 12288;
+    at += 24576;
     w->k = at;
     at += 13824;
     w->v = at;
@@ -1989,21 +1989,21 @@ static inline void hl_fag_bf16_d128_cut(hl_fag_bf16_d128_space *w, void *workspa
     w->kept = at;
     at += 3072;
     w->out_k = at;
-    at += 12288;
+    at += 24576;
     w->out_v = at;
-    at += 12288;
+    at += 24576;
     w->row = at;
     at += 144;
     w->max = at;
-    at += 96;
+    at += 192;
     w->weight = at;
-    at += 96;
+    at += 192;
     w->delta = at;
-    at += 96;
+    at += 192;
     w->ones = at;
-    at += 96;
+    at += 192;
     w->low = (int32_t *)(void *)at;
-    at += 96;
+    at += 192;
     w->high = (int32_t *)(void *)at;
 }
 /* ---- select: which rows and keys a batch has, which keys a row sees ---- */
@@ -2860,7 +2860,7 @@ static inline void hl_fag_bf16_d128_store_dpse(const hl_fusion_attention_grad_ar
 /* ==== hl_fusion_attention_grad_bf16_d128 ====
  * plain C99 (scalar).
  * Tiles: 8 sums fit the 16 float registers of a small core with room for operands.
- * 96 queries by 96 keys, 96 keys by 96 queries: what is loaded is used as often.
+ * 192 queries by 96 keys, 192 keys by 96 queries: what is loaded is used 192 times.
  * 128 channels of 2 columns are 1 KiB: they stay in the first-level cache. */
 
 /* ---- load: rows -> float32 ---- */
@@ -2918,14 +2918,14 @@ HL_KERNEL_SCALAR void hl_fag_bf16_d128_load_queries_scalar(const void *tensor, p
     }
 }
 
-/* n rows as the columns of panels. */
+/* n rows of a block as the columns of panels, from column `first` on; 0 behind the last of all. */
 HL_KERNEL_SCALAR void hl_fag_bf16_d128_pack_scalar(const float *rows, int32_t n, int32_t channels,
-                                                   int32_t columns, float *to)
+                                                   int32_t first, int32_t columns, float *to)
 {
-    enum { L = 1, KS = 128 };
-    for (int32_t p = 0; p < columns; p += L) {
-        hl_fag_bf16_d128_pack_some_scalar(rows + (ptrdiff_t)p * KS, n - p, channels, p, columns,
-                                          to);
+    enum { L = 1, KS = 128, BLOCK = 96 };
+    for (int32_t p = 0; p < BLOCK && first + p < columns; p += L) {
+        hl_fag_bf16_d128_pack_some_scalar(rows + (ptrdiff_t)p * KS, n - p, channels, first + p,
+                                          columns, to);
     }
 }
 /* Takes rows that are not finite out of n of them: their numbers in `apart`, and 0 for them. */
@@ -3104,18 +3104,18 @@ HL_KERNEL_SCALAR void hl_fag_bf16_d128_score_panel_scalar(const float *q, const 
         const float *const row = k + (ptrdiff_t)j * KS;
         float *const to = s + (ptrdiff_t)j * heads;
         if (width == W) {
-            hl_fag_bf16_d128_qk_4x2_scalar(q, row, to, heads, n, add, scale);
+            hl_fag_bf16_d128_qk_4x2_scalar(q, row, to, W, n, add, scale);
         } else {
-            hl_fag_bf16_d128_qk_4x1_scalar(q, row, to, heads, n, add, scale);
+            hl_fag_bf16_d128_qk_4x1_scalar(q, row, to, width, n, add, scale);
         }
     }
     for (; j + 1 <= keys; j += 1) {
         const float *const row = k + (ptrdiff_t)j * KS;
         float *const to = s + (ptrdiff_t)j * heads;
         if (width == W) {
-            hl_fag_bf16_d128_qk_1x2_scalar(q, row, to, heads, n, add, scale);
+            hl_fag_bf16_d128_qk_1x2_scalar(q, row, to, W, n, add, scale);
         } else {
-            hl_fag_bf16_d128_qk_1x1_scalar(q, row, to, heads, n, add, scale);
+            hl_fag_bf16_d128_qk_1x1_scalar(q, row, to, width, n, add, scale);
         }
     }
 }
@@ -3410,9 +3410,10 @@ HL_KERNEL_SCALAR void hl_fag_bf16_d128_drop_scalar(const hl_fusion_attention_gra
 /* ---- gradient: P = 2^(S - max) / sum;  dS = P o (dP - delta), delta = rowsum(dO o O) ---- */
 
 /* max in units of log2, 1 / sum and delta of a span's queries, whose rows of dO are in w->v; 0 for
- * those behind the last, up to a whole vector, and where the forward pass found no key. */
+ * those behind the last, up to a whole vector, and where the forward pass found no key. They are
+ * the task's queries from `at` on. */
 HL_KERNEL_SCALAR void hl_fag_bf16_d128_numbers_scalar(const hl_fusion_attention_grad_plan *plan,
-    const hl_span *g, const hl_fag_bf16_d128_space *w)
+    const hl_span *g, const hl_fag_bf16_d128_space *w, int32_t at)
 {
     enum { L = 1, KS = 128, VC = 128 };
     const hl_fusion_attention_grad_args *const a = &plan->args;
@@ -3433,17 +3434,18 @@ HL_KERNEL_SCALAR void hl_fag_bf16_d128_numbers_scalar(const hl_fusion_attention_
                     hl_vfma_scalar(hl_vload_scalar(row + c), hl_vload_scalar(w->row + c), sum[r]);
             }
         }
-        hl_vstore_scalar(w->delta + first, hl_vsums_scalar(sum));
+        hl_vstore_scalar(w->delta + at + first, hl_vsums_scalar(sum));
         for (int32_t p = first; p < first + L; ++p) {
             const int32_t q = g->first + (p < g->n ? p : 0);
             const int32_t head = g->kv_head * g->heads + q % g->heads;
-            const ptrdiff_t at = hl_fag_bf16_d128_stats_at(a, g, q / g->heads, head);
-            const float max = a->softmax_max[at * a->stats_width];
-            const float l = a->softmax_sum[at * a->stats_width];
+            const ptrdiff_t stats = hl_fag_bf16_d128_stats_at(a, g, q / g->heads, head)
+                * a->stats_width;
+            const float max = a->softmax_max[stats];
+            const float l = a->softmax_sum[stats];
             const int32_t none = p >= g->n || l == 0.0f || l >= most || max <= -most;
-            w->max[p] = none ? 0.0f : max * 1.44269504f;
-            w->weight[p] = none ? 0.0f : 1.0f / l;
-            w->delta[p] = none ? 0.0f : w->delta[p];
+            w->max[at + p] = none ? 0.0f : max * 1.44269504f;
+            w->weight[at + p] = none ? 0.0f : 1.0f / l;
+            w->delta[at + p] = none ? 0.0f : w->delta[at + p];
         }
     }
 }
@@ -3600,6 +3602,16 @@ HL_KERNEL_SCALAR void hl_fag_bf16_d128_add_scalar(const hl_fusion_attention_grad
     }
 }
 
+/* n keys and values from j on into w->k and w->v. */
+HL_KERNEL_SCALAR void hl_fag_bf16_d128_load_keys_scalar(const hl_fusion_attention_grad_args *a,
+    const hl_span *g, int32_t j, int32_t n, const hl_fag_bf16_d128_space *w)
+{
+    hl_fag_bf16_d128_load_rows_scalar((const uint16_t *)a->key + g->key + j * a->key_stride.row,
+                                      a->key_stride.row, n, 128, w->k);
+    hl_fag_bf16_d128_load_rows_scalar((const uint16_t *)a->value + g->value + j
+                                      * a->value_stride.row, a->value_stride.row, n, 128, w->v);
+}
+
 /* A row of a gradient: factor times o, converted. */
 HL_KERNEL_SCALAR void hl_fag_bf16_d128_store_row_scalar(const hl_fusion_attention_grad_args *a,
     void *tensor, ptrdiff_t at, const float *o, int32_t channels, float factor)
@@ -3668,6 +3680,28 @@ HL_KERNEL_SCALAR void hl_fag_bf16_d128_block_scalar(const hl_fusion_attention_gr
     }
 }
 
+/* The columns of a task of queries, and what is known of each. */
+HL_KERNEL_SCALAR void hl_fag_bf16_d128_pack_queries_scalar(
+    const hl_fusion_attention_grad_plan *plan, const hl_span *g, const hl_fag_bf16_d128_space *w,
+    int32_t columns)
+{
+    enum { BLOCK = 96, DK = 128, DV = 128 };
+    const hl_fusion_attention_grad_args *const a = &plan->args;
+    for (int32_t p = 0; p < g->n; p += BLOCK) {
+        hl_span t = *g;
+        hl_fag_bf16_d128_queries(a, &t, g->kv_head, g->first + p, g->n - p < BLOCK ? g->n - p
+                                 : BLOCK);
+        hl_fag_bf16_d128_load_queries_scalar(a->query, t.query, &a->query_stride, &t, DK, w->k);
+        hl_fag_bf16_d128_load_queries_scalar(a->dout,
+                                             hl_fag_bf16_d128_start(a, &t, &a->dout_stride, 0),
+                                             &a->dout_stride, &t, DV, w->v);
+        hl_fag_bf16_d128_numbers_scalar(plan, &t, w, p);
+        hl_fag_bf16_d128_pack_scalar(w->k, t.n, DK, p, columns, w->panel_k);
+        hl_fag_bf16_d128_pack_scalar(w->v, t.n, DV, p, columns, w->panel_v);
+    }
+    hl_fag_bf16_d128_bounds(g, columns, w->low, w->high);
+}
+
 /* A task of queries. */
 HL_KERNEL_SCALAR void hl_fag_bf16_d128_query_task_scalar(const hl_fusion_attention_grad_plan *plan,
     int64_t task, const hl_fag_bf16_d128_space *w)
@@ -3684,13 +3718,7 @@ HL_KERNEL_SCALAR void hl_fag_bf16_d128_query_task_scalar(const hl_fusion_attenti
     }
     hl_fag_bf16_d128_queries(a, &g, kv_head, piece * plan->queries, plan->queries);
     columns = (g.n + L - 1) / L * L;
-    hl_fag_bf16_d128_load_queries_scalar(a->query, g.query, &a->query_stride, &g, DK, w->k);
-    hl_fag_bf16_d128_load_queries_scalar(a->dout, hl_fag_bf16_d128_start(a, &g, &a->dout_stride, 0),
-                                         &a->dout_stride, &g, DV, w->v);
-    hl_fag_bf16_d128_numbers_scalar(plan, &g, w);
-    hl_fag_bf16_d128_pack_scalar(w->k, g.n, DK, columns, w->panel_k);
-    hl_fag_bf16_d128_pack_scalar(w->v, g.n, DV, columns, w->panel_v);
-    hl_fag_bf16_d128_bounds(&g, (g.n + L - 1) / L * L, w->low, w->high);
+    hl_fag_bf16_d128_pack_queries_scalar(plan, &g, w, columns);
     for (ptrdiff_t c = 0; c < (ptrdiff_t)g.n * OS; ++c) {
         w->out_k[c] = 0.0f;
     }
@@ -3700,12 +3728,7 @@ HL_KERNEL_SCALAR void hl_fag_bf16_d128_query_task_scalar(const hl_fusion_attenti
     for (int32_t j = g.low; j < g.high;) {
         const int32_t next = g.high - j > BLOCK - j % BLOCK ? j - j % BLOCK + BLOCK : g.high;
         if (hl_fag_bf16_d128_mask_kinds(a, &g, j, next - j) != 2) {
-            hl_fag_bf16_d128_load_rows_scalar((const uint16_t *)a->key + g.key + j
-                                              * a->key_stride.row, a->key_stride.row, next - j, DK,
-                                              w->k);
-            hl_fag_bf16_d128_load_rows_scalar((const uint16_t *)a->value + g.value + j
-                                              * a->value_stride.row, a->value_stride.row, next - j,
-                                              DV, w->v);
+            hl_fag_bf16_d128_load_keys_scalar(a, &g, j, next - j, w);
             hl_fag_bf16_d128_block_scalar(plan, &g, w, columns, j, next - j);
         }
         j = next;
@@ -3767,11 +3790,25 @@ HL_KERNEL_SCALAR void hl_fag_bf16_d128_piece_scalar(const hl_fusion_attention_gr
     }
 }
 
+/* The columns of a task of n keys from j0. */
+HL_KERNEL_SCALAR void hl_fag_bf16_d128_pack_keys_scalar(const hl_fusion_attention_grad_args *a,
+    const hl_span *g, const hl_fag_bf16_d128_space *w, int32_t columns, int32_t j0, int32_t n)
+{
+    enum { BLOCK = 96, DK = 128, DV = 128 };
+    for (int32_t j = 0; j < n; j += BLOCK) {
+        const int32_t some = n - j < BLOCK ? n - j : BLOCK;
+        hl_fag_bf16_d128_load_keys_scalar(a, g, j0 + j, some, w);
+        hl_fag_bf16_d128_pack_scalar(w->k, some, DK, j, columns, w->panel_k);
+        hl_fag_bf16_d128_pack_scalar(w->v, some, DV, j, columns, w->panel_v);
+    }
+}
+
 /* A task of keys: all queries of their kv head's heads that see one of them. */
 HL_KERNEL_SCALAR void hl_fag_bf16_d128_key_task_scalar(const hl_fusion_attention_grad_plan *plan,
     int64_t task, const hl_fag_bf16_d128_space *w)
 {
-    enum { L = 1, OS = 128, DK = 128, DV = 128 };
+    enum { L = 1, BLOCK = 96, OS = 128,
+           DK = 128, DV = 128 };
     const hl_fusion_attention_grad_args *const a = &plan->args;
     hl_span g;
     int32_t kv_head;
@@ -3786,18 +3823,13 @@ HL_KERNEL_SCALAR void hl_fag_bf16_d128_key_task_scalar(const hl_fusion_attention
     j0 = piece * plan->keys;
     n = g.seq_kv - j0 < plan->keys ? g.seq_kv - j0 : plan->keys;
     columns = (n + L - 1) / L * L;
-    hl_fag_bf16_d128_load_rows_scalar((const uint16_t *)a->key + g.key + j0 * a->key_stride.row,
-                                      a->key_stride.row, n, DK, w->k);
-    hl_fag_bf16_d128_load_rows_scalar((const uint16_t *)a->value + g.value + j0
-                                      * a->value_stride.row, a->value_stride.row, n, DV, w->v);
-    hl_fag_bf16_d128_pack_scalar(w->k, n, DK, columns, w->panel_k);
-    hl_fag_bf16_d128_pack_scalar(w->v, n, DV, columns, w->panel_v);
+    hl_fag_bf16_d128_pack_keys_scalar(a, &g, w, columns, j0, n);
     for (ptrdiff_t c = 0; c < (ptrdiff_t)n * OS; ++c) {
         w->out_k[c] = 0.0f;
         w->out_v[c] = 0.0f;
     }
-    for (int32_t first = 0; first < g.seq_q * g.heads; first += plan->queries) {
-        hl_fag_bf16_d128_queries(a, &g, kv_head, first, plan->queries);
+    for (int32_t first = 0; first < g.seq_q * g.heads; first += BLOCK) {
+        hl_fag_bf16_d128_queries(a, &g, kv_head, first, BLOCK);
         if (g.high <= j0 || g.low >= j0 + n || hl_fag_bf16_d128_mask_kinds(a, &g, j0, n) == 2) {
             continue;
         }
@@ -3805,7 +3837,7 @@ HL_KERNEL_SCALAR void hl_fag_bf16_d128_key_task_scalar(const hl_fusion_attention
         hl_fag_bf16_d128_load_queries_scalar(a->dout,
                                              hl_fag_bf16_d128_start(a, &g, &a->dout_stride, 0),
                                              &a->dout_stride, &g, DV, w->v);
-        hl_fag_bf16_d128_numbers_scalar(plan, &g, w);
+        hl_fag_bf16_d128_numbers_scalar(plan, &g, w, 0);
         hl_fag_bf16_d128_bounds(&g, (g.n + L - 1) / L * L, w->low, w->high);
         hl_fag_bf16_d128_piece_scalar(plan, &g, w, columns, j0, n);
     }
@@ -3828,7 +3860,7 @@ HL_KERNEL_SCALAR void hl_fag_bf16_d128_key_task_scalar(const hl_fusion_attention
 static inline void hl_fag_bf16_d128_task_scalar(const hl_fusion_attention_grad_plan *plan,
                                                 int64_t task, void *workspace)
 {
-    enum { MOST = 96 };
+    enum { MOST = 192 };
     hl_fag_bf16_d128_space w;
     hl_fag_bf16_d128_cut(&w, workspace);
     for (int32_t p = 0; p < MOST; ++p) {
@@ -3844,7 +3876,7 @@ static inline void hl_fag_bf16_d128_task_scalar(const hl_fusion_attention_grad_p
 /* ==== hl_fusion_attention_grad_bf16_d128 ====
  * AArch64 NEON (neon).
  * Tiles: 8 x 2 accumulators, 2 vectors and a broadcast of 32 registers.
- * 96 queries by 96 keys, 96 keys by 96 queries: what is loaded is used as often.
+ * 192 queries by 96 keys, 192 keys by 96 queries: what is loaded is used 192 times.
  * 128 channels of 8 columns are 4 KiB: they stay in the first-level cache. */
 
 #if HL_HAS_NEON
@@ -3903,13 +3935,14 @@ HL_KERNEL_NEON void hl_fag_bf16_d128_load_queries_neon(const void *tensor, ptrdi
     }
 }
 
-/* n rows as the columns of panels. */
+/* n rows of a block as the columns of panels, from column `first` on; 0 behind the last of all. */
 HL_KERNEL_NEON void hl_fag_bf16_d128_pack_neon(const float *rows, int32_t n, int32_t channels,
-                                               int32_t columns, float *to)
+                                               int32_t first, int32_t columns, float *to)
 {
-    enum { L = 4, KS = 144 };
-    for (int32_t p = 0; p < columns; p += L) {
-        hl_fag_bf16_d128_pack_some_neon(rows + (ptrdiff_t)p * KS, n - p, channels, p, columns, to);
+    enum { L = 4, KS = 144, BLOCK = 96 };
+    for (int32_t p = 0; p < BLOCK && first + p < columns; p += L) {
+        hl_fag_bf16_d128_pack_some_neon(rows + (ptrdiff_t)p * KS, n - p, channels, first + p,
+                                        columns, to);
     }
 }
 /* Takes rows that are not finite out of n of them: their numbers in `apart`, and 0 for them. */
@@ -4142,18 +4175,18 @@ HL_KERNEL_NEON void hl_fag_bf16_d128_score_panel_neon(const float *q, const floa
         const float *const row = k + (ptrdiff_t)j * KS;
         float *const to = s + (ptrdiff_t)j * heads;
         if (width == W) {
-            hl_fag_bf16_d128_qk_8x2_neon(q, row, to, heads, n, add, scale);
+            hl_fag_bf16_d128_qk_8x2_neon(q, row, to, W, n, add, scale);
         } else {
-            hl_fag_bf16_d128_qk_8x1_neon(q, row, to, heads, n, add, scale);
+            hl_fag_bf16_d128_qk_8x1_neon(q, row, to, width, n, add, scale);
         }
     }
     for (; j + 1 <= keys; j += 1) {
         const float *const row = k + (ptrdiff_t)j * KS;
         float *const to = s + (ptrdiff_t)j * heads;
         if (width == W) {
-            hl_fag_bf16_d128_qk_1x2_neon(q, row, to, heads, n, add, scale);
+            hl_fag_bf16_d128_qk_1x2_neon(q, row, to, W, n, add, scale);
         } else {
-            hl_fag_bf16_d128_qk_1x1_neon(q, row, to, heads, n, add, scale);
+            hl_fag_bf16_d128_qk_1x1_neon(q, row, to, width, n, add, scale);
         }
     }
 }
@@ -4493,9 +4526,11 @@ HL_KERNEL_NEON void hl_fag_bf16_d128_drop_neon(const hl_fusion_attention_grad_ar
 /* ---- gradient: P = 2^(S - max) / sum;  dS = P o (dP - delta), delta = rowsum(dO o O) ---- */
 
 /* max in units of log2, 1 / sum and delta of a span's queries, whose rows of dO are in w->v; 0 for
- * those behind the last, up to a whole vector, and where the forward pass found no key. */
+ * those behind the last, up to a whole vector, and where the forward pass found no key. They are
+ * the task's queries from `at` on. */
 HL_KERNEL_NEON void hl_fag_bf16_d128_numbers_neon(const hl_fusion_attention_grad_plan *plan,
-                                                  const hl_span *g, const hl_fag_bf16_d128_space *w)
+                                                  const hl_span *g, const hl_fag_bf16_d128_space *w,
+                                                  int32_t at)
 {
     enum { L = 4, KS = 144, VC = 128 };
     const hl_fusion_attention_grad_args *const a = &plan->args;
@@ -4515,17 +4550,18 @@ HL_KERNEL_NEON void hl_fag_bf16_d128_numbers_neon(const hl_fusion_attention_grad
                 sum[r] = hl_vfma_neon(hl_vload_neon(row + c), hl_vload_neon(w->row + c), sum[r]);
             }
         }
-        hl_vstore_neon(w->delta + first, hl_vsums_neon(sum));
+        hl_vstore_neon(w->delta + at + first, hl_vsums_neon(sum));
         for (int32_t p = first; p < first + L; ++p) {
             const int32_t q = g->first + (p < g->n ? p : 0);
             const int32_t head = g->kv_head * g->heads + q % g->heads;
-            const ptrdiff_t at = hl_fag_bf16_d128_stats_at(a, g, q / g->heads, head);
-            const float max = a->softmax_max[at * a->stats_width];
-            const float l = a->softmax_sum[at * a->stats_width];
+            const ptrdiff_t stats = hl_fag_bf16_d128_stats_at(a, g, q / g->heads, head)
+                * a->stats_width;
+            const float max = a->softmax_max[stats];
+            const float l = a->softmax_sum[stats];
             const int32_t none = p >= g->n || l == 0.0f || l >= most || max <= -most;
-            w->max[p] = none ? 0.0f : max * 1.44269504f;
-            w->weight[p] = none ? 0.0f : 1.0f / l;
-            w->delta[p] = none ? 0.0f : w->delta[p];
+            w->max[at + p] = none ? 0.0f : max * 1.44269504f;
+            w->weight[at + p] = none ? 0.0f : 1.0f / l;
+            w->delta[at + p] = none ? 0.0f : w->delta[at + p];
         }
     }
 }
@@ -4680,6 +4716,17 @@ HL_KERNEL_NEON void hl_fag_bf16_d128_add_neon(const hl_fusion_attention_grad_pla
     }
 }
 
+/* n keys and values from j on into w->k and w->v. */
+HL_KERNEL_NEON void hl_fag_bf16_d128_load_keys_neon(const hl_fusion_attention_grad_args *a,
+                                                    const hl_span *g, int32_t j, int32_t n,
+                                                    const hl_fag_bf16_d128_space *w)
+{
+    hl_fag_bf16_d128_load_rows_neon((const uint16_t *)a->key + g->key + j * a->key_stride.row,
+                                    a->key_stride.row, n, 128, w->k);
+    hl_fag_bf16_d128_load_rows_neon((const uint16_t *)a->value + g->value + j * a->value_stride.row,
+                                    a->value_stride.row, n, 128, w->v);
+}
+
 /* A row of a gradient: factor times o, converted. */
 HL_KERNEL_NEON void hl_fag_bf16_d128_store_row_neon(const hl_fusion_attention_grad_args *a,
                                                     void *tensor, ptrdiff_t at, const float *o,
@@ -4747,6 +4794,27 @@ HL_KERNEL_NEON void hl_fag_bf16_d128_block_neon(const hl_fusion_attention_grad_p
     }
 }
 
+/* The columns of a task of queries, and what is known of each. */
+HL_KERNEL_NEON void hl_fag_bf16_d128_pack_queries_neon(const hl_fusion_attention_grad_plan *plan,
+    const hl_span *g, const hl_fag_bf16_d128_space *w, int32_t columns)
+{
+    enum { BLOCK = 96, DK = 128, DV = 128 };
+    const hl_fusion_attention_grad_args *const a = &plan->args;
+    for (int32_t p = 0; p < g->n; p += BLOCK) {
+        hl_span t = *g;
+        hl_fag_bf16_d128_queries(a, &t, g->kv_head, g->first + p, g->n - p < BLOCK ? g->n - p
+                                 : BLOCK);
+        hl_fag_bf16_d128_load_queries_neon(a->query, t.query, &a->query_stride, &t, DK, w->k);
+        hl_fag_bf16_d128_load_queries_neon(a->dout,
+                                           hl_fag_bf16_d128_start(a, &t, &a->dout_stride, 0),
+                                           &a->dout_stride, &t, DV, w->v);
+        hl_fag_bf16_d128_numbers_neon(plan, &t, w, p);
+        hl_fag_bf16_d128_pack_neon(w->k, t.n, DK, p, columns, w->panel_k);
+        hl_fag_bf16_d128_pack_neon(w->v, t.n, DV, p, columns, w->panel_v);
+    }
+    hl_fag_bf16_d128_bounds(g, columns, w->low, w->high);
+}
+
 /* A task of queries. */
 HL_KERNEL_NEON void hl_fag_bf16_d128_query_task_neon(const hl_fusion_attention_grad_plan *plan,
     int64_t task, const hl_fag_bf16_d128_space *w)
@@ -4763,13 +4831,7 @@ HL_KERNEL_NEON void hl_fag_bf16_d128_query_task_neon(const hl_fusion_attention_g
     }
     hl_fag_bf16_d128_queries(a, &g, kv_head, piece * plan->queries, plan->queries);
     columns = (g.n + L - 1) / L * L;
-    hl_fag_bf16_d128_load_queries_neon(a->query, g.query, &a->query_stride, &g, DK, w->k);
-    hl_fag_bf16_d128_load_queries_neon(a->dout, hl_fag_bf16_d128_start(a, &g, &a->dout_stride, 0),
-                                       &a->dout_stride, &g, DV, w->v);
-    hl_fag_bf16_d128_numbers_neon(plan, &g, w);
-    hl_fag_bf16_d128_pack_neon(w->k, g.n, DK, columns, w->panel_k);
-    hl_fag_bf16_d128_pack_neon(w->v, g.n, DV, columns, w->panel_v);
-    hl_fag_bf16_d128_bounds(&g, (g.n + L - 1) / L * L, w->low, w->high);
+    hl_fag_bf16_d128_pack_queries_neon(plan, &g, w, columns);
     for (ptrdiff_t c = 0; c < (ptrdiff_t)g.n * OS; ++c) {
         w->out_k[c] = 0.0f;
     }
@@ -4779,12 +4841,7 @@ HL_KERNEL_NEON void hl_fag_bf16_d128_query_task_neon(const hl_fusion_attention_g
     for (int32_t j = g.low; j < g.high;) {
         const int32_t next = g.high - j > BLOCK - j % BLOCK ? j - j % BLOCK + BLOCK : g.high;
         if (hl_fag_bf16_d128_mask_kinds(a, &g, j, next - j) != 2) {
-            hl_fag_bf16_d128_load_rows_neon((const uint16_t *)a->key + g.key + j
-                                            * a->key_stride.row, a->key_stride.row, next - j, DK,
-                                            w->k);
-            hl_fag_bf16_d128_load_rows_neon((const uint16_t *)a->value + g.value + j
-                                            * a->value_stride.row, a->value_stride.row, next - j,
-                                            DV, w->v);
+            hl_fag_bf16_d128_load_keys_neon(a, &g, j, next - j, w);
             hl_fag_bf16_d128_block_neon(plan, &g, w, columns, j, next - j);
         }
         j = next;
@@ -4845,11 +4902,27 @@ HL_KERNEL_NEON void hl_fag_bf16_d128_piece_neon(const hl_fusion_attention_grad_p
     }
 }
 
+/* The columns of a task of n keys from j0. */
+HL_KERNEL_NEON void hl_fag_bf16_d128_pack_keys_neon(const hl_fusion_attention_grad_args *a,
+                                                    const hl_span *g,
+                                                    const hl_fag_bf16_d128_space *w,
+                                                    int32_t columns, int32_t j0, int32_t n)
+{
+    enum { BLOCK = 96, DK = 128, DV = 128 };
+    for (int32_t j = 0; j < n; j += BLOCK) {
+        const int32_t some = n - j < BLOCK ? n - j : BLOCK;
+        hl_fag_bf16_d128_load_keys_neon(a, g, j0 + j, some, w);
+        hl_fag_bf16_d128_pack_neon(w->k, some, DK, j, columns, w->panel_k);
+        hl_fag_bf16_d128_pack_neon(w->v, some, DV, j, columns, w->panel_v);
+    }
+}
+
 /* A task of keys: all queries of their kv head's heads that see one of them. */
 HL_KERNEL_NEON void hl_fag_bf16_d128_key_task_neon(const hl_fusion_attention_grad_plan *plan,
                                                    int64_t task, const hl_fag_bf16_d128_space *w)
 {
-    enum { L = 4, OS = 128, DK = 128, DV = 128 };
+    enum { L = 4, BLOCK = 96, OS = 128,
+           DK = 128, DV = 128 };
     const hl_fusion_attention_grad_args *const a = &plan->args;
     hl_span g;
     int32_t kv_head;
@@ -4864,18 +4937,13 @@ HL_KERNEL_NEON void hl_fag_bf16_d128_key_task_neon(const hl_fusion_attention_gra
     j0 = piece * plan->keys;
     n = g.seq_kv - j0 < plan->keys ? g.seq_kv - j0 : plan->keys;
     columns = (n + L - 1) / L * L;
-    hl_fag_bf16_d128_load_rows_neon((const uint16_t *)a->key + g.key + j0 * a->key_stride.row,
-                                    a->key_stride.row, n, DK, w->k);
-    hl_fag_bf16_d128_load_rows_neon((const uint16_t *)a->value + g.value + j0 * a->value_stride.row,
-                                    a->value_stride.row, n, DV, w->v);
-    hl_fag_bf16_d128_pack_neon(w->k, n, DK, columns, w->panel_k);
-    hl_fag_bf16_d128_pack_neon(w->v, n, DV, columns, w->panel_v);
+    hl_fag_bf16_d128_pack_keys_neon(a, &g, w, columns, j0, n);
     for (ptrdiff_t c = 0; c < (ptrdiff_t)n * OS; ++c) {
         w->out_k[c] = 0.0f;
         w->out_v[c] = 0.0f;
     }
-    for (int32_t first = 0; first < g.seq_q * g.heads; first += plan->queries) {
-        hl_fag_bf16_d128_queries(a, &g, kv_head, first, plan->queries);
+    for (int32_t first = 0; first < g.seq_q * g.heads; first += BLOCK) {
+        hl_fag_bf16_d128_queries(a, &g, kv_head, first, BLOCK);
         if (g.high <= j0 || g.low >= j0 + n || hl_fag_bf16_d128_mask_kinds(a, &g, j0, n) == 2) {
             continue;
         }
@@ -4883,7 +4951,7 @@ HL_KERNEL_NEON void hl_fag_bf16_d128_key_task_neon(const hl_fusion_attention_gra
         hl_fag_bf16_d128_load_queries_neon(a->dout,
                                            hl_fag_bf16_d128_start(a, &g, &a->dout_stride, 0),
                                            &a->dout_stride, &g, DV, w->v);
-        hl_fag_bf16_d128_numbers_neon(plan, &g, w);
+        hl_fag_bf16_d128_numbers_neon(plan, &g, w, 0);
         hl_fag_bf16_d128_bounds(&g, (g.n + L - 1) / L * L, w->low, w->high);
         hl_fag_bf16_d128_piece_neon(plan, &g, w, columns, j0, n);
     }
@@ -4906,7 +4974,7 @@ HL_KERNEL_NEON void hl_fag_bf16_d128_key_task_neon(const hl_fusion_attention_gra
 static inline void hl_fag_bf16_d128_task_neon(const hl_fusion_attention_grad_plan *plan,
                                               int64_t task, void *workspace)
 {
-    enum { MOST = 96 };
+    enum { MOST = 192 };
     hl_fag_bf16_d128_space w;
     hl_fag_bf16_d128_cut(&w, workspace);
     for (int32_t p = 0; p < MOST; ++p) {
@@ -4924,7 +4992,7 @@ static inline void hl_fag_bf16_d128_task_neon(const hl_fusion_attention_grad_pla
 /* ==== hl_fusion_attention_grad_bf16_d128 ====
  * AVX2, FMA and F16C (avx2).
  * Tiles: 6 x 2 accumulators, 2 vectors and a broadcast fill 15 of 16 registers.
- * 96 queries by 96 keys, 96 keys by 96 queries: what is loaded is used as often.
+ * 192 queries by 96 keys, 192 keys by 96 queries: what is loaded is used 192 times.
  * 128 channels of 16 columns are 8 KiB: they stay in the first-level cache. */
 
 #if HL_HAS_AVX2
@@ -4983,13 +5051,14 @@ HL_KERNEL_AVX2 void hl_fag_bf16_d128_load_queries_avx2(const void *tensor, ptrdi
     }
 }
 
-/* n rows as the columns of panels. */
+/* n rows of a block as the columns of panels, from column `first` on; 0 behind the last of all. */
 HL_KERNEL_AVX2 void hl_fag_bf16_d128_pack_avx2(const float *rows, int32_t n, int32_t channels,
-                                               int32_t columns, float *to)
+                                               int32_t first, int32_t columns, float *to)
 {
-    enum { L = 8, KS = 144 };
-    for (int32_t p = 0; p < columns; p += L) {
-        hl_fag_bf16_d128_pack_some_avx2(rows + (ptrdiff_t)p * KS, n - p, channels, p, columns, to);
+    enum { L = 8, KS = 144, BLOCK = 96 };
+    for (int32_t p = 0; p < BLOCK && first + p < columns; p += L) {
+        hl_fag_bf16_d128_pack_some_avx2(rows + (ptrdiff_t)p * KS, n - p, channels, first + p,
+                                        columns, to);
     }
 }
 /* Takes rows that are not finite out of n of them: their numbers in `apart`, and 0 for them. */
@@ -5194,18 +5263,18 @@ HL_KERNEL_AVX2 void hl_fag_bf16_d128_score_panel_avx2(const float *q, const floa
         const float *const row = k + (ptrdiff_t)j * KS;
         float *const to = s + (ptrdiff_t)j * heads;
         if (width == W) {
-            hl_fag_bf16_d128_qk_6x2_avx2(q, row, to, heads, n, add, scale);
+            hl_fag_bf16_d128_qk_6x2_avx2(q, row, to, W, n, add, scale);
         } else {
-            hl_fag_bf16_d128_qk_6x1_avx2(q, row, to, heads, n, add, scale);
+            hl_fag_bf16_d128_qk_6x1_avx2(q, row, to, width, n, add, scale);
         }
     }
     for (; j + 1 <= keys; j += 1) {
         const float *const row = k + (ptrdiff_t)j * KS;
         float *const to = s + (ptrdiff_t)j * heads;
         if (width == W) {
-            hl_fag_bf16_d128_qk_1x2_avx2(q, row, to, heads, n, add, scale);
+            hl_fag_bf16_d128_qk_1x2_avx2(q, row, to, W, n, add, scale);
         } else {
-            hl_fag_bf16_d128_qk_1x1_avx2(q, row, to, heads, n, add, scale);
+            hl_fag_bf16_d128_qk_1x1_avx2(q, row, to, width, n, add, scale);
         }
     }
 }
@@ -5511,9 +5580,11 @@ HL_KERNEL_AVX2 void hl_fag_bf16_d128_drop_avx2(const hl_fusion_attention_grad_ar
 /* ---- gradient: P = 2^(S - max) / sum;  dS = P o (dP - delta), delta = rowsum(dO o O) ---- */
 
 /* max in units of log2, 1 / sum and delta of a span's queries, whose rows of dO are in w->v; 0 for
- * those behind the last, up to a whole vector, and where the forward pass found no key. */
+ * those behind the last, up to a whole vector, and where the forward pass found no key. They are
+ * the task's queries from `at` on. */
 HL_KERNEL_AVX2 void hl_fag_bf16_d128_numbers_avx2(const hl_fusion_attention_grad_plan *plan,
-                                                  const hl_span *g, const hl_fag_bf16_d128_space *w)
+                                                  const hl_span *g, const hl_fag_bf16_d128_space *w,
+                                                  int32_t at)
 {
     enum { L = 8, KS = 144, VC = 128 };
     const hl_fusion_attention_grad_args *const a = &plan->args;
@@ -5533,17 +5604,18 @@ HL_KERNEL_AVX2 void hl_fag_bf16_d128_numbers_avx2(const hl_fusion_attention_grad
                 sum[r] = hl_vfma_avx2(hl_vload_avx2(row + c), hl_vload_avx2(w->row + c), sum[r]);
             }
         }
-        hl_vstore_avx2(w->delta + first, hl_vsums_avx2(sum));
+        hl_vstore_avx2(w->delta + at + first, hl_vsums_avx2(sum));
         for (int32_t p = first; p < first + L; ++p) {
             const int32_t q = g->first + (p < g->n ? p : 0);
             const int32_t head = g->kv_head * g->heads + q % g->heads;
-            const ptrdiff_t at = hl_fag_bf16_d128_stats_at(a, g, q / g->heads, head);
-            const float max = a->softmax_max[at * a->stats_width];
-            const float l = a->softmax_sum[at * a->stats_width];
+            const ptrdiff_t stats = hl_fag_bf16_d128_stats_at(a, g, q / g->heads, head)
+                * a->stats_width;
+            const float max = a->softmax_max[stats];
+            const float l = a->softmax_sum[stats];
             const int32_t none = p >= g->n || l == 0.0f || l >= most || max <= -most;
-            w->max[p] = none ? 0.0f : max * 1.44269504f;
-            w->weight[p] = none ? 0.0f : 1.0f / l;
-            w->delta[p] = none ? 0.0f : w->delta[p];
+            w->max[at + p] = none ? 0.0f : max * 1.44269504f;
+            w->weight[at + p] = none ? 0.0f : 1.0f / l;
+            w->delta[at + p] = none ? 0.0f : w->delta[at + p];
         }
     }
 }
@@ -5698,6 +5770,17 @@ HL_KERNEL_AVX2 void hl_fag_bf16_d128_add_avx2(const hl_fusion_attention_grad_pla
     }
 }
 
+/* n keys and values from j on into w->k and w->v. */
+HL_KERNEL_AVX2 void hl_fag_bf16_d128_load_keys_avx2(const hl_fusion_attention_grad_args *a,
+                                                    const hl_span *g, int32_t j, int32_t n,
+                                                    const hl_fag_bf16_d128_space *w)
+{
+    hl_fag_bf16_d128_load_rows_avx2((const uint16_t *)a->key + g->key + j * a->key_stride.row,
+                                    a->key_stride.row, n, 128, w->k);
+    hl_fag_bf16_d128_load_rows_avx2((const uint16_t *)a->value + g->value + j * a->value_stride.row,
+                                    a->value_stride.row, n, 128, w->v);
+}
+
 /* A row of a gradient: factor times o, converted. */
 HL_KERNEL_AVX2 void hl_fag_bf16_d128_store_row_avx2(const hl_fusion_attention_grad_args *a,
                                                     void *tensor, ptrdiff_t at, const float *o,
@@ -5765,6 +5848,27 @@ HL_KERNEL_AVX2 void hl_fag_bf16_d128_block_avx2(const hl_fusion_attention_grad_p
     }
 }
 
+/* The columns of a task of queries, and what is known of each. */
+HL_KERNEL_AVX2 void hl_fag_bf16_d128_pack_queries_avx2(const hl_fusion_attention_grad_plan *plan,
+    const hl_span *g, const hl_fag_bf16_d128_space *w, int32_t columns)
+{
+    enum { BLOCK = 96, DK = 128, DV = 128 };
+    const hl_fusion_attention_grad_args *const a = &plan->args;
+    for (int32_t p = 0; p < g->n; p += BLOCK) {
+        hl_span t = *g;
+        hl_fag_bf16_d128_queries(a, &t, g->kv_head, g->first + p, g->n - p < BLOCK ? g->n - p
+                                 : BLOCK);
+        hl_fag_bf16_d128_load_queries_avx2(a->query, t.query, &a->query_stride, &t, DK, w->k);
+        hl_fag_bf16_d128_load_queries_avx2(a->dout,
+                                           hl_fag_bf16_d128_start(a, &t, &a->dout_stride, 0),
+                                           &a->dout_stride, &t, DV, w->v);
+        hl_fag_bf16_d128_numbers_avx2(plan, &t, w, p);
+        hl_fag_bf16_d128_pack_avx2(w->k, t.n, DK, p, columns, w->panel_k);
+        hl_fag_bf16_d128_pack_avx2(w->v, t.n, DV, p, columns, w->panel_v);
+    }
+    hl_fag_bf16_d128_bounds(g, columns, w->low, w->high);
+}
+
 /* A task of queries. */
 HL_KERNEL_AVX2 void hl_fag_bf16_d128_query_task_avx2(const hl_fusion_attention_grad_plan *plan,
     int64_t task, const hl_fag_bf16_d128_space *w)
@@ -5781,13 +5885,7 @@ HL_KERNEL_AVX2 void hl_fag_bf16_d128_query_task_avx2(const hl_fusion_attention_g
     }
     hl_fag_bf16_d128_queries(a, &g, kv_head, piece * plan->queries, plan->queries);
     columns = (g.n + L - 1) / L * L;
-    hl_fag_bf16_d128_load_queries_avx2(a->query, g.query, &a->query_stride, &g, DK, w->k);
-    hl_fag_bf16_d128_load_queries_avx2(a->dout, hl_fag_bf16_d128_start(a, &g, &a->dout_stride, 0),
-                                       &a->dout_stride, &g, DV, w->v);
-    hl_fag_bf16_d128_numbers_avx2(plan, &g, w);
-    hl_fag_bf16_d128_pack_avx2(w->k, g.n, DK, columns, w->panel_k);
-    hl_fag_bf16_d128_pack_avx2(w->v, g.n, DV, columns, w->panel_v);
-    hl_fag_bf16_d128_bounds(&g, (g.n + L - 1) / L * L, w->low, w->high);
+    hl_fag_bf16_d128_pack_queries_avx2(plan, &g, w, columns);
     for (ptrdiff_t c = 0; c < (ptrdiff_t)g.n * OS; ++c) {
         w->out_k[c] = 0.0f;
     }
@@ -5797,12 +5895,7 @@ HL_KERNEL_AVX2 void hl_fag_bf16_d128_query_task_avx2(const hl_fusion_attention_g
     for (int32_t j = g.low; j < g.high;) {
         const int32_t next = g.high - j > BLOCK - j % BLOCK ? j - j % BLOCK + BLOCK : g.high;
         if (hl_fag_bf16_d128_mask_kinds(a, &g, j, next - j) != 2) {
-            hl_fag_bf16_d128_load_rows_avx2((const uint16_t *)a->key + g.key + j
-                                            * a->key_stride.row, a->key_stride.row, next - j, DK,
-                                            w->k);
-            hl_fag_bf16_d128_load_rows_avx2((const uint16_t *)a->value + g.value + j
-                                            * a->value_stride.row, a->value_stride.row, next - j,
-                                            DV, w->v);
+            hl_fag_bf16_d128_load_keys_avx2(a, &g, j, next - j, w);
             hl_fag_bf16_d128_block_avx2(plan, &g, w, columns, j, next - j);
         }
         j = next;
@@ -5863,11 +5956,27 @@ HL_KERNEL_AVX2 void hl_fag_bf16_d128_piece_avx2(const hl_fusion_attention_grad_p
     }
 }
 
+/* The columns of a task of n keys from j0. */
+HL_KERNEL_AVX2 void hl_fag_bf16_d128_pack_keys_avx2(const hl_fusion_attention_grad_args *a,
+                                                    const hl_span *g,
+                                                    const hl_fag_bf16_d128_space *w,
+                                                    int32_t columns, int32_t j0, int32_t n)
+{
+    enum { BLOCK = 96, DK = 128, DV = 128 };
+    for (int32_t j = 0; j < n; j += BLOCK) {
+        const int32_t some = n - j < BLOCK ? n - j : BLOCK;
+        hl_fag_bf16_d128_load_keys_avx2(a, g, j0 + j, some, w);
+        hl_fag_bf16_d128_pack_avx2(w->k, some, DK, j, columns, w->panel_k);
+        hl_fag_bf16_d128_pack_avx2(w->v, some, DV, j, columns, w->panel_v);
+    }
+}
+
 /* A task of keys: all queries of their kv head's heads that see one of them. */
 HL_KERNEL_AVX2 void hl_fag_bf16_d128_key_task_avx2(const hl_fusion_attention_grad_plan *plan,
                                                    int64_t task, const hl_fag_bf16_d128_space *w)
 {
-    enum { L = 8, OS = 128, DK = 128, DV = 128 };
+    enum { L = 8, BLOCK = 96, OS = 128,
+           DK = 128, DV = 128 };
     const hl_fusion_attention_grad_args *const a = &plan->args;
     hl_span g;
     int32_t kv_head;
@@ -5882,18 +5991,13 @@ HL_KERNEL_AVX2 void hl_fag_bf16_d128_key_task_avx2(const hl_fusion_attention_gra
     j0 = piece * plan->keys;
     n = g.seq_kv - j0 < plan->keys ? g.seq_kv - j0 : plan->keys;
     columns = (n + L - 1) / L * L;
-    hl_fag_bf16_d128_load_rows_avx2((const uint16_t *)a->key + g.key + j0 * a->key_stride.row,
-                                    a->key_stride.row, n, DK, w->k);
-    hl_fag_bf16_d128_load_rows_avx2((const uint16_t *)a->value + g.value + j0 * a->value_stride.row,
-                                    a->value_stride.row, n, DV, w->v);
-    hl_fag_bf16_d128_pack_avx2(w->k, n, DK, columns, w->panel_k);
-    hl_fag_bf16_d128_pack_avx2(w->v, n, DV, columns, w->panel_v);
+    hl_fag_bf16_d128_pack_keys_avx2(a, &g, w, columns, j0, n);
     for (ptrdiff_t c = 0; c < (ptrdiff_t)n * OS; ++c) {
         w->out_k[c] = 0.0f;
         w->out_v[c] = 0.0f;
     }
-    for (int32_t first = 0; first < g.seq_q * g.heads; first += plan->queries) {
-        hl_fag_bf16_d128_queries(a, &g, kv_head, first, plan->queries);
+    for (int32_t first = 0; first < g.seq_q * g.heads; first += BLOCK) {
+        hl_fag_bf16_d128_queries(a, &g, kv_head, first, BLOCK);
         if (g.high <= j0 || g.low >= j0 + n || hl_fag_bf16_d128_mask_kinds(a, &g, j0, n) == 2) {
             continue;
         }
@@ -5901,7 +6005,7 @@ HL_KERNEL_AVX2 void hl_fag_bf16_d128_key_task_avx2(const hl_fusion_attention_gra
         hl_fag_bf16_d128_load_queries_avx2(a->dout,
                                            hl_fag_bf16_d128_start(a, &g, &a->dout_stride, 0),
                                            &a->dout_stride, &g, DV, w->v);
-        hl_fag_bf16_d128_numbers_avx2(plan, &g, w);
+        hl_fag_bf16_d128_numbers_avx2(plan, &g, w, 0);
         hl_fag_bf16_d128_bounds(&g, (g.n + L - 1) / L * L, w->low, w->high);
         hl_fag_bf16_d128_piece_avx2(plan, &g, w, columns, j0, n);
     }
@@ -5925,7 +6029,7 @@ __attribute__((target("avx2,fma,f16c")))
 static inline void hl_fag_bf16_d128_task_avx2(const hl_fusion_attention_grad_plan *plan,
                                               int64_t task, void *workspace)
 {
-    enum { MOST = 96 };
+    enum { MOST = 192 };
     hl_fag_bf16_d128_space w;
     hl_fag_bf16_d128_cut(&w, workspace);
     for (int32_t p = 0; p < MOST; ++p) {
@@ -5943,7 +6047,7 @@ static inline void hl_fag_bf16_d128_task_avx2(const hl_fusion_attention_grad_pla
 /* ==== hl_fusion_attention_grad_bf16_d128 ====
  * AVX-512 F, BW, DQ and VL (avx512).
  * Tiles: 12 x 2 accumulators take 24 of 32 registers: 14 loads for 24 FMA.
- * 96 queries by 96 keys, 96 keys by 96 queries: what is loaded is used as often.
+ * 192 queries by 96 keys, 192 keys by 96 queries: what is loaded is used 192 times.
  * 128 channels of 32 columns are 16 KiB: they stay in the first-level cache. */
 
 #if HL_HAS_AVX512
@@ -6003,14 +6107,14 @@ HL_KERNEL_AVX512 void hl_fag_bf16_d128_load_queries_avx512(const void *tensor, p
     }
 }
 
-/* n rows as the columns of panels. */
+/* n rows of a block as the columns of panels, from column `first` on; 0 behind the last of all. */
 HL_KERNEL_AVX512 void hl_fag_bf16_d128_pack_avx512(const float *rows, int32_t n, int32_t channels,
-                                                   int32_t columns, float *to)
+                                                   int32_t first, int32_t columns, float *to)
 {
-    enum { L = 16, KS = 144 };
-    for (int32_t p = 0; p < columns; p += L) {
-        hl_fag_bf16_d128_pack_some_avx512(rows + (ptrdiff_t)p * KS, n - p, channels, p, columns,
-                                          to);
+    enum { L = 16, KS = 144, BLOCK = 96 };
+    for (int32_t p = 0; p < BLOCK && first + p < columns; p += L) {
+        hl_fag_bf16_d128_pack_some_avx512(rows + (ptrdiff_t)p * KS, n - p, channels, first + p,
+                                          columns, to);
     }
 }
 /* Takes rows that are not finite out of n of them: their numbers in `apart`, and 0 for them. */
@@ -6388,27 +6492,27 @@ HL_KERNEL_AVX512 void hl_fag_bf16_d128_score_panel_avx512(const float *q, const 
         const float *const row = k + (ptrdiff_t)j * KS;
         float *const to = s + (ptrdiff_t)j * heads;
         if (width == W) {
-            hl_fag_bf16_d128_qk_12x2_avx512(q, row, to, heads, n, add, scale);
+            hl_fag_bf16_d128_qk_12x2_avx512(q, row, to, W, n, add, scale);
         } else {
-            hl_fag_bf16_d128_qk_12x1_avx512(q, row, to, heads, n, add, scale);
+            hl_fag_bf16_d128_qk_12x1_avx512(q, row, to, width, n, add, scale);
         }
     }
     for (; j + 4 <= keys; j += 4) {
         const float *const row = k + (ptrdiff_t)j * KS;
         float *const to = s + (ptrdiff_t)j * heads;
         if (width == W) {
-            hl_fag_bf16_d128_qk_4x2_avx512(q, row, to, heads, n, add, scale);
+            hl_fag_bf16_d128_qk_4x2_avx512(q, row, to, W, n, add, scale);
         } else {
-            hl_fag_bf16_d128_qk_4x1_avx512(q, row, to, heads, n, add, scale);
+            hl_fag_bf16_d128_qk_4x1_avx512(q, row, to, width, n, add, scale);
         }
     }
     for (; j + 1 <= keys; j += 1) {
         const float *const row = k + (ptrdiff_t)j * KS;
         float *const to = s + (ptrdiff_t)j * heads;
         if (width == W) {
-            hl_fag_bf16_d128_qk_1x2_avx512(q, row, to, heads, n, add, scale);
+            hl_fag_bf16_d128_qk_1x2_avx512(q, row, to, W, n, add, scale);
         } else {
-            hl_fag_bf16_d128_qk_1x1_avx512(q, row, to, heads, n, add, scale);
+            hl_fag_bf16_d128_qk_1x1_avx512(q, row, to, width, n, add, scale);
         }
     }
 }
@@ -7152,9 +7256,10 @@ HL_KERNEL_AVX512 void hl_fag_bf16_d128_drop_avx512(const hl_fusion_attention_gra
 /* ---- gradient: P = 2^(S - max) / sum;  dS = P o (dP - delta), delta = rowsum(dO o O) ---- */
 
 /* max in units of log2, 1 / sum and delta of a span's queries, whose rows of dO are in w->v; 0 for
- * those behind the last, up to a whole vector, and where the forward pass found no key. */
+ * those behind the last, up to a whole vector, and where the forward pass found no key. They are
+ * the task's queries from `at` on. */
 HL_KERNEL_AVX512 void hl_fag_bf16_d128_numbers_avx512(const hl_fusion_attention_grad_plan *plan,
-    const hl_span *g, const hl_fag_bf16_d128_space *w)
+    const hl_span *g, const hl_fag_bf16_d128_space *w, int32_t at)
 {
     enum { L = 16, KS = 144, VC = 128 };
     const hl_fusion_attention_grad_args *const a = &plan->args;
@@ -7175,17 +7280,18 @@ HL_KERNEL_AVX512 void hl_fag_bf16_d128_numbers_avx512(const hl_fusion_attention_
                     hl_vfma_avx512(hl_vload_avx512(row + c), hl_vload_avx512(w->row + c), sum[r]);
             }
         }
-        hl_vstore_avx512(w->delta + first, hl_vsums_avx512(sum));
+        hl_vstore_avx512(w->delta + at + first, hl_vsums_avx512(sum));
         for (int32_t p = first; p < first + L; ++p) {
             const int32_t q = g->first + (p < g->n ? p : 0);
             const int32_t head = g->kv_head * g->heads + q % g->heads;
-            const ptrdiff_t at = hl_fag_bf16_d128_stats_at(a, g, q / g->heads, head);
-            const float max = a->softmax_max[at * a->stats_width];
-            const float l = a->softmax_sum[at * a->stats_width];
+            const ptrdiff_t stats = hl_fag_bf16_d128_stats_at(a, g, q / g->heads, head)
+                * a->stats_width;
+            const float max = a->softmax_max[stats];
+            const float l = a->softmax_sum[stats];
             const int32_t none = p >= g->n || l == 0.0f || l >= most || max <= -most;
-            w->max[p] = none ? 0.0f : max * 1.44269504f;
-            w->weight[p] = none ? 0.0f : 1.0f / l;
-            w->delta[p] = none ? 0.0f : w->delta[p];
+            w->max[at + p] = none ? 0.0f : max * 1.44269504f;
+            w->weight[at + p] = none ? 0.0f : 1.0f / l;
+            w->delta[at + p] = none ? 0.0f : w->delta[at + p];
         }
     }
 }
@@ -7342,6 +7448,16 @@ HL_KERNEL_AVX512 void hl_fag_bf16_d128_add_avx512(const hl_fusion_attention_grad
     }
 }
 
+/* n keys and values from j on into w->k and w->v. */
+HL_KERNEL_AVX512 void hl_fag_bf16_d128_load_keys_avx512(const hl_fusion_attention_grad_args *a,
+    const hl_span *g, int32_t j, int32_t n, const hl_fag_bf16_d128_space *w)
+{
+    hl_fag_bf16_d128_load_rows_avx512((const uint16_t *)a->key + g->key + j * a->key_stride.row,
+                                      a->key_stride.row, n, 128, w->k);
+    hl_fag_bf16_d128_load_rows_avx512((const uint16_t *)a->value + g->value + j
+                                      * a->value_stride.row, a->value_stride.row, n, 128, w->v);
+}
+
 /* A row of a gradient: factor times o, converted. */
 HL_KERNEL_AVX512 void hl_fag_bf16_d128_store_row_avx512(const hl_fusion_attention_grad_args *a,
     void *tensor, ptrdiff_t at, const float *o, int32_t channels, float factor)
@@ -7410,6 +7526,28 @@ HL_KERNEL_AVX512 void hl_fag_bf16_d128_block_avx512(const hl_fusion_attention_gr
     }
 }
 
+/* The columns of a task of queries, and what is known of each. */
+HL_KERNEL_AVX512 void hl_fag_bf16_d128_pack_queries_avx512(
+    const hl_fusion_attention_grad_plan *plan, const hl_span *g, const hl_fag_bf16_d128_space *w,
+    int32_t columns)
+{
+    enum { BLOCK = 96, DK = 128, DV = 128 };
+    const hl_fusion_attention_grad_args *const a = &plan->args;
+    for (int32_t p = 0; p < g->n; p += BLOCK) {
+        hl_span t = *g;
+        hl_fag_bf16_d128_queries(a, &t, g->kv_head, g->first + p, g->n - p < BLOCK ? g->n - p
+                                 : BLOCK);
+        hl_fag_bf16_d128_load_queries_avx512(a->query, t.query, &a->query_stride, &t, DK, w->k);
+        hl_fag_bf16_d128_load_queries_avx512(a->dout,
+                                             hl_fag_bf16_d128_start(a, &t, &a->dout_stride, 0),
+                                             &a->dout_stride, &t, DV, w->v);
+        hl_fag_bf16_d128_numbers_avx512(plan, &t, w, p);
+        hl_fag_bf16_d128_pack_avx512(w->k, t.n, DK, p, columns, w->panel_k);
+        hl_fag_bf16_d128_pack_avx512(w->v, t.n, DV, p, columns, w->panel_v);
+    }
+    hl_fag_bf16_d128_bounds(g, columns, w->low, w->high);
+}
+
 /* A task of queries. */
 HL_KERNEL_AVX512 void hl_fag_bf16_d128_query_task_avx512(const hl_fusion_attention_grad_plan *plan,
     int64_t task, const hl_fag_bf16_d128_space *w)
@@ -7426,13 +7564,7 @@ HL_KERNEL_AVX512 void hl_fag_bf16_d128_query_task_avx512(const hl_fusion_attenti
     }
     hl_fag_bf16_d128_queries(a, &g, kv_head, piece * plan->queries, plan->queries);
     columns = (g.n + L - 1) / L * L;
-    hl_fag_bf16_d128_load_queries_avx512(a->query, g.query, &a->query_stride, &g, DK, w->k);
-    hl_fag_bf16_d128_load_queries_avx512(a->dout, hl_fag_bf16_d128_start(a, &g, &a->dout_stride, 0),
-                                         &a->dout_stride, &g, DV, w->v);
-    hl_fag_bf16_d128_numbers_avx512(plan, &g, w);
-    hl_fag_bf16_d128_pack_avx512(w->k, g.n, DK, columns, w->panel_k);
-    hl_fag_bf16_d128_pack_avx512(w->v, g.n, DV, columns, w->panel_v);
-    hl_fag_bf16_d128_bounds(&g, (g.n + L - 1) / L * L, w->low, w->high);
+    hl_fag_bf16_d128_pack_queries_avx512(plan, &g, w, columns);
     for (ptrdiff_t c = 0; c < (ptrdiff_t)g.n * OS; ++c) {
         w->out_k[c] = 0.0f;
     }
@@ -7442,12 +7574,7 @@ HL_KERNEL_AVX512 void hl_fag_bf16_d128_query_task_avx512(const hl_fusion_attenti
     for (int32_t j = g.low; j < g.high;) {
         const int32_t next = g.high - j > BLOCK - j % BLOCK ? j - j % BLOCK + BLOCK : g.high;
         if (hl_fag_bf16_d128_mask_kinds(a, &g, j, next - j) != 2) {
-            hl_fag_bf16_d128_load_rows_avx512((const uint16_t *)a->key + g.key + j
-                                              * a->key_stride.row, a->key_stride.row, next - j, DK,
-                                              w->k);
-            hl_fag_bf16_d128_load_rows_avx512((const uint16_t *)a->value + g.value + j
-                                              * a->value_stride.row, a->value_stride.row, next - j,
-                                              DV, w->v);
+            hl_fag_bf16_d128_load_keys_avx512(a, &g, j, next - j, w);
             hl_fag_bf16_d128_block_avx512(plan, &g, w, columns, j, next - j);
         }
         j = next;
@@ -7509,11 +7636,25 @@ HL_KERNEL_AVX512 void hl_fag_bf16_d128_piece_avx512(const hl_fusion_attention_gr
     }
 }
 
+/* The columns of a task of n keys from j0. */
+HL_KERNEL_AVX512 void hl_fag_bf16_d128_pack_keys_avx512(const hl_fusion_attention_grad_args *a,
+    const hl_span *g, const hl_fag_bf16_d128_space *w, int32_t columns, int32_t j0, int32_t n)
+{
+    enum { BLOCK = 96, DK = 128, DV = 128 };
+    for (int32_t j = 0; j < n; j += BLOCK) {
+        const int32_t some = n - j < BLOCK ? n - j : BLOCK;
+        hl_fag_bf16_d128_load_keys_avx512(a, g, j0 + j, some, w);
+        hl_fag_bf16_d128_pack_avx512(w->k, some, DK, j, columns, w->panel_k);
+        hl_fag_bf16_d128_pack_avx512(w->v, some, DV, j, columns, w->panel_v);
+    }
+}
+
 /* A task of keys: all queries of their kv head's heads that see one of them. */
 HL_KERNEL_AVX512 void hl_fag_bf16_d128_key_task_avx512(const hl_fusion_attention_grad_plan *plan,
     int64_t task, const hl_fag_bf16_d128_space *w)
 {
-    enum { L = 16, OS = 128, DK = 128, DV = 128 };
+    enum { L = 16, BLOCK = 96, OS = 128,
+           DK = 128, DV = 128 };
     const hl_fusion_attention_grad_args *const a = &plan->args;
     hl_span g;
     int32_t kv_head;
@@ -7528,18 +7669,13 @@ HL_KERNEL_AVX512 void hl_fag_bf16_d128_key_task_avx512(const hl_fusion_attention
     j0 = piece * plan->keys;
     n = g.seq_kv - j0 < plan->keys ? g.seq_kv - j0 : plan->keys;
     columns = (n + L - 1) / L * L;
-    hl_fag_bf16_d128_load_rows_avx512((const uint16_t *)a->key + g.key + j0 * a->key_stride.row,
-                                      a->key_stride.row, n, DK, w->k);
-    hl_fag_bf16_d128_load_rows_avx512((const uint16_t *)a->value + g.value + j0
-                                      * a->value_stride.row, a->value_stride.row, n, DV, w->v);
-    hl_fag_bf16_d128_pack_avx512(w->k, n, DK, columns, w->panel_k);
-    hl_fag_bf16_d128_pack_avx512(w->v, n, DV, columns, w->panel_v);
+    hl_fag_bf16_d128_pack_keys_avx512(a, &g, w, columns, j0, n);
     for (ptrdiff_t c = 0; c < (ptrdiff_t)n * OS; ++c) {
         w->out_k[c] = 0.0f;
         w->out_v[c] = 0.0f;
     }
-    for (int32_t first = 0; first < g.seq_q * g.heads; first += plan->queries) {
-        hl_fag_bf16_d128_queries(a, &g, kv_head, first, plan->queries);
+    for (int32_t first = 0; first < g.seq_q * g.heads; first += BLOCK) {
+        hl_fag_bf16_d128_queries(a, &g, kv_head, first, BLOCK);
         if (g.high <= j0 || g.low >= j0 + n || hl_fag_bf16_d128_mask_kinds(a, &g, j0, n) == 2) {
             continue;
         }
@@ -7547,7 +7683,7 @@ HL_KERNEL_AVX512 void hl_fag_bf16_d128_key_task_avx512(const hl_fusion_attention
         hl_fag_bf16_d128_load_queries_avx512(a->dout,
                                              hl_fag_bf16_d128_start(a, &g, &a->dout_stride, 0),
                                              &a->dout_stride, &g, DV, w->v);
-        hl_fag_bf16_d128_numbers_avx512(plan, &g, w);
+        hl_fag_bf16_d128_numbers_avx512(plan, &g, w, 0);
         hl_fag_bf16_d128_bounds(&g, (g.n + L - 1) / L * L, w->low, w->high);
         hl_fag_bf16_d128_piece_avx512(plan, &g, w, columns, j0, n);
     }
@@ -7571,7 +7707,7 @@ __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma")))
 static inline void hl_fag_bf16_d128_task_avx512(const hl_fusion_attention_grad_plan *plan,
                                                 int64_t task, void *workspace)
 {
-    enum { MOST = 96 };
+    enum { MOST = 192 };
     hl_fag_bf16_d128_space w;
     hl_fag_bf16_d128_cut(&w, workspace);
     for (int32_t p = 0; p < MOST; ++p) {
@@ -7662,7 +7798,7 @@ static inline hl_status hl_fag_bf16_d128_plan(hl_fusion_attention_grad_plan *pla
     }
     p.group = a->heads_q / a->heads_kv;
     p.scale_log2 = a->scale_value * 1.44269504f;
-    p.queries = 96;
+    p.queries = 192;
     p.band_batch = -1;
     for (int32_t b = 0; a->sparse_mode > 6 && b < a->batch; ++b) { /* the last or first with rows */
         const int64_t before = b > 0 ? a->actual_seq_qlen[b - 1] : 0;
@@ -7671,7 +7807,7 @@ static inline hl_status hl_fag_bf16_d128_plan(hl_fusion_attention_grad_plan *pla
         }
     }
     p.task_bytes = HL_FUSION_ATTENTION_GRAD_BF16_D128_WORKSPACE_BYTES;
-    p.keys = 96;
+    p.keys = 192;
     p.q_tasks = a->dquery != NULL || a->dpse != NULL ? hl_fag_bf16_d128_count_tasks(&p, 0) : 0;
     p.n_tasks = p.q_tasks
                 + (a->dkey != NULL || a->dvalue != NULL ? hl_fag_bf16_d128_count_tasks(&p, 1) : 0);

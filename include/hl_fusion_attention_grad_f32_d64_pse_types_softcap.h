@@ -84,7 +84,7 @@
  *   to be below keep_prob * 2^32. The same on all instruction sets, threads and layouts.
  *
  * MEMORY
- *   One task needs 211648 bytes, whatever the shape. Nothing is read before or
+ *   One task needs 312256 bytes, whatever the shape. Nothing is read before or
  *   behind a row; unused memory may hold NaN.
  *
  * NUMBERS
@@ -1243,7 +1243,7 @@ enum {
 };
 
 /* Bytes of workspace for one task, any alignment, whatever the shape of the call. */
-#define HL_FUSION_ATTENTION_GRAD_F32_D64_PSE_TYPES_SOFTCAP_WORKSPACE_BYTES ((size_t)211648)
+#define HL_FUSION_ATTENTION_GRAD_F32_D64_PSE_TYPES_SOFTCAP_WORKSPACE_BYTES ((size_t)312256)
 
 /* Checks everything, fills in defaults, counts tasks. On an error *plan is untouched. */
 HL_API hl_status hl_fusion_attention_grad_f32_d64_pse_types_softcap_plan(
@@ -1829,9 +1829,9 @@ static inline void hl_fag_f32_d64_pse_types_softcap_cut(hl_fag_f32_d64_pse_types
     const size_t off = (size_t)((uintptr_t)start % 64u);
     float *at = (float *)(void *)(start + (off != 0 ? 64u - off : 0u));
     w->panel_k = at;
-    at += 6144;
+    at += 12288;
     w->panel_v = at;
-    at += 6144;
+    at += 12288;
     w->k = at;
     at += 7680;
     w->v = at;
@@ -1845,21 +1845,21 @@ static inline void hl_fag_f32_d64_pse_types_softcap_cut(hl_fag_f32_d64_pse_types
     w->slope = at;
     at += 3072;
     w->out_k = at;
-    at += 6144;
+    at += 12288;
     w->out_v = at;
-    at += 6144;
+    at += 12288;
     w->row = at;
     at += 96;
     w->max = at;
-    at += 96;
+    at += 192;
     w->weight = at;
-    at += 96;
+    at += 192;
     w->delta = at;
-    at += 96;
+    at += 192;
     w->ones = at;
-    at += 96;
+    at += 192;
     w->low = (int32_t *)(void *)at;
-    at += 96;
+    at += 192;
     w->high = (int32_t *)(void *)at;
 }
 /* ---- select: which rows and keys a batch has, which keys a row sees ---- */
@@ -2741,7 +2741,7 @@ static inline void hl_fag_f32_d64_pse_types_softcap_store_dpse(
 /* ==== hl_fusion_attention_grad_f32_d64_pse_types_softcap ====
  * plain C99 (scalar).
  * Tiles: 8 sums fit the 16 float registers of a small core with room for operands.
- * 96 queries by 96 keys, 96 keys by 96 queries: what is loaded is used as often.
+ * 192 queries by 96 keys, 192 keys by 96 queries: what is loaded is used 192 times.
  * 64 channels of 2 columns are 0 KiB: they stay in the first-level cache. */
 
 /* ---- load: rows -> float32 ---- */
@@ -2799,14 +2799,14 @@ HL_KERNEL_SCALAR void hl_fag_f32_d64_pse_types_softcap_load_queries_scalar(const
     }
 }
 
-/* n rows as the columns of panels. */
+/* n rows of a block as the columns of panels, from column `first` on; 0 behind the last of all. */
 HL_KERNEL_SCALAR void hl_fag_f32_d64_pse_types_softcap_pack_scalar(const float *rows, int32_t n,
-    int32_t channels, int32_t columns, float *to)
+    int32_t channels, int32_t first, int32_t columns, float *to)
 {
-    enum { L = 1, KS = 64 };
-    for (int32_t p = 0; p < columns; p += L) {
+    enum { L = 1, KS = 64, BLOCK = 96 };
+    for (int32_t p = 0; p < BLOCK && first + p < columns; p += L) {
         hl_fag_f32_d64_pse_types_softcap_pack_some_scalar(rows + (ptrdiff_t)p * KS, n - p, channels,
-            p, columns, to);
+            first + p, columns, to);
     }
 }
 /* Takes rows that are not finite out of n of them: their numbers in `apart`, and 0 for them. */
@@ -2986,18 +2986,18 @@ HL_KERNEL_SCALAR void hl_fag_f32_d64_pse_types_softcap_score_panel_scalar(const 
         const float *const row = k + (ptrdiff_t)j * KS;
         float *const to = s + (ptrdiff_t)j * heads;
         if (width == W) {
-            hl_fag_f32_d64_pse_types_softcap_qk_4x2_scalar(q, row, to, heads, n, add, scale);
+            hl_fag_f32_d64_pse_types_softcap_qk_4x2_scalar(q, row, to, W, n, add, scale);
         } else {
-            hl_fag_f32_d64_pse_types_softcap_qk_4x1_scalar(q, row, to, heads, n, add, scale);
+            hl_fag_f32_d64_pse_types_softcap_qk_4x1_scalar(q, row, to, width, n, add, scale);
         }
     }
     for (; j + 1 <= keys; j += 1) {
         const float *const row = k + (ptrdiff_t)j * KS;
         float *const to = s + (ptrdiff_t)j * heads;
         if (width == W) {
-            hl_fag_f32_d64_pse_types_softcap_qk_1x2_scalar(q, row, to, heads, n, add, scale);
+            hl_fag_f32_d64_pse_types_softcap_qk_1x2_scalar(q, row, to, W, n, add, scale);
         } else {
-            hl_fag_f32_d64_pse_types_softcap_qk_1x1_scalar(q, row, to, heads, n, add, scale);
+            hl_fag_f32_d64_pse_types_softcap_qk_1x1_scalar(q, row, to, width, n, add, scale);
         }
     }
 }
@@ -3350,10 +3350,11 @@ HL_KERNEL_SCALAR void hl_fag_f32_d64_pse_types_softcap_times_scalar(const float 
 }
 
 /* max in units of log2, 1 / sum and delta of a span's queries, whose rows of dO are in w->v; 0 for
- * those behind the last, up to a whole vector, and where the forward pass found no key. */
+ * those behind the last, up to a whole vector, and where the forward pass found no key. They are
+ * the task's queries from `at` on. */
 HL_KERNEL_SCALAR void hl_fag_f32_d64_pse_types_softcap_numbers_scalar(
     const hl_fusion_attention_grad_plan *plan, const hl_span *g,
-    const hl_fag_f32_d64_pse_types_softcap_space *w)
+    const hl_fag_f32_d64_pse_types_softcap_space *w, int32_t at)
 {
     enum { L = 1, KS = 64, VC = 64 };
     const hl_fusion_attention_grad_args *const a = &plan->args;
@@ -3374,18 +3375,19 @@ HL_KERNEL_SCALAR void hl_fag_f32_d64_pse_types_softcap_numbers_scalar(
                     hl_vfma_scalar(hl_vload_scalar(row + c), hl_vload_scalar(w->row + c), sum[r]);
             }
         }
-        hl_vstore_scalar(w->delta + first, hl_vsums_scalar(sum));
+        hl_vstore_scalar(w->delta + at + first, hl_vsums_scalar(sum));
         for (int32_t p = first; p < first + L; ++p) {
             const int32_t q = g->first + (p < g->n ? p : 0);
             const int32_t head = g->kv_head * g->heads + q % g->heads;
-            const ptrdiff_t at =
-                hl_fag_f32_d64_pse_types_softcap_stats_at(a, g, q / g->heads, head);
-            const float max = a->softmax_max[at * a->stats_width];
-            const float l = a->softmax_sum[at * a->stats_width];
+            const ptrdiff_t stats =
+                hl_fag_f32_d64_pse_types_softcap_stats_at(a, g, q / g->heads, head)
+                * a->stats_width;
+            const float max = a->softmax_max[stats];
+            const float l = a->softmax_sum[stats];
             const int32_t none = p >= g->n || l == 0.0f || l >= most || max <= -most;
-            w->max[p] = none ? 0.0f : max * 1.44269504f;
-            w->weight[p] = none ? 0.0f : 1.0f / l;
-            w->delta[p] = none ? 0.0f : w->delta[p];
+            w->max[at + p] = none ? 0.0f : max * 1.44269504f;
+            w->weight[at + p] = none ? 0.0f : 1.0f / l;
+            w->delta[at + p] = none ? 0.0f : w->delta[at + p];
         }
     }
 }
@@ -3561,6 +3563,17 @@ HL_KERNEL_SCALAR void hl_fag_f32_d64_pse_types_softcap_add_scalar(
     }
 }
 
+/* n keys and values from j on into w->k and w->v. */
+HL_KERNEL_SCALAR void hl_fag_f32_d64_pse_types_softcap_load_keys_scalar(
+    const hl_fusion_attention_grad_args *a, const hl_span *g, int32_t j, int32_t n,
+    const hl_fag_f32_d64_pse_types_softcap_space *w)
+{
+    hl_fag_f32_d64_pse_types_softcap_load_rows_scalar((const float *)a->key + g->key + j
+        * a->key_stride.row, a->key_stride.row, n, 64, w->k);
+    hl_fag_f32_d64_pse_types_softcap_load_rows_scalar((const float *)a->value + g->value + j
+        * a->value_stride.row, a->value_stride.row, n, 64, w->v);
+}
+
 /* A row of a gradient: factor times o, converted. */
 HL_KERNEL_SCALAR void hl_fag_f32_d64_pse_types_softcap_store_row_scalar(
     const hl_fusion_attention_grad_args *a, void *tensor, ptrdiff_t at, const float *o,
@@ -3620,6 +3633,29 @@ HL_KERNEL_SCALAR void hl_fag_f32_d64_pse_types_softcap_block_scalar(
     }
 }
 
+/* The columns of a task of queries, and what is known of each. */
+HL_KERNEL_SCALAR void hl_fag_f32_d64_pse_types_softcap_pack_queries_scalar(
+    const hl_fusion_attention_grad_plan *plan, const hl_span *g,
+    const hl_fag_f32_d64_pse_types_softcap_space *w, int32_t columns)
+{
+    enum { BLOCK = 96, DK = 64, DV = 64 };
+    const hl_fusion_attention_grad_args *const a = &plan->args;
+    for (int32_t p = 0; p < g->n; p += BLOCK) {
+        hl_span t = *g;
+        hl_fag_f32_d64_pse_types_softcap_queries(a, &t, g->kv_head, g->first + p, g->n - p < BLOCK
+                                                 ? g->n - p : BLOCK);
+        hl_fag_f32_d64_pse_types_softcap_load_queries_scalar(a->query, t.query, &a->query_stride,
+            &t, DK, w->k);
+        hl_fag_f32_d64_pse_types_softcap_load_queries_scalar(a->dout,
+            hl_fag_f32_d64_pse_types_softcap_start(a, &t, &a->dout_stride, 0), &a->dout_stride, &t,
+            DV, w->v);
+        hl_fag_f32_d64_pse_types_softcap_numbers_scalar(plan, &t, w, p);
+        hl_fag_f32_d64_pse_types_softcap_pack_scalar(w->k, t.n, DK, p, columns, w->panel_k);
+        hl_fag_f32_d64_pse_types_softcap_pack_scalar(w->v, t.n, DV, p, columns, w->panel_v);
+    }
+    hl_fag_f32_d64_pse_types_softcap_bounds(g, columns, w->low, w->high);
+}
+
 /* A task of queries. */
 HL_KERNEL_SCALAR void hl_fag_f32_d64_pse_types_softcap_query_task_scalar(
     const hl_fusion_attention_grad_plan *plan, int64_t task,
@@ -3637,15 +3673,7 @@ HL_KERNEL_SCALAR void hl_fag_f32_d64_pse_types_softcap_query_task_scalar(
     }
     hl_fag_f32_d64_pse_types_softcap_queries(a, &g, kv_head, piece * plan->queries, plan->queries);
     columns = (g.n + L - 1) / L * L;
-    hl_fag_f32_d64_pse_types_softcap_load_queries_scalar(a->query, g.query, &a->query_stride, &g,
-        DK, w->k);
-    hl_fag_f32_d64_pse_types_softcap_load_queries_scalar(a->dout,
-        hl_fag_f32_d64_pse_types_softcap_start(a, &g, &a->dout_stride, 0), &a->dout_stride, &g, DV,
-        w->v);
-    hl_fag_f32_d64_pse_types_softcap_numbers_scalar(plan, &g, w);
-    hl_fag_f32_d64_pse_types_softcap_pack_scalar(w->k, g.n, DK, columns, w->panel_k);
-    hl_fag_f32_d64_pse_types_softcap_pack_scalar(w->v, g.n, DV, columns, w->panel_v);
-    hl_fag_f32_d64_pse_types_softcap_bounds(&g, (g.n + L - 1) / L * L, w->low, w->high);
+    hl_fag_f32_d64_pse_types_softcap_pack_queries_scalar(plan, &g, w, columns);
     for (ptrdiff_t c = 0; c < (ptrdiff_t)g.n * OS; ++c) {
         w->out_k[c] = 0.0f;
     }
@@ -3655,10 +3683,7 @@ HL_KERNEL_SCALAR void hl_fag_f32_d64_pse_types_softcap_query_task_scalar(
     for (int32_t j = g.low; j < g.high;) {
         const int32_t next = g.high - j > BLOCK - j % BLOCK ? j - j % BLOCK + BLOCK : g.high;
         if (hl_fag_f32_d64_pse_types_softcap_mask_kinds(a, &g, j, next - j) != 2) {
-            hl_fag_f32_d64_pse_types_softcap_load_rows_scalar((const float *)a->key + g.key + j
-                * a->key_stride.row, a->key_stride.row, next - j, DK, w->k);
-            hl_fag_f32_d64_pse_types_softcap_load_rows_scalar((const float *)a->value + g.value + j
-                * a->value_stride.row, a->value_stride.row, next - j, DV, w->v);
+            hl_fag_f32_d64_pse_types_softcap_load_keys_scalar(a, &g, j, next - j, w);
             hl_fag_f32_d64_pse_types_softcap_block_scalar(plan, &g, w, columns, j, next - j);
         }
         j = next;
@@ -3721,12 +3746,27 @@ HL_KERNEL_SCALAR void hl_fag_f32_d64_pse_types_softcap_piece_scalar(
     }
 }
 
+/* The columns of a task of n keys from j0. */
+HL_KERNEL_SCALAR void hl_fag_f32_d64_pse_types_softcap_pack_keys_scalar(
+    const hl_fusion_attention_grad_args *a, const hl_span *g,
+    const hl_fag_f32_d64_pse_types_softcap_space *w, int32_t columns, int32_t j0, int32_t n)
+{
+    enum { BLOCK = 96, DK = 64, DV = 64 };
+    for (int32_t j = 0; j < n; j += BLOCK) {
+        const int32_t some = n - j < BLOCK ? n - j : BLOCK;
+        hl_fag_f32_d64_pse_types_softcap_load_keys_scalar(a, g, j0 + j, some, w);
+        hl_fag_f32_d64_pse_types_softcap_pack_scalar(w->k, some, DK, j, columns, w->panel_k);
+        hl_fag_f32_d64_pse_types_softcap_pack_scalar(w->v, some, DV, j, columns, w->panel_v);
+    }
+}
+
 /* A task of keys: all queries of their kv head's heads that see one of them. */
 HL_KERNEL_SCALAR void hl_fag_f32_d64_pse_types_softcap_key_task_scalar(
     const hl_fusion_attention_grad_plan *plan, int64_t task,
     const hl_fag_f32_d64_pse_types_softcap_space *w)
 {
-    enum { L = 1, OS = 64, DK = 64, DV = 64 };
+    enum { L = 1, BLOCK = 96, OS = 64,
+           DK = 64, DV = 64 };
     const hl_fusion_attention_grad_args *const a = &plan->args;
     hl_span g;
     int32_t kv_head;
@@ -3741,18 +3781,13 @@ HL_KERNEL_SCALAR void hl_fag_f32_d64_pse_types_softcap_key_task_scalar(
     j0 = piece * plan->keys;
     n = g.seq_kv - j0 < plan->keys ? g.seq_kv - j0 : plan->keys;
     columns = (n + L - 1) / L * L;
-    hl_fag_f32_d64_pse_types_softcap_load_rows_scalar((const float *)a->key + g.key + j0
-        * a->key_stride.row, a->key_stride.row, n, DK, w->k);
-    hl_fag_f32_d64_pse_types_softcap_load_rows_scalar((const float *)a->value + g.value + j0
-        * a->value_stride.row, a->value_stride.row, n, DV, w->v);
-    hl_fag_f32_d64_pse_types_softcap_pack_scalar(w->k, n, DK, columns, w->panel_k);
-    hl_fag_f32_d64_pse_types_softcap_pack_scalar(w->v, n, DV, columns, w->panel_v);
+    hl_fag_f32_d64_pse_types_softcap_pack_keys_scalar(a, &g, w, columns, j0, n);
     for (ptrdiff_t c = 0; c < (ptrdiff_t)n * OS; ++c) {
         w->out_k[c] = 0.0f;
         w->out_v[c] = 0.0f;
     }
-    for (int32_t first = 0; first < g.seq_q * g.heads; first += plan->queries) {
-        hl_fag_f32_d64_pse_types_softcap_queries(a, &g, kv_head, first, plan->queries);
+    for (int32_t first = 0; first < g.seq_q * g.heads; first += BLOCK) {
+        hl_fag_f32_d64_pse_types_softcap_queries(a, &g, kv_head, first, BLOCK);
         if (g.high <= j0 || g.low >= j0 + n
             || hl_fag_f32_d64_pse_types_softcap_mask_kinds(a, &g, j0, n) == 2) {
             continue;
@@ -3762,7 +3797,7 @@ HL_KERNEL_SCALAR void hl_fag_f32_d64_pse_types_softcap_key_task_scalar(
         hl_fag_f32_d64_pse_types_softcap_load_queries_scalar(a->dout,
             hl_fag_f32_d64_pse_types_softcap_start(a, &g, &a->dout_stride, 0), &a->dout_stride, &g,
             DV, w->v);
-        hl_fag_f32_d64_pse_types_softcap_numbers_scalar(plan, &g, w);
+        hl_fag_f32_d64_pse_types_softcap_numbers_scalar(plan, &g, w, 0);
         hl_fag_f32_d64_pse_types_softcap_bounds(&g, (g.n + L - 1) / L * L, w->low, w->high);
         hl_fag_f32_d64_pse_types_softcap_piece_scalar(plan, &g, w, columns, j0, n);
     }
@@ -3783,7 +3818,7 @@ HL_KERNEL_SCALAR void hl_fag_f32_d64_pse_types_softcap_key_task_scalar(
 static inline void hl_fag_f32_d64_pse_types_softcap_task_scalar(
     const hl_fusion_attention_grad_plan *plan, int64_t task, void *workspace)
 {
-    enum { MOST = 96 };
+    enum { MOST = 192 };
     hl_fag_f32_d64_pse_types_softcap_space w;
     hl_fag_f32_d64_pse_types_softcap_cut(&w, workspace);
     for (int32_t p = 0; p < MOST; ++p) {
@@ -3799,7 +3834,7 @@ static inline void hl_fag_f32_d64_pse_types_softcap_task_scalar(
 /* ==== hl_fusion_attention_grad_f32_d64_pse_types_softcap ====
  * AArch64 NEON (neon).
  * Tiles: 8 x 2 accumulators, 2 vectors and a broadcast of 32 registers.
- * 96 queries by 96 keys, 96 keys by 96 queries: what is loaded is used as often.
+ * 192 queries by 96 keys, 192 keys by 96 queries: what is loaded is used 192 times.
  * 64 channels of 8 columns are 2 KiB: they stay in the first-level cache. */
 
 #if HL_HAS_NEON
@@ -3859,14 +3894,14 @@ HL_KERNEL_NEON void hl_fag_f32_d64_pse_types_softcap_load_queries_neon(const voi
     }
 }
 
-/* n rows as the columns of panels. */
+/* n rows of a block as the columns of panels, from column `first` on; 0 behind the last of all. */
 HL_KERNEL_NEON void hl_fag_f32_d64_pse_types_softcap_pack_neon(const float *rows, int32_t n,
-    int32_t channels, int32_t columns, float *to)
+    int32_t channels, int32_t first, int32_t columns, float *to)
 {
-    enum { L = 4, KS = 80 };
-    for (int32_t p = 0; p < columns; p += L) {
+    enum { L = 4, KS = 80, BLOCK = 96 };
+    for (int32_t p = 0; p < BLOCK && first + p < columns; p += L) {
         hl_fag_f32_d64_pse_types_softcap_pack_some_neon(rows + (ptrdiff_t)p * KS, n - p, channels,
-            p, columns, to);
+            first + p, columns, to);
     }
 }
 /* Takes rows that are not finite out of n of them: their numbers in `apart`, and 0 for them. */
@@ -4100,18 +4135,18 @@ HL_KERNEL_NEON void hl_fag_f32_d64_pse_types_softcap_score_panel_neon(const floa
         const float *const row = k + (ptrdiff_t)j * KS;
         float *const to = s + (ptrdiff_t)j * heads;
         if (width == W) {
-            hl_fag_f32_d64_pse_types_softcap_qk_8x2_neon(q, row, to, heads, n, add, scale);
+            hl_fag_f32_d64_pse_types_softcap_qk_8x2_neon(q, row, to, W, n, add, scale);
         } else {
-            hl_fag_f32_d64_pse_types_softcap_qk_8x1_neon(q, row, to, heads, n, add, scale);
+            hl_fag_f32_d64_pse_types_softcap_qk_8x1_neon(q, row, to, width, n, add, scale);
         }
     }
     for (; j + 1 <= keys; j += 1) {
         const float *const row = k + (ptrdiff_t)j * KS;
         float *const to = s + (ptrdiff_t)j * heads;
         if (width == W) {
-            hl_fag_f32_d64_pse_types_softcap_qk_1x2_neon(q, row, to, heads, n, add, scale);
+            hl_fag_f32_d64_pse_types_softcap_qk_1x2_neon(q, row, to, W, n, add, scale);
         } else {
-            hl_fag_f32_d64_pse_types_softcap_qk_1x1_neon(q, row, to, heads, n, add, scale);
+            hl_fag_f32_d64_pse_types_softcap_qk_1x1_neon(q, row, to, width, n, add, scale);
         }
     }
 }
@@ -4501,10 +4536,11 @@ HL_KERNEL_NEON void hl_fag_f32_d64_pse_types_softcap_times_neon(const float *slo
 }
 
 /* max in units of log2, 1 / sum and delta of a span's queries, whose rows of dO are in w->v; 0 for
- * those behind the last, up to a whole vector, and where the forward pass found no key. */
+ * those behind the last, up to a whole vector, and where the forward pass found no key. They are
+ * the task's queries from `at` on. */
 HL_KERNEL_NEON void hl_fag_f32_d64_pse_types_softcap_numbers_neon(
     const hl_fusion_attention_grad_plan *plan, const hl_span *g,
-    const hl_fag_f32_d64_pse_types_softcap_space *w)
+    const hl_fag_f32_d64_pse_types_softcap_space *w, int32_t at)
 {
     enum { L = 4, KS = 80, VC = 64 };
     const hl_fusion_attention_grad_args *const a = &plan->args;
@@ -4524,18 +4560,19 @@ HL_KERNEL_NEON void hl_fag_f32_d64_pse_types_softcap_numbers_neon(
                 sum[r] = hl_vfma_neon(hl_vload_neon(row + c), hl_vload_neon(w->row + c), sum[r]);
             }
         }
-        hl_vstore_neon(w->delta + first, hl_vsums_neon(sum));
+        hl_vstore_neon(w->delta + at + first, hl_vsums_neon(sum));
         for (int32_t p = first; p < first + L; ++p) {
             const int32_t q = g->first + (p < g->n ? p : 0);
             const int32_t head = g->kv_head * g->heads + q % g->heads;
-            const ptrdiff_t at =
-                hl_fag_f32_d64_pse_types_softcap_stats_at(a, g, q / g->heads, head);
-            const float max = a->softmax_max[at * a->stats_width];
-            const float l = a->softmax_sum[at * a->stats_width];
+            const ptrdiff_t stats =
+                hl_fag_f32_d64_pse_types_softcap_stats_at(a, g, q / g->heads, head)
+                * a->stats_width;
+            const float max = a->softmax_max[stats];
+            const float l = a->softmax_sum[stats];
             const int32_t none = p >= g->n || l == 0.0f || l >= most || max <= -most;
-            w->max[p] = none ? 0.0f : max * 1.44269504f;
-            w->weight[p] = none ? 0.0f : 1.0f / l;
-            w->delta[p] = none ? 0.0f : w->delta[p];
+            w->max[at + p] = none ? 0.0f : max * 1.44269504f;
+            w->weight[at + p] = none ? 0.0f : 1.0f / l;
+            w->delta[at + p] = none ? 0.0f : w->delta[at + p];
         }
     }
 }
@@ -4709,6 +4746,19 @@ HL_KERNEL_NEON void hl_fag_f32_d64_pse_types_softcap_add_neon(
     }
 }
 
+/* n keys and values from j on into w->k and w->v. */
+HL_KERNEL_NEON void hl_fag_f32_d64_pse_types_softcap_load_keys_neon(
+    const hl_fusion_attention_grad_args *a, const hl_span *g, int32_t j, int32_t n,
+    const hl_fag_f32_d64_pse_types_softcap_space *w)
+{
+    hl_fag_f32_d64_pse_types_softcap_load_rows_neon((const float *)a->key + g->key + j
+                                                    * a->key_stride.row, a->key_stride.row, n, 64,
+                                                    w->k);
+    hl_fag_f32_d64_pse_types_softcap_load_rows_neon((const float *)a->value + g->value + j
+                                                    * a->value_stride.row, a->value_stride.row, n,
+                                                    64, w->v);
+}
+
 /* A row of a gradient: factor times o, converted. */
 HL_KERNEL_NEON void hl_fag_f32_d64_pse_types_softcap_store_row_neon(
     const hl_fusion_attention_grad_args *a, void *tensor, ptrdiff_t at, const float *o,
@@ -4768,6 +4818,29 @@ HL_KERNEL_NEON void hl_fag_f32_d64_pse_types_softcap_block_neon(
     }
 }
 
+/* The columns of a task of queries, and what is known of each. */
+HL_KERNEL_NEON void hl_fag_f32_d64_pse_types_softcap_pack_queries_neon(
+    const hl_fusion_attention_grad_plan *plan, const hl_span *g,
+    const hl_fag_f32_d64_pse_types_softcap_space *w, int32_t columns)
+{
+    enum { BLOCK = 96, DK = 64, DV = 64 };
+    const hl_fusion_attention_grad_args *const a = &plan->args;
+    for (int32_t p = 0; p < g->n; p += BLOCK) {
+        hl_span t = *g;
+        hl_fag_f32_d64_pse_types_softcap_queries(a, &t, g->kv_head, g->first + p, g->n - p < BLOCK
+                                                 ? g->n - p : BLOCK);
+        hl_fag_f32_d64_pse_types_softcap_load_queries_neon(a->query, t.query, &a->query_stride, &t,
+            DK, w->k);
+        hl_fag_f32_d64_pse_types_softcap_load_queries_neon(a->dout,
+            hl_fag_f32_d64_pse_types_softcap_start(a, &t, &a->dout_stride, 0), &a->dout_stride, &t,
+            DV, w->v);
+        hl_fag_f32_d64_pse_types_softcap_numbers_neon(plan, &t, w, p);
+        hl_fag_f32_d64_pse_types_softcap_pack_neon(w->k, t.n, DK, p, columns, w->panel_k);
+        hl_fag_f32_d64_pse_types_softcap_pack_neon(w->v, t.n, DV, p, columns, w->panel_v);
+    }
+    hl_fag_f32_d64_pse_types_softcap_bounds(g, columns, w->low, w->high);
+}
+
 /* A task of queries. */
 HL_KERNEL_NEON void hl_fag_f32_d64_pse_types_softcap_query_task_neon(
     const hl_fusion_attention_grad_plan *plan, int64_t task,
@@ -4785,15 +4858,7 @@ HL_KERNEL_NEON void hl_fag_f32_d64_pse_types_softcap_query_task_neon(
     }
     hl_fag_f32_d64_pse_types_softcap_queries(a, &g, kv_head, piece * plan->queries, plan->queries);
     columns = (g.n + L - 1) / L * L;
-    hl_fag_f32_d64_pse_types_softcap_load_queries_neon(a->query, g.query, &a->query_stride, &g, DK,
-        w->k);
-    hl_fag_f32_d64_pse_types_softcap_load_queries_neon(a->dout,
-        hl_fag_f32_d64_pse_types_softcap_start(a, &g, &a->dout_stride, 0), &a->dout_stride, &g, DV,
-        w->v);
-    hl_fag_f32_d64_pse_types_softcap_numbers_neon(plan, &g, w);
-    hl_fag_f32_d64_pse_types_softcap_pack_neon(w->k, g.n, DK, columns, w->panel_k);
-    hl_fag_f32_d64_pse_types_softcap_pack_neon(w->v, g.n, DV, columns, w->panel_v);
-    hl_fag_f32_d64_pse_types_softcap_bounds(&g, (g.n + L - 1) / L * L, w->low, w->high);
+    hl_fag_f32_d64_pse_types_softcap_pack_queries_neon(plan, &g, w, columns);
     for (ptrdiff_t c = 0; c < (ptrdiff_t)g.n * OS; ++c) {
         w->out_k[c] = 0.0f;
     }
@@ -4803,10 +4868,7 @@ HL_KERNEL_NEON void hl_fag_f32_d64_pse_types_softcap_query_task_neon(
     for (int32_t j = g.low; j < g.high;) {
         const int32_t next = g.high - j > BLOCK - j % BLOCK ? j - j % BLOCK + BLOCK : g.high;
         if (hl_fag_f32_d64_pse_types_softcap_mask_kinds(a, &g, j, next - j) != 2) {
-            hl_fag_f32_d64_pse_types_softcap_load_rows_neon((const float *)a->key + g.key + j
-                * a->key_stride.row, a->key_stride.row, next - j, DK, w->k);
-            hl_fag_f32_d64_pse_types_softcap_load_rows_neon((const float *)a->value + g.value + j
-                * a->value_stride.row, a->value_stride.row, next - j, DV, w->v);
+            hl_fag_f32_d64_pse_types_softcap_load_keys_neon(a, &g, j, next - j, w);
             hl_fag_f32_d64_pse_types_softcap_block_neon(plan, &g, w, columns, j, next - j);
         }
         j = next;
@@ -4869,12 +4931,27 @@ HL_KERNEL_NEON void hl_fag_f32_d64_pse_types_softcap_piece_neon(
     }
 }
 
+/* The columns of a task of n keys from j0. */
+HL_KERNEL_NEON void hl_fag_f32_d64_pse_types_softcap_pack_keys_neon(
+    const hl_fusion_attention_grad_args *a, const hl_span *g,
+    const hl_fag_f32_d64_pse_types_softcap_space *w, int32_t columns, int32_t j0, int32_t n)
+{
+    enum { BLOCK = 96, DK = 64, DV = 64 };
+    for (int32_t j = 0; j < n; j += BLOCK) {
+        const int32_t some = n - j < BLOCK ? n - j : BLOCK;
+        hl_fag_f32_d64_pse_types_softcap_load_keys_neon(a, g, j0 + j, some, w);
+        hl_fag_f32_d64_pse_types_softcap_pack_neon(w->k, some, DK, j, columns, w->panel_k);
+        hl_fag_f32_d64_pse_types_softcap_pack_neon(w->v, some, DV, j, columns, w->panel_v);
+    }
+}
+
 /* A task of keys: all queries of their kv head's heads that see one of them. */
 HL_KERNEL_NEON void hl_fag_f32_d64_pse_types_softcap_key_task_neon(
     const hl_fusion_attention_grad_plan *plan, int64_t task,
     const hl_fag_f32_d64_pse_types_softcap_space *w)
 {
-    enum { L = 4, OS = 64, DK = 64, DV = 64 };
+    enum { L = 4, BLOCK = 96, OS = 64,
+           DK = 64, DV = 64 };
     const hl_fusion_attention_grad_args *const a = &plan->args;
     hl_span g;
     int32_t kv_head;
@@ -4889,20 +4966,13 @@ HL_KERNEL_NEON void hl_fag_f32_d64_pse_types_softcap_key_task_neon(
     j0 = piece * plan->keys;
     n = g.seq_kv - j0 < plan->keys ? g.seq_kv - j0 : plan->keys;
     columns = (n + L - 1) / L * L;
-    hl_fag_f32_d64_pse_types_softcap_load_rows_neon((const float *)a->key + g.key + j0
-                                                    * a->key_stride.row, a->key_stride.row, n, DK,
-                                                    w->k);
-    hl_fag_f32_d64_pse_types_softcap_load_rows_neon((const float *)a->value + g.value + j0
-                                                    * a->value_stride.row, a->value_stride.row, n,
-                                                    DV, w->v);
-    hl_fag_f32_d64_pse_types_softcap_pack_neon(w->k, n, DK, columns, w->panel_k);
-    hl_fag_f32_d64_pse_types_softcap_pack_neon(w->v, n, DV, columns, w->panel_v);
+    hl_fag_f32_d64_pse_types_softcap_pack_keys_neon(a, &g, w, columns, j0, n);
     for (ptrdiff_t c = 0; c < (ptrdiff_t)n * OS; ++c) {
         w->out_k[c] = 0.0f;
         w->out_v[c] = 0.0f;
     }
-    for (int32_t first = 0; first < g.seq_q * g.heads; first += plan->queries) {
-        hl_fag_f32_d64_pse_types_softcap_queries(a, &g, kv_head, first, plan->queries);
+    for (int32_t first = 0; first < g.seq_q * g.heads; first += BLOCK) {
+        hl_fag_f32_d64_pse_types_softcap_queries(a, &g, kv_head, first, BLOCK);
         if (g.high <= j0 || g.low >= j0 + n
             || hl_fag_f32_d64_pse_types_softcap_mask_kinds(a, &g, j0, n) == 2) {
             continue;
@@ -4912,7 +4982,7 @@ HL_KERNEL_NEON void hl_fag_f32_d64_pse_types_softcap_key_task_neon(
         hl_fag_f32_d64_pse_types_softcap_load_queries_neon(a->dout,
             hl_fag_f32_d64_pse_types_softcap_start(a, &g, &a->dout_stride, 0), &a->dout_stride, &g,
             DV, w->v);
-        hl_fag_f32_d64_pse_types_softcap_numbers_neon(plan, &g, w);
+        hl_fag_f32_d64_pse_types_softcap_numbers_neon(plan, &g, w, 0);
         hl_fag_f32_d64_pse_types_softcap_bounds(&g, (g.n + L - 1) / L * L, w->low, w->high);
         hl_fag_f32_d64_pse_types_softcap_piece_neon(plan, &g, w, columns, j0, n);
     }
@@ -4933,7 +5003,7 @@ HL_KERNEL_NEON void hl_fag_f32_d64_pse_types_softcap_key_task_neon(
 static inline void hl_fag_f32_d64_pse_types_softcap_task_neon(
     const hl_fusion_attention_grad_plan *plan, int64_t task, void *workspace)
 {
-    enum { MOST = 96 };
+    enum { MOST = 192 };
     hl_fag_f32_d64_pse_types_softcap_space w;
     hl_fag_f32_d64_pse_types_softcap_cut(&w, workspace);
     for (int32_t p = 0; p < MOST; ++p) {
@@ -4951,7 +5021,7 @@ static inline void hl_fag_f32_d64_pse_types_softcap_task_neon(
 /* ==== hl_fusion_attention_grad_f32_d64_pse_types_softcap ====
  * AVX2, FMA and F16C (avx2).
  * Tiles: 6 x 2 accumulators, 2 vectors and a broadcast fill 15 of 16 registers.
- * 96 queries by 96 keys, 96 keys by 96 queries: what is loaded is used as often.
+ * 192 queries by 96 keys, 192 keys by 96 queries: what is loaded is used 192 times.
  * 64 channels of 16 columns are 4 KiB: they stay in the first-level cache. */
 
 #if HL_HAS_AVX2
@@ -5011,14 +5081,14 @@ HL_KERNEL_AVX2 void hl_fag_f32_d64_pse_types_softcap_load_queries_avx2(const voi
     }
 }
 
-/* n rows as the columns of panels. */
+/* n rows of a block as the columns of panels, from column `first` on; 0 behind the last of all. */
 HL_KERNEL_AVX2 void hl_fag_f32_d64_pse_types_softcap_pack_avx2(const float *rows, int32_t n,
-    int32_t channels, int32_t columns, float *to)
+    int32_t channels, int32_t first, int32_t columns, float *to)
 {
-    enum { L = 8, KS = 80 };
-    for (int32_t p = 0; p < columns; p += L) {
+    enum { L = 8, KS = 80, BLOCK = 96 };
+    for (int32_t p = 0; p < BLOCK && first + p < columns; p += L) {
         hl_fag_f32_d64_pse_types_softcap_pack_some_avx2(rows + (ptrdiff_t)p * KS, n - p, channels,
-            p, columns, to);
+            first + p, columns, to);
     }
 }
 /* Takes rows that are not finite out of n of them: their numbers in `apart`, and 0 for them. */
@@ -5224,18 +5294,18 @@ HL_KERNEL_AVX2 void hl_fag_f32_d64_pse_types_softcap_score_panel_avx2(const floa
         const float *const row = k + (ptrdiff_t)j * KS;
         float *const to = s + (ptrdiff_t)j * heads;
         if (width == W) {
-            hl_fag_f32_d64_pse_types_softcap_qk_6x2_avx2(q, row, to, heads, n, add, scale);
+            hl_fag_f32_d64_pse_types_softcap_qk_6x2_avx2(q, row, to, W, n, add, scale);
         } else {
-            hl_fag_f32_d64_pse_types_softcap_qk_6x1_avx2(q, row, to, heads, n, add, scale);
+            hl_fag_f32_d64_pse_types_softcap_qk_6x1_avx2(q, row, to, width, n, add, scale);
         }
     }
     for (; j + 1 <= keys; j += 1) {
         const float *const row = k + (ptrdiff_t)j * KS;
         float *const to = s + (ptrdiff_t)j * heads;
         if (width == W) {
-            hl_fag_f32_d64_pse_types_softcap_qk_1x2_avx2(q, row, to, heads, n, add, scale);
+            hl_fag_f32_d64_pse_types_softcap_qk_1x2_avx2(q, row, to, W, n, add, scale);
         } else {
-            hl_fag_f32_d64_pse_types_softcap_qk_1x1_avx2(q, row, to, heads, n, add, scale);
+            hl_fag_f32_d64_pse_types_softcap_qk_1x1_avx2(q, row, to, width, n, add, scale);
         }
     }
 }
@@ -5591,10 +5661,11 @@ HL_KERNEL_AVX2 void hl_fag_f32_d64_pse_types_softcap_times_avx2(const float *slo
 }
 
 /* max in units of log2, 1 / sum and delta of a span's queries, whose rows of dO are in w->v; 0 for
- * those behind the last, up to a whole vector, and where the forward pass found no key. */
+ * those behind the last, up to a whole vector, and where the forward pass found no key. They are
+ * the task's queries from `at` on. */
 HL_KERNEL_AVX2 void hl_fag_f32_d64_pse_types_softcap_numbers_avx2(
     const hl_fusion_attention_grad_plan *plan, const hl_span *g,
-    const hl_fag_f32_d64_pse_types_softcap_space *w)
+    const hl_fag_f32_d64_pse_types_softcap_space *w, int32_t at)
 {
     enum { L = 8, KS = 80, VC = 64 };
     const hl_fusion_attention_grad_args *const a = &plan->args;
@@ -5614,18 +5685,19 @@ HL_KERNEL_AVX2 void hl_fag_f32_d64_pse_types_softcap_numbers_avx2(
                 sum[r] = hl_vfma_avx2(hl_vload_avx2(row + c), hl_vload_avx2(w->row + c), sum[r]);
             }
         }
-        hl_vstore_avx2(w->delta + first, hl_vsums_avx2(sum));
+        hl_vstore_avx2(w->delta + at + first, hl_vsums_avx2(sum));
         for (int32_t p = first; p < first + L; ++p) {
             const int32_t q = g->first + (p < g->n ? p : 0);
             const int32_t head = g->kv_head * g->heads + q % g->heads;
-            const ptrdiff_t at =
-                hl_fag_f32_d64_pse_types_softcap_stats_at(a, g, q / g->heads, head);
-            const float max = a->softmax_max[at * a->stats_width];
-            const float l = a->softmax_sum[at * a->stats_width];
+            const ptrdiff_t stats =
+                hl_fag_f32_d64_pse_types_softcap_stats_at(a, g, q / g->heads, head)
+                * a->stats_width;
+            const float max = a->softmax_max[stats];
+            const float l = a->softmax_sum[stats];
             const int32_t none = p >= g->n || l == 0.0f || l >= most || max <= -most;
-            w->max[p] = none ? 0.0f : max * 1.44269504f;
-            w->weight[p] = none ? 0.0f : 1.0f / l;
-            w->delta[p] = none ? 0.0f : w->delta[p];
+            w->max[at + p] = none ? 0.0f : max * 1.44269504f;
+            w->weight[at + p] = none ? 0.0f : 1.0f / l;
+            w->delta[at + p] = none ? 0.0f : w->delta[at + p];
         }
     }
 }
@@ -5799,6 +5871,19 @@ HL_KERNEL_AVX2 void hl_fag_f32_d64_pse_types_softcap_add_avx2(
     }
 }
 
+/* n keys and values from j on into w->k and w->v. */
+HL_KERNEL_AVX2 void hl_fag_f32_d64_pse_types_softcap_load_keys_avx2(
+    const hl_fusion_attention_grad_args *a, const hl_span *g, int32_t j, int32_t n,
+    const hl_fag_f32_d64_pse_types_softcap_space *w)
+{
+    hl_fag_f32_d64_pse_types_softcap_load_rows_avx2((const float *)a->key + g->key + j
+                                                    * a->key_stride.row, a->key_stride.row, n, 64,
+                                                    w->k);
+    hl_fag_f32_d64_pse_types_softcap_load_rows_avx2((const float *)a->value + g->value + j
+                                                    * a->value_stride.row, a->value_stride.row, n,
+                                                    64, w->v);
+}
+
 /* A row of a gradient: factor times o, converted. */
 HL_KERNEL_AVX2 void hl_fag_f32_d64_pse_types_softcap_store_row_avx2(
     const hl_fusion_attention_grad_args *a, void *tensor, ptrdiff_t at, const float *o,
@@ -5858,6 +5943,29 @@ HL_KERNEL_AVX2 void hl_fag_f32_d64_pse_types_softcap_block_avx2(
     }
 }
 
+/* The columns of a task of queries, and what is known of each. */
+HL_KERNEL_AVX2 void hl_fag_f32_d64_pse_types_softcap_pack_queries_avx2(
+    const hl_fusion_attention_grad_plan *plan, const hl_span *g,
+    const hl_fag_f32_d64_pse_types_softcap_space *w, int32_t columns)
+{
+    enum { BLOCK = 96, DK = 64, DV = 64 };
+    const hl_fusion_attention_grad_args *const a = &plan->args;
+    for (int32_t p = 0; p < g->n; p += BLOCK) {
+        hl_span t = *g;
+        hl_fag_f32_d64_pse_types_softcap_queries(a, &t, g->kv_head, g->first + p, g->n - p < BLOCK
+                                                 ? g->n - p : BLOCK);
+        hl_fag_f32_d64_pse_types_softcap_load_queries_avx2(a->query, t.query, &a->query_stride, &t,
+            DK, w->k);
+        hl_fag_f32_d64_pse_types_softcap_load_queries_avx2(a->dout,
+            hl_fag_f32_d64_pse_types_softcap_start(a, &t, &a->dout_stride, 0), &a->dout_stride, &t,
+            DV, w->v);
+        hl_fag_f32_d64_pse_types_softcap_numbers_avx2(plan, &t, w, p);
+        hl_fag_f32_d64_pse_types_softcap_pack_avx2(w->k, t.n, DK, p, columns, w->panel_k);
+        hl_fag_f32_d64_pse_types_softcap_pack_avx2(w->v, t.n, DV, p, columns, w->panel_v);
+    }
+    hl_fag_f32_d64_pse_types_softcap_bounds(g, columns, w->low, w->high);
+}
+
 /* A task of queries. */
 HL_KERNEL_AVX2 void hl_fag_f32_d64_pse_types_softcap_query_task_avx2(
     const hl_fusion_attention_grad_plan *plan, int64_t task,
@@ -5875,15 +5983,7 @@ HL_KERNEL_AVX2 void hl_fag_f32_d64_pse_types_softcap_query_task_avx2(
     }
     hl_fag_f32_d64_pse_types_softcap_queries(a, &g, kv_head, piece * plan->queries, plan->queries);
     columns = (g.n + L - 1) / L * L;
-    hl_fag_f32_d64_pse_types_softcap_load_queries_avx2(a->query, g.query, &a->query_stride, &g, DK,
-        w->k);
-    hl_fag_f32_d64_pse_types_softcap_load_queries_avx2(a->dout,
-        hl_fag_f32_d64_pse_types_softcap_start(a, &g, &a->dout_stride, 0), &a->dout_stride, &g, DV,
-        w->v);
-    hl_fag_f32_d64_pse_types_softcap_numbers_avx2(plan, &g, w);
-    hl_fag_f32_d64_pse_types_softcap_pack_avx2(w->k, g.n, DK, columns, w->panel_k);
-    hl_fag_f32_d64_pse_types_softcap_pack_avx2(w->v, g.n, DV, columns, w->panel_v);
-    hl_fag_f32_d64_pse_types_softcap_bounds(&g, (g.n + L - 1) / L * L, w->low, w->high);
+    hl_fag_f32_d64_pse_types_softcap_pack_queries_avx2(plan, &g, w, columns);
     for (ptrdiff_t c = 0; c < (ptrdiff_t)g.n * OS; ++c) {
         w->out_k[c] = 0.0f;
     }
@@ -5893,10 +5993,7 @@ HL_KERNEL_AVX2 void hl_fag_f32_d64_pse_types_softcap_query_task_avx2(
     for (int32_t j = g.low; j < g.high;) {
         const int32_t next = g.high - j > BLOCK - j % BLOCK ? j - j % BLOCK + BLOCK : g.high;
         if (hl_fag_f32_d64_pse_types_softcap_mask_kinds(a, &g, j, next - j) != 2) {
-            hl_fag_f32_d64_pse_types_softcap_load_rows_avx2((const float *)a->key + g.key + j
-                * a->key_stride.row, a->key_stride.row, next - j, DK, w->k);
-            hl_fag_f32_d64_pse_types_softcap_load_rows_avx2((const float *)a->value + g.value + j
-                * a->value_stride.row, a->value_stride.row, next - j, DV, w->v);
+            hl_fag_f32_d64_pse_types_softcap_load_keys_avx2(a, &g, j, next - j, w);
             hl_fag_f32_d64_pse_types_softcap_block_avx2(plan, &g, w, columns, j, next - j);
         }
         j = next;
@@ -5959,12 +6056,27 @@ HL_KERNEL_AVX2 void hl_fag_f32_d64_pse_types_softcap_piece_avx2(
     }
 }
 
+/* The columns of a task of n keys from j0. */
+HL_KERNEL_AVX2 void hl_fag_f32_d64_pse_types_softcap_pack_keys_avx2(
+    const hl_fusion_attention_grad_args *a, const hl_span *g,
+    const hl_fag_f32_d64_pse_types_softcap_space *w, int32_t columns, int32_t j0, int32_t n)
+{
+    enum { BLOCK = 96, DK = 64, DV = 64 };
+    for (int32_t j = 0; j < n; j += BLOCK) {
+        const int32_t some = n - j < BLOCK ? n - j : BLOCK;
+        hl_fag_f32_d64_pse_types_softcap_load_keys_avx2(a, g, j0 + j, some, w);
+        hl_fag_f32_d64_pse_types_softcap_pack_avx2(w->k, some, DK, j, columns, w->panel_k);
+        hl_fag_f32_d64_pse_types_softcap_pack_avx2(w->v, some, DV, j, columns, w->panel_v);
+    }
+}
+
 /* A task of keys: all queries of their kv head's heads that see one of them. */
 HL_KERNEL_AVX2 void hl_fag_f32_d64_pse_types_softcap_key_task_avx2(
     const hl_fusion_attention_grad_plan *plan, int64_t task,
     const hl_fag_f32_d64_pse_types_softcap_space *w)
 {
-    enum { L = 8, OS = 64, DK = 64, DV = 64 };
+    enum { L = 8, BLOCK = 96, OS = 64,
+           DK = 64, DV = 64 };
     const hl_fusion_attention_grad_args *const a = &plan->args;
     hl_span g;
     int32_t kv_head;
@@ -5979,20 +6091,13 @@ HL_KERNEL_AVX2 void hl_fag_f32_d64_pse_types_softcap_key_task_avx2(
     j0 = piece * plan->keys;
     n = g.seq_kv - j0 < plan->keys ? g.seq_kv - j0 : plan->keys;
     columns = (n + L - 1) / L * L;
-    hl_fag_f32_d64_pse_types_softcap_load_rows_avx2((const float *)a->key + g.key + j0
-                                                    * a->key_stride.row, a->key_stride.row, n, DK,
-                                                    w->k);
-    hl_fag_f32_d64_pse_types_softcap_load_rows_avx2((const float *)a->value + g.value + j0
-                                                    * a->value_stride.row, a->value_stride.row, n,
-                                                    DV, w->v);
-    hl_fag_f32_d64_pse_types_softcap_pack_avx2(w->k, n, DK, columns, w->panel_k);
-    hl_fag_f32_d64_pse_types_softcap_pack_avx2(w->v, n, DV, columns, w->panel_v);
+    hl_fag_f32_d64_pse_types_softcap_pack_keys_avx2(a, &g, w, columns, j0, n);
     for (ptrdiff_t c = 0; c < (ptrdiff_t)n * OS; ++c) {
         w->out_k[c] = 0.0f;
         w->out_v[c] = 0.0f;
     }
-    for (int32_t first = 0; first < g.seq_q * g.heads; first += plan->queries) {
-        hl_fag_f32_d64_pse_types_softcap_queries(a, &g, kv_head, first, plan->queries);
+    for (int32_t first = 0; first < g.seq_q * g.heads; first += BLOCK) {
+        hl_fag_f32_d64_pse_types_softcap_queries(a, &g, kv_head, first, BLOCK);
         if (g.high <= j0 || g.low >= j0 + n
             || hl_fag_f32_d64_pse_types_softcap_mask_kinds(a, &g, j0, n) == 2) {
             continue;
@@ -6002,7 +6107,7 @@ HL_KERNEL_AVX2 void hl_fag_f32_d64_pse_types_softcap_key_task_avx2(
         hl_fag_f32_d64_pse_types_softcap_load_queries_avx2(a->dout,
             hl_fag_f32_d64_pse_types_softcap_start(a, &g, &a->dout_stride, 0), &a->dout_stride, &g,
             DV, w->v);
-        hl_fag_f32_d64_pse_types_softcap_numbers_avx2(plan, &g, w);
+        hl_fag_f32_d64_pse_types_softcap_numbers_avx2(plan, &g, w, 0);
         hl_fag_f32_d64_pse_types_softcap_bounds(&g, (g.n + L - 1) / L * L, w->low, w->high);
         hl_fag_f32_d64_pse_types_softcap_piece_avx2(plan, &g, w, columns, j0, n);
     }
@@ -6024,7 +6129,7 @@ __attribute__((target("avx2,fma,f16c")))
 static inline void hl_fag_f32_d64_pse_types_softcap_task_avx2(
     const hl_fusion_attention_grad_plan *plan, int64_t task, void *workspace)
 {
-    enum { MOST = 96 };
+    enum { MOST = 192 };
     hl_fag_f32_d64_pse_types_softcap_space w;
     hl_fag_f32_d64_pse_types_softcap_cut(&w, workspace);
     for (int32_t p = 0; p < MOST; ++p) {
@@ -6042,7 +6147,7 @@ static inline void hl_fag_f32_d64_pse_types_softcap_task_avx2(
 /* ==== hl_fusion_attention_grad_f32_d64_pse_types_softcap ====
  * AVX-512 F, BW, DQ and VL (avx512).
  * Tiles: 12 x 2 accumulators take 24 of 32 registers: 14 loads for 24 FMA.
- * 96 queries by 96 keys, 96 keys by 96 queries: what is loaded is used as often.
+ * 192 queries by 96 keys, 192 keys by 96 queries: what is loaded is used 192 times.
  * 64 channels of 32 columns are 8 KiB: they stay in the first-level cache. */
 
 #if HL_HAS_AVX512
@@ -6102,14 +6207,14 @@ HL_KERNEL_AVX512 void hl_fag_f32_d64_pse_types_softcap_load_queries_avx512(const
     }
 }
 
-/* n rows as the columns of panels. */
+/* n rows of a block as the columns of panels, from column `first` on; 0 behind the last of all. */
 HL_KERNEL_AVX512 void hl_fag_f32_d64_pse_types_softcap_pack_avx512(const float *rows, int32_t n,
-    int32_t channels, int32_t columns, float *to)
+    int32_t channels, int32_t first, int32_t columns, float *to)
 {
-    enum { L = 16, KS = 80 };
-    for (int32_t p = 0; p < columns; p += L) {
+    enum { L = 16, KS = 80, BLOCK = 96 };
+    for (int32_t p = 0; p < BLOCK && first + p < columns; p += L) {
         hl_fag_f32_d64_pse_types_softcap_pack_some_avx512(rows + (ptrdiff_t)p * KS, n - p, channels,
-            p, columns, to);
+            first + p, columns, to);
     }
 }
 /* Takes rows that are not finite out of n of them: their numbers in `apart`, and 0 for them. */
@@ -6488,27 +6593,27 @@ HL_KERNEL_AVX512 void hl_fag_f32_d64_pse_types_softcap_score_panel_avx512(const 
         const float *const row = k + (ptrdiff_t)j * KS;
         float *const to = s + (ptrdiff_t)j * heads;
         if (width == W) {
-            hl_fag_f32_d64_pse_types_softcap_qk_12x2_avx512(q, row, to, heads, n, add, scale);
+            hl_fag_f32_d64_pse_types_softcap_qk_12x2_avx512(q, row, to, W, n, add, scale);
         } else {
-            hl_fag_f32_d64_pse_types_softcap_qk_12x1_avx512(q, row, to, heads, n, add, scale);
+            hl_fag_f32_d64_pse_types_softcap_qk_12x1_avx512(q, row, to, width, n, add, scale);
         }
     }
     for (; j + 4 <= keys; j += 4) {
         const float *const row = k + (ptrdiff_t)j * KS;
         float *const to = s + (ptrdiff_t)j * heads;
         if (width == W) {
-            hl_fag_f32_d64_pse_types_softcap_qk_4x2_avx512(q, row, to, heads, n, add, scale);
+            hl_fag_f32_d64_pse_types_softcap_qk_4x2_avx512(q, row, to, W, n, add, scale);
         } else {
-            hl_fag_f32_d64_pse_types_softcap_qk_4x1_avx512(q, row, to, heads, n, add, scale);
+            hl_fag_f32_d64_pse_types_softcap_qk_4x1_avx512(q, row, to, width, n, add, scale);
         }
     }
     for (; j + 1 <= keys; j += 1) {
         const float *const row = k + (ptrdiff_t)j * KS;
         float *const to = s + (ptrdiff_t)j * heads;
         if (width == W) {
-            hl_fag_f32_d64_pse_types_softcap_qk_1x2_avx512(q, row, to, heads, n, add, scale);
+            hl_fag_f32_d64_pse_types_softcap_qk_1x2_avx512(q, row, to, W, n, add, scale);
         } else {
-            hl_fag_f32_d64_pse_types_softcap_qk_1x1_avx512(q, row, to, heads, n, add, scale);
+            hl_fag_f32_d64_pse_types_softcap_qk_1x1_avx512(q, row, to, width, n, add, scale);
         }
     }
 }
@@ -7310,10 +7415,11 @@ HL_KERNEL_AVX512 void hl_fag_f32_d64_pse_types_softcap_times_avx512(const float 
 }
 
 /* max in units of log2, 1 / sum and delta of a span's queries, whose rows of dO are in w->v; 0 for
- * those behind the last, up to a whole vector, and where the forward pass found no key. */
+ * those behind the last, up to a whole vector, and where the forward pass found no key. They are
+ * the task's queries from `at` on. */
 HL_KERNEL_AVX512 void hl_fag_f32_d64_pse_types_softcap_numbers_avx512(
     const hl_fusion_attention_grad_plan *plan, const hl_span *g,
-    const hl_fag_f32_d64_pse_types_softcap_space *w)
+    const hl_fag_f32_d64_pse_types_softcap_space *w, int32_t at)
 {
     enum { L = 16, KS = 80, VC = 64 };
     const hl_fusion_attention_grad_args *const a = &plan->args;
@@ -7334,18 +7440,19 @@ HL_KERNEL_AVX512 void hl_fag_f32_d64_pse_types_softcap_numbers_avx512(
                     hl_vfma_avx512(hl_vload_avx512(row + c), hl_vload_avx512(w->row + c), sum[r]);
             }
         }
-        hl_vstore_avx512(w->delta + first, hl_vsums_avx512(sum));
+        hl_vstore_avx512(w->delta + at + first, hl_vsums_avx512(sum));
         for (int32_t p = first; p < first + L; ++p) {
             const int32_t q = g->first + (p < g->n ? p : 0);
             const int32_t head = g->kv_head * g->heads + q % g->heads;
-            const ptrdiff_t at =
-                hl_fag_f32_d64_pse_types_softcap_stats_at(a, g, q / g->heads, head);
-            const float max = a->softmax_max[at * a->stats_width];
-            const float l = a->softmax_sum[at * a->stats_width];
+            const ptrdiff_t stats =
+                hl_fag_f32_d64_pse_types_softcap_stats_at(a, g, q / g->heads, head)
+                * a->stats_width;
+            const float max = a->softmax_max[stats];
+            const float l = a->softmax_sum[stats];
             const int32_t none = p >= g->n || l == 0.0f || l >= most || max <= -most;
-            w->max[p] = none ? 0.0f : max * 1.44269504f;
-            w->weight[p] = none ? 0.0f : 1.0f / l;
-            w->delta[p] = none ? 0.0f : w->delta[p];
+            w->max[at + p] = none ? 0.0f : max * 1.44269504f;
+            w->weight[at + p] = none ? 0.0f : 1.0f / l;
+            w->delta[at + p] = none ? 0.0f : w->delta[at + p];
         }
     }
 }
@@ -7521,6 +7628,17 @@ HL_KERNEL_AVX512 void hl_fag_f32_d64_pse_types_softcap_add_avx512(
     }
 }
 
+/* n keys and values from j on into w->k and w->v. */
+HL_KERNEL_AVX512 void hl_fag_f32_d64_pse_types_softcap_load_keys_avx512(
+    const hl_fusion_attention_grad_args *a, const hl_span *g, int32_t j, int32_t n,
+    const hl_fag_f32_d64_pse_types_softcap_space *w)
+{
+    hl_fag_f32_d64_pse_types_softcap_load_rows_avx512((const float *)a->key + g->key + j
+        * a->key_stride.row, a->key_stride.row, n, 64, w->k);
+    hl_fag_f32_d64_pse_types_softcap_load_rows_avx512((const float *)a->value + g->value + j
+        * a->value_stride.row, a->value_stride.row, n, 64, w->v);
+}
+
 /* A row of a gradient: factor times o, converted. */
 HL_KERNEL_AVX512 void hl_fag_f32_d64_pse_types_softcap_store_row_avx512(
     const hl_fusion_attention_grad_args *a, void *tensor, ptrdiff_t at, const float *o,
@@ -7580,6 +7698,29 @@ HL_KERNEL_AVX512 void hl_fag_f32_d64_pse_types_softcap_block_avx512(
     }
 }
 
+/* The columns of a task of queries, and what is known of each. */
+HL_KERNEL_AVX512 void hl_fag_f32_d64_pse_types_softcap_pack_queries_avx512(
+    const hl_fusion_attention_grad_plan *plan, const hl_span *g,
+    const hl_fag_f32_d64_pse_types_softcap_space *w, int32_t columns)
+{
+    enum { BLOCK = 96, DK = 64, DV = 64 };
+    const hl_fusion_attention_grad_args *const a = &plan->args;
+    for (int32_t p = 0; p < g->n; p += BLOCK) {
+        hl_span t = *g;
+        hl_fag_f32_d64_pse_types_softcap_queries(a, &t, g->kv_head, g->first + p, g->n - p < BLOCK
+                                                 ? g->n - p : BLOCK);
+        hl_fag_f32_d64_pse_types_softcap_load_queries_avx512(a->query, t.query, &a->query_stride,
+            &t, DK, w->k);
+        hl_fag_f32_d64_pse_types_softcap_load_queries_avx512(a->dout,
+            hl_fag_f32_d64_pse_types_softcap_start(a, &t, &a->dout_stride, 0), &a->dout_stride, &t,
+            DV, w->v);
+        hl_fag_f32_d64_pse_types_softcap_numbers_avx512(plan, &t, w, p);
+        hl_fag_f32_d64_pse_types_softcap_pack_avx512(w->k, t.n, DK, p, columns, w->panel_k);
+        hl_fag_f32_d64_pse_types_softcap_pack_avx512(w->v, t.n, DV, p, columns, w->panel_v);
+    }
+    hl_fag_f32_d64_pse_types_softcap_bounds(g, columns, w->low, w->high);
+}
+
 /* A task of queries. */
 HL_KERNEL_AVX512 void hl_fag_f32_d64_pse_types_softcap_query_task_avx512(
     const hl_fusion_attention_grad_plan *plan, int64_t task,
@@ -7597,15 +7738,7 @@ HL_KERNEL_AVX512 void hl_fag_f32_d64_pse_types_softcap_query_task_avx512(
     }
     hl_fag_f32_d64_pse_types_softcap_queries(a, &g, kv_head, piece * plan->queries, plan->queries);
     columns = (g.n + L - 1) / L * L;
-    hl_fag_f32_d64_pse_types_softcap_load_queries_avx512(a->query, g.query, &a->query_stride, &g,
-        DK, w->k);
-    hl_fag_f32_d64_pse_types_softcap_load_queries_avx512(a->dout,
-        hl_fag_f32_d64_pse_types_softcap_start(a, &g, &a->dout_stride, 0), &a->dout_stride, &g, DV,
-        w->v);
-    hl_fag_f32_d64_pse_types_softcap_numbers_avx512(plan, &g, w);
-    hl_fag_f32_d64_pse_types_softcap_pack_avx512(w->k, g.n, DK, columns, w->panel_k);
-    hl_fag_f32_d64_pse_types_softcap_pack_avx512(w->v, g.n, DV, columns, w->panel_v);
-    hl_fag_f32_d64_pse_types_softcap_bounds(&g, (g.n + L - 1) / L * L, w->low, w->high);
+    hl_fag_f32_d64_pse_types_softcap_pack_queries_avx512(plan, &g, w, columns);
     for (ptrdiff_t c = 0; c < (ptrdiff_t)g.n * OS; ++c) {
         w->out_k[c] = 0.0f;
     }
@@ -7615,10 +7748,7 @@ HL_KERNEL_AVX512 void hl_fag_f32_d64_pse_types_softcap_query_task_avx512(
     for (int32_t j = g.low; j < g.high;) {
         const int32_t next = g.high - j > BLOCK - j % BLOCK ? j - j % BLOCK + BLOCK : g.high;
         if (hl_fag_f32_d64_pse_types_softcap_mask_kinds(a, &g, j, next - j) != 2) {
-            hl_fag_f32_d64_pse_types_softcap_load_rows_avx512((const float *)a->key + g.key + j
-                * a->key_stride.row, a->key_stride.row, next - j, DK, w->k);
-            hl_fag_f32_d64_pse_types_softcap_load_rows_avx512((const float *)a->value + g.value + j
-                * a->value_stride.row, a->value_stride.row, next - j, DV, w->v);
+            hl_fag_f32_d64_pse_types_softcap_load_keys_avx512(a, &g, j, next - j, w);
             hl_fag_f32_d64_pse_types_softcap_block_avx512(plan, &g, w, columns, j, next - j);
         }
         j = next;
@@ -7681,12 +7811,27 @@ HL_KERNEL_AVX512 void hl_fag_f32_d64_pse_types_softcap_piece_avx512(
     }
 }
 
+/* The columns of a task of n keys from j0. */
+HL_KERNEL_AVX512 void hl_fag_f32_d64_pse_types_softcap_pack_keys_avx512(
+    const hl_fusion_attention_grad_args *a, const hl_span *g,
+    const hl_fag_f32_d64_pse_types_softcap_space *w, int32_t columns, int32_t j0, int32_t n)
+{
+    enum { BLOCK = 96, DK = 64, DV = 64 };
+    for (int32_t j = 0; j < n; j += BLOCK) {
+        const int32_t some = n - j < BLOCK ? n - j : BLOCK;
+        hl_fag_f32_d64_pse_types_softcap_load_keys_avx512(a, g, j0 + j, some, w);
+        hl_fag_f32_d64_pse_types_softcap_pack_avx512(w->k, some, DK, j, columns, w->panel_k);
+        hl_fag_f32_d64_pse_types_softcap_pack_avx512(w->v, some, DV, j, columns, w->panel_v);
+    }
+}
+
 /* A task of keys: all queries of their kv head's heads that see one of them. */
 HL_KERNEL_AVX512 void hl_fag_f32_d64_pse_types_softcap_key_task_avx512(
     const hl_fusion_attention_grad_plan *plan, int64_t task,
     const hl_fag_f32_d64_pse_types_softcap_space *w)
 {
-    enum { L = 16, OS = 64, DK = 64, DV = 64 };
+    enum { L = 16, BLOCK = 96, OS = 64,
+           DK = 64, DV = 64 };
     const hl_fusion_attention_grad_args *const a = &plan->args;
     hl_span g;
     int32_t kv_head;
@@ -7701,18 +7846,13 @@ HL_KERNEL_AVX512 void hl_fag_f32_d64_pse_types_softcap_key_task_avx512(
     j0 = piece * plan->keys;
     n = g.seq_kv - j0 < plan->keys ? g.seq_kv - j0 : plan->keys;
     columns = (n + L - 1) / L * L;
-    hl_fag_f32_d64_pse_types_softcap_load_rows_avx512((const float *)a->key + g.key + j0
-        * a->key_stride.row, a->key_stride.row, n, DK, w->k);
-    hl_fag_f32_d64_pse_types_softcap_load_rows_avx512((const float *)a->value + g.value + j0
-        * a->value_stride.row, a->value_stride.row, n, DV, w->v);
-    hl_fag_f32_d64_pse_types_softcap_pack_avx512(w->k, n, DK, columns, w->panel_k);
-    hl_fag_f32_d64_pse_types_softcap_pack_avx512(w->v, n, DV, columns, w->panel_v);
+    hl_fag_f32_d64_pse_types_softcap_pack_keys_avx512(a, &g, w, columns, j0, n);
     for (ptrdiff_t c = 0; c < (ptrdiff_t)n * OS; ++c) {
         w->out_k[c] = 0.0f;
         w->out_v[c] = 0.0f;
     }
-    for (int32_t first = 0; first < g.seq_q * g.heads; first += plan->queries) {
-        hl_fag_f32_d64_pse_types_softcap_queries(a, &g, kv_head, first, plan->queries);
+    for (int32_t first = 0; first < g.seq_q * g.heads; first += BLOCK) {
+        hl_fag_f32_d64_pse_types_softcap_queries(a, &g, kv_head, first, BLOCK);
         if (g.high <= j0 || g.low >= j0 + n
             || hl_fag_f32_d64_pse_types_softcap_mask_kinds(a, &g, j0, n) == 2) {
             continue;
@@ -7722,7 +7862,7 @@ HL_KERNEL_AVX512 void hl_fag_f32_d64_pse_types_softcap_key_task_avx512(
         hl_fag_f32_d64_pse_types_softcap_load_queries_avx512(a->dout,
             hl_fag_f32_d64_pse_types_softcap_start(a, &g, &a->dout_stride, 0), &a->dout_stride, &g,
             DV, w->v);
-        hl_fag_f32_d64_pse_types_softcap_numbers_avx512(plan, &g, w);
+        hl_fag_f32_d64_pse_types_softcap_numbers_avx512(plan, &g, w, 0);
         hl_fag_f32_d64_pse_types_softcap_bounds(&g, (g.n + L - 1) / L * L, w->low, w->high);
         hl_fag_f32_d64_pse_types_softcap_piece_avx512(plan, &g, w, columns, j0, n);
     }
@@ -7744,7 +7884,7 @@ __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma")))
 static inline void hl_fag_f32_d64_pse_types_softcap_task_avx512(
     const hl_fusion_attention_grad_plan *plan, int64_t task, void *workspace)
 {
-    enum { MOST = 96 };
+    enum { MOST = 192 };
     hl_fag_f32_d64_pse_types_softcap_space w;
     hl_fag_f32_d64_pse_types_softcap_cut(&w, workspace);
     for (int32_t p = 0; p < MOST; ++p) {
@@ -7834,7 +7974,7 @@ static inline hl_status hl_fag_f32_d64_pse_types_softcap_plan(hl_fusion_attentio
     }
     p.group = a->heads_q / a->heads_kv;
     p.scale_log2 = a->scale_value * 1.44269504f;
-    p.queries = 96;
+    p.queries = 192;
     p.band_batch = -1;
     for (int32_t b = 0; a->sparse_mode > 6 && b < a->batch; ++b) { /* the last or first with rows */
         const int64_t before = b > 0 ? a->actual_seq_qlen[b - 1] : 0;
@@ -7843,7 +7983,7 @@ static inline hl_status hl_fag_f32_d64_pse_types_softcap_plan(hl_fusion_attentio
         }
     }
     p.task_bytes = HL_FUSION_ATTENTION_GRAD_F32_D64_PSE_TYPES_SOFTCAP_WORKSPACE_BYTES;
-    p.keys = 96;
+    p.keys = 192;
     p.q_tasks = a->dquery != NULL || a->dpse != NULL
         ? hl_fag_f32_d64_pse_types_softcap_count_tasks(&p, 0) : 0;
     p.n_tasks = p.q_tasks
