@@ -344,7 +344,7 @@ def test_a_causal_row_is_a_decode_step(name, isa):
             scale_value=a.scale_value,
         )
         known = helpers_decode.expected(args)
-        helpers_decode.check(args, {"attention_out": got[:, i : i + 1]}, "scalar", known=known)
+        helpers_decode.check(args, {"attention_out": got[:, i : i + 1]}, isa, known=known)
         one = helpers_decode.Case(helpers_decode.Shape(), args)
         out = helpers_decode.run(step, one, isa)["attention_out"]
         limit = UNITS[k.dtype.name] * abs(known.want.out).max()
