@@ -7105,26 +7105,41 @@ typedef struct hl_fa_bf16_d128_woven_amx {
     float scale;
     int32_t pair;          /* of keys, the next one */
     int32_t pairs;
-    float minus[32];       /* -m */
+    float m[32];
     float sum[32];         /* of the weights so far, exact and rounded */
     float mass[32];
 } hl_fa_bf16_d128_woven_amx;
+
+/* 16 scores in units of log2, rounded: were the product left to be fused with the subtraction of m,
+ * bits would depend on what is done to scores in between. */
+HL_WORD_AMX hl_vf_avx512 hl_fa_bf16_d128_scaled_amx(const float *s, float scale)
+{
+    return hl_vfma_avx512(hl_vload_avx512(s), hl_vset_avx512(scale), hl_vzero_avx512());
+}
+
+/* The weights of a pair of keys for 16 queries, from q on, and their sums. */
+HL_WORD_AMX __m512i hl_fa_bf16_d128_weights_amx(hl_fa_bf16_d128_woven_amx *x, const float *s,
+                                                int32_t q, hl_vf_avx512 *p0, hl_vf_avx512 *p1)
+{
+    const hl_vf_avx512 m = hl_vload_avx512(x->m + q);
+    __m512i words;
+    *p0 = hl_exp2_amx(hl_vsub_avx512(hl_fa_bf16_d128_scaled_amx(s + q, x->scale), m));
+    *p1 = hl_exp2_amx(hl_vsub_avx512(hl_fa_bf16_d128_scaled_amx(s + 32 + q, x->scale), m));
+    words = hl_pair_amx(*p0, *p1);
+    hl_vstore_avx512(x->sum + q,
+                     hl_vadd_avx512(hl_vload_avx512(x->sum + q), hl_vadd_avx512(*p0, *p1)));
+    hl_vstore_avx512(x->mass + q, hl_add_pairs_amx(hl_vload_avx512(x->mass + q), words));
+    return words;
+}
 
 /* The next pair of keys. */
 HL_WORD_AMX void hl_fa_bf16_d128_weigh_pair_amx(hl_fa_bf16_d128_woven_amx *x)
 {
     float *const s = x->s + (ptrdiff_t)x->pair * 64;
-    const hl_vf_avx512 scale = hl_vset_avx512(x->scale);
     for (int32_t q = 0; q < 32; q += 16) {
-        const hl_vf_avx512 minus = hl_vload_avx512(x->minus + q);
-        const hl_vf_avx512 p0 = hl_exp2_amx(hl_vfma_avx512(hl_vload_avx512(s + q), scale, minus));
-        const hl_vf_avx512 p1 =
-            hl_exp2_amx(hl_vfma_avx512(hl_vload_avx512(s + 32 + q), scale, minus));
-        const __m512i words = hl_pair_amx(p0, p1);
-        hl_vstore_avx512(x->sum + q,
-                         hl_vadd_avx512(hl_vload_avx512(x->sum + q), hl_vadd_avx512(p0, p1)));
-        hl_vstore_avx512(x->mass + q, hl_add_pairs_amx(hl_vload_avx512(x->mass + q), words));
-        _mm512_storeu_si512(s + q, words);
+        hl_vf_avx512 p0;
+        hl_vf_avx512 p1;
+        _mm512_storeu_si512(s + q, hl_fa_bf16_d128_weights_amx(x, s, q, &p0, &p1));
     }
     ++x->pair;
 }
@@ -7137,24 +7152,20 @@ HL_WORD_AMX void hl_fa_bf16_d128_slice_amx(hl_fa_bf16_d128_woven_amx *x)
     }
 }
 
-/* All that is left, where some weights are dropped: l and mass are those of all. */
+/* All of them, where some are dropped: l and mass are those of all. */
 HL_KERNEL_AMX void hl_fa_bf16_d128_weigh_dropped_amx(const hl_fusion_attention_args *a,
     const hl_span *g, hl_fa_bf16_d128_woven_amx *x, int32_t j0, int32_t n)
 {
-    for (int32_t i = 0; i < 32 * n; i += 16) {
-        const int32_t q = i % 32;
-        const hl_vf_avx512 p =
-            hl_exp2_amx(hl_vfma_avx512(hl_vload_avx512(x->s + i), hl_vset_avx512(x->scale),
-                                       hl_vload_avx512(x->minus + q)));
-        hl_vstore_avx512(x->sum + q, hl_vadd_avx512(hl_vload_avx512(x->sum + q), p));
-        hl_vstore_avx512(x->mass + q,
-                         hl_vadd_avx512(hl_vload_avx512(x->mass + q), hl_rounded_amx(p)));
-        hl_vstore_avx512(x->s + i, p);
+    for (int32_t i = 0; i < 64 * x->pairs; i += 64) {
+        for (int32_t q = 0; q < 32; q += 16) {
+            hl_vf_avx512 p0;
+            hl_vf_avx512 p1;
+            (void)hl_fa_bf16_d128_weights_amx(x, x->s + i, q, &p0, &p1);
+            hl_vstore_avx512(x->s + i + q, p0);
+            hl_vstore_avx512(x->s + i + 32 + q, p1);
+        }
     }
     hl_fa_bf16_d128_drop_amx(a, g, x->s, 1, 32, j0, n);
-    for (int32_t i = 32 * n; i < 64 * x->pairs; i += 16) {
-        hl_vstore_avx512(x->s + i, hl_vzero_avx512());
-    }
     for (; x->pair < x->pairs; ++x->pair) {
         float *const s = x->s + (ptrdiff_t)x->pair * 64;
         for (int32_t q = 0; q < 32; q += 16) {
@@ -7164,18 +7175,20 @@ HL_KERNEL_AMX void hl_fa_bf16_d128_weigh_dropped_amx(const hl_fusion_attention_a
     }
 }
 
-/* m, and what O and l are to be multiplied by, from the scores of n keys. */
+/* m, and what O and l are to be multiplied by, from the scores of n keys; their scale is > 0. */
 HL_KERNEL_AMX void hl_fa_bf16_d128_raise_amx(const hl_state *t, hl_fa_bf16_d128_woven_amx *x,
                                              int32_t n)
 {
-    const hl_vf_avx512 scale = hl_vset_avx512(x->scale);
     for (int32_t q = 0; q < 32; q += 16) {
         const hl_vf_avx512 before = hl_vload_avx512(t->m + q);
-        hl_vf_avx512 top = hl_vload_avx512(t->top + q);
+        hl_vf_avx512 top = hl_vset_avx512(-3.402823466e+38f);
         hl_vf_avx512 m;
         for (int32_t j = 0; j < n; ++j) {
-            top = hl_vmax_avx512(hl_vmul_avx512(hl_vload_avx512(x->s + 32 * j + q), scale), top);
+            top = hl_vmax_avx512(hl_vload_avx512(x->s + 32 * j + q), top);
         }
+        top =
+            hl_vmax_avx512(hl_vfma_avx512(top, hl_vset_avx512(x->scale), hl_vzero_avx512()),
+                           hl_vload_avx512(t->top + q));
         m =
             _mm512_mask_mov_ps(before,
                                _mm512_cmp_ps_mask(top, hl_vadd_avx512(before, hl_vset_avx512(8.0f)),
@@ -7183,7 +7196,7 @@ HL_KERNEL_AMX void hl_fa_bf16_d128_raise_amx(const hl_state *t, hl_fa_bf16_d128_
         hl_vstore_avx512(t->top + q, top);
         hl_vstore_avx512(t->alpha + q, hl_vexp2_avx512(hl_vsub_avx512(before, m)));
         hl_vstore_avx512(t->m + q, m);
-        hl_vstore_avx512(x->minus + q, hl_vsub_avx512(hl_vzero_avx512(), m));
+        hl_vstore_avx512(x->m + q, m);
         hl_vstore_avx512(x->sum + q, hl_vzero_avx512());
         hl_vstore_avx512(x->mass + q, hl_vzero_avx512());
     }
@@ -7444,14 +7457,14 @@ HL_KERNEL_AMX void hl_fa_bf16_d128_scores_amx(const hl_fusion_attention_args *a,
     }
 }
 
-/* -inf, or what becomes it, where a query does not see a key; bounds alone are compared a row of
- * scores at a time. */
+/* -inf where a query does not see a key; bounds alone are compared a row of scores at a time. */
 HL_KERNEL_AMX void hl_fa_bf16_d128_hide_amx(const hl_fusion_attention_args *a,
                                             const hl_fa_bf16_d128_group_amx *u, float *s,
-                                            int32_t j0, int32_t n, float value)
+                                            int32_t j0, int32_t n)
 {
+    const float none = hl_float_of(0xff800000u);
     if (a->atten_mask != NULL) {
-        hl_fa_bf16_d128_hide(a, &u->g, u->low, u->high, s, 1, 32, j0, n, value);
+        hl_fa_bf16_d128_hide(a, &u->g, u->low, u->high, s, 1, 32, j0, n, none);
         return;
     }
     for (int32_t q = 0; q < 32; q += 16) {
@@ -7464,11 +7477,11 @@ HL_KERNEL_AMX void hl_fa_bf16_d128_hide_amx(const hl_fusion_attention_args *a,
                                                   _MM_CMPINT_LE) & _mm512_cmp_epi32_mask(key, high,
                     _MM_CMPINT_LT));
             float *const at = s + 32 * j + q;
-            if (j0 + j >= u->g.all_low && j0 + j < u->g.all_high) {
-                continue;
+            if (j0 + j < u->g.all_low || j0 + j >= u->g.all_high) {
+                hl_vstore_avx512(at,
+                                 _mm512_mask_mov_ps(hl_vset_avx512(none), seen,
+                                                    hl_vload_avx512(at)));
             }
-            hl_vstore_avx512(at,
-                             _mm512_mask_mov_ps(hl_vset_avx512(value), seen, hl_vload_avx512(at)));
         }
     }
 }
@@ -7482,25 +7495,22 @@ HL_KERNEL_AMX void hl_fa_bf16_d128_start_amx(const hl_fusion_attention_plan *pla
 {
     const hl_fusion_attention_args *const a = &plan->args;
     const int32_t whole = j0 >= u->g.all_low && j0 + n <= u->g.all_high && a->atten_mask == NULL;
-    float hidden = hl_float_of(plan->scale_log2 < 0.0f ? 0x7f800000u : 0xff800000u);
     x->s = s;
     x->scale = plan->scale_log2;
     x->pair = 0;
     x->pairs = (n + 31) / 32 * 16;
-    if (a->pse != NULL) {
+    if (a->pse != NULL || x->scale < 0.0f) {
         for (int32_t i = 0; i < 32 * n; i += 16) {
-            hl_vstore_avx512(s + i,
-                             hl_vmul_avx512(hl_vload_avx512(s + i), hl_vset_avx512(x->scale)));
+            hl_vstore_avx512(s + i, hl_fa_bf16_d128_scaled_amx(s + i, x->scale));
         }
         x->scale = 1.0f;
-        hidden = hl_float_of(0xff800000u);
         hl_fa_bf16_d128_bias_amx(a, &u->g, s, 32, j0, n, w->row);
     }
     if (!whole) {
-        hl_fa_bf16_d128_hide_amx(a, u, s, j0, n, hidden);
+        hl_fa_bf16_d128_hide_amx(a, u, s, j0, n);
     }
     for (int32_t i = 32 * n; i < 64 * x->pairs; i += 16) {
-        hl_vstore_avx512(s + i, hl_vset_avx512(hidden));
+        hl_vstore_avx512(s + i, hl_vset_avx512(hl_float_of(0xff800000u)));
     }
     hl_fa_bf16_d128_raise_amx(&u->t, x, n);
     if (a->keep_prob < 1.0f) {
