@@ -11,6 +11,7 @@ from typing import Any
 import decode
 import measure as m
 import numpy as np
+import training
 from tensors import Shape
 
 from gen import matrix, spec
@@ -105,9 +106,14 @@ class Case:
 
 def short(name: str) -> str:
     """hl_sparse_flash_attention_f32_d64 -> f32_d64, hl_incre_flash_attention_f32_d64 ->
-    decode_f32_d64."""
+    decode_f32_d64, hl_fusion_attention_f32_d64 -> prefill_f32_d64, hl_fusion_attention_grad_f32_d64
+    -> backward_f32_d64."""
     if name.startswith(decode.PREFIX):
         return f"decode_{name.removeprefix(decode.PREFIX)}"
+    if name.startswith(training.PREFIX + training.GRADIENT):
+        return f"backward_{name.removeprefix(training.PREFIX + training.GRADIENT)}"
+    if name.startswith(training.PREFIX):
+        return f"prefill_{name.removeprefix(training.PREFIX)}"
     return name.removeprefix("hl_").removeprefix("sparse_flash_attention_").removeprefix(
         "antiquant_")
 
@@ -148,6 +154,9 @@ def shapes_of(kernel: spec.Kernel, quick: bool) -> list[Shape]:
         usual = [decode.gqa(4096), decode.gqa(16384)]
         return decode.QUICK if quick else decode.SHAPES.get(
             kernel.name.removeprefix(decode.PREFIX), usual)
+    if kernel.trains:
+        return training.QUICK if quick else training.SHAPES.get(
+            kernel.name.removeprefix(training.PREFIX), training.PROMPTS)
     if quick:
         listed = "slots" if "slots" in kernel.features else "list"
         return [mla(16, "dense", 512), mla(16, listed, 128, 1024)]
@@ -156,11 +165,14 @@ def shapes_of(kernel: spec.Kernel, quick: bool) -> list[Shape]:
 
 
 def headers(quick: bool) -> list[spec.Header]:
-    """What is shipped, and what else of the decode operator is measured: other caches."""
+    """What is shipped, and what else is measured: other caches when decoding, other types and
+    channels of prefill."""
     shipped = spec.load_catalogue()
     known = {header.name for header in shipped}
-    wanted = [] if quick else [decode.PREFIX + name for name in decode.SHAPES]
-    return shipped + [m.described(Path(name)) for name in wanted if name not in known]
+    wanted = [decode.PREFIX + name for name in decode.SHAPES]
+    wanted += [training.PREFIX + name for name in training.SHAPES]
+    wanted = [] if quick else [name for name in wanted if name not in known]
+    return shipped + [m.described(Path(name)) for name in wanted]
 
 
 def cases(include: Path, quick: bool) -> tuple[list[Case], list[str]]:
@@ -178,13 +190,16 @@ def cases(include: Path, quick: bool) -> tuple[list[Case], list[str]]:
             made += [Case(path, shape, isa, isa == isas[0], limit_isa(kernel, shape, isa))
                      for isa in vectors]
         if "scalar" in isas[1:]:
-            made.append(Case(path, scalar_shape(shapes_of(kernel, quick)), "scalar"))
+            plain = [training.SCALAR] if kernel.trains and not quick else shapes_of(kernel, quick)
+            made.append(Case(path, scalar_shape(plain), "scalar"))
     return made, sorted(lacking)
 
 
 def limit_isa(kernel: spec.Kernel, shape: Shape, isa: str) -> str:
     """The instruction set that computes: where tiles are no help, an instruction set with tiles
     takes the words of another."""
+    if kernel.trains:
+        return isa
     if isa in m.MATRIX_ISAS and shape.heads // shape.kv_heads < matrix.least_heads(kernel):
         return ISAS[isa].rows_by
     return isa
@@ -192,7 +207,7 @@ def limit_isa(kernel: spec.Kernel, shape: Shape, isa: str) -> str:
 
 def scalar_shape(shapes: list[Shape]) -> Shape:
     """The shape with the least work: plain C is a fallback."""
-    return min(shapes, key=lambda shape: shape.batch * shape.heads * shape.seen())
+    return min(shapes, key=lambda shape: shape.batch * shape.heads * training.pairs(shape))
 
 
 # ---- records ------------------------------------------------------------------------------------
@@ -263,6 +278,7 @@ class Measured:
     peak: float  # GFLOP/s
     bandwidth: float  # GB/s
     gather: float | None = None  # GB/s of reading the listed rows themselves
+    of_matrix: float | None = None  # prefill on vectors: the share of P, where there are tiles
     target: Target | None = None
 
     @property
@@ -308,9 +324,12 @@ def measure(case: Case, rounds: int, seconds: float) -> Measured:
                   "gather ahead": m.Gather(t.key, t.lists, m.ROWS_AHEAD, calls.turn)}
     limited_by = case.limited_by or case.isa
     peak = m.peak(limited_by)
+    tiles = made.trains and limited_by not in m.MATRIX_ISAS and m.has_tiles()
+    matrix_peak = {"tiles": m.tile_peak(False)} if tiles else {}
     t = m.alternate({
         "peak before": peak, **{f"{name} before": step for name, step in reads.items()},
-        "ns": calls,
+        **{f"{name} before": step for name, step in matrix_peak.items()}, "ns": calls,
+        **{f"{name} after": step for name, step in matrix_peak.items()},
         "peak after": peak, **{f"{name} after": step for name, step in reads.items()}, **gather,
     }, rounds, seconds)
     peaks, bandwidth = around(t)
@@ -322,8 +341,12 @@ def measure(case: Case, rounds: int, seconds: float) -> Measured:
     target = case.target
     if target and target.kind == "read" and record.limit_kind == "fma":
         target = None  # promised of a machine whose arithmetic is not what binds here
+    of_matrix = None
+    if matrix_peak:
+        peaks_of_tiles = (t["tiles before"] + t["tiles after"]) / 2
+        of_matrix = float(np.median(made.flops(case.shape) / t["ns"] / peaks_of_tiles))
     return Measured(record, case.shape, of_compute, of_read, float(np.median(peaks)),
-                    float(np.median(bandwidth)), gathered, target)
+                    float(np.median(bandwidth)), gathered, of_matrix, target)
 
 
 def around(t: m.Times) -> tuple[np.ndarray, np.ndarray]:

@@ -14,6 +14,7 @@ from typing import Any
 
 import decode
 import numpy as np
+import training
 from tensors import (
     MOST_HEADS,
     SCORE_DEVIATION,
@@ -298,6 +299,7 @@ class Build:
     kernel: bind.Kernel
     record: Plan | None = None  # of what the cache is made
     decodes: spec.Kernel | None = None  # how a kernel of the decode operator is described
+    trains: spec.Kernel | None = None  # and one of prefill and training
 
     @property
     def dk(self) -> int:
@@ -335,6 +337,8 @@ class Build:
     def tensors(self, shape: Shape) -> Tensors:
         if self.decodes:
             return decode.tensors(self.decodes, shape)
+        if self.trains:
+            return training.tensors_of(self.trains, shape)
         return tensors_of(shape, self.dk, self.dv, self.kernel.dtype, self.of_records)
 
     def reference(self, shape: Shape, turn: int = 0) -> np.ndarray:
@@ -342,16 +346,32 @@ class Build:
             return decode.reference(self.decodes, shape)
         return reference(shape, self.dk, self.dv, self.kernel.dtype, self.of_records, turn)
 
+    def outputs(self, shape: Shape) -> dict[str, np.ndarray]:
+        """Memory for what a call writes."""
+        if self.trains:
+            return training.outputs(self.trains, shape)
+        return {"attention_out": allocate((shape.calls, shape.heads, self.dv), self.kernel.dtype)}
+
+    def error(self, shape: Shape, outputs: dict[str, np.ndarray]) -> float:
+        """Of what the first call wrote."""
+        if self.trains:
+            return training.error(self.trains, shape, outputs)
+        return relative_error(outputs["attention_out"], self.reference(shape))
+
     def place(self, shape: Shape) -> str:
         """The layout of a shape's cache."""
         return f"PA_BSND {BLOCK_SIZE}" if self.record and self.record.behind else shape.place
 
     def flops(self, shape: Shape) -> int:
+        if self.trains:
+            return training.flops(self.trains, shape)
         return shape.flops(self.dk, self.dv)
 
     def bytes(self, shape: Shape) -> int:
         if self.decodes:
             return decode.cache_bytes(self.decodes, shape)
+        if self.trains:
+            return training.bytes_of(self.trains, shape)
         if self.record:
             return shape.kv_heads * shape.keys * (self.record.bytes + self.record.behind)
         return shape.bytes(self.dk, self.dv, self.kernel.dtype.itemsize)
@@ -369,7 +389,8 @@ def build(path: Path) -> Build:
     kernel = header.kernels[0]
     made = bind.load(path if path.exists() else header)
     record = layout(kernel.record, kernel.dtype) if kernel.record else None
-    return Build(made, record, kernel if kernel.decodes else None)
+    return Build(made, record, kernel if kernel.decodes else None,
+                 kernel if kernel.trains else None)
 
 
 def described(path: Path) -> spec.Header:
@@ -412,7 +433,7 @@ class Calls:
     def __init__(self, made: Build, shape: Shape, isa: str, **options: Any) -> None:
         self.build, self.shape, self.tensors = made, shape, made.tensors(shape)
         kernel, t = made.kernel, self.tensors
-        self.out = allocate((shape.calls, shape.heads, made.dv), kernel.dtype)
+        self.outputs = made.outputs(shape)
         self.turn = Turn(1 if t.lists is None else len(t.lists))
         self.fields = [self.fields_of(turn, made.isas[isa], options)
                        for turn in range(self.turn.count)]
@@ -428,13 +449,15 @@ class Calls:
         """The arguments of one call; block_size in the options makes the cache a paged one."""
         shape, t, constants = self.shape, self.tensors, self.build.kernel.constants
         if self.build.decodes:
-            made = decode.fields(shape, t, constants)
-            return made | {"attention_out": self.out, "isa": isa} | options
+            return decode.fields(shape, t, constants) | self.outputs | {"isa": isa} | options
+        if self.build.trains:
+            made = training.fields(self.build.trains, shape)
+            return made | self.outputs | {"isa": isa} | options
         known = ("hl_sparse_flash_attention", "hl_sparse_flash_attention_antiquant")
         if self.build.kernel.op not in known:
             raise NotImplementedError(f"arguments of {self.build.kernel.op}; fix: add them here")
         fields: dict[str, Any] = {
-            "query": t.query, "key": t.key, "value": t.value, "attention_out": self.out,
+            "query": t.query, "key": t.key, "value": t.value, **self.outputs,
             "batch": 1, "seq_q": shape.rows, "heads_q": shape.heads, "heads_kv": shape.kv_heads,
             "seq_kv": shape.cache_keys, "scale_value": t.scale, "isa": isa,
             "sparse_mode": 3 if shape.selection == "causal" else 0}
@@ -463,7 +486,7 @@ class Calls:
         self.turn.at = 0
         if "block_size" in options:
             return 0.0
-        error = relative_error(self.out, self.build.reference(self.shape))
+        error = self.build.error(self.shape, self.outputs)
         if not error < WRONG[self.build.dtype]:
             raise RuntimeError(f"{self.build.kernel.name}, {self.shape.title}: the output is off "
                                f"by {error:.2g} of its norm")

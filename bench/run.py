@@ -89,6 +89,10 @@ def remarks(rows: list[Measured], lacking: list[str]) -> list[str]:
     if held:
         made.append(f"Targets reached: {sum(row.reached for row in held)} of {len(held)} that can "
                     "be asked of this machine.")
+    of_tiles = [f"{100 * row.of_matrix:.1f} % ({cases.short(row.record.kernel)} {row.shape.title}, "
+                f"{row.record.isa})" for row in rows if row.of_matrix is not None]
+    if of_tiles:
+        made.append(f"Prefill on vectors, share of P all the same: {', '.join(of_tiles)}.")
     f16 = {(row.record.selection, row.record.keys, row.record.isa): row.record.ms for row in rows
            if cases.short(row.record.kernel) == "f16_d512_rope64" and row.record.heads == 128}
     ratios = {f"{selection} {keys}": f16[selection, keys, "avx512"] / ms

@@ -14,6 +14,7 @@ from typing import Any
 import cases
 import measure as m
 import numpy as np
+import training
 from cases import MLA, Measured, mla
 from measure import alternate
 from tables import Table, ms, number, percent
@@ -351,8 +352,33 @@ def writing(bench: Bench) -> Table:
     return table
 
 
+# ---- masks of prefill ---------------------------------------------------------------------------
+
+
+def masks(bench: Bench) -> Table:
+    """What a mask leaves out is not to be computed: time against the tiles that hold a pair."""
+    made = m.build(bench.include / f"{training.PREFIX}bf16_d128.h")
+    table = Table(
+        "Masks of prefill: time relative to every row seeing every key",
+        ["selection", "isa", "time", "share of tiles", "time / tiles", "share of pairs"],
+        "Tiles: of as many rows and keys as a task computes together. Those that a mask hides are "
+        "left out; of those\nthat it cuts, at least what some row sees is computed.", left=2)
+    full = training.in_little(training.FULL, bench.scaled(training.FULL.keys))
+    for isa in (isa for isa in made.isas if isa != "scalar"):
+        plain = m.Calls(made, full, isa)
+        rows, keys = training.grain(made.trains, isa)
+        for shape in (training.PROMPTS[-1], *training.MASKED):
+            cut = training.in_little(shape, full.keys)
+            t = alternate({"plain": plain, "cut": m.Calls(made, cut, isa)}, bench.rounds, seconds=8)
+            time = float(np.median(t["cut"] / t["plain"]))
+            share = training.tiles(cut, rows, keys)
+            table.add(cut.selection, isa, f"{time:.3f}", f"{share:.3f}", f"{time / share:.2f}",
+                      f"{training.pairs(cut) / training.pairs(full):.3f}")
+    return table
+
+
 def tables(bench: Bench) -> Iterator[Table]:
     """What README and docs quote beside the main table."""
-    for make in (list_cost, ways, maths, beside_bf16, writing):
+    for make in (list_cost, ways, maths, beside_bf16, writing, masks):
         yield make(bench)
 

@@ -49,7 +49,8 @@ class Shape:
         of = f" of {self.cache_keys}" if self.listed else ""
         batch = f"batch {self.batch}, " if self.batch > 1 else ""
         place = f", {self.place}" if self.place != "BSND" else ""
-        return f"{batch}{heads}, {rows}{self.selection} {self.keys}{of}{place}"
+        seen = f"{self.selection}{',' if ' of ' in self.selection else ''}"  # band of 256, 4096
+        return f"{batch}{heads}, {rows}{seen} {self.keys}{of}{place}"
 
     @property
     def place(self) -> str:

@@ -23,6 +23,7 @@ KERNEL = re.compile(
     r"(_(?P<kv>[a-z][a-z0-9_]*?))?_d(?P<dk>\d+)(x(?P<dv>\d+))?(_rope(?P<rope>\d+))?(?P<rest>(_[a-z][a-z0-9]*)*)"
 )
 MATHS = ("builtin", "sleef", "libm")
+TWO_WORDS = ("pse_types",)  # features whose names hold what stands between features
 
 
 def tail(dtype, kv, dk, dv, rope, features, math):
@@ -50,7 +51,10 @@ def parse(name):
     match = KERNEL.fullmatch(name)
     if not match:
         return None
-    rest = [word for word in match["rest"].split("_") if word]
+    rest = match["rest"]
+    for feature in TWO_WORDS:
+        rest = rest.replace(f"_{feature}", f"_{feature.replace('_', ' ')}")
+    rest = [word.replace(" ", "_") for word in rest.split("_") if word]
     math = rest.pop() if rest and rest[-1] in MATHS else "builtin"
     given_dv = {"dv": int(match["dv"])} if match["dv"] else {}
     return {

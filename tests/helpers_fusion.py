@@ -14,6 +14,7 @@ import numpy as np
 import oracle_fusion as oracle
 import pytest
 from helpers import (
+    BF16,
     ISAS_HERE,
     LIBS,
     absolute_slack,
@@ -586,28 +587,29 @@ def poison_mask(a: Args) -> None:
 def sizes(a: Args) -> RowSizes:
     """What rounding is relative to: score and keys [rows][N1], value and spread [rows][N1][DV]."""
     shape = (rows_in(a.query, a.input_layout), a.heads_q)
-    score, keys, value = np.zeros(shape), np.zeros(shape), np.zeros((*shape, a.dv))
-    spread = np.zeros_like(value)
+    score, keys = np.zeros(shape), np.zeros(shape)
+    value, spread = np.zeros((*shape, a.dv)), np.zeros((*shape, a.dv))
     with np.errstate(all="ignore"):
         for p in oracle.parts(a):
             keys[p.rows, p.h] = p.seen.sum(axis=1)
             score[p.rows, p.h] = score_sizes(p, a).max(axis=1, initial=0.0)
-            w = oracle.probabilities(p, a, np.float64)
-            value[p.rows, p.h] = oracle.times(p.seen, w * p.kept, abs(p.v.astype(np.float64)))
-            spread[p.rows, p.h] = spread_of(p, w)
-    return RowSizes(score, keys, *(np.nan_to_num(x, nan=0.0) for x in (value, spread)))
+            w = oracle.probabilities(p, a, np.float64) * p.kept
+            value[p.rows, p.h] = oracle.times(p.seen, w, abs(p.v.astype(np.float64)))
+            if a.query.dtype == BF16:  # only there it is asked for
+                spread[p.rows, p.h] = spread_of(p, a)
+    return RowSizes(score, keys, np.nan_to_num(value, nan=0.0), np.nan_to_num(spread, nan=0.0))
 
 
-def spread_of(p: oracle.Part, w: np.ndarray) -> np.ndarray:
-    """[Sq][DV] sum p |v - o|, with 0 or v / keep_prob for v, and their mean for o: without the
-    sink, which has no value."""
-    w, v = np.where(p.seen, w, 0.0), p.v.astype(np.float64)
-    share = np.maximum(w.sum(axis=1), 1e-300)
-    made = np.zeros((len(w), v.shape[1]))
-    for c in range(v.shape[1]):
-        x = np.where(p.seen, p.kept * v[:, c], 0.0)
-        mean = (w * x).sum(axis=1) / share
-        made[:, c] = (w * abs(x - mean[:, None])).sum(axis=1)
+def spread_of(p: oracle.Part, a: Args) -> np.ndarray:
+    """sum p |v - o|, [Sq][DV], o being the mean of v, which dropout has multiplied; a sink takes of
+    the weights, not of the mean."""
+    w = oracle.probabilities(p, a, np.float64)
+    shares = np.maximum(w.sum(axis=1, keepdims=True), 1e-300)
+    made = np.zeros((len(w), a.dv))
+    for i, one in enumerate(w / shares):
+        mine = p.seen[i]
+        v = p.kept[i][mine, None] * p.v[mine].astype(np.float64)
+        made[i] = shares[i] * (one[mine] @ abs(v - one[mine] @ v))
     return made
 
 
@@ -644,7 +646,7 @@ def check(
     want, size, found = known.want, known.size, rows_of(case, got)
     by_head = dataclasses.replace(size, score=size.score[..., None], keys=size.keys[..., None])
     error = float32_error(by_head, a.query.shape[-1])
-    if ISAS[isa].tiles:  # weights are rounded before they meet V: helpers.tile_error
+    if ISAS[isa].tiles:  # weights are rounded, as helpers.tile_error says
         error = error + 2.0**-8 / (1 - 2.0**-8) * size.spread
     out = found["attention_out"]
     bound = rounded_bound(error, want.out, out.dtype, size)
@@ -940,3 +942,59 @@ def shapes(
         spread=either(*spreads),
         seed=draw(st.integers(0, 2**32 - 1)),
     )
+
+
+def various(name: str, seed: int, count: int) -> list[tuple[Shape, Way]]:
+    """Calls of all kinds, drawn once: for programs that run many calls in one go."""
+    rng = np.random.default_rng(seed)
+    made = []
+
+    def either(*values: Any) -> Any:
+        return values[rng.integers(0, len(values))]
+
+    for _ in range(count):
+        layout = either(*LAYOUTS, TND)
+        batch = either(1, 2, 3)
+        lens_q, lens_kv = (tuple(rng.integers(0, 160, batch).tolist()) for _ in range(2))
+        if layout != TND:
+            lens_q, lens_kv = lens_q[:1] * batch, lens_kv[:1] * batch
+        mode = either(0, 1, 2, 3, 4, 6, *((7, 8) if layout == TND else (5,)))
+        pse = "none" if mode > 6 else either("none", "full", "one_row")
+        kind = either(INNER, OUTER, SLOPE, SLOPE_SQRT) if has(name, "pse_types") else INNER
+        shape = Shape(
+            lens_q=lens_q,
+            lens_kv=lens_kv,
+            heads_kv=either(1, 2),
+            group=either(1, 2, 3),
+            layout=layout,
+            pad_q=either(0, 3),
+            pad_kv=either(0, 3),
+            unused=either(0, 2),
+            mode=mode,
+            mask=either("none", "formula", "formula")
+            if mode not in (0, 1, 5)
+            else either("formula", "given"),
+            hidden=either(0.0, 0.5),
+            band=either(None, (20, 3), (90, -4), (-3, 100)),
+            pse="slope" if pse != "none" and kind in (SLOPE, SLOPE_SQRT) else pse,
+            pse_type=kind,
+            softcap=either(0.0, 5.0) if has(name, "softcap") else 0.0,
+            sinks=either("none", "plain", "infinite") if has(name, "sinks") else "none",
+            keep_prob=either(0.0, 0.7),
+            bits=either(False, True),
+            stats_width=either(1, 8),
+            stats_order=either(0, 1) if layout == TND else 0,
+            spread=either(*SPREADS),
+            seed=int(rng.integers(1 << 30)),
+        )
+        made.append(
+            (
+                shape,
+                Way(
+                    flush=either("left", "right"),
+                    by_task=either(False, True),
+                    stats=either(True, True, False),
+                ),
+            )
+        )
+    return made

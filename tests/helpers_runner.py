@@ -46,7 +46,8 @@ def program(
     """runner.c around one kernel."""
     files = {"header.h": text, "runner.c": (HERE / "runner.c").read_text()}
     operator = re.search(rf"\b{name}_workspace_bytes\(\s*const (\w+)_args\b", text)[1]
-    named = (f"-DKERNEL={name}", f"-DOPERATOR={operator}")
+    named = [f"-DKERNEL={name}", f"-DOPERATOR={operator}"]
+    named += [] if f"{name}_merge(" in text else ["-DWITHOUT_MERGES"]
     return bind.compile_c(
         files, compiler=compiler, flags=(*flags, *named), libs=libs, suffix=".bin"
     )
@@ -57,14 +58,21 @@ def record(kernel: bind.Kernel, case: Case, way: Way, isa: int) -> tuple[bytes, 
     outputs = case.outputs(stats=way.stats)
     args = kernel.args(**case.sizes(), isa=isa, chunk_keys=way.chunk_keys)
     mode = BY_TASK * way.by_task | PARTIALS * way.partials | FLUSH_LEFT * (way.flush == "left")
-    pieces = [(n, a, 0) for n, a in case.inputs().items()] + [(n, a, 1) for n, a in outputs.items()]
+    return packed(args, mode, case.inputs(), outputs), outputs
+
+
+def packed(
+    args: ctypes.Structure, mode: int, inputs: dict[str, Any], outputs: dict[str, Any]
+) -> bytes:
+    """A call as the runner reads it."""
+    pieces = [(n, a, 0) for n, a in inputs.items()] + [(n, a, 1) for n, a in outputs.items()]
     parts = [struct.pack("<3q", ctypes.sizeof(args), mode, len(pieces)), bytes(args)]
     for name, array, written in pieces:
-        offset = getattr(kernel.Args, name).offset
+        offset = getattr(type(args), name).offset
         parts.append(struct.pack("<3q", offset, array.nbytes, written))
         if not written:
             parts.append(array.tobytes())
-    return b"".join(parts), outputs
+    return b"".join(parts)
 
 
 def play(

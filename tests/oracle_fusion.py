@@ -152,7 +152,7 @@ def spans(ends: np.ndarray | None, batch: int, rows: int) -> list[tuple[int, int
     if ends is None:
         each = rows // max(batch, 1)
         return [(b * each, each) for b in range(batch)]
-    begins = [0, *map(int, ends[:-1])]
+    begins = [0, *map(int, ends)][: len(ends)]
     return [(begin, max(int(end) - begin, 0)) for begin, end in zip(begins, ends, strict=True)]
 
 

@@ -4,6 +4,7 @@
  * endian, as here).
  *
  *     cc -DKERNEL=name -DOPERATOR=its_operator runner.c        header.h beside it
+ *     -DWITHOUT_MERGES: of an operator whose tasks have nothing to merge, and no partials
  *     runner calls results
  *
  * A file of calls: count, then for each call: size of args, mode, pieces; args; for each piece its
@@ -93,8 +94,10 @@ static void set_pointer(args_t *args, int64_t offset, void *value)
 
 static hl_status call(args_t *args, int64_t mode)
 {
-    piece partials = room(0, mode);
     piece workspace;
+#ifndef WITHOUT_MERGES
+    piece partials = room(0, mode);
+#endif
     plan_t plan;
     hl_error error;
     int64_t i;
@@ -102,6 +105,7 @@ static hl_status call(args_t *args, int64_t mode)
     if (status != HL_OK) {
         return status;
     }
+#ifndef WITHOUT_MERGES
     if (mode & PARTIALS && plan.split_bytes != 0) {
         leave(&partials);
         partials = room(plan.split_bytes, mode);
@@ -109,20 +113,25 @@ static hl_status call(args_t *args, int64_t mode)
         args->partials_bytes = partials.bytes;
         status = JOIN(KERNEL, _plan)(&plan, args, &error);
     }
+#endif
     if (status == HL_OK && mode & BY_TASK) {
         workspace = room(plan.task_bytes, mode);
         for (i = plan.n_tasks - 1; i >= 0; --i) {
             JOIN(KERNEL, _task)(&plan, i, workspace.start);
         }
+#ifndef WITHOUT_MERGES
         for (i = plan.n_merges - 1; i >= 0; --i) {
             JOIN(KERNEL, _merge)(&plan, i);
         }
+#endif
     } else {
         workspace = room(JOIN(KERNEL, _workspace_bytes)(args), mode);
         status = KERNEL(args, workspace.start, workspace.bytes, &error);
     }
     leave(&workspace);
+#ifndef WITHOUT_MERGES
     leave(&partials);
+#endif
     return status;
 }
 

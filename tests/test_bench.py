@@ -22,6 +22,7 @@ import decode  # noqa: E402
 import measure as m  # noqa: E402
 import peers  # noqa: E402
 import tensors  # noqa: E402
+import training  # noqa: E402
 from peers import base, install  # noqa: E402
 
 FIELDS = {
@@ -293,7 +294,9 @@ def test_quick_runs_measure_what_is_shipped_and_others_more():
     assert {header.name for header in cases.headers(quick=True)} == shipped
     every = [header.name for header in cases.headers(quick=False)]
     assert len(set(every)) == len(every)
-    assert set(every) == shipped | {decode.PREFIX + name for name in decode.SHAPES}
+    others = {decode.PREFIX + name for name in decode.SHAPES}
+    others |= {training.PREFIX + name for name in training.SHAPES}
+    assert set(every) == shipped | others
 
 
 def test_decode_targets():
@@ -375,6 +378,96 @@ def test_a_call_of_a_cache_of_codes_has_both_sides_scales():
     assert fields("bf16_e4m3_d64")[1]["antiquant_scale"].shape == (2,)
     assert fields("bf16_bf16xi8_d64")[1]["antiquant_scale"].shape == (2 * 64,)
     assert "antiquant_scale" not in fields("bf16_i4_32_d64")[1]
+
+
+# ---- prefill and training -----------------------------------------------------------------------
+
+
+def trained(name):
+    return m.described(Path(training.PREFIX + name)).kernels[0]
+
+
+def test_every_training_shape_is_of_a_kernel():
+    for name, shapes in training.SHAPES.items():
+        kernel = trained(name)
+        assert kernel.name == training.PREFIX + name and kernel.trains
+        assert kernel.backward == name.startswith(training.GRADIENT)
+        assert len({shape.title for shape in shapes}) == len(shapes)
+        assert cases.shapes_of(kernel, quick=False) == shapes
+        assert cases.shapes_of(kernel, quick=True) == training.QUICK
+    assert cases.short(trained("bf16_d128").name) == "prefill_bf16_d128"
+    assert cases.short(trained("grad_bf16_d128").name) == "backward_bf16_d128"
+    assert "band of 256, 4096" in training.MASKED[0].title
+
+
+SELECTIONS = {
+    "dense": lambda i, j: True,
+    "causal": lambda i, j: j <= i + 3,
+    "band of 4": lambda i, j: i + 3 - 4 < j <= i + 3,
+    "prefix of 5": lambda i, j: j <= i + 3 or j < 5,
+}
+
+
+@pytest.mark.parametrize("selection", SELECTIONS)
+def test_pairs_that_count_and_the_tiles_that_they_touch(selection):
+    shape = tensors.Shape(2, 1, 10, 10, selection, 7, value=True)  # 7 rows, 3 keys in front
+    seen = {(i, j) for i in range(7) for j in range(10) if SELECTIONS[selection](i, j)}
+    assert training.pairs(shape) == len(seen)
+    for rows, keys in ((1, 1), (3, 4), (7, 10), (100, 100)):
+        touched = {(i // rows, j // keys) for i, j in seen}
+        every = {(i // rows, j // keys) for i in range(7) for j in range(10)}
+        assert training.tiles(shape, rows, keys) == pytest.approx(len(touched) / len(every))
+
+
+def test_work_of_training():
+    """Two products forward; backward five, of which three are of keys' channels."""
+    shape = tensors.Shape(4, 2, 5, 5, "causal", 3, value=True)
+    pairs = 3 + 4 + 5
+    assert training.flops(trained("bf16_d8x6"), shape) == 2 * 4 * pairs * (8 + 6)
+    assert training.flops(trained("grad_bf16_d8x6"), shape) == 2 * 4 * pairs * (3 * 8 + 2 * 6)
+    size = 2 * (3 * 4 * (8 + 6) + 5 * 2 * (8 + 6))
+    assert training.bytes_of(trained("bf16_d8x6"), shape) == size
+    assert training.bytes_of(trained("grad_bf16_d8x6"), shape) == 2 * size
+
+
+def test_the_gradients_of_the_reference_are_those_of_its_result():
+    shape = tensors.Shape(4, 2, 6, 6, "causal", 4, value=True)
+    kernel = trained("grad_f32_d5x3")
+    t = training.tensors_of(kernel, shape)
+    got = training.reference(kernel, shape)
+    dout = tensors.normal_once("dout", 4, 4, 3, t.query.dtype)[:, :2].astype(np.float64)
+
+    def loss(**changed):
+        q, k, v = (
+            changed.get(name, getattr(t, name)[:, :heads].astype(np.float64))
+            for name, heads in (("query", 2), ("key", 1), ("value", 1))
+        )
+        return float((tensors.exact(q, k[:, 0], v[:, 0], t.scale, causal=True) * dout).sum())
+
+    for name, heads in (("query", 2), ("key", 1), ("value", 1)):
+        x = getattr(t, name)[:, :heads].astype(np.float64)
+        want = np.empty_like(x)
+        for at in np.ndindex(x.shape):
+            step = np.zeros_like(x)
+            step[at] = 1e-5
+            want[at] = (loss(**{name: x + step}) - loss(**{name: x - step})) / 2e-5
+        np.testing.assert_allclose(got[f"d{name}"], want, rtol=1e-6, atol=1e-8)
+
+
+def test_calls_of_training_say_what_a_selection_is():
+    def said(selection, *names):
+        shape = tensors.Shape(4, 2, 6, 6, selection, 4, value=True)
+        made = training.common(shape, training.tensors_of(trained("f32_d5"), shape))
+        return [made.get(name) for name in ("mask_from_mode", "sparse_mode", *names)]
+
+    assert said("dense") == [0, None]
+    assert said("causal") == [1, 3]
+    assert said("band of 4", "band", "pre_tokens", "next_tokens") == [1, 4, 1, 3, 0]
+    assert said("prefix of 5", "prefix") == [1, 6, 5]
+    latent = tensors.Shape(4, 1, 6, 6, "causal", 4)
+    t = training.tensors_of(trained("f32_d5x3"), latent)
+    made = training.common(latent, t)
+    assert made["value"] is t.key and made["value_stride"] == (0, 5, 5)
 
 
 # ---- peers --------------------------------------------------------------------------------------

@@ -49,9 +49,9 @@ from oracle_fusion import (
 )
 
 from gen.isa import ISAS
+from gen.train import BLOCK, QUERIES
 
 ALL = tuple(SPECS)
-BLOCK = 96  # queries of a task and keys of a block, where memory is not dear
 
 
 def some(shape: Shape, **changes: object) -> Shape:
@@ -98,8 +98,8 @@ def test_every_layout(name, isa, layout):
 @by_pair(*ALL)
 def test_every_number_of_queries_and_keys(name, isa):
     """From none to past the edges of tasks and blocks, with one head and with three."""
-    edges = (BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK, 2 * BLOCK + 1)
-    for n in (*range(0, 14), *range(15, 36, 3), *edges):
+    edges = {n + some for n in (BLOCK, 2 * BLOCK, QUERIES, 2 * QUERIES) for some in (-1, 0, 1)}
+    for n in (*range(0, 14), *range(15, 36, 3), *sorted(edges)):
         for m, group, mode in ((n, 1, 3), (7, 3, 1), (n + 5, 1, 2)):
             sizes = {"lens_q": (n,), "lens_kv": (m,), "spread": "growing"}
             check_call(name, Shape(**sizes, group=group, mode=mode, mask="formula", seed=n), isa)

@@ -39,6 +39,7 @@ from oracle import BSND, TND
 from oracle_fusion import BNSD, NO_LIMIT, OUTER, SLOPE, flat, spans_of, unflat
 
 from gen import bind
+from gen.isa import ISAS
 
 ALL = tuple(SPECS)
 SMALL = ("f32_all", "f16_none", "bf16_all")
@@ -536,7 +537,11 @@ def test_a_bias_of_nothing_changes_nothing(name, isa):
         pre_tokens=NO_LIMIT,
         next_tokens=NO_LIMIT,
     )
-    assert_same(run(k, nothing, isa), run(k, case, isa))
+    got, want = run(k, nothing, isa), run(k, case, isa)
+    if ISAS[isa].tiles:  # scores meet scale_value before a bias, else in the exponent
+        assert_close(got, want, case.dtype)
+    else:
+        assert_same(got, want)
 
 
 @by_pair(*with_feature("sinks"))
@@ -635,7 +640,8 @@ def test_dropout_does_not_reach_the_statistics(name, isa):
     case = make_case(k, with_shape(mode=3, mask="formula"))
     want, got = (run(k, case.changed(keep_prob=share), isa) for share in (1.0, 0.5))
     for stat in STATS:
-        assert same_bits(got[stat], want[stat])
+        same = same_bits(got[stat], want[stat])  # on tiles the sum is in another order
+        assert same or (ISAS[isa].tiles and np.allclose(got[stat], want[stat], rtol=1e-6))
 
 
 def test_relaid_calls_are_other_calls():

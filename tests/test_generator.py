@@ -183,6 +183,8 @@ TABLES = [
     {**PLAIN, "features": ["slots"], "math": "sleef"},
     {**PLAIN, "dtype": "f32", "prefix": "acme", "math": "libm"},
     {**PLAIN, "dk": 15},
+    {"op": "fusion_attention", "dtype": "f32", "dk": 64, "features": ["pse_types", "sinks"]},
+    {"op": "fusion_attention_grad", "dtype": "bf16", "dk": 6, "features": ["pse_types"]},
 ]
 
 

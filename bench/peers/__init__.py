@@ -14,6 +14,7 @@ import cases
 import decode
 import measure as m
 import numpy as np
+import training
 from cases import MLA, SMALL, Shape, mla
 from side import Bench
 from tables import Table, ms, number, percent
@@ -43,6 +44,8 @@ HEADERS = (
     (f"{decode.PREFIX}bf16_i8_d128", [decode.gqa(4096), decode.gqa(16384)]),
     (decode.PREFIX + decode.F32, [decode.SMALL]),
     (decode.PREFIX + decode.LATENT, decode.MLA),
+    (f"{training.PREFIX}bf16_d128", [*training.PROMPTS, *training.GROUPED]),
+    (f"{training.PREFIX}f32_d128", training.PROMPTS),
 )
 
 
@@ -152,7 +155,7 @@ def prepared_peers(made: m.Build, shape: Shape, t: Tensors, found: list[Peer],
             try:
                 prepared = joined([peer.prepare(*part, made.kv_format) for part in parts], shape)
                 prepared.run(0, 1)
-                errors[peer.name] = m.relative_error(prepared.out(), made.reference(shape))
+                errors[peer.name] = made.error(shape, {"attention_out": prepared.out()})
                 able[peer.name] = prepared
             except Exception as error:  # whatever another library throws: named, not fatal
                 why = " ".join(str(error).split())[:160] or type(error).__name__
@@ -194,7 +197,7 @@ def turned(query: np.ndarray, kv_heads: int) -> np.ndarray:
 
 def joined(parts: list[Prepared], shape: Shape) -> Prepared:
     """One call after the other, and what they wrote as our kernels write it."""
-    if shape.calls == 1:
+    if shape.calls == 1 or training.is_prompt(shape):
         return parts[0]
 
     def run(first: int, count: int) -> None:

@@ -3,6 +3,7 @@
 from typing import Any
 
 import numpy as np
+import training
 from tensors import Shape, Tensors
 
 from peers.base import MissingError, Peer, Prepared, fastest, mask, repeated
@@ -32,9 +33,29 @@ class Torch(Peer):
             return torch.from_numpy(x)
         return torch.from_numpy(x.view(np.int16)).view(torch.bfloat16)
 
+    def refuses(self, shape: Shape, kv_format: str) -> str:
+        return "" if training.is_prompt(shape) else super().refuses(shape, kv_format)
+
+    def prompt(self, shape: Shape, t: Tensors) -> Prepared:
+        """A causal prompt, as PyTorch has it."""
+        attend = self.torch.nn.functional.scaled_dot_product_attention
+        q, k, v = (self.tensor(x).permute(1, 0, 2)[None] for x in (t.query, t.key, t.value))
+        last: list[Any] = [None]
+
+        def call() -> None:
+            last[0] = attend(q, k, v, scale=t.scale, is_causal=True,
+                             enable_gqa=shape.heads != shape.kv_heads)
+
+        def out() -> np.ndarray:
+            return last[0][0].permute(1, 0, 2).float().contiguous().numpy()
+
+        return Prepared(repeated([call]), out)
+
     def prepare(self, shape: Shape, t: Tensors, kv_format: str) -> Prepared:
         """The fastest of: heads as they are, heads folded into rows of one head, and the same with
         the whole key as value, which spares PyTorch the slow path of unequal widths."""
+        if training.is_prompt(shape):
+            return self.prompt(shape, t)
         dv, kv_heads, group = t.dv, shape.kv_heads, shape.heads // shape.kv_heads
         attend = self.torch.nn.functional.scaled_dot_product_attention
         q, k = self.tensor(t.query), self.tensor(t.key)  # [1][heads][dk], [keys][kv_heads][dk]
