@@ -65,6 +65,7 @@ class TrainTile:
     why: dict[str, str]
     slices: dict[str, int]  # floats of each named piece of workspace
     decodes: bool = False
+    ahead: int = 8  # rows that are asked for before they are loaded
     numbers = MappingProxyType({})  # what it keeps of each query beside NUMBERS
     grad: bool = False
     keys: int = 0  # gradients: of a task of keys
@@ -137,8 +138,8 @@ def grad_tile(kernel, isa):
         rows_step=1 if lanes == 1 else 4,
         why={
             "registers": WHY[isa.name],
-            "block": f"{task} queries by {block} keys, {task} keys by {block} queries: what is loaded "
-            f"is used {task} times",
+            "block": f"{task} queries by {block} keys, {task} keys by {block} queries: what is "
+            f"loaded is used {task} times",
             "channels": f"{channels} channels of {panel} columns are "
             f"{channels * panel * 4 // 1024} KiB: they stay in the first-level cache",
         },

@@ -3034,12 +3034,16 @@ static inline void hl_fa_bf16_d128_add_bias(const hl_fusion_attention_args *a, c
 
 /* ---- load: rows -> float32 ---- */
 
-/* n rows, `step` elements apart, one behind the other. */
+/* n rows, `step` elements apart, one behind the other. Rows to come are asked for: where each lies
+ * in a page of its own, no hardware does. */
 HL_KERNEL_SCALAR void hl_fa_bf16_d128_load_rows_scalar(const uint16_t *from, ptrdiff_t step,
     int32_t n, int32_t channels, float *to)
 {
-    enum { KS = 128 };
+    enum { KS = 128, AHEAD = 8 };
     for (int32_t j = 0; j < n; ++j) {
+        for (int32_t c = 0; j + AHEAD < n && c < channels; c += 32) {
+            HL_FETCH(from + (j + AHEAD) * step + c);
+        }
         hl_vrow_bf16_scalar(to + (ptrdiff_t)j * KS, from + j * step, channels);
     }
 }
@@ -3796,12 +3800,16 @@ static inline void hl_fa_bf16_d128_task_scalar(const hl_fusion_attention_plan *p
 
 /* ---- load: rows -> float32 ---- */
 
-/* n rows, `step` elements apart, one behind the other. */
+/* n rows, `step` elements apart, one behind the other. Rows to come are asked for: where each lies
+ * in a page of its own, no hardware does. */
 HL_KERNEL_NEON void hl_fa_bf16_d128_load_rows_neon(const uint16_t *from, ptrdiff_t step, int32_t n,
                                                    int32_t channels, float *to)
 {
-    enum { KS = 128 };
+    enum { KS = 128, AHEAD = 8 };
     for (int32_t j = 0; j < n; ++j) {
+        for (int32_t c = 0; j + AHEAD < n && c < channels; c += 32) {
+            HL_FETCH(from + (j + AHEAD) * step + c);
+        }
         hl_vrow_bf16_neon(to + (ptrdiff_t)j * KS, from + j * step, channels);
     }
 }
@@ -4651,12 +4659,16 @@ static inline void hl_fa_bf16_d128_task_neon(const hl_fusion_attention_plan *pla
 
 /* ---- load: rows -> float32 ---- */
 
-/* n rows, `step` elements apart, one behind the other. */
+/* n rows, `step` elements apart, one behind the other. Rows to come are asked for: where each lies
+ * in a page of its own, no hardware does. */
 HL_KERNEL_AVX2 void hl_fa_bf16_d128_load_rows_avx2(const uint16_t *from, ptrdiff_t step, int32_t n,
                                                    int32_t channels, float *to)
 {
-    enum { KS = 128 };
+    enum { KS = 128, AHEAD = 8 };
     for (int32_t j = 0; j < n; ++j) {
+        for (int32_t c = 0; j + AHEAD < n && c < channels; c += 32) {
+            HL_FETCH(from + (j + AHEAD) * step + c);
+        }
         hl_vrow_bf16_avx2(to + (ptrdiff_t)j * KS, from + j * step, channels);
     }
 }
@@ -5445,12 +5457,16 @@ static inline void hl_fa_bf16_d128_task_avx2(const hl_fusion_attention_plan *pla
 
 /* ---- load: rows -> float32 ---- */
 
-/* n rows, `step` elements apart, one behind the other. */
+/* n rows, `step` elements apart, one behind the other. Rows to come are asked for: where each lies
+ * in a page of its own, no hardware does. */
 HL_KERNEL_AVX512 void hl_fa_bf16_d128_load_rows_avx512(const uint16_t *from, ptrdiff_t step,
     int32_t n, int32_t channels, float *to)
 {
-    enum { KS = 128 };
+    enum { KS = 128, AHEAD = 8 };
     for (int32_t j = 0; j < n; ++j) {
+        for (int32_t c = 0; j + AHEAD < n && c < channels; c += 32) {
+            HL_FETCH(from + (j + AHEAD) * step + c);
+        }
         hl_vrow_bf16_avx512(to + (ptrdiff_t)j * KS, from + j * step, channels);
     }
 }

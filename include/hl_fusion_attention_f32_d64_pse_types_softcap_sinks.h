@@ -2665,12 +2665,16 @@ static inline void hl_fa_f32_d64_pse_types_softcap_sinks_add_bias(const hl_fusio
 
 /* ---- load: rows -> float32 ---- */
 
-/* n rows, `step` elements apart, one behind the other. */
+/* n rows, `step` elements apart, one behind the other. Rows to come are asked for: where each lies
+ * in a page of its own, no hardware does. */
 HL_KERNEL_SCALAR void hl_fa_f32_d64_pse_types_softcap_sinks_load_rows_scalar(const float *from,
     ptrdiff_t step, int32_t n, int32_t channels, float *to)
 {
-    enum { KS = 64 };
+    enum { KS = 64, AHEAD = 8 };
     for (int32_t j = 0; j < n; ++j) {
+        for (int32_t c = 0; j + AHEAD < n && c < channels; c += 16) {
+            HL_FETCH(from + (j + AHEAD) * step + c);
+        }
         hl_vrow_f32_scalar(to + (ptrdiff_t)j * KS, from + j * step, channels);
     }
 }
@@ -3487,12 +3491,16 @@ static inline void hl_fa_f32_d64_pse_types_softcap_sinks_task_scalar(
 
 /* ---- load: rows -> float32 ---- */
 
-/* n rows, `step` elements apart, one behind the other. */
+/* n rows, `step` elements apart, one behind the other. Rows to come are asked for: where each lies
+ * in a page of its own, no hardware does. */
 HL_KERNEL_NEON void hl_fa_f32_d64_pse_types_softcap_sinks_load_rows_neon(const float *from,
     ptrdiff_t step, int32_t n, int32_t channels, float *to)
 {
-    enum { KS = 64 };
+    enum { KS = 64, AHEAD = 8 };
     for (int32_t j = 0; j < n; ++j) {
+        for (int32_t c = 0; j + AHEAD < n && c < channels; c += 16) {
+            HL_FETCH(from + (j + AHEAD) * step + c);
+        }
         hl_vrow_f32_neon(to + (ptrdiff_t)j * KS, from + j * step, channels);
     }
 }
@@ -4404,12 +4412,16 @@ static inline void hl_fa_f32_d64_pse_types_softcap_sinks_task_neon(
 
 /* ---- load: rows -> float32 ---- */
 
-/* n rows, `step` elements apart, one behind the other. */
+/* n rows, `step` elements apart, one behind the other. Rows to come are asked for: where each lies
+ * in a page of its own, no hardware does. */
 HL_KERNEL_AVX2 void hl_fa_f32_d64_pse_types_softcap_sinks_load_rows_avx2(const float *from,
     ptrdiff_t step, int32_t n, int32_t channels, float *to)
 {
-    enum { KS = 64 };
+    enum { KS = 64, AHEAD = 8 };
     for (int32_t j = 0; j < n; ++j) {
+        for (int32_t c = 0; j + AHEAD < n && c < channels; c += 16) {
+            HL_FETCH(from + (j + AHEAD) * step + c);
+        }
         hl_vrow_f32_avx2(to + (ptrdiff_t)j * KS, from + j * step, channels);
     }
 }
@@ -5260,12 +5272,16 @@ static inline void hl_fa_f32_d64_pse_types_softcap_sinks_task_avx2(
 
 /* ---- load: rows -> float32 ---- */
 
-/* n rows, `step` elements apart, one behind the other. */
+/* n rows, `step` elements apart, one behind the other. Rows to come are asked for: where each lies
+ * in a page of its own, no hardware does. */
 HL_KERNEL_AVX512 void hl_fa_f32_d64_pse_types_softcap_sinks_load_rows_avx512(const float *from,
     ptrdiff_t step, int32_t n, int32_t channels, float *to)
 {
-    enum { KS = 64 };
+    enum { KS = 64, AHEAD = 8 };
     for (int32_t j = 0; j < n; ++j) {
+        for (int32_t c = 0; j + AHEAD < n && c < channels; c += 16) {
+            HL_FETCH(from + (j + AHEAD) * step + c);
+        }
         hl_vrow_f32_avx512(to + (ptrdiff_t)j * KS, from + j * step, channels);
     }
 }

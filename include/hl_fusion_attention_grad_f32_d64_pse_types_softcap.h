@@ -2746,12 +2746,16 @@ static inline void hl_fag_f32_d64_pse_types_softcap_store_dpse(
 
 /* ---- load: rows -> float32 ---- */
 
-/* n rows, `step` elements apart, one behind the other. */
+/* n rows, `step` elements apart, one behind the other. Rows to come are asked for: where each lies
+ * in a page of its own, no hardware does. */
 HL_KERNEL_SCALAR void hl_fag_f32_d64_pse_types_softcap_load_rows_scalar(const float *from,
     ptrdiff_t step, int32_t n, int32_t channels, float *to)
 {
-    enum { KS = 64 };
+    enum { KS = 64, AHEAD = 8 };
     for (int32_t j = 0; j < n; ++j) {
+        for (int32_t c = 0; j + AHEAD < n && c < channels; c += 16) {
+            HL_FETCH(from + (j + AHEAD) * step + c);
+        }
         hl_vrow_f32_scalar(to + (ptrdiff_t)j * KS, from + j * step, channels);
     }
 }
@@ -3839,12 +3843,16 @@ static inline void hl_fag_f32_d64_pse_types_softcap_task_scalar(
 
 /* ---- load: rows -> float32 ---- */
 
-/* n rows, `step` elements apart, one behind the other. */
+/* n rows, `step` elements apart, one behind the other. Rows to come are asked for: where each lies
+ * in a page of its own, no hardware does. */
 HL_KERNEL_NEON void hl_fag_f32_d64_pse_types_softcap_load_rows_neon(const float *from,
     ptrdiff_t step, int32_t n, int32_t channels, float *to)
 {
-    enum { KS = 80 };
+    enum { KS = 80, AHEAD = 8 };
     for (int32_t j = 0; j < n; ++j) {
+        for (int32_t c = 0; j + AHEAD < n && c < channels; c += 16) {
+            HL_FETCH(from + (j + AHEAD) * step + c);
+        }
         hl_vrow_f32_neon(to + (ptrdiff_t)j * KS, from + j * step, channels);
     }
 }
@@ -5024,12 +5032,16 @@ static inline void hl_fag_f32_d64_pse_types_softcap_task_neon(
 
 /* ---- load: rows -> float32 ---- */
 
-/* n rows, `step` elements apart, one behind the other. */
+/* n rows, `step` elements apart, one behind the other. Rows to come are asked for: where each lies
+ * in a page of its own, no hardware does. */
 HL_KERNEL_AVX2 void hl_fag_f32_d64_pse_types_softcap_load_rows_avx2(const float *from,
     ptrdiff_t step, int32_t n, int32_t channels, float *to)
 {
-    enum { KS = 80 };
+    enum { KS = 80, AHEAD = 8 };
     for (int32_t j = 0; j < n; ++j) {
+        for (int32_t c = 0; j + AHEAD < n && c < channels; c += 16) {
+            HL_FETCH(from + (j + AHEAD) * step + c);
+        }
         hl_vrow_f32_avx2(to + (ptrdiff_t)j * KS, from + j * step, channels);
     }
 }
@@ -6148,12 +6160,16 @@ static inline void hl_fag_f32_d64_pse_types_softcap_task_avx2(
 
 /* ---- load: rows -> float32 ---- */
 
-/* n rows, `step` elements apart, one behind the other. */
+/* n rows, `step` elements apart, one behind the other. Rows to come are asked for: where each lies
+ * in a page of its own, no hardware does. */
 HL_KERNEL_AVX512 void hl_fag_f32_d64_pse_types_softcap_load_rows_avx512(const float *from,
     ptrdiff_t step, int32_t n, int32_t channels, float *to)
 {
-    enum { KS = 80 };
+    enum { KS = 80, AHEAD = 8 };
     for (int32_t j = 0; j < n; ++j) {
+        for (int32_t c = 0; j + AHEAD < n && c < channels; c += 16) {
+            HL_FETCH(from + (j + AHEAD) * step + c);
+        }
         hl_vrow_f32_avx512(to + (ptrdiff_t)j * KS, from + j * step, channels);
     }
 }

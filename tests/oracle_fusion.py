@@ -454,24 +454,28 @@ def probabilities(p: Part, a: Args, dtype: type) -> np.ndarray:
 # ---- backward -----------------------------------------------------------------------------------
 
 
-def fusion_attention_grad(a: Args, dout: np.ndarray, dtype: np.dtype | None = None) -> Grads:
+def fusion_attention_grad(a: Args, dout: np.ndarray, out: np.ndarray | None = None) -> Grads:
     """The gradients of sum(dout * attention_out); dout in the query's layout, with DV channels.
-    With a dtype as anyone would first write it in that type: every matrix is rounded to it."""
+    With `out`, the attention_out of the call, as anyone would first write it in the query's type:
+    every matrix is rounded to it, and rowsum(P o dP) = rowsum(dO o O) is made of what is there."""
     query, key, value, dout = (flat(x, a.input_layout) for x in (a.query, a.key, a.value, dout))
     made = Grads(*(np.zeros(x.shape) for x in (query, key, value)), np.zeros(0))
-    dpse = []
-    number = np.float64 if dtype is None else np.float32
+    dpse, dtype = [], a.query.dtype
+    number = np.float64 if out is None else np.float32
+    out = dout if out is None else flat(out, a.input_layout)
 
     def rounded(x: np.ndarray) -> np.ndarray:
-        return x if dtype is None else x.astype(dtype).astype(np.float32)
+        return x if number is np.float64 else x.astype(dtype).astype(np.float32)
 
     with np.errstate(all="ignore"):
         for p in parts(a):
-            do, q, k, v = (x.astype(number) for x in (dout[p.rows, p.h], p.q, p.k, p.v))
+            do, o = (x[p.rows, p.h].astype(number) for x in (dout, out))
+            q, k, v = (x.astype(number) for x in (p.q, p.k, p.v))
             scale, back = number(a.scale), p.seen.T
             w, kept = rounded(probabilities(p, a, number)), p.kept.astype(number)
             dw = rounded(np.where(p.seen, do @ v.T * kept, 0))
-            ds = rounded(w * (dw - (w * dw).sum(axis=1, keepdims=True)))
+            row = (w * dw if number is np.float64 else do * o).sum(axis=1, keepdims=True)
+            ds = rounded(np.where(p.seen, w * (dw - row), 0))
             dpse.append((ds * scale if a.pse_type == INNER else ds).reshape(-1))
             if a.softcap:
                 slope = 1 - np.tanh(raw_scores(p, a, number) / number(np.float32(a.softcap))) ** 2
@@ -480,7 +484,7 @@ def fusion_attention_grad(a: Args, dout: np.ndarray, dtype: np.dtype | None = No
             made.dkey[p.keys, p.n2] += scale * times(back, ds.T, q)
             made.dvalue[p.keys, p.n2] += times(back, rounded(w * kept).T, do)
     made.dpse = np.concatenate([np.zeros(0), *dpse])
-    if dtype is not None:
+    if number is np.float32:
         for name, x in vars(made).items():
             setattr(made, name, x.astype(dtype))
     return made
