@@ -7083,9 +7083,9 @@ HL_KERNEL_AMX void hl_fa_bf16_d576x512_drop_amx(const hl_fusion_attention_args *
 
 /* ---- softmax: P = 2^(S - m) in pairs of keys, behind the columns of products ----
  *
- * m is a whole number, raised only when a score lies more than 8 above it: every factor of O
- * and l is then a power of two, and most are 1. P takes the place of S: a pair of keys is 16 words
- * of 32 bits where its first key was. */
+ * m is a whole number, raised only when a score lies more than 8 above it: every
+ * factor of O and l is then a power of two, and most are 1. P takes the place of S: a pair of keys
+ * is 16 words of 32 bits where its first key was. */
 
 /* What goes on beside products: tiles that are not stored yet, scores that become weights. */
 typedef struct hl_fa_bf16_d576x512_woven_amx {
