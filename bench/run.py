@@ -38,8 +38,9 @@ of the peak of bf16 tile products (amx) or of that instruction set's float32 mul
 share of the bandwidth R of reading as many consecutive bytes out of the same level of caches.
 gather GB/s: reading the listed rows alone. bound: the limit that binds, by this row's own figures.
 error: relative L2 against float64, with the rounding of the output. Dense: the same rows in every
-call; listed: others in each call, all over the cache. target: for the reference machine, an Intel
-Xeon with AMX; P: the peak of bf16 tile products."""
+call; listed: others in each call, all over the cache. Prefill and backward: only pairs of row and
+key that count, backward five products; error: of the first kv head's heads. target: for the
+reference machine, an Intel Xeon with AMX; P: the peak of bf16 tile products."""
 ROUNDS, QUICK_ROUNDS = 31, 5
 SECONDS, QUICK_SECONDS = 8.0, 0.4  # for one row; no fewer than five rounds
 

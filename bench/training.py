@@ -34,7 +34,7 @@ PROMPTS = [prompt(1024), prompt(4096)]
 GROUPED = [prompt(1024, 32), prompt(4096, 32)]
 LATENT = Shape(128, 1, 4096, 4096, "causal", 64)  # a chunk of a prompt over what was there before
 FULL = prompt(TABLE_KEYS, selection="dense")
-MASKED = [prompt(TABLE_KEYS, selection=kind) for kind in ("band of 256", "prefix of 512")]
+MASKED = [prompt(TABLE_KEYS, selection=kind) for kind in ("band of 256", "prefix of 2048")]
 SHAPES = {
     "bf16_d128": [*PROMPTS, *GROUPED, FULL, *MASKED],
     "bf16_d64": PROMPTS,
@@ -78,7 +78,7 @@ def bounds(shape: Shape) -> tuple[np.ndarray, np.ndarray]:
     if kind == "dense":
         return np.zeros_like(i), np.full_like(i, shape.keys)
     if kind == "prefix":
-        return np.zeros_like(i), np.maximum(end, int(width))
+        return np.zeros_like(i), np.clip(int(width), end, shape.keys)
     if kind == "band":
         return np.maximum(end - int(width), 0), end
     return np.zeros_like(i), end

@@ -260,11 +260,17 @@ def with_isa(side, isa):
 STEPS = ("step/load", "step/score", "step/softmax", "step/value", "step/finish")
 INT8_STEPS = ("step/int8_load", "step/int8_score", "step/int8_softmax", "step/int8_value")
 INT8_STEPS += ("step/finish", "algo/int8")
-TRAIN_STEPS = ("train/load", "train/products", "train/softmax", "train/finish")
+TRAIN_STEPS = (
+    "train/load",
+    "train/products",
+    "train/softmax",
+    "train/drop",
+)
+TRAIN_STEPS += ("train/finish",)
 TRAIN_STEPS += ("train/forward",)
-TRAIN_TILE_STEPS = ("train/tile_load", "train/tile_softmax", "train/tile_products")
+TRAIN_TILE_STEPS = ("train/tile_load", "train/drop", "train/tile_softmax", "train/tile_products")
 TRAIN_TILE_STEPS += ("train/softmax", "train/finish", "train/tile_forward")
-GRAD_STEPS = ("train/load", "train/products", "train/gradient", "train/backward")
+GRAD_STEPS = ("train/load", "train/products", "train/drop", "train/gradient", "train/backward")
 TILE_STEPS = ("tile/load", "tile/many", "tile/few", "tile/settle", "step/finish")
 
 

@@ -284,6 +284,7 @@ class Tile:
     panel: bool  # a block's rows are written as float32 for some number of heads
     head_pad: int  # heads are padded to a multiple of this in the workspace
     memory: dict[str, int]  # floats that k, v and (for each head) q and s need
+    dense: bool = False  # scores of a panel lie by themselves
 
     @property
     def shape_lines(self):

@@ -34,12 +34,11 @@ WHY = {
 }
 QUERIES = 144  # an odd number of cache lines: rows of S do not share their cache sets
 BLOCK = 96
-# The same for gradients: queries of a task, or of what a task of keys loads at once; keys of a
-# block; keys of a task. What a task packs, loads and sums has to stay in the second-level cache: 7
-# slices of 48 KiB for 128 channels.
-GRAD_QUERIES = 96
+# The same for gradients: queries or keys of a task; keys or queries that they meet at once. The
+# more of the first, the less often rows come from far away; what a task packs, loads and sums has
+# to stay in the second-level cache: 500 KiB for 128 channels.
+GRAD_TASK = 192
 GRAD_BLOCK = 96
-GRAD_KEYS = 96
 SMALL = 16  # both, where memory is dear: headers for small targets alone
 
 
@@ -66,19 +65,13 @@ class TrainTile:
     why: dict[str, str]
     slices: dict[str, int]  # floats of each named piece of workspace
     decodes: bool = False
+    ahead: int = 8  # rows that are asked for before they are loaded
     numbers = MappingProxyType({})  # what it keeps of each query beside NUMBERS
     grad: bool = False
     keys: int = 0  # gradients: of a task of keys
     k_columns: int = 0
+    dense: bool = False  # scores of a panel lie by themselves: GCC keeps 12 addresses of others
     rows_step: int = 1  # rows that panels meet begin and end at multiples of it in their block
-
-    @property
-    def most_rows(self):
-        return max(self.queries, self.block)
-
-    @property
-    def most_columns(self):
-        return max(self.queries, self.keys)
 
     @property
     def shape_lines(self):
@@ -119,18 +112,17 @@ def grad_tile(kernel, isa):
     sizes = SIZES[isa.name]
     lanes = isa.lanes
     small = kernel.isa == ("scalar",)
-    queries, block, keys = (SMALL, SMALL, SMALL) if small else (GRAD_QUERIES, GRAD_BLOCK, GRAD_KEYS)
+    task, block = (SMALL, SMALL) if small else (GRAD_TASK, GRAD_BLOCK)
     panel = sizes["vecs"][0] * lanes
     channels = channels_of(kernel, isa)
     stride = row_stride(kernel.dk, lanes)
-    columns, rows = max(queries, keys), max(queries, keys, block)
-    pairs = max(queries, block) * panel
+    pairs = block * panel
     o_stride = round_up(kernel.dk, lanes)
     return TrainTile(
         lanes=lanes,
-        queries=queries,
+        queries=task,
         block=block,
-        keys=keys,
+        keys=task,
         grad=True,
         rows=sizes["rows"],
         vecs=sizes["vecs"],
@@ -142,25 +134,26 @@ def grad_tile(kernel, isa):
         o_columns=round_up(kernel.dv, lanes),
         k_columns=o_stride,
         dv_tail=kernel.dv % lanes != 0,
+        dense=True,
         rows_step=1 if lanes == 1 else 4,
         why={
             "registers": WHY[isa.name],
-            "block": f"{queries} queries by {block} keys, {keys} keys by {queries} queries: "
-            "what is loaded is used as often",
+            "block": f"{task} queries by {block} keys, {task} keys by {block} queries: what is "
+            f"loaded is used {task} times",
             "channels": f"{channels} channels of {panel} columns are "
             f"{channels * panel * 4 // 1024} KiB: they stay in the first-level cache",
         },
         slices={
-            "panel_k": columns * kernel.dk,
-            "panel_v": columns * kernel.dv,
-            "k": rows * stride,
-            "v": rows * stride,
+            "panel_k": task * kernel.dk,
+            "panel_v": task * kernel.dv,
+            "k": block * stride,
+            "v": block * stride,
             "s": pairs,
             "ds": pairs,
             "kept": pairs,
             "slope": pairs if "softcap" in kernel.features else 0,
-            "out_k": columns * o_stride,
-            "out_v": keys * o_stride,
+            "out_k": task * o_stride,
+            "out_v": task * o_stride,
             "row": max(stride, block, panel),
         },
     )
@@ -261,7 +254,7 @@ def plan(tiles):
     """The slices of a kernel whose instruction sets have these tiles: {isa: tile}."""
     tiles = tuple(tiles.values())
     grad = getattr(tiles[0], "grad", False)
-    queries = max(max(t.queries, getattr(t, "keys", 0)) for t in tiles)
+    queries = max(t.queries for t in tiles)
     made = []
 
     def add(field, floats, why, cast=""):

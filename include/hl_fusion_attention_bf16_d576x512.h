@@ -54,8 +54,8 @@
  * MASKS
  *   The operator's rule: without atten_mask every key is seen, whatever sparse_mode says. With
  *   mask_from_mode = 1 sparse_mode counts without a mask, too, and no mask is read in modes 2, 3,
- *   4, 6, 7, 8 even if there is one. S1 and S2 are the batch's; pre and next as pre_tokens and
- *   next_tokens, of any sign. Row i sees key j if
+ *   4, 6, 7, 8 even if there is one. S1 and S2 are the batch's; pre and next are pre_tokens and
+ *   next_tokens, of any sign, where band = 1, else without limit. Row i sees key j if
  *       0  i - pre <= j <= i + next, and the byte of atten_mask is 0
  *       1  the byte is 0
  *       2  j <= i
@@ -1177,21 +1177,6 @@ static inline int32_t hl_clip(int64_t x, int64_t low, int64_t high)
     return (int32_t)(x < low ? low : x > high ? high : x);
 }
 
-/* Philox4x32-10 (Salmon et al. 2011): four words for a counter of four and a key of two. */
-static inline void hl_philox(uint32_t c[4], uint32_t k0, uint32_t k1)
-{
-    for (int32_t round = 0; round < 10; ++round) {
-        const uint64_t x = (uint64_t)c[0] * 0xd2511f53u;
-        const uint64_t y = (uint64_t)c[2] * 0xcd9e8d57u;
-        c[0] = (uint32_t)(y >> 32) ^ c[1] ^ k0;
-        c[1] = (uint32_t)y;
-        c[2] = (uint32_t)(x >> 32) ^ c[3] ^ k1;
-        c[3] = (uint32_t)x;
-        k0 += 0x9e3779b9u;
-        k1 += 0xbb67ae85u;
-    }
-}
-
 /* The root of x > 0 by Newton's steps, as no library is asked for one. */
 static inline float hl_root(float x)
 {
@@ -1650,20 +1635,20 @@ HL_WORD_AVX2 hl_vf_avx2 hl_vsums_avx2(const hl_vf_avx2 *x)
 
 HL_WORD_AVX2 void hl_vturn_avx2(hl_vf_avx2 *x)
 {
-    hl_vf_avx2 r[8];
     for (int32_t i = 0; i < 8; i += 4) { /* four rows: four columns of each half */
         const __m256d a = _mm256_castps_pd(_mm256_unpacklo_ps(x[i], x[i + 1]));
         const __m256d b = _mm256_castps_pd(_mm256_unpackhi_ps(x[i], x[i + 1]));
         const __m256d c = _mm256_castps_pd(_mm256_unpacklo_ps(x[i + 2], x[i + 3]));
         const __m256d d = _mm256_castps_pd(_mm256_unpackhi_ps(x[i + 2], x[i + 3]));
-        r[i] = _mm256_castpd_ps(_mm256_unpacklo_pd(a, c));
-        r[i + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(a, c));
-        r[i + 2] = _mm256_castpd_ps(_mm256_unpacklo_pd(b, d));
-        r[i + 3] = _mm256_castpd_ps(_mm256_unpackhi_pd(b, d));
+        x[i] = _mm256_castpd_ps(_mm256_unpacklo_pd(a, c));
+        x[i + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(a, c));
+        x[i + 2] = _mm256_castpd_ps(_mm256_unpacklo_pd(b, d));
+        x[i + 3] = _mm256_castpd_ps(_mm256_unpackhi_pd(b, d));
     }
     for (int32_t i = 0; i < 4; ++i) {
-        x[i] = _mm256_permute2f128_ps(r[i], r[4 + i], 0x20);
-        x[4 + i] = _mm256_permute2f128_ps(r[i], r[4 + i], 0x31);
+        const hl_vf_avx2 low = x[i];
+        x[i] = _mm256_permute2f128_ps(low, x[4 + i], 0x20);
+        x[4 + i] = _mm256_permute2f128_ps(low, x[4 + i], 0x31);
     }
 }
 
@@ -1870,22 +1855,21 @@ HL_WORD_AVX512 hl_vf_avx512 hl_vsums_avx512(const hl_vf_avx512 *x)
 HL_WORD_AVX512 void hl_vturn_avx512(hl_vf_avx512 *x)
 {
     const __mmask16 all = hl_all_avx512();
-    hl_vf_avx512 r[16];
     for (int32_t i = 0; i < 16; i += 4) { /* four rows: four columns of each quarter */
         const __m512d a = _mm512_castps_pd(_mm512_maskz_unpacklo_ps(all, x[i], x[i + 1]));
         const __m512d b = _mm512_castps_pd(_mm512_maskz_unpackhi_ps(all, x[i], x[i + 1]));
         const __m512d c = _mm512_castps_pd(_mm512_maskz_unpacklo_ps(all, x[i + 2], x[i + 3]));
         const __m512d d = _mm512_castps_pd(_mm512_maskz_unpackhi_ps(all, x[i + 2], x[i + 3]));
-        r[i] = _mm512_castpd_ps(_mm512_maskz_unpacklo_pd((__mmask8)all, a, c));
-        r[i + 1] = _mm512_castpd_ps(_mm512_maskz_unpackhi_pd((__mmask8)all, a, c));
-        r[i + 2] = _mm512_castpd_ps(_mm512_maskz_unpacklo_pd((__mmask8)all, b, d));
-        r[i + 3] = _mm512_castpd_ps(_mm512_maskz_unpackhi_pd((__mmask8)all, b, d));
+        x[i] = _mm512_castpd_ps(_mm512_maskz_unpacklo_pd((__mmask8)all, a, c));
+        x[i + 1] = _mm512_castpd_ps(_mm512_maskz_unpackhi_pd((__mmask8)all, a, c));
+        x[i + 2] = _mm512_castpd_ps(_mm512_maskz_unpacklo_pd((__mmask8)all, b, d));
+        x[i + 3] = _mm512_castpd_ps(_mm512_maskz_unpackhi_pd((__mmask8)all, b, d));
     }
     for (int32_t i = 0; i < 4; ++i) {
-        const hl_vf_avx512 a = _mm512_maskz_shuffle_f32x4(all, r[i], r[4 + i], 0x88);
-        const hl_vf_avx512 b = _mm512_maskz_shuffle_f32x4(all, r[8 + i], r[12 + i], 0x88);
-        const hl_vf_avx512 c = _mm512_maskz_shuffle_f32x4(all, r[i], r[4 + i], 0xdd);
-        const hl_vf_avx512 d = _mm512_maskz_shuffle_f32x4(all, r[8 + i], r[12 + i], 0xdd);
+        const hl_vf_avx512 a = _mm512_maskz_shuffle_f32x4(all, x[i], x[4 + i], 0x88);
+        const hl_vf_avx512 b = _mm512_maskz_shuffle_f32x4(all, x[8 + i], x[12 + i], 0x88);
+        const hl_vf_avx512 c = _mm512_maskz_shuffle_f32x4(all, x[i], x[4 + i], 0xdd);
+        const hl_vf_avx512 d = _mm512_maskz_shuffle_f32x4(all, x[8 + i], x[12 + i], 0xdd);
         x[i] = _mm512_maskz_shuffle_f32x4(all, a, b, 0x88);
         x[4 + i] = _mm512_maskz_shuffle_f32x4(all, c, d, 0x88);
         x[8 + i] = _mm512_maskz_shuffle_f32x4(all, a, b, 0xdd);
@@ -2102,7 +2086,7 @@ HL_WORD_AMX __m512 hl_whole_amx(__m512 x)
         (__mmask16)(_mm512_cmp_ps_mask(x, most,
                                        _CMP_LT_OQ) & _mm512_cmp_ps_mask(
         _mm512_sub_ps(_mm512_setzero_ps(), x), most, _CMP_LT_OQ));
-    return _mm512_mask_mov_ps(x, small, hl_vround_avx512(x));
+    return _mm512_mask_mov_ps(x, small, hl_vround_avx512(_mm512_maskz_mov_ps(small, x)));
 }
 
 /* One number from a vector: the first, the largest, the sum (in a fixed order). */
@@ -2518,10 +2502,13 @@ static inline hl_status hl_fa_bf16_d576x512_check_sizes(hl_fusion_attention_args
     }
     a->scale_value = a->scale_value != 0.0f ? a->scale_value : 1.0f;
     a->keep_prob = a->keep_prob != 0.0f ? a->keep_prob : 1.0f;
+    if (a->keep_prob != a->keep_prob) {
+        return hl_refuse(error, HL_ERR_VALUE, HL_ARG_KEEP_PROB, HL_RULE_FINITE, 0, 0);
+    }
     if (!(a->keep_prob > 0.0f && a->keep_prob <= 1.0f)) {
         return hl_refuse(error, HL_ERR_VALUE, HL_ARG_KEEP_PROB, a->keep_prob > 1.0f
-                         ? HL_RULE_AT_MOST : HL_RULE_AT_LEAST, a->keep_prob > 1.0f ? 2
-                         : a->keep_prob < 0.0f ? -1 : 0, a->keep_prob > 1.0f ? 1 : 0);
+                         ? HL_RULE_AT_MOST : HL_RULE_AT_LEAST, a->keep_prob > 1.0f ? 2 : -1,
+                         a->keep_prob > 1.0f ? 1 : 0);
     }
     if (a->heads_q % a->heads_kv != 0) {
         return hl_refuse(error, HL_ERR_SHAPE, HL_ARG_HEADS_Q, HL_RULE_MULTIPLE_OF, a->heads_q,
@@ -2549,14 +2536,28 @@ static inline hl_status hl_fa_bf16_d576x512_check_sizes(hl_fusion_attention_args
     return HL_OK;
 }
 
+/* A list of `count` numbers: there, and aligned, as it is read before the others are looked at. */
+static inline hl_status hl_fa_bf16_d576x512_check_list(const int64_t *list, int32_t count,
+    hl_argument argument, hl_error *error)
+{
+    const uintptr_t off = (uintptr_t)list % 8u;
+    if (count > 0 && (list == NULL || off != 0)) {
+        return list == NULL ? hl_refuse(error, HL_ERR_NULL, argument, HL_RULE_NOT_NULL, 0, 0)
+                            : hl_refuse(error, HL_ERR_ALIGN, argument, HL_RULE_MULTIPLE_OF,
+                                        (int64_t)off, 8);
+    }
+    return HL_OK;
+}
+
 /* TND: ends do not fall, but for zeros behind the last batch that is used. */
 static inline hl_status hl_fa_bf16_d576x512_check_ends(const int64_t *ends, int32_t batch,
     int32_t total, hl_argument argument, hl_error *error)
 {
     int64_t last = 0;
     int32_t unused = 0;
-    if (ends == NULL && batch > 0) {
-        return hl_refuse(error, HL_ERR_NULL, argument, HL_RULE_NOT_NULL, 0, 0);
+    const hl_status status = hl_fa_bf16_d576x512_check_list(ends, batch, argument, error);
+    if (status != HL_OK) {
+        return status;
     }
     for (int32_t b = 0; b < batch; ++b) {
         if (ends[b] > total) {
@@ -2684,10 +2685,12 @@ static inline hl_status hl_fa_bf16_d576x512_check_mask(hl_fusion_attention_args 
                          a->sparse_mode, 3);
     }
     if (a->sparse_mode == 6) {
+        const hl_status status =
+            hl_fa_bf16_d576x512_check_list(a->prefix, a->batch, HL_ARG_PREFIX, error);
+        if (status != HL_OK) {
+            return status;
+        }
         for (int32_t b = 0; b < a->batch; ++b) {
-            if (a->prefix == NULL) {
-                return hl_refuse(error, HL_ERR_NULL, HL_ARG_PREFIX, HL_RULE_NOT_NULL, 0, 0);
-            }
             if (a->prefix[b] < 0) {
                 return hl_refuse_at(error, HL_ERR_LENGTH, HL_ARG_PREFIX, HL_RULE_AT_LEAST, 1, b, 0,
                                     a->prefix[b], 0);
@@ -2901,32 +2904,39 @@ static inline void hl_fa_bf16_d576x512_bounds(const hl_span *g, int32_t columns,
     }
 }
 
-/* Is one of n bytes 0? Eight at a time, as most rows are all alike. */
-static inline int32_t hl_fa_bf16_d576x512_any_seen(const unsigned char *mask, int32_t n)
+/* Are bytes of 0 among n, or others? Eight at a time, as most rows are all alike: 1, 2 or both. */
+static inline int32_t hl_fa_bf16_d576x512_kinds(const unsigned char *mask, int32_t n)
 {
-    int32_t seen = 0;
-    for (int32_t j = 0; j < n; ++j) {
-        seen |= mask[j] == 0;
+    const uint64_t ones = 0x0101010101010101u;
+    int32_t kinds = 0;
+    int32_t j = 0;
+    for (; j + 8 <= n && kinds != 3; j += 8) {
+        uint64_t x;
+        HL_COPY(&x, mask + j, sizeof x);
+        kinds |= x != 0 ? 2 : 1;
+        kinds |= ((x - ones) & ~x & ones << 7) != 0 ? 1 : 0;
     }
-    return seen;
+    for (; j < n; ++j) {
+        kinds |= mask[j] == 0 ? 1 : 2;
+    }
+    return kinds;
 }
 
-/* Do bytes hide all of keys j0 .. j0 + n - 1 from all queries? */
-static inline int32_t hl_fa_bf16_d576x512_all_hidden(const hl_fusion_attention_args *a,
+/* The same of all queries, for keys j0 .. j0 + n - 1. Without bytes 1. */
+static inline int32_t hl_fa_bf16_d576x512_mask_kinds(const hl_fusion_attention_args *a,
     const hl_span *g, int32_t j0, int32_t n)
 {
     int32_t before = -1;
-    for (int32_t p = 0; p < g->n; ++p) {
+    int32_t kinds = a->atten_mask == NULL ? 1 : 0;
+    for (int32_t p = 0; a->atten_mask != NULL && kinds != 3 && p < g->n; ++p) {
         const int32_t i = (g->first + p) / g->heads;
         const int32_t head = g->kv_head * g->heads + (g->first + p) % g->heads;
         if (a->mask_heads > 1 || i != before) {
-            if (hl_fa_bf16_d576x512_any_seen(hl_fa_bf16_d576x512_mask_row(a, g, i, head) + j0, n)) {
-                return 0;
-            }
+            kinds |= hl_fa_bf16_d576x512_kinds(hl_fa_bf16_d576x512_mask_row(a, g, i, head) + j0, n);
         }
         before = i;
     }
-    return 1;
+    return kinds;
 }
 
 /* `value` in the place of what is masked of s: n keys from j0, which lie step_k apart, the queries
@@ -2955,53 +2965,6 @@ static inline void hl_fa_bf16_d576x512_hide(const hl_fusion_attention_args *a, c
         }
         for (int32_t j = end; j < n; ++j) {
             of[j * step_k] = value;
-        }
-    }
-}
-
-/* ---- dropout: which weights are kept ----
- *
- * Bits of the caller's, or words of Philox4x32-10: word j % 4 for the counter (j / 4, row, b N1 +
- * head, dropout_offset) and the two halves of dropout_seed. An element is kept if its word is
- * below keep_prob * 2^32. */
-
-/* P = 0 where a weight is dropped: n keys from j0, which lie step_k apart, the queries step_q. */
-static inline void hl_fa_bf16_d576x512_drop(const hl_fusion_attention_args *a, const hl_span *g,
-                                            float *s, ptrdiff_t step_q, ptrdiff_t step_k,
-                                            int32_t j0, int32_t n)
-{
-    const uint64_t kept = (uint64_t)((double)a->keep_prob * 4294967296.0);
-    const uint64_t seed = (uint64_t)a->dropout_seed;
-    for (int32_t p = 0; p < g->n; ++p) {
-        const int32_t i = (g->first + p) / g->heads;
-        const int32_t head = g->kv_head * g->heads + (g->first + p) % g->heads;
-        if (a->dropout_mask != NULL) {
-            const unsigned char *const bits = (const unsigned char *)a->dropout_mask;
-            const int64_t row = (int64_t)head * g->seq_q + i;
-            const int64_t at = a->input_layout != HL_LAYOUT_TND
-                ? ((int64_t)g->batch * a->heads_q * g->seq_q + row) * g->seq_kv
-                               : g->pairs * a->heads_q + row * g->seq_kv;
-            for (int32_t j = 0; j < n; ++j) {
-                const uint64_t e = (uint64_t)at + (uint64_t)(j0 + j);
-                if ((bits[(size_t)(e / 8u)] >> e % 8u & 1u) == 0) {
-                    s[p * step_q + j * step_k] = 0.0f;
-                }
-            }
-            continue;
-        }
-        for (int32_t four = j0 / 4 * 4; four < j0 + n; four += 4) {
-            uint32_t word[4];
-            word[0] = (uint32_t)four / 4u;
-            word[1] = (uint32_t)i;
-            word[2] = (uint32_t)g->batch * (uint32_t)a->heads_q + (uint32_t)head;
-            word[3] = (uint32_t)a->dropout_offset;
-            hl_philox(word, (uint32_t)seed, (uint32_t)(seed >> 32));
-            for (int32_t w = 0; w < 4; ++w) {
-                const int32_t j = four + w - j0;
-                if (j >= 0 && j < n && word[w] >= kept) {
-                    s[p * step_q + j * step_k] = 0.0f;
-                }
-            }
         }
     }
 }
@@ -3073,12 +3036,16 @@ static inline void hl_fa_bf16_d576x512_add_bias(const hl_fusion_attention_args *
 
 /* ---- load: rows -> float32 ---- */
 
-/* n rows, `step` elements apart, one behind the other. */
+/* n rows, `step` elements apart, one behind the other. Rows to come are asked for: where each lies
+ * in a page of its own, no hardware does. */
 HL_KERNEL_SCALAR void hl_fa_bf16_d576x512_load_rows_scalar(const uint16_t *from, ptrdiff_t step,
     int32_t n, int32_t channels, float *to)
 {
-    enum { KS = 576 };
+    enum { KS = 576, AHEAD = 8 };
     for (int32_t j = 0; j < n; ++j) {
+        for (int32_t c = 0; j + AHEAD < n && c < channels; c += 32) {
+            HL_FETCH(from + (j + AHEAD) * step + c);
+        }
         hl_vrow_bf16_scalar(to + (ptrdiff_t)j * KS, from + j * step, channels);
     }
 }
@@ -3563,6 +3530,88 @@ HL_KERNEL_SCALAR void hl_fa_bf16_d576x512_bias_scalar(const hl_fusion_attention_
     hl_fa_bf16_d576x512_add_bias(a, g, s, 1, columns, j0, n, row);
 }
 
+/* ---- dropout: which weights are kept ----
+ *
+ * Bits of the caller's, or words of Philox4x32-10 (Salmon et al. 2011): word j % 4 for the counter
+ * (j / 4, row, b N1 + head, dropout_offset) and the two halves of dropout_seed. A weight is kept
+ * if its word is below keep_prob * 2^32. */
+
+/* The words of one query for 4 1 keys, from key 4 * four on. */
+HL_KERNEL_SCALAR void hl_fa_bf16_d576x512_words_scalar(uint32_t four, uint32_t row, uint32_t head,
+    uint32_t offset, uint64_t seed, uint32_t *word)
+{
+    enum { N = 1 };
+    uint32_t k0 = (uint32_t)seed;
+    uint32_t k1 = (uint32_t)(seed >> 32);
+    uint32_t c0[N];
+    uint32_t c1[N];
+    uint32_t c2[N];
+    uint32_t c3[N];
+    for (int32_t u = 0; u < N; ++u) {
+        c0[u] = four + (uint32_t)u;
+        c1[u] = row;
+        c2[u] = head;
+        c3[u] = offset;
+    }
+    for (int32_t round = 0; round < 10; ++round) {
+        for (int32_t u = 0; u < N; ++u) {
+            const uint64_t x = (uint64_t)c0[u] * 0xd2511f53u;
+            const uint64_t y = (uint64_t)c2[u] * 0xcd9e8d57u;
+            c0[u] = (uint32_t)(y >> 32) ^ c1[u] ^ k0;
+            c1[u] = (uint32_t)y;
+            c2[u] = (uint32_t)(x >> 32) ^ c3[u] ^ k1;
+            c3[u] = (uint32_t)x;
+        }
+        k0 += 0x9e3779b9u;
+        k1 += 0xbb67ae85u;
+    }
+    for (int32_t u = 0; u < N; ++u) {
+        word[4 * u] = c0[u];
+        word[4 * u + 1] = c1[u];
+        word[4 * u + 2] = c2[u];
+        word[4 * u + 3] = c3[u];
+    }
+}
+
+/* 0 where a weight is dropped: n keys from j0, which lie step_k apart, the queries step_q. */
+HL_KERNEL_SCALAR void hl_fa_bf16_d576x512_drop_scalar(const hl_fusion_attention_args *a,
+    const hl_span *g, float *s, ptrdiff_t step_q, ptrdiff_t step_k, int32_t j0, int32_t n)
+{
+    enum { N = 4 * 1 };
+    const uint32_t kept = (uint32_t)((double)a->keep_prob * 4294967296.0);
+    for (int32_t p = 0; p < g->n; ++p) {
+        const int32_t i = (g->first + p) / g->heads;
+        const int32_t head = g->kv_head * g->heads + (g->first + p) % g->heads;
+        float *const of = s + p * step_q;
+        if (a->dropout_mask != NULL) {
+            const unsigned char *const bits = (const unsigned char *)a->dropout_mask;
+            const int64_t row = (int64_t)head * g->seq_q + i;
+            const int64_t at = a->input_layout != HL_LAYOUT_TND
+                ? ((int64_t)g->batch * a->heads_q * g->seq_q + row) * g->seq_kv
+                               : g->pairs * a->heads_q + row * g->seq_kv;
+            for (int32_t j = 0; j < n; ++j) {
+                const uint64_t e = (uint64_t)at + (uint64_t)(j0 + j);
+                if ((bits[(size_t)(e / 8u)] >> e % 8u & 1u) == 0) {
+                    of[j * step_k] = 0.0f;
+                }
+            }
+            continue;
+        }
+        for (int32_t j = -(j0 % 4); j < n; j += N) {
+            uint32_t word[N];
+            const int32_t end = n - j < N ? n - j : N;
+            hl_fa_bf16_d576x512_words_scalar((uint32_t)(j0 + j) / 4u, (uint32_t)i,
+                                             (uint32_t)g->batch * (uint32_t)a->heads_q
+                                             + (uint32_t)head, (uint32_t)a->dropout_offset,
+                                             (uint64_t)a->dropout_seed, word);
+            for (int32_t u = j < 0 ? -j : 0; u < end; ++u) {
+                float *const w = of + (j + u) * step_k;
+                *w = word[u] < kept ? *w : 0.0f;
+            }
+        }
+    }
+}
+
 /* ---- finish: O / l, converted; max, sum and LSE ---- */
 
 HL_KERNEL_SCALAR void hl_fa_bf16_d576x512_store_out_scalar(const hl_fusion_attention_args *a,
@@ -3646,7 +3695,7 @@ HL_KERNEL_SCALAR void hl_fa_bf16_d576x512_add_seen_scalar(const hl_fusion_attent
 /* One block of keys: load, score, mask, softmax, dropout, value. */
 HL_KERNEL_SCALAR void hl_fa_bf16_d576x512_block_scalar(const hl_fusion_attention_plan *plan,
     const hl_span *g, const hl_fa_bf16_d576x512_space *w, const hl_state *t, int32_t columns,
-    int32_t j0, int32_t n)
+    int32_t j0, int32_t n, int32_t kinds)
 {
     enum { DK = 576, DV = 512, OC = 512 };
     const hl_fusion_attention_args *const a = &plan->args;
@@ -3654,7 +3703,7 @@ HL_KERNEL_SCALAR void hl_fa_bf16_d576x512_block_scalar(const hl_fusion_attention
         (const uint16_t *)a->key + g->key + j0 * a->key_stride.row;
     const uint16_t *const value =
         (const uint16_t *)a->value + g->value + j0 * a->value_stride.row;
-    const int32_t whole = j0 >= g->all_low && j0 + n <= g->all_high && a->atten_mask == NULL;
+    const int32_t whole = j0 >= g->all_low && j0 + n <= g->all_high && kinds == 1;
     const hl_seen bounds = {w->low, w->high, j0};
     const hl_seen *const seen = whole ? NULL : &bounds;
     int32_t apart[96];
@@ -3673,7 +3722,7 @@ HL_KERNEL_SCALAR void hl_fa_bf16_d576x512_block_scalar(const hl_fusion_attention
     /* m' = max(m, rowmax S);  P = 2^(S - m');  l, alpha */
     hl_fa_bf16_d576x512_softmax_scalar(w->s, t, columns, n);
     if (a->keep_prob < 1.0f) {
-        hl_fa_bf16_d576x512_drop(a, g, w->s, 1, columns, j0, n);
+        hl_fa_bf16_d576x512_drop_scalar(a, g, w->s, 1, columns, j0, n);
     }
     /* O = alpha O + P V */
     hl_fa_bf16_d576x512_sums_scalar(w->s, columns, g->n, w->v, n, OC, t->alpha, t->o, seen);
@@ -3718,8 +3767,9 @@ static inline void hl_fa_bf16_d576x512_task_scalar(const hl_fusion_attention_pla
     hl_fa_bf16_d576x512_bounds(&g, columns, w.low, w.high);
     for (int32_t j = g.low; j < g.high;) {
         const int32_t next = g.high - j > BLOCK - j % BLOCK ? j - j % BLOCK + BLOCK : g.high;
-        if (a->atten_mask == NULL || !hl_fa_bf16_d576x512_all_hidden(a, &g, j, next - j)) {
-            hl_fa_bf16_d576x512_block_scalar(plan, &g, &w, &t, columns, j, next - j);
+        const int32_t kinds = hl_fa_bf16_d576x512_mask_kinds(a, &g, j, next - j);
+        if (kinds != 2) { /* 2: all hidden */
+            hl_fa_bf16_d576x512_block_scalar(plan, &g, &w, &t, columns, j, next - j, kinds);
         }
         j = next;
     }
@@ -3739,12 +3789,16 @@ static inline void hl_fa_bf16_d576x512_task_scalar(const hl_fusion_attention_pla
 
 /* ---- load: rows -> float32 ---- */
 
-/* n rows, `step` elements apart, one behind the other. */
+/* n rows, `step` elements apart, one behind the other. Rows to come are asked for: where each lies
+ * in a page of its own, no hardware does. */
 HL_KERNEL_NEON void hl_fa_bf16_d576x512_load_rows_neon(const uint16_t *from, ptrdiff_t step,
     int32_t n, int32_t channels, float *to)
 {
-    enum { KS = 576 };
+    enum { KS = 576, AHEAD = 8 };
     for (int32_t j = 0; j < n; ++j) {
+        for (int32_t c = 0; j + AHEAD < n && c < channels; c += 32) {
+            HL_FETCH(from + (j + AHEAD) * step + c);
+        }
         hl_vrow_bf16_neon(to + (ptrdiff_t)j * KS, from + j * step, channels);
     }
 }
@@ -4335,6 +4389,89 @@ HL_KERNEL_NEON void hl_fa_bf16_d576x512_bias_neon(const hl_fusion_attention_args
     hl_fa_bf16_d576x512_add_bias(a, g, s, 1, columns, j0, n, row);
 }
 
+/* ---- dropout: which weights are kept ----
+ *
+ * Bits of the caller's, or words of Philox4x32-10 (Salmon et al. 2011): word j % 4 for the counter
+ * (j / 4, row, b N1 + head, dropout_offset) and the two halves of dropout_seed. A weight is kept
+ * if its word is below keep_prob * 2^32. */
+
+/* The words of one query for 4 4 keys, from key 4 * four on. */
+HL_KERNEL_NEON void hl_fa_bf16_d576x512_words_neon(uint32_t four, uint32_t row, uint32_t head,
+                                                   uint32_t offset, uint64_t seed, uint32_t *word)
+{
+    enum { N = 4 };
+    uint32_t k0 = (uint32_t)seed;
+    uint32_t k1 = (uint32_t)(seed >> 32);
+    uint32_t c0[N];
+    uint32_t c1[N];
+    uint32_t c2[N];
+    uint32_t c3[N];
+    for (int32_t u = 0; u < N; ++u) {
+        c0[u] = four + (uint32_t)u;
+        c1[u] = row;
+        c2[u] = head;
+        c3[u] = offset;
+    }
+    for (int32_t round = 0; round < 10; ++round) {
+        for (int32_t u = 0; u < N; ++u) {
+            const uint64_t x = (uint64_t)c0[u] * 0xd2511f53u;
+            const uint64_t y = (uint64_t)c2[u] * 0xcd9e8d57u;
+            c0[u] = (uint32_t)(y >> 32) ^ c1[u] ^ k0;
+            c1[u] = (uint32_t)y;
+            c2[u] = (uint32_t)(x >> 32) ^ c3[u] ^ k1;
+            c3[u] = (uint32_t)x;
+        }
+        k0 += 0x9e3779b9u;
+        k1 += 0xbb67ae85u;
+    }
+    for (int32_t u = 0; u < N; ++u) {
+        word[4 * u] = c0[u];
+        word[4 * u + 1] = c1[u];
+        word[4 * u + 2] = c2[u];
+        word[4 * u + 3] = c3[u];
+    }
+}
+
+/* 0 where a weight is dropped: n keys from j0, which lie step_k apart, the queries step_q. */
+HL_KERNEL_NEON void hl_fa_bf16_d576x512_drop_neon(const hl_fusion_attention_args *a,
+                                                  const hl_span *g, float *s, ptrdiff_t step_q,
+                                                  ptrdiff_t step_k, int32_t j0, int32_t n)
+{
+    enum { N = 4 * 4 };
+    const uint32_t kept = (uint32_t)((double)a->keep_prob * 4294967296.0);
+    for (int32_t p = 0; p < g->n; ++p) {
+        const int32_t i = (g->first + p) / g->heads;
+        const int32_t head = g->kv_head * g->heads + (g->first + p) % g->heads;
+        float *const of = s + p * step_q;
+        if (a->dropout_mask != NULL) {
+            const unsigned char *const bits = (const unsigned char *)a->dropout_mask;
+            const int64_t row = (int64_t)head * g->seq_q + i;
+            const int64_t at = a->input_layout != HL_LAYOUT_TND
+                ? ((int64_t)g->batch * a->heads_q * g->seq_q + row) * g->seq_kv
+                               : g->pairs * a->heads_q + row * g->seq_kv;
+            for (int32_t j = 0; j < n; ++j) {
+                const uint64_t e = (uint64_t)at + (uint64_t)(j0 + j);
+                if ((bits[(size_t)(e / 8u)] >> e % 8u & 1u) == 0) {
+                    of[j * step_k] = 0.0f;
+                }
+            }
+            continue;
+        }
+        for (int32_t j = -(j0 % 4); j < n; j += N) {
+            uint32_t word[N];
+            const int32_t end = n - j < N ? n - j : N;
+            hl_fa_bf16_d576x512_words_neon((uint32_t)(j0 + j) / 4u, (uint32_t)i, (uint32_t)g->batch
+                                           * (uint32_t)a->heads_q + (uint32_t)head,
+                                           (uint32_t)a->dropout_offset, (uint64_t)a->dropout_seed,
+                                           word);
+            for (int32_t u = j < 0 ? -j : 0; u < end; ++u) {
+                float *const w = of + (j + u) * step_k;
+                *w = word[u] < kept ? *w : 0.0f;
+            }
+        }
+    }
+}
+
 /* ---- finish: O / l, converted; max, sum and LSE ---- */
 
 HL_KERNEL_NEON void hl_fa_bf16_d576x512_store_out_neon(const hl_fusion_attention_args *a,
@@ -4421,7 +4558,7 @@ HL_KERNEL_NEON void hl_fa_bf16_d576x512_block_neon(const hl_fusion_attention_pla
                                                    const hl_span *g,
                                                    const hl_fa_bf16_d576x512_space *w,
                                                    const hl_state *t, int32_t columns, int32_t j0,
-                                                   int32_t n)
+                                                   int32_t n, int32_t kinds)
 {
     enum { DK = 576, DV = 512, OC = 512 };
     const hl_fusion_attention_args *const a = &plan->args;
@@ -4429,7 +4566,7 @@ HL_KERNEL_NEON void hl_fa_bf16_d576x512_block_neon(const hl_fusion_attention_pla
         (const uint16_t *)a->key + g->key + j0 * a->key_stride.row;
     const uint16_t *const value =
         (const uint16_t *)a->value + g->value + j0 * a->value_stride.row;
-    const int32_t whole = j0 >= g->all_low && j0 + n <= g->all_high && a->atten_mask == NULL;
+    const int32_t whole = j0 >= g->all_low && j0 + n <= g->all_high && kinds == 1;
     const hl_seen bounds = {w->low, w->high, j0};
     const hl_seen *const seen = whole ? NULL : &bounds;
     int32_t apart[96];
@@ -4448,7 +4585,7 @@ HL_KERNEL_NEON void hl_fa_bf16_d576x512_block_neon(const hl_fusion_attention_pla
     /* m' = max(m, rowmax S);  P = 2^(S - m');  l, alpha */
     hl_fa_bf16_d576x512_softmax_neon(w->s, t, columns, n);
     if (a->keep_prob < 1.0f) {
-        hl_fa_bf16_d576x512_drop(a, g, w->s, 1, columns, j0, n);
+        hl_fa_bf16_d576x512_drop_neon(a, g, w->s, 1, columns, j0, n);
     }
     /* O = alpha O + P V */
     hl_fa_bf16_d576x512_sums_neon(w->s, columns, g->n, w->v, n, OC, t->alpha, t->o, seen);
@@ -4493,8 +4630,9 @@ static inline void hl_fa_bf16_d576x512_task_neon(const hl_fusion_attention_plan 
     hl_fa_bf16_d576x512_bounds(&g, columns, w.low, w.high);
     for (int32_t j = g.low; j < g.high;) {
         const int32_t next = g.high - j > BLOCK - j % BLOCK ? j - j % BLOCK + BLOCK : g.high;
-        if (a->atten_mask == NULL || !hl_fa_bf16_d576x512_all_hidden(a, &g, j, next - j)) {
-            hl_fa_bf16_d576x512_block_neon(plan, &g, &w, &t, columns, j, next - j);
+        const int32_t kinds = hl_fa_bf16_d576x512_mask_kinds(a, &g, j, next - j);
+        if (kinds != 2) { /* 2: all hidden */
+            hl_fa_bf16_d576x512_block_neon(plan, &g, &w, &t, columns, j, next - j, kinds);
         }
         j = next;
     }
@@ -4516,12 +4654,16 @@ static inline void hl_fa_bf16_d576x512_task_neon(const hl_fusion_attention_plan 
 
 /* ---- load: rows -> float32 ---- */
 
-/* n rows, `step` elements apart, one behind the other. */
+/* n rows, `step` elements apart, one behind the other. Rows to come are asked for: where each lies
+ * in a page of its own, no hardware does. */
 HL_KERNEL_AVX2 void hl_fa_bf16_d576x512_load_rows_avx2(const uint16_t *from, ptrdiff_t step,
     int32_t n, int32_t channels, float *to)
 {
-    enum { KS = 576 };
+    enum { KS = 576, AHEAD = 8 };
     for (int32_t j = 0; j < n; ++j) {
+        for (int32_t c = 0; j + AHEAD < n && c < channels; c += 32) {
+            HL_FETCH(from + (j + AHEAD) * step + c);
+        }
         hl_vrow_bf16_avx2(to + (ptrdiff_t)j * KS, from + j * step, channels);
     }
 }
@@ -5050,6 +5192,89 @@ HL_KERNEL_AVX2 void hl_fa_bf16_d576x512_bias_avx2(const hl_fusion_attention_args
     hl_fa_bf16_d576x512_add_bias(a, g, s, 1, columns, j0, n, row);
 }
 
+/* ---- dropout: which weights are kept ----
+ *
+ * Bits of the caller's, or words of Philox4x32-10 (Salmon et al. 2011): word j % 4 for the counter
+ * (j / 4, row, b N1 + head, dropout_offset) and the two halves of dropout_seed. A weight is kept
+ * if its word is below keep_prob * 2^32. */
+
+/* The words of one query for 4 8 keys, from key 4 * four on. */
+HL_KERNEL_AVX2 void hl_fa_bf16_d576x512_words_avx2(uint32_t four, uint32_t row, uint32_t head,
+                                                   uint32_t offset, uint64_t seed, uint32_t *word)
+{
+    enum { N = 8 };
+    uint32_t k0 = (uint32_t)seed;
+    uint32_t k1 = (uint32_t)(seed >> 32);
+    uint32_t c0[N];
+    uint32_t c1[N];
+    uint32_t c2[N];
+    uint32_t c3[N];
+    for (int32_t u = 0; u < N; ++u) {
+        c0[u] = four + (uint32_t)u;
+        c1[u] = row;
+        c2[u] = head;
+        c3[u] = offset;
+    }
+    for (int32_t round = 0; round < 10; ++round) {
+        for (int32_t u = 0; u < N; ++u) {
+            const uint64_t x = (uint64_t)c0[u] * 0xd2511f53u;
+            const uint64_t y = (uint64_t)c2[u] * 0xcd9e8d57u;
+            c0[u] = (uint32_t)(y >> 32) ^ c1[u] ^ k0;
+            c1[u] = (uint32_t)y;
+            c2[u] = (uint32_t)(x >> 32) ^ c3[u] ^ k1;
+            c3[u] = (uint32_t)x;
+        }
+        k0 += 0x9e3779b9u;
+        k1 += 0xbb67ae85u;
+    }
+    for (int32_t u = 0; u < N; ++u) {
+        word[4 * u] = c0[u];
+        word[4 * u + 1] = c1[u];
+        word[4 * u + 2] = c2[u];
+        word[4 * u + 3] = c3[u];
+    }
+}
+
+/* 0 where a weight is dropped: n keys from j0, which lie step_k apart, the queries step_q. */
+HL_KERNEL_AVX2 void hl_fa_bf16_d576x512_drop_avx2(const hl_fusion_attention_args *a,
+                                                  const hl_span *g, float *s, ptrdiff_t step_q,
+                                                  ptrdiff_t step_k, int32_t j0, int32_t n)
+{
+    enum { N = 4 * 8 };
+    const uint32_t kept = (uint32_t)((double)a->keep_prob * 4294967296.0);
+    for (int32_t p = 0; p < g->n; ++p) {
+        const int32_t i = (g->first + p) / g->heads;
+        const int32_t head = g->kv_head * g->heads + (g->first + p) % g->heads;
+        float *const of = s + p * step_q;
+        if (a->dropout_mask != NULL) {
+            const unsigned char *const bits = (const unsigned char *)a->dropout_mask;
+            const int64_t row = (int64_t)head * g->seq_q + i;
+            const int64_t at = a->input_layout != HL_LAYOUT_TND
+                ? ((int64_t)g->batch * a->heads_q * g->seq_q + row) * g->seq_kv
+                               : g->pairs * a->heads_q + row * g->seq_kv;
+            for (int32_t j = 0; j < n; ++j) {
+                const uint64_t e = (uint64_t)at + (uint64_t)(j0 + j);
+                if ((bits[(size_t)(e / 8u)] >> e % 8u & 1u) == 0) {
+                    of[j * step_k] = 0.0f;
+                }
+            }
+            continue;
+        }
+        for (int32_t j = -(j0 % 4); j < n; j += N) {
+            uint32_t word[N];
+            const int32_t end = n - j < N ? n - j : N;
+            hl_fa_bf16_d576x512_words_avx2((uint32_t)(j0 + j) / 4u, (uint32_t)i, (uint32_t)g->batch
+                                           * (uint32_t)a->heads_q + (uint32_t)head,
+                                           (uint32_t)a->dropout_offset, (uint64_t)a->dropout_seed,
+                                           word);
+            for (int32_t u = j < 0 ? -j : 0; u < end; ++u) {
+                float *const w = of + (j + u) * step_k;
+                *w = word[u] < kept ? *w : 0.0f;
+            }
+        }
+    }
+}
+
 /* ---- finish: O / l, converted; max, sum and LSE ---- */
 
 HL_KERNEL_AVX2 void hl_fa_bf16_d576x512_store_out_avx2(const hl_fusion_attention_args *a,
@@ -5136,7 +5361,7 @@ HL_KERNEL_AVX2 void hl_fa_bf16_d576x512_block_avx2(const hl_fusion_attention_pla
                                                    const hl_span *g,
                                                    const hl_fa_bf16_d576x512_space *w,
                                                    const hl_state *t, int32_t columns, int32_t j0,
-                                                   int32_t n)
+                                                   int32_t n, int32_t kinds)
 {
     enum { DK = 576, DV = 512, OC = 512 };
     const hl_fusion_attention_args *const a = &plan->args;
@@ -5144,7 +5369,7 @@ HL_KERNEL_AVX2 void hl_fa_bf16_d576x512_block_avx2(const hl_fusion_attention_pla
         (const uint16_t *)a->key + g->key + j0 * a->key_stride.row;
     const uint16_t *const value =
         (const uint16_t *)a->value + g->value + j0 * a->value_stride.row;
-    const int32_t whole = j0 >= g->all_low && j0 + n <= g->all_high && a->atten_mask == NULL;
+    const int32_t whole = j0 >= g->all_low && j0 + n <= g->all_high && kinds == 1;
     const hl_seen bounds = {w->low, w->high, j0};
     const hl_seen *const seen = whole ? NULL : &bounds;
     int32_t apart[96];
@@ -5163,7 +5388,7 @@ HL_KERNEL_AVX2 void hl_fa_bf16_d576x512_block_avx2(const hl_fusion_attention_pla
     /* m' = max(m, rowmax S);  P = 2^(S - m');  l, alpha */
     hl_fa_bf16_d576x512_softmax_avx2(w->s, t, columns, n);
     if (a->keep_prob < 1.0f) {
-        hl_fa_bf16_d576x512_drop(a, g, w->s, 1, columns, j0, n);
+        hl_fa_bf16_d576x512_drop_avx2(a, g, w->s, 1, columns, j0, n);
     }
     /* O = alpha O + P V */
     hl_fa_bf16_d576x512_sums_avx2(w->s, columns, g->n, w->v, n, OC, t->alpha, t->o, seen);
@@ -5209,8 +5434,9 @@ static inline void hl_fa_bf16_d576x512_task_avx2(const hl_fusion_attention_plan 
     hl_fa_bf16_d576x512_bounds(&g, columns, w.low, w.high);
     for (int32_t j = g.low; j < g.high;) {
         const int32_t next = g.high - j > BLOCK - j % BLOCK ? j - j % BLOCK + BLOCK : g.high;
-        if (a->atten_mask == NULL || !hl_fa_bf16_d576x512_all_hidden(a, &g, j, next - j)) {
-            hl_fa_bf16_d576x512_block_avx2(plan, &g, &w, &t, columns, j, next - j);
+        const int32_t kinds = hl_fa_bf16_d576x512_mask_kinds(a, &g, j, next - j);
+        if (kinds != 2) { /* 2: all hidden */
+            hl_fa_bf16_d576x512_block_avx2(plan, &g, &w, &t, columns, j, next - j, kinds);
         }
         j = next;
     }
@@ -5232,12 +5458,16 @@ static inline void hl_fa_bf16_d576x512_task_avx2(const hl_fusion_attention_plan 
 
 /* ---- load: rows -> float32 ---- */
 
-/* n rows, `step` elements apart, one behind the other. */
+/* n rows, `step` elements apart, one behind the other. Rows to come are asked for: where each lies
+ * in a page of its own, no hardware does. */
 HL_KERNEL_AVX512 void hl_fa_bf16_d576x512_load_rows_avx512(const uint16_t *from, ptrdiff_t step,
     int32_t n, int32_t channels, float *to)
 {
-    enum { KS = 576 };
+    enum { KS = 576, AHEAD = 8 };
     for (int32_t j = 0; j < n; ++j) {
+        for (int32_t c = 0; j + AHEAD < n && c < channels; c += 32) {
+            HL_FETCH(from + (j + AHEAD) * step + c);
+        }
         hl_vrow_bf16_avx512(to + (ptrdiff_t)j * KS, from + j * step, channels);
     }
 }
@@ -6379,6 +6609,88 @@ HL_KERNEL_AVX512 void hl_fa_bf16_d576x512_bias_avx512(const hl_fusion_attention_
     hl_fa_bf16_d576x512_add_bias(a, g, s, 1, columns, j0, n, row);
 }
 
+/* ---- dropout: which weights are kept ----
+ *
+ * Bits of the caller's, or words of Philox4x32-10 (Salmon et al. 2011): word j % 4 for the counter
+ * (j / 4, row, b N1 + head, dropout_offset) and the two halves of dropout_seed. A weight is kept
+ * if its word is below keep_prob * 2^32. */
+
+/* The words of one query for 4 16 keys, from key 4 * four on. */
+HL_KERNEL_AVX512 void hl_fa_bf16_d576x512_words_avx512(uint32_t four, uint32_t row, uint32_t head,
+    uint32_t offset, uint64_t seed, uint32_t *word)
+{
+    enum { N = 16 };
+    uint32_t k0 = (uint32_t)seed;
+    uint32_t k1 = (uint32_t)(seed >> 32);
+    uint32_t c0[N];
+    uint32_t c1[N];
+    uint32_t c2[N];
+    uint32_t c3[N];
+    for (int32_t u = 0; u < N; ++u) {
+        c0[u] = four + (uint32_t)u;
+        c1[u] = row;
+        c2[u] = head;
+        c3[u] = offset;
+    }
+    for (int32_t round = 0; round < 10; ++round) {
+        for (int32_t u = 0; u < N; ++u) {
+            const uint64_t x = (uint64_t)c0[u] * 0xd2511f53u;
+            const uint64_t y = (uint64_t)c2[u] * 0xcd9e8d57u;
+            c0[u] = (uint32_t)(y >> 32) ^ c1[u] ^ k0;
+            c1[u] = (uint32_t)y;
+            c2[u] = (uint32_t)(x >> 32) ^ c3[u] ^ k1;
+            c3[u] = (uint32_t)x;
+        }
+        k0 += 0x9e3779b9u;
+        k1 += 0xbb67ae85u;
+    }
+    for (int32_t u = 0; u < N; ++u) {
+        word[4 * u] = c0[u];
+        word[4 * u + 1] = c1[u];
+        word[4 * u + 2] = c2[u];
+        word[4 * u + 3] = c3[u];
+    }
+}
+
+/* 0 where a weight is dropped: n keys from j0, which lie step_k apart, the queries step_q. */
+HL_KERNEL_AVX512 void hl_fa_bf16_d576x512_drop_avx512(const hl_fusion_attention_args *a,
+    const hl_span *g, float *s, ptrdiff_t step_q, ptrdiff_t step_k, int32_t j0, int32_t n)
+{
+    enum { N = 4 * 16 };
+    const uint32_t kept = (uint32_t)((double)a->keep_prob * 4294967296.0);
+    for (int32_t p = 0; p < g->n; ++p) {
+        const int32_t i = (g->first + p) / g->heads;
+        const int32_t head = g->kv_head * g->heads + (g->first + p) % g->heads;
+        float *const of = s + p * step_q;
+        if (a->dropout_mask != NULL) {
+            const unsigned char *const bits = (const unsigned char *)a->dropout_mask;
+            const int64_t row = (int64_t)head * g->seq_q + i;
+            const int64_t at = a->input_layout != HL_LAYOUT_TND
+                ? ((int64_t)g->batch * a->heads_q * g->seq_q + row) * g->seq_kv
+                               : g->pairs * a->heads_q + row * g->seq_kv;
+            for (int32_t j = 0; j < n; ++j) {
+                const uint64_t e = (uint64_t)at + (uint64_t)(j0 + j);
+                if ((bits[(size_t)(e / 8u)] >> e % 8u & 1u) == 0) {
+                    of[j * step_k] = 0.0f;
+                }
+            }
+            continue;
+        }
+        for (int32_t j = -(j0 % 4); j < n; j += N) {
+            uint32_t word[N];
+            const int32_t end = n - j < N ? n - j : N;
+            hl_fa_bf16_d576x512_words_avx512((uint32_t)(j0 + j) / 4u, (uint32_t)i,
+                                             (uint32_t)g->batch * (uint32_t)a->heads_q
+                                             + (uint32_t)head, (uint32_t)a->dropout_offset,
+                                             (uint64_t)a->dropout_seed, word);
+            for (int32_t u = j < 0 ? -j : 0; u < end; ++u) {
+                float *const w = of + (j + u) * step_k;
+                *w = word[u] < kept ? *w : 0.0f;
+            }
+        }
+    }
+}
+
 /* ---- finish: O / l, converted; max, sum and LSE ---- */
 
 HL_KERNEL_AVX512 void hl_fa_bf16_d576x512_store_out_avx512(const hl_fusion_attention_args *a,
@@ -6462,7 +6774,7 @@ HL_KERNEL_AVX512 void hl_fa_bf16_d576x512_add_seen_avx512(const hl_fusion_attent
 /* One block of keys: load, score, mask, softmax, dropout, value. */
 HL_KERNEL_AVX512 void hl_fa_bf16_d576x512_block_avx512(const hl_fusion_attention_plan *plan,
     const hl_span *g, const hl_fa_bf16_d576x512_space *w, const hl_state *t, int32_t columns,
-    int32_t j0, int32_t n)
+    int32_t j0, int32_t n, int32_t kinds)
 {
     enum { DK = 576, DV = 512, OC = 512 };
     const hl_fusion_attention_args *const a = &plan->args;
@@ -6470,7 +6782,7 @@ HL_KERNEL_AVX512 void hl_fa_bf16_d576x512_block_avx512(const hl_fusion_attention
         (const uint16_t *)a->key + g->key + j0 * a->key_stride.row;
     const uint16_t *const value =
         (const uint16_t *)a->value + g->value + j0 * a->value_stride.row;
-    const int32_t whole = j0 >= g->all_low && j0 + n <= g->all_high && a->atten_mask == NULL;
+    const int32_t whole = j0 >= g->all_low && j0 + n <= g->all_high && kinds == 1;
     const hl_seen bounds = {w->low, w->high, j0};
     const hl_seen *const seen = whole ? NULL : &bounds;
     int32_t apart[96];
@@ -6489,7 +6801,7 @@ HL_KERNEL_AVX512 void hl_fa_bf16_d576x512_block_avx512(const hl_fusion_attention
     /* m' = max(m, rowmax S);  P = 2^(S - m');  l, alpha */
     hl_fa_bf16_d576x512_softmax_avx512(w->s, t, columns, n);
     if (a->keep_prob < 1.0f) {
-        hl_fa_bf16_d576x512_drop(a, g, w->s, 1, columns, j0, n);
+        hl_fa_bf16_d576x512_drop_avx512(a, g, w->s, 1, columns, j0, n);
     }
     /* O = alpha O + P V */
     hl_fa_bf16_d576x512_sums_avx512(w->s, columns, g->n, w->v, n, OC, t->alpha, t->o, seen);
@@ -6535,8 +6847,9 @@ static inline void hl_fa_bf16_d576x512_task_avx512(const hl_fusion_attention_pla
     hl_fa_bf16_d576x512_bounds(&g, columns, w.low, w.high);
     for (int32_t j = g.low; j < g.high;) {
         const int32_t next = g.high - j > BLOCK - j % BLOCK ? j - j % BLOCK + BLOCK : g.high;
-        if (a->atten_mask == NULL || !hl_fa_bf16_d576x512_all_hidden(a, &g, j, next - j)) {
-            hl_fa_bf16_d576x512_block_avx512(plan, &g, &w, &t, columns, j, next - j);
+        const int32_t kinds = hl_fa_bf16_d576x512_mask_kinds(a, &g, j, next - j);
+        if (kinds != 2) { /* 2: all hidden */
+            hl_fa_bf16_d576x512_block_avx512(plan, &g, &w, &t, columns, j, next - j, kinds);
         }
         j = next;
     }
@@ -6675,6 +6988,89 @@ HL_KERNEL_AMX uint32_t hl_fa_bf16_d576x512_finite_amx(const uint16_t *from, ptrd
     return rows;
 }
 
+/* ---- dropout: which weights are kept ----
+ *
+ * Bits of the caller's, or words of Philox4x32-10 (Salmon et al. 2011): word j % 4 for the counter
+ * (j / 4, row, b N1 + head, dropout_offset) and the two halves of dropout_seed. A weight is kept
+ * if its word is below keep_prob * 2^32. */
+
+/* The words of one query for 4 16 keys, from key 4 * four on. */
+HL_KERNEL_AMX void hl_fa_bf16_d576x512_words_amx(uint32_t four, uint32_t row, uint32_t head,
+                                                 uint32_t offset, uint64_t seed, uint32_t *word)
+{
+    enum { N = 16 };
+    uint32_t k0 = (uint32_t)seed;
+    uint32_t k1 = (uint32_t)(seed >> 32);
+    uint32_t c0[N];
+    uint32_t c1[N];
+    uint32_t c2[N];
+    uint32_t c3[N];
+    for (int32_t u = 0; u < N; ++u) {
+        c0[u] = four + (uint32_t)u;
+        c1[u] = row;
+        c2[u] = head;
+        c3[u] = offset;
+    }
+    for (int32_t round = 0; round < 10; ++round) {
+        for (int32_t u = 0; u < N; ++u) {
+            const uint64_t x = (uint64_t)c0[u] * 0xd2511f53u;
+            const uint64_t y = (uint64_t)c2[u] * 0xcd9e8d57u;
+            c0[u] = (uint32_t)(y >> 32) ^ c1[u] ^ k0;
+            c1[u] = (uint32_t)y;
+            c2[u] = (uint32_t)(x >> 32) ^ c3[u] ^ k1;
+            c3[u] = (uint32_t)x;
+        }
+        k0 += 0x9e3779b9u;
+        k1 += 0xbb67ae85u;
+    }
+    for (int32_t u = 0; u < N; ++u) {
+        word[4 * u] = c0[u];
+        word[4 * u + 1] = c1[u];
+        word[4 * u + 2] = c2[u];
+        word[4 * u + 3] = c3[u];
+    }
+}
+
+/* 0 where a weight is dropped: n keys from j0, which lie step_k apart, the queries step_q. */
+HL_KERNEL_AMX void hl_fa_bf16_d576x512_drop_amx(const hl_fusion_attention_args *a, const hl_span *g,
+                                                float *s, ptrdiff_t step_q, ptrdiff_t step_k,
+                                                int32_t j0, int32_t n)
+{
+    enum { N = 4 * 16 };
+    const uint32_t kept = (uint32_t)((double)a->keep_prob * 4294967296.0);
+    for (int32_t p = 0; p < g->n; ++p) {
+        const int32_t i = (g->first + p) / g->heads;
+        const int32_t head = g->kv_head * g->heads + (g->first + p) % g->heads;
+        float *const of = s + p * step_q;
+        if (a->dropout_mask != NULL) {
+            const unsigned char *const bits = (const unsigned char *)a->dropout_mask;
+            const int64_t row = (int64_t)head * g->seq_q + i;
+            const int64_t at = a->input_layout != HL_LAYOUT_TND
+                ? ((int64_t)g->batch * a->heads_q * g->seq_q + row) * g->seq_kv
+                               : g->pairs * a->heads_q + row * g->seq_kv;
+            for (int32_t j = 0; j < n; ++j) {
+                const uint64_t e = (uint64_t)at + (uint64_t)(j0 + j);
+                if ((bits[(size_t)(e / 8u)] >> e % 8u & 1u) == 0) {
+                    of[j * step_k] = 0.0f;
+                }
+            }
+            continue;
+        }
+        for (int32_t j = -(j0 % 4); j < n; j += N) {
+            uint32_t word[N];
+            const int32_t end = n - j < N ? n - j : N;
+            hl_fa_bf16_d576x512_words_amx((uint32_t)(j0 + j) / 4u, (uint32_t)i, (uint32_t)g->batch
+                                          * (uint32_t)a->heads_q + (uint32_t)head,
+                                          (uint32_t)a->dropout_offset, (uint64_t)a->dropout_seed,
+                                          word);
+            for (int32_t u = j < 0 ? -j : 0; u < end; ++u) {
+                float *const w = of + (j + u) * step_k;
+                *w = word[u] < kept ? *w : 0.0f;
+            }
+        }
+    }
+}
+
 /* ---- softmax: P = 2^(S - m) in pairs of keys, behind the columns of products ----
  *
  * m is a whole number, raised only when a score lies more than 8 above it: every factor of O
@@ -6734,7 +7130,7 @@ HL_KERNEL_AMX void hl_fa_bf16_d576x512_weigh_dropped_amx(const hl_fusion_attenti
                          hl_vadd_avx512(hl_vload_avx512(x->mass + q), hl_rounded_amx(p)));
         hl_vstore_avx512(x->s + i, p);
     }
-    hl_fa_bf16_d576x512_drop(a, g, x->s, 1, 32, j0, n);
+    hl_fa_bf16_d576x512_drop_amx(a, g, x->s, 1, 32, j0, n);
     for (int32_t i = 32 * n; i < 64 * x->pairs; i += 16) {
         hl_vstore_avx512(x->s + i, hl_vzero_avx512());
     }
@@ -7165,7 +7561,7 @@ HL_KERNEL_AMX int32_t hl_fa_bf16_d576x512_next_amx(const hl_fusion_attention_arg
     enum { STEP = 256 };
     for (; *j < end; *j = *j - *j % STEP + STEP) {
         const int32_t n = end - *j > STEP - *j % STEP ? STEP - *j % STEP : end - *j;
-        if (a->atten_mask == NULL || !hl_fa_bf16_d576x512_all_hidden(a, g, *j, n)) {
+        if (hl_fa_bf16_d576x512_mask_kinds(a, g, *j, n) != 2) {
             return n;
         }
     }
@@ -7328,7 +7724,7 @@ static inline void hl_fa_bf16_d576x512_task_amx(const hl_fusion_attention_plan *
     for (int32_t j = g.low - g.low % 32; j < g.high; j = panel.end) {
         panel.j0 = j;
         panel.end = g.high - j > PANEL - j % PANEL ? j - j % PANEL + PANEL : g.high;
-        if (a->atten_mask != NULL && hl_fa_bf16_d576x512_all_hidden(a, &g, j, panel.end - j)) {
+        if (hl_fa_bf16_d576x512_mask_kinds(a, &g, j, panel.end - j) == 2) {
             continue;
         }
         hl_fa_bf16_d576x512_load_panel_amx(a, &g, &w, &panel);

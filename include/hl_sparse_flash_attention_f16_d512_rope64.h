@@ -1892,7 +1892,7 @@ HL_WORD_AMX __m512 hl_whole_amx(__m512 x)
         (__mmask16)(_mm512_cmp_ps_mask(x, most,
                                        _CMP_LT_OQ) & _mm512_cmp_ps_mask(
         _mm512_sub_ps(_mm512_setzero_ps(), x), most, _CMP_LT_OQ));
-    return _mm512_mask_mov_ps(x, small, hl_vround_avx512(x));
+    return _mm512_mask_mov_ps(x, small, hl_vround_avx512(_mm512_maskz_mov_ps(small, x)));
 }
 
 /* One number from a vector: the first, the largest, the sum (in a fixed order). */
