@@ -3062,7 +3062,6 @@ static inline const uint16_t *hl_fa_bf16_d128_query_row_scalar(const void *tenso
            + (ptrdiff_t)((g->first + p) / g->heads) * stride->row
            + (ptrdiff_t)((g->first + p) % g->heads) * stride->head;
 }
-
 /* A vector's columns of panels of 2 vectors, [panel][channel][column], of which
  * the last may be narrower: n rows, and 0 for those that are missing. */
 HL_KERNEL_SCALAR void hl_fa_bf16_d128_pack_some_scalar(const float *rows, int32_t n,
@@ -3829,7 +3828,6 @@ static inline const uint16_t *hl_fa_bf16_d128_query_row_neon(const void *tensor,
            + (ptrdiff_t)((g->first + p) / g->heads) * stride->row
            + (ptrdiff_t)((g->first + p) % g->heads) * stride->head;
 }
-
 /* A vector's columns of panels of 2 vectors, [panel][channel][column], of which
  * the last may be narrower: n rows, and 0 for those that are missing. */
 HL_KERNEL_NEON void hl_fa_bf16_d128_pack_some_neon(const float *rows, int32_t n, int32_t channels,
@@ -4689,7 +4687,6 @@ static inline const uint16_t *hl_fa_bf16_d128_query_row_avx2(const void *tensor,
            + (ptrdiff_t)((g->first + p) / g->heads) * stride->row
            + (ptrdiff_t)((g->first + p) % g->heads) * stride->head;
 }
-
 /* A vector's columns of panels of 2 vectors, [panel][channel][column], of which
  * the last may be narrower: n rows, and 0 for those that are missing. */
 HL_KERNEL_AVX2 void hl_fa_bf16_d128_pack_some_avx2(const float *rows, int32_t n, int32_t channels,
@@ -5488,7 +5485,6 @@ static inline const uint16_t *hl_fa_bf16_d128_query_row_avx512(const void *tenso
            + (ptrdiff_t)((g->first + p) / g->heads) * stride->row
            + (ptrdiff_t)((g->first + p) % g->heads) * stride->head;
 }
-
 /* A vector's columns of panels of 2 vectors, [panel][channel][column], of which
  * the last may be narrower: n rows, and 0 for those that are missing. */
 HL_KERNEL_AVX512 void hl_fa_bf16_d128_pack_some_avx512(const float *rows, int32_t n,
@@ -6910,6 +6906,15 @@ typedef struct hl_fa_bf16_d128_operand_amx {
     ptrdiff_t step;   /* to the next column, or unit */
 } hl_fa_bf16_d128_operand_amx;
 
+HL_WORD_AMX void hl_fa_bf16_d128_set_amx(hl_fa_bf16_d128_operand_amx *x, const void *at,
+                                         ptrdiff_t stride, ptrdiff_t second, ptrdiff_t step)
+{
+    x->at = (const unsigned char *)at;
+    x->stride = stride;
+    x->second = second;
+    x->step = step;
+}
+
 /* Where the rows of a task's queries lie: `rows` of them, of G heads each. */
 static inline const uint16_t *hl_fa_bf16_d128_query_row_amx(const void *tensor, ptrdiff_t start,
     const hl_stride *stride, const hl_span *g, int32_t p)
@@ -6918,7 +6923,6 @@ static inline const uint16_t *hl_fa_bf16_d128_query_row_amx(const void *tensor, 
            + (ptrdiff_t)((g->first + p) / g->heads) * stride->row
            + (ptrdiff_t)((g->first + p) % g->heads) * stride->head;
 }
-
 /* Row r of a unit, [column][tile][row]. A row that is NULL is 0. */
 HL_WORD_AMX void hl_fa_bf16_d128_copy_row_amx(const uint16_t *row, int32_t channels, int32_t r,
                                               unsigned char *unit)
@@ -6954,11 +6958,11 @@ HL_WORD_AMX void hl_fa_bf16_d128_rows_of_amx(hl_fa_bf16_d128_operand_amx *rows,
                                              const uint16_t *from, ptrdiff_t step, int32_t n,
                                              int32_t channels, const unsigned char *unit)
 {
-    const int32_t in_place = hl_fa_bf16_d128_in_place_amx(step, n, channels);
-    rows->at = in_place ? (const unsigned char *)from : unit;
-    rows->stride = in_place ? step * 2 : 64;
-    rows->second = in_place ? step * 32 : 1024;
-    rows->step = in_place ? 64 : 2048;
+    if (hl_fa_bf16_d128_in_place_amx(step, n, channels)) {
+        hl_fa_bf16_d128_set_amx(rows, from, step * 2, step * 32, 64);
+    } else {
+        hl_fa_bf16_d128_set_amx(rows, unit, 64, 1024, 2048);
+    }
 }
 
 /* A unit as B: [column][tile][pair of channels], rows in the lanes. */
@@ -6973,18 +6977,20 @@ HL_KERNEL_AMX void hl_fa_bf16_d128_pack_unit_amx(const unsigned char *unit, int3
 }
 
 /* A unit's transpose, as A of sums over rows: [column][tile][channel], of those of 32 rows whose
- * bit is set. Were all of these numbers finite? `pairs`: 2 KiB. */
+ * bit is set; `column` elements lie between its columns. Were all of these numbers finite?
+ * `pairs`: 2 KiB. */
 HL_KERNEL_AMX int32_t hl_fa_bf16_d128_turn_unit_amx(const uint16_t *from, ptrdiff_t step,
-                                                    uint32_t rows, int32_t channels,
-                                                    unsigned char *pairs, unsigned char *to)
+                                                    ptrdiff_t column, uint32_t rows,
+                                                    int32_t channels, unsigned char *pairs,
+                                                    unsigned char *to)
 {
     const __mmask32 all = (__mmask32)0xffffffffu;
     const __m512i none = _mm512_setzero_si512();
     const __m512i size = _mm512_set1_epi16(0x7fff);
     __m512i most = none;
-    for (int32_t c = 0; c < channels; c += 32, to += 2048) {
+    for (int32_t c = 0; c < channels; c += 32, from += column, to += 2048) {
         for (int32_t r = 0; r < 32; r += 2) {
-            const uint16_t *const at = from + r * step + c;
+            const uint16_t *const at = from + r * step;
             const __m512i x = (rows >> r & 1u) != 0 ? hl_halves_amx(at, channels - c) : none;
             const __m512i y = (rows >> r & 2u) != 0 ? hl_halves_amx(at + step, channels - c)
                                                     : none;
@@ -7001,19 +7007,24 @@ HL_KERNEL_AMX int32_t hl_fa_bf16_d128_turn_unit_amx(const uint16_t *from, ptrdif
     return _mm512_cmpgt_epu16_mask(most, _mm512_set1_epi16(0x7f7f)) == 0;
 }
 
-/* The bits of n rows that are finite. */
-HL_KERNEL_AMX uint32_t hl_fa_bf16_d128_finite_amx(const uint16_t *from, ptrdiff_t step, int32_t n,
-                                                  int32_t channels)
+/* The same of n rows, but for those that are not finite: their bits. */
+HL_KERNEL_AMX uint32_t hl_fa_bf16_d128_turn_finite_amx(const uint16_t *from, ptrdiff_t step,
+    ptrdiff_t column, int32_t n, int32_t channels, unsigned char *pairs, unsigned char *to)
 {
-    uint32_t rows = 0;
-    for (int32_t r = 0; r < n; ++r) {
-        uint32_t finite = 1;
-        for (int32_t c = 0; c < channels; ++c) {
-            finite &= (from[r * step + c] & 0x7fffu) < 0x7f80u;
-        }
-        rows |= finite << r;
+    const uint32_t all = n < 32 ? (1u << n) - 1u : 0xffffffffu;
+    uint32_t apart = 0;
+    if (hl_fa_bf16_d128_turn_unit_amx(from, step, column, all, channels, pairs, to)) {
+        return 0;
     }
-    return rows;
+    for (int32_t r = 0; r < 32 && r < n; ++r) {
+        uint32_t odd = 0;
+        for (int32_t c = 0; c < channels; ++c) {
+            odd |= (from[c / 32 * column + r * step + c % 32] & 0x7fffu) > 0x7f7fu;
+        }
+        apart |= odd << r;
+    }
+    (void)hl_fa_bf16_d128_turn_unit_amx(from, step, column, all & ~apart, channels, pairs, to);
+    return apart;
 }
 
 /* ---- dropout: which weights are kept ----
@@ -7129,8 +7140,10 @@ HL_WORD_AMX __m512i hl_fa_bf16_d128_weights_amx(hl_fa_bf16_d128_woven_amx *x, co
 {
     const hl_vf_avx512 m = hl_vload_avx512(x->m + q);
     __m512i words;
-    *p0 = hl_exp2_amx(hl_vsub_avx512(hl_fa_bf16_d128_scaled_amx(s + q, x->scale), m));
-    *p1 = hl_exp2_amx(hl_vsub_avx512(hl_fa_bf16_d128_scaled_amx(s + 32 + q, x->scale), m));
+    *p0 = hl_fa_bf16_d128_scaled_amx(s + q, x->scale);
+    *p1 = hl_fa_bf16_d128_scaled_amx(s + 32 + q, x->scale);
+    *p0 = hl_exp2_amx(hl_vsub_avx512(*p0, m));
+    *p1 = hl_exp2_amx(hl_vsub_avx512(*p1, m));
     words = hl_pair_amx(*p0, *p1);
     hl_vstore_avx512(x->sum + q,
                      hl_vadd_avx512(hl_vload_avx512(x->sum + q), hl_vadd_avx512(*p0, *p1)));
@@ -7413,6 +7426,7 @@ typedef struct hl_fa_bf16_d128_group_amx {
     const int32_t *high;
     const unsigned char *q;
     int32_t fresh; /* nothing in O yet */
+    int32_t kinds; /* of mask bytes, in the step whose scores are made */
 } hl_fa_bf16_d128_group_amx;
 
 /* The tiles of a panel: K where it has to be copied, V^T. */
@@ -7425,20 +7439,14 @@ HL_KERNEL_AMX void hl_fa_bf16_d128_load_panel_amx(const hl_fusion_attention_args
     unsigned char *value_to = (unsigned char *)w->v;
     for (int32_t j = panel->j0; j < panel->end; j += 32) {
         const int32_t n = g->seq_kv - j < 32 ? g->seq_kv - j : 32;
-        const uint32_t all = n < 32 ? (1u << n) - 1u : 0xffffffffu;
         const uint16_t *const key =
             (const uint16_t *)a->key + g->key + j * a->key_stride.row;
         const uint16_t *const value =
             (const uint16_t *)a->value + g->value + j * a->value_stride.row;
-        uint32_t finite = all;
         hl_fa_bf16_d128_load_unit_amx(key, a->key_stride.row, n, DK, key_to);
-        if (!hl_fa_bf16_d128_turn_unit_amx(value, a->value_stride.row, all, DV,
-                                           (unsigned char *)w->s, value_to)) {
-            finite = hl_fa_bf16_d128_finite_amx(value, a->value_stride.row, n, DV);
-            (void)hl_fa_bf16_d128_turn_unit_amx(value, a->value_stride.row, finite, DV,
-                                                (unsigned char *)w->s, value_to);
-        }
-        panel->apart[(j - panel->j0) / 32] = all & ~finite;
+        panel->apart[(j - panel->j0) / 32] =
+            hl_fa_bf16_d128_turn_finite_amx(value, a->value_stride.row, 32, n, DV,
+                                            (unsigned char *)w->s, value_to);
         key_to += 4 * 2048;
         value_to += 8192;
     }
@@ -7452,7 +7460,8 @@ HL_KERNEL_AMX void hl_fa_bf16_d128_scores_amx(const hl_fusion_attention_args *a,
                                               hl_fa_bf16_d128_woven_amx *x, float *s, int32_t j0,
                                               int32_t n)
 {
-    const hl_fa_bf16_d128_operand_amx q = {u->q, 64, 1024, 2048};
+    hl_fa_bf16_d128_operand_amx q;
+    hl_fa_bf16_d128_set_amx(&q, u->q, 64, 1024, 2048);
     for (int32_t j = j0; j < j0 + n; j += 32) {
         hl_fa_bf16_d128_operand_amx rows;
         hl_fa_bf16_d128_rows_of_amx(&rows, (const uint16_t *)a->key + u->g.key + j
@@ -7469,7 +7478,7 @@ HL_KERNEL_AMX void hl_fa_bf16_d128_hide_amx(const hl_fusion_attention_args *a,
                                             int32_t j0, int32_t n)
 {
     const float none = hl_float_of(0xff800000u);
-    if (a->atten_mask != NULL) {
+    if (u->kinds != 1) {
         hl_fa_bf16_d128_hide(a, &u->g, u->low, u->high, s, 1, 32, j0, n, none);
         return;
     }
@@ -7500,7 +7509,7 @@ HL_KERNEL_AMX void hl_fa_bf16_d128_start_amx(const hl_fusion_attention_plan *pla
                                              int32_t n)
 {
     const hl_fusion_attention_args *const a = &plan->args;
-    const int32_t whole = j0 >= u->g.all_low && j0 + n <= u->g.all_high && a->atten_mask == NULL;
+    const int32_t whole = j0 >= u->g.all_low && j0 + n <= u->g.all_high && u->kinds == 1;
     x->s = s;
     x->scale = plan->scale_log2;
     x->pair = 0;
@@ -7575,11 +7584,12 @@ HL_KERNEL_AMX void hl_fa_bf16_d128_sums_amx(const hl_fusion_attention_plan *plan
                                             int32_t n, float *later, int32_t later_j0,
                                             int32_t later_n)
 {
-    const unsigned char *const weights = (const unsigned char *)s;
     const unsigned char *const values =
         (const unsigned char *)w->v + (ptrdiff_t)(j0 - panel->j0) / 32 * 8192;
-    const hl_fa_bf16_d128_operand_amx p = {weights, 256, 64, 4096};
-    hl_fa_bf16_d128_operand_amx v = {values, 64, 1024, 8192};
+    hl_fa_bf16_d128_operand_amx p;
+    hl_fa_bf16_d128_operand_amx v;
+    hl_fa_bf16_d128_set_amx(&p, s, 256, 64, 4096);
+    hl_fa_bf16_d128_set_amx(&v, values, 64, 1024, 8192);
     for (int32_t c = 0; c < 4; ++c, v.at += 2048) {
         hl_fa_bf16_d128_unit_amx(x, &v, &p, (n + 31) / 32, u->fresh,
                                  (unsigned char *)(u->t.o + 1024 * c));
@@ -7592,13 +7602,15 @@ HL_KERNEL_AMX void hl_fa_bf16_d128_sums_amx(const hl_fusion_attention_plan *plan
 
 /* The keys of the next step from j on: their number, 0: no more. Steps begin at multiples of their
  * size wherever the first key is, so that a row's bits do not depend on the rows beside it. */
-HL_KERNEL_AMX int32_t hl_fa_bf16_d128_next_amx(const hl_fusion_attention_args *a, const hl_span *g,
-                                               int32_t end, int32_t *j)
+HL_KERNEL_AMX int32_t hl_fa_bf16_d128_next_amx(const hl_fusion_attention_args *a,
+                                               hl_fa_bf16_d128_group_amx *u, int32_t end,
+                                               int32_t *j)
 {
     enum { STEP = 64 };
     for (; *j < end; *j = *j - *j % STEP + STEP) {
         const int32_t n = end - *j > STEP - *j % STEP ? STEP - *j % STEP : end - *j;
-        if (hl_fa_bf16_d128_mask_kinds(a, g, *j, n) != 2) {
+        u->kinds = hl_fa_bf16_d128_mask_kinds(a, &u->g, *j, n);
+        if (u->kinds != 2) {
             return n;
         }
     }
@@ -7625,7 +7637,7 @@ HL_KERNEL_AMX void hl_fa_bf16_d128_block_amx(const hl_fusion_attention_plan *pla
     for (;;) {
         float *const s = w->s + turn * STEP * 32;
         float *const s_before = w->s + (1 - turn) * STEP * 32;
-        const int32_t n = hl_fa_bf16_d128_next_amx(a, &u->g, end, &j);
+        const int32_t n = hl_fa_bf16_d128_next_amx(a, u, end, &j);
         if (n > 0) {
             hl_fa_bf16_d128_scores_amx(a, w, panel, u, &x, s, j, n);
         }
@@ -7680,6 +7692,7 @@ HL_KERNEL_AMX void hl_fa_bf16_d128_find_group_amx(const hl_fusion_attention_args
     u->high = w->high + at;
     u->q = (const unsigned char *)w->q + number * 8192;
     u->fresh = fresh;
+    u->kinds = 1;
 }
 
 /* Q^T, sums of nothing, and the keys that each query sees. */
