@@ -1244,8 +1244,10 @@ static inline int hl_runs_avx512(void)
 #endif
 #if HL_BODY && HL_HAS_AMX && !defined(HL_WORD_AMX)
 #include <immintrin.h>
+/* nothrow: g++ -O0 would ask for an unwinder where arrays of functions that are inlined nest. */
 #define HL_WORD_AMX \
-    __attribute__((always_inline, target("avx512f,avx512bw,avx512dq,avx512vl,fma"))) static inline
+    __attribute__((always_inline, nothrow)) \
+    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma"))) static inline
 #define HL_KERNEL_AMX \
     __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma"))) static inline
 /* Does this machine run it, and may this process? Linux grants the memory for tiles on request,
