@@ -1199,10 +1199,8 @@ static inline float hl_root(float x)
 #endif
 #if HL_BODY && HL_HAS_AVX2 && !defined(HL_WORD_AVX2)
 #include <immintrin.h>
-/* nothrow: g++ -O0 would ask for an unwinder where arrays of functions that are inlined nest. */
 #define HL_WORD_AVX2 \
-    __attribute__((always_inline, nothrow)) \
-    __attribute__((target("avx2,fma,f16c"))) static inline
+    __attribute__((always_inline, target("avx2,fma,f16c"))) static inline
 #define HL_KERNEL_AVX2 \
     __attribute__((target("avx2,fma,f16c"))) static inline
 /* Does this machine run it? The compiler's cached cpu model is asked: cpuid itself traps in virtual
@@ -1218,10 +1216,8 @@ static inline int hl_runs_avx2(void)
 #endif
 #if HL_BODY && HL_HAS_AVX512 && !defined(HL_WORD_AVX512)
 #include <immintrin.h>
-/* nothrow: g++ -O0 would ask for an unwinder where arrays of functions that are inlined nest. */
 #define HL_WORD_AVX512 \
-    __attribute__((always_inline, nothrow)) \
-    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma"))) static inline
+    __attribute__((always_inline, target("avx512f,avx512bw,avx512dq,avx512vl,fma"))) static inline
 #define HL_KERNEL_AVX512 \
     __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma"))) static inline
 /* Does this machine run it? The compiler's cached cpu model is asked: cpuid itself traps in virtual
@@ -1239,10 +1235,8 @@ static inline int hl_runs_avx512(void)
 #endif
 #if HL_BODY && HL_HAS_AMX && !defined(HL_WORD_AMX)
 #include <immintrin.h>
-/* nothrow: g++ -O0 would ask for an unwinder where arrays of functions that are inlined nest. */
 #define HL_WORD_AMX \
-    __attribute__((always_inline, nothrow)) \
-    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma"))) static inline
+    __attribute__((always_inline, target("avx512f,avx512bw,avx512dq,avx512vl,fma"))) static inline
 #define HL_KERNEL_AMX \
     __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma"))) static inline
 /* Does this machine run it, and may this process? Linux grants the memory for tiles on request,
@@ -7268,13 +7262,19 @@ HL_KERNEL_AMX void hl_fa_bf16_d128_unit_amx(hl_fa_bf16_d128_woven_amx *x,
                                             const hl_fa_bf16_d128_operand_amx *others,
                                             int32_t columns, int32_t fresh, unsigned char *to)
 {
-    hl_fa_bf16_d128_operand_amx a = *rows;
-    hl_fa_bf16_d128_operand_amx b = *others;
-    for (int32_t c = 0; c < columns; ++c, a.at += a.step, b.at += b.step) {
-        HL_TILE_STREAM(4, a.at, a.stride);
-        HL_TILE_STREAM(5, a.at + a.second, a.stride);
-        HL_TILE_LOAD(6, b.at, b.stride);
-        HL_TILE_LOAD(7, b.at + b.second, b.stride);
+    const unsigned char *a = rows->at; /* no copies of the structs: g++ -O0 would unwind them */
+    const unsigned char *b = others->at;
+    const ptrdiff_t stride_a = rows->stride;
+    const ptrdiff_t stride_b = others->stride;
+    const ptrdiff_t second_a = rows->second;
+    const ptrdiff_t second_b = others->second;
+    const ptrdiff_t step_a = rows->step;
+    const ptrdiff_t step_b = others->step;
+    for (int32_t c = 0; c < columns; ++c, a += step_a, b += step_b) {
+        HL_TILE_STREAM(4, a, stride_a);
+        HL_TILE_STREAM(5, a + second_a, stride_a);
+        HL_TILE_LOAD(6, b, stride_b);
+        HL_TILE_LOAD(7, b + second_b, stride_b);
         if (c == 0) {
             if (x->before != NULL) {
                 HL_TILE_STORE(0, x->before + 0, 128);
