@@ -1,6 +1,6 @@
-"""The operators for training and prefill: sizes of their tiles, their memory, and what templates may
-ask about them. Many query rows see the same keys, so queries are packed once for a task, keys once
-for a block, and both products run at the speed of FMA."""
+"""The operators for training and prefill: sizes of their tiles, their memory, and what templates
+may ask about them. Many query rows see the same keys, so queries are packed once for a task, keys
+once for a block, and both products run at the speed of FMA."""
 
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -18,7 +18,12 @@ SIZES = {
     "scalar": {"rows": (4, 1), "vecs": (2, 1), "value_rows": (4, 1), "value_vecs": (2, 1)},
     "neon": {"rows": (8, 1), "vecs": (2, 1), "value_rows": (8, 1), "value_vecs": (2, 1)},
     "avx2": {"rows": (6, 1), "vecs": (2, 1), "value_rows": (4, 1), "value_vecs": (3, 1)},
-    "avx512": {"rows": (12, 4, 1), "vecs": (2, 1), "value_rows": (8, 4, 1), "value_vecs": (3, 2, 1)},
+    "avx512": {
+        "rows": (12, 4, 1),
+        "vecs": (2, 1),
+        "value_rows": (8, 4, 1),
+        "value_vecs": (3, 2, 1),
+    },
 }
 WHY = {
     "scalar": "8 sums fit the 16 float registers of a small core with room for operands",
@@ -28,9 +33,9 @@ WHY = {
 }
 QUERIES = 96
 BLOCK = 96
-# The same for gradients: queries or keys of a task; keys or queries that they meet at once. The more
-# of the first, the less often rows come from far away; what a task packs, loads and sums has to stay
-# in the second-level cache: 500 KiB for 128 channels.
+# The same for gradients: queries or keys of a task; keys or queries that they meet at once. The
+# more of the first, the less often rows come from far away; what a task packs, loads and sums has
+# to stay in the second-level cache: 540 KiB for 128 channels.
 GRAD_TASK = 192
 GRAD_BLOCK = 96
 SMALL = 16  # both, where memory is dear: headers for small targets alone
@@ -79,8 +84,8 @@ def is_grad(kernel):
 
 
 def row_stride(channels, lanes):
-    """Of rows that a product reads a few channels of, all of them again and again: not a multiple of
-    256 bytes, or few sets of the first-level cache would have to hold them all."""
+    """Of rows that a product reads a few channels of, all of them again and again: not a multiple
+    of 256 bytes, or few sets of the first-level cache would have to hold them all."""
     stride = round_up(channels, lanes)
     return stride + LINE if lanes > 1 and stride % (4 * LINE) == 0 else stride
 
@@ -128,8 +133,8 @@ def grad_tile(kernel, isa):
         rows_step=1 if lanes == 1 else 4,
         why={
             "registers": WHY[isa.name],
-            "block": f"{task} queries by {block} keys, {task} keys by {block} queries: what is loaded "
-            f"is used {task} times",
+            "block": f"{task} queries by {block} keys, {task} keys by {block} queries: "
+            f"what is loaded is used {task} times",
             "channels": f"{channels} channels of {panel} columns are "
             f"{channels * panel * 4 // 1024} KiB: they stay in the first-level cache",
         },
