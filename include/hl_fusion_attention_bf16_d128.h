@@ -7106,9 +7106,9 @@ HL_KERNEL_AMX void hl_fa_bf16_d128_drop_amx(const hl_fusion_attention_args *a, c
 
 /* ---- softmax: P = 2^(S - m) in pairs of keys, behind the columns of products ----
  *
- * m is a whole number, raised only when a score lies more than 8 above it: every factor of O
- * and l is then a power of two, and most are 1. P takes the place of S: a pair of keys is 16 words
- * of 32 bits where its first key was. */
+ * m is a whole number, raised only when a score lies more than 8 above it: every
+ * factor of O and l is then a power of two, and most are 1. P takes the place of S: a pair of keys
+ * is 16 words of 32 bits where its first key was. */
 
 /* What goes on beside products: tiles that are not stored yet, scores that become weights. */
 typedef struct hl_fa_bf16_d128_woven_amx {
@@ -7129,19 +7129,21 @@ HL_WORD_AMX hl_vf_avx512 hl_fa_bf16_d128_scaled_amx(const float *s, float scale)
     return hl_vfma_avx512(hl_vload_avx512(s), hl_vset_avx512(scale), hl_vzero_avx512());
 }
 
-/* The weights of a pair of keys for 16 queries, from q on, and their sums. */
-HL_WORD_AMX __m512i hl_fa_bf16_d128_weights_amx(hl_fa_bf16_d128_woven_amx *x, const float *s,
-                                                int32_t q, hl_vf_avx512 *p0, hl_vf_avx512 *p1)
+/* The weights of a key for 16 queries, from q on. */
+HL_WORD_AMX hl_vf_avx512 hl_fa_bf16_d128_weight_amx(const hl_fa_bf16_d128_woven_amx *x,
+                                                    const float *s, int32_t q)
 {
-    const hl_vf_avx512 m = hl_vload_avx512(x->m + q);
-    __m512i words;
-    *p0 = hl_fa_bf16_d128_scaled_amx(s + q, x->scale);
-    *p1 = hl_fa_bf16_d128_scaled_amx(s + 32 + q, x->scale);
-    *p0 = hl_exp2_amx(hl_vsub_avx512(*p0, m));
-    *p1 = hl_exp2_amx(hl_vsub_avx512(*p1, m));
-    words = hl_pair_amx(*p0, *p1);
+    return hl_exp2_amx(hl_vsub_avx512(hl_fa_bf16_d128_scaled_amx(s + q, x->scale),
+                                      hl_vload_avx512(x->m + q)));
+}
+
+/* Those of a pair of keys join their sums, and are rounded. */
+HL_WORD_AMX __m512i hl_fa_bf16_d128_join_amx(hl_fa_bf16_d128_woven_amx *x, int32_t q,
+                                             hl_vf_avx512 p0, hl_vf_avx512 p1)
+{
+    const __m512i words = hl_pair_amx(p0, p1);
     hl_vstore_avx512(x->sum + q,
-                     hl_vadd_avx512(hl_vload_avx512(x->sum + q), hl_vadd_avx512(*p0, *p1)));
+                     hl_vadd_avx512(hl_vload_avx512(x->sum + q), hl_vadd_avx512(p0, p1)));
     hl_vstore_avx512(x->mass + q, hl_add_pairs_amx(hl_vload_avx512(x->mass + q), words));
     return words;
 }
@@ -7151,9 +7153,9 @@ HL_WORD_AMX void hl_fa_bf16_d128_weigh_pair_amx(hl_fa_bf16_d128_woven_amx *x)
 {
     float *const s = x->s + (ptrdiff_t)x->pair * 64;
     for (int32_t q = 0; q < 32; q += 16) {
-        hl_vf_avx512 p0;
-        hl_vf_avx512 p1;
-        _mm512_storeu_si512(s + q, hl_fa_bf16_d128_weights_amx(x, s, q, &p0, &p1));
+        const hl_vf_avx512 p0 = hl_fa_bf16_d128_weight_amx(x, s, q);
+        const hl_vf_avx512 p1 = hl_fa_bf16_d128_weight_amx(x, s + 32, q);
+        _mm512_storeu_si512(s + q, hl_fa_bf16_d128_join_amx(x, q, p0, p1));
     }
     ++x->pair;
 }
@@ -7172,9 +7174,9 @@ HL_KERNEL_AMX void hl_fa_bf16_d128_weigh_dropped_amx(const hl_fusion_attention_a
 {
     for (int32_t i = 0; i < 64 * x->pairs; i += 64) {
         for (int32_t q = 0; q < 32; q += 16) {
-            hl_vf_avx512 p0;
-            hl_vf_avx512 p1;
-            (void)hl_fa_bf16_d128_weights_amx(x, x->s + i, q, &p0, &p1);
+            const hl_vf_avx512 p0 = hl_fa_bf16_d128_weight_amx(x, x->s + i, q);
+            const hl_vf_avx512 p1 = hl_fa_bf16_d128_weight_amx(x, x->s + i + 32, q);
+            (void)hl_fa_bf16_d128_join_amx(x, q, p0, p1);
             hl_vstore_avx512(x->s + i + q, p0);
             hl_vstore_avx512(x->s + i + 32 + q, p1);
         }
