@@ -94,8 +94,9 @@
  * TILES
  *   On x86-64 Linux ..._plan and ..._isas ask the system once for the use of AMX tiles; where it
  *   says no, AVX-512 runs. A task leaves no tile configured; tiles of the caller's own are lost, as
- *   in any call (they are the caller's to save). There P is rounded to bfloat16 on its way to V,
- *   and subnormal bfloat16 numbers count as 0; max, sum and LSE are those of the exact weights.
+ *   in any call (they are the caller's to save). There P, and dS of gradients, are rounded to
+ *   bfloat16 for the second products, and subnormal bfloat16 numbers count as 0; max, sum and LSE
+ *   are those of the exact weights.
  *
  * SOURCES
  *   Milakov and Gimelshein 2018 (online softmax); Dao 2023 (FlashAttention-2); Salmon et al. 2011
