@@ -271,7 +271,15 @@ TRAIN_STEPS += ("train/forward",)
 TRAIN_TILE_STEPS = ("train/tile_load", "train/drop", "train/tile_softmax", "train/tile_products")
 TRAIN_TILE_STEPS += ("train/softmax", "train/finish", "train/tile_forward")
 GRAD_STEPS = ("train/load", "train/products", "train/drop", "train/gradient", "train/backward")
+GRAD_TILE_STEPS = ("train/tile_load", "train/tile_products", "train/tile_sums", "train/drop")
+GRAD_TILE_STEPS += ("train/gradient", "train/tile_backward")
 TILE_STEPS = ("tile/load", "tile/many", "tile/few", "tile/settle", "step/finish")
+
+
+def training_steps(grad, on_tiles):
+    if grad:
+        return GRAD_TILE_STEPS if on_tiles else GRAD_STEPS
+    return TRAIN_TILE_STEPS if on_tiles else TRAIN_STEPS
 
 
 def region_page(region, view):
@@ -292,7 +300,7 @@ def region_page(region, view):
     }
     pages = [*(TILE_STEPS if isa.tiles else STEPS), "algo/merge", "algo/forward"]
     if region.kernel.trains:
-        pages = list(GRAD_STEPS if view.grad else TRAIN_TILE_STEPS if isa.tiles else TRAIN_STEPS)
+        pages = list(training_steps(view.grad, isa.tiles))
     elif region.kernel.integer:
         pages = list(INT8_STEPS)
     elif region.kernel.decodes:
@@ -320,11 +328,10 @@ def memory_of(kernel, tiles):
     return train.plan(tiles) if kernel.trains else memory.plan(tiles)
 
 
-def queries_of(tiles, on_tiles):
-    """Queries of a task, for plan: {isa: tile} of one kernel."""
-    return max(
-        (getattr(t, "queries", 0) for i, t in tiles.items() if i.tiles == on_tiles), default=0
-    )
+def most_of(tiles, name, on_tiles):
+    """A number of the tiles {isa: tile} that plan needs, of one kind of instruction set."""
+    found = (getattr(t, name, 0) for isa, t in tiles.items() if isa.tiles == on_tiles)
+    return max(found, default=0)
 
 
 def kernel_page(kernel):
@@ -345,9 +352,10 @@ def kernel_page(kernel):
     text = page(
         "train/kernel.h.j2" if kernel.trains else "kernel.h.j2",
         k=view,
-        queries=queries_of(tiles, False),
-        tile_queries=queries_of(tiles, True),
-        keys=max(getattr(t, "keys", 0) for t in tiles.values()),
+        queries=most_of(tiles, "queries", False),
+        tile_queries=most_of(tiles, "queries", True),
+        keys=most_of(tiles, "keys", False),
+        tile_keys=most_of(tiles, "keys", True),
         memory=mem,
         words=words,
         regions=regions,

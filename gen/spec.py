@@ -359,9 +359,7 @@ def tiles_fit(op, isa, dtype, kv):
     """Whether an instruction set can be had: when decoding and when training, tiles read rows of
     bfloat16 only. For float16 they would take two parts, and when decoding more than 16 queries;
     for codes there is no page yet."""
-    if op == GRAD:
-        return not isa.tiles
-    return op not in (DECODE, TRAIN) or not isa.tiles or dtype == kv == "bf16"
+    return op not in (DECODE, TRAIN, GRAD) or not isa.tiles or dtype == kv == "bf16"
 
 
 def check_tiles(isa, record, dk, dv):

@@ -217,6 +217,8 @@ GRAD_SLICES = {
     "panel_v": "dO^T; V^T",
     "k": "rows of K; of Q",
     "v": "rows of V; of dO",
+    "turned_k": "on tiles: the transposes of these rows",
+    "turned_v": "and of those",
     "s": "S, then P o M / keep_prob: [row][column]",
     "ds": "dP, then dS",
     "kept": "M / keep_prob",
@@ -254,7 +256,7 @@ def plan(tiles):
     """The slices of a kernel whose instruction sets have these tiles: {isa: tile}."""
     tiles = tuple(tiles.values())
     grad = getattr(tiles[0], "grad", False)
-    queries = max(t.queries for t in tiles)
+    queries = max(getattr(t, "numbered", t.queries) for t in tiles)
     made = []
 
     def add(field, floats, why, cast=""):

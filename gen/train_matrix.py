@@ -15,6 +15,8 @@ WIDE_STEP = 256  # where O^T does not fit the first-level cache, it is moved hal
 PANEL_BYTES = 576 * 1024  # K and V^T of a panel, of 2 MiB of the second-level cache,
 TASK_BYTES = 832 * 1024  # beside Q^T and O^T of a task
 PANELS = (256, 2048)
+GRAD_PANELS = (128, 1024)  # of which rows and their transposes are kept
+GRAD_TASKS = (128, 256)
 QUERIES = (128, 512)  # the more, the less often V is turned; but tasks are to run beside each other
 
 # The accumulators of a unit: C += A B with A two tiles of rows, B two of queries; rows of C are 32
@@ -46,6 +48,8 @@ class TrainMatrixTile:
     dots: tuple = DOTS
     decodes: bool = False
     lanes: int = 16
+    grad: bool = False
+    keys: int = 0  # gradients: of a task of keys
     numbers: dict[str, str] = field(
         default_factory=lambda: {
             "top": "largest scores, where m may lie below them",
@@ -60,6 +64,20 @@ class TrainMatrixTile:
             f"units of {SUB} keys x {SUB} queries, 2 x 2 tiles",
             f"steps of {self.block} keys, panels of {self.panel}",
         )
+
+    @property
+    def numbered(self):
+        """Queries that something is known of at a time: those of a task, or of a panel."""
+        return max(self.queries, self.panel) if self.grad else self.queries
+
+    @property
+    def k_stride(self):
+        """Floats of a row of dO, where its numbers are made."""
+        return SUB * self.groups
+
+    @property
+    def o_columns(self):
+        return SUB * self.groups
 
     @property
     def group_bytes(self):
@@ -97,6 +115,58 @@ def step_of(columns, groups):
 
 def tile(kernel, isa):
     """The tiles of one kernel."""
+    return grad_tile(kernel, isa) if kernel.backward else forward_tile(kernel, isa)
+
+
+def grad_tile(kernel, isa):
+    """The tiles of gradients: a task of queries meets panels of keys, one of keys those of
+    queries."""
+    columns, groups = -(-kernel.dk // SUB), -(-kernel.dv // SUB)
+    both = columns + groups
+    # P and dS of a step, the group's two panels, and the sums of one of two gradients
+    room = L1_BYTES - both * 2 * TILE - columns * 4 * TILE
+    step = STEPS[1] if room >= 2 * 4 * SUB * STEPS[1] else STEPS[0]
+    panel = largest(*GRAD_PANELS, 128 * both, PANEL_BYTES)
+    task = largest(*GRAD_TASKS, 192 * both, TASK_BYTES)
+    return TrainMatrixTile(
+        queries=task,
+        keys=task,
+        grad=True,
+        block=step,
+        panel=panel,
+        columns=columns,
+        groups=groups,
+        pairs=0,
+        o_stride=SUB * columns,
+        dv_tail=kernel.dv % isa.lanes != 0,
+        exp2="",
+        why={
+            "registers": "2 x 2 tiles of 16 x 16 sums in 4 of 8 registers: 4 loads, 4 products",
+            "block": f"{task} columns by panels of {panel} rows, whose tiles are "
+            f"{panel * 128 * both // 1024} KiB of the second-level cache",
+            "channels": f"{step} rows a step: P and dS of 32 columns are {step * SUB * 8 // 1024} "
+            "KiB",
+        },
+        slices={
+            "panel_k": task * columns * 16,
+            "panel_v": task * groups * 16,
+            "k": panel * columns * 16,
+            "v": panel * groups * 16,
+            "turned_k": panel * columns * 16,
+            "turned_v": panel * groups * 16,
+            "s": step * SUB,
+            "ds": step * SUB,
+            "kept": step * SUB,
+            "slope": step * SUB if "softcap" in kernel.features else 0,
+            "out_k": task * columns * SUB,
+            "out_v": task * groups * SUB,
+            "row": SUB * max(columns, groups, step // SUB),
+        },
+    )
+
+
+def forward_tile(kernel, isa):
+    """The tiles of outputs."""
     columns, groups = -(-kernel.dk // SUB), -(-kernel.dv // SUB)
     step = step_of(columns, groups)
     panel = largest(*PANELS, 64 * (columns + groups), PANEL_BYTES)

@@ -3058,7 +3058,6 @@ static inline const uint16_t *hl_fa_bf16_d576x512_query_row_scalar(const void *t
            + (ptrdiff_t)((g->first + p) / g->heads) * stride->row
            + (ptrdiff_t)((g->first + p) % g->heads) * stride->head;
 }
-
 /* A vector's columns of panels of 2 vectors, [panel][channel][column], of which
  * the last may be narrower: n rows, and 0 for those that are missing. */
 HL_KERNEL_SCALAR void hl_fa_bf16_d576x512_pack_some_scalar(const float *rows, int32_t n,
@@ -3811,7 +3810,6 @@ static inline const uint16_t *hl_fa_bf16_d576x512_query_row_neon(const void *ten
            + (ptrdiff_t)((g->first + p) / g->heads) * stride->row
            + (ptrdiff_t)((g->first + p) % g->heads) * stride->head;
 }
-
 /* A vector's columns of panels of 2 vectors, [panel][channel][column], of which
  * the last may be narrower: n rows, and 0 for those that are missing. */
 HL_KERNEL_NEON void hl_fa_bf16_d576x512_pack_some_neon(const float *rows, int32_t n,
@@ -4676,7 +4674,6 @@ static inline const uint16_t *hl_fa_bf16_d576x512_query_row_avx2(const void *ten
            + (ptrdiff_t)((g->first + p) / g->heads) * stride->row
            + (ptrdiff_t)((g->first + p) % g->heads) * stride->head;
 }
-
 /* A vector's columns of panels of 2 vectors, [panel][channel][column], of which
  * the last may be narrower: n rows, and 0 for those that are missing. */
 HL_KERNEL_AVX2 void hl_fa_bf16_d576x512_pack_some_avx2(const float *rows, int32_t n,
@@ -5480,7 +5477,6 @@ static inline const uint16_t *hl_fa_bf16_d576x512_query_row_avx512(const void *t
            + (ptrdiff_t)((g->first + p) / g->heads) * stride->row
            + (ptrdiff_t)((g->first + p) % g->heads) * stride->head;
 }
-
 /* A vector's columns of panels of 2 vectors, [panel][channel][column], of which
  * the last may be narrower: n rows, and 0 for those that are missing. */
 HL_KERNEL_AVX512 void hl_fa_bf16_d576x512_pack_some_avx512(const float *rows, int32_t n,
@@ -6883,6 +6879,15 @@ typedef struct hl_fa_bf16_d576x512_operand_amx {
     ptrdiff_t step;   /* to the next column, or unit */
 } hl_fa_bf16_d576x512_operand_amx;
 
+HL_WORD_AMX void hl_fa_bf16_d576x512_set_amx(hl_fa_bf16_d576x512_operand_amx *x, const void *at,
+                                             ptrdiff_t stride, ptrdiff_t second, ptrdiff_t step)
+{
+    x->at = (const unsigned char *)at;
+    x->stride = stride;
+    x->second = second;
+    x->step = step;
+}
+
 /* Where the rows of a task's queries lie: `rows` of them, of G heads each. */
 static inline const uint16_t *hl_fa_bf16_d576x512_query_row_amx(const void *tensor, ptrdiff_t start,
     const hl_stride *stride, const hl_span *g, int32_t p)
@@ -6891,7 +6896,6 @@ static inline const uint16_t *hl_fa_bf16_d576x512_query_row_amx(const void *tens
            + (ptrdiff_t)((g->first + p) / g->heads) * stride->row
            + (ptrdiff_t)((g->first + p) % g->heads) * stride->head;
 }
-
 /* Row r of a unit, [column][tile][row]. A row that is NULL is 0. */
 HL_WORD_AMX void hl_fa_bf16_d576x512_copy_row_amx(const uint16_t *row, int32_t channels, int32_t r,
                                                   unsigned char *unit)
@@ -6927,11 +6931,11 @@ HL_WORD_AMX void hl_fa_bf16_d576x512_rows_of_amx(hl_fa_bf16_d576x512_operand_amx
                                                  const uint16_t *from, ptrdiff_t step, int32_t n,
                                                  int32_t channels, const unsigned char *unit)
 {
-    const int32_t in_place = hl_fa_bf16_d576x512_in_place_amx(step, n, channels);
-    rows->at = in_place ? (const unsigned char *)from : unit;
-    rows->stride = in_place ? step * 2 : 64;
-    rows->second = in_place ? step * 32 : 1024;
-    rows->step = in_place ? 64 : 2048;
+    if (hl_fa_bf16_d576x512_in_place_amx(step, n, channels)) {
+        hl_fa_bf16_d576x512_set_amx(rows, from, step * 2, step * 32, 64);
+    } else {
+        hl_fa_bf16_d576x512_set_amx(rows, unit, 64, 1024, 2048);
+    }
 }
 
 /* A unit as B: [column][tile][pair of channels], rows in the lanes. */
@@ -6946,17 +6950,18 @@ HL_KERNEL_AMX void hl_fa_bf16_d576x512_pack_unit_amx(const unsigned char *unit, 
 }
 
 /* A unit's transpose, as A of sums over rows: [column][tile][channel], of those of 32 rows whose
- * bit is set. Were all of these numbers finite? `pairs`: 2 KiB. */
+ * bit is set; `column` elements lie between its columns. Were all of these numbers finite?
+ * `pairs`: 2 KiB. */
 HL_KERNEL_AMX int32_t hl_fa_bf16_d576x512_turn_unit_amx(const uint16_t *from, ptrdiff_t step,
-    uint32_t rows, int32_t channels, unsigned char *pairs, unsigned char *to)
+    ptrdiff_t column, uint32_t rows, int32_t channels, unsigned char *pairs, unsigned char *to)
 {
     const __mmask32 all = (__mmask32)0xffffffffu;
     const __m512i none = _mm512_setzero_si512();
     const __m512i size = _mm512_set1_epi16(0x7fff);
     __m512i most = none;
-    for (int32_t c = 0; c < channels; c += 32, to += 2048) {
+    for (int32_t c = 0; c < channels; c += 32, from += column, to += 2048) {
         for (int32_t r = 0; r < 32; r += 2) {
-            const uint16_t *const at = from + r * step + c;
+            const uint16_t *const at = from + r * step;
             const __m512i x = (rows >> r & 1u) != 0 ? hl_halves_amx(at, channels - c) : none;
             const __m512i y = (rows >> r & 2u) != 0 ? hl_halves_amx(at + step, channels - c)
                                                     : none;
@@ -6973,19 +6978,24 @@ HL_KERNEL_AMX int32_t hl_fa_bf16_d576x512_turn_unit_amx(const uint16_t *from, pt
     return _mm512_cmpgt_epu16_mask(most, _mm512_set1_epi16(0x7f7f)) == 0;
 }
 
-/* The bits of n rows that are finite. */
-HL_KERNEL_AMX uint32_t hl_fa_bf16_d576x512_finite_amx(const uint16_t *from, ptrdiff_t step,
-    int32_t n, int32_t channels)
+/* The same of n rows, but for those that are not finite: their bits. */
+HL_KERNEL_AMX uint32_t hl_fa_bf16_d576x512_turn_finite_amx(const uint16_t *from, ptrdiff_t step,
+    ptrdiff_t column, int32_t n, int32_t channels, unsigned char *pairs, unsigned char *to)
 {
-    uint32_t rows = 0;
-    for (int32_t r = 0; r < n; ++r) {
-        uint32_t finite = 1;
-        for (int32_t c = 0; c < channels; ++c) {
-            finite &= (from[r * step + c] & 0x7fffu) < 0x7f80u;
-        }
-        rows |= finite << r;
+    const uint32_t all = n < 32 ? (1u << n) - 1u : 0xffffffffu;
+    uint32_t apart = 0;
+    if (hl_fa_bf16_d576x512_turn_unit_amx(from, step, column, all, channels, pairs, to)) {
+        return 0;
     }
-    return rows;
+    for (int32_t r = 0; r < 32 && r < n; ++r) {
+        uint32_t odd = 0;
+        for (int32_t c = 0; c < channels; ++c) {
+            odd |= (from[c / 32 * column + r * step + c % 32] & 0x7fffu) > 0x7f7fu;
+        }
+        apart |= odd << r;
+    }
+    (void)hl_fa_bf16_d576x512_turn_unit_amx(from, step, column, all & ~apart, channels, pairs, to);
+    return apart;
 }
 
 /* ---- dropout: which weights are kept ----
@@ -7073,9 +7083,9 @@ HL_KERNEL_AMX void hl_fa_bf16_d576x512_drop_amx(const hl_fusion_attention_args *
 
 /* ---- softmax: P = 2^(S - m) in pairs of keys, behind the columns of products ----
  *
- * m is a whole number, raised only when a score lies more than 8 above it: every factor of O
- * and l is then a power of two, and most are 1. P takes the place of S: a pair of keys is 16 words
- * of 32 bits where its first key was. */
+ * m is a whole number, raised only when a score lies more than 8 above it: every
+ * factor of O and l is then a power of two, and most are 1. P takes the place of S: a pair of keys
+ * is 16 words of 32 bits where its first key was. */
 
 /* What goes on beside products: tiles that are not stored yet, scores that become weights. */
 typedef struct hl_fa_bf16_d576x512_woven_amx {
@@ -7084,26 +7094,45 @@ typedef struct hl_fa_bf16_d576x512_woven_amx {
     float scale;
     int32_t pair;          /* of keys, the next one */
     int32_t pairs;
-    float minus[32];       /* -m */
+    float m[32];
     float sum[32];         /* of the weights so far, exact and rounded */
     float mass[32];
 } hl_fa_bf16_d576x512_woven_amx;
+
+/* 16 scores in units of log2, rounded: were the product left to be fused with the subtraction of m,
+ * bits would depend on what is done to scores in between. */
+HL_WORD_AMX hl_vf_avx512 hl_fa_bf16_d576x512_scaled_amx(const float *s, float scale)
+{
+    return hl_vfma_avx512(hl_vload_avx512(s), hl_vset_avx512(scale), hl_vzero_avx512());
+}
+
+/* The weights of a key for 16 queries, from q on. */
+HL_WORD_AMX hl_vf_avx512 hl_fa_bf16_d576x512_weight_amx(const hl_fa_bf16_d576x512_woven_amx *x,
+    const float *s, int32_t q)
+{
+    return hl_exp2_amx(hl_vsub_avx512(hl_fa_bf16_d576x512_scaled_amx(s + q, x->scale),
+                                      hl_vload_avx512(x->m + q)));
+}
+
+/* Those of a pair of keys join their sums, and are rounded. */
+HL_WORD_AMX __m512i hl_fa_bf16_d576x512_join_amx(hl_fa_bf16_d576x512_woven_amx *x, int32_t q,
+                                                 hl_vf_avx512 p0, hl_vf_avx512 p1)
+{
+    const __m512i words = hl_pair_amx(p0, p1);
+    hl_vstore_avx512(x->sum + q,
+                     hl_vadd_avx512(hl_vload_avx512(x->sum + q), hl_vadd_avx512(p0, p1)));
+    hl_vstore_avx512(x->mass + q, hl_add_pairs_amx(hl_vload_avx512(x->mass + q), words));
+    return words;
+}
 
 /* The next pair of keys. */
 HL_WORD_AMX void hl_fa_bf16_d576x512_weigh_pair_amx(hl_fa_bf16_d576x512_woven_amx *x)
 {
     float *const s = x->s + (ptrdiff_t)x->pair * 64;
-    const hl_vf_avx512 scale = hl_vset_avx512(x->scale);
     for (int32_t q = 0; q < 32; q += 16) {
-        const hl_vf_avx512 minus = hl_vload_avx512(x->minus + q);
-        const hl_vf_avx512 p0 = hl_exp2_amx(hl_vfma_avx512(hl_vload_avx512(s + q), scale, minus));
-        const hl_vf_avx512 p1 =
-            hl_exp2_amx(hl_vfma_avx512(hl_vload_avx512(s + 32 + q), scale, minus));
-        const __m512i words = hl_pair_amx(p0, p1);
-        hl_vstore_avx512(x->sum + q,
-                         hl_vadd_avx512(hl_vload_avx512(x->sum + q), hl_vadd_avx512(p0, p1)));
-        hl_vstore_avx512(x->mass + q, hl_add_pairs_amx(hl_vload_avx512(x->mass + q), words));
-        _mm512_storeu_si512(s + q, words);
+        const hl_vf_avx512 p0 = hl_fa_bf16_d576x512_weight_amx(x, s, q);
+        const hl_vf_avx512 p1 = hl_fa_bf16_d576x512_weight_amx(x, s + 32, q);
+        _mm512_storeu_si512(s + q, hl_fa_bf16_d576x512_join_amx(x, q, p0, p1));
     }
     ++x->pair;
 }
@@ -7116,24 +7145,20 @@ HL_WORD_AMX void hl_fa_bf16_d576x512_slice_amx(hl_fa_bf16_d576x512_woven_amx *x)
     }
 }
 
-/* All that is left, where some weights are dropped: l and mass are those of all. */
+/* All of them, where some are dropped: l and mass are those of all. */
 HL_KERNEL_AMX void hl_fa_bf16_d576x512_weigh_dropped_amx(const hl_fusion_attention_args *a,
     const hl_span *g, hl_fa_bf16_d576x512_woven_amx *x, int32_t j0, int32_t n)
 {
-    for (int32_t i = 0; i < 32 * n; i += 16) {
-        const int32_t q = i % 32;
-        const hl_vf_avx512 p =
-            hl_exp2_amx(hl_vfma_avx512(hl_vload_avx512(x->s + i), hl_vset_avx512(x->scale),
-                                       hl_vload_avx512(x->minus + q)));
-        hl_vstore_avx512(x->sum + q, hl_vadd_avx512(hl_vload_avx512(x->sum + q), p));
-        hl_vstore_avx512(x->mass + q,
-                         hl_vadd_avx512(hl_vload_avx512(x->mass + q), hl_rounded_amx(p)));
-        hl_vstore_avx512(x->s + i, p);
+    for (int32_t i = 0; i < 64 * x->pairs; i += 64) {
+        for (int32_t q = 0; q < 32; q += 16) {
+            const hl_vf_avx512 p0 = hl_fa_bf16_d576x512_weight_amx(x, x->s + i, q);
+            const hl_vf_avx512 p1 = hl_fa_bf16_d576x512_weight_amx(x, x->s + i + 32, q);
+            (void)hl_fa_bf16_d576x512_join_amx(x, q, p0, p1);
+            hl_vstore_avx512(x->s + i + q, p0);
+            hl_vstore_avx512(x->s + i + 32 + q, p1);
+        }
     }
     hl_fa_bf16_d576x512_drop_amx(a, g, x->s, 1, 32, j0, n);
-    for (int32_t i = 32 * n; i < 64 * x->pairs; i += 16) {
-        hl_vstore_avx512(x->s + i, hl_vzero_avx512());
-    }
     for (; x->pair < x->pairs; ++x->pair) {
         float *const s = x->s + (ptrdiff_t)x->pair * 64;
         for (int32_t q = 0; q < 32; q += 16) {
@@ -7143,18 +7168,20 @@ HL_KERNEL_AMX void hl_fa_bf16_d576x512_weigh_dropped_amx(const hl_fusion_attenti
     }
 }
 
-/* m, and what O and l are to be multiplied by, from the scores of n keys. */
+/* m, and what O and l are to be multiplied by, from the scores of n keys; their scale is > 0. */
 HL_KERNEL_AMX void hl_fa_bf16_d576x512_raise_amx(const hl_state *t,
                                                  hl_fa_bf16_d576x512_woven_amx *x, int32_t n)
 {
-    const hl_vf_avx512 scale = hl_vset_avx512(x->scale);
     for (int32_t q = 0; q < 32; q += 16) {
         const hl_vf_avx512 before = hl_vload_avx512(t->m + q);
-        hl_vf_avx512 top = hl_vload_avx512(t->top + q);
+        hl_vf_avx512 top = hl_vset_avx512(-3.402823466e+38f);
         hl_vf_avx512 m;
         for (int32_t j = 0; j < n; ++j) {
-            top = hl_vmax_avx512(hl_vmul_avx512(hl_vload_avx512(x->s + 32 * j + q), scale), top);
+            top = hl_vmax_avx512(hl_vload_avx512(x->s + 32 * j + q), top);
         }
+        top =
+            hl_vmax_avx512(hl_vfma_avx512(top, hl_vset_avx512(x->scale), hl_vzero_avx512()),
+                           hl_vload_avx512(t->top + q));
         m =
             _mm512_mask_mov_ps(before,
                                _mm512_cmp_ps_mask(top, hl_vadd_avx512(before, hl_vset_avx512(8.0f)),
@@ -7162,7 +7189,7 @@ HL_KERNEL_AMX void hl_fa_bf16_d576x512_raise_amx(const hl_state *t,
         hl_vstore_avx512(t->top + q, top);
         hl_vstore_avx512(t->alpha + q, hl_vexp2_avx512(hl_vsub_avx512(before, m)));
         hl_vstore_avx512(t->m + q, m);
-        hl_vstore_avx512(x->minus + q, hl_vsub_avx512(hl_vzero_avx512(), m));
+        hl_vstore_avx512(x->m + q, m);
         hl_vstore_avx512(x->sum + q, hl_vzero_avx512());
         hl_vstore_avx512(x->mass + q, hl_vzero_avx512());
     }
@@ -7375,6 +7402,7 @@ typedef struct hl_fa_bf16_d576x512_group_amx {
     const int32_t *high;
     const unsigned char *q;
     int32_t fresh; /* nothing in O yet */
+    int32_t kinds; /* of mask bytes, in the step whose scores are made */
 } hl_fa_bf16_d576x512_group_amx;
 
 /* The tiles of a panel: K where it has to be copied, V^T. */
@@ -7386,20 +7414,14 @@ HL_KERNEL_AMX void hl_fa_bf16_d576x512_load_panel_amx(const hl_fusion_attention_
     unsigned char *value_to = (unsigned char *)w->v;
     for (int32_t j = panel->j0; j < panel->end; j += 32) {
         const int32_t n = g->seq_kv - j < 32 ? g->seq_kv - j : 32;
-        const uint32_t all = n < 32 ? (1u << n) - 1u : 0xffffffffu;
         const uint16_t *const key =
             (const uint16_t *)a->key + g->key + j * a->key_stride.row;
         const uint16_t *const value =
             (const uint16_t *)a->value + g->value + j * a->value_stride.row;
-        uint32_t finite = all;
         hl_fa_bf16_d576x512_load_unit_amx(key, a->key_stride.row, n, DK, key_to);
-        if (!hl_fa_bf16_d576x512_turn_unit_amx(value, a->value_stride.row, all, DV,
-                                               (unsigned char *)w->s, value_to)) {
-            finite = hl_fa_bf16_d576x512_finite_amx(value, a->value_stride.row, n, DV);
-            (void)hl_fa_bf16_d576x512_turn_unit_amx(value, a->value_stride.row, finite, DV,
-                                                    (unsigned char *)w->s, value_to);
-        }
-        panel->apart[(j - panel->j0) / 32] = all & ~finite;
+        panel->apart[(j - panel->j0) / 32] =
+            hl_fa_bf16_d576x512_turn_finite_amx(value, a->value_stride.row, 32, n, DV,
+                                                (unsigned char *)w->s, value_to);
         key_to += 18 * 2048;
         value_to += 32768;
     }
@@ -7413,7 +7435,8 @@ HL_KERNEL_AMX void hl_fa_bf16_d576x512_scores_amx(const hl_fusion_attention_args
                                                   hl_fa_bf16_d576x512_woven_amx *x, float *s,
                                                   int32_t j0, int32_t n)
 {
-    const hl_fa_bf16_d576x512_operand_amx q = {u->q, 64, 1024, 2048};
+    hl_fa_bf16_d576x512_operand_amx q;
+    hl_fa_bf16_d576x512_set_amx(&q, u->q, 64, 1024, 2048);
     for (int32_t j = j0; j < j0 + n; j += 32) {
         hl_fa_bf16_d576x512_operand_amx rows;
         hl_fa_bf16_d576x512_rows_of_amx(&rows, (const uint16_t *)a->key + u->g.key + j
@@ -7424,14 +7447,14 @@ HL_KERNEL_AMX void hl_fa_bf16_d576x512_scores_amx(const hl_fusion_attention_args
     }
 }
 
-/* -inf, or what becomes it, where a query does not see a key; bounds alone are compared a row of
- * scores at a time. */
+/* -inf where a query does not see a key; bounds alone are compared a row of scores at a time. */
 HL_KERNEL_AMX void hl_fa_bf16_d576x512_hide_amx(const hl_fusion_attention_args *a,
                                                 const hl_fa_bf16_d576x512_group_amx *u, float *s,
-                                                int32_t j0, int32_t n, float value)
+                                                int32_t j0, int32_t n)
 {
-    if (a->atten_mask != NULL) {
-        hl_fa_bf16_d576x512_hide(a, &u->g, u->low, u->high, s, 1, 32, j0, n, value);
+    const float none = hl_float_of(0xff800000u);
+    if (u->kinds != 1) {
+        hl_fa_bf16_d576x512_hide(a, &u->g, u->low, u->high, s, 1, 32, j0, n, none);
         return;
     }
     for (int32_t q = 0; q < 32; q += 16) {
@@ -7444,11 +7467,11 @@ HL_KERNEL_AMX void hl_fa_bf16_d576x512_hide_amx(const hl_fusion_attention_args *
                                                   _MM_CMPINT_LE) & _mm512_cmp_epi32_mask(key, high,
                     _MM_CMPINT_LT));
             float *const at = s + 32 * j + q;
-            if (j0 + j >= u->g.all_low && j0 + j < u->g.all_high) {
-                continue;
+            if (j0 + j < u->g.all_low || j0 + j >= u->g.all_high) {
+                hl_vstore_avx512(at,
+                                 _mm512_mask_mov_ps(hl_vset_avx512(none), seen,
+                                                    hl_vload_avx512(at)));
             }
-            hl_vstore_avx512(at,
-                             _mm512_mask_mov_ps(hl_vset_avx512(value), seen, hl_vload_avx512(at)));
         }
     }
 }
@@ -7461,26 +7484,23 @@ HL_KERNEL_AMX void hl_fa_bf16_d576x512_start_amx(const hl_fusion_attention_plan 
                                                  int32_t j0, int32_t n)
 {
     const hl_fusion_attention_args *const a = &plan->args;
-    const int32_t whole = j0 >= u->g.all_low && j0 + n <= u->g.all_high && a->atten_mask == NULL;
-    float hidden = hl_float_of(plan->scale_log2 < 0.0f ? 0x7f800000u : 0xff800000u);
+    const int32_t whole = j0 >= u->g.all_low && j0 + n <= u->g.all_high && u->kinds == 1;
     x->s = s;
     x->scale = plan->scale_log2;
     x->pair = 0;
     x->pairs = (n + 31) / 32 * 16;
-    if (a->pse != NULL) {
+    if (a->pse != NULL || x->scale < 0.0f) {
         for (int32_t i = 0; i < 32 * n; i += 16) {
-            hl_vstore_avx512(s + i,
-                             hl_vmul_avx512(hl_vload_avx512(s + i), hl_vset_avx512(x->scale)));
+            hl_vstore_avx512(s + i, hl_fa_bf16_d576x512_scaled_amx(s + i, x->scale));
         }
         x->scale = 1.0f;
-        hidden = hl_float_of(0xff800000u);
         hl_fa_bf16_d576x512_bias_amx(a, &u->g, s, 32, j0, n, w->row);
     }
     if (!whole) {
-        hl_fa_bf16_d576x512_hide_amx(a, u, s, j0, n, hidden);
+        hl_fa_bf16_d576x512_hide_amx(a, u, s, j0, n);
     }
     for (int32_t i = 32 * n; i < 64 * x->pairs; i += 16) {
-        hl_vstore_avx512(s + i, hl_vset_avx512(hidden));
+        hl_vstore_avx512(s + i, hl_vset_avx512(hl_float_of(0xff800000u)));
     }
     hl_fa_bf16_d576x512_raise_amx(&u->t, x, n);
     if (a->keep_prob < 1.0f) {
@@ -7538,11 +7558,12 @@ HL_KERNEL_AMX void hl_fa_bf16_d576x512_sums_amx(const hl_fusion_attention_plan *
                                                 int32_t j0, int32_t n, float *later,
                                                 int32_t later_j0, int32_t later_n)
 {
-    const unsigned char *const weights = (const unsigned char *)s;
     const unsigned char *const values =
         (const unsigned char *)w->v + (ptrdiff_t)(j0 - panel->j0) / 32 * 32768;
-    const hl_fa_bf16_d576x512_operand_amx p = {weights, 256, 64, 4096};
-    hl_fa_bf16_d576x512_operand_amx v = {values, 64, 1024, 32768};
+    hl_fa_bf16_d576x512_operand_amx p;
+    hl_fa_bf16_d576x512_operand_amx v;
+    hl_fa_bf16_d576x512_set_amx(&p, s, 256, 64, 4096);
+    hl_fa_bf16_d576x512_set_amx(&v, values, 64, 1024, 32768);
     for (int32_t c = 0; c < 16; ++c, v.at += 2048) {
         hl_fa_bf16_d576x512_unit_amx(x, &v, &p, (n + 31) / 32, u->fresh,
                                      (unsigned char *)(u->t.o + 1024 * c));
@@ -7556,12 +7577,14 @@ HL_KERNEL_AMX void hl_fa_bf16_d576x512_sums_amx(const hl_fusion_attention_plan *
 /* The keys of the next step from j on: their number, 0: no more. Steps begin at multiples of their
  * size wherever the first key is, so that a row's bits do not depend on the rows beside it. */
 HL_KERNEL_AMX int32_t hl_fa_bf16_d576x512_next_amx(const hl_fusion_attention_args *a,
-                                                   const hl_span *g, int32_t end, int32_t *j)
+                                                   hl_fa_bf16_d576x512_group_amx *u, int32_t end,
+                                                   int32_t *j)
 {
     enum { STEP = 256 };
     for (; *j < end; *j = *j - *j % STEP + STEP) {
         const int32_t n = end - *j > STEP - *j % STEP ? STEP - *j % STEP : end - *j;
-        if (hl_fa_bf16_d576x512_mask_kinds(a, g, *j, n) != 2) {
+        u->kinds = hl_fa_bf16_d576x512_mask_kinds(a, &u->g, *j, n);
+        if (u->kinds != 2) {
             return n;
         }
     }
@@ -7588,7 +7611,7 @@ HL_KERNEL_AMX void hl_fa_bf16_d576x512_block_amx(const hl_fusion_attention_plan 
     for (;;) {
         float *const s = w->s + turn * STEP * 32;
         float *const s_before = w->s + (1 - turn) * STEP * 32;
-        const int32_t n = hl_fa_bf16_d576x512_next_amx(a, &u->g, end, &j);
+        const int32_t n = hl_fa_bf16_d576x512_next_amx(a, u, end, &j);
         if (n > 0) {
             hl_fa_bf16_d576x512_scores_amx(a, w, panel, u, &x, s, j, n);
         }
@@ -7643,6 +7666,7 @@ HL_KERNEL_AMX void hl_fa_bf16_d576x512_find_group_amx(const hl_fusion_attention_
     u->high = w->high + at;
     u->q = (const unsigned char *)w->q + number * 36864;
     u->fresh = fresh;
+    u->kinds = 1;
 }
 
 /* Q^T, sums of nothing, and the keys that each query sees. */

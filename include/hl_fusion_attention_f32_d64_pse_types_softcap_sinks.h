@@ -2687,7 +2687,6 @@ static inline const float *hl_fa_f32_d64_pse_types_softcap_sinks_query_row_scala
            + (ptrdiff_t)((g->first + p) / g->heads) * stride->row
            + (ptrdiff_t)((g->first + p) % g->heads) * stride->head;
 }
-
 /* A vector's columns of panels of 2 vectors, [panel][channel][column], of which
  * the last may be narrower: n rows, and 0 for those that are missing. */
 HL_KERNEL_SCALAR void hl_fa_f32_d64_pse_types_softcap_sinks_pack_some_scalar(const float *rows,
@@ -3514,7 +3513,6 @@ static inline const float *hl_fa_f32_d64_pse_types_softcap_sinks_query_row_neon(
            + (ptrdiff_t)((g->first + p) / g->heads) * stride->row
            + (ptrdiff_t)((g->first + p) % g->heads) * stride->head;
 }
-
 /* A vector's columns of panels of 2 vectors, [panel][channel][column], of which
  * the last may be narrower: n rows, and 0 for those that are missing. */
 HL_KERNEL_NEON void hl_fa_f32_d64_pse_types_softcap_sinks_pack_some_neon(const float *rows,
@@ -4436,7 +4434,6 @@ static inline const float *hl_fa_f32_d64_pse_types_softcap_sinks_query_row_avx2(
            + (ptrdiff_t)((g->first + p) / g->heads) * stride->row
            + (ptrdiff_t)((g->first + p) % g->heads) * stride->head;
 }
-
 /* A vector's columns of panels of 2 vectors, [panel][channel][column], of which
  * the last may be narrower: n rows, and 0 for those that are missing. */
 HL_KERNEL_AVX2 void hl_fa_f32_d64_pse_types_softcap_sinks_pack_some_avx2(const float *rows,
@@ -5297,7 +5294,6 @@ static inline const float *hl_fa_f32_d64_pse_types_softcap_sinks_query_row_avx51
            + (ptrdiff_t)((g->first + p) / g->heads) * stride->row
            + (ptrdiff_t)((g->first + p) % g->heads) * stride->head;
 }
-
 /* A vector's columns of panels of 2 vectors, [panel][channel][column], of which
  * the last may be narrower: n rows, and 0 for those that are missing. */
 HL_KERNEL_AVX512 void hl_fa_f32_d64_pse_types_softcap_sinks_pack_some_avx512(const float *rows,

@@ -2768,7 +2768,6 @@ static inline const float *hl_fag_f32_d64_pse_types_softcap_query_row_scalar(con
            + (ptrdiff_t)((g->first + p) / g->heads) * stride->row
            + (ptrdiff_t)((g->first + p) % g->heads) * stride->head;
 }
-
 /* A vector's columns of panels of 2 vectors, [panel][channel][column], of which
  * the last may be narrower: n rows, and 0 for those that are missing. */
 HL_KERNEL_SCALAR void hl_fag_f32_d64_pse_types_softcap_pack_some_scalar(const float *rows,
@@ -3534,6 +3533,25 @@ static inline const float *hl_fag_f32_d64_pse_types_softcap_row_at_scalar(
         : (const float *)a->key + t->g.key + (t->key + r) * a->key_stride.row;
 }
 
+/* A row of a gradient: factor times o, converted. */
+HL_KERNEL_SCALAR void hl_fag_f32_d64_pse_types_softcap_store_row_scalar(
+    const hl_fusion_attention_grad_args *a, void *tensor, ptrdiff_t at, const float *o,
+    int32_t channels, float factor)
+{
+    enum { L = 1 };
+    const hl_vf_scalar x = hl_vset_scalar(factor);
+    int32_t c = 0;
+    {
+        float *const to = (float *)tensor + at;
+        for (; c + L <= channels; c += L) {
+            hl_vstore_scalar(to + c, hl_vmul_scalar(hl_vload_scalar(o + c), x));
+        }
+        if (c < channels) {
+            hl_vstore_n_scalar(to + c, channels - c, hl_vmul_scalar(hl_vload_scalar(o + c), x));
+        }
+    }
+    (void)a;
+}
 /* O = O + S^T R for rows R of K and Q, or of V and dO. Where pairs are masked, rows that are not
  * finite are added by themselves to the columns that see them: 0 times NaN would reach all. */
 HL_KERNEL_SCALAR void hl_fag_f32_d64_pse_types_softcap_add_scalar(
@@ -3576,26 +3594,6 @@ HL_KERNEL_SCALAR void hl_fag_f32_d64_pse_types_softcap_load_keys_scalar(
         * a->key_stride.row, a->key_stride.row, n, 64, w->k);
     hl_fag_f32_d64_pse_types_softcap_load_rows_scalar((const float *)a->value + g->value + j
         * a->value_stride.row, a->value_stride.row, n, 64, w->v);
-}
-
-/* A row of a gradient: factor times o, converted. */
-HL_KERNEL_SCALAR void hl_fag_f32_d64_pse_types_softcap_store_row_scalar(
-    const hl_fusion_attention_grad_args *a, void *tensor, ptrdiff_t at, const float *o,
-    int32_t channels, float factor)
-{
-    enum { L = 1 };
-    const hl_vf_scalar x = hl_vset_scalar(factor);
-    int32_t c = 0;
-    {
-        float *const to = (float *)tensor + at;
-        for (; c + L <= channels; c += L) {
-            hl_vstore_scalar(to + c, hl_vmul_scalar(hl_vload_scalar(o + c), x));
-        }
-        if (c < channels) {
-            hl_vstore_n_scalar(to + c, channels - c, hl_vmul_scalar(hl_vload_scalar(o + c), x));
-        }
-    }
-    (void)a;
 }
 
 /* A block of keys, in w->k and w->v, against the panels of a task's queries. */
@@ -3867,7 +3865,6 @@ static inline const float *hl_fag_f32_d64_pse_types_softcap_query_row_neon(const
            + (ptrdiff_t)((g->first + p) / g->heads) * stride->row
            + (ptrdiff_t)((g->first + p) % g->heads) * stride->head;
 }
-
 /* A vector's columns of panels of 2 vectors, [panel][channel][column], of which
  * the last may be narrower: n rows, and 0 for those that are missing. */
 HL_KERNEL_NEON void hl_fag_f32_d64_pse_types_softcap_pack_some_neon(const float *rows, int32_t n,
@@ -4721,6 +4718,25 @@ static inline const float *hl_fag_f32_d64_pse_types_softcap_row_at_neon(
         : (const float *)a->key + t->g.key + (t->key + r) * a->key_stride.row;
 }
 
+/* A row of a gradient: factor times o, converted. */
+HL_KERNEL_NEON void hl_fag_f32_d64_pse_types_softcap_store_row_neon(
+    const hl_fusion_attention_grad_args *a, void *tensor, ptrdiff_t at, const float *o,
+    int32_t channels, float factor)
+{
+    enum { L = 4 };
+    const hl_vf_neon x = hl_vset_neon(factor);
+    int32_t c = 0;
+    {
+        float *const to = (float *)tensor + at;
+        for (; c + L <= channels; c += L) {
+            hl_vstore_neon(to + c, hl_vmul_neon(hl_vload_neon(o + c), x));
+        }
+        if (c < channels) {
+            hl_vstore_n_neon(to + c, channels - c, hl_vmul_neon(hl_vload_neon(o + c), x));
+        }
+    }
+    (void)a;
+}
 /* O = O + S^T R for rows R of K and Q, or of V and dO. Where pairs are masked, rows that are not
  * finite are added by themselves to the columns that see them: 0 times NaN would reach all. */
 HL_KERNEL_NEON void hl_fag_f32_d64_pse_types_softcap_add_neon(
@@ -4765,26 +4781,6 @@ HL_KERNEL_NEON void hl_fag_f32_d64_pse_types_softcap_load_keys_neon(
     hl_fag_f32_d64_pse_types_softcap_load_rows_neon((const float *)a->value + g->value + j
                                                     * a->value_stride.row, a->value_stride.row, n,
                                                     64, w->v);
-}
-
-/* A row of a gradient: factor times o, converted. */
-HL_KERNEL_NEON void hl_fag_f32_d64_pse_types_softcap_store_row_neon(
-    const hl_fusion_attention_grad_args *a, void *tensor, ptrdiff_t at, const float *o,
-    int32_t channels, float factor)
-{
-    enum { L = 4 };
-    const hl_vf_neon x = hl_vset_neon(factor);
-    int32_t c = 0;
-    {
-        float *const to = (float *)tensor + at;
-        for (; c + L <= channels; c += L) {
-            hl_vstore_neon(to + c, hl_vmul_neon(hl_vload_neon(o + c), x));
-        }
-        if (c < channels) {
-            hl_vstore_n_neon(to + c, channels - c, hl_vmul_neon(hl_vload_neon(o + c), x));
-        }
-    }
-    (void)a;
 }
 
 /* A block of keys, in w->k and w->v, against the panels of a task's queries. */
@@ -5058,7 +5054,6 @@ static inline const float *hl_fag_f32_d64_pse_types_softcap_query_row_avx2(const
            + (ptrdiff_t)((g->first + p) / g->heads) * stride->row
            + (ptrdiff_t)((g->first + p) % g->heads) * stride->head;
 }
-
 /* A vector's columns of panels of 2 vectors, [panel][channel][column], of which
  * the last may be narrower: n rows, and 0 for those that are missing. */
 HL_KERNEL_AVX2 void hl_fag_f32_d64_pse_types_softcap_pack_some_avx2(const float *rows, int32_t n,
@@ -5850,6 +5845,25 @@ static inline const float *hl_fag_f32_d64_pse_types_softcap_row_at_avx2(
         : (const float *)a->key + t->g.key + (t->key + r) * a->key_stride.row;
 }
 
+/* A row of a gradient: factor times o, converted. */
+HL_KERNEL_AVX2 void hl_fag_f32_d64_pse_types_softcap_store_row_avx2(
+    const hl_fusion_attention_grad_args *a, void *tensor, ptrdiff_t at, const float *o,
+    int32_t channels, float factor)
+{
+    enum { L = 8 };
+    const hl_vf_avx2 x = hl_vset_avx2(factor);
+    int32_t c = 0;
+    {
+        float *const to = (float *)tensor + at;
+        for (; c + L <= channels; c += L) {
+            hl_vstore_avx2(to + c, hl_vmul_avx2(hl_vload_avx2(o + c), x));
+        }
+        if (c < channels) {
+            hl_vstore_n_avx2(to + c, channels - c, hl_vmul_avx2(hl_vload_avx2(o + c), x));
+        }
+    }
+    (void)a;
+}
 /* O = O + S^T R for rows R of K and Q, or of V and dO. Where pairs are masked, rows that are not
  * finite are added by themselves to the columns that see them: 0 times NaN would reach all. */
 HL_KERNEL_AVX2 void hl_fag_f32_d64_pse_types_softcap_add_avx2(
@@ -5894,26 +5908,6 @@ HL_KERNEL_AVX2 void hl_fag_f32_d64_pse_types_softcap_load_keys_avx2(
     hl_fag_f32_d64_pse_types_softcap_load_rows_avx2((const float *)a->value + g->value + j
                                                     * a->value_stride.row, a->value_stride.row, n,
                                                     64, w->v);
-}
-
-/* A row of a gradient: factor times o, converted. */
-HL_KERNEL_AVX2 void hl_fag_f32_d64_pse_types_softcap_store_row_avx2(
-    const hl_fusion_attention_grad_args *a, void *tensor, ptrdiff_t at, const float *o,
-    int32_t channels, float factor)
-{
-    enum { L = 8 };
-    const hl_vf_avx2 x = hl_vset_avx2(factor);
-    int32_t c = 0;
-    {
-        float *const to = (float *)tensor + at;
-        for (; c + L <= channels; c += L) {
-            hl_vstore_avx2(to + c, hl_vmul_avx2(hl_vload_avx2(o + c), x));
-        }
-        if (c < channels) {
-            hl_vstore_n_avx2(to + c, channels - c, hl_vmul_avx2(hl_vload_avx2(o + c), x));
-        }
-    }
-    (void)a;
 }
 
 /* A block of keys, in w->k and w->v, against the panels of a task's queries. */
@@ -6188,7 +6182,6 @@ static inline const float *hl_fag_f32_d64_pse_types_softcap_query_row_avx512(con
            + (ptrdiff_t)((g->first + p) / g->heads) * stride->row
            + (ptrdiff_t)((g->first + p) % g->heads) * stride->head;
 }
-
 /* A vector's columns of panels of 2 vectors, [panel][channel][column], of which
  * the last may be narrower: n rows, and 0 for those that are missing. */
 HL_KERNEL_AVX512 void hl_fag_f32_d64_pse_types_softcap_pack_some_avx512(const float *rows,
@@ -7611,6 +7604,25 @@ static inline const float *hl_fag_f32_d64_pse_types_softcap_row_at_avx512(
         : (const float *)a->key + t->g.key + (t->key + r) * a->key_stride.row;
 }
 
+/* A row of a gradient: factor times o, converted. */
+HL_KERNEL_AVX512 void hl_fag_f32_d64_pse_types_softcap_store_row_avx512(
+    const hl_fusion_attention_grad_args *a, void *tensor, ptrdiff_t at, const float *o,
+    int32_t channels, float factor)
+{
+    enum { L = 16 };
+    const hl_vf_avx512 x = hl_vset_avx512(factor);
+    int32_t c = 0;
+    {
+        float *const to = (float *)tensor + at;
+        for (; c + L <= channels; c += L) {
+            hl_vstore_avx512(to + c, hl_vmul_avx512(hl_vload_avx512(o + c), x));
+        }
+        if (c < channels) {
+            hl_vstore_n_avx512(to + c, channels - c, hl_vmul_avx512(hl_vload_avx512(o + c), x));
+        }
+    }
+    (void)a;
+}
 /* O = O + S^T R for rows R of K and Q, or of V and dO. Where pairs are masked, rows that are not
  * finite are added by themselves to the columns that see them: 0 times NaN would reach all. */
 HL_KERNEL_AVX512 void hl_fag_f32_d64_pse_types_softcap_add_avx512(
@@ -7653,26 +7665,6 @@ HL_KERNEL_AVX512 void hl_fag_f32_d64_pse_types_softcap_load_keys_avx512(
         * a->key_stride.row, a->key_stride.row, n, 64, w->k);
     hl_fag_f32_d64_pse_types_softcap_load_rows_avx512((const float *)a->value + g->value + j
         * a->value_stride.row, a->value_stride.row, n, 64, w->v);
-}
-
-/* A row of a gradient: factor times o, converted. */
-HL_KERNEL_AVX512 void hl_fag_f32_d64_pse_types_softcap_store_row_avx512(
-    const hl_fusion_attention_grad_args *a, void *tensor, ptrdiff_t at, const float *o,
-    int32_t channels, float factor)
-{
-    enum { L = 16 };
-    const hl_vf_avx512 x = hl_vset_avx512(factor);
-    int32_t c = 0;
-    {
-        float *const to = (float *)tensor + at;
-        for (; c + L <= channels; c += L) {
-            hl_vstore_avx512(to + c, hl_vmul_avx512(hl_vload_avx512(o + c), x));
-        }
-        if (c < channels) {
-            hl_vstore_n_avx512(to + c, channels - c, hl_vmul_avx512(hl_vload_avx512(o + c), x));
-        }
-    }
-    (void)a;
 }
 
 /* A block of keys, in w->k and w->v, against the panels of a task's queries. */

@@ -62,12 +62,22 @@ SPECS: dict[str, dict[str, Any]] = {
     "bf16_all": {"dtype": "bf16", "dk": 32, "dv": 32, "features": list(FEATURES)},
     "f32_wide": {"dtype": "f32", "dk": 136, "dv": 131, "features": ["sinks"]},
 }
+# And those of tests/test_fusion_tiles.py: whole columns of 32 channels, that can be loaded as tiles
+# where they are, and others; a step of 128 keys, of 64 and of 256, whose panel is small.
+ON_TILES = {"dtype": "bf16", "isa": ["avx512", "amx"]}
+TILE_SPECS: dict[str, dict[str, Any]] = {
+    "bf16_whole": {"dk": 64, "dv": 64, "features": list(FEATURES), **ON_TILES},
+    "bf16_tails": {"dk": 40, "dv": 17, **ON_TILES},
+    "bf16_128": {"dk": 128, "dv": 128, **ON_TILES},
+    "bf16_mla": {"dk": 576, "dv": 512, **ON_TILES},
+}
 GRAD_FEATURES = FEATURES[:2]
 GRAD_SPECS: dict[str, dict[str, Any]] = {
     "f32_grad": {"dtype": "f32", "dk": 15, "dv": 7, "features": list(GRAD_FEATURES)},
     "f16_grad": {"dtype": "f16", "dk": 33, "dv": 20},
     "bf16_grad": {"dtype": "bf16", "dk": 32, "dv": 32, "features": list(GRAD_FEATURES)},
 }
+EVERY = SPECS | TILE_SPECS | GRAD_SPECS
 FORWARD = {"f32_grad": "f32_all", "f16_grad": "f16_none", "bf16_grad": "bf16_all"}
 LAYOUTS = (BSND, BSH, SBH, BNSD, TND)
 PADDED = LAYOUTS[:4]
@@ -103,14 +113,13 @@ OPTIONS = (
 
 
 def table(name: str, **changes: Any) -> dict[str, Any]:
-    """The generator's table of one of SPECS or GRAD_SPECS."""
-    if name in GRAD_SPECS:
-        return {"op": GRAD, "name": f"hl_fa_{name}", **GRAD_SPECS[name], **changes}
-    return {"op": OP, "name": f"hl_fa_{name}", **SPECS[name], **changes}
+    """The generator's table of one of EVERY."""
+    op = GRAD if name in GRAD_SPECS else OP
+    return {"op": op, "name": f"hl_fa_{name}", **EVERY[name], **changes}
 
 
 def has(name: str, feature: str) -> bool:
-    return feature in (SPECS | GRAD_SPECS)[name].get("features", ())
+    return feature in EVERY[name].get("features", ())
 
 
 def with_feature(feature: str) -> tuple[str, ...]:
@@ -143,7 +152,7 @@ def text(name: str) -> str:
 def kernel(name: str) -> bind.Kernel:
     """The compiled kernel, once for the whole run."""
     made = bind.load(text(name), libs=LIBS["builtin"])
-    made.dtype = bind.DTYPES[(SPECS | GRAD_SPECS)[name]["dtype"]]
+    made.dtype = bind.DTYPES[EVERY[name]["dtype"]]
     return made
 
 

@@ -1,0 +1,403 @@
+"""fusion_attention on AMX tiles: what the tests of all instruction sets do not say. Sizes at the
+edges of tiles, units, steps, panels and tasks; that tiles are released, how much work they are, and
+results that are exact; and maxima that are raised late.
+
+Where the machine has no tiles they are emulated (tests/helpers_tiles.py).
+"""
+
+import dataclasses
+import itertools
+from typing import Any
+
+import helpers_tiles
+import numpy as np
+import pytest
+from helpers import ISAS_HERE, TILES, same_bits
+from helpers_fusion import (
+    TILE_SPECS,
+    Case,
+    Shape,
+    Way,
+    check,
+    check_call,
+    check_guarded,
+    execute,
+    expected,
+    fields_of,
+    header,
+    in_floats,
+    kernel,
+    make_case,
+    rows_of,
+    run,
+)
+from oracle import BSND, TND
+from oracle_fusion import BNSD, NO_LIMIT
+
+from gen.isa import ISAS
+from gen.train import tile
+
+SUB = 32  # keys of a unit, queries of a group
+NAMES = tuple(TILE_SPECS)
+SMALL = NAMES[:3]
+pytestmark = pytest.mark.skipif("amx" not in ISAS_HERE, reason="no x86-64 Linux with AVX-512")
+by_name = pytest.mark.parametrize("name", NAMES)
+by_small = pytest.mark.parametrize("name", SMALL)
+
+
+@pytest.fixture
+def emulated():
+    """The emulator with its counts at 0; real tiles count nothing."""
+    if not TILES.emulated:
+        pytest.skip("this machine has tiles of its own")
+    with helpers_tiles.during("granted") as tiles:
+        tiles.reset()
+        yield tiles
+
+
+def sizes_of(name: str) -> Any:
+    """What the generator chose for tiles."""
+    return tile(header(name).kernels[0], ISAS["amx"])
+
+
+def assert_same(x: dict, y: dict, what: object = "") -> None:
+    for name in x:
+        assert same_bits(x[name], y[name]), f"{name} {what}"
+
+
+def some(shape: Shape, **changes: object) -> Shape:
+    return dataclasses.replace(shape, **changes)
+
+
+# ---- who takes tiles ----------------------------------------------------------------------------
+
+
+@by_small
+@pytest.mark.parametrize("mode", ["absent", "refused"])
+def test_without_permission_plan_falls_back(emulated, name, mode):
+    """To the bits of AVX-512; who insists is told."""
+    k = kernel(name)
+    case = make_case(k, Shape(lens_q=(50,), lens_kv=(70,), group=2, mode=3, mask="formula"))
+    want = run(k, case, "avx512")
+    amx = k.constants["HL_ISA_AMX"]
+    with helpers_tiles.during(mode) as tiles:
+        tiles.reset()
+        assert "amx" not in k.isas()
+        assert_same(run(k, case), want)
+        refused = {**fields_of(k, case), **case.outputs(), "isa": amx}
+        result = k.run(**refused, workspace=np.zeros(1 << 22, np.uint8))
+        assert (result.status_name, result.argument) == ("HL_ERR_UNSUPPORTED", "ISA")
+        made = tiles.counts()
+        assert made.pop("requests") > 0 and not any(made.values()), made
+    check(case, run(k, case), "amx")
+
+
+@by_small
+def test_tiles_are_released(name):
+    """After the one call and each task, also of those that have no key and no query."""
+    k = kernel(name)
+    queries = sizes_of(name).queries
+    for hide in ("nothing", "bytes", "keys"):
+        lens_kv = (40, 0, 20) if hide != "keys" else (0, 0, 0)
+        shape = Shape(lens_q=(queries + 1, 3, 0), lens_kv=lens_kv, layout=TND, heads_kv=2)
+        if hide == "bytes":
+            shape = some(shape, mode=1, mask="given", hidden=1.1)
+        case = make_case(k, shape)
+        fields = {**fields_of(k, case, "amx"), **case.outputs()}
+        assert k.run(**fields).ok and TILES.configured() == 0
+        plan, _ = k.plan(**fields)
+        assert plan.queries == queries and plan.n_tasks > 4
+        workspace = np.zeros(plan.task_bytes, np.uint8)
+        for i in range(plan.n_tasks):
+            k.task(plan, i, workspace)
+            assert TILES.configured() == 0
+        check(case, run(k, case, "amx"), "amx")
+
+
+# ---- how much work ------------------------------------------------------------------------------
+
+
+def units_of(case: Case, last: int) -> int:
+    """Units of 32 keys of a group up to query `last` whose rows are causal, as mode 2 has them."""
+    return -(-min(last // case.shape.group + 1, case.shape.lens_kv[0]) // SUB)
+
+
+@by_name
+@pytest.mark.parametrize("group", [1, 5])
+def test_the_work(emulated, name, group):
+    """A group of 32 queries computes the units of 32 keys that one of its rows sees, and no others;
+    tiles of V are turned once for a task."""
+    k, sizes = kernel(name), sizes_of(name)
+    for n in (33, 150):
+        shape = Shape(lens_q=(n,), lens_kv=(n,), group=group, mode=2, mask="formula", seed=1)
+        case = make_case(k, shape)
+        emulated.reset()
+        run(k, case, "amx")
+        made = emulated.counts()
+        queries, products = n * group, 0
+        for first in range(0, queries, SUB):
+            units = units_of(case, min(first + SUB, queries) - 1)
+            products += 4 * units * (sizes.columns + sizes.groups)
+        assert made["tdpbf16ps"] == products
+        assert made["violations"] == 0
+        tasks = -(-queries // sizes.queries)
+        assert made["ldtilecfg"] == made["tilerelease"] == tasks
+        # operands: A is read once for each product of two, and never more
+        assert made["tileloaddt1"] == products // 2
+
+
+# ---- edges --------------------------------------------------------------------------------------
+
+
+@by_name
+def test_keys_at_the_edges_of_tiles_units_steps_and_panels(name):
+    """One over and one under each, without a mask, causal, and from the middle of a unit on."""
+    sizes = sizes_of(name)
+    edges = {1, 15, 17, 31, 32, 33, sizes.block - 1, sizes.block, sizes.block + 1}
+    if sizes.panel <= 256:
+        edges |= {sizes.panel, sizes.panel + 1}
+    for n in sorted(edges):
+        base = Shape(lens_q=(5,), lens_kv=(n,), group=3, spread="growing", seed=n)
+        check_call(name, base, "amx")
+        check_call(name, some(base, mode=3, mask="formula"), "amx")
+        check_call(name, some(base, lens_q=(33,), mode=4, mask="formula", band=(20, 3)), "amx")
+
+
+@by_name
+def test_queries_at_the_edges_of_tiles_groups_and_tasks(name):
+    queries = sizes_of(name).queries
+    edges = [(1, 1), (15, 1), (16, 1), (17, 1), (31, 1), (32, 1), (33, 1), (5, 13)]
+    edges += [(queries // 16, 16), (queries // 16 + 1, 16), (queries // 64 + 1, 65)]
+    for rows, group in edges:
+        shape = Shape(lens_q=(rows,), lens_kv=(40,), group=group, mode=3, mask="formula", seed=rows)
+        check_call(name, shape, "amx")
+
+
+@pytest.mark.parametrize("name", ["bf16_tails", "bf16_whole"])
+def test_several_panels(name):
+    """More keys than a panel has, of which the last is short, seen in part by several groups."""
+    panel = sizes_of(name).panel
+    for mode, band, q in ((1, None, 9), (3, None, 40), (4, (panel + 30, -panel + 60), 70)):
+        shape = Shape(lens_q=(q,), lens_kv=(panel + 40,), mode=mode, mask="formula", band=band)
+        check_call(name, some(shape, spread="growing", seed=mode), "amx")
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_between_guard_pages(name):
+    """Odd lengths against both ends of memory, packed, with gaps, and side by side."""
+    for (q, kv), flush in itertools.product(((33, 47), (70, 130)), ("left", "right")):
+        for layout, strides in ((BSND, True), (BNSD, False), (TND, False)):
+            shape = Shape(lens_q=(q,), lens_kv=(kv,), heads_kv=2, group=2, layout=layout, mode=3,
+                          mask="formula", keep_prob=0.7 if strides else 0.0, seed=q)  # fmt: skip
+            check_guarded(name, shape, Way("amx", flush, strides, by_task=strides))
+
+
+@by_small
+def test_all_modes_and_bytes_over_several_steps(name):
+    """Bytes that hide single keys, units, steps and all; every mode by its formula."""
+    base = Shape(lens_q=(70,), lens_kv=(300,), heads_kv=1, group=2, seed=7)
+    for mode in range(9):
+        layout = TND if mode > 6 else BSND
+        shape = some(base, mode=mode, layout=layout, mask="formula", band=(90, 40))
+        check_call(name, shape, "amx")
+    k = kernel(name)
+    for hidden in (slice(32, 64), slice(0, 33), slice(60, 200), slice(1, 299), slice(250, 300)):
+        case = make_case(k, some(base, mode=1, mask="given", hidden=0.4))
+        case.args.atten_mask[..., hidden] = 1
+        case.args.atten_mask[..., 3:5, hidden] = 0
+        check(case, run(k, case, "amx"), "amx")
+
+
+# ---- the bound ----------------------------------------------------------------------------------
+
+
+@by_name
+def test_errors_are_not_far_below_their_bound(name):
+    """That what is allowed to tiles is what rounded weights are, and no more."""
+    k = kernel(name)
+    case = in_floats(make_case(k, Shape(lens_q=(20,), lens_kv=(64,), group=2, seed=3)))
+    known = expected(case.args)
+    got = rows_of(case, run(k, case, "amx"))["attention_out"].astype(np.float64)
+    allowed = 2.0**-8 / (1 - 2.0**-8) * known.size.spread
+    ratio = abs(got - known.want.out) / allowed
+    assert np.median(ratio) > 0.01 and ratio.max() <= 1.01
+    words = rows_of(case, run(k, case, "avx512"))["attention_out"].astype(np.float64)
+    assert abs(words - known.want.out).max() < 0.01 * abs(got - known.want.out).max()
+
+
+@pytest.mark.parametrize("spread", ["normal", "growing", "huge", "cancel"])
+@by_small
+def test_errors_of_long_rows(name, spread):
+    """Enough elements for the error rule to need no slack; max, sum and LSE with them."""
+    shape = Shape(lens_q=(64,), lens_kv=(400,), group=2, spread=spread, seed=5)
+    check_call(name, shape, "amx", strict=spread in ("normal", "growing"))
+
+
+# ---- results that are exact ---------------------------------------------------------------------
+
+
+@by_small
+def test_one_key_gives_its_value(name):
+    """Exactly, whatever its weight was rounded to; so do keys that are all the same."""
+    k = kernel(name)
+    for n, scale in itertools.product((1, 16, 33, 150), (1.0, -37.7, 1e-9)):
+        case = make_case(k, Shape(lens_q=(9,), lens_kv=(n,), group=4, seed=n))
+        a = case.args
+        key, value = (np.repeat(x[:, :1], n, axis=1) for x in (a.key, a.value))
+        same = case.changed(key=key, value=value, scale_value=scale)
+        got = run(k, same, "amx")
+        want = np.broadcast_to(value[:, :1], got["attention_out"].shape)
+        assert same_bits(got["attention_out"], want.copy()), (n, scale)
+        check(same, got, "amx")
+
+
+# ---- a maximum that is raised late --------------------------------------------------------------
+
+
+def climbs() -> dict[str, np.ndarray]:
+    """Levels of 600 keys, several steps of any size, in powers of 2."""
+    j = np.arange(600)
+    sub, rng = j // SUB, np.random.default_rng(4)
+    return {
+        "steps": 20.0 * (j // 64),
+        "units": 12.0 * sub,
+        "just below": 7.5 * (sub % 2) + 7.5 * (sub // 2 % 2),
+        "at the margin": np.array([0, 8, 16, 16.5, 8, 24])[j // 64 % 6] + 0.0,
+        "last key of a step": 10.0 * (j // 64) + 9.0 * (j % 64 == 63),
+        "first key of a step": 10.0 * (j // 64) + 9.0 * (j % 64 == 0),
+        "up and down": rng.integers(-20, 20, 19)[sub] + 0.0,
+        "falling": 150 - 8.0 * sub,
+        "far": 1000.0 * (sub % 3) - 500.0 * (sub % 2),
+        "only the last": 200.0 * (j >= 598),
+        "from far below": np.where(j < 70, -30000.0, 9.0 * (sub % 4)),
+        "every key": 0.5 * (j % 200),
+    }
+
+
+FACTORS = (  # of each query
+    lambda h: np.ones(len(h)),
+    lambda h: (h % 3 == 2) * 1.0,
+    lambda h: np.array([1, 0, -1, 0.5, -0.25, 2, 0.125])[h % 7],
+)
+
+
+@pytest.mark.parametrize("what", climbs())
+@by_small
+def test_growing_scores(name, what):
+    """Every step that rescales what is there, for all queries of a group and for some."""
+    k = kernel(name)
+    for i, factor in enumerate(FACTORS):
+        rest = {"mode": 3, "mask": "formula"} if i == 1 else {"keep_prob": 0.5} if i == 2 else {}
+        case = make_case(k, Shape(lens_q=(20,), lens_kv=(600,), group=2, seed=i, **rest))
+        a = case.args
+        for tensor in (a.query, a.key):
+            tensor[..., 1:] *= np.asarray(0.25, case.dtype)
+        a.query[..., 0] = factor(np.arange(40)).reshape(1, 20, 2)
+        a.key[..., 0] = climbs()[what][None, :, None]
+        case = case.changed(scale_value=float(np.log(2.0)))
+        check(case, run(k, case, "amx"), "amx")
+
+
+# ---- numbers that are not finite ----------------------------------------------------------------
+
+
+@by_small
+def test_keys_and_values_that_a_row_does_not_see_may_be_nan(name):
+    """The rows that do not see them are those of the call with other numbers there, whatever step,
+    panel or task they are in."""
+    k = kernel(name)
+    rng = np.random.default_rng(9)
+    for mode, drop in itertools.product((1, 3), (0.0, 0.8)):
+        shape = Shape(lens_q=(70,), lens_kv=(200,), group=2, mode=mode, hidden=0.1, keep_prob=drop,
+                      mask="given" if mode == 1 else "formula", seed=mode)  # fmt: skip
+        case, at = make_case(k, shape), (5, 40, 63, 64, 130, 199) if mode == 1 else (140, 150, 199)
+        a = case.args
+        for tensor in (a.key, a.value):
+            tensor[...] = rng.standard_normal(tensor.shape)
+        sees = np.arange(200) <= np.arange(70)[:, None] + 130
+        if mode == 1:
+            a.atten_mask[..., at] = rng.random((70, len(at))) < 0.9
+            sees = a.atten_mask[0, 0] == 0
+        clean = ~sees[:, at].any(axis=1)
+        assert 0 < clean.sum() < 70
+        want = run(k, case, "amx")["attention_out"]
+        for side, bad in itertools.product(("key", "value"), (np.nan, np.inf)):
+            if side == "value" or np.isnan(bad):
+                other = getattr(a, side).copy()
+                other[:, at] = bad
+                got = run(k, case.changed(**{side: other}), "amx")["attention_out"]
+                assert same_bits(got[:, clean], want[:, clean]), (mode, side, bad)
+                if not drop:
+                    assert not np.isfinite(got[:, ~clean].astype(np.float32)).any()
+
+
+@by_small
+def test_bias_softcap_and_sinks_on_tiles(name):
+    """What changes scores between the products and the weights."""
+    base = Shape(lens_q=(40,), lens_kv=(150,), group=2, mode=3, mask="formula", seed=4)
+    features = TILE_SPECS[name].get("features", ())
+    for change in (
+        {"pse": "full"},
+        {"pse": "one_row", "keep_prob": 0.9},
+        *([{"softcap": 3.0}, {"softcap": 1.0, "pse": "full"}] if "softcap" in features else []),
+        *([{"sinks": "plain"}, {"sinks": "infinite"}] if "sinks" in features else []),
+    ):
+        for spread in ("normal", "growing"):
+            check_call(name, some(base, spread=spread, **change), "amx")
+
+
+# ---- bits ---------------------------------------------------------------------------------------
+
+
+@by_small
+def test_where_keys_lie_changes_no_bit(name):
+    """In place where rows lie side by side, with gaps, and far apart: loaded or copied."""
+    k = kernel(name)
+    case = in_floats(make_case(k, Shape(lens_q=(40,), lens_kv=(100,), seed=3)))
+    want = run(k, case, "amx")
+    check(case, want, "amx")
+    for apart in (2, 3):
+        spaced, strides = {}, {}
+        for tensor in ("key", "value"):
+            x = getattr(case.args, tensor)
+            spaced[tensor] = np.repeat(x, apart, axis=1)
+            strides[f"{tensor}_stride"] = (0, apart * x[0, 0].size, 0)
+        assert_same(run(k, case, "amx", **spaced, **strides), want, apart)
+
+
+@by_small
+def test_tasks_and_rows_around_a_row_change_no_bit(name):
+    """A call of several tasks, and its rows in calls of their own that begin anywhere."""
+    k, queries = kernel(name), sizes_of(name).queries
+    rows = queries // 8 + 9
+    shape = Shape(lens_q=(rows,), lens_kv=(rows + 20,), group=8, mode=3, mask="formula", seed=2)
+    case = in_floats(make_case(k, shape))
+    whole = rows_of(case, run(k, case, "amx"))
+    for cut in (1, 33, rows - 2):
+        for part, first in ((slice(0, cut), 0), (slice(cut, rows), cut)):
+            alone = case.changed(
+                query=case.args.query[:, part].copy(),
+                sparse_mode=0,
+                band=1,
+                pre_tokens=NO_LIMIT,
+                next_tokens=first + 20,
+            )
+            got = rows_of(alone, run(k, alone, "amx"))
+            assert_same(got, {n: x[part] for n, x in whole.items()}, cut)
+
+
+@by_small
+def test_threads_with_different_shapes(name):
+    """Tasks of many shapes at once: tiles belong to a thread."""
+    k = kernel(name)
+    shape = Shape(lens_q=(90, 7, 33), lens_kv=(150, 60, 1), heads_kv=3, group=3, layout=TND)
+    case = in_floats(make_case(k, shape))
+    want = run(k, case, "amx")
+    for order in (1, 2):
+        assert_same(execute(k, case, "amx", order=order, workers=3), want, order)
+
+
+def test_steps_are_all_there():
+    """The control for TILE_SPECS: every size of step, keys in place and copied."""
+    assert {sizes_of(name).block for name in NAMES} == {64, 128, 256}
+    assert {TILE_SPECS[name]["dk"] % SUB == 0 for name in NAMES} == {True, False}
