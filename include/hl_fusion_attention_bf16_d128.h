@@ -1200,8 +1200,10 @@ static inline float hl_root(float x)
 #endif
 #if HL_BODY && HL_HAS_AVX2 && !defined(HL_WORD_AVX2)
 #include <immintrin.h>
+/* nothrow: g++ -O0 would ask for an unwinder where arrays of functions that are inlined nest. */
 #define HL_WORD_AVX2 \
-    __attribute__((always_inline, target("avx2,fma,f16c"))) static inline
+    __attribute__((always_inline, nothrow)) \
+    __attribute__((target("avx2,fma,f16c"))) static inline
 #define HL_KERNEL_AVX2 \
     __attribute__((target("avx2,fma,f16c"))) static inline
 /* Does this machine run it? The compiler's cached cpu model is asked: cpuid itself traps in virtual
@@ -1217,8 +1219,10 @@ static inline int hl_runs_avx2(void)
 #endif
 #if HL_BODY && HL_HAS_AVX512 && !defined(HL_WORD_AVX512)
 #include <immintrin.h>
+/* nothrow: g++ -O0 would ask for an unwinder where arrays of functions that are inlined nest. */
 #define HL_WORD_AVX512 \
-    __attribute__((always_inline, target("avx512f,avx512bw,avx512dq,avx512vl,fma"))) static inline
+    __attribute__((always_inline, nothrow)) \
+    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma"))) static inline
 #define HL_KERNEL_AVX512 \
     __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma"))) static inline
 /* Does this machine run it? The compiler's cached cpu model is asked: cpuid itself traps in virtual
@@ -1236,8 +1240,10 @@ static inline int hl_runs_avx512(void)
 #endif
 #if HL_BODY && HL_HAS_AMX && !defined(HL_WORD_AMX)
 #include <immintrin.h>
+/* nothrow: g++ -O0 would ask for an unwinder where arrays of functions that are inlined nest. */
 #define HL_WORD_AMX \
-    __attribute__((always_inline, target("avx512f,avx512bw,avx512dq,avx512vl,fma"))) static inline
+    __attribute__((always_inline, nothrow)) \
+    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma"))) static inline
 #define HL_KERNEL_AMX \
     __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma"))) static inline
 /* Does this machine run it, and may this process? Linux grants the memory for tiles on request,
