@@ -329,7 +329,7 @@ def memory_of(kernel, tiles):
 
 
 def most_of(tiles, name, on_tiles):
-    """A number of the tiles, for plan: {isa: tile} of one kernel, of one kind of instruction set."""
+    """A number of the tiles {isa: tile} that plan needs, of one kind of instruction set."""
     found = (getattr(t, name, 0) for isa, t in tiles.items() if isa.tiles == on_tiles)
     return max(found, default=0)
 

@@ -81,9 +81,9 @@
  *   behind a row; unused memory may hold NaN.
  *
  * NUMBERS
- *   Scores, softmax and sums are float32; results are rounded to nearest even. The bits of a row
- *   depend on that row's inputs and the instruction set alone: not on threads, tasks, batch,
- *   layout or the rows beside it. 2^x and ln x: math = "builtin".
+ *   Scores, softmax and sums are float32; results are rounded to nearest even.
+ *   The bits of a row depend on that row's inputs and the instruction set alone: not on threads,
+ *   tasks, batch, layout or the rows beside it. 2^x and ln x: math = "builtin".
  *
  * MACROS (before the first inclusion)
  *   HL_API, HL_IMPLEMENTATION  one copy for several files
@@ -94,8 +94,9 @@
  * TILES
  *   On x86-64 Linux ..._plan and ..._isas ask the system once for the use of AMX tiles; where it
  *   says no, AVX-512 runs. A task leaves no tile configured; tiles of the caller's own are lost, as
- *   in any call (they are the caller's to save). There P is rounded to bfloat16 on its way to V,
- *   and subnormal bfloat16 numbers count as 0; max, sum and LSE are those of the exact weights.
+ *   in any call (they are the caller's to save). There P, and dS of gradients, are rounded to
+ *   bfloat16 for the second products, and subnormal bfloat16 numbers count as 0; max, sum and LSE
+ *   are those of the exact weights.
  *
  * SOURCES
  *   Milakov and Gimelshein 2018 (online softmax); Dao 2023 (FlashAttention-2); Salmon et al. 2011
@@ -7106,20 +7107,21 @@ HL_WORD_AMX hl_vf_avx512 hl_fa_bf16_d576x512_scaled_amx(const float *s, float sc
     return hl_vfma_avx512(hl_vload_avx512(s), hl_vset_avx512(scale), hl_vzero_avx512());
 }
 
-/* The weights of a pair of keys for 16 queries, from q on, and their sums. */
-HL_WORD_AMX __m512i hl_fa_bf16_d576x512_weights_amx(hl_fa_bf16_d576x512_woven_amx *x,
-                                                    const float *s, int32_t q, hl_vf_avx512 *p0,
-                                                    hl_vf_avx512 *p1)
+/* The weights of a key for 16 queries, from q on. */
+HL_WORD_AMX hl_vf_avx512 hl_fa_bf16_d576x512_weight_amx(const hl_fa_bf16_d576x512_woven_amx *x,
+    const float *s, int32_t q)
 {
-    const hl_vf_avx512 m = hl_vload_avx512(x->m + q);
-    __m512i words;
-    *p0 = hl_fa_bf16_d576x512_scaled_amx(s + q, x->scale);
-    *p1 = hl_fa_bf16_d576x512_scaled_amx(s + 32 + q, x->scale);
-    *p0 = hl_exp2_amx(hl_vsub_avx512(*p0, m));
-    *p1 = hl_exp2_amx(hl_vsub_avx512(*p1, m));
-    words = hl_pair_amx(*p0, *p1);
+    return hl_exp2_amx(hl_vsub_avx512(hl_fa_bf16_d576x512_scaled_amx(s + q, x->scale),
+                                      hl_vload_avx512(x->m + q)));
+}
+
+/* Those of a pair of keys join their sums, and are rounded. */
+HL_WORD_AMX __m512i hl_fa_bf16_d576x512_join_amx(hl_fa_bf16_d576x512_woven_amx *x, int32_t q,
+                                                 hl_vf_avx512 p0, hl_vf_avx512 p1)
+{
+    const __m512i words = hl_pair_amx(p0, p1);
     hl_vstore_avx512(x->sum + q,
-                     hl_vadd_avx512(hl_vload_avx512(x->sum + q), hl_vadd_avx512(*p0, *p1)));
+                     hl_vadd_avx512(hl_vload_avx512(x->sum + q), hl_vadd_avx512(p0, p1)));
     hl_vstore_avx512(x->mass + q, hl_add_pairs_amx(hl_vload_avx512(x->mass + q), words));
     return words;
 }
@@ -7129,9 +7131,9 @@ HL_WORD_AMX void hl_fa_bf16_d576x512_weigh_pair_amx(hl_fa_bf16_d576x512_woven_am
 {
     float *const s = x->s + (ptrdiff_t)x->pair * 64;
     for (int32_t q = 0; q < 32; q += 16) {
-        hl_vf_avx512 p0;
-        hl_vf_avx512 p1;
-        _mm512_storeu_si512(s + q, hl_fa_bf16_d576x512_weights_amx(x, s, q, &p0, &p1));
+        const hl_vf_avx512 p0 = hl_fa_bf16_d576x512_weight_amx(x, s, q);
+        const hl_vf_avx512 p1 = hl_fa_bf16_d576x512_weight_amx(x, s + 32, q);
+        _mm512_storeu_si512(s + q, hl_fa_bf16_d576x512_join_amx(x, q, p0, p1));
     }
     ++x->pair;
 }
@@ -7150,9 +7152,9 @@ HL_KERNEL_AMX void hl_fa_bf16_d576x512_weigh_dropped_amx(const hl_fusion_attenti
 {
     for (int32_t i = 0; i < 64 * x->pairs; i += 64) {
         for (int32_t q = 0; q < 32; q += 16) {
-            hl_vf_avx512 p0;
-            hl_vf_avx512 p1;
-            (void)hl_fa_bf16_d576x512_weights_amx(x, x->s + i, q, &p0, &p1);
+            const hl_vf_avx512 p0 = hl_fa_bf16_d576x512_weight_amx(x, x->s + i, q);
+            const hl_vf_avx512 p1 = hl_fa_bf16_d576x512_weight_amx(x, x->s + i + 32, q);
+            (void)hl_fa_bf16_d576x512_join_amx(x, q, p0, p1);
             hl_vstore_avx512(x->s + i + q, p0);
             hl_vstore_avx512(x->s + i + 32 + q, p1);
         }

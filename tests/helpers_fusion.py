@@ -77,8 +77,11 @@ GRAD_SPECS: dict[str, dict[str, Any]] = {
     "f16_grad": {"dtype": "f16", "dk": 33, "dv": 20},
     "bf16_grad": {"dtype": "bf16", "dk": 32, "dv": 32, "features": list(GRAD_FEATURES)},
 }
-EVERY = SPECS | TILE_SPECS | GRAD_SPECS
+GRAD_TILE_SPECS = {f"{name}_grad": TILE_SPECS[name] for name in ("bf16_tails", "bf16_128")}
+GRADS = GRAD_SPECS | GRAD_TILE_SPECS
+EVERY = SPECS | TILE_SPECS | GRADS
 FORWARD = {"f32_grad": "f32_all", "f16_grad": "f16_none", "bf16_grad": "bf16_all"}
+FORWARD |= {name: name.removesuffix("_grad") for name in GRAD_TILE_SPECS}
 LAYOUTS = (BSND, BSH, SBH, BNSD, TND)
 PADDED = LAYOUTS[:4]
 INPUTS = (
@@ -114,7 +117,7 @@ OPTIONS = (
 
 def table(name: str, **changes: Any) -> dict[str, Any]:
     """The generator's table of one of EVERY."""
-    op = GRAD if name in GRAD_SPECS else OP
+    op = GRAD if name in GRADS else OP
     return {"op": op, "name": f"hl_fa_{name}", **EVERY[name], **changes}
 
 

@@ -1,6 +1,6 @@
-"""fusion_attention on AMX tiles: what the tests of all instruction sets do not say. Sizes at the
-edges of tiles, units, steps, panels and tasks; that tiles are released, how much work they are, and
-results that are exact; and maxima that are raised late.
+"""fusion_attention and its gradients on AMX tiles: what the tests of all instruction sets do not
+say. Sizes at the edges of tiles, units, steps, panels and tasks; that tiles are released, how much
+work they are, and results that are exact; and maxima that are raised late.
 
 Where the machine has no tiles they are emulated (tests/helpers_tiles.py).
 """
@@ -14,22 +14,28 @@ import numpy as np
 import pytest
 from helpers import ISAS_HERE, TILES, same_bits
 from helpers_fusion import (
+    GRAD_TILE_SPECS,
     TILE_SPECS,
     Case,
     Shape,
     Way,
     check,
     check_call,
+    check_grad,
     check_guarded,
     execute,
     expected,
     fields_of,
+    grad_fields,
     header,
     in_floats,
     kernel,
     make_case,
+    make_grad_case,
     rows_of,
     run,
+    run_grad,
+    run_grad_guarded,
 )
 from oracle import BSND, TND
 from oracle_fusion import BNSD, NO_LIMIT
@@ -39,9 +45,11 @@ from gen.train import tile
 
 SUB = 32  # keys of a unit, queries of a group
 NAMES = tuple(TILE_SPECS)
+GRADS = tuple(GRAD_TILE_SPECS)
 SMALL = NAMES[:3]
 pytestmark = pytest.mark.skipif("amx" not in ISAS_HERE, reason="no x86-64 Linux with AVX-512")
 by_name = pytest.mark.parametrize("name", NAMES)
+by_grad = pytest.mark.parametrize("name", GRADS)
 by_small = pytest.mark.parametrize("name", SMALL)
 
 
@@ -395,6 +403,135 @@ def test_threads_with_different_shapes(name):
     want = run(k, case, "amx")
     for order in (1, 2):
         assert_same(execute(k, case, "amx", order=order, workers=3), want, order)
+
+
+# ---- gradients ----------------------------------------------------------------------------------
+
+
+@by_grad
+def test_gradients_at_the_edges_of_units_steps_panels_and_tasks(name):
+    sizes = sizes_of(name)
+    edges = {1, 31, 32, 33, sizes.block - 1, sizes.block, sizes.block + 1}
+    for n in sorted(edges):
+        base = Shape(lens_q=(5,), lens_kv=(n,), group=3, seed=n)
+        check_grad(name, base, "amx")
+        check_grad(name, some(base, lens_q=(n,), mode=3, mask="formula"), "amx")
+        check_grad(name, some(base, lens_q=(33,), mode=4, mask="formula", band=(20, 3)), "amx")
+    rows = max(sizes.queries, sizes.panel) // 13 + 3
+    for q, kv, group in ((rows, 40, 13), (5, sizes.keys + 9, 2), (20, sizes.panel + 33, 1)):
+        if max(q * group, kv) < 600:
+            shape = Shape(lens_q=(q,), lens_kv=(kv,), group=group, mode=3, mask="formula", seed=q)
+            check_grad(name, shape, "amx")
+
+
+@by_grad
+def test_gradients_with_everything_else(name):
+    base = Shape(lens_q=(40, 40), lens_kv=(150, 150), heads_kv=2, group=2, seed=4)
+    for change in (
+        {"keep_prob": 0.7},
+        {"pse": "full", "mode": 3, "mask": "formula"},
+        {"mode": 1, "mask": "given", "hidden": 0.9},
+        {"mode": 1, "mask": "given", "hidden": 0.3, "keep_prob": 0.5, "pse": "full"},
+        {"layout": TND, "lens_q": (40, 0, 7), "lens_kv": (60, 5, 0), "pad_q": 2, "pad_kv": 3},
+        {"layout": BNSD, "spread": "growing"},
+    ):
+        check_grad(name, some(base, **change), "amx")
+
+
+@by_grad
+def test_the_work_of_gradients(emulated, name):
+    """Tasks of queries compute the units of 32 keys that a group of 32 queries sees, three products
+    each; tasks of keys those of queries, with four."""
+    k, sizes = kernel(name), sizes_of(name)
+    both = sizes.columns + sizes.groups
+    for n, group in ((33, 1), (90, 2)):
+        shape = Shape(lens_q=(n,), lens_kv=(n,), group=group, mode=2, mask="formula", seed=1)
+        grad = make_grad_case(name, shape, "amx")
+        fields = {**grad_fields(k, grad, "amx"), **grad.outputs()}
+        plan, _ = k.plan(**fields)
+        emulated.reset()
+        run_grad(k, grad, "amx")
+        made, queries = emulated.counts(), n * group
+        products = 0
+        for first in range(0, queries, SUB):
+            units = units_of(grad.case, min(first + SUB, queries) - 1)
+            products += 4 * units * (both + sizes.columns)
+        for key in range(0, n, SUB):
+            units = -(-(queries - key * group // SUB * SUB) // SUB)
+            products += 4 * units * 2 * both
+        assert made["tdpbf16ps"] == products and made["violations"] == 0
+        assert made["ldtilecfg"] == made["tilerelease"] == plan.n_tasks
+        workspace = np.zeros(plan.task_bytes, np.uint8)
+        for i in range(plan.n_tasks):
+            k.task(plan, i, workspace)
+            assert TILES.configured() == 0
+
+
+@by_grad
+def test_gradients_between_guard_pages(name):
+    for flush, strides in (("left", True), ("right", False)):
+        shape = Shape(lens_q=(33,), lens_kv=(70,), heads_kv=2, group=2, mode=3, mask="formula")
+        grad = make_grad_case(name, shape, "amx")
+        got = run_grad_guarded(kernel(name), grad, Way("amx", flush, strides, by_task=strides))
+        assert_same(got, run_grad(kernel(name), grad, "amx"), flush)
+
+
+@by_grad
+def test_nan_reaches_the_gradients_of_what_meets_it(name):
+    """Rows 0 .. 29 and keys 0 .. 59 see each other, and the others: NaN in a row, a key, a value or
+    a gradient of the first kind leaves every bit of the second. And none gets lost."""
+    k = kernel(name)
+    shape = Shape(lens_q=(70,), lens_kv=(150,), group=2, mode=1, mask="given", seed=3)
+    grad = make_grad_case(name, shape, "amx")
+    mask = grad.case.args.atten_mask
+    mask[...] = (np.arange(70)[:, None] < 30) != (np.arange(150) < 60)
+    forward = run(kernel("bf16_128" if name == "bf16_128_grad" else "bf16_tails"), grad.case, "amx")
+    grad = dataclasses.replace(grad, forward=forward)
+    want = run_grad(k, grad, "amx")
+    behind = {"dquery": 30, "dkey": 60, "dvalue": 60}
+    for bad in (np.nan, np.inf):
+        for side, at in (("query", 3), ("key", 5), ("value", 40), ("dout", 29), ("sum", 7)):
+            if side == "dout":
+                dout = grad.dout.copy()
+                dout[:, at] = bad
+                other = dataclasses.replace(grad, dout=dout)
+            elif side == "sum":  # a NaN of nothing but ones: rounding must not turn it over
+                total = forward["softmax_sum"].copy()
+                total[:, :, at].view(np.uint32)[...] = 0xFFFFFFFF
+                other = dataclasses.replace(grad, forward={**forward, "softmax_sum": total})
+            else:
+                tensor = getattr(grad.case.args, side).copy()
+                tensor[:, at] = bad
+                other = dataclasses.replace(grad, case=grad.case.changed(**{side: tensor}))
+            got = run_grad(k, other, "amx")
+            for out, first in behind.items():
+                assert same_bits(got[out][:, first:], want[out][:, first:]), (side, out, bad)
+            reached = [np.isnan(got[out].astype(np.float32)).any() for out in ("dquery", "dkey")]
+            assert all(reached), (side, bad)
+            if side == "sum":
+                assert np.isnan(got["dvalue"][:, :60].astype(np.float32)).all()
+
+
+@by_grad
+def test_tasks_of_gradients_in_any_order(name):
+    """On threads, whatever their workspace held before: the bits of the one call."""
+    k = kernel(name)
+    shape = Shape(lens_q=(90, 7, 33), lens_kv=(150, 60, 1), heads_kv=3, group=3, layout=TND)
+    grad = make_grad_case(name, shape, "amx")
+    want = run_grad(k, grad, "amx")
+    for order in (1, 2):
+        outputs = grad.outputs()
+        plan, result = k.plan(**grad_fields(k, grad, "amx"), **outputs)
+        assert result.ok, result.error_text
+        tasks = np.random.default_rng(order).permutation(plan.n_tasks).tolist()
+        k.execute(plan, tasks, 3)
+        assert_same(outputs, want, order)
+    for byte in (0x00, 0xFF):
+        outputs = grad.outputs()
+        fields = {**grad_fields(k, grad, "amx"), **outputs}
+        workspace = np.full(k.workspace_bytes(**fields), byte, np.uint8)
+        assert k.run(**fields, workspace=workspace).ok
+        assert_same(outputs, want, byte)
 
 
 def test_steps_are_all_there():
