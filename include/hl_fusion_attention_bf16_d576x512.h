@@ -83,7 +83,8 @@
  * NUMBERS
  *   Scores, softmax and sums are float32; results are rounded to nearest even.
  *   The bits of a row depend on that row's inputs and the instruction set alone: not on threads,
- *   tasks, batch, layout or the rows beside it. 2^x and ln x: math = "builtin".
+ *   tasks, batch, layout or the rows beside it.
+ *   2^x and ln x: math = "builtin".
  *
  * MACROS (before the first inclusion)
  *   HL_API, HL_IMPLEMENTATION  one copy for several files
