@@ -2968,6 +2968,9 @@ static inline void hl_fa_bf16_d128_store_state(const hl_fusion_attention_plan *p
 {
     const hl_fusion_attention_args *const a = &plan->args;
     const uint64_t elements = hl_mul_cap(hl_fa_bf16_d128_pairs(a), (uint64_t)a->heads_q);
+    if (a->dropout_state == NULL) {
+        return;
+    }
     a->dropout_state[0] = a->dropout_seed;
     a->dropout_state[1] = a->dropout_offset;
     a->dropout_state[2] = elements > (uint64_t)INT64_MAX ? INT64_MAX : (int64_t)elements;
@@ -3781,9 +3784,6 @@ static inline void hl_fa_bf16_d128_task_scalar(const hl_fusion_attention_plan *p
         j = next;
     }
     hl_fa_bf16_d128_finish_scalar(plan, &g, &t, columns);
-    if (task == 0 && a->dropout_state != NULL) {
-        hl_fa_bf16_d128_store_state(plan);
-    }
 }
 
 /* ==== hl_fusion_attention_bf16_d128 ====
@@ -4638,9 +4638,6 @@ static inline void hl_fa_bf16_d128_task_neon(const hl_fusion_attention_plan *pla
         j = next;
     }
     hl_fa_bf16_d128_finish_neon(plan, &g, &t, columns);
-    if (task == 0 && a->dropout_state != NULL) {
-        hl_fa_bf16_d128_store_state(plan);
-    }
 }
 
 #endif /* HL_HAS_NEON */
@@ -5436,9 +5433,6 @@ static inline void hl_fa_bf16_d128_task_avx2(const hl_fusion_attention_plan *pla
         j = next;
     }
     hl_fa_bf16_d128_finish_avx2(plan, &g, &t, columns);
-    if (task == 0 && a->dropout_state != NULL) {
-        hl_fa_bf16_d128_store_state(plan);
-    }
 }
 
 #endif /* HL_HAS_AVX2 */
@@ -6867,9 +6861,6 @@ static inline void hl_fa_bf16_d128_task_avx512(const hl_fusion_attention_plan *p
         j = next;
     }
     hl_fa_bf16_d128_finish_avx512(plan, &g, &t, columns);
-    if (task == 0 && a->dropout_state != NULL) {
-        hl_fa_bf16_d128_store_state(plan);
-    }
 }
 
 #endif /* HL_HAS_AVX512 */
@@ -7788,9 +7779,6 @@ static inline void hl_fa_bf16_d128_task_amx(const hl_fusion_attention_plan *plan
         hl_fa_bf16_d128_find_group_amx(a, &g, &w, i, fresh[i], &u);
         hl_fa_bf16_d128_end_amx(plan, &w, &u);
     }
-    if (task == 0 && a->dropout_state != NULL) {
-        hl_fa_bf16_d128_store_state(plan);
-    }
 }
 
 #endif /* HL_HAS_AMX */
@@ -7906,6 +7894,9 @@ HL_API void hl_fusion_attention_bf16_d128_task(const hl_fusion_attention_plan *p
     if (task < 0 || task >= plan->n_tasks) {
         return;
     }
+    if (task == 0) {
+        hl_fa_bf16_d128_store_state(plan);
+    }
     switch (plan->args.isa) {
 #if HL_HAS_NEON
     case HL_ISA_NEON:
@@ -7970,6 +7961,7 @@ HL_API hl_status hl_fusion_attention_bf16_d128(const hl_fusion_attention_args *a
         return status;
     }
     if (plan.n_tasks == 0) {
+        hl_fa_bf16_d128_store_state(&plan);
         return HL_OK;
     }
     if (workspace == NULL) {

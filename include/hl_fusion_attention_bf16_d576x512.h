@@ -2970,6 +2970,9 @@ static inline void hl_fa_bf16_d576x512_store_state(const hl_fusion_attention_pla
 {
     const hl_fusion_attention_args *const a = &plan->args;
     const uint64_t elements = hl_mul_cap(hl_fa_bf16_d576x512_pairs(a), (uint64_t)a->heads_q);
+    if (a->dropout_state == NULL) {
+        return;
+    }
     a->dropout_state[0] = a->dropout_seed;
     a->dropout_state[1] = a->dropout_offset;
     a->dropout_state[2] = elements > (uint64_t)INT64_MAX ? INT64_MAX : (int64_t)elements;
@@ -3769,9 +3772,6 @@ static inline void hl_fa_bf16_d576x512_task_scalar(const hl_fusion_attention_pla
         j = next;
     }
     hl_fa_bf16_d576x512_finish_scalar(plan, &g, &t, columns);
-    if (task == 0 && a->dropout_state != NULL) {
-        hl_fa_bf16_d576x512_store_state(plan);
-    }
 }
 
 /* ==== hl_fusion_attention_bf16_d576x512 ====
@@ -4631,9 +4631,6 @@ static inline void hl_fa_bf16_d576x512_task_neon(const hl_fusion_attention_plan 
         j = next;
     }
     hl_fa_bf16_d576x512_finish_neon(plan, &g, &t, columns);
-    if (task == 0 && a->dropout_state != NULL) {
-        hl_fa_bf16_d576x512_store_state(plan);
-    }
 }
 
 #endif /* HL_HAS_NEON */
@@ -5434,9 +5431,6 @@ static inline void hl_fa_bf16_d576x512_task_avx2(const hl_fusion_attention_plan 
         j = next;
     }
     hl_fa_bf16_d576x512_finish_avx2(plan, &g, &t, columns);
-    if (task == 0 && a->dropout_state != NULL) {
-        hl_fa_bf16_d576x512_store_state(plan);
-    }
 }
 
 #endif /* HL_HAS_AVX2 */
@@ -6846,9 +6840,6 @@ static inline void hl_fa_bf16_d576x512_task_avx512(const hl_fusion_attention_pla
         j = next;
     }
     hl_fa_bf16_d576x512_finish_avx512(plan, &g, &t, columns);
-    if (task == 0 && a->dropout_state != NULL) {
-        hl_fa_bf16_d576x512_store_state(plan);
-    }
 }
 
 #endif /* HL_HAS_AVX512 */
@@ -7767,9 +7758,6 @@ static inline void hl_fa_bf16_d576x512_task_amx(const hl_fusion_attention_plan *
         hl_fa_bf16_d576x512_find_group_amx(a, &g, &w, i, fresh[i], &u);
         hl_fa_bf16_d576x512_end_amx(plan, &w, &u);
     }
-    if (task == 0 && a->dropout_state != NULL) {
-        hl_fa_bf16_d576x512_store_state(plan);
-    }
 }
 
 #endif /* HL_HAS_AMX */
@@ -7885,6 +7873,9 @@ HL_API void hl_fusion_attention_bf16_d576x512_task(const hl_fusion_attention_pla
     if (task < 0 || task >= plan->n_tasks) {
         return;
     }
+    if (task == 0) {
+        hl_fa_bf16_d576x512_store_state(plan);
+    }
     switch (plan->args.isa) {
 #if HL_HAS_NEON
     case HL_ISA_NEON:
@@ -7951,6 +7942,7 @@ HL_API hl_status hl_fusion_attention_bf16_d576x512(const hl_fusion_attention_arg
         return status;
     }
     if (plan.n_tasks == 0) {
+        hl_fa_bf16_d576x512_store_state(&plan);
         return HL_OK;
     }
     if (workspace == NULL) {

@@ -2586,6 +2586,9 @@ static inline void hl_fa_f32_d64_pse_types_softcap_sinks_store_state(
     const hl_fusion_attention_args *const a = &plan->args;
     const uint64_t elements =
         hl_mul_cap(hl_fa_f32_d64_pse_types_softcap_sinks_pairs(a), (uint64_t)a->heads_q);
+    if (a->dropout_state == NULL) {
+        return;
+    }
     a->dropout_state[0] = a->dropout_seed;
     a->dropout_state[1] = a->dropout_offset;
     a->dropout_state[2] = elements > (uint64_t)INT64_MAX ? INT64_MAX : (int64_t)elements;
@@ -3468,9 +3471,6 @@ static inline void hl_fa_f32_d64_pse_types_softcap_sinks_task_scalar(
         j = next;
     }
     hl_fa_f32_d64_pse_types_softcap_sinks_finish_scalar(plan, &g, &t, columns);
-    if (task == 0 && a->dropout_state != NULL) {
-        hl_fa_f32_d64_pse_types_softcap_sinks_store_state(plan);
-    }
 }
 
 /* ==== hl_fusion_attention_f32_d64_pse_types_softcap_sinks ====
@@ -4387,9 +4387,6 @@ static inline void hl_fa_f32_d64_pse_types_softcap_sinks_task_neon(
         j = next;
     }
     hl_fa_f32_d64_pse_types_softcap_sinks_finish_neon(plan, &g, &t, columns);
-    if (task == 0 && a->dropout_state != NULL) {
-        hl_fa_f32_d64_pse_types_softcap_sinks_store_state(plan);
-    }
 }
 
 #endif /* HL_HAS_NEON */
@@ -5247,9 +5244,6 @@ static inline void hl_fa_f32_d64_pse_types_softcap_sinks_task_avx2(
         j = next;
     }
     hl_fa_f32_d64_pse_types_softcap_sinks_finish_avx2(plan, &g, &t, columns);
-    if (task == 0 && a->dropout_state != NULL) {
-        hl_fa_f32_d64_pse_types_softcap_sinks_store_state(plan);
-    }
 }
 
 #endif /* HL_HAS_AVX2 */
@@ -6733,9 +6727,6 @@ static inline void hl_fa_f32_d64_pse_types_softcap_sinks_task_avx512(
         j = next;
     }
     hl_fa_f32_d64_pse_types_softcap_sinks_finish_avx512(plan, &g, &t, columns);
-    if (task == 0 && a->dropout_state != NULL) {
-        hl_fa_f32_d64_pse_types_softcap_sinks_store_state(plan);
-    }
 }
 
 #endif /* HL_HAS_AVX512 */
@@ -6840,6 +6831,9 @@ HL_API void hl_fusion_attention_f32_d64_pse_types_softcap_sinks_task(
     if (task < 0 || task >= plan->n_tasks) {
         return;
     }
+    if (task == 0) {
+        hl_fa_f32_d64_pse_types_softcap_sinks_store_state(plan);
+    }
     switch (plan->args.isa) {
 #if HL_HAS_NEON
     case HL_ISA_NEON:
@@ -6902,6 +6896,7 @@ HL_API hl_status hl_fusion_attention_f32_d64_pse_types_softcap_sinks(
         return status;
     }
     if (plan.n_tasks == 0) {
+        hl_fa_f32_d64_pse_types_softcap_sinks_store_state(&plan);
         return HL_OK;
     }
     if (workspace == NULL) {
