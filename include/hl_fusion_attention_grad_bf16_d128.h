@@ -8432,7 +8432,7 @@ HL_KERNEL_AMX void hl_fag_bf16_d128_gradient_amx(float *s, float *ds, const floa
     const hl_vf_avx512 below = hl_vmax_avx512(hl_vzero_avx512(), hl_vsub_avx512(max, x));
     const hl_vf_avx512 p =
         hl_vflush_avx512(x, least,
-                         hl_vmul_avx512(hl_vexp2_avx512(hl_vsub_avx512(hl_vzero_avx512(), below)),
+                         hl_vmul_avx512(hl_exp2_amx(hl_vsub_avx512(hl_vzero_avx512(), below)),
                                         weight));
     hl_vf_avx512 dp = hl_vload_avx512(ds);
     if (kept != NULL) {
