@@ -36,7 +36,7 @@ QUERIES = 144  # an odd number of cache lines: rows of S do not share their cach
 BLOCK = 96
 # The same for gradients: queries or keys of a task; keys or queries that they meet at once. The
 # more of the first, the less often rows come from far away; what a task packs, loads and sums has
-# to stay in the second-level cache: 500 KiB for 128 channels.
+# to stay in the second-level cache: 540 KiB for 128 channels.
 GRAD_TASK = 192
 GRAD_BLOCK = 96
 SMALL = 16  # both, where memory is dear: headers for small targets alone

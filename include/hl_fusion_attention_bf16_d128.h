@@ -81,9 +81,10 @@
  *   behind a row; unused memory may hold NaN.
  *
  * NUMBERS
- *   Scores, softmax and sums are float32; results are rounded to nearest even. The bits of a row
- *   depend on that row's inputs and the instruction set alone: not on threads, tasks, batch,
- *   layout or the rows beside it. 2^x and ln x: math = "builtin".
+ *   Scores, softmax and sums are float32; results are rounded to nearest even.
+ *   The bits of a row depend on that row's inputs and the instruction set alone: not on threads,
+ *   tasks, batch, layout or the rows beside it.
+ *   2^x and ln x: math = "builtin".
  *
  * MACROS (before the first inclusion)
  *   HL_API, HL_IMPLEMENTATION  one copy for several files
@@ -7265,13 +7266,19 @@ HL_KERNEL_AMX void hl_fa_bf16_d128_unit_amx(hl_fa_bf16_d128_woven_amx *x,
                                             const hl_fa_bf16_d128_operand_amx *others,
                                             int32_t columns, int32_t fresh, unsigned char *to)
 {
-    hl_fa_bf16_d128_operand_amx a = *rows;
-    hl_fa_bf16_d128_operand_amx b = *others;
-    for (int32_t c = 0; c < columns; ++c, a.at += a.step, b.at += b.step) {
-        HL_TILE_STREAM(4, a.at, a.stride);
-        HL_TILE_STREAM(5, a.at + a.second, a.stride);
-        HL_TILE_LOAD(6, b.at, b.stride);
-        HL_TILE_LOAD(7, b.at + b.second, b.stride);
+    const unsigned char *a = rows->at; /* no copies of the structs: g++ -O0 would unwind them */
+    const unsigned char *b = others->at;
+    const ptrdiff_t stride_a = rows->stride;
+    const ptrdiff_t stride_b = others->stride;
+    const ptrdiff_t second_a = rows->second;
+    const ptrdiff_t second_b = others->second;
+    const ptrdiff_t step_a = rows->step;
+    const ptrdiff_t step_b = others->step;
+    for (int32_t c = 0; c < columns; ++c, a += step_a, b += step_b) {
+        HL_TILE_STREAM(4, a, stride_a);
+        HL_TILE_STREAM(5, a + second_a, stride_a);
+        HL_TILE_LOAD(6, b, stride_b);
+        HL_TILE_LOAD(7, b + second_b, stride_b);
         if (c == 0) {
             if (x->before != NULL) {
                 HL_TILE_STORE(0, x->before + 0, 128);

@@ -81,9 +81,10 @@
  *   behind a row; unused memory may hold NaN.
  *
  * NUMBERS
- *   Scores, softmax and sums are float32; results are rounded to nearest even. The bits of a row
- *   depend on that row's inputs and the instruction set alone: not on threads, tasks, batch,
- *   layout or the rows beside it. 2^x and ln x: math = "builtin".
+ *   Scores, softmax and sums are float32; results are rounded to nearest even.
+ *   The bits of a row depend on that row's inputs and the instruction set alone: not on threads,
+ *   tasks, batch, layout or the rows beside it.
+ *   2^x and ln x: math = "builtin".
  *
  * MACROS (before the first inclusion)
  *   HL_API, HL_IMPLEMENTATION  one copy for several files

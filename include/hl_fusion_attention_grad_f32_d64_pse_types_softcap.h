@@ -14,6 +14,7 @@
  *   output (Dao 2023, FlashAttention-2, algorithm 2):
  *       P = exp(score - max) / sum;  dV = P^T dO;  dP = dO V^T;  D = rowsum(dO o O)
  *       dS = P o (dP - D);  dQ = scale_value dS K;  dK = scale_value dS^T Q
+ *   With dropout, M being 0 or 1: dV = (P o M / keep_prob)^T dO;  dP = (dO V^T) o M / keep_prob.
  *   P is computed again from Q, K, max and sum. Heads that share a kv head add up in dK and dV.
  *   Everything is in this file: checks, tiled loops, the choice of instruction set at run time,
  *   code for
@@ -75,7 +76,20 @@
  *       8  TND: as 2, the first batch that has rows as 4
  *   Blocks of keys that no row of a task sees are not computed. Keys and values that a row does not
  *   see may be NaN.
- *   A row that sees no key has gradient 0, and a key that no row sees, too.
+ *   A row that sees no key has gradient 0, and so has a key that no row sees. What the forward call
+ *   left for a row without keys (sum FLT_MAX or 0, max -FLT_MAX) is a weight of 0 for all of them.
+ *
+ * GRADIENTS
+ *   dquery [B][S1][N1][DK], dkey [B][S2][N2][DK] and dvalue [B][S2][N2][DV] lie as their tensors do
+ *   in the layout, with strides of their own; dpse is packed, shaped as pse: dS, times scale_value
+ *   where pse is HL_PSE_INNER. Each may be NULL: it is not wanted, and without dkey and dvalue, or
+ *   without dquery and dpse, its half of the tasks is not there. What is wanted is written whole;
+ *   rows and keys behind the last end of TND get 0. With out_f32 all are float.
+ *   dpse needs a pse of HL_PSE_FULL and type HL_PSE_INNER or HL_PSE_OUTER, pse_batch = B; any other
+ *   call with a dpse is refused (argument dpse). A gradient may not overlap anything.
+ *   Options are to be those of the forward call; of dropout_state, seed and offset.
+ *   Sinks need nothing here, as max and sum contain them. Their own gradient is not computed; it is
+ *       dsink_h = -sum_i exp(sink_h - max_i) / sum_i * D_i      over the rows i of head h
  *
  * DROPOUT
  *   keep_prob < 1: weights are multiplied by 0 or 1 / keep_prob behind the softmax, whose sum they
@@ -88,9 +102,10 @@
  *   behind a row; unused memory may hold NaN.
  *
  * NUMBERS
- *   Scores, softmax and sums are float32; results are rounded to nearest even. The bits of a row
- *   depend on that row's inputs and the instruction set alone: not on threads, tasks, batch,
- *   layout or the rows beside it. 2^x and ln x: math = "builtin".
+ *   Scores, softmax and sums are float32; results are rounded to nearest even.
+ *   Nothing is added up by two tasks: the bits of a row's or a key's gradients depend on its inputs
+ *   and the instruction set alone, not on threads, tasks, batch or layout. Rows and keys that it
+ *   does not meet may be NaN. 2^x: math = "builtin".
  *
  * MACROS (before the first inclusion)
  *   HL_API, HL_IMPLEMENTATION  one copy for several files
@@ -98,8 +113,7 @@
  *   HL_ISA_ONLY_<ISA>          one instruction set, no choice at run time
  *
  * SOURCES
- *   Milakov and Gimelshein 2018 (online softmax); Dao 2023 (FlashAttention-2); Salmon et al. 2011
- *   (Philox); the operator's own documents.
+ *   Dao 2023 (FlashAttention-2); Salmon et al. 2011 (Philox); the operator's own documents.
  */
 #ifndef HL_FUSION_ATTENTION_GRAD_F32_D64_PSE_TYPES_SOFTCAP_H
 #define HL_FUSION_ATTENTION_GRAD_F32_D64_PSE_TYPES_SOFTCAP_H
@@ -3359,23 +3373,23 @@ HL_KERNEL_SCALAR void hl_fag_f32_d64_pse_types_softcap_numbers_scalar(
     const hl_fusion_attention_grad_plan *plan, const hl_span *g,
     const hl_fag_f32_d64_pse_types_softcap_space *w, int32_t at)
 {
-    enum { L = 1, KS = 64, VC = 64 };
+    enum { L = 1, KS = 64, DV = 64 };
     const hl_fusion_attention_grad_args *const a = &plan->args;
     const float most = 3.402823466e+38f;
     for (int32_t first = 0; first < g->n; first += L) {
         hl_vf_scalar sum[L];
         for (int32_t r = 0; r < L; ++r) {
             const float *const row = w->v + (ptrdiff_t)(first + r) * KS;
+            const float *out;
             sum[r] = hl_vzero_scalar();
             if (first + r >= g->n) {
                 continue;
             }
-            hl_vrow_f32_scalar(w->row,
-                               hl_fag_f32_d64_pse_types_softcap_query_row_scalar(a->attention_out,
-                    g->out, &a->out_stride, g, first + r), 64);
-            for (int32_t c = 0; c < VC; c += L) {
-                sum[r] =
-                    hl_vfma_scalar(hl_vload_scalar(row + c), hl_vload_scalar(w->row + c), sum[r]);
+            out =
+                hl_fag_f32_d64_pse_types_softcap_query_row_scalar(a->attention_out, g->out,
+                &a->out_stride, g, first + r);
+            for (int32_t c = 0; c + L <= DV; c += L) {
+                sum[r] = hl_vfma_scalar(hl_vload_scalar(row + c), hl_vload_scalar(out + c), sum[r]);
             }
         }
         hl_vstore_scalar(w->delta + at + first, hl_vsums_scalar(sum));
@@ -4547,22 +4561,23 @@ HL_KERNEL_NEON void hl_fag_f32_d64_pse_types_softcap_numbers_neon(
     const hl_fusion_attention_grad_plan *plan, const hl_span *g,
     const hl_fag_f32_d64_pse_types_softcap_space *w, int32_t at)
 {
-    enum { L = 4, KS = 80, VC = 64 };
+    enum { L = 4, KS = 80, DV = 64 };
     const hl_fusion_attention_grad_args *const a = &plan->args;
     const float most = 3.402823466e+38f;
     for (int32_t first = 0; first < g->n; first += L) {
         hl_vf_neon sum[L];
         for (int32_t r = 0; r < L; ++r) {
             const float *const row = w->v + (ptrdiff_t)(first + r) * KS;
+            const float *out;
             sum[r] = hl_vzero_neon();
             if (first + r >= g->n) {
                 continue;
             }
-            hl_vrow_f32_neon(w->row,
-                             hl_fag_f32_d64_pse_types_softcap_query_row_neon(a->attention_out,
-                    g->out, &a->out_stride, g, first + r), 64);
-            for (int32_t c = 0; c < VC; c += L) {
-                sum[r] = hl_vfma_neon(hl_vload_neon(row + c), hl_vload_neon(w->row + c), sum[r]);
+            out =
+                hl_fag_f32_d64_pse_types_softcap_query_row_neon(a->attention_out, g->out,
+                &a->out_stride, g, first + r);
+            for (int32_t c = 0; c + L <= DV; c += L) {
+                sum[r] = hl_vfma_neon(hl_vload_neon(row + c), hl_vload_neon(out + c), sum[r]);
             }
         }
         hl_vstore_neon(w->delta + at + first, hl_vsums_neon(sum));
@@ -5674,22 +5689,23 @@ HL_KERNEL_AVX2 void hl_fag_f32_d64_pse_types_softcap_numbers_avx2(
     const hl_fusion_attention_grad_plan *plan, const hl_span *g,
     const hl_fag_f32_d64_pse_types_softcap_space *w, int32_t at)
 {
-    enum { L = 8, KS = 80, VC = 64 };
+    enum { L = 8, KS = 80, DV = 64 };
     const hl_fusion_attention_grad_args *const a = &plan->args;
     const float most = 3.402823466e+38f;
     for (int32_t first = 0; first < g->n; first += L) {
         hl_vf_avx2 sum[L];
         for (int32_t r = 0; r < L; ++r) {
             const float *const row = w->v + (ptrdiff_t)(first + r) * KS;
+            const float *out;
             sum[r] = hl_vzero_avx2();
             if (first + r >= g->n) {
                 continue;
             }
-            hl_vrow_f32_avx2(w->row,
-                             hl_fag_f32_d64_pse_types_softcap_query_row_avx2(a->attention_out,
-                    g->out, &a->out_stride, g, first + r), 64);
-            for (int32_t c = 0; c < VC; c += L) {
-                sum[r] = hl_vfma_avx2(hl_vload_avx2(row + c), hl_vload_avx2(w->row + c), sum[r]);
+            out =
+                hl_fag_f32_d64_pse_types_softcap_query_row_avx2(a->attention_out, g->out,
+                &a->out_stride, g, first + r);
+            for (int32_t c = 0; c + L <= DV; c += L) {
+                sum[r] = hl_vfma_avx2(hl_vload_avx2(row + c), hl_vload_avx2(out + c), sum[r]);
             }
         }
         hl_vstore_avx2(w->delta + at + first, hl_vsums_avx2(sum));
@@ -7430,23 +7446,23 @@ HL_KERNEL_AVX512 void hl_fag_f32_d64_pse_types_softcap_numbers_avx512(
     const hl_fusion_attention_grad_plan *plan, const hl_span *g,
     const hl_fag_f32_d64_pse_types_softcap_space *w, int32_t at)
 {
-    enum { L = 16, KS = 80, VC = 64 };
+    enum { L = 16, KS = 80, DV = 64 };
     const hl_fusion_attention_grad_args *const a = &plan->args;
     const float most = 3.402823466e+38f;
     for (int32_t first = 0; first < g->n; first += L) {
         hl_vf_avx512 sum[L];
         for (int32_t r = 0; r < L; ++r) {
             const float *const row = w->v + (ptrdiff_t)(first + r) * KS;
+            const float *out;
             sum[r] = hl_vzero_avx512();
             if (first + r >= g->n) {
                 continue;
             }
-            hl_vrow_f32_avx512(w->row,
-                               hl_fag_f32_d64_pse_types_softcap_query_row_avx512(a->attention_out,
-                    g->out, &a->out_stride, g, first + r), 64);
-            for (int32_t c = 0; c < VC; c += L) {
-                sum[r] =
-                    hl_vfma_avx512(hl_vload_avx512(row + c), hl_vload_avx512(w->row + c), sum[r]);
+            out =
+                hl_fag_f32_d64_pse_types_softcap_query_row_avx512(a->attention_out, g->out,
+                &a->out_stride, g, first + r);
+            for (int32_t c = 0; c + L <= DV; c += L) {
+                sum[r] = hl_vfma_avx512(hl_vload_avx512(row + c), hl_vload_avx512(out + c), sum[r]);
             }
         }
         hl_vstore_avx512(w->delta + at + first, hl_vsums_avx512(sum));

@@ -74,6 +74,7 @@ PADDED = Shape(
 )
 ENDS = {"lens_q": (5, 2), "lens_kv": (9, 4), "pad_q": 1, "pad_kv": 2, "unused": 1}
 TND_CALL = dataclasses.replace(PADDED, **ENDS, layout=TND, mask_batch=False, mask_heads=False)
+LAST_ROWS = {"pse": "last_rows", "pse_each": False, "heads_kv": 1}
 # name of the base -> kernel, call
 BASES: dict[str, tuple[str, Shape]] = {
     "bsnd": ("f32_all", PADDED),
@@ -82,8 +83,8 @@ BASES: dict[str, tuple[str, Shape]] = {
     "tnd": ("f32_all", TND_CALL),
     "prefix": ("f32_all", dataclasses.replace(PADDED, mode=6, mask="formula")),
     "split": ("f32_all", dataclasses.replace(TND_CALL, mode=7, mask="formula", pse="none")),
-    "rows": ("f32_all", dataclasses.replace(PADDED, lens_kv=(5, 5), pse="last_rows")),
-    "tnd_rows": ("f32_all", dataclasses.replace(TND_CALL, lens_kv=(5, 2), pse="last_rows")),
+    "rows": ("f32_all", dataclasses.replace(PADDED, lens_kv=(5, 5), **LAST_ROWS)),
+    "tnd_rows": ("f32_all", dataclasses.replace(TND_CALL, lens_kv=(5, 2), **LAST_ROWS)),
     "slope": ("f32_all", dataclasses.replace(PADDED, pse="slope", pse_type=SLOPE)),
     "none": ("f16_none", dataclasses.replace(PADDED, sinks="none")),
 }
@@ -239,7 +240,7 @@ TABLE = [
     # Lengths.
     Bad(
         "rows",
-        {"seq_kv": 4, "key_stride": (150, 30, 15), "value_stride": (70, 14, 7)},
+        {"seq_kv": 4, "key_stride": (75, 15, 15), "value_stride": (35, 7, 7)},
         "SHAPE",
         "seq_kv",
         "EQUAL",

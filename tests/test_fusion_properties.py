@@ -635,6 +635,28 @@ def test_the_generators_bits_as_a_mask(name, isa, layout):
 
 
 @by_pair(*SMALL)
+def test_the_last_bit_of_keep_prob(name, isa):
+    """Just below a weight's word and just above it: dropped, and kept."""
+    k = kernel(name)
+    case = in_floats(make_case(k, Shape(lens_q=(2,), lens_kv=(9,), keep_prob=0.5)))
+    blocks = oracle.philox(
+        np.array([[j, i, 0, case.args.dropout_offset] for i in range(2) for j in range(2)]),
+        (case.args.dropout_seed & 0xFFFFFFFF, case.args.dropout_seed >> 32 & 0xFFFFFFFF),
+    )
+    words = blocks.reshape(2, 8)
+    for i, j in ((0, 0), (0, 5), (1, 2), (1, 7)):
+        kept = []
+        for side in (0.0, 1.0):
+            share = np.nextafter(np.float32(words[i, j] / 2**32), np.float32(side))
+            share = np.nextafter(share, np.float32(side))
+            some = case.changed(keep_prob=float(share))
+            bits = oracle.generated_mask(some.args)
+            assert_same(run(k, some, isa), run(k, some.changed(dropout_mask=bits), isa))
+            kept.append(np.unpackbits(bits, bitorder="little")[9 * i + j])
+        assert kept == [0, 1]
+
+
+@by_pair(*SMALL)
 def test_dropout_does_not_reach_the_statistics(name, isa):
     k = kernel(name)
     case = make_case(k, with_shape(mode=3, mask="formula"))
