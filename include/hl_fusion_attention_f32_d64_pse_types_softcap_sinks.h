@@ -74,7 +74,9 @@
  *   keep_prob < 1: weights are multiplied by 0 or 1 / keep_prob behind the softmax, whose sum they
  *   are all part of. Which are kept, dropout_mask says, or else Philox4x32-10: word j % 4 of the
  *   counter (j / 4, i, b N1 + h, dropout_offset) under the key (low, high half of dropout_seed) has
- *   to be below keep_prob * 2^32. The same on all instruction sets, threads and layouts.
+ *   to be below keep_prob * 2^32. The same on all instruction sets, threads and layouts. Rows are
+ *   those of the call: what a call for a part of the rows keeps is not what one for all of them
+ *   keeps. keep_prob 0 or 1: no dropout, and dropout_mask is not read.
  *
  * MEMORY
  *   One task needs 181504 bytes, whatever the shape. Nothing is read before or
@@ -1845,18 +1847,13 @@ static inline void hl_fa_f32_d64_pse_types_softcap_sinks_cut(
 static inline int32_t hl_fa_f32_d64_pse_types_softcap_sinks_rows_of(const int64_t *ends,
     int32_t batch, int32_t total, int32_t b, int32_t *first)
 {
-    int64_t end = total;
+    const int64_t end = b < batch ? ends[b] : total;
     int32_t last = b;
-    if (b < batch) {
-        end = ends[b];
-    } else {
-        while (last > 0 && ends[last - 1] <= 0) { /* batches that are not used end at 0 */
-            --last;
-        }
+    while (last > 0 && ends[last - 1] <= 0) { /* batches that are not used end at 0 */
+        --last;
     }
     *first = hl_clip(last > 0 ? ends[last - 1] : 0, 0, total);
-    end = hl_clip(end, 0, total);
-    return end > *first ? (int32_t)end - *first : 0;
+    return end > *first ? hl_clip(end, 0, total) - *first : 0;
 }
 
 /* Batch b: its rows, its keys, and the formula of its mask. */
@@ -1946,21 +1943,25 @@ static inline void hl_fa_f32_d64_pse_types_softcap_sinks_queries(const hl_fusion
     g->out = hl_fa_f32_d64_pse_types_softcap_sinks_start(a, g, &a->out_stride, 0);
 }
 
-/* Tasks that a batch of so many rows makes: `each` to a row, `most` of them a task. */
-static inline int64_t hl_fa_f32_d64_pse_types_softcap_sinks_batch_tasks(
-    const hl_fusion_attention_args *a, int32_t rows, int32_t each, int32_t most)
+/* Pieces of a kv head's rows, of `most` queries or keys each, `each` to a row. */
+static inline int64_t hl_fa_f32_d64_pse_types_softcap_sinks_pieces(int32_t rows, int32_t each,
+    int32_t most)
 {
-    return ((int64_t)rows * each + most - 1) / most * a->heads_kv;
+    return ((int64_t)rows * each + most - 1) / most;
 }
 
-/* Batches, with what is behind the last end. */
-static inline int32_t hl_fa_f32_d64_pse_types_softcap_sinks_batches(
-    const hl_fusion_attention_args *a)
+/* TND: the number of the first piece of batch b. Numbers are given for whole pieces of all rows in
+ * front, and one more for each batch, so that a batch is found without counting those in front; a
+ * number that is left over has no queries. */
+static inline int64_t hl_fa_f32_d64_pse_types_softcap_sinks_first_piece(const int64_t *ends,
+    int32_t batch, int32_t total, int32_t b, int32_t each, int32_t most)
 {
-    return a->input_layout == HL_LAYOUT_TND ? a->batch + 1 : a->batch;
+    int32_t first;
+    (void)hl_fa_f32_d64_pse_types_softcap_sinks_rows_of(ends, batch, total, b, &first);
+    return (int64_t)first * each / most + b;
 }
 
-/* Which piece of which batch a task is: batch by batch, kv head by kv head. 0: none. */
+/* Which piece of which batch and kv head a task is. 0: none. */
 static inline int32_t hl_fa_f32_d64_pse_types_softcap_sinks_find(
     const hl_fusion_attention_plan *plan, int64_t task, int32_t of_keys, hl_span *g,
     int32_t *kv_head, int32_t *piece)
@@ -1968,40 +1969,33 @@ static inline int32_t hl_fa_f32_d64_pse_types_softcap_sinks_find(
     const hl_fusion_attention_args *const a = &plan->args;
     const int32_t each = of_keys ? 1 : plan->group;
     const int32_t most = of_keys ? 1 : plan->queries;
-    const int32_t batches = hl_fa_f32_d64_pse_types_softcap_sinks_batches(a);
-    int32_t b = 0;
-    int64_t tasks;
-    int64_t pieces;
+    const int32_t total = of_keys ? a->seq_kv : a->seq_q;
+    int64_t pieces = hl_fa_f32_d64_pse_types_softcap_sinks_pieces(total, each, most);
     if (a->input_layout == HL_LAYOUT_TND) {
-        for (; b < batches; ++b) {
-            int32_t first;
-            const int32_t rows = of_keys
-                ? hl_fa_f32_d64_pse_types_softcap_sinks_rows_of(a->actual_seq_kvlen, a->batch,
-                    a->seq_kv, b, &first)
-                : hl_fa_f32_d64_pse_types_softcap_sinks_rows_of(a->actual_seq_qlen, a->batch,
-                    a->seq_q, b, &first);
-            tasks = hl_fa_f32_d64_pse_types_softcap_sinks_batch_tasks(a, rows, each, most);
-            if (task < tasks) {
-                break;
+        const int64_t *const ends = of_keys ? a->actual_seq_kvlen : a->actual_seq_qlen;
+        int32_t b = 0;
+        int32_t past = a->batch + 1;
+        pieces = (int64_t)total * each / most + a->batch + 1;
+        *kv_head = (int32_t)(task / pieces);
+        task %= pieces;
+        while (past - b > 1) {
+            const int32_t middle = b + (past - b) / 2;
+            if (hl_fa_f32_d64_pse_types_softcap_sinks_first_piece(ends, a->batch, total, middle,
+                    each, most) <= task) {
+                b = middle;
+            } else {
+                past = middle;
             }
-            task -= tasks;
         }
-    } else
-    {
-        tasks =
-            hl_fa_f32_d64_pse_types_softcap_sinks_batch_tasks(a, of_keys ? a->seq_kv : a->seq_q,
+        hl_fa_f32_d64_pse_types_softcap_sinks_batch(plan, b, g);
+        task -= hl_fa_f32_d64_pse_types_softcap_sinks_first_piece(ends, a->batch, total, b, each,
+            most);
+        *piece = (int32_t)task;
+        return task < hl_fa_f32_d64_pse_types_softcap_sinks_pieces(of_keys ? g->seq_kv : g->seq_q,
             each, most);
-        b = (int32_t)(task / tasks);
-        task %= tasks;
     }
-    if (b >= batches) {
-        return 0;
-    }
-    hl_fa_f32_d64_pse_types_softcap_sinks_batch(plan, b, g);
-    pieces =
-        hl_fa_f32_d64_pse_types_softcap_sinks_batch_tasks(a, of_keys ? g->seq_kv : g->seq_q, each,
-        most) / a->heads_kv;
-    *kv_head = (int32_t)(task / pieces);
+    hl_fa_f32_d64_pse_types_softcap_sinks_batch(plan, (int32_t)(task / (pieces * a->heads_kv)), g);
+    *kv_head = (int32_t)(task / pieces % a->heads_kv);
     *piece = (int32_t)(task % pieces);
     return 1;
 }
@@ -2013,22 +2007,13 @@ static inline int64_t hl_fa_f32_d64_pse_types_softcap_sinks_count_tasks(
     const hl_fusion_attention_args *const a = &plan->args;
     const int32_t each = of_keys ? 1 : plan->group;
     const int32_t most = of_keys ? 1 : plan->queries;
+    const int32_t total = of_keys ? a->seq_kv : a->seq_q;
     if (a->input_layout == HL_LAYOUT_TND) {
-        int64_t tasks = 0;
-        for (int32_t b = 0; b < hl_fa_f32_d64_pse_types_softcap_sinks_batches(a); ++b) {
-            int32_t first;
-            const int32_t rows = of_keys
-                ? hl_fa_f32_d64_pse_types_softcap_sinks_rows_of(a->actual_seq_kvlen, a->batch,
-                    a->seq_kv, b, &first)
-                : hl_fa_f32_d64_pse_types_softcap_sinks_rows_of(a->actual_seq_qlen, a->batch,
-                    a->seq_q, b, &first);
-            tasks += hl_fa_f32_d64_pse_types_softcap_sinks_batch_tasks(a, rows, each, most);
-        }
-        return tasks;
+        return total > 0 ? ((int64_t)total * each / most + a->batch + 1) * a->heads_kv : 0;
     }
-    return (int64_t)hl_mul_cap((uint64_t)a->batch,
-                               (uint64_t)hl_fa_f32_d64_pse_types_softcap_sinks_batch_tasks(a,
-            of_keys ? a->seq_kv : a->seq_q, each, most));
+    return (int64_t)hl_mul_cap((uint64_t)a->batch * (uint64_t)a->heads_kv,
+                               (uint64_t)hl_fa_f32_d64_pse_types_softcap_sinks_pieces(total, each,
+            most));
 }
 
 /* Where the max, sum and LSE of a row's head stand, in numbers of one. */
@@ -2056,6 +2041,7 @@ static inline hl_status hl_fa_f32_d64_pse_types_softcap_sinks_check_absent(
 static inline hl_status hl_fa_f32_d64_pse_types_softcap_sinks_check_sizes(
     hl_fusion_attention_args *a, hl_error *error)
 {
+    const int64_t far = (int64_t)1 << 40;
     a->heads_kv = a->heads_kv != 0 ? a->heads_kv : a->heads_q;
     a->stats_width = a->stats_width != 0 ? a->stats_width : 8;
     a->mask_batch = a->mask_batch != 0 ? a->mask_batch : 1;
@@ -2085,6 +2071,8 @@ static inline hl_status hl_fa_f32_d64_pse_types_softcap_sinks_check_sizes(
             {a->band, 0, 1, HL_ARG_BAND},
             {a->pse_type, 0, 3, HL_ARG_PSE_TYPE},
             {a->pse_shape, 0, 2, HL_ARG_PSE_SHAPE},
+            {a->q_start, -far, far, HL_ARG_Q_START},
+            {a->kv_start, -far, far, HL_ARG_KV_START},
             {a->dropout_offset, 0, (int64_t)UINT32_MAX, HL_ARG_DROPOUT_OFFSET},
             {a->stats_order, 0, 1, HL_ARG_STATS_ORDER},
             {a->inner_precise, 0, 2, HL_ARG_INNER_PRECISE},
@@ -2273,6 +2261,9 @@ static inline hl_status hl_fa_f32_d64_pse_types_softcap_sinks_check_mask(
     }
     if (a->sparse_mode > 6 && a->pse != NULL) {
         return hl_refuse(error, HL_ERR_UNSUPPORTED, HL_ARG_PSE, HL_RULE_NULL, 1, 0);
+    }
+    if (!a->band && (a->pre_tokens != 0 || a->next_tokens != 0)) { /* given, but not to count? */
+        return hl_refuse(error, HL_ERR_SHAPE, HL_ARG_BAND, HL_RULE_EQUAL, 0, 1);
     }
     a->pre_tokens = a->band ? a->pre_tokens : all;
     a->next_tokens = a->band ? a->next_tokens : all;
