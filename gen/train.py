@@ -65,6 +65,7 @@ class TrainTile:
     why: dict[str, str]
     slices: dict[str, int]  # floats of each named piece of workspace
     decodes: bool = False
+    exp2: str = "vexp2"
     ahead: int = 8  # rows that are asked for before they are loaded
     numbers = MappingProxyType({})  # what it keeps of each query beside NUMBERS
     grad: bool = False

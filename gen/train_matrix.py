@@ -113,6 +113,11 @@ def step_of(columns, groups):
     return STEPS[1] if room >= 2 * 4 * SUB * STEPS[1] else STEPS[0]
 
 
+def exp2_of(kernel):
+    """2^x for weights that meet V rounded."""
+    return "hl_exp2_amx" if kernel.math == "builtin" else "vexp2"
+
+
 def tile(kernel, isa):
     """The tiles of one kernel."""
     return grad_tile(kernel, isa) if kernel.backward else forward_tile(kernel, isa)
@@ -139,7 +144,7 @@ def grad_tile(kernel, isa):
         pairs=0,
         o_stride=SUB * columns,
         dv_tail=kernel.dv % isa.lanes != 0,
-        exp2="",
+        exp2=exp2_of(kernel),
         why={
             "registers": "2 x 2 tiles of 16 x 16 sums in 4 of 8 registers: 4 loads, 4 products",
             "block": f"{task} columns by panels of {panel} rows, whose tiles are "
@@ -181,7 +186,7 @@ def forward_tile(kernel, isa):
         pairs=-(-SUB // 2 // (columns + groups)),
         o_stride=SUB * groups,
         dv_tail=kernel.dv % isa.lanes != 0,
-        exp2="hl_exp2_amx" if kernel.math == "builtin" else "vexp2",
+        exp2=exp2_of(kernel),
         why={
             "registers": "2 x 2 tiles of 16 x 16 sums in 4 of 8 registers: 4 loads, 4 products",
             "block": f"{queries} queries by panels of {panel} keys, whose tiles are "

@@ -6901,14 +6901,18 @@ HL_WORD_AMX int32_t hl_fa_bf16_d576x512_in_place_amx(ptrdiff_t step, int32_t n, 
     return n >= 32 && channels % 32 == 0 && step <= 2 * channels;
 }
 
-/* The first n of 32 rows, `step` elements apart, into a unit; if they have to be copied. */
+/* The first n of 32 rows, `step` elements apart, into a unit; if they have to be copied. Rows that
+ * are `ahead` elements from these are asked for meanwhile. */
 HL_KERNEL_AMX void hl_fa_bf16_d576x512_load_unit_amx(const uint16_t *from, ptrdiff_t step,
-    int32_t n, int32_t channels, unsigned char *unit)
+    int32_t n, int32_t channels, ptrdiff_t ahead, unsigned char *unit)
 {
     if (hl_fa_bf16_d576x512_in_place_amx(step, n, channels)) {
         return;
     }
     for (int32_t r = 0; r < 32; ++r) {
+        for (int32_t c = 0; ahead != 0 && c < channels; c += 32) {
+            HL_FETCH(from + r * step + ahead + c);
+        }
         hl_fa_bf16_d576x512_copy_row_amx(r < n ? from + r * step : NULL, channels, r, unit);
     }
 }
@@ -6937,10 +6941,11 @@ HL_KERNEL_AMX void hl_fa_bf16_d576x512_pack_unit_amx(const unsigned char *unit, 
 }
 
 /* A unit's transpose, as A of sums over rows: [column][tile][channel], of those of 32 rows whose
- * bit is set; `column` elements lie between its columns. Were all of these numbers finite?
- * `pairs`: 2 KiB. */
+ * bit is set; `column` elements lie between its columns, and what is `ahead` from them is asked
+ * for. Were all of these numbers finite? `pairs`: 2 KiB. */
 HL_KERNEL_AMX int32_t hl_fa_bf16_d576x512_turn_unit_amx(const uint16_t *from, ptrdiff_t step,
-    ptrdiff_t column, uint32_t rows, int32_t channels, unsigned char *pairs, unsigned char *to)
+    ptrdiff_t column, ptrdiff_t ahead, uint32_t rows, int32_t channels, unsigned char *pairs,
+    unsigned char *to)
 {
     const __mmask32 all = (__mmask32)0xffffffffu;
     const __m512i none = _mm512_setzero_si512();
@@ -6952,6 +6957,10 @@ HL_KERNEL_AMX int32_t hl_fa_bf16_d576x512_turn_unit_amx(const uint16_t *from, pt
             const __m512i x = (rows >> r & 1u) != 0 ? hl_halves_amx(at, channels - c) : none;
             const __m512i y = (rows >> r & 2u) != 0 ? hl_halves_amx(at + step, channels - c)
                                                     : none;
+            if (ahead != 0) {
+                HL_FETCH(at + ahead);
+                HL_FETCH(at + step + ahead);
+            }
             most = _mm512_maskz_max_epu16(all, most, _mm512_and_si512(x, size));
             most = _mm512_maskz_max_epu16(all, most, _mm512_and_si512(y, size));
             _mm512_storeu_si512(pairs + 32 * r, _mm512_maskz_unpacklo_epi16(all, x, y));
@@ -6967,11 +6976,12 @@ HL_KERNEL_AMX int32_t hl_fa_bf16_d576x512_turn_unit_amx(const uint16_t *from, pt
 
 /* The same of n rows, but for those that are not finite: their bits. */
 HL_KERNEL_AMX uint32_t hl_fa_bf16_d576x512_turn_finite_amx(const uint16_t *from, ptrdiff_t step,
-    ptrdiff_t column, int32_t n, int32_t channels, unsigned char *pairs, unsigned char *to)
+    ptrdiff_t column, ptrdiff_t ahead, int32_t n, int32_t channels, unsigned char *pairs,
+    unsigned char *to)
 {
     const uint32_t all = n < 32 ? (1u << n) - 1u : 0xffffffffu;
     uint32_t apart = 0;
-    if (hl_fa_bf16_d576x512_turn_unit_amx(from, step, column, all, channels, pairs, to)) {
+    if (hl_fa_bf16_d576x512_turn_unit_amx(from, step, column, ahead, all, channels, pairs, to)) {
         return 0;
     }
     for (int32_t r = 0; r < 32 && r < n; ++r) {
@@ -6981,7 +6991,8 @@ HL_KERNEL_AMX uint32_t hl_fa_bf16_d576x512_turn_finite_amx(const uint16_t *from,
         }
         apart |= odd << r;
     }
-    (void)hl_fa_bf16_d576x512_turn_unit_amx(from, step, column, all & ~apart, channels, pairs, to);
+    (void)hl_fa_bf16_d576x512_turn_unit_amx(from, step, column, 0, all & ~apart, channels, pairs,
+                                            to);
     return apart;
 }
 
@@ -7411,10 +7422,13 @@ HL_KERNEL_AMX void hl_fa_bf16_d576x512_load_panel_amx(const hl_fusion_attention_
             (const uint16_t *)a->key + g->key + j * a->key_stride.row;
         const uint16_t *const value =
             (const uint16_t *)a->value + g->value + j * a->value_stride.row;
-        hl_fa_bf16_d576x512_load_unit_amx(key, a->key_stride.row, n, DK, key_to);
+        const ptrdiff_t ahead = g->seq_kv - j >= 64 ? 32 : 0; /* whole units alone */
+        hl_fa_bf16_d576x512_load_unit_amx(key, a->key_stride.row, n, DK, ahead * a->key_stride.row,
+                                          key_to);
         panel->apart[(j - panel->j0) / 32] =
-            hl_fa_bf16_d576x512_turn_finite_amx(value, a->value_stride.row, 32, n, DV,
-                                                (unsigned char *)w->s, value_to);
+            hl_fa_bf16_d576x512_turn_finite_amx(value, a->value_stride.row, 32, ahead
+                                                * a->value_stride.row, n, DV, (unsigned char *)w->s,
+                                                value_to);
         key_to += 18 * 2048;
         value_to += 32768;
     }

@@ -8056,14 +8056,19 @@ HL_WORD_AMX int32_t hl_fag_bf16_d128_in_place_amx(ptrdiff_t step, int32_t n, int
     return n >= 32 && channels % 32 == 0 && step <= 2 * channels;
 }
 
-/* The first n of 32 rows, `step` elements apart, into a unit; if they have to be copied. */
+/* The first n of 32 rows, `step` elements apart, into a unit; if they have to be copied. Rows that
+ * are `ahead` elements from these are asked for meanwhile. */
 HL_KERNEL_AMX void hl_fag_bf16_d128_load_unit_amx(const uint16_t *from, ptrdiff_t step, int32_t n,
-                                                  int32_t channels, unsigned char *unit)
+                                                  int32_t channels, ptrdiff_t ahead,
+                                                  unsigned char *unit)
 {
     if (hl_fag_bf16_d128_in_place_amx(step, n, channels)) {
         return;
     }
     for (int32_t r = 0; r < 32; ++r) {
+        for (int32_t c = 0; ahead != 0 && c < channels; c += 32) {
+            HL_FETCH(from + r * step + ahead + c);
+        }
         hl_fag_bf16_d128_copy_row_amx(r < n ? from + r * step : NULL, channels, r, unit);
     }
 }
@@ -8092,10 +8097,11 @@ HL_KERNEL_AMX void hl_fag_bf16_d128_pack_unit_amx(const unsigned char *unit, int
 }
 
 /* A unit's transpose, as A of sums over rows: [column][tile][channel], of those of 32 rows whose
- * bit is set; `column` elements lie between its columns. Were all of these numbers finite?
- * `pairs`: 2 KiB. */
+ * bit is set; `column` elements lie between its columns, and what is `ahead` from them is asked
+ * for. Were all of these numbers finite? `pairs`: 2 KiB. */
 HL_KERNEL_AMX int32_t hl_fag_bf16_d128_turn_unit_amx(const uint16_t *from, ptrdiff_t step,
-    ptrdiff_t column, uint32_t rows, int32_t channels, unsigned char *pairs, unsigned char *to)
+    ptrdiff_t column, ptrdiff_t ahead, uint32_t rows, int32_t channels, unsigned char *pairs,
+    unsigned char *to)
 {
     const __mmask32 all = (__mmask32)0xffffffffu;
     const __m512i none = _mm512_setzero_si512();
@@ -8107,6 +8113,10 @@ HL_KERNEL_AMX int32_t hl_fag_bf16_d128_turn_unit_amx(const uint16_t *from, ptrdi
             const __m512i x = (rows >> r & 1u) != 0 ? hl_halves_amx(at, channels - c) : none;
             const __m512i y = (rows >> r & 2u) != 0 ? hl_halves_amx(at + step, channels - c)
                                                     : none;
+            if (ahead != 0) {
+                HL_FETCH(at + ahead);
+                HL_FETCH(at + step + ahead);
+            }
             most = _mm512_maskz_max_epu16(all, most, _mm512_and_si512(x, size));
             most = _mm512_maskz_max_epu16(all, most, _mm512_and_si512(y, size));
             _mm512_storeu_si512(pairs + 32 * r, _mm512_maskz_unpacklo_epi16(all, x, y));
@@ -8122,11 +8132,12 @@ HL_KERNEL_AMX int32_t hl_fag_bf16_d128_turn_unit_amx(const uint16_t *from, ptrdi
 
 /* The same of n rows, but for those that are not finite: their bits. */
 HL_KERNEL_AMX uint32_t hl_fag_bf16_d128_turn_finite_amx(const uint16_t *from, ptrdiff_t step,
-    ptrdiff_t column, int32_t n, int32_t channels, unsigned char *pairs, unsigned char *to)
+    ptrdiff_t column, ptrdiff_t ahead, int32_t n, int32_t channels, unsigned char *pairs,
+    unsigned char *to)
 {
     const uint32_t all = n < 32 ? (1u << n) - 1u : 0xffffffffu;
     uint32_t apart = 0;
-    if (hl_fag_bf16_d128_turn_unit_amx(from, step, column, all, channels, pairs, to)) {
+    if (hl_fag_bf16_d128_turn_unit_amx(from, step, column, ahead, all, channels, pairs, to)) {
         return 0;
     }
     for (int32_t r = 0; r < 32 && r < n; ++r) {
@@ -8136,7 +8147,7 @@ HL_KERNEL_AMX uint32_t hl_fag_bf16_d128_turn_finite_amx(const uint16_t *from, pt
         }
         apart |= odd << r;
     }
-    (void)hl_fag_bf16_d128_turn_unit_amx(from, step, column, all & ~apart, channels, pairs, to);
+    (void)hl_fag_bf16_d128_turn_unit_amx(from, step, column, 0, all & ~apart, channels, pairs, to);
     return apart;
 }
 
@@ -8452,7 +8463,7 @@ HL_KERNEL_AMX void hl_fag_bf16_d128_gradient_amx(float *s, float *ds, const floa
     const hl_vf_avx512 below = hl_vmax_avx512(hl_vzero_avx512(), hl_vsub_avx512(max, x));
     const hl_vf_avx512 p =
         hl_vflush_avx512(x, least,
-                         hl_vmul_avx512(hl_vexp2_avx512(hl_vsub_avx512(hl_vzero_avx512(), below)),
+                         hl_vmul_avx512(hl_exp2_amx(hl_vsub_avx512(hl_vzero_avx512(), below)),
                                         weight));
     hl_vf_avx512 dp = hl_vload_avx512(ds);
     if (kept != NULL) {
@@ -8623,11 +8634,11 @@ HL_KERNEL_AMX void hl_fag_bf16_d128_load_panel_amx(const hl_fusion_attention_gra
         hl_fag_bf16_d128_copy_unit_amx(a, t, r, n - r, 0, hl_fag_bf16_d128_tiles_amx(w->k, r, KC));
         hl_fag_bf16_d128_copy_unit_amx(a, t, r, n - r, 1, hl_fag_bf16_d128_tiles_amx(w->v, r, VC));
         panel->apart_k[r / 32] =
-            hl_fag_bf16_d128_turn_finite_amx(key, 32, 1024, n - r, 32 * KC, pairs,
+            hl_fag_bf16_d128_turn_finite_amx(key, 32, 1024, 0, n - r, 32 * KC, pairs,
                                              (
             unsigned char *)hl_fag_bf16_d128_tiles_amx(w->turned_k, r, KC));
         panel->apart_v[r / 32] = !t->of_keys ? 0
-            : hl_fag_bf16_d128_turn_finite_amx(value, 32, 1024, n - r, 32 * VC, pairs,
+            : hl_fag_bf16_d128_turn_finite_amx(value, 32, 1024, 0, n - r, 32 * VC, pairs,
                                                (
             unsigned char *)hl_fag_bf16_d128_tiles_amx(w->turned_v, r, VC));
     }
