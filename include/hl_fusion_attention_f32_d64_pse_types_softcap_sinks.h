@@ -3201,23 +3201,13 @@ HL_KERNEL_SCALAR void hl_fa_f32_d64_pse_types_softcap_sinks_bias_scalar(
  * (j / 4, row, b N1 + head, dropout_offset) and the two halves of dropout_seed. A weight is kept
  * if its word is below keep_prob * 2^32. */
 
-/* The words of one query for 4 1 keys, from key 4 * four on. */
-HL_KERNEL_SCALAR void hl_fa_f32_d64_pse_types_softcap_sinks_words_scalar(uint32_t four,
-    uint32_t row, uint32_t head, uint32_t offset, uint64_t seed, uint32_t *word)
+/* Philox's ten rounds, of a counter in each lane. */
+HL_KERNEL_SCALAR void hl_fa_f32_d64_pse_types_softcap_sinks_rounds_scalar(uint64_t seed,
+    uint32_t *c0, uint32_t *c1, uint32_t *c2, uint32_t *c3)
 {
     enum { N = 1 };
     uint32_t k0 = (uint32_t)seed;
     uint32_t k1 = (uint32_t)(seed >> 32);
-    uint32_t c0[N];
-    uint32_t c1[N];
-    uint32_t c2[N];
-    uint32_t c3[N];
-    for (int32_t u = 0; u < N; ++u) {
-        c0[u] = four + (uint32_t)u;
-        c1[u] = row;
-        c2[u] = head;
-        c3[u] = offset;
-    }
     for (int32_t round = 0; round < 10; ++round) {
         for (int32_t u = 0; u < N; ++u) {
             const uint64_t x = (uint64_t)c0[u] * 0xd2511f53u;
@@ -3230,50 +3220,102 @@ HL_KERNEL_SCALAR void hl_fa_f32_d64_pse_types_softcap_sinks_words_scalar(uint32_
         k0 += 0x9e3779b9u;
         k1 += 0xbb67ae85u;
     }
+}
+
+/* The words of keys 4 * four .. 4 * four + 3, [key][lane]: of queries p, p + 1 ..; or with
+ * `of_keys` of query p alone and the keys behind, four for each lane. */
+HL_KERNEL_SCALAR void hl_fa_f32_d64_pse_types_softcap_sinks_words_scalar(
+    const hl_fusion_attention_args *a, const hl_span *g, int32_t p, int32_t four, int32_t of_keys,
+    uint32_t *word)
+{
+    enum { N = 1 };
     for (int32_t u = 0; u < N; ++u) {
-        word[4 * u] = c0[u];
-        word[4 * u + 1] = c1[u];
-        word[4 * u + 2] = c2[u];
-        word[4 * u + 3] = c3[u];
+        const int32_t q = g->first + (of_keys ? p : p + u < g->n ? p + u : g->n - 1);
+        const int32_t head = g->kv_head * g->heads + q % g->heads;
+        word[u] = (uint32_t)(of_keys ? four + u : four);
+        word[N + u] = (uint32_t)(q / g->heads);
+        word[2 * N + u] = (uint32_t)g->batch * (uint32_t)a->heads_q + (uint32_t)head;
+        word[3 * N + u] = (uint32_t)a->dropout_offset;
+    }
+    hl_fa_f32_d64_pse_types_softcap_sinks_rounds_scalar((uint64_t)a->dropout_seed, word, word + N,
+        word + 2 * N, word + 3 * N);
+}
+
+/* 0 where a weight is dropped: n keys from j0, `step` apart, the queries side by side, up to a
+ * whole vector. */
+HL_KERNEL_SCALAR void hl_fa_f32_d64_pse_types_softcap_sinks_drop_queries_scalar(
+    const hl_fusion_attention_args *a, const hl_span *g, float *s, ptrdiff_t step, int32_t j0,
+    int32_t n)
+{
+    enum { N = 1 };
+    const uint32_t kept = (uint32_t)((double)a->keep_prob * 4294967296.0);
+    for (int32_t p = 0; p < g->n; p += N) {
+        for (int32_t j = -(j0 % 4); j < n; j += 4) {
+            uint32_t word[4 * N];
+            hl_fa_f32_d64_pse_types_softcap_sinks_words_scalar(a, g, p, (j0 + j) / 4, 0, word);
+            for (int32_t w = j < 0 ? -j : 0; w < 4 && j + w < n; ++w) {
+                float *const at = s + (j + w) * step + p;
+                for (int32_t u = 0; u < N; ++u) {
+                    at[u] = word[w * N + u] < kept ? at[u] : 0.0f;
+                }
+            }
+        }
     }
 }
 
-/* 0 where a weight is dropped: n keys from j0, which lie step_k apart, the queries step_q. */
+/* The same with the keys side by side, the queries `step` apart. */
+HL_KERNEL_SCALAR void hl_fa_f32_d64_pse_types_softcap_sinks_drop_keys_scalar(
+    const hl_fusion_attention_args *a, const hl_span *g, float *s, ptrdiff_t step, int32_t j0,
+    int32_t n)
+{
+    enum { N = 1 };
+    const uint32_t kept = (uint32_t)((double)a->keep_prob * 4294967296.0);
+    for (int32_t p = 0; p < g->n; ++p) {
+        float *const at = s + p * step;
+        for (int32_t j = -(j0 % 4); j < n; j += 4 * N) {
+            const int32_t end = n - j < 4 * N ? n - j : 4 * N;
+            uint32_t word[4 * N];
+            hl_fa_f32_d64_pse_types_softcap_sinks_words_scalar(a, g, p, (j0 + j) / 4, 1, word);
+            for (int32_t u = j < 0 ? -j : 0; u < end; ++u) {
+                at[j + u] = word[u % 4 * N + u / 4] < kept ? at[j + u] : 0.0f;
+            }
+        }
+    }
+}
+
+/* The same by the caller's bits. */
+HL_KERNEL_SCALAR void hl_fa_f32_d64_pse_types_softcap_sinks_drop_bits_scalar(
+    const hl_fusion_attention_args *a, const hl_span *g, float *s, ptrdiff_t step_q,
+    ptrdiff_t step_k, int32_t j0, int32_t n)
+{
+    const unsigned char *const bits = (const unsigned char *)a->dropout_mask;
+    for (int32_t p = 0; p < g->n; ++p) {
+        const int32_t i = (g->first + p) / g->heads;
+        const int32_t head = g->kv_head * g->heads + (g->first + p) % g->heads;
+        const int64_t row = (int64_t)head * g->seq_q + i;
+        const int64_t at = a->input_layout != HL_LAYOUT_TND
+            ? ((int64_t)g->batch * a->heads_q * g->seq_q + row) * g->seq_kv
+                           : g->pairs * a->heads_q + row * g->seq_kv;
+        for (int32_t j = 0; j < n; ++j) {
+            const uint64_t e = (uint64_t)at + (uint64_t)(j0 + j);
+            if ((bits[(size_t)(e / 8u)] >> e % 8u & 1u) == 0) {
+                s[p * step_q + j * step_k] = 0.0f;
+            }
+        }
+    }
+}
+
+/* Either; of queries and keys one kind lies side by side. */
 HL_KERNEL_SCALAR void hl_fa_f32_d64_pse_types_softcap_sinks_drop_scalar(
     const hl_fusion_attention_args *a, const hl_span *g, float *s, ptrdiff_t step_q,
     ptrdiff_t step_k, int32_t j0, int32_t n)
 {
-    enum { N = 4 * 1 };
-    const uint32_t kept = (uint32_t)((double)a->keep_prob * 4294967296.0);
-    for (int32_t p = 0; p < g->n; ++p) {
-        const int32_t i = (g->first + p) / g->heads;
-        const int32_t head = g->kv_head * g->heads + (g->first + p) % g->heads;
-        float *const of = s + p * step_q;
-        if (a->dropout_mask != NULL) {
-            const unsigned char *const bits = (const unsigned char *)a->dropout_mask;
-            const int64_t row = (int64_t)head * g->seq_q + i;
-            const int64_t at = a->input_layout != HL_LAYOUT_TND
-                ? ((int64_t)g->batch * a->heads_q * g->seq_q + row) * g->seq_kv
-                               : g->pairs * a->heads_q + row * g->seq_kv;
-            for (int32_t j = 0; j < n; ++j) {
-                const uint64_t e = (uint64_t)at + (uint64_t)(j0 + j);
-                if ((bits[(size_t)(e / 8u)] >> e % 8u & 1u) == 0) {
-                    of[j * step_k] = 0.0f;
-                }
-            }
-            continue;
-        }
-        for (int32_t j = -(j0 % 4); j < n; j += N) {
-            uint32_t word[N];
-            const int32_t end = n - j < N ? n - j : N;
-            hl_fa_f32_d64_pse_types_softcap_sinks_words_scalar((uint32_t)(j0 + j) / 4u, (uint32_t)i,
-                (uint32_t)g->batch * (uint32_t)a->heads_q + (uint32_t)head,
-                (uint32_t)a->dropout_offset, (uint64_t)a->dropout_seed, word);
-            for (int32_t u = j < 0 ? -j : 0; u < end; ++u) {
-                float *const w = of + (j + u) * step_k;
-                *w = word[u] < kept ? *w : 0.0f;
-            }
-        }
+    if (a->dropout_mask != NULL) {
+        hl_fa_f32_d64_pse_types_softcap_sinks_drop_bits_scalar(a, g, s, step_q, step_k, j0, n);
+    } else if (step_q == 1) {
+        hl_fa_f32_d64_pse_types_softcap_sinks_drop_queries_scalar(a, g, s, step_k, j0, n);
+    } else {
+        hl_fa_f32_d64_pse_types_softcap_sinks_drop_keys_scalar(a, g, s, step_q, j0, n);
     }
 }
 
@@ -3370,8 +3412,7 @@ HL_KERNEL_SCALAR void hl_fa_f32_d64_pse_types_softcap_sinks_finish_scalar(
  * times NaN would reach those. Such a row is added by itself to the queries that see it. */
 HL_KERNEL_SCALAR void hl_fa_f32_d64_pse_types_softcap_sinks_add_seen_scalar(
     const hl_fusion_attention_plan *plan, const hl_span *g,
-    const hl_fa_f32_d64_pse_types_softcap_sinks_space *w, int32_t columns, int32_t j,
-    const float *p, float *o)
+    const hl_fa_f32_d64_pse_types_softcap_sinks_space *w, int32_t j, const float *p, float *o)
 {
     enum { OS = 64, DV = 64 };
     for (int32_t q = 0; q < g->n; ++q) {
@@ -3381,7 +3422,6 @@ HL_KERNEL_SCALAR void hl_fa_f32_d64_pse_types_softcap_sinks_add_seen_scalar(
             }
         }
     }
-    (void)columns;
 }
 
 /* One block of keys: load, score, mask, softmax, dropout, value. */
@@ -3423,8 +3463,8 @@ HL_KERNEL_SCALAR void hl_fa_f32_d64_pse_types_softcap_sinks_block_scalar(
         t->o, seen);
     for (int32_t i = 0; i < n_apart; ++i) {
         hl_vrow_f32_scalar(w->row, value + apart[i] * a->value_stride.row, DV);
-        hl_fa_f32_d64_pse_types_softcap_sinks_add_seen_scalar(plan, g, w, columns, j0 + apart[i],
-            w->s + (ptrdiff_t)apart[i] * columns, t->o);
+        hl_fa_f32_d64_pse_types_softcap_sinks_add_seen_scalar(plan, g, w, j0 + apart[i], w->s
+            + (ptrdiff_t)apart[i] * columns, t->o);
     }
 }
 
@@ -4117,23 +4157,13 @@ HL_KERNEL_NEON void hl_fa_f32_d64_pse_types_softcap_sinks_bias_neon(
  * (j / 4, row, b N1 + head, dropout_offset) and the two halves of dropout_seed. A weight is kept
  * if its word is below keep_prob * 2^32. */
 
-/* The words of one query for 4 4 keys, from key 4 * four on. */
-HL_KERNEL_NEON void hl_fa_f32_d64_pse_types_softcap_sinks_words_neon(uint32_t four, uint32_t row,
-    uint32_t head, uint32_t offset, uint64_t seed, uint32_t *word)
+/* Philox's ten rounds, of a counter in each lane. */
+HL_KERNEL_NEON void hl_fa_f32_d64_pse_types_softcap_sinks_rounds_neon(uint64_t seed, uint32_t *c0,
+    uint32_t *c1, uint32_t *c2, uint32_t *c3)
 {
     enum { N = 4 };
     uint32_t k0 = (uint32_t)seed;
     uint32_t k1 = (uint32_t)(seed >> 32);
-    uint32_t c0[N];
-    uint32_t c1[N];
-    uint32_t c2[N];
-    uint32_t c3[N];
-    for (int32_t u = 0; u < N; ++u) {
-        c0[u] = four + (uint32_t)u;
-        c1[u] = row;
-        c2[u] = head;
-        c3[u] = offset;
-    }
     for (int32_t round = 0; round < 10; ++round) {
         for (int32_t u = 0; u < N; ++u) {
             const uint64_t x = (uint64_t)c0[u] * 0xd2511f53u;
@@ -4146,50 +4176,102 @@ HL_KERNEL_NEON void hl_fa_f32_d64_pse_types_softcap_sinks_words_neon(uint32_t fo
         k0 += 0x9e3779b9u;
         k1 += 0xbb67ae85u;
     }
+}
+
+/* The words of keys 4 * four .. 4 * four + 3, [key][lane]: of queries p, p + 1 ..; or with
+ * `of_keys` of query p alone and the keys behind, four for each lane. */
+HL_KERNEL_NEON void hl_fa_f32_d64_pse_types_softcap_sinks_words_neon(
+    const hl_fusion_attention_args *a, const hl_span *g, int32_t p, int32_t four, int32_t of_keys,
+    uint32_t *word)
+{
+    enum { N = 4 };
     for (int32_t u = 0; u < N; ++u) {
-        word[4 * u] = c0[u];
-        word[4 * u + 1] = c1[u];
-        word[4 * u + 2] = c2[u];
-        word[4 * u + 3] = c3[u];
+        const int32_t q = g->first + (of_keys ? p : p + u < g->n ? p + u : g->n - 1);
+        const int32_t head = g->kv_head * g->heads + q % g->heads;
+        word[u] = (uint32_t)(of_keys ? four + u : four);
+        word[N + u] = (uint32_t)(q / g->heads);
+        word[2 * N + u] = (uint32_t)g->batch * (uint32_t)a->heads_q + (uint32_t)head;
+        word[3 * N + u] = (uint32_t)a->dropout_offset;
+    }
+    hl_fa_f32_d64_pse_types_softcap_sinks_rounds_neon((uint64_t)a->dropout_seed, word, word + N,
+        word + 2 * N, word + 3 * N);
+}
+
+/* 0 where a weight is dropped: n keys from j0, `step` apart, the queries side by side, up to a
+ * whole vector. */
+HL_KERNEL_NEON void hl_fa_f32_d64_pse_types_softcap_sinks_drop_queries_neon(
+    const hl_fusion_attention_args *a, const hl_span *g, float *s, ptrdiff_t step, int32_t j0,
+    int32_t n)
+{
+    enum { N = 4 };
+    const uint32_t kept = (uint32_t)((double)a->keep_prob * 4294967296.0);
+    for (int32_t p = 0; p < g->n; p += N) {
+        for (int32_t j = -(j0 % 4); j < n; j += 4) {
+            uint32_t word[4 * N];
+            hl_fa_f32_d64_pse_types_softcap_sinks_words_neon(a, g, p, (j0 + j) / 4, 0, word);
+            for (int32_t w = j < 0 ? -j : 0; w < 4 && j + w < n; ++w) {
+                float *const at = s + (j + w) * step + p;
+                for (int32_t u = 0; u < N; ++u) {
+                    at[u] = word[w * N + u] < kept ? at[u] : 0.0f;
+                }
+            }
+        }
     }
 }
 
-/* 0 where a weight is dropped: n keys from j0, which lie step_k apart, the queries step_q. */
+/* The same with the keys side by side, the queries `step` apart. */
+HL_KERNEL_NEON void hl_fa_f32_d64_pse_types_softcap_sinks_drop_keys_neon(
+    const hl_fusion_attention_args *a, const hl_span *g, float *s, ptrdiff_t step, int32_t j0,
+    int32_t n)
+{
+    enum { N = 4 };
+    const uint32_t kept = (uint32_t)((double)a->keep_prob * 4294967296.0);
+    for (int32_t p = 0; p < g->n; ++p) {
+        float *const at = s + p * step;
+        for (int32_t j = -(j0 % 4); j < n; j += 4 * N) {
+            const int32_t end = n - j < 4 * N ? n - j : 4 * N;
+            uint32_t word[4 * N];
+            hl_fa_f32_d64_pse_types_softcap_sinks_words_neon(a, g, p, (j0 + j) / 4, 1, word);
+            for (int32_t u = j < 0 ? -j : 0; u < end; ++u) {
+                at[j + u] = word[u % 4 * N + u / 4] < kept ? at[j + u] : 0.0f;
+            }
+        }
+    }
+}
+
+/* The same by the caller's bits. */
+HL_KERNEL_NEON void hl_fa_f32_d64_pse_types_softcap_sinks_drop_bits_neon(
+    const hl_fusion_attention_args *a, const hl_span *g, float *s, ptrdiff_t step_q,
+    ptrdiff_t step_k, int32_t j0, int32_t n)
+{
+    const unsigned char *const bits = (const unsigned char *)a->dropout_mask;
+    for (int32_t p = 0; p < g->n; ++p) {
+        const int32_t i = (g->first + p) / g->heads;
+        const int32_t head = g->kv_head * g->heads + (g->first + p) % g->heads;
+        const int64_t row = (int64_t)head * g->seq_q + i;
+        const int64_t at = a->input_layout != HL_LAYOUT_TND
+            ? ((int64_t)g->batch * a->heads_q * g->seq_q + row) * g->seq_kv
+                           : g->pairs * a->heads_q + row * g->seq_kv;
+        for (int32_t j = 0; j < n; ++j) {
+            const uint64_t e = (uint64_t)at + (uint64_t)(j0 + j);
+            if ((bits[(size_t)(e / 8u)] >> e % 8u & 1u) == 0) {
+                s[p * step_q + j * step_k] = 0.0f;
+            }
+        }
+    }
+}
+
+/* Either; of queries and keys one kind lies side by side. */
 HL_KERNEL_NEON void hl_fa_f32_d64_pse_types_softcap_sinks_drop_neon(
     const hl_fusion_attention_args *a, const hl_span *g, float *s, ptrdiff_t step_q,
     ptrdiff_t step_k, int32_t j0, int32_t n)
 {
-    enum { N = 4 * 4 };
-    const uint32_t kept = (uint32_t)((double)a->keep_prob * 4294967296.0);
-    for (int32_t p = 0; p < g->n; ++p) {
-        const int32_t i = (g->first + p) / g->heads;
-        const int32_t head = g->kv_head * g->heads + (g->first + p) % g->heads;
-        float *const of = s + p * step_q;
-        if (a->dropout_mask != NULL) {
-            const unsigned char *const bits = (const unsigned char *)a->dropout_mask;
-            const int64_t row = (int64_t)head * g->seq_q + i;
-            const int64_t at = a->input_layout != HL_LAYOUT_TND
-                ? ((int64_t)g->batch * a->heads_q * g->seq_q + row) * g->seq_kv
-                               : g->pairs * a->heads_q + row * g->seq_kv;
-            for (int32_t j = 0; j < n; ++j) {
-                const uint64_t e = (uint64_t)at + (uint64_t)(j0 + j);
-                if ((bits[(size_t)(e / 8u)] >> e % 8u & 1u) == 0) {
-                    of[j * step_k] = 0.0f;
-                }
-            }
-            continue;
-        }
-        for (int32_t j = -(j0 % 4); j < n; j += N) {
-            uint32_t word[N];
-            const int32_t end = n - j < N ? n - j : N;
-            hl_fa_f32_d64_pse_types_softcap_sinks_words_neon((uint32_t)(j0 + j) / 4u, (uint32_t)i,
-                (uint32_t)g->batch * (uint32_t)a->heads_q + (uint32_t)head,
-                (uint32_t)a->dropout_offset, (uint64_t)a->dropout_seed, word);
-            for (int32_t u = j < 0 ? -j : 0; u < end; ++u) {
-                float *const w = of + (j + u) * step_k;
-                *w = word[u] < kept ? *w : 0.0f;
-            }
-        }
+    if (a->dropout_mask != NULL) {
+        hl_fa_f32_d64_pse_types_softcap_sinks_drop_bits_neon(a, g, s, step_q, step_k, j0, n);
+    } else if (step_q == 1) {
+        hl_fa_f32_d64_pse_types_softcap_sinks_drop_queries_neon(a, g, s, step_k, j0, n);
+    } else {
+        hl_fa_f32_d64_pse_types_softcap_sinks_drop_keys_neon(a, g, s, step_q, j0, n);
     }
 }
 
@@ -4286,8 +4368,7 @@ HL_KERNEL_NEON void hl_fa_f32_d64_pse_types_softcap_sinks_finish_neon(
  * times NaN would reach those. Such a row is added by itself to the queries that see it. */
 HL_KERNEL_NEON void hl_fa_f32_d64_pse_types_softcap_sinks_add_seen_neon(
     const hl_fusion_attention_plan *plan, const hl_span *g,
-    const hl_fa_f32_d64_pse_types_softcap_sinks_space *w, int32_t columns, int32_t j,
-    const float *p, float *o)
+    const hl_fa_f32_d64_pse_types_softcap_sinks_space *w, int32_t j, const float *p, float *o)
 {
     enum { OS = 64, DV = 64 };
     for (int32_t q = 0; q < g->n; ++q) {
@@ -4297,7 +4378,6 @@ HL_KERNEL_NEON void hl_fa_f32_d64_pse_types_softcap_sinks_add_seen_neon(
             }
         }
     }
-    (void)columns;
 }
 
 /* One block of keys: load, score, mask, softmax, dropout, value. */
@@ -4339,7 +4419,7 @@ HL_KERNEL_NEON void hl_fa_f32_d64_pse_types_softcap_sinks_block_neon(
                                                     t->o, seen);
     for (int32_t i = 0; i < n_apart; ++i) {
         hl_vrow_f32_neon(w->row, value + apart[i] * a->value_stride.row, DV);
-        hl_fa_f32_d64_pse_types_softcap_sinks_add_seen_neon(plan, g, w, columns, j0 + apart[i], w->s
+        hl_fa_f32_d64_pse_types_softcap_sinks_add_seen_neon(plan, g, w, j0 + apart[i], w->s
             + (ptrdiff_t)apart[i] * columns, t->o);
     }
 }
@@ -4973,23 +5053,13 @@ HL_KERNEL_AVX2 void hl_fa_f32_d64_pse_types_softcap_sinks_bias_avx2(
  * (j / 4, row, b N1 + head, dropout_offset) and the two halves of dropout_seed. A weight is kept
  * if its word is below keep_prob * 2^32. */
 
-/* The words of one query for 4 8 keys, from key 4 * four on. */
-HL_KERNEL_AVX2 void hl_fa_f32_d64_pse_types_softcap_sinks_words_avx2(uint32_t four, uint32_t row,
-    uint32_t head, uint32_t offset, uint64_t seed, uint32_t *word)
+/* Philox's ten rounds, of a counter in each lane. */
+HL_KERNEL_AVX2 void hl_fa_f32_d64_pse_types_softcap_sinks_rounds_avx2(uint64_t seed, uint32_t *c0,
+    uint32_t *c1, uint32_t *c2, uint32_t *c3)
 {
     enum { N = 8 };
     uint32_t k0 = (uint32_t)seed;
     uint32_t k1 = (uint32_t)(seed >> 32);
-    uint32_t c0[N];
-    uint32_t c1[N];
-    uint32_t c2[N];
-    uint32_t c3[N];
-    for (int32_t u = 0; u < N; ++u) {
-        c0[u] = four + (uint32_t)u;
-        c1[u] = row;
-        c2[u] = head;
-        c3[u] = offset;
-    }
     for (int32_t round = 0; round < 10; ++round) {
         for (int32_t u = 0; u < N; ++u) {
             const uint64_t x = (uint64_t)c0[u] * 0xd2511f53u;
@@ -5002,50 +5072,102 @@ HL_KERNEL_AVX2 void hl_fa_f32_d64_pse_types_softcap_sinks_words_avx2(uint32_t fo
         k0 += 0x9e3779b9u;
         k1 += 0xbb67ae85u;
     }
+}
+
+/* The words of keys 4 * four .. 4 * four + 3, [key][lane]: of queries p, p + 1 ..; or with
+ * `of_keys` of query p alone and the keys behind, four for each lane. */
+HL_KERNEL_AVX2 void hl_fa_f32_d64_pse_types_softcap_sinks_words_avx2(
+    const hl_fusion_attention_args *a, const hl_span *g, int32_t p, int32_t four, int32_t of_keys,
+    uint32_t *word)
+{
+    enum { N = 8 };
     for (int32_t u = 0; u < N; ++u) {
-        word[4 * u] = c0[u];
-        word[4 * u + 1] = c1[u];
-        word[4 * u + 2] = c2[u];
-        word[4 * u + 3] = c3[u];
+        const int32_t q = g->first + (of_keys ? p : p + u < g->n ? p + u : g->n - 1);
+        const int32_t head = g->kv_head * g->heads + q % g->heads;
+        word[u] = (uint32_t)(of_keys ? four + u : four);
+        word[N + u] = (uint32_t)(q / g->heads);
+        word[2 * N + u] = (uint32_t)g->batch * (uint32_t)a->heads_q + (uint32_t)head;
+        word[3 * N + u] = (uint32_t)a->dropout_offset;
+    }
+    hl_fa_f32_d64_pse_types_softcap_sinks_rounds_avx2((uint64_t)a->dropout_seed, word, word + N,
+        word + 2 * N, word + 3 * N);
+}
+
+/* 0 where a weight is dropped: n keys from j0, `step` apart, the queries side by side, up to a
+ * whole vector. */
+HL_KERNEL_AVX2 void hl_fa_f32_d64_pse_types_softcap_sinks_drop_queries_avx2(
+    const hl_fusion_attention_args *a, const hl_span *g, float *s, ptrdiff_t step, int32_t j0,
+    int32_t n)
+{
+    enum { N = 8 };
+    const uint32_t kept = (uint32_t)((double)a->keep_prob * 4294967296.0);
+    for (int32_t p = 0; p < g->n; p += N) {
+        for (int32_t j = -(j0 % 4); j < n; j += 4) {
+            uint32_t word[4 * N];
+            hl_fa_f32_d64_pse_types_softcap_sinks_words_avx2(a, g, p, (j0 + j) / 4, 0, word);
+            for (int32_t w = j < 0 ? -j : 0; w < 4 && j + w < n; ++w) {
+                float *const at = s + (j + w) * step + p;
+                for (int32_t u = 0; u < N; ++u) {
+                    at[u] = word[w * N + u] < kept ? at[u] : 0.0f;
+                }
+            }
+        }
     }
 }
 
-/* 0 where a weight is dropped: n keys from j0, which lie step_k apart, the queries step_q. */
+/* The same with the keys side by side, the queries `step` apart. */
+HL_KERNEL_AVX2 void hl_fa_f32_d64_pse_types_softcap_sinks_drop_keys_avx2(
+    const hl_fusion_attention_args *a, const hl_span *g, float *s, ptrdiff_t step, int32_t j0,
+    int32_t n)
+{
+    enum { N = 8 };
+    const uint32_t kept = (uint32_t)((double)a->keep_prob * 4294967296.0);
+    for (int32_t p = 0; p < g->n; ++p) {
+        float *const at = s + p * step;
+        for (int32_t j = -(j0 % 4); j < n; j += 4 * N) {
+            const int32_t end = n - j < 4 * N ? n - j : 4 * N;
+            uint32_t word[4 * N];
+            hl_fa_f32_d64_pse_types_softcap_sinks_words_avx2(a, g, p, (j0 + j) / 4, 1, word);
+            for (int32_t u = j < 0 ? -j : 0; u < end; ++u) {
+                at[j + u] = word[u % 4 * N + u / 4] < kept ? at[j + u] : 0.0f;
+            }
+        }
+    }
+}
+
+/* The same by the caller's bits. */
+HL_KERNEL_AVX2 void hl_fa_f32_d64_pse_types_softcap_sinks_drop_bits_avx2(
+    const hl_fusion_attention_args *a, const hl_span *g, float *s, ptrdiff_t step_q,
+    ptrdiff_t step_k, int32_t j0, int32_t n)
+{
+    const unsigned char *const bits = (const unsigned char *)a->dropout_mask;
+    for (int32_t p = 0; p < g->n; ++p) {
+        const int32_t i = (g->first + p) / g->heads;
+        const int32_t head = g->kv_head * g->heads + (g->first + p) % g->heads;
+        const int64_t row = (int64_t)head * g->seq_q + i;
+        const int64_t at = a->input_layout != HL_LAYOUT_TND
+            ? ((int64_t)g->batch * a->heads_q * g->seq_q + row) * g->seq_kv
+                           : g->pairs * a->heads_q + row * g->seq_kv;
+        for (int32_t j = 0; j < n; ++j) {
+            const uint64_t e = (uint64_t)at + (uint64_t)(j0 + j);
+            if ((bits[(size_t)(e / 8u)] >> e % 8u & 1u) == 0) {
+                s[p * step_q + j * step_k] = 0.0f;
+            }
+        }
+    }
+}
+
+/* Either; of queries and keys one kind lies side by side. */
 HL_KERNEL_AVX2 void hl_fa_f32_d64_pse_types_softcap_sinks_drop_avx2(
     const hl_fusion_attention_args *a, const hl_span *g, float *s, ptrdiff_t step_q,
     ptrdiff_t step_k, int32_t j0, int32_t n)
 {
-    enum { N = 4 * 8 };
-    const uint32_t kept = (uint32_t)((double)a->keep_prob * 4294967296.0);
-    for (int32_t p = 0; p < g->n; ++p) {
-        const int32_t i = (g->first + p) / g->heads;
-        const int32_t head = g->kv_head * g->heads + (g->first + p) % g->heads;
-        float *const of = s + p * step_q;
-        if (a->dropout_mask != NULL) {
-            const unsigned char *const bits = (const unsigned char *)a->dropout_mask;
-            const int64_t row = (int64_t)head * g->seq_q + i;
-            const int64_t at = a->input_layout != HL_LAYOUT_TND
-                ? ((int64_t)g->batch * a->heads_q * g->seq_q + row) * g->seq_kv
-                               : g->pairs * a->heads_q + row * g->seq_kv;
-            for (int32_t j = 0; j < n; ++j) {
-                const uint64_t e = (uint64_t)at + (uint64_t)(j0 + j);
-                if ((bits[(size_t)(e / 8u)] >> e % 8u & 1u) == 0) {
-                    of[j * step_k] = 0.0f;
-                }
-            }
-            continue;
-        }
-        for (int32_t j = -(j0 % 4); j < n; j += N) {
-            uint32_t word[N];
-            const int32_t end = n - j < N ? n - j : N;
-            hl_fa_f32_d64_pse_types_softcap_sinks_words_avx2((uint32_t)(j0 + j) / 4u, (uint32_t)i,
-                (uint32_t)g->batch * (uint32_t)a->heads_q + (uint32_t)head,
-                (uint32_t)a->dropout_offset, (uint64_t)a->dropout_seed, word);
-            for (int32_t u = j < 0 ? -j : 0; u < end; ++u) {
-                float *const w = of + (j + u) * step_k;
-                *w = word[u] < kept ? *w : 0.0f;
-            }
-        }
+    if (a->dropout_mask != NULL) {
+        hl_fa_f32_d64_pse_types_softcap_sinks_drop_bits_avx2(a, g, s, step_q, step_k, j0, n);
+    } else if (step_q == 1) {
+        hl_fa_f32_d64_pse_types_softcap_sinks_drop_queries_avx2(a, g, s, step_k, j0, n);
+    } else {
+        hl_fa_f32_d64_pse_types_softcap_sinks_drop_keys_avx2(a, g, s, step_q, j0, n);
     }
 }
 
@@ -5142,8 +5264,7 @@ HL_KERNEL_AVX2 void hl_fa_f32_d64_pse_types_softcap_sinks_finish_avx2(
  * times NaN would reach those. Such a row is added by itself to the queries that see it. */
 HL_KERNEL_AVX2 void hl_fa_f32_d64_pse_types_softcap_sinks_add_seen_avx2(
     const hl_fusion_attention_plan *plan, const hl_span *g,
-    const hl_fa_f32_d64_pse_types_softcap_sinks_space *w, int32_t columns, int32_t j,
-    const float *p, float *o)
+    const hl_fa_f32_d64_pse_types_softcap_sinks_space *w, int32_t j, const float *p, float *o)
 {
     enum { OS = 64, DV = 64 };
     for (int32_t q = 0; q < g->n; ++q) {
@@ -5153,7 +5274,6 @@ HL_KERNEL_AVX2 void hl_fa_f32_d64_pse_types_softcap_sinks_add_seen_avx2(
             }
         }
     }
-    (void)columns;
 }
 
 /* One block of keys: load, score, mask, softmax, dropout, value. */
@@ -5195,7 +5315,7 @@ HL_KERNEL_AVX2 void hl_fa_f32_d64_pse_types_softcap_sinks_block_avx2(
                                                     t->o, seen);
     for (int32_t i = 0; i < n_apart; ++i) {
         hl_vrow_f32_avx2(w->row, value + apart[i] * a->value_stride.row, DV);
-        hl_fa_f32_d64_pse_types_softcap_sinks_add_seen_avx2(plan, g, w, columns, j0 + apart[i], w->s
+        hl_fa_f32_d64_pse_types_softcap_sinks_add_seen_avx2(plan, g, w, j0 + apart[i], w->s
             + (ptrdiff_t)apart[i] * columns, t->o);
     }
 }
@@ -6456,23 +6576,13 @@ HL_KERNEL_AVX512 void hl_fa_f32_d64_pse_types_softcap_sinks_bias_avx512(
  * (j / 4, row, b N1 + head, dropout_offset) and the two halves of dropout_seed. A weight is kept
  * if its word is below keep_prob * 2^32. */
 
-/* The words of one query for 4 16 keys, from key 4 * four on. */
-HL_KERNEL_AVX512 void hl_fa_f32_d64_pse_types_softcap_sinks_words_avx512(uint32_t four,
-    uint32_t row, uint32_t head, uint32_t offset, uint64_t seed, uint32_t *word)
+/* Philox's ten rounds, of a counter in each lane. */
+HL_KERNEL_AVX512 void hl_fa_f32_d64_pse_types_softcap_sinks_rounds_avx512(uint64_t seed,
+    uint32_t *c0, uint32_t *c1, uint32_t *c2, uint32_t *c3)
 {
     enum { N = 16 };
     uint32_t k0 = (uint32_t)seed;
     uint32_t k1 = (uint32_t)(seed >> 32);
-    uint32_t c0[N];
-    uint32_t c1[N];
-    uint32_t c2[N];
-    uint32_t c3[N];
-    for (int32_t u = 0; u < N; ++u) {
-        c0[u] = four + (uint32_t)u;
-        c1[u] = row;
-        c2[u] = head;
-        c3[u] = offset;
-    }
     for (int32_t round = 0; round < 10; ++round) {
         for (int32_t u = 0; u < N; ++u) {
             const uint64_t x = (uint64_t)c0[u] * 0xd2511f53u;
@@ -6485,50 +6595,102 @@ HL_KERNEL_AVX512 void hl_fa_f32_d64_pse_types_softcap_sinks_words_avx512(uint32_
         k0 += 0x9e3779b9u;
         k1 += 0xbb67ae85u;
     }
+}
+
+/* The words of keys 4 * four .. 4 * four + 3, [key][lane]: of queries p, p + 1 ..; or with
+ * `of_keys` of query p alone and the keys behind, four for each lane. */
+HL_KERNEL_AVX512 void hl_fa_f32_d64_pse_types_softcap_sinks_words_avx512(
+    const hl_fusion_attention_args *a, const hl_span *g, int32_t p, int32_t four, int32_t of_keys,
+    uint32_t *word)
+{
+    enum { N = 16 };
     for (int32_t u = 0; u < N; ++u) {
-        word[4 * u] = c0[u];
-        word[4 * u + 1] = c1[u];
-        word[4 * u + 2] = c2[u];
-        word[4 * u + 3] = c3[u];
+        const int32_t q = g->first + (of_keys ? p : p + u < g->n ? p + u : g->n - 1);
+        const int32_t head = g->kv_head * g->heads + q % g->heads;
+        word[u] = (uint32_t)(of_keys ? four + u : four);
+        word[N + u] = (uint32_t)(q / g->heads);
+        word[2 * N + u] = (uint32_t)g->batch * (uint32_t)a->heads_q + (uint32_t)head;
+        word[3 * N + u] = (uint32_t)a->dropout_offset;
+    }
+    hl_fa_f32_d64_pse_types_softcap_sinks_rounds_avx512((uint64_t)a->dropout_seed, word, word + N,
+        word + 2 * N, word + 3 * N);
+}
+
+/* 0 where a weight is dropped: n keys from j0, `step` apart, the queries side by side, up to a
+ * whole vector. */
+HL_KERNEL_AVX512 void hl_fa_f32_d64_pse_types_softcap_sinks_drop_queries_avx512(
+    const hl_fusion_attention_args *a, const hl_span *g, float *s, ptrdiff_t step, int32_t j0,
+    int32_t n)
+{
+    enum { N = 16 };
+    const uint32_t kept = (uint32_t)((double)a->keep_prob * 4294967296.0);
+    for (int32_t p = 0; p < g->n; p += N) {
+        for (int32_t j = -(j0 % 4); j < n; j += 4) {
+            uint32_t word[4 * N];
+            hl_fa_f32_d64_pse_types_softcap_sinks_words_avx512(a, g, p, (j0 + j) / 4, 0, word);
+            for (int32_t w = j < 0 ? -j : 0; w < 4 && j + w < n; ++w) {
+                float *const at = s + (j + w) * step + p;
+                for (int32_t u = 0; u < N; ++u) {
+                    at[u] = word[w * N + u] < kept ? at[u] : 0.0f;
+                }
+            }
+        }
     }
 }
 
-/* 0 where a weight is dropped: n keys from j0, which lie step_k apart, the queries step_q. */
+/* The same with the keys side by side, the queries `step` apart. */
+HL_KERNEL_AVX512 void hl_fa_f32_d64_pse_types_softcap_sinks_drop_keys_avx512(
+    const hl_fusion_attention_args *a, const hl_span *g, float *s, ptrdiff_t step, int32_t j0,
+    int32_t n)
+{
+    enum { N = 16 };
+    const uint32_t kept = (uint32_t)((double)a->keep_prob * 4294967296.0);
+    for (int32_t p = 0; p < g->n; ++p) {
+        float *const at = s + p * step;
+        for (int32_t j = -(j0 % 4); j < n; j += 4 * N) {
+            const int32_t end = n - j < 4 * N ? n - j : 4 * N;
+            uint32_t word[4 * N];
+            hl_fa_f32_d64_pse_types_softcap_sinks_words_avx512(a, g, p, (j0 + j) / 4, 1, word);
+            for (int32_t u = j < 0 ? -j : 0; u < end; ++u) {
+                at[j + u] = word[u % 4 * N + u / 4] < kept ? at[j + u] : 0.0f;
+            }
+        }
+    }
+}
+
+/* The same by the caller's bits. */
+HL_KERNEL_AVX512 void hl_fa_f32_d64_pse_types_softcap_sinks_drop_bits_avx512(
+    const hl_fusion_attention_args *a, const hl_span *g, float *s, ptrdiff_t step_q,
+    ptrdiff_t step_k, int32_t j0, int32_t n)
+{
+    const unsigned char *const bits = (const unsigned char *)a->dropout_mask;
+    for (int32_t p = 0; p < g->n; ++p) {
+        const int32_t i = (g->first + p) / g->heads;
+        const int32_t head = g->kv_head * g->heads + (g->first + p) % g->heads;
+        const int64_t row = (int64_t)head * g->seq_q + i;
+        const int64_t at = a->input_layout != HL_LAYOUT_TND
+            ? ((int64_t)g->batch * a->heads_q * g->seq_q + row) * g->seq_kv
+                           : g->pairs * a->heads_q + row * g->seq_kv;
+        for (int32_t j = 0; j < n; ++j) {
+            const uint64_t e = (uint64_t)at + (uint64_t)(j0 + j);
+            if ((bits[(size_t)(e / 8u)] >> e % 8u & 1u) == 0) {
+                s[p * step_q + j * step_k] = 0.0f;
+            }
+        }
+    }
+}
+
+/* Either; of queries and keys one kind lies side by side. */
 HL_KERNEL_AVX512 void hl_fa_f32_d64_pse_types_softcap_sinks_drop_avx512(
     const hl_fusion_attention_args *a, const hl_span *g, float *s, ptrdiff_t step_q,
     ptrdiff_t step_k, int32_t j0, int32_t n)
 {
-    enum { N = 4 * 16 };
-    const uint32_t kept = (uint32_t)((double)a->keep_prob * 4294967296.0);
-    for (int32_t p = 0; p < g->n; ++p) {
-        const int32_t i = (g->first + p) / g->heads;
-        const int32_t head = g->kv_head * g->heads + (g->first + p) % g->heads;
-        float *const of = s + p * step_q;
-        if (a->dropout_mask != NULL) {
-            const unsigned char *const bits = (const unsigned char *)a->dropout_mask;
-            const int64_t row = (int64_t)head * g->seq_q + i;
-            const int64_t at = a->input_layout != HL_LAYOUT_TND
-                ? ((int64_t)g->batch * a->heads_q * g->seq_q + row) * g->seq_kv
-                               : g->pairs * a->heads_q + row * g->seq_kv;
-            for (int32_t j = 0; j < n; ++j) {
-                const uint64_t e = (uint64_t)at + (uint64_t)(j0 + j);
-                if ((bits[(size_t)(e / 8u)] >> e % 8u & 1u) == 0) {
-                    of[j * step_k] = 0.0f;
-                }
-            }
-            continue;
-        }
-        for (int32_t j = -(j0 % 4); j < n; j += N) {
-            uint32_t word[N];
-            const int32_t end = n - j < N ? n - j : N;
-            hl_fa_f32_d64_pse_types_softcap_sinks_words_avx512((uint32_t)(j0 + j) / 4u, (uint32_t)i,
-                (uint32_t)g->batch * (uint32_t)a->heads_q + (uint32_t)head,
-                (uint32_t)a->dropout_offset, (uint64_t)a->dropout_seed, word);
-            for (int32_t u = j < 0 ? -j : 0; u < end; ++u) {
-                float *const w = of + (j + u) * step_k;
-                *w = word[u] < kept ? *w : 0.0f;
-            }
-        }
+    if (a->dropout_mask != NULL) {
+        hl_fa_f32_d64_pse_types_softcap_sinks_drop_bits_avx512(a, g, s, step_q, step_k, j0, n);
+    } else if (step_q == 1) {
+        hl_fa_f32_d64_pse_types_softcap_sinks_drop_queries_avx512(a, g, s, step_k, j0, n);
+    } else {
+        hl_fa_f32_d64_pse_types_softcap_sinks_drop_keys_avx512(a, g, s, step_q, j0, n);
     }
 }
 
@@ -6625,8 +6787,7 @@ HL_KERNEL_AVX512 void hl_fa_f32_d64_pse_types_softcap_sinks_finish_avx512(
  * times NaN would reach those. Such a row is added by itself to the queries that see it. */
 HL_KERNEL_AVX512 void hl_fa_f32_d64_pse_types_softcap_sinks_add_seen_avx512(
     const hl_fusion_attention_plan *plan, const hl_span *g,
-    const hl_fa_f32_d64_pse_types_softcap_sinks_space *w, int32_t columns, int32_t j,
-    const float *p, float *o)
+    const hl_fa_f32_d64_pse_types_softcap_sinks_space *w, int32_t j, const float *p, float *o)
 {
     enum { OS = 64, DV = 64 };
     for (int32_t q = 0; q < g->n; ++q) {
@@ -6636,7 +6797,6 @@ HL_KERNEL_AVX512 void hl_fa_f32_d64_pse_types_softcap_sinks_add_seen_avx512(
             }
         }
     }
-    (void)columns;
 }
 
 /* One block of keys: load, score, mask, softmax, dropout, value. */
@@ -6678,8 +6838,8 @@ HL_KERNEL_AVX512 void hl_fa_f32_d64_pse_types_softcap_sinks_block_avx512(
         t->o, seen);
     for (int32_t i = 0; i < n_apart; ++i) {
         hl_vrow_f32_avx512(w->row, value + apart[i] * a->value_stride.row, DV);
-        hl_fa_f32_d64_pse_types_softcap_sinks_add_seen_avx512(plan, g, w, columns, j0 + apart[i],
-            w->s + (ptrdiff_t)apart[i] * columns, t->o);
+        hl_fa_f32_d64_pse_types_softcap_sinks_add_seen_avx512(plan, g, w, j0 + apart[i], w->s
+            + (ptrdiff_t)apart[i] * columns, t->o);
     }
 }
 
