@@ -402,7 +402,7 @@ def parse_kernel(table, prefix=None, records=RECORDS):
     for name in isa:
         if not tiles_fit(op, ISAS[name], dtype, kv):
             raise Refusal(
-                f"isa {name} with dtype {dtype} and kv {kv}: {op} on tiles takes bf16 only",
+                f"isa {name} with dtype {dtype} and kv {kv}: tiles take bf16 only in {op}",
                 f"leave {name} out of isa",
             )
         if numbers not in ISAS[name].formats:
