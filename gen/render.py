@@ -131,7 +131,7 @@ class Region:
 
 def products_of(kernel):
     """Multiply-adds of one query with one key."""
-    if kernel.trains and kernel.op.endswith("_grad"):
+    if kernel.backward:
         return 4 * kernel.d + 3 * kernel.dv  # S and dP twice, dQ, dK and dV
     return kernel.d * (2 if kernel.integer else 1) + kernel.dv
 

@@ -83,10 +83,6 @@ class TrainTile:
         )
 
 
-def is_grad(kernel):
-    return kernel.op.endswith("_grad")
-
-
 def row_stride(channels, lanes):
     """Of rows that a product reads a few channels of, all of them again and again: not a multiple
     of 256 bytes, or few sets of the first-level cache would have to hold them all."""
@@ -98,7 +94,7 @@ def tile(kernel, isa):
     """The tile sizes of one kernel."""
     if isa.tiles:
         return train_matrix.tile(kernel, isa)
-    return grad_tile(kernel, isa) if is_grad(kernel) else forward_tile(kernel, isa)
+    return grad_tile(kernel, isa) if kernel.backward else forward_tile(kernel, isa)
 
 
 def channels_of(kernel, isa):
@@ -294,7 +290,7 @@ def train_view(kernel):
     if not kernel.trains:
         return {"trains": False}
     has = kernel.features
-    grad = is_grad(kernel)
+    grad = kernel.backward
     absent = [
         SimpleNamespace(test=test, argument=argument)
         for name, (test, argument) in WANTED.items()
