@@ -128,10 +128,17 @@ def moved(
     offset: int = 0,
     limit: int | None = None,
 ) -> Bad:
-    """An argument where another one (or itself, some bytes on) lies."""
+    """An argument where another one (or itself, some bytes on) lies. Where it is another one, that
+    one moves to memory with room for both: what lies behind it is then no third argument."""
 
     def change(fields: dict[str, Any]) -> dict[str, Any]:
-        return {argument: fields[to].ctypes.data + offset}
+        if to == argument:
+            return {argument: fields[to].ctypes.data + offset}
+        old = fields[to]
+        room = np.zeros(old.nbytes + fields[argument].nbytes + offset + 64, np.uint8)
+        there = room[: old.nbytes].view(old.dtype).reshape(old.shape)
+        there[...] = old
+        return {to: there, argument: room.ctypes.data + offset}
 
     return Bad(base_name, change, status, argument, rule, (), offset if limit else None, limit)
 
