@@ -1,14 +1,15 @@
 """The same calls through every compiler and flag: which bits differ, and where.
 
-    build/venv/bin/python tests/compilers.py                 # make compilers: an hour or two
-    build/venv/bin/python tests/compilers.py --quick         # one header of each operator
+    build/venv/bin/python tests/compilers.py --fused         # make compilers: some hours
+    build/venv/bin/python tests/compilers.py --corners       # few builds of each header
     build/venv/bin/python tests/compilers.py --only f32_d64 --compilers gcc clang-19
 
 Each header is compiled around tests/runner.c by every compiler here, at every level of
 optimisation, as c99 and gnu99, with products and sums of its C code contracted or not. The same
 recorded calls run on every instruction set; the outputs are compared with those of the first build.
-NEON runs under qemu, tiles are emulated where there are none. What may differ is EXPECTED; the exit
-status says whether anything else does.
+NEON runs under qemu, tiles are emulated where there are none. What may differ is may_differ; the
+exit status says whether anything else does. --fused also counts, in the object code of each
+instruction set, operations of a product and a sum: a compiler may not add any to those written.
 """
 
 import argparse
@@ -16,9 +17,11 @@ import functools
 import hashlib
 import itertools
 import json
+import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,9 +37,11 @@ import ml_dtypes  # noqa: E402
 import numpy as np  # noqa: E402
 from helpers_runner import QEMU  # noqa: E402
 
+from gen import bind  # noqa: E402
+
 LEVELS = ("-O0", "-O1", "-O2", "-O3", "-Os")
 STANDARDS = ("c99", "gnu99")
-COMPILERS = ("gcc", "clang-14", "clang-19")
+COMPILERS = ("gcc", "clang", "clang-19")
 CROSS = ("aarch64-linux-gnu-gcc", "clang-19 --target=aarch64-linux-gnu")
 CORNERS = (("-O0", "c99", "off"), ("-O1", "c99"), ("-O2", "gnu99"), ("-O3", "gnu99", "fast"))
 CORNERS += (("-Os", "gnu99", "fast"),)
@@ -173,6 +178,50 @@ def differing(want: dict[str, dict[str, str]], got: dict[str, dict[str, str]]) -
     }
 
 
+# ---- what the compiler made of it ---------------------------------------------------------------
+
+FUSED = re.compile(r"\s+(vf?n?m(add|sub)|vfn?m(add|sub)|fn?m(add|sub|la|ls))")  # x86-64, AArch64
+
+
+def fused(text: str, compiler: str, flags: Sequence[str], isa: str) -> int:
+    """How many operations of a product and a sum there are in a header's object code for one
+    instruction set."""
+    source = bind.export_source(bind.parse(text), (f"HL_ISA_ONLY_{isa.upper()}",))
+    with tempfile.TemporaryDirectory() as folder:
+        for file, content in (("header.h", text), ("header.c", source)):
+            (Path(folder) / file).write_text(content)
+        command = [*compiler.split(), *flags, "-S", "-o", "-", "header.c"]
+        made = subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True)
+    return sum(FUSED.match(line) is not None for line in made.stdout.splitlines())
+
+
+def fused_by_itself(
+    text: str, compiler: str, level: str, contract: str, isa: str
+) -> tuple[int, int]:
+    """How many there are with contraction off, all of them written in the header, and else."""
+    flags = (level, "-std=gnu99", "-w")
+    asked, made = (
+        fused(text, compiler, (*flags, f"-ffp-contract={c}"), isa) for c in ("off", contract)
+    )
+    return asked, made
+
+
+def all_fused(name: str) -> list[str]:
+    """Where some compiler fused more than a header says."""
+    x86 = [(c, isa) for c in present(COMPILERS) for isa in ("avx2", "avx512", "amx")]
+    wrong = []
+    for compiler, isa in [*x86, *((c, "neon") for c in present(CROSS))]:
+        for contract in ("fast", "on") if "clang" in compiler else ("fast",):
+            if isa in every.description(name).isa:
+                pair = fused_by_itself(every.text(name), compiler, "-O2", contract, isa)
+                if pair[0] != pair[1]:
+                    wrong.append(f"{name}: {compiler} {contract}: {isa}: {pair} fused")
+    return wrong
+
+
+# ---- all of it ----------------------------------------------------------------------------------
+
+
 def sweep(name: str, compilers: Sequence[str], every_way: bool, count: int) -> list[dict]:
     """All builds of one header against the first one."""
     want, found = None, []
@@ -221,6 +270,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--only", nargs="*", default=[], help="parts of headers' names")
     parser.add_argument("--corners", action="store_true", help="few builds of each header")
+    parser.add_argument("--fused", action="store_true", help="count what is fused as well")
     parser.add_argument("--compilers", nargs="*", default=[*COMPILERS])
     parser.add_argument("--calls", type=int, default=6)
     parser.add_argument("--json", type=Path, help="where to write what was found")
@@ -237,10 +287,11 @@ def main() -> int:
                 )
         if chosen.json:
             chosen.json.write_text(json.dumps(rows, indent=1))
-    print(summary(rows))
+    extra = [line for name in every.HEADERS if chosen.fused for line in all_fused(name)]
+    print("\n".join([summary(rows), *extra]))
     wrong = [r for r in rows if "failed" in r or (r["apart"] and not r["expected"])]
     print(f"{len(rows)} runs of builds, {len(wrong)} of them with bits that should be the same")
-    return int(bool(wrong))
+    return int(bool(wrong or extra))
 
 
 if __name__ == "__main__":
