@@ -652,6 +652,14 @@ typedef struct hl_kv_append_args {
 #define HL_FETCH(address) ((void)(address))
 #endif
 
+/* A function that its caller shall not take in: what it keeps on the stack is gone when it returns,
+ * and does not add to what later calls need. */
+#if defined(__GNUC__)
+#define HL_OWN_FRAME __attribute__((noinline, unused)) static
+#else
+#define HL_OWN_FRAME static inline
+#endif
+
 #ifdef __cplusplus
 extern "C" {
 #endif
@@ -875,8 +883,8 @@ typedef struct hl_range {
     const void *start;
     uint64_t bytes;
     hl_argument argument;
-    int32_t written;
-    uint32_t align;
+    uint16_t written;
+    uint16_t align;
 } hl_range;
 
 /* NULL, alignment, size, and that nothing written overlaps anything else. */
@@ -958,8 +966,10 @@ static inline hl_status hl_default_stride(hl_stride *stride, int64_t rows, int64
                               : stride->row < 0 ? stride->row : stride->head;
         return hl_refuse(error, HL_ERR_SHAPE, argument, HL_RULE_AT_LEAST, (int64_t)bad, 0);
     }
-    if (batch > (uint64_t)PTRDIFF_MAX) {
-        return hl_refuse(error, HL_ERR_SHAPE, argument, HL_RULE_ADDRESSABLE, INT64_MAX,
+    if (row > (uint64_t)PTRDIFF_MAX || batch > (uint64_t)PTRDIFF_MAX) {
+        const uint64_t most = row > batch ? row : batch;
+        return hl_refuse(error, HL_ERR_SHAPE, argument, HL_RULE_ADDRESSABLE,
+                         most > (uint64_t)INT64_MAX ? INT64_MAX : (int64_t)most,
                          (int64_t)PTRDIFF_MAX);
     }
     stride->head = stride->head != 0 ? stride->head : (ptrdiff_t)channels;
@@ -2848,7 +2858,7 @@ static inline hl_status hl_sfaq_bf16_fp8_656_d512_rope64_slots_check_strides(
 /* ---- check: every argument, before anything is written ---- */
 
 /* Sizes, modes and numbers. Fills in the defaults of *a. */
-static inline hl_status hl_sfaq_bf16_fp8_656_d512_rope64_slots_check_sizes(
+HL_OWN_FRAME hl_status hl_sfaq_bf16_fp8_656_d512_rope64_slots_check_sizes(
     hl_sparse_flash_attention_antiquant_args *a, hl_error *error)
 {
     const struct {
@@ -3071,7 +3081,7 @@ static inline hl_status hl_sfaq_bf16_fp8_656_d512_rope64_slots_check_lengths(
 }
 
 /* Strides, alignment, extents; and nothing that is written overlaps anything else. */
-static inline hl_status hl_sfaq_bf16_fp8_656_d512_rope64_slots_check_memory(
+HL_OWN_FRAME hl_status hl_sfaq_bf16_fp8_656_d512_rope64_slots_check_memory(
     hl_sparse_flash_attention_antiquant_args *a, const void *workspace, size_t bytes,
     hl_error *error)
 {
@@ -3147,7 +3157,7 @@ static inline hl_status hl_sfaq_bf16_fp8_656_d512_rope64_slots_check_memory(
             {a->actual_seq_lengths_kv, a->actual_seq_lengths_kv ? 4u * (uint64_t)a->batch : 0,
              HL_ARG_ACTUAL_SEQ_LENGTHS_KV, 0, 4u},
             {a->sinks, a->sinks ? 4u * (uint64_t)n1 : 0, HL_ARG_SINKS, 0, 4u},
-            {a->attention_out, extent[5], HL_ARG_ATTENTION_OUT, 1, (uint32_t)out_bytes},
+            {a->attention_out, extent[5], HL_ARG_ATTENTION_OUT, 1, (uint16_t)out_bytes},
             {a->softmax_max, a->softmax_max ? stats : 0, HL_ARG_SOFTMAX_MAX, 1, 4u},
             {a->softmax_sum, a->softmax_sum ? stats : 0, HL_ARG_SOFTMAX_SUM, 1, 4u},
             {a->softmax_lse, a->softmax_lse ? stats : 0, HL_ARG_SOFTMAX_LSE, 1, 4u},
@@ -14158,7 +14168,7 @@ HL_API hl_status hl_sparse_flash_attention_antiquant_bf16_fp8_656_d512_rope64_sl
             {p->max[i], stats * 4u, HL_ARG_PARTS, 0, 4u},
             {p->sum[i], stats * 4u, HL_ARG_PARTS, 0, 4u},
             {p->attention_out, stats * bytes * 512u,
-             HL_ARG_ATTENTION_OUT, 1, (uint32_t)bytes},
+             HL_ARG_ATTENTION_OUT, 1, (uint16_t)bytes},
             {p->softmax_max, p->softmax_max && p->softmax_max != p->max[i] ? stats * 4u : 0,
              HL_ARG_SOFTMAX_MAX, 1, 4u},
             {p->softmax_sum, p->softmax_sum && p->softmax_sum != p->sum[i] ? stats * 4u : 0,
@@ -14380,11 +14390,11 @@ static inline int64_t hl_sfaq_bf16_fp8_656_d512_rope64_slots_even_rows(
 }
 
 /* Everything but the flags; fills in packed steps and the instruction set. */
-static inline hl_status hl_sfaq_bf16_fp8_656_d512_rope64_slots_check_bulk(
-    hl_sfaq_bf16_fp8_656_d512_rope64_slots_bulk *x, int32_t writes_records, hl_error *error)
+HL_OWN_FRAME hl_status hl_sfaq_bf16_fp8_656_d512_rope64_slots_check_bulk(
+    hl_sfaq_bf16_fp8_656_d512_rope64_slots_bulk *x, uint16_t writes_records, hl_error *error)
 {
-    const int32_t writes_numbers = !writes_records;
-    const uint32_t number = (uint32_t)x->number;
+    const uint16_t writes_numbers = !writes_records;
+    const uint16_t number = (uint16_t)x->number;
     const int32_t width = x->rope != NULL ? 512 : 576;
     hl_status status;
     if (x->rows < 0) {
@@ -14527,7 +14537,7 @@ HL_API hl_status hl_sparse_flash_attention_antiquant_bf16_fp8_656_d512_rope64_sl
 }
 
 /* Sizes, layout, flags. Fills in the defaults of *a. */
-static inline hl_status hl_sfaq_bf16_fp8_656_d512_rope64_slots_check_append_sizes(
+HL_OWN_FRAME hl_status hl_sfaq_bf16_fp8_656_d512_rope64_slots_check_append_sizes(
     hl_kv_append_args *a, hl_error *error)
 {
     const int32_t paged = a->layout_kv == HL_LAYOUT_PA_BSND;
@@ -14567,13 +14577,13 @@ static inline hl_status hl_sfaq_bf16_fp8_656_d512_rope64_slots_check_append_size
 }
 
 /* Strides, alignment, extents; and the cache overlaps nothing else. */
-static inline hl_status hl_sfaq_bf16_fp8_656_d512_rope64_slots_check_append_memory(
+HL_OWN_FRAME hl_status hl_sfaq_bf16_fp8_656_d512_rope64_slots_check_append_memory(
     hl_kv_append_args *a, hl_error *error)
 {
     const int32_t paged = a->layout_kv == HL_LAYOUT_PA_BSND;
     const int64_t pages = paged ? a->num_blocks : a->batch;
     const int64_t tokens = paged ? a->block_size : a->seq_kv;
-    const uint32_t number = a->numbers_f32 ? 4u : 2u;
+    const uint16_t number = a->numbers_f32 ? 4u : 2u;
     const int32_t any = a->batch > 0 && a->rows > 0 ? 1 : 0; /* else nothing is read or written */
     const int64_t heads = a->heads_kv;
     const int32_t width = a->rope != NULL ? 512 : 576;

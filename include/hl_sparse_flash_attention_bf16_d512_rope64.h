@@ -539,6 +539,14 @@ typedef struct hl_sparse_flash_attention_parts {
 #define HL_FETCH(address) ((void)(address))
 #endif
 
+/* A function that its caller shall not take in: what it keeps on the stack is gone when it returns,
+ * and does not add to what later calls need. */
+#if defined(__GNUC__)
+#define HL_OWN_FRAME __attribute__((noinline, unused)) static
+#else
+#define HL_OWN_FRAME static inline
+#endif
+
 #ifdef __cplusplus
 extern "C" {
 #endif
@@ -762,8 +770,8 @@ typedef struct hl_range {
     const void *start;
     uint64_t bytes;
     hl_argument argument;
-    int32_t written;
-    uint32_t align;
+    uint16_t written;
+    uint16_t align;
 } hl_range;
 
 /* NULL, alignment, size, and that nothing written overlaps anything else. */
@@ -845,8 +853,10 @@ static inline hl_status hl_default_stride(hl_stride *stride, int64_t rows, int64
                               : stride->row < 0 ? stride->row : stride->head;
         return hl_refuse(error, HL_ERR_SHAPE, argument, HL_RULE_AT_LEAST, (int64_t)bad, 0);
     }
-    if (batch > (uint64_t)PTRDIFF_MAX) {
-        return hl_refuse(error, HL_ERR_SHAPE, argument, HL_RULE_ADDRESSABLE, INT64_MAX,
+    if (row > (uint64_t)PTRDIFF_MAX || batch > (uint64_t)PTRDIFF_MAX) {
+        const uint64_t most = row > batch ? row : batch;
+        return hl_refuse(error, HL_ERR_SHAPE, argument, HL_RULE_ADDRESSABLE,
+                         most > (uint64_t)INT64_MAX ? INT64_MAX : (int64_t)most,
                          (int64_t)PTRDIFF_MAX);
     }
     stride->head = stride->head != 0 ? stride->head : (ptrdiff_t)channels;
@@ -2120,7 +2130,7 @@ static inline hl_state hl_sfa_bf16_d512_rope64_partial(const hl_sparse_flash_att
 /* ---- check: every argument, before anything is written ---- */
 
 /* Sizes, modes and numbers. Fills in the defaults of *a. */
-static inline hl_status hl_sfa_bf16_d512_rope64_check_sizes(hl_sparse_flash_attention_args *a,
+HL_OWN_FRAME hl_status hl_sfa_bf16_d512_rope64_check_sizes(hl_sparse_flash_attention_args *a,
     hl_error *error)
 {
     const struct {
@@ -2305,7 +2315,7 @@ static inline hl_status hl_sfa_bf16_d512_rope64_check_lengths(
 }
 
 /* Strides, alignment, extents; and nothing that is written overlaps anything else. */
-static inline hl_status hl_sfa_bf16_d512_rope64_check_memory(hl_sparse_flash_attention_args *a,
+HL_OWN_FRAME hl_status hl_sfa_bf16_d512_rope64_check_memory(hl_sparse_flash_attention_args *a,
     const void *workspace, size_t bytes, hl_error *error)
 {
     const int32_t paged = a->layout_kv == HL_LAYOUT_PA_BSND;
@@ -2378,7 +2388,7 @@ static inline hl_status hl_sfa_bf16_d512_rope64_check_memory(hl_sparse_flash_att
             {a->actual_seq_lengths_kv, a->actual_seq_lengths_kv ? 4u * (uint64_t)a->batch : 0,
              HL_ARG_ACTUAL_SEQ_LENGTHS_KV, 0, 4u},
             {a->sinks, a->sinks ? 4u * (uint64_t)n1 : 0, HL_ARG_SINKS, 0, 4u},
-            {a->attention_out, extent[5], HL_ARG_ATTENTION_OUT, 1, (uint32_t)out_bytes},
+            {a->attention_out, extent[5], HL_ARG_ATTENTION_OUT, 1, (uint16_t)out_bytes},
             {a->softmax_max, a->softmax_max ? stats : 0, HL_ARG_SOFTMAX_MAX, 1, 4u},
             {a->softmax_sum, a->softmax_sum ? stats : 0, HL_ARG_SOFTMAX_SUM, 1, 4u},
             {a->softmax_lse, a->softmax_lse ? stats : 0, HL_ARG_SOFTMAX_LSE, 1, 4u},
@@ -11213,7 +11223,7 @@ HL_API hl_status hl_sparse_flash_attention_bf16_d512_rope64_merge_parts(
             {p->max[i], stats * 4u, HL_ARG_PARTS, 0, 4u},
             {p->sum[i], stats * 4u, HL_ARG_PARTS, 0, 4u},
             {p->attention_out, stats * bytes * 512u,
-             HL_ARG_ATTENTION_OUT, 1, (uint32_t)bytes},
+             HL_ARG_ATTENTION_OUT, 1, (uint16_t)bytes},
             {p->softmax_max, p->softmax_max && p->softmax_max != p->max[i] ? stats * 4u : 0,
              HL_ARG_SOFTMAX_MAX, 1, 4u},
             {p->softmax_sum, p->softmax_sum && p->softmax_sum != p->sum[i] ? stats * 4u : 0,
