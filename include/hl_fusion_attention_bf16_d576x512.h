@@ -111,7 +111,7 @@
 /* ==== shared by every Headlight header ==== */
 
 #ifndef HL_COMMON
-#define HL_COMMON 4
+#define HL_COMMON 5
 
 #include <stddef.h>
 #include <stdint.h>
@@ -360,6 +360,20 @@ enum {
     HL_ISA_AMX = 5
 };
 
+/* Stack in bytes, whatever the arguments: of any one function, and of a whole call with all that it
+ * calls on this instruction set. */
+#define HL_FRAME_BYTES_SCALAR 1024
+#define HL_STACK_BYTES_SCALAR 3072
+#define HL_FRAME_BYTES_NEON 4096
+#define HL_STACK_BYTES_NEON 6144
+#define HL_FRAME_BYTES_AVX2 4096
+#define HL_STACK_BYTES_AVX2 6144
+#define HL_FRAME_BYTES_AVX512 4096
+#define HL_STACK_BYTES_AVX512 6144
+#define HL_FRAME_BYTES_AMX 8192
+#define HL_STACK_BYTES_AMX 8192
+/* As GCC and Clang compile it from -O1 up. Without optimisation vector code takes far more. */
+
 /* Writes one sentence about the error into text (always ended by a 0 byte) and returns text; 160
  * bytes are enough. With HL_NO_TEXT defined the program holds no words: text is empty. */
 HL_API const char *hl_error_text(const hl_error *error, char *text, size_t size);
@@ -368,7 +382,7 @@ HL_API const char *hl_error_text(const hl_error *error, char *text, size_t size)
 }
 #endif
 
-#elif HL_COMMON != 4
+#elif HL_COMMON != 5
 #error "hl: headers of two generator versions in one file; regenerate the older one"
 #endif /* HL_COMMON */
 /* ==== shared by the operators for training and prefill ==== */
@@ -779,6 +793,12 @@ static inline uint64_t hl_mul_cap(uint64_t a, uint64_t b)
 static inline uint64_t hl_add_cap(uint64_t a, uint64_t b)
 {
     return a > UINT64_MAX - b ? UINT64_MAX : a + b;
+}
+
+/* As a size of memory; what there cannot be is SIZE_MAX, which no allocator grants. */
+static inline size_t hl_size(uint64_t bytes)
+{
+    return bytes > (uint64_t)PTRDIFF_MAX ? SIZE_MAX : (size_t)bytes;
 }
 
 /* Bytes from the first to behind the last element of a strided tensor; 0 if it has none. */
@@ -1282,6 +1302,10 @@ enum {
 
 /* Bytes of workspace for one task, any alignment, whatever the shape of the call. */
 #define HL_FUSION_ATTENTION_BF16_D576X512_WORKSPACE_BYTES ((size_t)1488192)
+
+/* Stack that any call below may need, on the deepest of the kernel's instruction sets. */
+#define HL_FUSION_ATTENTION_BF16_D576X512_STACK_BYTES \
+    HL_STACK_BYTES_AMX
 
 /* Checks everything, fills in defaults, counts tasks. On an error *plan is untouched. */
 HL_API hl_status hl_fusion_attention_bf16_d576x512_plan(hl_fusion_attention_plan *plan,
@@ -3575,7 +3599,7 @@ HL_KERNEL_SCALAR void hl_fa_bf16_d576x512_drop_queries_scalar(const hl_fusion_at
     const hl_span *g, float *s, ptrdiff_t step, int32_t j0, int32_t n)
 {
     enum { N = 1 };
-    const uint32_t kept = (uint32_t)((double)a->keep_prob * 4294967296.0);
+    const uint32_t kept = (uint32_t)(a->keep_prob * 4294967296.0f);
     for (int32_t p = 0; p < g->n; p += N) {
         for (int32_t j = -(j0 % 4); j < n; j += 4) {
             uint32_t word[4 * N];
@@ -3595,7 +3619,7 @@ HL_KERNEL_SCALAR void hl_fa_bf16_d576x512_drop_keys_scalar(const hl_fusion_atten
     const hl_span *g, float *s, ptrdiff_t step, int32_t j0, int32_t n)
 {
     enum { N = 1 };
-    const uint32_t kept = (uint32_t)((double)a->keep_prob * 4294967296.0);
+    const uint32_t kept = (uint32_t)(a->keep_prob * 4294967296.0f);
     for (int32_t p = 0; p < g->n; ++p) {
         float *const at = s + p * step;
         for (int32_t j = -(j0 % 4); j < n; j += 4 * N) {
@@ -4466,7 +4490,7 @@ HL_KERNEL_NEON void hl_fa_bf16_d576x512_drop_queries_neon(const hl_fusion_attent
     const hl_span *g, float *s, ptrdiff_t step, int32_t j0, int32_t n)
 {
     enum { N = 4 };
-    const uint32_t kept = (uint32_t)((double)a->keep_prob * 4294967296.0);
+    const uint32_t kept = (uint32_t)(a->keep_prob * 4294967296.0f);
     for (int32_t p = 0; p < g->n; p += N) {
         for (int32_t j = -(j0 % 4); j < n; j += 4) {
             uint32_t word[4 * N];
@@ -4486,7 +4510,7 @@ HL_KERNEL_NEON void hl_fa_bf16_d576x512_drop_keys_neon(const hl_fusion_attention
     const hl_span *g, float *s, ptrdiff_t step, int32_t j0, int32_t n)
 {
     enum { N = 4 };
-    const uint32_t kept = (uint32_t)((double)a->keep_prob * 4294967296.0);
+    const uint32_t kept = (uint32_t)(a->keep_prob * 4294967296.0f);
     for (int32_t p = 0; p < g->n; ++p) {
         float *const at = s + p * step;
         for (int32_t j = -(j0 % 4); j < n; j += 4 * N) {
@@ -5301,7 +5325,7 @@ HL_KERNEL_AVX2 void hl_fa_bf16_d576x512_drop_queries_avx2(const hl_fusion_attent
     const hl_span *g, float *s, ptrdiff_t step, int32_t j0, int32_t n)
 {
     enum { N = 8 };
-    const uint32_t kept = (uint32_t)((double)a->keep_prob * 4294967296.0);
+    const uint32_t kept = (uint32_t)(a->keep_prob * 4294967296.0f);
     for (int32_t p = 0; p < g->n; p += N) {
         for (int32_t j = -(j0 % 4); j < n; j += 4) {
             uint32_t word[4 * N];
@@ -5321,7 +5345,7 @@ HL_KERNEL_AVX2 void hl_fa_bf16_d576x512_drop_keys_avx2(const hl_fusion_attention
     const hl_span *g, float *s, ptrdiff_t step, int32_t j0, int32_t n)
 {
     enum { N = 8 };
-    const uint32_t kept = (uint32_t)((double)a->keep_prob * 4294967296.0);
+    const uint32_t kept = (uint32_t)(a->keep_prob * 4294967296.0f);
     for (int32_t p = 0; p < g->n; ++p) {
         float *const at = s + p * step;
         for (int32_t j = -(j0 % 4); j < n; j += 4 * N) {
@@ -6749,7 +6773,7 @@ HL_KERNEL_AVX512 void hl_fa_bf16_d576x512_drop_queries_avx512(const hl_fusion_at
     const hl_span *g, float *s, ptrdiff_t step, int32_t j0, int32_t n)
 {
     enum { N = 16 };
-    const uint32_t kept = (uint32_t)((double)a->keep_prob * 4294967296.0);
+    const uint32_t kept = (uint32_t)(a->keep_prob * 4294967296.0f);
     for (int32_t p = 0; p < g->n; p += N) {
         for (int32_t j = -(j0 % 4); j < n; j += 4) {
             uint32_t word[4 * N];
@@ -6769,7 +6793,7 @@ HL_KERNEL_AVX512 void hl_fa_bf16_d576x512_drop_keys_avx512(const hl_fusion_atten
     const hl_span *g, float *s, ptrdiff_t step, int32_t j0, int32_t n)
 {
     enum { N = 16 };
-    const uint32_t kept = (uint32_t)((double)a->keep_prob * 4294967296.0);
+    const uint32_t kept = (uint32_t)(a->keep_prob * 4294967296.0f);
     for (int32_t p = 0; p < g->n; ++p) {
         float *const at = s + p * step;
         for (int32_t j = -(j0 % 4); j < n; j += 4 * N) {
@@ -7186,7 +7210,7 @@ HL_KERNEL_AMX void hl_fa_bf16_d576x512_drop_queries_amx(const hl_fusion_attentio
     const hl_span *g, float *s, ptrdiff_t step, int32_t j0, int32_t n)
 {
     enum { N = 16 };
-    const uint32_t kept = (uint32_t)((double)a->keep_prob * 4294967296.0);
+    const uint32_t kept = (uint32_t)(a->keep_prob * 4294967296.0f);
     for (int32_t p = 0; p < g->n; p += N) {
         for (int32_t j = -(j0 % 4); j < n; j += 4) {
             uint32_t word[4 * N];
@@ -7206,7 +7230,7 @@ HL_KERNEL_AMX void hl_fa_bf16_d576x512_drop_keys_amx(const hl_fusion_attention_a
     const hl_span *g, float *s, ptrdiff_t step, int32_t j0, int32_t n)
 {
     enum { N = 16 };
-    const uint32_t kept = (uint32_t)((double)a->keep_prob * 4294967296.0);
+    const uint32_t kept = (uint32_t)(a->keep_prob * 4294967296.0f);
     for (int32_t p = 0; p < g->n; ++p) {
         float *const at = s + p * step;
         for (int32_t j = -(j0 % 4); j < n; j += 4 * N) {
@@ -8116,7 +8140,7 @@ HL_API size_t hl_fusion_attention_bf16_d576x512_workspace_bytes(
         return 0;
     }
 #if defined(_OPENMP)
-    return plan.task_bytes * (size_t)omp_get_max_threads();
+    return hl_size(hl_mul_cap(plan.task_bytes, (uint64_t)omp_get_max_threads()));
 #else
     return plan.task_bytes;
 #endif

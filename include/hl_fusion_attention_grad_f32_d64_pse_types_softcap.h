@@ -123,7 +123,7 @@
 /* ==== shared by every Headlight header ==== */
 
 #ifndef HL_COMMON
-#define HL_COMMON 4
+#define HL_COMMON 5
 
 #include <stddef.h>
 #include <stdint.h>
@@ -372,6 +372,20 @@ enum {
     HL_ISA_AMX = 5
 };
 
+/* Stack in bytes, whatever the arguments: of any one function, and of a whole call with all that it
+ * calls on this instruction set. */
+#define HL_FRAME_BYTES_SCALAR 1024
+#define HL_STACK_BYTES_SCALAR 3072
+#define HL_FRAME_BYTES_NEON 4096
+#define HL_STACK_BYTES_NEON 6144
+#define HL_FRAME_BYTES_AVX2 4096
+#define HL_STACK_BYTES_AVX2 6144
+#define HL_FRAME_BYTES_AVX512 4096
+#define HL_STACK_BYTES_AVX512 6144
+#define HL_FRAME_BYTES_AMX 8192
+#define HL_STACK_BYTES_AMX 8192
+/* As GCC and Clang compile it from -O1 up. Without optimisation vector code takes far more. */
+
 /* Writes one sentence about the error into text (always ended by a 0 byte) and returns text; 160
  * bytes are enough. With HL_NO_TEXT defined the program holds no words: text is empty. */
 HL_API const char *hl_error_text(const hl_error *error, char *text, size_t size);
@@ -380,7 +394,7 @@ HL_API const char *hl_error_text(const hl_error *error, char *text, size_t size)
 }
 #endif
 
-#elif HL_COMMON != 4
+#elif HL_COMMON != 5
 #error "hl: headers of two generator versions in one file; regenerate the older one"
 #endif /* HL_COMMON */
 /* ==== shared by the operators for training and prefill ==== */
@@ -789,6 +803,12 @@ static inline uint64_t hl_mul_cap(uint64_t a, uint64_t b)
 static inline uint64_t hl_add_cap(uint64_t a, uint64_t b)
 {
     return a > UINT64_MAX - b ? UINT64_MAX : a + b;
+}
+
+/* As a size of memory; what there cannot be is SIZE_MAX, which no allocator grants. */
+static inline size_t hl_size(uint64_t bytes)
+{
+    return bytes > (uint64_t)PTRDIFF_MAX ? SIZE_MAX : (size_t)bytes;
 }
 
 /* Bytes from the first to behind the last element of a strided tensor; 0 if it has none. */
@@ -1270,6 +1290,10 @@ enum {
 
 /* Bytes of workspace for one task, any alignment, whatever the shape of the call. */
 #define HL_FUSION_ATTENTION_GRAD_F32_D64_PSE_TYPES_SOFTCAP_WORKSPACE_BYTES ((size_t)312256)
+
+/* Stack that any call below may need, on the deepest of the kernel's instruction sets. */
+#define HL_FUSION_ATTENTION_GRAD_F32_D64_PSE_TYPES_SOFTCAP_STACK_BYTES \
+    HL_STACK_BYTES_NEON
 
 /* Checks everything, fills in defaults, counts tasks. On an error *plan is untouched. */
 HL_API hl_status hl_fusion_attention_grad_f32_d64_pse_types_softcap_plan(
@@ -3263,7 +3287,7 @@ HL_KERNEL_SCALAR void hl_fag_f32_d64_pse_types_softcap_drop_queries_scalar(
     int32_t n)
 {
     enum { N = 1 };
-    const uint32_t kept = (uint32_t)((double)a->keep_prob * 4294967296.0);
+    const uint32_t kept = (uint32_t)(a->keep_prob * 4294967296.0f);
     for (int32_t p = 0; p < g->n; p += N) {
         for (int32_t j = -(j0 % 4); j < n; j += 4) {
             uint32_t word[4 * N];
@@ -3284,7 +3308,7 @@ HL_KERNEL_SCALAR void hl_fag_f32_d64_pse_types_softcap_drop_keys_scalar(
     int32_t n)
 {
     enum { N = 1 };
-    const uint32_t kept = (uint32_t)((double)a->keep_prob * 4294967296.0);
+    const uint32_t kept = (uint32_t)(a->keep_prob * 4294967296.0f);
     for (int32_t p = 0; p < g->n; ++p) {
         float *const at = s + p * step;
         for (int32_t j = -(j0 % 4); j < n; j += 4 * N) {
@@ -4497,7 +4521,7 @@ HL_KERNEL_NEON void hl_fag_f32_d64_pse_types_softcap_drop_queries_neon(
     int32_t n)
 {
     enum { N = 4 };
-    const uint32_t kept = (uint32_t)((double)a->keep_prob * 4294967296.0);
+    const uint32_t kept = (uint32_t)(a->keep_prob * 4294967296.0f);
     for (int32_t p = 0; p < g->n; p += N) {
         for (int32_t j = -(j0 % 4); j < n; j += 4) {
             uint32_t word[4 * N];
@@ -4518,7 +4542,7 @@ HL_KERNEL_NEON void hl_fag_f32_d64_pse_types_softcap_drop_keys_neon(
     int32_t n)
 {
     enum { N = 4 };
-    const uint32_t kept = (uint32_t)((double)a->keep_prob * 4294967296.0);
+    const uint32_t kept = (uint32_t)(a->keep_prob * 4294967296.0f);
     for (int32_t p = 0; p < g->n; ++p) {
         float *const at = s + p * step;
         for (int32_t j = -(j0 % 4); j < n; j += 4 * N) {
@@ -5667,7 +5691,7 @@ HL_KERNEL_AVX2 void hl_fag_f32_d64_pse_types_softcap_drop_queries_avx2(
     int32_t n)
 {
     enum { N = 8 };
-    const uint32_t kept = (uint32_t)((double)a->keep_prob * 4294967296.0);
+    const uint32_t kept = (uint32_t)(a->keep_prob * 4294967296.0f);
     for (int32_t p = 0; p < g->n; p += N) {
         for (int32_t j = -(j0 % 4); j < n; j += 4) {
             uint32_t word[4 * N];
@@ -5688,7 +5712,7 @@ HL_KERNEL_AVX2 void hl_fag_f32_d64_pse_types_softcap_drop_keys_avx2(
     int32_t n)
 {
     enum { N = 8 };
-    const uint32_t kept = (uint32_t)((double)a->keep_prob * 4294967296.0);
+    const uint32_t kept = (uint32_t)(a->keep_prob * 4294967296.0f);
     for (int32_t p = 0; p < g->n; ++p) {
         float *const at = s + p * step;
         for (int32_t j = -(j0 % 4); j < n; j += 4 * N) {
@@ -7462,7 +7486,7 @@ HL_KERNEL_AVX512 void hl_fag_f32_d64_pse_types_softcap_drop_queries_avx512(
     int32_t n)
 {
     enum { N = 16 };
-    const uint32_t kept = (uint32_t)((double)a->keep_prob * 4294967296.0);
+    const uint32_t kept = (uint32_t)(a->keep_prob * 4294967296.0f);
     for (int32_t p = 0; p < g->n; p += N) {
         for (int32_t j = -(j0 % 4); j < n; j += 4) {
             uint32_t word[4 * N];
@@ -7483,7 +7507,7 @@ HL_KERNEL_AVX512 void hl_fag_f32_d64_pse_types_softcap_drop_keys_avx512(
     int32_t n)
 {
     enum { N = 16 };
-    const uint32_t kept = (uint32_t)((double)a->keep_prob * 4294967296.0);
+    const uint32_t kept = (uint32_t)(a->keep_prob * 4294967296.0f);
     for (int32_t p = 0; p < g->n; ++p) {
         float *const at = s + p * step;
         for (int32_t j = -(j0 % 4); j < n; j += 4 * N) {
@@ -8232,7 +8256,7 @@ HL_API size_t hl_fusion_attention_grad_f32_d64_pse_types_softcap_workspace_bytes
         return 0;
     }
 #if defined(_OPENMP)
-    return plan.task_bytes * (size_t)omp_get_max_threads();
+    return hl_size(hl_mul_cap(plan.task_bytes, (uint64_t)omp_get_max_threads()));
 #else
     return plan.task_bytes;
 #endif

@@ -93,7 +93,7 @@
 /* ==== shared by every Headlight header ==== */
 
 #ifndef HL_COMMON
-#define HL_COMMON 4
+#define HL_COMMON 5
 
 #include <stddef.h>
 #include <stdint.h>
@@ -342,6 +342,20 @@ enum {
     HL_ISA_AMX = 5
 };
 
+/* Stack in bytes, whatever the arguments: of any one function, and of a whole call with all that it
+ * calls on this instruction set. */
+#define HL_FRAME_BYTES_SCALAR 1024
+#define HL_STACK_BYTES_SCALAR 3072
+#define HL_FRAME_BYTES_NEON 4096
+#define HL_STACK_BYTES_NEON 6144
+#define HL_FRAME_BYTES_AVX2 4096
+#define HL_STACK_BYTES_AVX2 6144
+#define HL_FRAME_BYTES_AVX512 4096
+#define HL_STACK_BYTES_AVX512 6144
+#define HL_FRAME_BYTES_AMX 8192
+#define HL_STACK_BYTES_AMX 8192
+/* As GCC and Clang compile it from -O1 up. Without optimisation vector code takes far more. */
+
 /* Writes one sentence about the error into text (always ended by a 0 byte) and returns text; 160
  * bytes are enough. With HL_NO_TEXT defined the program holds no words: text is empty. */
 HL_API const char *hl_error_text(const hl_error *error, char *text, size_t size);
@@ -350,7 +364,7 @@ HL_API const char *hl_error_text(const hl_error *error, char *text, size_t size)
 }
 #endif
 
-#elif HL_COMMON != 4
+#elif HL_COMMON != 5
 #error "hl: headers of two generator versions in one file; regenerate the older one"
 #endif /* HL_COMMON */
 /* ==== the operator's arguments, shared by all of its kernels ==== */
@@ -749,6 +763,12 @@ static inline uint64_t hl_mul_cap(uint64_t a, uint64_t b)
 static inline uint64_t hl_add_cap(uint64_t a, uint64_t b)
 {
     return a > UINT64_MAX - b ? UINT64_MAX : a + b;
+}
+
+/* As a size of memory; what there cannot be is SIZE_MAX, which no allocator grants. */
+static inline size_t hl_size(uint64_t bytes)
+{
+    return bytes > (uint64_t)PTRDIFF_MAX ? SIZE_MAX : (size_t)bytes;
 }
 
 /* Bytes from the first to behind the last element of a strided tensor; 0 if it has none. */
@@ -1190,6 +1210,10 @@ enum {
  * plan->split_bytes is the exact figure. */
 #define HL_SPARSE_FLASH_ATTENTION_BF16_D128_ROPE64_PARTIALS_BYTES(r, h, c) \
     (64 + 4 * (size_t)(r) * (size_t)(c) * (size_t)(h) * 448)
+
+/* Stack that any call below may need, on the deepest of the kernel's instruction sets. */
+#define HL_SPARSE_FLASH_ATTENTION_BF16_D128_ROPE64_STACK_BYTES \
+    HL_STACK_BYTES_AMX
 
 /* Checks everything, fills in defaults, counts tasks. On an error *plan is untouched. */
 HL_API hl_status hl_sparse_flash_attention_bf16_d128_rope64_plan(
@@ -11002,9 +11026,10 @@ HL_API size_t hl_sparse_flash_attention_bf16_d128_rope64_workspace_bytes(
 #if defined(_OPENMP)
     if (args->partials == NULL) { /* with several threads long rows are split */
         const int32_t threads = omp_get_max_threads();
-        return plan.task_bytes * (size_t)threads + (threads > 1 ? plan.split_bytes : 0);
+        return hl_size(hl_add_cap(hl_mul_cap(plan.task_bytes, (uint64_t)threads), threads > 1
+                                  ? plan.split_bytes : 0));
     }
-    return plan.task_bytes * (size_t)omp_get_max_threads();
+    return hl_size(hl_mul_cap(plan.task_bytes, (uint64_t)omp_get_max_threads()));
 #else
     return plan.task_bytes;
 #endif
