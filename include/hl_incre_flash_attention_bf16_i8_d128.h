@@ -770,6 +770,25 @@ static inline float hl_float_of(uint32_t bits)
     return x;
 }
 
+/* Compilers may make one operation of a product and the sum around it, each by rules and flags of
+ * its own, and then round once instead of twice. This says that x is looked at in between: with it
+ * the bits are the same whoever compiles. In the words of plain C it is left to the compiler. */
+#if defined(__GNUC__) && defined(__SSE__)
+#define HL_ROUNDED(x) __asm__("" : "+x"(x))
+#elif defined(__GNUC__) && defined(__aarch64__)
+#define HL_ROUNDED(x) __asm__("" : "+w"(x))
+#else
+#define HL_ROUNDED(x) (void)(x)
+#endif
+
+/* x * y, rounded before anything is added to it. */
+static inline float hl_product(float x, float y)
+{
+    float product = x * y;
+    HL_ROUNDED(product);
+    return product;
+}
+
 static inline float hl_float_of_bf16(uint16_t h)
 {
     return hl_float_of((uint32_t)h << 16);
@@ -822,16 +841,20 @@ static inline float hl_log(float x)
     const uint32_t bits = hl_bits_of(x);
     const int32_t e = (int32_t)((bits + 0x4afb0du) >> 23) - 127;
     const float y = hl_float_of(bits - ((uint32_t)e << 23));
-    const float t = (y - 1.0f) / (y + 1.0f);
+    float t = (y - 1.0f) / (y + 1.0f);
     const float t2 = t * t;
-    const float odd = 2.0f + t2 * (0.666666667f + t2 * (0.4f + t2 * (0.285714286f + t2 * 0.23f)));
+    float odd = 0.285714286f + hl_product(t2, 0.23f);
+    odd = 0.4f + hl_product(t2, odd);
+    odd = 0.666666667f + hl_product(t2, odd);
+    odd = 2.0f + hl_product(t2, odd);
     if (x == 0.0f) {
         return hl_float_of(0xff800000u);
     }
     if (!(x < hl_float_of(0x7f800000u))) { /* infinity or NaN */
         return x;
     }
-    return (float)e * 0.693359375f + ((float)e * -2.12194440e-4f + t * odd); /* ln 2 in two parts */
+    t = hl_product((float)e, -2.12194440e-4f) + hl_product(t, odd); /* ln 2 in two parts */
+    return hl_product((float)e, 0.693359375f) + t;
 }
 
 /* Fills *error, if there is one, and returns its status. */
@@ -1581,7 +1604,12 @@ HL_WORD_NEON void hl_vpair_neon(const float *p, hl_vf_neon *x, hl_vf_neon *y)
 HL_WORD_NEON hl_vf_neon hl_vkeep_neon(hl_vf_neon x) { return x; }
 HL_WORD_NEON hl_vf_neon hl_vadd_neon(hl_vf_neon x, hl_vf_neon y) { return vaddq_f32(x, y); }
 HL_WORD_NEON hl_vf_neon hl_vsub_neon(hl_vf_neon x, hl_vf_neon y) { return vsubq_f32(x, y); }
-HL_WORD_NEON hl_vf_neon hl_vmul_neon(hl_vf_neon x, hl_vf_neon y) { return vmulq_f32(x, y); }
+HL_WORD_NEON hl_vf_neon hl_vmul_neon(hl_vf_neon x, hl_vf_neon y)
+{
+    hl_vf_neon product = vmulq_f32(x, y);
+    HL_ROUNDED(product);
+    return product;
+}
 HL_WORD_NEON hl_vf_neon hl_vfma_neon(hl_vf_neon x, hl_vf_neon y, hl_vf_neon z)
 {
     return vfmaq_f32(z, x, y);
@@ -1827,7 +1855,10 @@ HL_WORD_AVX2 hl_vf_avx2 hl_vkeep_avx2(hl_vf_avx2 x)
 }
 HL_WORD_AVX2 hl_vf_avx2 hl_vadd_avx2(hl_vf_avx2 x, hl_vf_avx2 y) { return _mm256_add_ps(x, y); }
 HL_WORD_AVX2 hl_vf_avx2 hl_vsub_avx2(hl_vf_avx2 x, hl_vf_avx2 y) { return _mm256_sub_ps(x, y); }
-HL_WORD_AVX2 hl_vf_avx2 hl_vmul_avx2(hl_vf_avx2 x, hl_vf_avx2 y) { return _mm256_mul_ps(x, y); }
+HL_WORD_AVX2 hl_vf_avx2 hl_vmul_avx2(hl_vf_avx2 x, hl_vf_avx2 y)
+{
+    return hl_vkeep_avx2(_mm256_mul_ps(x, y));
+}
 HL_WORD_AVX2 hl_vf_avx2 hl_vfma_avx2(hl_vf_avx2 x, hl_vf_avx2 y, hl_vf_avx2 z)
 {
     return _mm256_fmadd_ps(x, y, z);
@@ -2124,7 +2155,7 @@ HL_WORD_AVX512 hl_vf_avx512 hl_vsub_avx512(hl_vf_avx512 x, hl_vf_avx512 y)
 }
 HL_WORD_AVX512 hl_vf_avx512 hl_vmul_avx512(hl_vf_avx512 x, hl_vf_avx512 y)
 {
-    return _mm512_mul_ps(x, y);
+    return hl_vkeep_avx512(_mm512_mul_ps(x, y));
 }
 HL_WORD_AVX512 hl_vf_avx512 hl_vfma_avx512(hl_vf_avx512 x, hl_vf_avx512 y, hl_vf_avx512 z)
 {
@@ -3654,7 +3685,8 @@ HL_KERNEL_SCALAR void hl_ifa_bf16_i8_d128_bias_codes_scalar(const hl_incre_flash
                     0)[b->row[j].token];
             }
             for (int32_t h = 0; h < queries; ++h) {
-                s[j * ks + h * qs] = x * (s[j * ks + h * qs] + offset * shift[h]);
+                const float more = hl_product(offset, shift[h]);
+                s[j * ks + h * qs] = hl_product(x, s[j * ks + h * qs] + more);
             }
         }
     } else if (a->antiquant_offset != NULL) {
@@ -3680,7 +3712,8 @@ HL_KERNEL_SCALAR void hl_ifa_bf16_i8_d128_bias_positions_scalar(
             const uint16_t *const pse = (const uint16_t *)a->pse_shift
                 + ((batch * a->heads_q + head) * a->seq_q + i) * a->pse_width;
             for (int32_t j = 0; j < b->n; ++j) {
-                s[j * ks + h * qs] += log2e * hl_float_of_bf16(pse[b->row[j].token]);
+                const float more = hl_float_of_bf16(pse[b->row[j].token]);
+                s[j * ks + h * qs] += hl_product(log2e, more);
             }
         }
     }
@@ -3737,9 +3770,9 @@ HL_KERNEL_SCALAR void hl_ifa_bf16_i8_d128_weigh_scalar(const hl_incre_flash_atte
         float *const o = t->o + (ptrdiff_t)(h0 + h) * OS + LIFT;
         float sum = 0.0f;
         for (int32_t j = 0; j < b->n; ++j) {
-            sum += p[j * step + h] * offset[b->row[j].token];
+            sum += hl_product(p[j * step + h], offset[b->row[j].token]);
         }
-        *o = t->alpha[h0 + h] * *o + sum;
+        *o = hl_product(t->alpha[h0 + h], *o) + sum;
     }
 }
 
@@ -3810,7 +3843,7 @@ HL_KERNEL_SCALAR void hl_ifa_bf16_i8_d128_softmax_few_scalar(float *s, const hl_
             sum += each[i];
         }
         t->alpha[h0 + h] = less[h];
-        t->l[h0 + h] = less[h] * t->l[h0 + h] + sum;
+        t->l[h0 + h] = hl_product(less[h], t->l[h0 + h]) + sum;
     }
 }
 
@@ -4084,7 +4117,7 @@ HL_KERNEL_SCALAR void hl_ifa_bf16_i8_d128_store_quantised_scalar(
     for (int32_t c = 0; c < DV; ++c) {
         const ptrdiff_t i = a->quant_per_channel ? (ptrdiff_t)head * DV + c : 0;
         float x = o[c] * factor;
-        x = x * hl_ifa_bf16_i8_d128_quant_number(a->quant_scale2, i, a->quant_bf16);
+        x = hl_product(x, hl_ifa_bf16_i8_d128_quant_number(a->quant_scale2, i, a->quant_bf16));
         if (a->quant_offset2 != NULL) {
             x = x + hl_ifa_bf16_i8_d128_quant_number(a->quant_offset2, i, a->quant_bf16);
         }
@@ -5386,7 +5419,8 @@ HL_KERNEL_NEON void hl_ifa_bf16_i8_d128_bias_codes_neon(const hl_incre_flash_att
                     0)[b->row[j].token];
             }
             for (int32_t h = 0; h < queries; ++h) {
-                s[j * ks + h * qs] = x * (s[j * ks + h * qs] + offset * shift[h]);
+                const float more = hl_product(offset, shift[h]);
+                s[j * ks + h * qs] = hl_product(x, s[j * ks + h * qs] + more);
             }
         }
     } else if (a->antiquant_offset != NULL) {
@@ -5412,7 +5446,8 @@ HL_KERNEL_NEON void hl_ifa_bf16_i8_d128_bias_positions_neon(const hl_incre_flash
             const uint16_t *const pse = (const uint16_t *)a->pse_shift
                 + ((batch * a->heads_q + head) * a->seq_q + i) * a->pse_width;
             for (int32_t j = 0; j < b->n; ++j) {
-                s[j * ks + h * qs] += log2e * hl_float_of_bf16(pse[b->row[j].token]);
+                const float more = hl_float_of_bf16(pse[b->row[j].token]);
+                s[j * ks + h * qs] += hl_product(log2e, more);
             }
         }
     }
@@ -5470,9 +5505,9 @@ HL_KERNEL_NEON void hl_ifa_bf16_i8_d128_weigh_neon(const hl_incre_flash_attentio
         float *const o = t->o + (ptrdiff_t)(h0 + h) * OS + LIFT;
         float sum = 0.0f;
         for (int32_t j = 0; j < b->n; ++j) {
-            sum += p[j * step + h] * offset[b->row[j].token];
+            sum += hl_product(p[j * step + h], offset[b->row[j].token]);
         }
-        *o = t->alpha[h0 + h] * *o + sum;
+        *o = hl_product(t->alpha[h0 + h], *o) + sum;
     }
 }
 
@@ -5571,7 +5606,7 @@ HL_KERNEL_NEON void hl_ifa_bf16_i8_d128_softmax_few_neon(float *s, const hl_stat
             sum += each[i];
         }
         t->alpha[h0 + h] = less[h];
-        t->l[h0 + h] = less[h] * t->l[h0 + h] + sum;
+        t->l[h0 + h] = hl_product(less[h], t->l[h0 + h]) + sum;
     }
 }
 
@@ -6137,7 +6172,7 @@ HL_KERNEL_NEON void hl_ifa_bf16_i8_d128_store_quantised_neon(const hl_incre_flas
     for (int32_t c = 0; c < DV; ++c) {
         const ptrdiff_t i = a->quant_per_channel ? (ptrdiff_t)head * DV + c : 0;
         float x = o[c] * factor;
-        x = x * hl_ifa_bf16_i8_d128_quant_number(a->quant_scale2, i, a->quant_bf16);
+        x = hl_product(x, hl_ifa_bf16_i8_d128_quant_number(a->quant_scale2, i, a->quant_bf16));
         if (a->quant_offset2 != NULL) {
             x = x + hl_ifa_bf16_i8_d128_quant_number(a->quant_offset2, i, a->quant_bf16);
         }
@@ -7466,7 +7501,8 @@ HL_KERNEL_AVX2 void hl_ifa_bf16_i8_d128_bias_codes_avx2(const hl_incre_flash_att
                     0)[b->row[j].token];
             }
             for (int32_t h = 0; h < queries; ++h) {
-                s[j * ks + h * qs] = x * (s[j * ks + h * qs] + offset * shift[h]);
+                const float more = hl_product(offset, shift[h]);
+                s[j * ks + h * qs] = hl_product(x, s[j * ks + h * qs] + more);
             }
         }
     } else if (a->antiquant_offset != NULL) {
@@ -7492,7 +7528,8 @@ HL_KERNEL_AVX2 void hl_ifa_bf16_i8_d128_bias_positions_avx2(const hl_incre_flash
             const uint16_t *const pse = (const uint16_t *)a->pse_shift
                 + ((batch * a->heads_q + head) * a->seq_q + i) * a->pse_width;
             for (int32_t j = 0; j < b->n; ++j) {
-                s[j * ks + h * qs] += log2e * hl_float_of_bf16(pse[b->row[j].token]);
+                const float more = hl_float_of_bf16(pse[b->row[j].token]);
+                s[j * ks + h * qs] += hl_product(log2e, more);
             }
         }
     }
@@ -7550,9 +7587,9 @@ HL_KERNEL_AVX2 void hl_ifa_bf16_i8_d128_weigh_avx2(const hl_incre_flash_attentio
         float *const o = t->o + (ptrdiff_t)(h0 + h) * OS + LIFT;
         float sum = 0.0f;
         for (int32_t j = 0; j < b->n; ++j) {
-            sum += p[j * step + h] * offset[b->row[j].token];
+            sum += hl_product(p[j * step + h], offset[b->row[j].token]);
         }
-        *o = t->alpha[h0 + h] * *o + sum;
+        *o = hl_product(t->alpha[h0 + h], *o) + sum;
     }
 }
 
@@ -7651,7 +7688,7 @@ HL_KERNEL_AVX2 void hl_ifa_bf16_i8_d128_softmax_few_avx2(float *s, const hl_stat
             sum += each[i];
         }
         t->alpha[h0 + h] = less[h];
-        t->l[h0 + h] = less[h] * t->l[h0 + h] + sum;
+        t->l[h0 + h] = hl_product(less[h], t->l[h0 + h]) + sum;
     }
 }
 
@@ -8111,7 +8148,7 @@ HL_KERNEL_AVX2 void hl_ifa_bf16_i8_d128_store_quantised_avx2(const hl_incre_flas
     for (int32_t c = 0; c < DV; ++c) {
         const ptrdiff_t i = a->quant_per_channel ? (ptrdiff_t)head * DV + c : 0;
         float x = o[c] * factor;
-        x = x * hl_ifa_bf16_i8_d128_quant_number(a->quant_scale2, i, a->quant_bf16);
+        x = hl_product(x, hl_ifa_bf16_i8_d128_quant_number(a->quant_scale2, i, a->quant_bf16));
         if (a->quant_offset2 != NULL) {
             x = x + hl_ifa_bf16_i8_d128_quant_number(a->quant_offset2, i, a->quant_bf16);
         }
@@ -9718,7 +9755,8 @@ HL_KERNEL_AVX512 void hl_ifa_bf16_i8_d128_bias_codes_avx512(const hl_incre_flash
                     0)[b->row[j].token];
             }
             for (int32_t h = 0; h < queries; ++h) {
-                s[j * ks + h * qs] = x * (s[j * ks + h * qs] + offset * shift[h]);
+                const float more = hl_product(offset, shift[h]);
+                s[j * ks + h * qs] = hl_product(x, s[j * ks + h * qs] + more);
             }
         }
     } else if (a->antiquant_offset != NULL) {
@@ -9744,7 +9782,8 @@ HL_KERNEL_AVX512 void hl_ifa_bf16_i8_d128_bias_positions_avx512(
             const uint16_t *const pse = (const uint16_t *)a->pse_shift
                 + ((batch * a->heads_q + head) * a->seq_q + i) * a->pse_width;
             for (int32_t j = 0; j < b->n; ++j) {
-                s[j * ks + h * qs] += log2e * hl_float_of_bf16(pse[b->row[j].token]);
+                const float more = hl_float_of_bf16(pse[b->row[j].token]);
+                s[j * ks + h * qs] += hl_product(log2e, more);
             }
         }
     }
@@ -9801,9 +9840,9 @@ HL_KERNEL_AVX512 void hl_ifa_bf16_i8_d128_weigh_avx512(const hl_incre_flash_atte
         float *const o = t->o + (ptrdiff_t)(h0 + h) * OS + LIFT;
         float sum = 0.0f;
         for (int32_t j = 0; j < b->n; ++j) {
-            sum += p[j * step + h] * offset[b->row[j].token];
+            sum += hl_product(p[j * step + h], offset[b->row[j].token]);
         }
-        *o = t->alpha[h0 + h] * *o + sum;
+        *o = hl_product(t->alpha[h0 + h], *o) + sum;
     }
 }
 
@@ -9903,7 +9942,7 @@ HL_KERNEL_AVX512 void hl_ifa_bf16_i8_d128_softmax_few_avx512(float *s, const hl_
             sum += each[i];
         }
         t->alpha[h0 + h] = less[h];
-        t->l[h0 + h] = less[h] * t->l[h0 + h] + sum;
+        t->l[h0 + h] = hl_product(less[h], t->l[h0 + h]) + sum;
     }
 }
 
@@ -10898,7 +10937,7 @@ HL_KERNEL_AVX512 void hl_ifa_bf16_i8_d128_store_quantised_avx512(
     for (int32_t c = 0; c < DV; ++c) {
         const ptrdiff_t i = a->quant_per_channel ? (ptrdiff_t)head * DV + c : 0;
         float x = o[c] * factor;
-        x = x * hl_ifa_bf16_i8_d128_quant_number(a->quant_scale2, i, a->quant_bf16);
+        x = hl_product(x, hl_ifa_bf16_i8_d128_quant_number(a->quant_scale2, i, a->quant_bf16));
         if (a->quant_offset2 != NULL) {
             x = x + hl_ifa_bf16_i8_d128_quant_number(a->quant_offset2, i, a->quant_bf16);
         }

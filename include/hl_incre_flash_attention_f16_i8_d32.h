@@ -767,6 +767,25 @@ static inline float hl_float_of(uint32_t bits)
     return x;
 }
 
+/* Compilers may make one operation of a product and the sum around it, each by rules and flags of
+ * its own, and then round once instead of twice. This says that x is looked at in between: with it
+ * the bits are the same whoever compiles. In the words of plain C it is left to the compiler. */
+#if defined(__GNUC__) && defined(__SSE__)
+#define HL_ROUNDED(x) __asm__("" : "+x"(x))
+#elif defined(__GNUC__) && defined(__aarch64__)
+#define HL_ROUNDED(x) __asm__("" : "+w"(x))
+#else
+#define HL_ROUNDED(x) (void)(x)
+#endif
+
+/* x * y, rounded before anything is added to it. */
+static inline float hl_product(float x, float y)
+{
+    float product = x * y;
+    HL_ROUNDED(product);
+    return product;
+}
+
 static inline float hl_float_of_bf16(uint16_t h)
 {
     return hl_float_of((uint32_t)h << 16);
@@ -819,16 +838,20 @@ static inline float hl_log(float x)
     const uint32_t bits = hl_bits_of(x);
     const int32_t e = (int32_t)((bits + 0x4afb0du) >> 23) - 127;
     const float y = hl_float_of(bits - ((uint32_t)e << 23));
-    const float t = (y - 1.0f) / (y + 1.0f);
+    float t = (y - 1.0f) / (y + 1.0f);
     const float t2 = t * t;
-    const float odd = 2.0f + t2 * (0.666666667f + t2 * (0.4f + t2 * (0.285714286f + t2 * 0.23f)));
+    float odd = 0.285714286f + hl_product(t2, 0.23f);
+    odd = 0.4f + hl_product(t2, odd);
+    odd = 0.666666667f + hl_product(t2, odd);
+    odd = 2.0f + hl_product(t2, odd);
     if (x == 0.0f) {
         return hl_float_of(0xff800000u);
     }
     if (!(x < hl_float_of(0x7f800000u))) { /* infinity or NaN */
         return x;
     }
-    return (float)e * 0.693359375f + ((float)e * -2.12194440e-4f + t * odd); /* ln 2 in two parts */
+    t = hl_product((float)e, -2.12194440e-4f) + hl_product(t, odd); /* ln 2 in two parts */
+    return hl_product((float)e, 0.693359375f) + t;
 }
 
 /* Fills *error, if there is one, and returns its status. */
@@ -2668,7 +2691,8 @@ HL_KERNEL_SCALAR void hl_ifa_f16_i8_d32_bias_codes_scalar(const hl_incre_flash_a
                     0)[b->row[j].token];
             }
             for (int32_t h = 0; h < queries; ++h) {
-                s[j * ks + h * qs] = x * (s[j * ks + h * qs] + offset * shift[h]);
+                const float more = hl_product(offset, shift[h]);
+                s[j * ks + h * qs] = hl_product(x, s[j * ks + h * qs] + more);
             }
         }
     } else if (a->antiquant_offset != NULL) {
@@ -2694,7 +2718,8 @@ HL_KERNEL_SCALAR void hl_ifa_f16_i8_d32_bias_positions_scalar(
             const uint16_t *const pse = (const uint16_t *)a->pse_shift
                 + ((batch * a->heads_q + head) * a->seq_q + i) * a->pse_width;
             for (int32_t j = 0; j < b->n; ++j) {
-                s[j * ks + h * qs] += log2e * hl_float_of_f16(pse[b->row[j].token]);
+                const float more = hl_float_of_f16(pse[b->row[j].token]);
+                s[j * ks + h * qs] += hl_product(log2e, more);
             }
         }
     }
@@ -2751,9 +2776,9 @@ HL_KERNEL_SCALAR void hl_ifa_f16_i8_d32_weigh_scalar(const hl_incre_flash_attent
         float *const o = t->o + (ptrdiff_t)(h0 + h) * OS + LIFT;
         float sum = 0.0f;
         for (int32_t j = 0; j < b->n; ++j) {
-            sum += p[j * step + h] * offset[b->row[j].token];
+            sum += hl_product(p[j * step + h], offset[b->row[j].token]);
         }
-        *o = t->alpha[h0 + h] * *o + sum;
+        *o = hl_product(t->alpha[h0 + h], *o) + sum;
     }
 }
 
@@ -2823,7 +2848,7 @@ HL_KERNEL_SCALAR void hl_ifa_f16_i8_d32_softmax_few_scalar(float *s, const hl_st
             sum += each[i];
         }
         t->alpha[h0 + h] = less[h];
-        t->l[h0 + h] = less[h] * t->l[h0 + h] + sum;
+        t->l[h0 + h] = hl_product(less[h], t->l[h0 + h]) + sum;
     }
 }
 
@@ -3094,7 +3119,7 @@ HL_KERNEL_SCALAR void hl_ifa_f16_i8_d32_store_quantised_scalar(
     for (int32_t c = 0; c < DV; ++c) {
         const ptrdiff_t i = a->quant_per_channel ? (ptrdiff_t)head * DV + c : 0;
         float x = o[c] * factor;
-        x = x * hl_ifa_f16_i8_d32_quant_number(a->quant_scale2, i, a->quant_bf16);
+        x = hl_product(x, hl_ifa_f16_i8_d32_quant_number(a->quant_scale2, i, a->quant_bf16));
         if (a->quant_offset2 != NULL) {
             x = x + hl_ifa_f16_i8_d32_quant_number(a->quant_offset2, i, a->quant_bf16);
         }

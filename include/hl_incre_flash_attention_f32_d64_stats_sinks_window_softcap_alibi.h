@@ -765,6 +765,25 @@ static inline float hl_float_of(uint32_t bits)
     return x;
 }
 
+/* Compilers may make one operation of a product and the sum around it, each by rules and flags of
+ * its own, and then round once instead of twice. This says that x is looked at in between: with it
+ * the bits are the same whoever compiles. In the words of plain C it is left to the compiler. */
+#if defined(__GNUC__) && defined(__SSE__)
+#define HL_ROUNDED(x) __asm__("" : "+x"(x))
+#elif defined(__GNUC__) && defined(__aarch64__)
+#define HL_ROUNDED(x) __asm__("" : "+w"(x))
+#else
+#define HL_ROUNDED(x) (void)(x)
+#endif
+
+/* x * y, rounded before anything is added to it. */
+static inline float hl_product(float x, float y)
+{
+    float product = x * y;
+    HL_ROUNDED(product);
+    return product;
+}
+
 static inline float hl_float_of_bf16(uint16_t h)
 {
     return hl_float_of((uint32_t)h << 16);
@@ -817,16 +836,20 @@ static inline float hl_log(float x)
     const uint32_t bits = hl_bits_of(x);
     const int32_t e = (int32_t)((bits + 0x4afb0du) >> 23) - 127;
     const float y = hl_float_of(bits - ((uint32_t)e << 23));
-    const float t = (y - 1.0f) / (y + 1.0f);
+    float t = (y - 1.0f) / (y + 1.0f);
     const float t2 = t * t;
-    const float odd = 2.0f + t2 * (0.666666667f + t2 * (0.4f + t2 * (0.285714286f + t2 * 0.23f)));
+    float odd = 0.285714286f + hl_product(t2, 0.23f);
+    odd = 0.4f + hl_product(t2, odd);
+    odd = 0.666666667f + hl_product(t2, odd);
+    odd = 2.0f + hl_product(t2, odd);
     if (x == 0.0f) {
         return hl_float_of(0xff800000u);
     }
     if (!(x < hl_float_of(0x7f800000u))) { /* infinity or NaN */
         return x;
     }
-    return (float)e * 0.693359375f + ((float)e * -2.12194440e-4f + t * odd); /* ln 2 in two parts */
+    t = hl_product((float)e, -2.12194440e-4f) + hl_product(t, odd); /* ln 2 in two parts */
+    return hl_product((float)e, 0.693359375f) + t;
 }
 
 /* Fills *error, if there is one, and returns its status. */
@@ -1468,7 +1491,12 @@ HL_WORD_NEON void hl_vpair_neon(const float *p, hl_vf_neon *x, hl_vf_neon *y)
 HL_WORD_NEON hl_vf_neon hl_vkeep_neon(hl_vf_neon x) { return x; }
 HL_WORD_NEON hl_vf_neon hl_vadd_neon(hl_vf_neon x, hl_vf_neon y) { return vaddq_f32(x, y); }
 HL_WORD_NEON hl_vf_neon hl_vsub_neon(hl_vf_neon x, hl_vf_neon y) { return vsubq_f32(x, y); }
-HL_WORD_NEON hl_vf_neon hl_vmul_neon(hl_vf_neon x, hl_vf_neon y) { return vmulq_f32(x, y); }
+HL_WORD_NEON hl_vf_neon hl_vmul_neon(hl_vf_neon x, hl_vf_neon y)
+{
+    hl_vf_neon product = vmulq_f32(x, y);
+    HL_ROUNDED(product);
+    return product;
+}
 HL_WORD_NEON hl_vf_neon hl_vfma_neon(hl_vf_neon x, hl_vf_neon y, hl_vf_neon z)
 {
     return vfmaq_f32(z, x, y);
@@ -1574,7 +1602,10 @@ HL_WORD_AVX2 hl_vf_avx2 hl_vkeep_avx2(hl_vf_avx2 x)
 }
 HL_WORD_AVX2 hl_vf_avx2 hl_vadd_avx2(hl_vf_avx2 x, hl_vf_avx2 y) { return _mm256_add_ps(x, y); }
 HL_WORD_AVX2 hl_vf_avx2 hl_vsub_avx2(hl_vf_avx2 x, hl_vf_avx2 y) { return _mm256_sub_ps(x, y); }
-HL_WORD_AVX2 hl_vf_avx2 hl_vmul_avx2(hl_vf_avx2 x, hl_vf_avx2 y) { return _mm256_mul_ps(x, y); }
+HL_WORD_AVX2 hl_vf_avx2 hl_vmul_avx2(hl_vf_avx2 x, hl_vf_avx2 y)
+{
+    return hl_vkeep_avx2(_mm256_mul_ps(x, y));
+}
 HL_WORD_AVX2 hl_vf_avx2 hl_vfma_avx2(hl_vf_avx2 x, hl_vf_avx2 y, hl_vf_avx2 z)
 {
     return _mm256_fmadd_ps(x, y, z);
@@ -1691,7 +1722,7 @@ HL_WORD_AVX512 hl_vf_avx512 hl_vsub_avx512(hl_vf_avx512 x, hl_vf_avx512 y)
 }
 HL_WORD_AVX512 hl_vf_avx512 hl_vmul_avx512(hl_vf_avx512 x, hl_vf_avx512 y)
 {
-    return _mm512_mul_ps(x, y);
+    return hl_vkeep_avx512(_mm512_mul_ps(x, y));
 }
 HL_WORD_AVX512 hl_vf_avx512 hl_vfma_avx512(hl_vf_avx512 x, hl_vf_avx512 y, hl_vf_avx512 z)
 {
@@ -3001,14 +3032,16 @@ HL_KERNEL_SCALAR void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_bias_posit
             const float *const pse = (const float *)a->pse_shift
                 + ((batch * a->heads_q + head) * a->seq_q + i) * a->pse_width;
             for (int32_t j = 0; j < b->n; ++j) {
-                s[j * ks + h * qs] += log2e * (pse[b->row[j].token]);
+                const float more = (pse[b->row[j].token]);
+                s[j * ks + h * qs] += hl_product(log2e, more);
             }
         }
         if (a->alibi_slopes != NULL) {
             const float slope = log2e * a->alibi_slopes[head];
             const ptrdiff_t own = (ptrdiff_t)g->first + g->length - g->rows + i;
             for (int32_t j = 0; j < b->n; ++j) {
-                s[j * ks + h * qs] += slope * (float)(b->row[j].token - own);
+                const float far = (float)(b->row[j].token - own);
+                s[j * ks + h * qs] += hl_product(slope, far);
             }
         }
     }
@@ -3105,7 +3138,7 @@ HL_KERNEL_SCALAR void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_softmax_fe
             sum += each[i];
         }
         t->alpha[h0 + h] = less[h];
-        t->l[h0 + h] = less[h] * t->l[h0 + h] + sum;
+        t->l[h0 + h] = hl_product(less[h], t->l[h0 + h]) + sum;
     }
 }
 
@@ -3382,9 +3415,10 @@ HL_KERNEL_SCALAR void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_store_quan
     for (int32_t c = 0; c < DV; ++c) {
         const ptrdiff_t i = a->quant_per_channel ? (ptrdiff_t)head * DV + c : 0;
         float x = o[c] * factor;
-        x = x
-            * hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_quant_number(a->quant_scale2, i,
-            a->quant_bf16);
+        x =
+            hl_product(x,
+                       hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_quant_number(a->quant_scale2,
+                i, a->quant_bf16));
         if (a->quant_offset2 != NULL) {
             x = x
                 + hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_quant_number(a->quant_offset2, i,
@@ -3417,7 +3451,7 @@ HL_KERNEL_SCALAR void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_store_lse_
         return;
     }
     for (int32_t h = 0; h < group; ++h) {
-        const float lse = t->m[h] * 0.693147181f + hl_log(t->l[h]);
+        const float lse = hl_product(t->m[h], 0.693147181f) + hl_log(t->l[h]);
         const float finite = t->m[h] < 3.402823466e+38f || lse != lse ? lse : -none;
         a->softmax_lse[g->stats + h % g->heads * g->rows + h / g->heads] = t->l[h] != 0.0f ? finite
             : none;
@@ -4485,14 +4519,16 @@ HL_KERNEL_NEON void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_bias_positio
             const float *const pse = (const float *)a->pse_shift
                 + ((batch * a->heads_q + head) * a->seq_q + i) * a->pse_width;
             for (int32_t j = 0; j < b->n; ++j) {
-                s[j * ks + h * qs] += log2e * (pse[b->row[j].token]);
+                const float more = (pse[b->row[j].token]);
+                s[j * ks + h * qs] += hl_product(log2e, more);
             }
         }
         if (a->alibi_slopes != NULL) {
             const float slope = log2e * a->alibi_slopes[head];
             const ptrdiff_t own = (ptrdiff_t)g->first + g->length - g->rows + i;
             for (int32_t j = 0; j < b->n; ++j) {
-                s[j * ks + h * qs] += slope * (float)(b->row[j].token - own);
+                const float far = (float)(b->row[j].token - own);
+                s[j * ks + h * qs] += hl_product(slope, far);
             }
         }
     }
@@ -4618,7 +4654,7 @@ HL_KERNEL_NEON void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_softmax_few_
             sum += each[i];
         }
         t->alpha[h0 + h] = less[h];
-        t->l[h0 + h] = less[h] * t->l[h0 + h] + sum;
+        t->l[h0 + h] = hl_product(less[h], t->l[h0 + h]) + sum;
     }
 }
 
@@ -5188,9 +5224,10 @@ HL_KERNEL_NEON void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_store_quanti
     for (int32_t c = 0; c < DV; ++c) {
         const ptrdiff_t i = a->quant_per_channel ? (ptrdiff_t)head * DV + c : 0;
         float x = o[c] * factor;
-        x = x
-            * hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_quant_number(a->quant_scale2, i,
-            a->quant_bf16);
+        x =
+            hl_product(x,
+                       hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_quant_number(a->quant_scale2,
+                i, a->quant_bf16));
         if (a->quant_offset2 != NULL) {
             x = x
                 + hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_quant_number(a->quant_offset2, i,
@@ -5223,7 +5260,7 @@ HL_KERNEL_NEON void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_store_lse_ne
         return;
     }
     for (int32_t h = 0; h < group; ++h) {
-        const float lse = t->m[h] * 0.693147181f + hl_log(t->l[h]);
+        const float lse = hl_product(t->m[h], 0.693147181f) + hl_log(t->l[h]);
         const float finite = t->m[h] < 3.402823466e+38f || lse != lse ? lse : -none;
         a->softmax_lse[g->stats + h % g->heads * g->rows + h / g->heads] = t->l[h] != 0.0f ? finite
             : none;
@@ -6327,14 +6364,16 @@ HL_KERNEL_AVX2 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_bias_positio
             const float *const pse = (const float *)a->pse_shift
                 + ((batch * a->heads_q + head) * a->seq_q + i) * a->pse_width;
             for (int32_t j = 0; j < b->n; ++j) {
-                s[j * ks + h * qs] += log2e * (pse[b->row[j].token]);
+                const float more = (pse[b->row[j].token]);
+                s[j * ks + h * qs] += hl_product(log2e, more);
             }
         }
         if (a->alibi_slopes != NULL) {
             const float slope = log2e * a->alibi_slopes[head];
             const ptrdiff_t own = (ptrdiff_t)g->first + g->length - g->rows + i;
             for (int32_t j = 0; j < b->n; ++j) {
-                s[j * ks + h * qs] += slope * (float)(b->row[j].token - own);
+                const float far = (float)(b->row[j].token - own);
+                s[j * ks + h * qs] += hl_product(slope, far);
             }
         }
     }
@@ -6460,7 +6499,7 @@ HL_KERNEL_AVX2 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_softmax_few_
             sum += each[i];
         }
         t->alpha[h0 + h] = less[h];
-        t->l[h0 + h] = less[h] * t->l[h0 + h] + sum;
+        t->l[h0 + h] = hl_product(less[h], t->l[h0 + h]) + sum;
     }
 }
 
@@ -6922,9 +6961,10 @@ HL_KERNEL_AVX2 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_store_quanti
     for (int32_t c = 0; c < DV; ++c) {
         const ptrdiff_t i = a->quant_per_channel ? (ptrdiff_t)head * DV + c : 0;
         float x = o[c] * factor;
-        x = x
-            * hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_quant_number(a->quant_scale2, i,
-            a->quant_bf16);
+        x =
+            hl_product(x,
+                       hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_quant_number(a->quant_scale2,
+                i, a->quant_bf16));
         if (a->quant_offset2 != NULL) {
             x = x
                 + hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_quant_number(a->quant_offset2, i,
@@ -6957,7 +6997,7 @@ HL_KERNEL_AVX2 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_store_lse_av
         return;
     }
     for (int32_t h = 0; h < group; ++h) {
-        const float lse = t->m[h] * 0.693147181f + hl_log(t->l[h]);
+        const float lse = hl_product(t->m[h], 0.693147181f) + hl_log(t->l[h]);
         const float finite = t->m[h] < 3.402823466e+38f || lse != lse ? lse : -none;
         a->softmax_lse[g->stats + h % g->heads * g->rows + h / g->heads] = t->l[h] != 0.0f ? finite
             : none;
@@ -8346,14 +8386,16 @@ HL_KERNEL_AVX512 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_bias_posit
             const float *const pse = (const float *)a->pse_shift
                 + ((batch * a->heads_q + head) * a->seq_q + i) * a->pse_width;
             for (int32_t j = 0; j < b->n; ++j) {
-                s[j * ks + h * qs] += log2e * (pse[b->row[j].token]);
+                const float more = (pse[b->row[j].token]);
+                s[j * ks + h * qs] += hl_product(log2e, more);
             }
         }
         if (a->alibi_slopes != NULL) {
             const float slope = log2e * a->alibi_slopes[head];
             const ptrdiff_t own = (ptrdiff_t)g->first + g->length - g->rows + i;
             for (int32_t j = 0; j < b->n; ++j) {
-                s[j * ks + h * qs] += slope * (float)(b->row[j].token - own);
+                const float far = (float)(b->row[j].token - own);
+                s[j * ks + h * qs] += hl_product(slope, far);
             }
         }
     }
@@ -8479,7 +8521,7 @@ HL_KERNEL_AVX512 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_softmax_fe
             sum += each[i];
         }
         t->alpha[h0 + h] = less[h];
-        t->l[h0 + h] = less[h] * t->l[h0 + h] + sum;
+        t->l[h0 + h] = hl_product(less[h], t->l[h0 + h]) + sum;
     }
 }
 
@@ -9416,9 +9458,10 @@ HL_KERNEL_AVX512 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_store_quan
     for (int32_t c = 0; c < DV; ++c) {
         const ptrdiff_t i = a->quant_per_channel ? (ptrdiff_t)head * DV + c : 0;
         float x = o[c] * factor;
-        x = x
-            * hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_quant_number(a->quant_scale2, i,
-            a->quant_bf16);
+        x =
+            hl_product(x,
+                       hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_quant_number(a->quant_scale2,
+                i, a->quant_bf16));
         if (a->quant_offset2 != NULL) {
             x = x
                 + hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_quant_number(a->quant_offset2, i,
@@ -9451,7 +9494,7 @@ HL_KERNEL_AVX512 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_store_lse_
         return;
     }
     for (int32_t h = 0; h < group; ++h) {
-        const float lse = t->m[h] * 0.693147181f + hl_log(t->l[h]);
+        const float lse = hl_product(t->m[h], 0.693147181f) + hl_log(t->l[h]);
         const float finite = t->m[h] < 3.402823466e+38f || lse != lse ? lse : -none;
         a->softmax_lse[g->stats + h % g->heads * g->rows + h / g->heads] = t->l[h] != 0.0f ? finite
             : none;

@@ -659,6 +659,25 @@ static inline float hl_float_of(uint32_t bits)
     return x;
 }
 
+/* Compilers may make one operation of a product and the sum around it, each by rules and flags of
+ * its own, and then round once instead of twice. This says that x is looked at in between: with it
+ * the bits are the same whoever compiles. In the words of plain C it is left to the compiler. */
+#if defined(__GNUC__) && defined(__SSE__)
+#define HL_ROUNDED(x) __asm__("" : "+x"(x))
+#elif defined(__GNUC__) && defined(__aarch64__)
+#define HL_ROUNDED(x) __asm__("" : "+w"(x))
+#else
+#define HL_ROUNDED(x) (void)(x)
+#endif
+
+/* x * y, rounded before anything is added to it. */
+static inline float hl_product(float x, float y)
+{
+    float product = x * y;
+    HL_ROUNDED(product);
+    return product;
+}
+
 static inline float hl_float_of_bf16(uint16_t h)
 {
     return hl_float_of((uint32_t)h << 16);
@@ -711,16 +730,20 @@ static inline float hl_log(float x)
     const uint32_t bits = hl_bits_of(x);
     const int32_t e = (int32_t)((bits + 0x4afb0du) >> 23) - 127;
     const float y = hl_float_of(bits - ((uint32_t)e << 23));
-    const float t = (y - 1.0f) / (y + 1.0f);
+    float t = (y - 1.0f) / (y + 1.0f);
     const float t2 = t * t;
-    const float odd = 2.0f + t2 * (0.666666667f + t2 * (0.4f + t2 * (0.285714286f + t2 * 0.23f)));
+    float odd = 0.285714286f + hl_product(t2, 0.23f);
+    odd = 0.4f + hl_product(t2, odd);
+    odd = 0.666666667f + hl_product(t2, odd);
+    odd = 2.0f + hl_product(t2, odd);
     if (x == 0.0f) {
         return hl_float_of(0xff800000u);
     }
     if (!(x < hl_float_of(0x7f800000u))) { /* infinity or NaN */
         return x;
     }
-    return (float)e * 0.693359375f + ((float)e * -2.12194440e-4f + t * odd); /* ln 2 in two parts */
+    t = hl_product((float)e, -2.12194440e-4f) + hl_product(t, odd); /* ln 2 in two parts */
+    return hl_product((float)e, 0.693359375f) + t;
 }
 
 /* Fills *error, if there is one, and returns its status. */
@@ -1397,7 +1420,12 @@ HL_WORD_NEON void hl_vpair_neon(const float *p, hl_vf_neon *x, hl_vf_neon *y)
 HL_WORD_NEON hl_vf_neon hl_vkeep_neon(hl_vf_neon x) { return x; }
 HL_WORD_NEON hl_vf_neon hl_vadd_neon(hl_vf_neon x, hl_vf_neon y) { return vaddq_f32(x, y); }
 HL_WORD_NEON hl_vf_neon hl_vsub_neon(hl_vf_neon x, hl_vf_neon y) { return vsubq_f32(x, y); }
-HL_WORD_NEON hl_vf_neon hl_vmul_neon(hl_vf_neon x, hl_vf_neon y) { return vmulq_f32(x, y); }
+HL_WORD_NEON hl_vf_neon hl_vmul_neon(hl_vf_neon x, hl_vf_neon y)
+{
+    hl_vf_neon product = vmulq_f32(x, y);
+    HL_ROUNDED(product);
+    return product;
+}
 HL_WORD_NEON hl_vf_neon hl_vfma_neon(hl_vf_neon x, hl_vf_neon y, hl_vf_neon z)
 {
     return vfmaq_f32(z, x, y);
@@ -1538,7 +1566,10 @@ HL_WORD_AVX2 hl_vf_avx2 hl_vkeep_avx2(hl_vf_avx2 x)
 }
 HL_WORD_AVX2 hl_vf_avx2 hl_vadd_avx2(hl_vf_avx2 x, hl_vf_avx2 y) { return _mm256_add_ps(x, y); }
 HL_WORD_AVX2 hl_vf_avx2 hl_vsub_avx2(hl_vf_avx2 x, hl_vf_avx2 y) { return _mm256_sub_ps(x, y); }
-HL_WORD_AVX2 hl_vf_avx2 hl_vmul_avx2(hl_vf_avx2 x, hl_vf_avx2 y) { return _mm256_mul_ps(x, y); }
+HL_WORD_AVX2 hl_vf_avx2 hl_vmul_avx2(hl_vf_avx2 x, hl_vf_avx2 y)
+{
+    return hl_vkeep_avx2(_mm256_mul_ps(x, y));
+}
 HL_WORD_AVX2 hl_vf_avx2 hl_vfma_avx2(hl_vf_avx2 x, hl_vf_avx2 y, hl_vf_avx2 z)
 {
     return _mm256_fmadd_ps(x, y, z);
@@ -1701,7 +1732,7 @@ HL_WORD_AVX512 hl_vf_avx512 hl_vsub_avx512(hl_vf_avx512 x, hl_vf_avx512 y)
 }
 HL_WORD_AVX512 hl_vf_avx512 hl_vmul_avx512(hl_vf_avx512 x, hl_vf_avx512 y)
 {
-    return _mm512_mul_ps(x, y);
+    return hl_vkeep_avx512(_mm512_mul_ps(x, y));
 }
 HL_WORD_AVX512 hl_vf_avx512 hl_vfma_avx512(hl_vf_avx512 x, hl_vf_avx512 y, hl_vf_avx512 z)
 {
@@ -3209,7 +3240,7 @@ HL_KERNEL_SCALAR void hl_sfa_bf16_d512_rope64_softmax_few_scalar(float *s, const
             sum += each[i];
         }
         t->alpha[h0 + h] = less[h];
-        t->l[h0 + h] = less[h] * t->l[h0 + h] + sum;
+        t->l[h0 + h] = hl_product(less[h], t->l[h0 + h]) + sum;
     }
 }
 
@@ -3503,7 +3534,7 @@ HL_KERNEL_SCALAR void hl_sfa_bf16_d512_rope64_store_lse_scalar(
         return;
     }
     for (int32_t h = 0; h < group; ++h) {
-        const float lse = t->m[h] * 0.693147181f + hl_log(t->l[h]);
+        const float lse = hl_product(t->m[h], 0.693147181f) + hl_log(t->l[h]);
         const float finite = t->m[h] < 3.402823466e+38f || lse != lse ? lse : -none;
         a->softmax_lse[g->stats + h] = t->l[h] != 0.0f || *t->seen != 0.0f ? finite : none;
     }
@@ -4624,7 +4655,7 @@ HL_KERNEL_NEON void hl_sfa_bf16_d512_rope64_softmax_few_neon(float *s, const hl_
             sum += each[i];
         }
         t->alpha[h0 + h] = less[h];
-        t->l[h0 + h] = less[h] * t->l[h0 + h] + sum;
+        t->l[h0 + h] = hl_product(less[h], t->l[h0 + h]) + sum;
     }
 }
 
@@ -5208,7 +5239,7 @@ HL_KERNEL_NEON void hl_sfa_bf16_d512_rope64_store_lse_neon(const hl_sparse_flash
         return;
     }
     for (int32_t h = 0; h < group; ++h) {
-        const float lse = t->m[h] * 0.693147181f + hl_log(t->l[h]);
+        const float lse = hl_product(t->m[h], 0.693147181f) + hl_log(t->l[h]);
         const float finite = t->m[h] < 3.402823466e+38f || lse != lse ? lse : -none;
         a->softmax_lse[g->stats + h] = t->l[h] != 0.0f || *t->seen != 0.0f ? finite : none;
     }
@@ -6252,7 +6283,7 @@ HL_KERNEL_AVX2 void hl_sfa_bf16_d512_rope64_softmax_few_avx2(float *s, const hl_
             sum += each[i];
         }
         t->alpha[h0 + h] = less[h];
-        t->l[h0 + h] = less[h] * t->l[h0 + h] + sum;
+        t->l[h0 + h] = hl_product(less[h], t->l[h0 + h]) + sum;
     }
 }
 
@@ -6729,7 +6760,7 @@ HL_KERNEL_AVX2 void hl_sfa_bf16_d512_rope64_store_lse_avx2(const hl_sparse_flash
         return;
     }
     for (int32_t h = 0; h < group; ++h) {
-        const float lse = t->m[h] * 0.693147181f + hl_log(t->l[h]);
+        const float lse = hl_product(t->m[h], 0.693147181f) + hl_log(t->l[h]);
         const float finite = t->m[h] < 3.402823466e+38f || lse != lse ? lse : -none;
         a->softmax_lse[g->stats + h] = t->l[h] != 0.0f || *t->seen != 0.0f ? finite : none;
     }
@@ -8049,7 +8080,7 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d512_rope64_softmax_few_avx512(float *s, const
             sum += each[i];
         }
         t->alpha[h0 + h] = less[h];
-        t->l[h0 + h] = less[h] * t->l[h0 + h] + sum;
+        t->l[h0 + h] = hl_product(less[h], t->l[h0 + h]) + sum;
     }
 }
 
@@ -9117,7 +9148,7 @@ HL_KERNEL_AVX512 void hl_sfa_bf16_d512_rope64_store_lse_avx512(
         return;
     }
     for (int32_t h = 0; h < group; ++h) {
-        const float lse = t->m[h] * 0.693147181f + hl_log(t->l[h]);
+        const float lse = hl_product(t->m[h], 0.693147181f) + hl_log(t->l[h]);
         const float finite = t->m[h] < 3.402823466e+38f || lse != lse ? lse : -none;
         a->softmax_lse[g->stats + h] = t->l[h] != 0.0f || *t->seen != 0.0f ? finite : none;
     }
@@ -10560,7 +10591,7 @@ HL_KERNEL_AMX void hl_sfa_bf16_d512_rope64_store_lse_amx(const hl_sparse_flash_a
         return;
     }
     for (int32_t h = 0; h < group; ++h) {
-        const float lse = t->m[h] * 0.693147181f + hl_log(t->l[h]);
+        const float lse = hl_product(t->m[h], 0.693147181f) + hl_log(t->l[h]);
         const float finite = t->m[h] < 3.402823466e+38f || lse != lse ? lse : -none;
         a->softmax_lse[g->stats + h] = t->l[h] != 0.0f || *t->seen != 0.0f ? finite : none;
     }

@@ -646,6 +646,25 @@ static inline float hl_float_of(uint32_t bits)
     return x;
 }
 
+/* Compilers may make one operation of a product and the sum around it, each by rules and flags of
+ * its own, and then round once instead of twice. This says that x is looked at in between: with it
+ * the bits are the same whoever compiles. In the words of plain C it is left to the compiler. */
+#if defined(__GNUC__) && defined(__SSE__)
+#define HL_ROUNDED(x) __asm__("" : "+x"(x))
+#elif defined(__GNUC__) && defined(__aarch64__)
+#define HL_ROUNDED(x) __asm__("" : "+w"(x))
+#else
+#define HL_ROUNDED(x) (void)(x)
+#endif
+
+/* x * y, rounded before anything is added to it. */
+static inline float hl_product(float x, float y)
+{
+    float product = x * y;
+    HL_ROUNDED(product);
+    return product;
+}
+
 static inline float hl_float_of_bf16(uint16_t h)
 {
     return hl_float_of((uint32_t)h << 16);
@@ -698,16 +717,20 @@ static inline float hl_log(float x)
     const uint32_t bits = hl_bits_of(x);
     const int32_t e = (int32_t)((bits + 0x4afb0du) >> 23) - 127;
     const float y = hl_float_of(bits - ((uint32_t)e << 23));
-    const float t = (y - 1.0f) / (y + 1.0f);
+    float t = (y - 1.0f) / (y + 1.0f);
     const float t2 = t * t;
-    const float odd = 2.0f + t2 * (0.666666667f + t2 * (0.4f + t2 * (0.285714286f + t2 * 0.23f)));
+    float odd = 0.285714286f + hl_product(t2, 0.23f);
+    odd = 0.4f + hl_product(t2, odd);
+    odd = 0.666666667f + hl_product(t2, odd);
+    odd = 2.0f + hl_product(t2, odd);
     if (x == 0.0f) {
         return hl_float_of(0xff800000u);
     }
     if (!(x < hl_float_of(0x7f800000u))) { /* infinity or NaN */
         return x;
     }
-    return (float)e * 0.693359375f + ((float)e * -2.12194440e-4f + t * odd); /* ln 2 in two parts */
+    t = hl_product((float)e, -2.12194440e-4f) + hl_product(t, odd); /* ln 2 in two parts */
+    return hl_product((float)e, 0.693359375f) + t;
 }
 
 /* Fills *error, if there is one, and returns its status. */
@@ -2379,7 +2402,7 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_softmax_few_scalar(float *s, const hl
             sum += each[i];
         }
         t->alpha[h0 + h] = less[h];
-        t->l[h0 + h] = less[h] * t->l[h0 + h] + sum;
+        t->l[h0 + h] = hl_product(less[h], t->l[h0 + h]) + sum;
     }
 }
 
@@ -2666,7 +2689,7 @@ HL_KERNEL_SCALAR void hl_sfa_f32_d32_rope8_store_lse_scalar(const hl_sparse_flas
         return;
     }
     for (int32_t h = 0; h < group; ++h) {
-        const float lse = t->m[h] * 0.693147181f + hl_log(t->l[h]);
+        const float lse = hl_product(t->m[h], 0.693147181f) + hl_log(t->l[h]);
         const float finite = t->m[h] < 3.402823466e+38f || lse != lse ? lse : -none;
         a->softmax_lse[g->stats + h] = t->l[h] != 0.0f || *t->seen != 0.0f ? finite : none;
     }
