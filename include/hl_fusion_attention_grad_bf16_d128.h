@@ -8654,7 +8654,7 @@ HL_KERNEL_AMX void hl_fag_bf16_d128_hide_amx(const hl_fusion_attention_grad_args
         const int32_t u = i % 2 * 16;
         const __m512i key = t->of_keys
             ? _mm512_add_epi32(_mm512_set1_epi32(t->key + u), ahead)
-                : _mm512_set1_epi32(t->key + r);
+            : _mm512_set1_epi32(t->key + r);
         const __m512i from = t->of_keys ? _mm512_set1_epi32(low[r]) : _mm512_loadu_si512(low + u);
         const __m512i end = t->of_keys ? _mm512_set1_epi32(high[r])
                                        : _mm512_loadu_si512(high + u);
