@@ -271,9 +271,10 @@ TRAIN_STEPS += ("train/finish",)
 TRAIN_STEPS += ("train/forward",)
 TRAIN_TILE_STEPS = ("train/tile_load", "train/drop", "train/tile_softmax", "train/tile_products")
 TRAIN_TILE_STEPS += ("train/softmax", "train/finish", "train/tile_forward")
-GRAD_STEPS = ("train/load", "train/products", "train/drop", "train/gradient", "train/backward")
-GRAD_TILE_STEPS = ("train/tile_load", "train/tile_products", "train/tile_sums", "train/drop")
-GRAD_TILE_STEPS += ("train/gradient", "train/tile_backward")
+GRAD_STEPS = ("train/load", "train/products", "train/drop", "train/gradient", "train/pairs")
+GRAD_STEPS += ("train/backward",)
+GRAD_TILE_STEPS = ("train/tile_load", "train/drop", "train/gradient", "train/tile_gradient")
+GRAD_TILE_STEPS += ("train/tile_products", "train/tile_sums", "train/tile_backward")
 TILE_STEPS = ("tile/load", "tile/many", "tile/few", "tile/settle", "step/finish")
 
 

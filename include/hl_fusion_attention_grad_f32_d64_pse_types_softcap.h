@@ -3446,17 +3446,6 @@ HL_KERNEL_SCALAR void hl_fag_f32_d64_pse_types_softcap_slope_scalar(float cap, c
     }
 }
 
-/* dS = dS o slope. */
-HL_KERNEL_SCALAR void hl_fag_f32_d64_pse_types_softcap_times_scalar(const float *slope, float *ds,
-    int32_t n)
-{
-    enum { L = 1 };
-    for (int32_t i = 0; i < n; i += L) {
-        hl_vstore_scalar(ds + i,
-                         hl_vmul_scalar(hl_vload_scalar(slope + i), hl_vload_scalar(ds + i)));
-    }
-}
-
 /* max in units of log2, 1 / sum and delta of a span's queries, whose rows of dO are in w->v; 0 for
  * those behind the last, up to a whole vector, and where the forward pass found no key. They are
  * the task's queries from `at` on. */
@@ -3497,6 +3486,19 @@ HL_KERNEL_SCALAR void hl_fag_f32_d64_pse_types_softcap_numbers_scalar(
             w->weight[at + p] = none ? 0.0f : 1.0f / l;
             w->delta[at + p] = none ? 0.0f : w->delta[at + p];
         }
+    }
+}
+
+/* ---- pairs: S, dP -> P, dS ---- */
+
+/* dS = dS o slope. */
+HL_KERNEL_SCALAR void hl_fag_f32_d64_pse_types_softcap_times_scalar(const float *slope, float *ds,
+    int32_t n)
+{
+    enum { L = 1 };
+    for (int32_t i = 0; i < n; i += L) {
+        hl_vstore_scalar(ds + i,
+                         hl_vmul_scalar(hl_vload_scalar(slope + i), hl_vload_scalar(ds + i)));
     }
 }
 
@@ -4677,16 +4679,6 @@ HL_KERNEL_NEON void hl_fag_f32_d64_pse_types_softcap_slope_neon(float cap, const
     }
 }
 
-/* dS = dS o slope. */
-HL_KERNEL_NEON void hl_fag_f32_d64_pse_types_softcap_times_neon(const float *slope, float *ds,
-    int32_t n)
-{
-    enum { L = 4 };
-    for (int32_t i = 0; i < n; i += L) {
-        hl_vstore_neon(ds + i, hl_vmul_neon(hl_vload_neon(slope + i), hl_vload_neon(ds + i)));
-    }
-}
-
 /* max in units of log2, 1 / sum and delta of a span's queries, whose rows of dO are in w->v; 0 for
  * those behind the last, up to a whole vector, and where the forward pass found no key. They are
  * the task's queries from `at` on. */
@@ -4727,6 +4719,18 @@ HL_KERNEL_NEON void hl_fag_f32_d64_pse_types_softcap_numbers_neon(
             w->weight[at + p] = none ? 0.0f : 1.0f / l;
             w->delta[at + p] = none ? 0.0f : w->delta[at + p];
         }
+    }
+}
+
+/* ---- pairs: S, dP -> P, dS ---- */
+
+/* dS = dS o slope. */
+HL_KERNEL_NEON void hl_fag_f32_d64_pse_types_softcap_times_neon(const float *slope, float *ds,
+    int32_t n)
+{
+    enum { L = 4 };
+    for (int32_t i = 0; i < n; i += L) {
+        hl_vstore_neon(ds + i, hl_vmul_neon(hl_vload_neon(slope + i), hl_vload_neon(ds + i)));
     }
 }
 
@@ -5847,16 +5851,6 @@ HL_KERNEL_AVX2 void hl_fag_f32_d64_pse_types_softcap_slope_avx2(float cap, const
     }
 }
 
-/* dS = dS o slope. */
-HL_KERNEL_AVX2 void hl_fag_f32_d64_pse_types_softcap_times_avx2(const float *slope, float *ds,
-    int32_t n)
-{
-    enum { L = 8 };
-    for (int32_t i = 0; i < n; i += L) {
-        hl_vstore_avx2(ds + i, hl_vmul_avx2(hl_vload_avx2(slope + i), hl_vload_avx2(ds + i)));
-    }
-}
-
 /* max in units of log2, 1 / sum and delta of a span's queries, whose rows of dO are in w->v; 0 for
  * those behind the last, up to a whole vector, and where the forward pass found no key. They are
  * the task's queries from `at` on. */
@@ -5897,6 +5891,18 @@ HL_KERNEL_AVX2 void hl_fag_f32_d64_pse_types_softcap_numbers_avx2(
             w->weight[at + p] = none ? 0.0f : 1.0f / l;
             w->delta[at + p] = none ? 0.0f : w->delta[at + p];
         }
+    }
+}
+
+/* ---- pairs: S, dP -> P, dS ---- */
+
+/* dS = dS o slope. */
+HL_KERNEL_AVX2 void hl_fag_f32_d64_pse_types_softcap_times_avx2(const float *slope, float *ds,
+    int32_t n)
+{
+    enum { L = 8 };
+    for (int32_t i = 0; i < n; i += L) {
+        hl_vstore_avx2(ds + i, hl_vmul_avx2(hl_vload_avx2(slope + i), hl_vload_avx2(ds + i)));
     }
 }
 
@@ -7645,17 +7651,6 @@ HL_KERNEL_AVX512 void hl_fag_f32_d64_pse_types_softcap_slope_avx512(float cap, c
     }
 }
 
-/* dS = dS o slope. */
-HL_KERNEL_AVX512 void hl_fag_f32_d64_pse_types_softcap_times_avx512(const float *slope, float *ds,
-    int32_t n)
-{
-    enum { L = 16 };
-    for (int32_t i = 0; i < n; i += L) {
-        hl_vstore_avx512(ds + i,
-                         hl_vmul_avx512(hl_vload_avx512(slope + i), hl_vload_avx512(ds + i)));
-    }
-}
-
 /* max in units of log2, 1 / sum and delta of a span's queries, whose rows of dO are in w->v; 0 for
  * those behind the last, up to a whole vector, and where the forward pass found no key. They are
  * the task's queries from `at` on. */
@@ -7696,6 +7691,19 @@ HL_KERNEL_AVX512 void hl_fag_f32_d64_pse_types_softcap_numbers_avx512(
             w->weight[at + p] = none ? 0.0f : 1.0f / l;
             w->delta[at + p] = none ? 0.0f : w->delta[at + p];
         }
+    }
+}
+
+/* ---- pairs: S, dP -> P, dS ---- */
+
+/* dS = dS o slope. */
+HL_KERNEL_AVX512 void hl_fag_f32_d64_pse_types_softcap_times_avx512(const float *slope, float *ds,
+    int32_t n)
+{
+    enum { L = 16 };
+    for (int32_t i = 0; i < n; i += L) {
+        hl_vstore_avx512(ds + i,
+                         hl_vmul_avx512(hl_vload_avx512(slope + i), hl_vload_avx512(ds + i)));
     }
 }
 
