@@ -93,7 +93,7 @@
 /* ==== shared by every Headlight header ==== */
 
 #ifndef HL_COMMON
-#define HL_COMMON 4
+#define HL_COMMON 5
 
 #include <stddef.h>
 #include <stdint.h>
@@ -342,6 +342,20 @@ enum {
     HL_ISA_AMX = 5
 };
 
+/* Stack in bytes, whatever the arguments: of any one function, and of a whole call with all that it
+ * calls on this instruction set. */
+#define HL_FRAME_BYTES_SCALAR 1024
+#define HL_STACK_BYTES_SCALAR 3072
+#define HL_FRAME_BYTES_NEON 4096
+#define HL_STACK_BYTES_NEON 6144
+#define HL_FRAME_BYTES_AVX2 4096
+#define HL_STACK_BYTES_AVX2 6144
+#define HL_FRAME_BYTES_AVX512 4096
+#define HL_STACK_BYTES_AVX512 6144
+#define HL_FRAME_BYTES_AMX 8192
+#define HL_STACK_BYTES_AMX 8192
+/* As GCC and Clang compile it from -O1 up. Without optimisation vector code takes far more. */
+
 /* Writes one sentence about the error into text (always ended by a 0 byte) and returns text; 160
  * bytes are enough. With HL_NO_TEXT defined the program holds no words: text is empty. */
 HL_API const char *hl_error_text(const hl_error *error, char *text, size_t size);
@@ -350,7 +364,7 @@ HL_API const char *hl_error_text(const hl_error *error, char *text, size_t size)
 }
 #endif
 
-#elif HL_COMMON != 4
+#elif HL_COMMON != 5
 #error "hl: headers of two generator versions in one file; regenerate the older one"
 #endif /* HL_COMMON */
 /* ==== the operator's arguments, shared by all of its kernels ==== */
@@ -537,6 +551,14 @@ typedef struct hl_sparse_flash_attention_parts {
 #include <string.h>
 #define HL_COPY(to, from, bytes) memcpy((to), (from), (bytes))
 #define HL_FETCH(address) ((void)(address))
+#endif
+
+/* A function that its caller shall not take in: what it keeps on the stack is gone when it returns,
+ * and does not add to what later calls need. */
+#if defined(__GNUC__)
+#define HL_OWN_FRAME __attribute__((noinline, unused)) static
+#else
+#define HL_OWN_FRAME static inline
 #endif
 
 #ifdef __cplusplus
@@ -758,12 +780,21 @@ static inline hl_status hl_refuse_at(hl_error *error, hl_status status, hl_argum
 /* a * b and a + b that stay at the top instead of wrapping. */
 static inline uint64_t hl_mul_cap(uint64_t a, uint64_t b)
 {
+    if ((a | b) <= UINT32_MAX) { /* as a rule, and a division costs more than all the rest */
+        return a * b;
+    }
     return b != 0 && a > UINT64_MAX / b ? UINT64_MAX : a * b;
 }
 
 static inline uint64_t hl_add_cap(uint64_t a, uint64_t b)
 {
     return a > UINT64_MAX - b ? UINT64_MAX : a + b;
+}
+
+/* As a size of memory; what there cannot be is SIZE_MAX, which no allocator grants. */
+static inline size_t hl_size(uint64_t bytes)
+{
+    return bytes > (uint64_t)PTRDIFF_MAX ? SIZE_MAX : (size_t)bytes;
 }
 
 /* Bytes from the first to behind the last element of a strided tensor; 0 if it has none. */
@@ -785,8 +816,8 @@ typedef struct hl_range {
     const void *start;
     uint64_t bytes;
     hl_argument argument;
-    int32_t written;
-    uint32_t align;
+    uint16_t written;
+    uint16_t align; /* a power of two */
 } hl_range;
 
 /* NULL, alignment, size, and that nothing written overlaps anything else. */
@@ -800,9 +831,9 @@ static inline hl_status hl_check_ranges(const hl_range *range, int32_t n, hl_err
         if (start == 0) {
             return hl_refuse(error, HL_ERR_NULL, range[i].argument, HL_RULE_NOT_NULL, 0, 0);
         }
-        if (start % range[i].align != 0) {
+        if ((start & (range[i].align - 1)) != 0) {
             return hl_refuse(error, HL_ERR_ALIGN, range[i].argument, HL_RULE_MULTIPLE_OF,
-                             (int64_t)(start % range[i].align), (int64_t)range[i].align);
+                             (int64_t)(start & (range[i].align - 1)), (int64_t)range[i].align);
         }
         if (range[i].bytes > (uint64_t)PTRDIFF_MAX
             || range[i].bytes > (uint64_t)UINTPTR_MAX - (uint64_t)start) {
@@ -812,11 +843,14 @@ static inline hl_status hl_check_ranges(const hl_range *range, int32_t n, hl_err
         }
     }
     for (int32_t i = 0; i < n; ++i) {
+        const uintptr_t a = (uintptr_t)range[i].start;
+        const uintptr_t a_end = a + (uintptr_t)range[i].bytes;
+        if (!range[i].written || a == a_end) {
+            continue;
+        }
         for (int32_t j = 0; j < n; ++j) {
-            const uintptr_t a = (uintptr_t)range[i].start;
             const uintptr_t b = (uintptr_t)range[j].start;
-            if (i != j && range[i].written && range[i].bytes != 0 && range[j].bytes != 0 && a < b
-                + (uintptr_t)range[j].bytes && b < a + (uintptr_t)range[i].bytes) {
+            if (a < b + (uintptr_t)range[j].bytes && b < a_end && range[j].bytes != 0 && i != j) {
                 return hl_refuse(error, HL_ERR_ALIAS, range[i].argument, HL_RULE_DISJOINT, 0, 0);
             }
         }
@@ -868,8 +902,10 @@ static inline hl_status hl_default_stride(hl_stride *stride, int64_t rows, int64
                               : stride->row < 0 ? stride->row : stride->head;
         return hl_refuse(error, HL_ERR_SHAPE, argument, HL_RULE_AT_LEAST, (int64_t)bad, 0);
     }
-    if (batch > (uint64_t)PTRDIFF_MAX) {
-        return hl_refuse(error, HL_ERR_SHAPE, argument, HL_RULE_ADDRESSABLE, INT64_MAX,
+    if (row > (uint64_t)PTRDIFF_MAX || batch > (uint64_t)PTRDIFF_MAX) {
+        const uint64_t most = row > batch ? row : batch;
+        return hl_refuse(error, HL_ERR_SHAPE, argument, HL_RULE_ADDRESSABLE,
+                         most > (uint64_t)INT64_MAX ? INT64_MAX : (int64_t)most,
                          (int64_t)PTRDIFF_MAX);
     }
     stride->head = stride->head != 0 ? stride->head : (ptrdiff_t)channels;
@@ -1203,6 +1239,10 @@ enum {
  * plan->split_bytes is the exact figure. */
 #define HL_SPARSE_FLASH_ATTENTION_BF16_D512_ROPE64_PARTIALS_BYTES(r, h, c) \
     (64 + 4 * (size_t)(r) * (size_t)(c) * (size_t)(h) * 1170)
+
+/* Stack that any call below may need, on the deepest of the kernel's instruction sets. */
+#define HL_SPARSE_FLASH_ATTENTION_BF16_D512_ROPE64_STACK_BYTES \
+    HL_STACK_BYTES_AMX
 
 /* Checks everything, fills in defaults, counts tasks. On an error *plan is untouched. */
 HL_API hl_status hl_sparse_flash_attention_bf16_d512_rope64_plan(
@@ -2151,7 +2191,7 @@ static inline hl_state hl_sfa_bf16_d512_rope64_partial(const hl_sparse_flash_att
 /* ---- check: every argument, before anything is written ---- */
 
 /* Sizes, modes and numbers. Fills in the defaults of *a. */
-static inline hl_status hl_sfa_bf16_d512_rope64_check_sizes(hl_sparse_flash_attention_args *a,
+HL_OWN_FRAME hl_status hl_sfa_bf16_d512_rope64_check_sizes(hl_sparse_flash_attention_args *a,
     hl_error *error)
 {
     const struct {
@@ -2336,7 +2376,7 @@ static inline hl_status hl_sfa_bf16_d512_rope64_check_lengths(
 }
 
 /* Strides, alignment, extents; and nothing that is written overlaps anything else. */
-static inline hl_status hl_sfa_bf16_d512_rope64_check_memory(hl_sparse_flash_attention_args *a,
+HL_OWN_FRAME hl_status hl_sfa_bf16_d512_rope64_check_memory(hl_sparse_flash_attention_args *a,
     const void *workspace, size_t bytes, hl_error *error)
 {
     const int32_t paged = a->layout_kv == HL_LAYOUT_PA_BSND;
@@ -2409,7 +2449,7 @@ static inline hl_status hl_sfa_bf16_d512_rope64_check_memory(hl_sparse_flash_att
             {a->actual_seq_lengths_kv, a->actual_seq_lengths_kv ? 4u * (uint64_t)a->batch : 0,
              HL_ARG_ACTUAL_SEQ_LENGTHS_KV, 0, 4u},
             {a->sinks, a->sinks ? 4u * (uint64_t)n1 : 0, HL_ARG_SINKS, 0, 4u},
-            {a->attention_out, extent[5], HL_ARG_ATTENTION_OUT, 1, (uint32_t)out_bytes},
+            {a->attention_out, extent[5], HL_ARG_ATTENTION_OUT, 1, (uint16_t)out_bytes},
             {a->softmax_max, a->softmax_max ? stats : 0, HL_ARG_SOFTMAX_MAX, 1, 4u},
             {a->softmax_sum, a->softmax_sum ? stats : 0, HL_ARG_SOFTMAX_SUM, 1, 4u},
             {a->softmax_lse, a->softmax_lse ? stats : 0, HL_ARG_SOFTMAX_LSE, 1, 4u},
@@ -11071,9 +11111,10 @@ HL_API size_t hl_sparse_flash_attention_bf16_d512_rope64_workspace_bytes(
 #if defined(_OPENMP)
     if (args->partials == NULL) { /* with several threads long rows are split */
         const int32_t threads = omp_get_max_threads();
-        return plan.task_bytes * (size_t)threads + (threads > 1 ? plan.split_bytes : 0);
+        return hl_size(hl_add_cap(hl_mul_cap(plan.task_bytes, (uint64_t)threads), threads > 1
+                                  ? plan.split_bytes : 0));
     }
-    return plan.task_bytes * (size_t)omp_get_max_threads();
+    return hl_size(hl_mul_cap(plan.task_bytes, (uint64_t)omp_get_max_threads()));
 #else
     return plan.task_bytes;
 #endif
@@ -11244,7 +11285,7 @@ HL_API hl_status hl_sparse_flash_attention_bf16_d512_rope64_merge_parts(
             {p->max[i], stats * 4u, HL_ARG_PARTS, 0, 4u},
             {p->sum[i], stats * 4u, HL_ARG_PARTS, 0, 4u},
             {p->attention_out, stats * bytes * 512u,
-             HL_ARG_ATTENTION_OUT, 1, (uint32_t)bytes},
+             HL_ARG_ATTENTION_OUT, 1, (uint16_t)bytes},
             {p->softmax_max, p->softmax_max && p->softmax_max != p->max[i] ? stats * 4u : 0,
              HL_ARG_SOFTMAX_MAX, 1, 4u},
             {p->softmax_sum, p->softmax_sum && p->softmax_sum != p->sum[i] ? stats * 4u : 0,
