@@ -7,7 +7,7 @@ from typing import Any
 
 import helpers_every as every
 import numpy as np
-from helpers_cases import INT_MIN
+from helpers_cases import INT_MIN, TENSORS
 from helpers_memory import Arena, in_child
 from oracle import PA_BSND, TND
 
@@ -45,8 +45,8 @@ def made(
     seed: int = 1,
     **more: Any,
 ) -> every.Call:
-    """A call of batches with so many keys each (of training: the first batch's, for all); `more` are
-    fields of the operator's Shape."""
+    """A call of batches with so many keys each (of training: the first batch's, for all); `more`
+    are fields of the operator's Shape."""
     if name in TRAINS:
         tnd = more.get("layout") == TND
         lens_kv = keys if tnd else keys[:1] * len(keys)
@@ -164,7 +164,7 @@ def changed(call: every.Call, **changes: Any) -> every.Call:
 def filled(call: every.Call) -> every.Call:
     """The call with numbers where no row sees any: what a changed list may then name."""
     changes = {}
-    for tensor in ("query", "query_rope", "key", "key_rope", "value"):
+    for tensor in (*TENSORS, "pse", "pse_shift", "antiquant_scale", "antiquant_offset"):
         x = getattr(args_of(call), tensor, None)
         if x is None:
             continue

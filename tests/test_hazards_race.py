@@ -58,7 +58,7 @@ def metadata(fields: dict[str, Any]) -> dict[str, np.ndarray]:
 
 
 def images_of(whole: dict[str, np.ndarray], seed: int) -> list[dict[str, np.ndarray]]:
-    """What metadata may become: each array all of one number, all arrays at once so, and mixtures."""
+    """What metadata may become: an array all of one number, all arrays at once so, mixtures."""
     rng, made_of = np.random.default_rng(seed), []
     clean = {n: a.copy() for n, a in whole.items()}
     for n, value in itertools.product(whole, GARBAGE):
@@ -131,7 +131,11 @@ FLIPPER = r"""
 #include <stdint.h>
 #include <string.h>
 enum { MOST = 16 };
-static struct { volatile unsigned char *at; const unsigned char *image[2]; int64_t bytes; } item[MOST];
+static struct {
+    volatile unsigned char *at;
+    const unsigned char *image[2];
+    int64_t bytes;
+} item[MOST];
 static int items;
 static volatile int stop;
 static volatile int64_t turns;
@@ -217,7 +221,7 @@ def test_hazard_24_metadata_changed_during_the_call(name):
                 return k._c(ctypes.byref(args), address, size, None)
 
             whole = metadata(inputs)
-            said, turns = in_child(lambda: while_it_changes(whole, bad, once, 100), name)
+            said, turns = in_child(functools.partial(while_it_changes, whole, bad, once, 100), name)
             arena.check()
             assert turns >= 100 and sum(said.values()) >= 100, (said, turns)
 
@@ -239,7 +243,7 @@ def test_hazard_24_metadata_changed_while_rows_are_written(name):
             def once(args: Any = args) -> int:
                 return k._c_append(ctypes.byref(args), None)
 
-            said, turns = in_child(lambda: while_it_changes(whole, bad, once, 200), name)  # noqa: B023
+            said, turns = in_child(functools.partial(while_it_changes, whole, bad, once, 200), name)
             arena.check()
             assert turns >= 100 and sum(said.values()) >= 200, (said, turns)
 
