@@ -853,6 +853,9 @@ static inline hl_status hl_refuse_at(hl_error *error, hl_status status, hl_argum
 /* a * b and a + b that stay at the top instead of wrapping. */
 static inline uint64_t hl_mul_cap(uint64_t a, uint64_t b)
 {
+    if ((a | b) <= UINT32_MAX) { /* as a rule, and a division costs more than all the rest */
+        return a * b;
+    }
     return b != 0 && a > UINT64_MAX / b ? UINT64_MAX : a * b;
 }
 
@@ -881,7 +884,7 @@ typedef struct hl_range {
     uint64_t bytes;
     hl_argument argument;
     int32_t written;
-    uint32_t align;
+    uint32_t align; /* a power of two */
 } hl_range;
 
 /* NULL, alignment, size, and that nothing written overlaps anything else. */
@@ -895,9 +898,9 @@ static inline hl_status hl_check_ranges(const hl_range *range, int32_t n, hl_err
         if (start == 0) {
             return hl_refuse(error, HL_ERR_NULL, range[i].argument, HL_RULE_NOT_NULL, 0, 0);
         }
-        if (start % range[i].align != 0) {
+        if ((start & (range[i].align - 1)) != 0) {
             return hl_refuse(error, HL_ERR_ALIGN, range[i].argument, HL_RULE_MULTIPLE_OF,
-                             (int64_t)(start % range[i].align), (int64_t)range[i].align);
+                             (int64_t)(start & (range[i].align - 1)), (int64_t)range[i].align);
         }
         if (range[i].bytes > (uint64_t)PTRDIFF_MAX
             || range[i].bytes > (uint64_t)UINTPTR_MAX - (uint64_t)start) {
@@ -907,11 +910,14 @@ static inline hl_status hl_check_ranges(const hl_range *range, int32_t n, hl_err
         }
     }
     for (int32_t i = 0; i < n; ++i) {
+        const uintptr_t a = (uintptr_t)range[i].start;
+        const uintptr_t a_end = a + (uintptr_t)range[i].bytes;
+        if (!range[i].written || a == a_end) {
+            continue;
+        }
         for (int32_t j = 0; j < n; ++j) {
-            const uintptr_t a = (uintptr_t)range[i].start;
             const uintptr_t b = (uintptr_t)range[j].start;
-            if (i != j && range[i].written && range[i].bytes != 0 && range[j].bytes != 0 && a < b
-                + (uintptr_t)range[j].bytes && b < a + (uintptr_t)range[i].bytes) {
+            if (a < b + (uintptr_t)range[j].bytes && b < a_end && range[j].bytes != 0 && i != j) {
                 return hl_refuse(error, HL_ERR_ALIAS, range[i].argument, HL_RULE_DISJOINT, 0, 0);
             }
         }
