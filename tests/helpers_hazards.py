@@ -118,7 +118,9 @@ def refused(
     """plan and the one call refuse in the same words; plan, outputs, inputs and workspace stay as
     they are."""
     k = call.kernel
-    fields = {**call.fields(), **call.outputs(), **changes}
+    plain = {**call.fields(), **call.outputs()}
+    assert k.plan(**plain)[1].ok, "the control: the call is refused without the change too"
+    fields = {**plain, **changes}
     workspace = np.full(4096, 0xC3, np.uint8)
     before = images(fields)
     plan, planned = k.plan(**fields)

@@ -102,7 +102,7 @@ def short_table(call: every.Call) -> np.ndarray:
 @every_header(*CACHES)
 def test_hazard_03_entries_that_are_not_needed_are_not_read(name):
     """Nonsense between the batches' needed entries (helpers_cases.random_pages), and a forbidden
-    page right behind the last one. The sweep of all buffers is tests/test_guard*.py's."""
+    page right behind the last one. The sweep: tests/test_memory.py and its like."""
     call = paged(name, (9, 14, 6))
     isas = every.isas_in(name)
     for isa, got in hz.between_pages(call, {"block_table": short_table(call)}, isas).items():
@@ -370,8 +370,8 @@ def test_hazard_13_more_new_rows_than_there_are(name):
 
 @every_header(*HEADERS)
 def test_hazard_14_extents_of_zero(name):
-    """No batch, no row: nothing to do, every pointer may be NULL. No key: rows of zeros, and the cache
-    may be NULL."""
+    """No batch, no row: nothing to do, every pointer may be NULL. No key: rows of zeros, and the
+    cache may be NULL."""
     k = every.kernel(name)
     call, plain = made(name, (0,), rows=2), made(name, (8,), rows=1)
     no_cache = {}
@@ -502,23 +502,17 @@ def test_hazard_19_offsets_beyond_two_to_the_31_elements(name):
     else:
         call = paged(name, (8,), rows=1)
         table = args_of(call).block_table.copy()
-    inputs = call.inputs()
-    key = inputs["key"]
+    key = call.inputs()["key"]
+    packed = call.kernel.plan(**call.fields(), **call.outputs())[0].args.key_stride
     apart = 2 if name in TRAINS else call.sizes()["num_blocks"]
     element = 1 if name in RECORDS else key.itemsize
-    step = FAR // element
-    width = key.shape[-1] if name not in RECORDS else int(np.prod(key.shape[3:]))
-    heads = call.sizes()["heads_kv"]
-    stride = (step, heads * width, width)
-    if name in RECORDS:
-        a = args_of(call)
-        record = a.record.bytes_of(a.record.fields, a.query.dtype)
-        stride = (step, heads * record, record)
+    stride = (FAR // element, packed.row, packed.head)
     size = apart * FAR
     address = map_pages(size, mmap.PROT_READ | mmap.PROT_WRITE, MAP_NORESERVE)
     try:
-        memory = key.reshape(apart, -1)
-        for i, page in enumerate(memory):
+        memory, step = key.reshape(-1).view(np.uint8), packed.batch * element
+        for i in range(apart):
+            page = memory[i * step : (i + 1) * step]
             view(address + i * FAR, page.shape, page.dtype)[...] = page
         for isa in every.isas_in(name):
             got = call.run(isa, key=address, key_stride=stride)
@@ -531,8 +525,7 @@ def test_hazard_19_offsets_beyond_two_to_the_31_elements(name):
 
 @every_header(*HEADERS)
 def test_hazard_20_sizes_that_do_not_fit_in_memory(name):
-    """A product past the address space is refused, by argument. 32-bit builds are tried by
-    tests/test_environment*.py."""
+    """A product past the address space is refused, and the argument named."""
     call = made(name, (8,), rows=1)
     lengths = {
         n: None for n in hz.pointers(name) if n.startswith("actual_seq") and "PA" not in str(n)
@@ -685,7 +678,7 @@ def test_hazard_22_every_pointer_is_tried(name):
 
 @every_header(*HEADERS)
 def test_hazard_23_misaligned_pointers(name):
-    """Every pointer at every offset that is no multiple of its element: refused, nothing written."""
+    """Every pointer at every offset that is no multiple of its element: refused, unwritten."""
     for call in hz.full(name):
         for argument, array in {**call.inputs(), **call.outputs()}.items():
             size = 1 if name in RECORDS and argument in ("key", "value") else array.itemsize

@@ -139,7 +139,7 @@ def test_hazard_29_nan_in_keys_that_a_row_does_not_reach(name):
 @every_header(*HEADERS)
 def test_hazard_30_nothing_is_read_behind_the_channels(name):
     """One key, one row: the last channel is the last byte before a forbidden page. Every width from
-    1 on is tests/test_words.py's (tails) and tests/test_guard*.py's."""
+    1 on: tests/test_words.py (tails)."""
     call = made(name, (1,), rows=1, heads=1)
     for isa in every.isas_in(name):
         same(call.guarded(isa, "right"), call.run(isa), isa)
@@ -564,8 +564,8 @@ def test_hazard_42_int8_of_all_codes_and_special_scales(name):
 
 @every_header(*APPENDS)
 def test_hazard_42_rows_of_zeros_are_written_without_dividing_by_zero(name):
-    """What is written as 0 is read back as 0, not as NaN, whatever the scales; nothing is divided by
-    0 on the way."""
+    """What is written as 0 is read back as 0, not as NaN, whatever the scales; nothing is divided
+    by 0 on the way."""
     lib, default, _, trapped = flushing()
     k = every.kernel(name)
     for isa in [i for i in every.isas_in(name) if not ISAS[i].tiles]:
