@@ -2967,8 +2967,8 @@ HL_OWN_FRAME hl_status hl_fag_bf16_d128_check_memory(hl_fusion_attention_grad_ar
         {a->softmax_max, stats, HL_ARG_SOFTMAX_MAX, 0, 4u},
         {a->softmax_sum, stats, HL_ARG_SOFTMAX_SUM, 0, 4u},
         {a->dpse, a->dpse != NULL ? hl_mul_cap(hl_fag_bf16_d128_pse_bytes(a, pairs) / element, wide)
-         : 0, HL_ARG_DPSE, 1,
-         wide},
+         : 0,
+         HL_ARG_DPSE, 1, wide},
         {workspace, (uint64_t)bytes, HL_ARG_WORKSPACE, 1, 1u}
     };
     for (int32_t i = 0; i < TENSORS; ++i) {

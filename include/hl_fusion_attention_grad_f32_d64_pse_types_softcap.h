@@ -2573,8 +2573,7 @@ HL_OWN_FRAME hl_status hl_fag_f32_d64_pse_types_softcap_check_memory(
         {a->softmax_sum, stats, HL_ARG_SOFTMAX_SUM, 0, 4u},
         {a->dpse, a->dpse != NULL
          ? hl_mul_cap(hl_fag_f32_d64_pse_types_softcap_pse_bytes(a, pairs) / element, wide) : 0,
-         HL_ARG_DPSE, 1,
-         wide},
+         HL_ARG_DPSE, 1, wide},
         {workspace, (uint64_t)bytes, HL_ARG_WORKSPACE, 1, 1u}
     };
     for (int32_t i = 0; i < TENSORS; ++i) {
