@@ -168,6 +168,7 @@ def in_child(call: Callable[[], Any], what: str = "", longest: float = LONGEST) 
 
 CHUNK = 100  # jobs of a child: enough for the fork not to count, too few for it to grow large
 LONGEST_CHUNK = 600.0  # seconds
+ENOUGH = 20  # faults that are reported
 
 
 @dataclass
@@ -183,33 +184,33 @@ class Survey:
 
 def survey(jobs: Sequence[Callable[[], int]]) -> Survey:
     """Runs jobs, each of which returns how many calls it made, many to a child. A child that dies
-    is the fault of the job it was at: its number is in memory that both see. The others of its
-    children go on behind it."""
+    is the fault of the job it was at, whose number is in memory that both see; those behind it get
+    another."""
     made, at = Survey(), 0
-    with mmap.mmap(-1, PAGE) as shared:
-        state = np.frombuffer(shared, np.int64, 2)  # the job that is under way; calls made
-
-        def some(first: int) -> tuple[int, str]:
-            global _inside
-            _inside = True
-            for i in range(first, min(first + CHUNK, len(jobs))):
-                state[0] = i
-                try:
-                    state[1] += jobs[i]()
-                except Exception:
-                    return i + 1, traceback.format_exc()
-            return min(first + CHUNK, len(jobs)), ""
-
-        while at < len(jobs):
-            state[0] = at
-            try:
-                at, wrong = in_child(partial(some, at), longest=LONGEST_CHUNK)
-                made.wrong += [f"{jobs[at - 1]}: {wrong}"] if wrong else []
-            except Died as death:
-                at = int(state[0]) + 1
-                made.wrong.append(f"{jobs[at - 1]}: {death}")
-            if len(made.wrong) > 20:  # enough to see what is wrong
-                break
-        made.calls = int(state[1])
-        del state
+    state = view(map_pages(PAGE, mmap.PROT_READ | mmap.PROT_WRITE), (2,), np.dtype(np.int64))
+    while at < len(jobs) and len(made.wrong) < ENOUGH:
+        state[0] = at
+        try:
+            at, wrong = in_child(partial(some_of, jobs, state), longest=LONGEST_CHUNK)
+            made.wrong += [f"{jobs[at - 1]}: {wrong}"] if wrong else []
+        except Died as death:
+            at = int(state[0]) + 1
+            made.wrong.append(f"{jobs[at - 1]}: {death}")
+    made.calls = int(state[1])
+    LIBC.munmap(state.ctypes.data, PAGE)
     return made
+
+
+def some_of(jobs: Sequence[Callable[[], int]], state: np.ndarray) -> tuple[int, str]:
+    """In the child: a chunk of jobs; the number of the next one, and what was wrong with the last.
+    state: the job that is under way, calls made."""
+    global _inside
+    _inside = True
+    end = min(int(state[0]) + CHUNK, len(jobs))
+    for i in range(int(state[0]), end):
+        state[0] = i
+        try:
+            state[1] += jobs[i]()
+        except Exception:
+            return i + 1, traceback.format_exc()
+    return end, ""

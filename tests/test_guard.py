@@ -5,7 +5,6 @@ A slice of the sweep by default; all of it with HEADLIGHT_GUARD=full (`make guar
 """
 
 import helpers_every as every
-import pytest
 from helpers_guard import FULL, jobs, note
 from helpers_memory import survey
 

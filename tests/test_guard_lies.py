@@ -1,5 +1,5 @@
-"""The controls of tests/test_guard.py: a call that says more of a buffer than there is dies of it, or
-is refused. Every pointer of every operator, at both ends, on every instruction set."""
+"""The controls of tests/test_guard.py: a call that says more of a buffer than there is dies of it,
+or is refused. Every pointer of every operator, at both ends, on every instruction set."""
 
 import ctypes
 import dataclasses

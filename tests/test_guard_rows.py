@@ -1,5 +1,5 @@
 """The same for what stands beside the operators: routines that write and read rows of a cache, and
-merge_parts. Every buffer flush left and flush right; each of them moved by an element is noticed."""
+merge_parts. Every buffer flush left and flush right; each, moved by an element, is noticed."""
 
 import functools
 from collections.abc import Iterator
@@ -91,7 +91,9 @@ def of_records(name: str, routine: str, rows: int, i: int) -> Rows:
         return Rows(name, routine, {"nope": nope, **rope}, {"records": memory}, sizes)
     if routine == "dequantise_rows":
         outputs = {"nope": np.zeros_like(nope), **{n: np.zeros_like(x) for n, x in rope.items()}}
-        return Rows(name, routine, {"records": memory}, outputs, {"rows": rows, **numbers, **blocks})
+        return Rows(
+            name, routine, {"records": memory}, outputs, {"rows": rows, **numbers, **blocks}
+        )
     if routine == "convert":
         sizes = {"rows": rows, "back": i % 2}
         return Rows(name, routine, {"from": memory}, {"to": np.zeros_like(memory)}, sizes)
