@@ -319,8 +319,12 @@ def jobs(name: str, isas: Iterable[str]) -> list[Job]:
 
 
 def note(what: str, name: str, isa: str, made: Survey) -> None:
-    """Fails if anything was wrong; else the count goes to build/guard, for the summary."""
+    """Fails if anything was wrong, or nothing was done; of a full sweep the count goes to
+    build/guard, for the summary."""
     assert not made.wrong, f"{len(made.wrong)} jobs:\n" + "\n".join(made.wrong)
+    assert made.calls > 0
+    if not FULL:
+        return
     COUNTS.mkdir(parents=True, exist_ok=True)
     line = {"what": what, "name": name, "isa": isa, "calls": made.calls}
     (COUNTS / f"{what}-{name}-{isa}.json").write_text(json.dumps(line))

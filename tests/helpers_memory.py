@@ -154,10 +154,13 @@ def in_child(call: Callable[[], Any], what: str = "", longest: float = LONGEST) 
         os._exit(0)
     os.close(writer)
     with os.fdopen(reader, "rb") as pipe:
-        if not select.select([pipe], [], [], longest)[0]:
+        late = not select.select([pipe], [], [], longest)[0]
+        if late:
             os.kill(child, signal.SIGKILL)
         message = pipe.read()
     _, status = os.waitpid(child, 0)
+    if late:
+        raise Died(f"not done after {longest:.0f} s {what}".strip())
     if os.WIFSIGNALED(status):
         raise Died(f"killed by {signal.Signals(os.WTERMSIG(status)).name} {what}".strip())
     well, value = pickle.loads(message)
@@ -167,7 +170,7 @@ def in_child(call: Callable[[], Any], what: str = "", longest: float = LONGEST) 
 
 
 CHUNK = 100  # jobs of a child: enough for the fork not to count, too few for it to grow large
-LONGEST_CHUNK = 600.0  # seconds
+LONGEST_CHUNK = 3000.0  # seconds: of a moment's work, on a machine that others use
 ENOUGH = 20  # faults that are reported
 
 
