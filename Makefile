@@ -10,7 +10,7 @@ DEMO_NAME := hl_sparse_flash_attention_bf16_d512_rope64
 DEMO_SPEC := --op sparse_flash_attention --dtype bf16 --dk 512 --rope 64
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-embedded test check bench bench-peers examples headers clean
+.PHONY: help demo demo-embedded test guard check bench bench-peers examples headers clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -30,6 +30,12 @@ demo-embedded: ## the same in small, as firmware for a Cortex-M4F under qemu
 test: ## all tests, the examples, the firmware
 	@$(SETUP) python cc cxx sleef arm64 arm
 	$(PYTHON) -m pytest tests -n $(JOBS) --dist loadfile
+
+guard: ## every shipped header between pages that may not be touched: the whole sweep, with counts
+	@$(SETUP) python cc cxx sleef arm64
+	@rm -rf build/guard
+	HEADLIGHT_GUARD=full $(PYTHON) -m pytest tests/test_guard*.py -n $(JOBS) --dist worksteal
+	@PYTHONPATH=.:tests $(PYTHON) tests/helpers_guard.py
 
 check: ## what must hold of the product: same bytes, strict compiles, names, stack, linters
 	@$(SETUP) python cc cxx arm64 arm lint

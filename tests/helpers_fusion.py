@@ -392,7 +392,8 @@ def call_between_pages(
     layout: int,
 ) -> dict[str, np.ndarray]:
     """Copies inputs to the arena, gives tensors strides if asked for, calls and looks."""
-    rng, what, places = np.random.default_rng(0), f"{way} {fields}", dict(outputs)
+    said = {n: x.shape if isinstance(x, np.ndarray) else x for n, x in fields.items()}
+    rng, what, places = np.random.default_rng(0), f"{way} {said}", dict(outputs)
     for name, array in list(fields.items()):
         if isinstance(array, np.ndarray):
             if way.strides and name in TENSORS:
