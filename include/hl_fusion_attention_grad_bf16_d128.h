@@ -8709,7 +8709,7 @@ HL_KERNEL_AMX void hl_fag_bf16_d128_start_amx(const hl_fusion_attention_grad_pla
     x->of_keys = t->of_keys;
     x->piece = 0;
     x->pieces = whole / 32;
-    if (a->pse != NULL) {
+    if (a->pse != NULL || x->scale < 0.0f) {
         for (int32_t i = 0; i < n; i += 16) {
             hl_vstore_avx512(x->s + i,
                              hl_vmul_avx512(hl_vload_avx512(x->s + i), hl_vset_avx512(x->scale)));

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from helpers import ISAS_HERE, TILES, same_bits
 from helpers_fusion import (
+    FORWARD,
     GRAD_TILE_SPECS,
     TILE_SPECS,
     Case,
@@ -27,6 +28,7 @@ from helpers_fusion import (
     check_guarded,
     execute,
     expected,
+    expected_grads,
     fields_of,
     grad_fields,
     header,
@@ -509,6 +511,18 @@ def test_gradients_with_everything_else(name):
         {"layout": BNSD, "spread": "growing"},
     ):
         check_grad(name, some(base, **change), "amx")
+
+
+@by_grad
+def test_gradients_where_the_scale_is_negative(name):
+    """What is hidden, which is -inf, stays so; and scales near 0 and large ones."""
+    shape = Shape(lens_q=(40,), lens_kv=(150,), group=2, mode=3, mask="formula", seed=6)
+    grad = make_grad_case(name, shape, "amx")
+    for factor in (-1.0, 1e-12, -30.0):
+        case = grad.case.changed(scale_value=factor * grad.case.args.scale_value)
+        forward = run(kernel(FORWARD[name]), case, "amx")
+        other = dataclasses.replace(grad, case=case, forward=forward)
+        check_grads(other, run_grad(kernel(name), other, "amx"), "amx", expected_grads(other))
 
 
 @by_grad
