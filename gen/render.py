@@ -184,6 +184,7 @@ def kernel_view(kernel):
         word_isas=[view for view in views if not ISAS[view.name].tiles],
         tile_isas=[view for view in views if ISAS[view.name].tiles],
         isa_last=f"HL_ISA_{list(ISAS.values())[-1].macro}",
+        deepest=max(kernel.isas, key=lambda isa: isa.stack_bytes).macro,
         tile_heads=matrix.least_heads(kernel),
         load=words["load"],
         load_n=words["load_n"],
@@ -435,6 +436,7 @@ def render_header(header):
         log_error=LOG_ERROR,
         ops=ops,
         records=any(kernel.record for kernel in header.kernels),
+        all_isas=ISAS.values(),
         isas=[
             isa
             for isa in ISAS.values()
