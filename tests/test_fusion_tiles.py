@@ -415,6 +415,20 @@ def test_keys_and_values_that_a_row_does_not_see_may_be_nan(name):
 
 
 @by_small
+def test_infinite_values_stay(name):
+    """Infinite with their sign and NaN where the oracle has them, in two parts too."""
+    k = kernel(name)
+    case = make_case(k, Shape(lens_q=(20,), lens_kv=(70,), group=2, mode=3, mask="formula", seed=3))
+    for key, channel, x in ((55, 3, np.inf), (60, 5, -np.inf), (61, 6, np.nan)):
+        case.args.value[:, key, 0, channel] = x
+    got = rows_of(case, run(k, case, "amx"))["attention_out"].astype(np.float64)
+    want = expected(case.args).want.out
+    odd = ~np.isfinite(want)
+    assert 0 < odd.sum() < odd.size
+    assert np.array_equal(got[odd], want[odd], equal_nan=True) and np.isfinite(got[~odd]).all()
+
+
+@by_small
 def test_bias_softcap_and_sinks_on_tiles(name):
     """What changes scores between the products and the weights."""
     base = Shape(lens_q=(40,), lens_kv=(150,), group=2, mode=3, mask="formula", seed=4)
