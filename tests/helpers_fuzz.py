@@ -367,7 +367,7 @@ def build(
 # ---- corpora -------------------------------------------------------------------------------------
 
 CORPUS = SOURCES / "corpus"
-KEPT = 250  # inputs of a target, at most
+KEPT = 800  # inputs of a target, at most
 LISTS, WORDS = 6, 16
 
 

@@ -74,8 +74,8 @@ DEFECTS = {
     ),
     "an_overlap": (
         "checks",
-        "&& a < b + (uintptr_t)range[j].bytes && b",
-        "&& a + 64 < b + (uintptr_t)range[j].bytes && b",
+        "&& a < b + (uintptr_t)range[j].bytes",
+        "&& a + 64 < b + (uintptr_t)range[j].bytes",
         "overlaps",
     ),
     "an_argument_of_another_struct": (
