@@ -74,14 +74,14 @@ DEFECTS = {
     ),
     "an_overlap": (
         "checks",
-        "&& a < b + (uintptr_t)range[j].bytes",
-        "&& a + 64 < b + (uintptr_t)range[j].bytes",
+        "&& b < a + (uintptr_t)range[i].bytes) {",
+        "&& b + 64 < a + (uintptr_t)range[i].bytes) {",
         "overlaps",
     ),
     "an_argument_of_another_struct": (
         "checks",
-        "{a->window, HL_ARG_WINDOW}",
-        "{a->window, HL_ARG_PREFIX}",
+        "{a->pse_width, HL_ARG_PSE_WIDTH}",
+        "{a->pse_width, HL_ARG_PREFIX}",
         "none of the struct",
     ),
     "a_key_too_many": (
