@@ -98,8 +98,9 @@
  *   On x86-64 Linux ..._plan and ..._isas ask the system once for the use of AMX tiles; where it
  *   says no, AVX-512 runs. A task leaves no tile configured; tiles of the caller's own are lost, as
  *   in any call (they are the caller's to save). There P, and dS of gradients, are rounded to
- *   bfloat16 for the second products, and subnormal bfloat16 numbers count as 0; max, sum and LSE
- *   are those of the exact weights.
+ *   bfloat16 for the second products (float16: to two parts of it), subnormal bfloat16 numbers
+ *   count as 0, an infinite float16 of query or key as NaN; max, sum and LSE are those of the exact
+ *   weights.
  *
  * SOURCES
  *   Milakov and Gimelshein 2018 (online softmax); Dao 2023 (FlashAttention-2); Salmon et al. 2011
@@ -505,6 +506,8 @@ typedef struct hl_fusion_attention_plan {
     int32_t group;         /* G: query heads that share one kv head                              */
     int32_t queries;       /* rows times heads of a task, at most                                */
     int32_t band_batch;    /* modes 7, 8: the batch that takes mode 4's formula; else -1         */
+    int32_t longest[2];    /* rows and keys of the longest batches                               */
+    int64_t pairs;         /* (row, key) pairs of all batches; INT64_MAX if it does not fit      */
     float scale_log2;      /* scale_value * log2(e)                                              */
 } hl_fusion_attention_plan;
 #ifdef __cplusplus
@@ -774,6 +777,13 @@ static inline float hl_log(float x)
     }
     t = hl_product((float)e, -2.12194440e-4f) + hl_product(t, odd); /* ln 2 in two parts */
     return hl_product((float)e, 0.693359375f) + t;
+}
+
+/* A number of the caller's that another thread may be changing: read exactly once, whatever the
+ * compiler would make of it, so that what was checked is what is used. */
+static inline int32_t hl_once(const int32_t *number)
+{
+    return *(const volatile int32_t *)number;
 }
 
 /* Fills *error, if there is one, and returns its status. */
@@ -1234,6 +1244,12 @@ typedef struct hl_pairs {
     float *k;             /* rows of Q or K                                                       */
     float *v;             /* rows of dO or V                                                      */
 } hl_pairs;
+
+/* An end of the caller's that another thread may be changing: read once. */
+static inline int64_t hl_once64(const int64_t *number)
+{
+    return *(const volatile int64_t *)number;
+}
 
 static inline int32_t hl_clip(int64_t x, int64_t low, int64_t high)
 {
@@ -2318,16 +2334,18 @@ static inline void hl_fa_bf16_d576x512_cut(hl_fa_bf16_d576x512_space *w, void *w
 }
 /* ---- select: which rows and keys a batch has, which keys a row sees ---- */
 
-/* TND: rows of batch b, and where they begin. Batch `batch` are the rows behind the last end. */
+/* TND: rows of batch b, and where they begin. Batch `batch` are the rows behind the last end. Ends
+ * that the plan has checked are kept within bounds once more, here and below, so that a caller who
+ * changes them meanwhile gets wrong numbers, but no access out of bounds. */
 static inline int32_t hl_fa_bf16_d576x512_rows_of(const int64_t *ends, int32_t batch, int32_t total,
                                                   int32_t b, int32_t *first)
 {
-    const int64_t end = b < batch ? ends[b] : total;
+    const int64_t end = b < batch ? hl_once64(ends + b) : total;
     int32_t last = b;
     while (last > 0 && ends[last - 1] <= 0) { /* batches that are not used end at 0 */
         --last;
     }
-    *first = hl_clip(last > 0 ? ends[last - 1] : 0, 0, total);
+    *first = hl_clip(last > 0 ? hl_once64(ends + last - 1) : 0, 0, total);
     return end > *first ? hl_clip(end, 0, total) - *first : 0;
 }
 
@@ -2358,6 +2376,14 @@ static inline void hl_fa_bf16_d576x512_batch(const hl_fusion_attention_plan *pla
                 hl_fa_bf16_d576x512_rows_of(a->actual_seq_qlen, a->batch, a->seq_q, u, &first);
             g->pairs += rows
                 * hl_fa_bf16_d576x512_rows_of(a->actual_seq_kvlen, a->batch, a->seq_kv, u, &first);
+            g->pairs = g->pairs < plan->pairs ? g->pairs : plan->pairs;
+        }
+        if (b < a->batch) { /* as far as atten_mask, pse and dropout_mask reach */
+            g->seq_q = g->seq_q < plan->longest[0] ? g->seq_q : plan->longest[0];
+            g->seq_kv = g->seq_kv < plan->longest[1] ? g->seq_kv : plan->longest[1];
+            if ((int64_t)g->seq_q * g->seq_kv > plan->pairs - g->pairs) {
+                g->seq_q = 0;
+            }
         }
     }
     mode = mode < 7 ? mode : b == plan->band_batch ? 4 : mode == 7 ? 3 : 2;
@@ -2367,7 +2393,7 @@ static inline void hl_fa_bf16_d576x512_batch(const hl_fusion_attention_plan *pla
     if (b == a->batch) { /* rows and keys behind the last end are nobody's */
         g->ahead = -(int64_t)INT32_MAX * 2;
     }
-    g->prefix = mode == 6 ? hl_clip(b < a->batch ? a->prefix[b] : 0, 0, g->seq_kv) : 0;
+    g->prefix = mode == 6 && b < a->batch ? hl_clip(hl_once64(a->prefix + b), 0, g->seq_kv) : 0;
 }
 
 /* The keys that row i sees, but for atten_mask: low .. high - 1. */
@@ -2458,7 +2484,8 @@ static inline int32_t hl_fa_bf16_d576x512_find(const hl_fusion_attention_plan *p
         hl_fa_bf16_d576x512_batch(plan, b, g);
         task -= hl_fa_bf16_d576x512_first_piece(ends, a->batch, total, b, each, most);
         *piece = (int32_t)task;
-        return task < hl_fa_bf16_d576x512_pieces(of_keys ? g->seq_kv : g->seq_q, each, most);
+        return task >= 0
+            && task < hl_fa_bf16_d576x512_pieces(of_keys ? g->seq_kv : g->seq_q, each, most);
     }
     hl_fa_bf16_d576x512_batch(plan, (int32_t)(task / (pieces * a->heads_kv)), g);
     *kv_head = (int32_t)(task / pieces % a->heads_kv);
@@ -2565,7 +2592,9 @@ HL_OWN_FRAME hl_status hl_fa_bf16_d576x512_check_sizes(hl_fusion_attention_args 
     }
     a->scale_value = a->scale_value != 0.0f ? a->scale_value : 1.0f;
     a->keep_prob = a->keep_prob != 0.0f ? a->keep_prob : 1.0f;
-    if (a->keep_prob != a->keep_prob) {
+    if (a->keep_prob != a->keep_prob
+        || (a->keep_prob > 0.0f && hl_bits_of(a->keep_prob) < 0x00800000u)) {
+        /* nor may 1 / keep_prob be infinite */
         return hl_refuse(error, HL_ERR_VALUE, HL_ARG_KEEP_PROB, HL_RULE_FINITE, 0, 0);
     }
     if (!(a->keep_prob > 0.0f && a->keep_prob <= 1.0f)) {
@@ -2608,37 +2637,39 @@ static inline hl_status hl_fa_bf16_d576x512_check_list(const int64_t *list, int3
     return hl_check_ranges(&range, 1, error);
 }
 
+/* How far a list of ends has been looked at. */
+typedef struct hl_fa_bf16_d576x512_ends {
+    int64_t last;   /* the largest so far                              */
+    int32_t unused; /* only zeros may follow                           */
+    int32_t rows;   /* of the batch that was looked at last            */
+} hl_fa_bf16_d576x512_ends;
+
 /* TND: ends do not fall, but for zeros behind the last batch that is used. */
-static inline hl_status hl_fa_bf16_d576x512_check_ends(const int64_t *ends, int32_t batch,
-    int32_t total, hl_argument argument, hl_error *error)
+static inline hl_status hl_fa_bf16_d576x512_check_end(const int64_t *ends, int32_t b, int32_t total,
+    hl_argument argument, hl_fa_bf16_d576x512_ends *e, hl_error *error)
 {
-    int64_t last = 0;
-    int32_t unused = 0;
-    const hl_status status = hl_fa_bf16_d576x512_check_list(ends, batch, argument, error);
-    if (status != HL_OK) {
-        return status;
+    const int64_t end = hl_once64(ends + b);
+    if (end > total) {
+        return hl_refuse_at(error, HL_ERR_LENGTH, argument, HL_RULE_AT_MOST, 1, b, 0, end, total);
     }
-    for (int32_t b = 0; b < batch; ++b) {
-        if (ends[b] > total) {
-            return hl_refuse_at(error, HL_ERR_LENGTH, argument, HL_RULE_AT_MOST, 1, b, 0, ends[b],
-                                total);
-        }
-        unused |= ends[b] == 0 && last > 0;
-        if (unused ? ends[b] != 0 : ends[b] < last) {
-            return hl_refuse_at(error, HL_ERR_LENGTH, argument, unused ? HL_RULE_EQUAL
-                                : HL_RULE_AT_LEAST, 1, b, 0, ends[b], unused ? 0 : last);
-        }
-        last = unused ? last : ends[b];
+    e->unused |= end == 0 && e->last > 0;
+    if (e->unused ? end != 0 : end < e->last) {
+        return hl_refuse_at(error, HL_ERR_LENGTH, argument, e->unused ? HL_RULE_EQUAL
+                            : HL_RULE_AT_LEAST, 1, b, 0, end, e->unused ? 0 : e->last);
     }
+    e->rows = e->unused ? 0 : (int32_t)(end - e->last);
+    e->last = e->unused ? e->last : end;
     return HL_OK;
 }
 
-/* The layout, and lengths. *longest: rows and keys of the longest batches. */
+/* The layout, and lengths. longest: rows and keys of the longest batches; *pairs: (row, key) pairs
+ * of all of them. */
 static inline hl_status hl_fa_bf16_d576x512_check_lengths(hl_fusion_attention_args *a,
-    int32_t longest[2], hl_error *error)
+    int32_t longest[2], uint64_t *pairs, hl_error *error)
 {
     longest[0] = a->seq_q;
     longest[1] = a->seq_kv;
+    *pairs = hl_mul_cap((uint64_t)a->batch, (uint64_t)a->seq_q * (uint64_t)a->seq_kv);
     if (!(a->input_layout == HL_LAYOUT_BSND || a->input_layout == HL_LAYOUT_BSH
           || a->input_layout == HL_LAYOUT_SBH || a->input_layout == HL_LAYOUT_BNSD
           || a->input_layout == HL_LAYOUT_TND)) {
@@ -2646,33 +2677,38 @@ static inline hl_status hl_fa_bf16_d576x512_check_lengths(hl_fusion_attention_ar
                          a->input_layout, 0);
     }
     if (a->input_layout == HL_LAYOUT_TND) {
+        hl_fa_bf16_d576x512_ends q = {0, 0, 0};
+        hl_fa_bf16_d576x512_ends kv = {0, 0, 0};
         hl_status status =
-            hl_fa_bf16_d576x512_check_ends(a->actual_seq_qlen, a->batch, a->seq_q,
-                                           HL_ARG_ACTUAL_SEQ_QLEN, error);
+            hl_fa_bf16_d576x512_check_list(a->actual_seq_qlen, a->batch, HL_ARG_ACTUAL_SEQ_QLEN,
+                                           error);
         if (status == HL_OK) {
             status =
-                hl_fa_bf16_d576x512_check_ends(a->actual_seq_kvlen, a->batch, a->seq_kv,
+                hl_fa_bf16_d576x512_check_list(a->actual_seq_kvlen, a->batch,
                                                HL_ARG_ACTUAL_SEQ_KVLEN, error);
-        }
-        if (status != HL_OK) {
-            return status;
         }
         longest[0] = 0;
         longest[1] = 0;
-        for (int32_t b = 0; b < a->batch; ++b) {
-            int32_t first;
-            const int32_t q =
-                hl_fa_bf16_d576x512_rows_of(a->actual_seq_qlen, a->batch, a->seq_q, b, &first);
-            const int32_t kv =
-                hl_fa_bf16_d576x512_rows_of(a->actual_seq_kvlen, a->batch, a->seq_kv, b, &first);
-            longest[0] = longest[0] > q ? longest[0] : q;
-            longest[1] = longest[1] > kv ? longest[1] : kv;
-            if (a->pse != NULL && a->pse_shape == HL_PSE_LAST_ROWS && q != kv) {
+        *pairs = 0;
+        for (int32_t b = 0; status == HL_OK && b < a->batch; ++b) {
+            status =
+                hl_fa_bf16_d576x512_check_end(a->actual_seq_qlen, b, a->seq_q,
+                                              HL_ARG_ACTUAL_SEQ_QLEN, &q, error);
+            if (status == HL_OK) {
+                status =
+                    hl_fa_bf16_d576x512_check_end(a->actual_seq_kvlen, b, a->seq_kv,
+                                                  HL_ARG_ACTUAL_SEQ_KVLEN, &kv, error);
+            }
+            longest[0] = longest[0] > q.rows ? longest[0] : q.rows;
+            longest[1] = longest[1] > kv.rows ? longest[1] : kv.rows;
+            *pairs = hl_add_cap(*pairs, (uint64_t)q.rows * (uint64_t)kv.rows);
+            if (status == HL_OK && a->pse != NULL && a->pse_shape == HL_PSE_LAST_ROWS
+                && q.rows != kv.rows) {
                 return hl_refuse_at(error, HL_ERR_LENGTH, HL_ARG_ACTUAL_SEQ_KVLEN, HL_RULE_EQUAL, 1,
-                                    b, 0, kv, q);
+                                    b, 0, kv.rows, q.rows);
             }
         }
-        return HL_OK;
+        return status;
     }
     if (a->actual_seq_qlen != NULL || a->actual_seq_kvlen != NULL) {
         return hl_refuse(error, HL_ERR_UNSUPPORTED, a->actual_seq_qlen != NULL
@@ -2753,9 +2789,10 @@ static inline hl_status hl_fa_bf16_d576x512_check_mask(hl_fusion_attention_args 
             return status;
         }
         for (int32_t b = 0; b < a->batch; ++b) {
-            if (a->prefix[b] < 0) {
+            const int64_t prefix = hl_once64(a->prefix + b);
+            if (prefix < 0) {
                 return hl_refuse_at(error, HL_ERR_LENGTH, HL_ARG_PREFIX, HL_RULE_AT_LEAST, 1, b, 0,
-                                    a->prefix[b], 0);
+                                    prefix, 0);
             }
         }
     }
@@ -2785,28 +2822,12 @@ static inline hl_status hl_fa_bf16_d576x512_check_mask(hl_fusion_attention_args 
     return HL_OK;
 }
 
-/* (row, key) pairs of all batches. */
-static inline uint64_t hl_fa_bf16_d576x512_pairs(const hl_fusion_attention_args *a)
-{
-    if (a->input_layout == HL_LAYOUT_TND) {
-        uint64_t pairs = 0;
-        for (int32_t b = 0; b < a->batch; ++b) {
-            int32_t first;
-            const int32_t q =
-                hl_fa_bf16_d576x512_rows_of(a->actual_seq_qlen, a->batch, a->seq_q, b, &first);
-            const int32_t kv =
-                hl_fa_bf16_d576x512_rows_of(a->actual_seq_kvlen, a->batch, a->seq_kv, b, &first);
-            pairs = hl_add_cap(pairs, (uint64_t)q * (uint64_t)kv);
-        }
-        return pairs;
-    }
-    return hl_mul_cap((uint64_t)a->batch, (uint64_t)a->seq_q * (uint64_t)a->seq_kv);
-}
-
 /* Bytes of pse. */
-static inline uint64_t hl_fa_bf16_d576x512_pse_bytes(const hl_fusion_attention_args *a)
+static inline uint64_t hl_fa_bf16_d576x512_pse_bytes(const hl_fusion_attention_args *a,
+    uint64_t pairs)
 {
     const uint64_t heads = (uint64_t)a->pse_batch * (uint64_t)a->heads_q;
+    (void)pairs; /* of sequences end to end */
     if (a->pse == NULL) {
         return 0;
     }
@@ -2818,8 +2839,7 @@ static inline uint64_t hl_fa_bf16_d576x512_pse_bytes(const hl_fusion_attention_a
     }
     if (a->input_layout == HL_LAYOUT_TND) { /* of all batches, end to end */
         const uint64_t keys = (uint64_t)a->seq_kv;
-        return hl_mul_cap(2u * (uint64_t)a->heads_q, a->pse_shape == HL_PSE_ONE_ROW ? keys
-                          : hl_fa_bf16_d576x512_pairs(a));
+        return hl_mul_cap(2u * (uint64_t)a->heads_q, a->pse_shape == HL_PSE_ONE_ROW ? keys : pairs);
     }
     return hl_mul_cap(hl_mul_cap(heads, 2u), a->pse_shape == HL_PSE_ONE_ROW ? (uint64_t)a->seq_kv
                       : (uint64_t)a->seq_q * (uint64_t)a->seq_kv);
@@ -2843,7 +2863,7 @@ static inline void hl_fa_bf16_d576x512_pack(const hl_fusion_attention_args *a, h
 }
 
 /* Strides, alignment, extents; and nothing that is written overlaps anything else. */
-HL_OWN_FRAME hl_status hl_fa_bf16_d576x512_check_memory(hl_fusion_attention_args *a,
+HL_OWN_FRAME hl_status hl_fa_bf16_d576x512_check_memory(hl_fusion_attention_args *a, uint64_t pairs,
     const void *workspace, size_t bytes, hl_error *error)
 {
     const int32_t tnd = a->input_layout == HL_LAYOUT_TND;
@@ -2859,7 +2879,7 @@ HL_OWN_FRAME hl_status hl_fa_bf16_d576x512_check_memory(hl_fusion_attention_args
     const uint64_t all_rows = hl_mul_cap((uint64_t)b * (uint64_t)s1, (uint64_t)n1);
     const uint64_t rows = hl_mul_cap(all_rows, 4u);
     const uint64_t stats = hl_mul_cap(rows, (uint64_t)a->stats_width);
-    const uint64_t elements = hl_mul_cap(hl_fa_bf16_d576x512_pairs(a), (uint64_t)n1);
+    const uint64_t elements = hl_mul_cap(pairs, (uint64_t)n1);
     const uint64_t drop = a->dropout_mask != NULL && a->keep_prob < 1.0f ? elements / 8u
                           + (elements % 8u != 0) : 0;
     const uint64_t mask =
@@ -2885,7 +2905,7 @@ HL_OWN_FRAME hl_status hl_fa_bf16_d576x512_check_memory(hl_fusion_attention_args
         {a->key, 0, HL_ARG_KEY, 0, element},
         {a->value, 0, HL_ARG_VALUE, 0, element},
         {a->attention_out, 0, HL_ARG_ATTENTION_OUT, 1, wide},
-        {a->pse, hl_fa_bf16_d576x512_pse_bytes(a), HL_ARG_PSE, 0, pse_number},
+        {a->pse, hl_fa_bf16_d576x512_pse_bytes(a, pairs), HL_ARG_PSE, 0, pse_number},
         {a->atten_mask, a->atten_mask != NULL ? mask : 0, HL_ARG_ATTEN_MASK, 0, 1u},
         {a->prefix, prefixes, HL_ARG_PREFIX, 0, 8u},
         {a->actual_seq_qlen, ends, HL_ARG_ACTUAL_SEQ_QLEN, 0, 8u},
@@ -3026,7 +3046,7 @@ static inline void hl_fa_bf16_d576x512_hide(const hl_fusion_attention_args *a, c
 static inline void hl_fa_bf16_d576x512_store_state(const hl_fusion_attention_plan *plan)
 {
     const hl_fusion_attention_args *const a = &plan->args;
-    const uint64_t elements = hl_mul_cap(hl_fa_bf16_d576x512_pairs(a), (uint64_t)a->heads_q);
+    const uint64_t elements = hl_mul_cap((uint64_t)plan->pairs, (uint64_t)a->heads_q);
     if (a->dropout_state == NULL) {
         return;
     }
@@ -7086,22 +7106,35 @@ static inline const uint16_t *hl_fa_bf16_d576x512_query_row_amx(const void *tens
            + (ptrdiff_t)((g->first + p) / g->heads) * stride->row
            + (ptrdiff_t)((g->first + p) % g->heads) * stride->head;
 }
-/* Row r of a unit, [column][tile][row]. A row that is NULL is 0. */
+/* The first n of 32 channels as words of bfloat16, 0 behind them; of two parts, one. */
+HL_WORD_AMX __m512i hl_fa_bf16_d576x512_halves_amx(const uint16_t *from, int32_t n, int32_t part)
+{
+    (void)part;
+    return hl_halves_amx(from, n);
+}
+
+/* Row r of a unit, [column][part][tile][row]. A row that is NULL is 0. */
 HL_WORD_AMX void hl_fa_bf16_d576x512_copy_row_amx(const uint16_t *row, int32_t channels, int32_t r,
                                                   unsigned char *unit)
 {
+    enum { PARTS = 1 };
     unsigned char *to = unit + (r / 16 * 1024 + r % 16 * 64);
-    for (int32_t c = 0; c < channels; c += 32, to += 2048) {
-        _mm512_storeu_si512(to, row != NULL ? hl_halves_amx(row + c, channels - c)
-                            : _mm512_setzero_si512());
+    for (int32_t c = 0; c < channels; c += 32) {
+        for (int32_t part = 0; part < PARTS; ++part, to += 2048) {
+            _mm512_storeu_si512(to, row != NULL
+                                ? hl_fa_bf16_d576x512_halves_amx(row + c, channels - c, part)
+                                : _mm512_setzero_si512());
+        }
     }
 }
 
 /* May rows be read as tiles where they lie? Not if they are far apart: the lines of a panel would
- * share a few sets of the caches, and each row of a tile would be on a page of its own. */
+ * share a few sets of the caches, and each row of a tile would be on a page of its own. Rows in
+ * two parts are nowhere. */
 HL_WORD_AMX int32_t hl_fa_bf16_d576x512_in_place_amx(ptrdiff_t step, int32_t n, int32_t channels)
 {
-    return n >= 32 && channels % 32 == 0 && step <= 2 * channels;
+    enum { PARTS = 1 };
+    return PARTS == 1 && n >= 32 && channels % 32 == 0 && step <= 2 * channels;
 }
 
 /* The first n of 32 rows, `step` elements apart, into a unit; if they have to be copied. Rows that
@@ -7132,35 +7165,40 @@ HL_WORD_AMX void hl_fa_bf16_d576x512_rows_of_amx(hl_fa_bf16_d576x512_operand_amx
     }
 }
 
-/* A unit as B: [column][tile][pair of channels], rows in the lanes. */
+/* A unit as B: [column][part][tile][pair of channels], rows in the lanes. */
 HL_KERNEL_AMX void hl_fa_bf16_d576x512_pack_unit_amx(const unsigned char *unit, int32_t channels,
     unsigned char *to)
 {
-    for (int32_t tile = 0; tile < (channels + 31) / 32 * 2; ++tile) {
+    enum { PARTS = 1 };
+    for (int32_t tile = 0; tile < (channels + 31) / 32 * 2 * PARTS; ++tile) {
         for (int32_t quad = 0; quad < 4; ++quad) {
             hl_turn_amx(unit + tile * 1024, 64, quad, to + tile * 1024, 64);
         }
     }
 }
 
-/* A unit's transpose, as A of sums over rows: [column][tile][channel], of those of 32 rows whose
- * bit is set; `column` elements lie between its columns, and what is `ahead` from them is asked
- * for. Were all of these numbers finite? `pairs`: 2 KiB. */
+/* A unit's transpose, as A of sums over rows: [column][part][tile][channel], of those of 32 rows
+ * whose bit is set; `column` elements lie between its columns, and what is `ahead` from them is
+ * asked for. Were all of these numbers finite? `pairs`: 2 KiB. */
 HL_KERNEL_AMX int32_t hl_fa_bf16_d576x512_turn_unit_amx(const uint16_t *from, ptrdiff_t step,
     ptrdiff_t column, ptrdiff_t ahead, uint32_t rows, int32_t channels, unsigned char *pairs,
     unsigned char *to)
 {
+    enum { PARTS = 1 };
     const __mmask32 all = (__mmask32)0xffffffffu;
     const __m512i none = _mm512_setzero_si512();
     const __m512i size = _mm512_set1_epi16(0x7fff);
     __m512i most = none;
-    for (int32_t c = 0; c < channels; c += 32, from += column, to += 2048) {
+    for (int32_t i = 0; i < (channels + 31) / 32 * PARTS; ++i, to += 2048) {
+        const int32_t part = i % PARTS;
+        const int32_t n = channels - i / PARTS * 32;
         for (int32_t r = 0; r < 32; r += 2) {
-            const uint16_t *const at = from + r * step;
-            const __m512i x = (rows >> r & 1u) != 0 ? hl_halves_amx(at, channels - c) : none;
-            const __m512i y = (rows >> r & 2u) != 0 ? hl_halves_amx(at + step, channels - c)
-                                                    : none;
-            if (ahead != 0) {
+            const uint16_t *const at = from + i / PARTS * column + r * step;
+            const __m512i x = (rows >> r & 1u) != 0 ? hl_fa_bf16_d576x512_halves_amx(at, n, part)
+                : none;
+            const __m512i y = (rows >> r & 2u) != 0
+                ? hl_fa_bf16_d576x512_halves_amx(at + step, n, part) : none;
+            if (ahead != 0 && part == 0) {
                 HL_FETCH(at + ahead);
                 HL_FETCH(at + step + ahead);
             }
@@ -7324,7 +7362,8 @@ HL_KERNEL_AMX void hl_fa_bf16_d576x512_drop_amx(const hl_fusion_attention_args *
  *
  * m is a whole number, raised only when a score lies more than 8 above it: every
  * factor of O and l is then a power of two, and most are 1. P takes the place of S: a pair of keys
- * is 16 words of 32 bits where its first key was. */
+ * is 16 words of 32 bits where its first key was.
+ */
 
 /* What goes on beside products: tiles that are not stored yet, scores that become weights. */
 typedef struct hl_fa_bf16_d576x512_woven_amx {
@@ -7353,15 +7392,27 @@ HL_WORD_AMX hl_vf_avx512 hl_fa_bf16_d576x512_weight_amx(const hl_fa_bf16_d576x51
                                       hl_vload_avx512(x->m + q)));
 }
 
-/* Those of a pair of keys join their sums, and are rounded. */
-HL_WORD_AMX __m512i hl_fa_bf16_d576x512_join_amx(hl_fa_bf16_d576x512_woven_amx *x, int32_t q,
-                                                 hl_vf_avx512 p0, hl_vf_avx512 p1)
+/* A pair of keys, rounded. */
+HL_WORD_AMX __m512i hl_fa_bf16_d576x512_rounded_amx(hl_vf_avx512 p0, hl_vf_avx512 p1)
 {
-    const __m512i words = hl_pair_amx(p0, p1);
+    return hl_pair_amx(p0, p1);
+}
+
+/* The weights of a pair of keys join their sums. */
+HL_WORD_AMX void hl_fa_bf16_d576x512_join_amx(hl_fa_bf16_d576x512_woven_amx *x, int32_t q,
+                                              hl_vf_avx512 p0, hl_vf_avx512 p1)
+{
+    const hl_vf_avx512 mass =
+        hl_add_pairs_amx(hl_vload_avx512(x->mass + q), hl_fa_bf16_d576x512_rounded_amx(p0, p1));
     hl_vstore_avx512(x->sum + q,
                      hl_vadd_avx512(hl_vload_avx512(x->sum + q), hl_vadd_avx512(p0, p1)));
-    hl_vstore_avx512(x->mass + q, hl_add_pairs_amx(hl_vload_avx512(x->mass + q), words));
-    return words;
+    hl_vstore_avx512(x->mass + q, mass);
+}
+
+/* Into the place of their scores. */
+HL_WORD_AMX void hl_fa_bf16_d576x512_put_amx(float *s, hl_vf_avx512 p0, hl_vf_avx512 p1)
+{
+    _mm512_storeu_si512(s, hl_fa_bf16_d576x512_rounded_amx(p0, p1));
 }
 
 /* The next pair of keys. */
@@ -7371,7 +7422,8 @@ HL_WORD_AMX void hl_fa_bf16_d576x512_weigh_pair_amx(hl_fa_bf16_d576x512_woven_am
     for (int32_t q = 0; q < 32; q += 16) {
         const hl_vf_avx512 p0 = hl_fa_bf16_d576x512_weight_amx(x, s, q);
         const hl_vf_avx512 p1 = hl_fa_bf16_d576x512_weight_amx(x, s + 32, q);
-        _mm512_storeu_si512(s + q, hl_fa_bf16_d576x512_join_amx(x, q, p0, p1));
+        hl_fa_bf16_d576x512_join_amx(x, q, p0, p1);
+        hl_fa_bf16_d576x512_put_amx(s + q, p0, p1);
     }
     ++x->pair;
 }
@@ -7392,7 +7444,7 @@ HL_KERNEL_AMX void hl_fa_bf16_d576x512_weigh_dropped_amx(const hl_fusion_attenti
         for (int32_t q = 0; q < 32; q += 16) {
             const hl_vf_avx512 p0 = hl_fa_bf16_d576x512_weight_amx(x, x->s + i, q);
             const hl_vf_avx512 p1 = hl_fa_bf16_d576x512_weight_amx(x, x->s + i + 32, q);
-            (void)hl_fa_bf16_d576x512_join_amx(x, q, p0, p1);
+            hl_fa_bf16_d576x512_join_amx(x, q, p0, p1);
             hl_vstore_avx512(x->s + i + q, p0);
             hl_vstore_avx512(x->s + i + 32 + q, p1);
         }
@@ -7401,8 +7453,7 @@ HL_KERNEL_AMX void hl_fa_bf16_d576x512_weigh_dropped_amx(const hl_fusion_attenti
     for (; x->pair < x->pairs; ++x->pair) {
         float *const s = x->s + (ptrdiff_t)x->pair * 64;
         for (int32_t q = 0; q < 32; q += 16) {
-            _mm512_storeu_si512(s + q,
-                                hl_pair_amx(hl_vload_avx512(s + q), hl_vload_avx512(s + 32 + q)));
+            hl_fa_bf16_d576x512_put_amx(s + q, hl_vload_avx512(s + q), hl_vload_avx512(s + 32 + q));
         }
     }
 }
@@ -7671,7 +7722,7 @@ HL_KERNEL_AMX void hl_fa_bf16_d576x512_load_panel_amx(const hl_fusion_attention_
             hl_fa_bf16_d576x512_turn_finite_amx(value, a->value_stride.row, 32, ahead
                                                 * a->value_stride.row, n, DV, (unsigned char *)w->s,
                                                 value_to);
-        key_to += 18 * 2048;
+        key_to += 36864;
         value_to += 32768;
     }
 }
@@ -8052,7 +8103,7 @@ static inline hl_status hl_fa_bf16_d576x512_plan(hl_fusion_attention_plan *plan,
     hl_fusion_attention_args *const a = &p.args;
     const uint32_t present = hl_fusion_attention_bf16_d576x512_isas();
     uint64_t work;
-    int32_t longest[2] = {0, 0};
+    uint64_t pairs = 0;
     hl_status status;
     (void)hl_refuse(error, HL_OK, HL_ARG_NONE, HL_RULE_NONE, 0, 0);
     if (plan == NULL || args == NULL) {
@@ -8065,13 +8116,13 @@ static inline hl_status hl_fa_bf16_d576x512_plan(hl_fusion_attention_plan *plan,
         status = hl_fa_bf16_d576x512_check_sizes(a, error);
     }
     if (status == HL_OK) {
-        status = hl_fa_bf16_d576x512_check_lengths(a, longest, error);
+        status = hl_fa_bf16_d576x512_check_lengths(a, p.longest, &pairs, error);
     }
     if (status == HL_OK) {
-        status = hl_fa_bf16_d576x512_check_mask(a, longest, error);
+        status = hl_fa_bf16_d576x512_check_mask(a, p.longest, error);
     }
     if (status == HL_OK) {
-        status = hl_fa_bf16_d576x512_check_memory(a, workspace, bytes, error);
+        status = hl_fa_bf16_d576x512_check_memory(a, pairs, workspace, bytes, error);
     }
     if (status != HL_OK) {
         return status;
@@ -8098,6 +8149,7 @@ static inline hl_status hl_fa_bf16_d576x512_plan(hl_fusion_attention_plan *plan,
     }
     p.group = a->heads_q / a->heads_kv;
     p.scale_log2 = a->scale_value * 1.44269504f;
+    p.pairs = pairs > (uint64_t)INT64_MAX ? INT64_MAX : (int64_t)pairs;
     p.queries = 144;
     if (a->isa == HL_ISA_AMX) {
         p.queries = 256;
@@ -8111,7 +8163,7 @@ static inline hl_status hl_fa_bf16_d576x512_plan(hl_fusion_attention_plan *plan,
     }
     p.task_bytes = HL_FUSION_ATTENTION_BF16_D576X512_WORKSPACE_BYTES;
     p.n_tasks = hl_fa_bf16_d576x512_count_tasks(&p, 0);
-    work = hl_mul_cap(hl_fa_bf16_d576x512_pairs(a), (uint64_t)a->heads_q * 1088u);
+    work = hl_mul_cap(pairs, (uint64_t)a->heads_q * 1088u);
     p.work = work > (uint64_t)INT64_MAX ? INT64_MAX : (int64_t)work;
     *plan = p;
     return HL_OK;

@@ -119,8 +119,9 @@
  *   On x86-64 Linux ..._plan and ..._isas ask the system once for the use of AMX tiles; where it
  *   says no, AVX-512 runs. A task leaves no tile configured; tiles of the caller's own are lost, as
  *   in any call (they are the caller's to save). There P, and dS of gradients, are rounded to
- *   bfloat16 for the second products, and subnormal bfloat16 numbers count as 0; max, sum and LSE
- *   are those of the exact weights.
+ *   bfloat16 for the second products (float16: to two parts of it), subnormal bfloat16 numbers
+ *   count as 0, an infinite float16 of query or key as NaN; max, sum and LSE are those of the exact
+ *   weights.
  *
  * SOURCES
  *   Dao 2023 (FlashAttention-2); Salmon et al. 2011 (Philox); the operator's own documents.
@@ -521,6 +522,8 @@ typedef struct hl_fusion_attention_grad_plan {
     int32_t group;         /* G: query heads that share one kv head                              */
     int32_t queries;       /* rows times heads of a task, at most                                */
     int32_t band_batch;    /* modes 7, 8: the batch that takes mode 4's formula; else -1         */
+    int32_t longest[2];    /* rows and keys of the longest batches                               */
+    int64_t pairs;         /* (row, key) pairs of all batches; INT64_MAX if it does not fit      */
     int32_t keys;          /* of a task of dkey and dvalue, at most                              */
     int64_t q_tasks;       /* the first of them are those of dquery, the others of dkey, dvalue  */
     float scale_log2;      /* scale_value * log2(e)                                              */
@@ -792,6 +795,13 @@ static inline float hl_log(float x)
     }
     t = hl_product((float)e, -2.12194440e-4f) + hl_product(t, odd); /* ln 2 in two parts */
     return hl_product((float)e, 0.693359375f) + t;
+}
+
+/* A number of the caller's that another thread may be changing: read exactly once, whatever the
+ * compiler would make of it, so that what was checked is what is used. */
+static inline int32_t hl_once(const int32_t *number)
+{
+    return *(const volatile int32_t *)number;
 }
 
 /* Fills *error, if there is one, and returns its status. */
@@ -1252,6 +1262,12 @@ typedef struct hl_pairs {
     float *k;             /* rows of Q or K                                                       */
     float *v;             /* rows of dO or V                                                      */
 } hl_pairs;
+
+/* An end of the caller's that another thread may be changing: read once. */
+static inline int64_t hl_once64(const int64_t *number)
+{
+    return *(const volatile int64_t *)number;
+}
 
 static inline int32_t hl_clip(int64_t x, int64_t low, int64_t high)
 {
@@ -2351,16 +2367,18 @@ static inline void hl_fag_bf16_d128_cut(hl_fag_bf16_d128_space *w, void *workspa
 }
 /* ---- select: which rows and keys a batch has, which keys a row sees ---- */
 
-/* TND: rows of batch b, and where they begin. Batch `batch` are the rows behind the last end. */
+/* TND: rows of batch b, and where they begin. Batch `batch` are the rows behind the last end. Ends
+ * that the plan has checked are kept within bounds once more, here and below, so that a caller who
+ * changes them meanwhile gets wrong numbers, but no access out of bounds. */
 static inline int32_t hl_fag_bf16_d128_rows_of(const int64_t *ends, int32_t batch, int32_t total,
                                                int32_t b, int32_t *first)
 {
-    const int64_t end = b < batch ? ends[b] : total;
+    const int64_t end = b < batch ? hl_once64(ends + b) : total;
     int32_t last = b;
     while (last > 0 && ends[last - 1] <= 0) { /* batches that are not used end at 0 */
         --last;
     }
-    *first = hl_clip(last > 0 ? ends[last - 1] : 0, 0, total);
+    *first = hl_clip(last > 0 ? hl_once64(ends + last - 1) : 0, 0, total);
     return end > *first ? hl_clip(end, 0, total) - *first : 0;
 }
 
@@ -2391,6 +2409,14 @@ static inline void hl_fag_bf16_d128_batch(const hl_fusion_attention_grad_plan *p
                 hl_fag_bf16_d128_rows_of(a->actual_seq_qlen, a->batch, a->seq_q, u, &first);
             g->pairs += rows
                 * hl_fag_bf16_d128_rows_of(a->actual_seq_kvlen, a->batch, a->seq_kv, u, &first);
+            g->pairs = g->pairs < plan->pairs ? g->pairs : plan->pairs;
+        }
+        if (b < a->batch) { /* as far as atten_mask, pse and dropout_mask reach */
+            g->seq_q = g->seq_q < plan->longest[0] ? g->seq_q : plan->longest[0];
+            g->seq_kv = g->seq_kv < plan->longest[1] ? g->seq_kv : plan->longest[1];
+            if ((int64_t)g->seq_q * g->seq_kv > plan->pairs - g->pairs) {
+                g->seq_q = 0;
+            }
         }
     }
     mode = mode < 7 ? mode : b == plan->band_batch ? 4 : mode == 7 ? 3 : 2;
@@ -2400,7 +2426,7 @@ static inline void hl_fag_bf16_d128_batch(const hl_fusion_attention_grad_plan *p
     if (b == a->batch) { /* rows and keys behind the last end are nobody's */
         g->ahead = -(int64_t)INT32_MAX * 2;
     }
-    g->prefix = mode == 6 ? hl_clip(b < a->batch ? a->prefix[b] : 0, 0, g->seq_kv) : 0;
+    g->prefix = mode == 6 && b < a->batch ? hl_clip(hl_once64(a->prefix + b), 0, g->seq_kv) : 0;
 }
 
 /* The keys that row i sees, but for atten_mask: low .. high - 1. */
@@ -2491,7 +2517,8 @@ static inline int32_t hl_fag_bf16_d128_find(const hl_fusion_attention_grad_plan 
         hl_fag_bf16_d128_batch(plan, b, g);
         task -= hl_fag_bf16_d128_first_piece(ends, a->batch, total, b, each, most);
         *piece = (int32_t)task;
-        return task < hl_fag_bf16_d128_pieces(of_keys ? g->seq_kv : g->seq_q, each, most);
+        return task >= 0
+            && task < hl_fag_bf16_d128_pieces(of_keys ? g->seq_kv : g->seq_q, each, most);
     }
     hl_fag_bf16_d128_batch(plan, (int32_t)(task / (pieces * a->heads_kv)), g);
     *kv_head = (int32_t)(task / pieces % a->heads_kv);
@@ -2596,7 +2623,9 @@ HL_OWN_FRAME hl_status hl_fag_bf16_d128_check_sizes(hl_fusion_attention_grad_arg
     }
     a->scale_value = a->scale_value != 0.0f ? a->scale_value : 1.0f;
     a->keep_prob = a->keep_prob != 0.0f ? a->keep_prob : 1.0f;
-    if (a->keep_prob != a->keep_prob) {
+    if (a->keep_prob != a->keep_prob
+        || (a->keep_prob > 0.0f && hl_bits_of(a->keep_prob) < 0x00800000u)) {
+        /* nor may 1 / keep_prob be infinite */
         return hl_refuse(error, HL_ERR_VALUE, HL_ARG_KEEP_PROB, HL_RULE_FINITE, 0, 0);
     }
     if (!(a->keep_prob > 0.0f && a->keep_prob <= 1.0f)) {
@@ -2639,38 +2668,40 @@ static inline hl_status hl_fag_bf16_d128_check_list(const int64_t *list, int32_t
     return hl_check_ranges(&range, 1, error);
 }
 
+/* How far a list of ends has been looked at. */
+typedef struct hl_fag_bf16_d128_ends {
+    int64_t last;   /* the largest so far                              */
+    int32_t unused; /* only zeros may follow                           */
+    int32_t rows;   /* of the batch that was looked at last            */
+} hl_fag_bf16_d128_ends;
+
 /* TND: ends do not fall, but for zeros behind the last batch that is used. */
-static inline hl_status hl_fag_bf16_d128_check_ends(const int64_t *ends, int32_t batch,
-                                                    int32_t total, hl_argument argument,
-                                                    hl_error *error)
+static inline hl_status hl_fag_bf16_d128_check_end(const int64_t *ends, int32_t b, int32_t total,
+                                                   hl_argument argument, hl_fag_bf16_d128_ends *e,
+                                                   hl_error *error)
 {
-    int64_t last = 0;
-    int32_t unused = 0;
-    const hl_status status = hl_fag_bf16_d128_check_list(ends, batch, argument, error);
-    if (status != HL_OK) {
-        return status;
+    const int64_t end = hl_once64(ends + b);
+    if (end > total) {
+        return hl_refuse_at(error, HL_ERR_LENGTH, argument, HL_RULE_AT_MOST, 1, b, 0, end, total);
     }
-    for (int32_t b = 0; b < batch; ++b) {
-        if (ends[b] > total) {
-            return hl_refuse_at(error, HL_ERR_LENGTH, argument, HL_RULE_AT_MOST, 1, b, 0, ends[b],
-                                total);
-        }
-        unused |= ends[b] == 0 && last > 0;
-        if (unused ? ends[b] != 0 : ends[b] < last) {
-            return hl_refuse_at(error, HL_ERR_LENGTH, argument, unused ? HL_RULE_EQUAL
-                                : HL_RULE_AT_LEAST, 1, b, 0, ends[b], unused ? 0 : last);
-        }
-        last = unused ? last : ends[b];
+    e->unused |= end == 0 && e->last > 0;
+    if (e->unused ? end != 0 : end < e->last) {
+        return hl_refuse_at(error, HL_ERR_LENGTH, argument, e->unused ? HL_RULE_EQUAL
+                            : HL_RULE_AT_LEAST, 1, b, 0, end, e->unused ? 0 : e->last);
     }
+    e->rows = e->unused ? 0 : (int32_t)(end - e->last);
+    e->last = e->unused ? e->last : end;
     return HL_OK;
 }
 
-/* The layout, and lengths. *longest: rows and keys of the longest batches. */
+/* The layout, and lengths. longest: rows and keys of the longest batches; *pairs: (row, key) pairs
+ * of all of them. */
 static inline hl_status hl_fag_bf16_d128_check_lengths(hl_fusion_attention_grad_args *a,
-    int32_t longest[2], hl_error *error)
+    int32_t longest[2], uint64_t *pairs, hl_error *error)
 {
     longest[0] = a->seq_q;
     longest[1] = a->seq_kv;
+    *pairs = hl_mul_cap((uint64_t)a->batch, (uint64_t)a->seq_q * (uint64_t)a->seq_kv);
     if (!(a->input_layout == HL_LAYOUT_BSND || a->input_layout == HL_LAYOUT_BSH
           || a->input_layout == HL_LAYOUT_SBH || a->input_layout == HL_LAYOUT_BNSD
           || a->input_layout == HL_LAYOUT_TND)) {
@@ -2678,33 +2709,38 @@ static inline hl_status hl_fag_bf16_d128_check_lengths(hl_fusion_attention_grad_
                          a->input_layout, 0);
     }
     if (a->input_layout == HL_LAYOUT_TND) {
+        hl_fag_bf16_d128_ends q = {0, 0, 0};
+        hl_fag_bf16_d128_ends kv = {0, 0, 0};
         hl_status status =
-            hl_fag_bf16_d128_check_ends(a->actual_seq_qlen, a->batch, a->seq_q,
-                                        HL_ARG_ACTUAL_SEQ_QLEN, error);
+            hl_fag_bf16_d128_check_list(a->actual_seq_qlen, a->batch, HL_ARG_ACTUAL_SEQ_QLEN,
+                                        error);
         if (status == HL_OK) {
             status =
-                hl_fag_bf16_d128_check_ends(a->actual_seq_kvlen, a->batch, a->seq_kv,
-                                            HL_ARG_ACTUAL_SEQ_KVLEN, error);
-        }
-        if (status != HL_OK) {
-            return status;
+                hl_fag_bf16_d128_check_list(a->actual_seq_kvlen, a->batch, HL_ARG_ACTUAL_SEQ_KVLEN,
+                                            error);
         }
         longest[0] = 0;
         longest[1] = 0;
-        for (int32_t b = 0; b < a->batch; ++b) {
-            int32_t first;
-            const int32_t q =
-                hl_fag_bf16_d128_rows_of(a->actual_seq_qlen, a->batch, a->seq_q, b, &first);
-            const int32_t kv =
-                hl_fag_bf16_d128_rows_of(a->actual_seq_kvlen, a->batch, a->seq_kv, b, &first);
-            longest[0] = longest[0] > q ? longest[0] : q;
-            longest[1] = longest[1] > kv ? longest[1] : kv;
-            if (a->pse != NULL && a->pse_shape == HL_PSE_LAST_ROWS && q != kv) {
+        *pairs = 0;
+        for (int32_t b = 0; status == HL_OK && b < a->batch; ++b) {
+            status =
+                hl_fag_bf16_d128_check_end(a->actual_seq_qlen, b, a->seq_q, HL_ARG_ACTUAL_SEQ_QLEN,
+                                           &q, error);
+            if (status == HL_OK) {
+                status =
+                    hl_fag_bf16_d128_check_end(a->actual_seq_kvlen, b, a->seq_kv,
+                                               HL_ARG_ACTUAL_SEQ_KVLEN, &kv, error);
+            }
+            longest[0] = longest[0] > q.rows ? longest[0] : q.rows;
+            longest[1] = longest[1] > kv.rows ? longest[1] : kv.rows;
+            *pairs = hl_add_cap(*pairs, (uint64_t)q.rows * (uint64_t)kv.rows);
+            if (status == HL_OK && a->pse != NULL && a->pse_shape == HL_PSE_LAST_ROWS
+                && q.rows != kv.rows) {
                 return hl_refuse_at(error, HL_ERR_LENGTH, HL_ARG_ACTUAL_SEQ_KVLEN, HL_RULE_EQUAL, 1,
-                                    b, 0, kv, q);
+                                    b, 0, kv.rows, q.rows);
             }
         }
-        return HL_OK;
+        return status;
     }
     if (a->actual_seq_qlen != NULL || a->actual_seq_kvlen != NULL) {
         return hl_refuse(error, HL_ERR_UNSUPPORTED, a->actual_seq_qlen != NULL
@@ -2785,9 +2821,10 @@ static inline hl_status hl_fag_bf16_d128_check_mask(hl_fusion_attention_grad_arg
             return status;
         }
         for (int32_t b = 0; b < a->batch; ++b) {
-            if (a->prefix[b] < 0) {
+            const int64_t prefix = hl_once64(a->prefix + b);
+            if (prefix < 0) {
                 return hl_refuse_at(error, HL_ERR_LENGTH, HL_ARG_PREFIX, HL_RULE_AT_LEAST, 1, b, 0,
-                                    a->prefix[b], 0);
+                                    prefix, 0);
             }
         }
     }
@@ -2817,28 +2854,12 @@ static inline hl_status hl_fag_bf16_d128_check_mask(hl_fusion_attention_grad_arg
     return HL_OK;
 }
 
-/* (row, key) pairs of all batches. */
-static inline uint64_t hl_fag_bf16_d128_pairs(const hl_fusion_attention_grad_args *a)
-{
-    if (a->input_layout == HL_LAYOUT_TND) {
-        uint64_t pairs = 0;
-        for (int32_t b = 0; b < a->batch; ++b) {
-            int32_t first;
-            const int32_t q =
-                hl_fag_bf16_d128_rows_of(a->actual_seq_qlen, a->batch, a->seq_q, b, &first);
-            const int32_t kv =
-                hl_fag_bf16_d128_rows_of(a->actual_seq_kvlen, a->batch, a->seq_kv, b, &first);
-            pairs = hl_add_cap(pairs, (uint64_t)q * (uint64_t)kv);
-        }
-        return pairs;
-    }
-    return hl_mul_cap((uint64_t)a->batch, (uint64_t)a->seq_q * (uint64_t)a->seq_kv);
-}
-
 /* Bytes of pse. */
-static inline uint64_t hl_fag_bf16_d128_pse_bytes(const hl_fusion_attention_grad_args *a)
+static inline uint64_t hl_fag_bf16_d128_pse_bytes(const hl_fusion_attention_grad_args *a,
+                                                  uint64_t pairs)
 {
     const uint64_t heads = (uint64_t)a->pse_batch * (uint64_t)a->heads_q;
+    (void)pairs; /* of sequences end to end */
     if (a->pse == NULL) {
         return 0;
     }
@@ -2850,8 +2871,7 @@ static inline uint64_t hl_fag_bf16_d128_pse_bytes(const hl_fusion_attention_grad
     }
     if (a->input_layout == HL_LAYOUT_TND) { /* of all batches, end to end */
         const uint64_t keys = (uint64_t)a->seq_kv;
-        return hl_mul_cap(2u * (uint64_t)a->heads_q, a->pse_shape == HL_PSE_ONE_ROW ? keys
-                          : hl_fag_bf16_d128_pairs(a));
+        return hl_mul_cap(2u * (uint64_t)a->heads_q, a->pse_shape == HL_PSE_ONE_ROW ? keys : pairs);
     }
     return hl_mul_cap(hl_mul_cap(heads, 2u), a->pse_shape == HL_PSE_ONE_ROW ? (uint64_t)a->seq_kv
                       : (uint64_t)a->seq_q * (uint64_t)a->seq_kv);
@@ -2892,7 +2912,7 @@ static inline hl_status hl_fag_bf16_d128_check_grad(const hl_fusion_attention_gr
 
 /* Strides, alignment, extents; and nothing that is written overlaps anything else. */
 HL_OWN_FRAME hl_status hl_fag_bf16_d128_check_memory(hl_fusion_attention_grad_args *a,
-    const void *workspace, size_t bytes, hl_error *error)
+    uint64_t pairs, const void *workspace, size_t bytes, hl_error *error)
 {
     const int32_t tnd = a->input_layout == HL_LAYOUT_TND;
     const int64_t b = tnd ? 1 : a->batch;
@@ -2907,7 +2927,7 @@ HL_OWN_FRAME hl_status hl_fag_bf16_d128_check_memory(hl_fusion_attention_grad_ar
     const uint64_t all_rows = hl_mul_cap((uint64_t)b * (uint64_t)s1, (uint64_t)n1);
     const uint64_t rows = hl_mul_cap(all_rows, 4u);
     const uint64_t stats = hl_mul_cap(rows, (uint64_t)a->stats_width);
-    const uint64_t elements = hl_mul_cap(hl_fag_bf16_d128_pairs(a), (uint64_t)n1);
+    const uint64_t elements = hl_mul_cap(pairs, (uint64_t)n1);
     const uint64_t drop = a->dropout_mask != NULL && a->keep_prob < 1.0f ? elements / 8u
                           + (elements % 8u != 0) : 0;
     const uint64_t mask =
@@ -2941,7 +2961,7 @@ HL_OWN_FRAME hl_status hl_fag_bf16_d128_check_memory(hl_fusion_attention_grad_ar
         {a->dquery, 0, HL_ARG_DQUERY, 1, wide},
         {a->dkey, 0, HL_ARG_DKEY, 1, wide},
         {a->dvalue, 0, HL_ARG_DVALUE, 1, wide},
-        {a->pse, hl_fag_bf16_d128_pse_bytes(a), HL_ARG_PSE, 0, pse_number},
+        {a->pse, hl_fag_bf16_d128_pse_bytes(a, pairs), HL_ARG_PSE, 0, pse_number},
         {a->atten_mask, a->atten_mask != NULL ? mask : 0, HL_ARG_ATTEN_MASK, 0, 1u},
         {a->prefix, prefixes, HL_ARG_PREFIX, 0, 8u},
         {a->actual_seq_qlen, ends, HL_ARG_ACTUAL_SEQ_QLEN, 0, 8u},
@@ -2949,9 +2969,9 @@ HL_OWN_FRAME hl_status hl_fag_bf16_d128_check_memory(hl_fusion_attention_grad_ar
         {a->dropout_mask, drop, HL_ARG_DROPOUT_MASK, 0, 1u},
         {a->softmax_max, stats, HL_ARG_SOFTMAX_MAX, 0, 4u},
         {a->softmax_sum, stats, HL_ARG_SOFTMAX_SUM, 0, 4u},
-        {a->dpse, a->dpse != NULL ? hl_mul_cap(hl_fag_bf16_d128_pse_bytes(a) / element, wide) : 0,
-         HL_ARG_DPSE, 1,
-         wide},
+        {a->dpse, a->dpse != NULL ? hl_mul_cap(hl_fag_bf16_d128_pse_bytes(a, pairs) / element, wide)
+         : 0,
+         HL_ARG_DPSE, 1, wide},
         {workspace, (uint64_t)bytes, HL_ARG_WORKSPACE, 1, 1u}
     };
     for (int32_t i = 0; i < TENSORS; ++i) {
@@ -8261,22 +8281,35 @@ static inline const uint16_t *hl_fag_bf16_d128_query_row_amx(const void *tensor,
            + (ptrdiff_t)((g->first + p) / g->heads) * stride->row
            + (ptrdiff_t)((g->first + p) % g->heads) * stride->head;
 }
-/* Row r of a unit, [column][tile][row]. A row that is NULL is 0. */
+/* The first n of 32 channels as words of bfloat16, 0 behind them; of two parts, one. */
+HL_WORD_AMX __m512i hl_fag_bf16_d128_halves_amx(const uint16_t *from, int32_t n, int32_t part)
+{
+    (void)part;
+    return hl_halves_amx(from, n);
+}
+
+/* Row r of a unit, [column][part][tile][row]. A row that is NULL is 0. */
 HL_WORD_AMX void hl_fag_bf16_d128_copy_row_amx(const uint16_t *row, int32_t channels, int32_t r,
                                                unsigned char *unit)
 {
+    enum { PARTS = 1 };
     unsigned char *to = unit + (r / 16 * 1024 + r % 16 * 64);
-    for (int32_t c = 0; c < channels; c += 32, to += 2048) {
-        _mm512_storeu_si512(to, row != NULL ? hl_halves_amx(row + c, channels - c)
-                            : _mm512_setzero_si512());
+    for (int32_t c = 0; c < channels; c += 32) {
+        for (int32_t part = 0; part < PARTS; ++part, to += 2048) {
+            _mm512_storeu_si512(to, row != NULL
+                                ? hl_fag_bf16_d128_halves_amx(row + c, channels - c, part)
+                                : _mm512_setzero_si512());
+        }
     }
 }
 
 /* May rows be read as tiles where they lie? Not if they are far apart: the lines of a panel would
- * share a few sets of the caches, and each row of a tile would be on a page of its own. */
+ * share a few sets of the caches, and each row of a tile would be on a page of its own. Rows in
+ * two parts are nowhere. */
 HL_WORD_AMX int32_t hl_fag_bf16_d128_in_place_amx(ptrdiff_t step, int32_t n, int32_t channels)
 {
-    return n >= 32 && channels % 32 == 0 && step <= 2 * channels;
+    enum { PARTS = 1 };
+    return PARTS == 1 && n >= 32 && channels % 32 == 0 && step <= 2 * channels;
 }
 
 /* The first n of 32 rows, `step` elements apart, into a unit; if they have to be copied. Rows that
@@ -8308,35 +8341,40 @@ HL_WORD_AMX void hl_fag_bf16_d128_rows_of_amx(hl_fag_bf16_d128_operand_amx *rows
     }
 }
 
-/* A unit as B: [column][tile][pair of channels], rows in the lanes. */
+/* A unit as B: [column][part][tile][pair of channels], rows in the lanes. */
 HL_KERNEL_AMX void hl_fag_bf16_d128_pack_unit_amx(const unsigned char *unit, int32_t channels,
                                                   unsigned char *to)
 {
-    for (int32_t tile = 0; tile < (channels + 31) / 32 * 2; ++tile) {
+    enum { PARTS = 1 };
+    for (int32_t tile = 0; tile < (channels + 31) / 32 * 2 * PARTS; ++tile) {
         for (int32_t quad = 0; quad < 4; ++quad) {
             hl_turn_amx(unit + tile * 1024, 64, quad, to + tile * 1024, 64);
         }
     }
 }
 
-/* A unit's transpose, as A of sums over rows: [column][tile][channel], of those of 32 rows whose
- * bit is set; `column` elements lie between its columns, and what is `ahead` from them is asked
- * for. Were all of these numbers finite? `pairs`: 2 KiB. */
+/* A unit's transpose, as A of sums over rows: [column][part][tile][channel], of those of 32 rows
+ * whose bit is set; `column` elements lie between its columns, and what is `ahead` from them is
+ * asked for. Were all of these numbers finite? `pairs`: 2 KiB. */
 HL_KERNEL_AMX int32_t hl_fag_bf16_d128_turn_unit_amx(const uint16_t *from, ptrdiff_t step,
     ptrdiff_t column, ptrdiff_t ahead, uint32_t rows, int32_t channels, unsigned char *pairs,
     unsigned char *to)
 {
+    enum { PARTS = 1 };
     const __mmask32 all = (__mmask32)0xffffffffu;
     const __m512i none = _mm512_setzero_si512();
     const __m512i size = _mm512_set1_epi16(0x7fff);
     __m512i most = none;
-    for (int32_t c = 0; c < channels; c += 32, from += column, to += 2048) {
+    for (int32_t i = 0; i < (channels + 31) / 32 * PARTS; ++i, to += 2048) {
+        const int32_t part = i % PARTS;
+        const int32_t n = channels - i / PARTS * 32;
         for (int32_t r = 0; r < 32; r += 2) {
-            const uint16_t *const at = from + r * step;
-            const __m512i x = (rows >> r & 1u) != 0 ? hl_halves_amx(at, channels - c) : none;
-            const __m512i y = (rows >> r & 2u) != 0 ? hl_halves_amx(at + step, channels - c)
-                                                    : none;
-            if (ahead != 0) {
+            const uint16_t *const at = from + i / PARTS * column + r * step;
+            const __m512i x = (rows >> r & 1u) != 0 ? hl_fag_bf16_d128_halves_amx(at, n, part)
+                : none;
+            const __m512i y = (rows >> r & 2u) != 0
+                ? hl_fag_bf16_d128_halves_amx(at + step, n, part) : none;
+            if (ahead != 0 && part == 0) {
                 HL_FETCH(at + ahead);
                 HL_FETCH(at + step + ahead);
             }
@@ -8749,7 +8787,7 @@ HL_KERNEL_AMX void hl_fag_bf16_d128_start_amx(const hl_fusion_attention_grad_pla
     x->of_keys = t->of_keys;
     x->piece = 0;
     x->pieces = whole / 32;
-    if (a->pse != NULL) {
+    if (a->pse != NULL || x->scale < 0.0f) {
         for (int32_t i = 0; i < n; i += 16) {
             hl_vstore_avx512(x->s + i,
                              hl_vmul_avx512(hl_vload_avx512(x->s + i), hl_vset_avx512(x->scale)));
@@ -9429,7 +9467,7 @@ static inline hl_status hl_fag_bf16_d128_plan(hl_fusion_attention_grad_plan *pla
     hl_fusion_attention_grad_args *const a = &p.args;
     const uint32_t present = hl_fusion_attention_grad_bf16_d128_isas();
     uint64_t work;
-    int32_t longest[2] = {0, 0};
+    uint64_t pairs = 0;
     hl_status status;
     (void)hl_refuse(error, HL_OK, HL_ARG_NONE, HL_RULE_NONE, 0, 0);
     if (plan == NULL || args == NULL) {
@@ -9442,16 +9480,16 @@ static inline hl_status hl_fag_bf16_d128_plan(hl_fusion_attention_grad_plan *pla
         status = hl_fag_bf16_d128_check_sizes(a, error);
     }
     if (status == HL_OK) {
-        status = hl_fag_bf16_d128_check_lengths(a, longest, error);
+        status = hl_fag_bf16_d128_check_lengths(a, p.longest, &pairs, error);
     }
     if (status == HL_OK) {
-        status = hl_fag_bf16_d128_check_mask(a, longest, error);
+        status = hl_fag_bf16_d128_check_mask(a, p.longest, error);
     }
     if (status == HL_OK) {
         status = hl_fag_bf16_d128_check_grad(a, error);
     }
     if (status == HL_OK) {
-        status = hl_fag_bf16_d128_check_memory(a, workspace, bytes, error);
+        status = hl_fag_bf16_d128_check_memory(a, pairs, workspace, bytes, error);
     }
     if (status != HL_OK) {
         return status;
@@ -9478,6 +9516,7 @@ static inline hl_status hl_fag_bf16_d128_plan(hl_fusion_attention_grad_plan *pla
     }
     p.group = a->heads_q / a->heads_kv;
     p.scale_log2 = a->scale_value * 1.44269504f;
+    p.pairs = pairs > (uint64_t)INT64_MAX ? INT64_MAX : (int64_t)pairs;
     p.queries = 192;
     if (a->isa == HL_ISA_AMX) {
         p.queries = 256;
@@ -9497,7 +9536,7 @@ static inline hl_status hl_fag_bf16_d128_plan(hl_fusion_attention_grad_plan *pla
     p.q_tasks = a->dquery != NULL || a->dpse != NULL ? hl_fag_bf16_d128_count_tasks(&p, 0) : 0;
     p.n_tasks = p.q_tasks
                 + (a->dkey != NULL || a->dvalue != NULL ? hl_fag_bf16_d128_count_tasks(&p, 1) : 0);
-    work = hl_mul_cap(hl_fag_bf16_d128_pairs(a), (uint64_t)a->heads_q * 896u);
+    work = hl_mul_cap(pairs, (uint64_t)a->heads_q * 896u);
     p.work = work > (uint64_t)INT64_MAX ? INT64_MAX : (int64_t)work;
     *plan = p;
     return HL_OK;

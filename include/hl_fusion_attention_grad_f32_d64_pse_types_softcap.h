@@ -513,6 +513,8 @@ typedef struct hl_fusion_attention_grad_plan {
     int32_t group;         /* G: query heads that share one kv head                              */
     int32_t queries;       /* rows times heads of a task, at most                                */
     int32_t band_batch;    /* modes 7, 8: the batch that takes mode 4's formula; else -1         */
+    int32_t longest[2];    /* rows and keys of the longest batches                               */
+    int64_t pairs;         /* (row, key) pairs of all batches; INT64_MAX if it does not fit      */
     int32_t keys;          /* of a task of dkey and dvalue, at most                              */
     int64_t q_tasks;       /* the first of them are those of dquery, the others of dkey, dvalue  */
     float scale_log2;      /* scale_value * log2(e)                                              */
@@ -784,6 +786,13 @@ static inline float hl_log(float x)
     }
     t = hl_product((float)e, -2.12194440e-4f) + hl_product(t, odd); /* ln 2 in two parts */
     return hl_product((float)e, 0.693359375f) + t;
+}
+
+/* A number of the caller's that another thread may be changing: read exactly once, whatever the
+ * compiler would make of it, so that what was checked is what is used. */
+static inline int32_t hl_once(const int32_t *number)
+{
+    return *(const volatile int32_t *)number;
 }
 
 /* Fills *error, if there is one, and returns its status. */
@@ -1244,6 +1253,12 @@ typedef struct hl_pairs {
     float *k;             /* rows of Q or K                                                       */
     float *v;             /* rows of dO or V                                                      */
 } hl_pairs;
+
+/* An end of the caller's that another thread may be changing: read once. */
+static inline int64_t hl_once64(const int64_t *number)
+{
+    return *(const volatile int64_t *)number;
+}
 
 static inline int32_t hl_clip(int64_t x, int64_t low, int64_t high)
 {
@@ -1951,16 +1966,18 @@ static inline void hl_fag_f32_d64_pse_types_softcap_cut(hl_fag_f32_d64_pse_types
 }
 /* ---- select: which rows and keys a batch has, which keys a row sees ---- */
 
-/* TND: rows of batch b, and where they begin. Batch `batch` are the rows behind the last end. */
+/* TND: rows of batch b, and where they begin. Batch `batch` are the rows behind the last end. Ends
+ * that the plan has checked are kept within bounds once more, here and below, so that a caller who
+ * changes them meanwhile gets wrong numbers, but no access out of bounds. */
 static inline int32_t hl_fag_f32_d64_pse_types_softcap_rows_of(const int64_t *ends, int32_t batch,
     int32_t total, int32_t b, int32_t *first)
 {
-    const int64_t end = b < batch ? ends[b] : total;
+    const int64_t end = b < batch ? hl_once64(ends + b) : total;
     int32_t last = b;
     while (last > 0 && ends[last - 1] <= 0) { /* batches that are not used end at 0 */
         --last;
     }
-    *first = hl_clip(last > 0 ? ends[last - 1] : 0, 0, total);
+    *first = hl_clip(last > 0 ? hl_once64(ends + last - 1) : 0, 0, total);
     return end > *first ? hl_clip(end, 0, total) - *first : 0;
 }
 
@@ -1996,6 +2013,14 @@ static inline void hl_fag_f32_d64_pse_types_softcap_batch(const hl_fusion_attent
             g->pairs += rows
                 * hl_fag_f32_d64_pse_types_softcap_rows_of(a->actual_seq_kvlen, a->batch, a->seq_kv,
                 u, &first);
+            g->pairs = g->pairs < plan->pairs ? g->pairs : plan->pairs;
+        }
+        if (b < a->batch) { /* as far as atten_mask, pse and dropout_mask reach */
+            g->seq_q = g->seq_q < plan->longest[0] ? g->seq_q : plan->longest[0];
+            g->seq_kv = g->seq_kv < plan->longest[1] ? g->seq_kv : plan->longest[1];
+            if ((int64_t)g->seq_q * g->seq_kv > plan->pairs - g->pairs) {
+                g->seq_q = 0;
+            }
         }
     }
     mode = mode < 7 ? mode : b == plan->band_batch ? 4 : mode == 7 ? 3 : 2;
@@ -2005,7 +2030,7 @@ static inline void hl_fag_f32_d64_pse_types_softcap_batch(const hl_fusion_attent
     if (b == a->batch) { /* rows and keys behind the last end are nobody's */
         g->ahead = -(int64_t)INT32_MAX * 2;
     }
-    g->prefix = mode == 6 ? hl_clip(b < a->batch ? a->prefix[b] : 0, 0, g->seq_kv) : 0;
+    g->prefix = mode == 6 && b < a->batch ? hl_clip(hl_once64(a->prefix + b), 0, g->seq_kv) : 0;
 }
 
 /* The keys that row i sees, but for atten_mask: low .. high - 1. */
@@ -2097,7 +2122,8 @@ static inline int32_t hl_fag_f32_d64_pse_types_softcap_find(
         hl_fag_f32_d64_pse_types_softcap_batch(plan, b, g);
         task -= hl_fag_f32_d64_pse_types_softcap_first_piece(ends, a->batch, total, b, each, most);
         *piece = (int32_t)task;
-        return task < hl_fag_f32_d64_pse_types_softcap_pieces(of_keys ? g->seq_kv : g->seq_q, each,
+        return task >= 0
+            && task < hl_fag_f32_d64_pse_types_softcap_pieces(of_keys ? g->seq_kv : g->seq_q, each,
             most);
     }
     hl_fag_f32_d64_pse_types_softcap_batch(plan, (int32_t)(task / (pieces * a->heads_kv)), g);
@@ -2198,7 +2224,9 @@ HL_OWN_FRAME hl_status hl_fag_f32_d64_pse_types_softcap_check_sizes(
     }
     a->scale_value = a->scale_value != 0.0f ? a->scale_value : 1.0f;
     a->keep_prob = a->keep_prob != 0.0f ? a->keep_prob : 1.0f;
-    if (a->keep_prob != a->keep_prob) {
+    if (a->keep_prob != a->keep_prob
+        || (a->keep_prob > 0.0f && hl_bits_of(a->keep_prob) < 0x00800000u)) {
+        /* nor may 1 / keep_prob be infinite */
         return hl_refuse(error, HL_ERR_VALUE, HL_ARG_KEEP_PROB, HL_RULE_FINITE, 0, 0);
     }
     if (!(a->keep_prob > 0.0f && a->keep_prob <= 1.0f)) {
@@ -2244,38 +2272,39 @@ static inline hl_status hl_fag_f32_d64_pse_types_softcap_check_list(const int64_
     return hl_check_ranges(&range, 1, error);
 }
 
+/* How far a list of ends has been looked at. */
+typedef struct hl_fag_f32_d64_pse_types_softcap_ends {
+    int64_t last;   /* the largest so far                              */
+    int32_t unused; /* only zeros may follow                           */
+    int32_t rows;   /* of the batch that was looked at last            */
+} hl_fag_f32_d64_pse_types_softcap_ends;
+
 /* TND: ends do not fall, but for zeros behind the last batch that is used. */
-static inline hl_status hl_fag_f32_d64_pse_types_softcap_check_ends(const int64_t *ends,
-    int32_t batch, int32_t total, hl_argument argument, hl_error *error)
+static inline hl_status hl_fag_f32_d64_pse_types_softcap_check_end(const int64_t *ends, int32_t b,
+    int32_t total, hl_argument argument, hl_fag_f32_d64_pse_types_softcap_ends *e, hl_error *error)
 {
-    int64_t last = 0;
-    int32_t unused = 0;
-    const hl_status status =
-        hl_fag_f32_d64_pse_types_softcap_check_list(ends, batch, argument, error);
-    if (status != HL_OK) {
-        return status;
+    const int64_t end = hl_once64(ends + b);
+    if (end > total) {
+        return hl_refuse_at(error, HL_ERR_LENGTH, argument, HL_RULE_AT_MOST, 1, b, 0, end, total);
     }
-    for (int32_t b = 0; b < batch; ++b) {
-        if (ends[b] > total) {
-            return hl_refuse_at(error, HL_ERR_LENGTH, argument, HL_RULE_AT_MOST, 1, b, 0, ends[b],
-                                total);
-        }
-        unused |= ends[b] == 0 && last > 0;
-        if (unused ? ends[b] != 0 : ends[b] < last) {
-            return hl_refuse_at(error, HL_ERR_LENGTH, argument, unused ? HL_RULE_EQUAL
-                                : HL_RULE_AT_LEAST, 1, b, 0, ends[b], unused ? 0 : last);
-        }
-        last = unused ? last : ends[b];
+    e->unused |= end == 0 && e->last > 0;
+    if (e->unused ? end != 0 : end < e->last) {
+        return hl_refuse_at(error, HL_ERR_LENGTH, argument, e->unused ? HL_RULE_EQUAL
+                            : HL_RULE_AT_LEAST, 1, b, 0, end, e->unused ? 0 : e->last);
     }
+    e->rows = e->unused ? 0 : (int32_t)(end - e->last);
+    e->last = e->unused ? e->last : end;
     return HL_OK;
 }
 
-/* The layout, and lengths. *longest: rows and keys of the longest batches. */
+/* The layout, and lengths. longest: rows and keys of the longest batches; *pairs: (row, key) pairs
+ * of all of them. */
 static inline hl_status hl_fag_f32_d64_pse_types_softcap_check_lengths(
-    hl_fusion_attention_grad_args *a, int32_t longest[2], hl_error *error)
+    hl_fusion_attention_grad_args *a, int32_t longest[2], uint64_t *pairs, hl_error *error)
 {
     longest[0] = a->seq_q;
     longest[1] = a->seq_kv;
+    *pairs = hl_mul_cap((uint64_t)a->batch, (uint64_t)a->seq_q * (uint64_t)a->seq_kv);
     if (!(a->input_layout == HL_LAYOUT_BSND || a->input_layout == HL_LAYOUT_BSH
           || a->input_layout == HL_LAYOUT_SBH || a->input_layout == HL_LAYOUT_BNSD
           || a->input_layout == HL_LAYOUT_TND)) {
@@ -2283,35 +2312,38 @@ static inline hl_status hl_fag_f32_d64_pse_types_softcap_check_lengths(
                          a->input_layout, 0);
     }
     if (a->input_layout == HL_LAYOUT_TND) {
+        hl_fag_f32_d64_pse_types_softcap_ends q = {0, 0, 0};
+        hl_fag_f32_d64_pse_types_softcap_ends kv = {0, 0, 0};
         hl_status status =
-            hl_fag_f32_d64_pse_types_softcap_check_ends(a->actual_seq_qlen, a->batch, a->seq_q,
+            hl_fag_f32_d64_pse_types_softcap_check_list(a->actual_seq_qlen, a->batch,
             HL_ARG_ACTUAL_SEQ_QLEN, error);
         if (status == HL_OK) {
             status =
-                hl_fag_f32_d64_pse_types_softcap_check_ends(a->actual_seq_kvlen, a->batch,
-                a->seq_kv, HL_ARG_ACTUAL_SEQ_KVLEN, error);
-        }
-        if (status != HL_OK) {
-            return status;
+                hl_fag_f32_d64_pse_types_softcap_check_list(a->actual_seq_kvlen, a->batch,
+                HL_ARG_ACTUAL_SEQ_KVLEN, error);
         }
         longest[0] = 0;
         longest[1] = 0;
-        for (int32_t b = 0; b < a->batch; ++b) {
-            int32_t first;
-            const int32_t q =
-                hl_fag_f32_d64_pse_types_softcap_rows_of(a->actual_seq_qlen, a->batch, a->seq_q, b,
-                &first);
-            const int32_t kv =
-                hl_fag_f32_d64_pse_types_softcap_rows_of(a->actual_seq_kvlen, a->batch, a->seq_kv,
-                b, &first);
-            longest[0] = longest[0] > q ? longest[0] : q;
-            longest[1] = longest[1] > kv ? longest[1] : kv;
-            if (a->pse != NULL && a->pse_shape == HL_PSE_LAST_ROWS && q != kv) {
+        *pairs = 0;
+        for (int32_t b = 0; status == HL_OK && b < a->batch; ++b) {
+            status =
+                hl_fag_f32_d64_pse_types_softcap_check_end(a->actual_seq_qlen, b, a->seq_q,
+                HL_ARG_ACTUAL_SEQ_QLEN, &q, error);
+            if (status == HL_OK) {
+                status =
+                    hl_fag_f32_d64_pse_types_softcap_check_end(a->actual_seq_kvlen, b, a->seq_kv,
+                    HL_ARG_ACTUAL_SEQ_KVLEN, &kv, error);
+            }
+            longest[0] = longest[0] > q.rows ? longest[0] : q.rows;
+            longest[1] = longest[1] > kv.rows ? longest[1] : kv.rows;
+            *pairs = hl_add_cap(*pairs, (uint64_t)q.rows * (uint64_t)kv.rows);
+            if (status == HL_OK && a->pse != NULL && a->pse_shape == HL_PSE_LAST_ROWS
+                && q.rows != kv.rows) {
                 return hl_refuse_at(error, HL_ERR_LENGTH, HL_ARG_ACTUAL_SEQ_KVLEN, HL_RULE_EQUAL, 1,
-                                    b, 0, kv, q);
+                                    b, 0, kv.rows, q.rows);
             }
         }
-        return HL_OK;
+        return status;
     }
     if (a->actual_seq_qlen != NULL || a->actual_seq_kvlen != NULL) {
         return hl_refuse(error, HL_ERR_UNSUPPORTED, a->actual_seq_qlen != NULL
@@ -2392,9 +2424,10 @@ static inline hl_status hl_fag_f32_d64_pse_types_softcap_check_mask(
             return status;
         }
         for (int32_t b = 0; b < a->batch; ++b) {
-            if (a->prefix[b] < 0) {
+            const int64_t prefix = hl_once64(a->prefix + b);
+            if (prefix < 0) {
                 return hl_refuse_at(error, HL_ERR_LENGTH, HL_ARG_PREFIX, HL_RULE_AT_LEAST, 1, b, 0,
-                                    a->prefix[b], 0);
+                                    prefix, 0);
             }
         }
     }
@@ -2424,32 +2457,12 @@ static inline hl_status hl_fag_f32_d64_pse_types_softcap_check_mask(
     return HL_OK;
 }
 
-/* (row, key) pairs of all batches. */
-static inline uint64_t hl_fag_f32_d64_pse_types_softcap_pairs(
-    const hl_fusion_attention_grad_args *a)
-{
-    if (a->input_layout == HL_LAYOUT_TND) {
-        uint64_t pairs = 0;
-        for (int32_t b = 0; b < a->batch; ++b) {
-            int32_t first;
-            const int32_t q =
-                hl_fag_f32_d64_pse_types_softcap_rows_of(a->actual_seq_qlen, a->batch, a->seq_q, b,
-                &first);
-            const int32_t kv =
-                hl_fag_f32_d64_pse_types_softcap_rows_of(a->actual_seq_kvlen, a->batch, a->seq_kv,
-                b, &first);
-            pairs = hl_add_cap(pairs, (uint64_t)q * (uint64_t)kv);
-        }
-        return pairs;
-    }
-    return hl_mul_cap((uint64_t)a->batch, (uint64_t)a->seq_q * (uint64_t)a->seq_kv);
-}
-
 /* Bytes of pse. */
 static inline uint64_t hl_fag_f32_d64_pse_types_softcap_pse_bytes(
-    const hl_fusion_attention_grad_args *a)
+    const hl_fusion_attention_grad_args *a, uint64_t pairs)
 {
     const uint64_t heads = (uint64_t)a->pse_batch * (uint64_t)a->heads_q;
+    (void)pairs; /* of sequences end to end */
     if (a->pse == NULL) {
         return 0;
     }
@@ -2461,8 +2474,7 @@ static inline uint64_t hl_fag_f32_d64_pse_types_softcap_pse_bytes(
     }
     if (a->input_layout == HL_LAYOUT_TND) { /* of all batches, end to end */
         const uint64_t keys = (uint64_t)a->seq_kv;
-        return hl_mul_cap(4u * (uint64_t)a->heads_q, a->pse_shape == HL_PSE_ONE_ROW ? keys
-                          : hl_fag_f32_d64_pse_types_softcap_pairs(a));
+        return hl_mul_cap(4u * (uint64_t)a->heads_q, a->pse_shape == HL_PSE_ONE_ROW ? keys : pairs);
     }
     return hl_mul_cap(hl_mul_cap(heads, 4u), a->pse_shape == HL_PSE_ONE_ROW ? (uint64_t)a->seq_kv
                       : (uint64_t)a->seq_q * (uint64_t)a->seq_kv);
@@ -2503,7 +2515,8 @@ static inline hl_status hl_fag_f32_d64_pse_types_softcap_check_grad(
 
 /* Strides, alignment, extents; and nothing that is written overlaps anything else. */
 HL_OWN_FRAME hl_status hl_fag_f32_d64_pse_types_softcap_check_memory(
-    hl_fusion_attention_grad_args *a, const void *workspace, size_t bytes, hl_error *error)
+    hl_fusion_attention_grad_args *a, uint64_t pairs, const void *workspace, size_t bytes,
+    hl_error *error)
 {
     const int32_t tnd = a->input_layout == HL_LAYOUT_TND;
     const int64_t b = tnd ? 1 : a->batch;
@@ -2518,7 +2531,7 @@ HL_OWN_FRAME hl_status hl_fag_f32_d64_pse_types_softcap_check_memory(
     const uint64_t all_rows = hl_mul_cap((uint64_t)b * (uint64_t)s1, (uint64_t)n1);
     const uint64_t rows = hl_mul_cap(all_rows, 4u);
     const uint64_t stats = hl_mul_cap(rows, (uint64_t)a->stats_width);
-    const uint64_t elements = hl_mul_cap(hl_fag_f32_d64_pse_types_softcap_pairs(a), (uint64_t)n1);
+    const uint64_t elements = hl_mul_cap(pairs, (uint64_t)n1);
     const uint64_t drop = a->dropout_mask != NULL && a->keep_prob < 1.0f ? elements / 8u
                           + (elements % 8u != 0) : 0;
     const uint64_t mask =
@@ -2552,7 +2565,7 @@ HL_OWN_FRAME hl_status hl_fag_f32_d64_pse_types_softcap_check_memory(
         {a->dquery, 0, HL_ARG_DQUERY, 1, wide},
         {a->dkey, 0, HL_ARG_DKEY, 1, wide},
         {a->dvalue, 0, HL_ARG_DVALUE, 1, wide},
-        {a->pse, hl_fag_f32_d64_pse_types_softcap_pse_bytes(a), HL_ARG_PSE, 0, pse_number},
+        {a->pse, hl_fag_f32_d64_pse_types_softcap_pse_bytes(a, pairs), HL_ARG_PSE, 0, pse_number},
         {a->atten_mask, a->atten_mask != NULL ? mask : 0, HL_ARG_ATTEN_MASK, 0, 1u},
         {a->prefix, prefixes, HL_ARG_PREFIX, 0, 8u},
         {a->actual_seq_qlen, ends, HL_ARG_ACTUAL_SEQ_QLEN, 0, 8u},
@@ -2561,9 +2574,8 @@ HL_OWN_FRAME hl_status hl_fag_f32_d64_pse_types_softcap_check_memory(
         {a->softmax_max, stats, HL_ARG_SOFTMAX_MAX, 0, 4u},
         {a->softmax_sum, stats, HL_ARG_SOFTMAX_SUM, 0, 4u},
         {a->dpse, a->dpse != NULL
-         ? hl_mul_cap(hl_fag_f32_d64_pse_types_softcap_pse_bytes(a) / element, wide) : 0,
-         HL_ARG_DPSE, 1,
-         wide},
+         ? hl_mul_cap(hl_fag_f32_d64_pse_types_softcap_pse_bytes(a, pairs) / element, wide) : 0,
+         HL_ARG_DPSE, 1, wide},
         {workspace, (uint64_t)bytes, HL_ARG_WORKSPACE, 1, 1u}
     };
     for (int32_t i = 0; i < TENSORS; ++i) {
@@ -8177,7 +8189,7 @@ static inline hl_status hl_fag_f32_d64_pse_types_softcap_plan(hl_fusion_attentio
     hl_fusion_attention_grad_args *const a = &p.args;
     const uint32_t present = hl_fusion_attention_grad_f32_d64_pse_types_softcap_isas();
     uint64_t work;
-    int32_t longest[2] = {0, 0};
+    uint64_t pairs = 0;
     hl_status status;
     (void)hl_refuse(error, HL_OK, HL_ARG_NONE, HL_RULE_NONE, 0, 0);
     if (plan == NULL || args == NULL) {
@@ -8190,16 +8202,16 @@ static inline hl_status hl_fag_f32_d64_pse_types_softcap_plan(hl_fusion_attentio
         status = hl_fag_f32_d64_pse_types_softcap_check_sizes(a, error);
     }
     if (status == HL_OK) {
-        status = hl_fag_f32_d64_pse_types_softcap_check_lengths(a, longest, error);
+        status = hl_fag_f32_d64_pse_types_softcap_check_lengths(a, p.longest, &pairs, error);
     }
     if (status == HL_OK) {
-        status = hl_fag_f32_d64_pse_types_softcap_check_mask(a, longest, error);
+        status = hl_fag_f32_d64_pse_types_softcap_check_mask(a, p.longest, error);
     }
     if (status == HL_OK) {
         status = hl_fag_f32_d64_pse_types_softcap_check_grad(a, error);
     }
     if (status == HL_OK) {
-        status = hl_fag_f32_d64_pse_types_softcap_check_memory(a, workspace, bytes, error);
+        status = hl_fag_f32_d64_pse_types_softcap_check_memory(a, pairs, workspace, bytes, error);
     }
     if (status != HL_OK) {
         return status;
@@ -8223,6 +8235,7 @@ static inline hl_status hl_fag_f32_d64_pse_types_softcap_plan(hl_fusion_attentio
     }
     p.group = a->heads_q / a->heads_kv;
     p.scale_log2 = a->scale_value * 1.44269504f;
+    p.pairs = pairs > (uint64_t)INT64_MAX ? INT64_MAX : (int64_t)pairs;
     p.queries = 192;
     p.band_batch = -1;
     for (int32_t b = 0; a->sparse_mode > 6 && b < a->batch; ++b) { /* the last or first with rows */
@@ -8238,7 +8251,7 @@ static inline hl_status hl_fag_f32_d64_pse_types_softcap_plan(hl_fusion_attentio
     p.n_tasks = p.q_tasks
                 + (a->dkey != NULL || a->dvalue != NULL
                    ? hl_fag_f32_d64_pse_types_softcap_count_tasks(&p, 1) : 0);
-    work = hl_mul_cap(hl_fag_f32_d64_pse_types_softcap_pairs(a), (uint64_t)a->heads_q * 448u);
+    work = hl_mul_cap(pairs, (uint64_t)a->heads_q * 448u);
     p.work = work > (uint64_t)INT64_MAX ? INT64_MAX : (int64_t)work;
     *plan = p;
     return HL_OK;

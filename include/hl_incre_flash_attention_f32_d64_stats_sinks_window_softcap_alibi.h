@@ -852,6 +852,13 @@ static inline float hl_log(float x)
     return hl_product((float)e, 0.693359375f) + t;
 }
 
+/* A number of the caller's that another thread may be changing: read exactly once, whatever the
+ * compiler would make of it, so that what was checked is what is used. */
+static inline int32_t hl_once(const int32_t *number)
+{
+    return *(const volatile int32_t *)number;
+}
+
 /* Fills *error, if there is one, and returns its status. */
 static inline hl_status hl_refuse(hl_error *error, hl_status status, hl_argument argument,
                                   hl_rule rule, int64_t value, int64_t limit)
@@ -1970,8 +1977,8 @@ static inline int32_t hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_cache_rows
 }
 
 /* Keys of a batch: rows first .. first + length - 1 of its cache. Values that the plan has checked
- * are kept within bounds once more, so that a caller who changes them meanwhile gets wrong numbers,
- * but no access out of bounds. */
+ * are read once and kept within bounds once more, so that a caller who changes them meanwhile gets
+ * wrong numbers, but no access out of bounds. */
 static inline void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_keys_of(
     const hl_incre_flash_attention_args *a, int32_t b, int32_t *first, int32_t *length)
 {
@@ -1979,12 +1986,13 @@ static inline void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_keys_of(
     int32_t n = limit;
     *first = 0;
     if (a->actual_seq_lengths != NULL) {
-        n = a->actual_seq_lengths[a->lengths == 1 ? 0 : b];
+        n = hl_once(a->actual_seq_lengths + (a->lengths == 1 ? 0 : b));
         n = n < 0 ? 0 : n > limit ? limit : n;
         /* keys end in front of the padding */
         if (a->kv_padding_size != NULL
             && !hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_paged(a)) {
-            const int32_t pad = *a->kv_padding_size > 0 ? *a->kv_padding_size : 0;
+            const int32_t given = hl_once(a->kv_padding_size);
+            const int32_t pad = given > 0 ? given : 0;
             n = (int64_t)limit - pad - n < 0 ? 0 : n;
             *first = n > 0 ? limit - pad - n : 0;
         }
@@ -2011,6 +2019,9 @@ static inline int32_t hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_group(
     const hl_incre_flash_attention_args *const a = &plan->args;
     const int32_t b = (int32_t)(index / a->heads_kv);
     const int32_t head = (int32_t)(index % a->heads_kv);
+    /* columns of pse_shift and atten_mask, which the plan has found enough for its lengths */
+    const int32_t columns = a->atten_mask != NULL ? a->mask_width : INT32_MAX;
+    const int32_t reach = a->pse_shift != NULL && a->pse_width < columns ? a->pse_width : columns;
     int32_t end;
     g->group = plan->group;
     g->heads = a->heads_q / a->heads_kv;
@@ -2019,6 +2030,8 @@ static inline int32_t hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_group(
     g->batch = b;
     g->kv_head = head;
     hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_keys_of(a, b, &g->first, &g->length);
+    g->first = g->first < reach ? g->first : reach;
+    g->length = g->length < reach - g->first ? g->length : reach - g->first;
     hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_row_keys(a, g, g->rows - 1, &g->low, &end);
     hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_row_keys(a, g, 0, &g->keys, &g->high);
     g->entries = end - g->keys; /* from the first row's first key to the last row's last */
@@ -2084,7 +2097,7 @@ static inline int32_t hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_find(
     if (hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_paged(a)) {
         inner = t % a->block_size;
         {
-            outer = g->pages[t / a->block_size];
+            outer = hl_once(g->pages + t / a->block_size);
             if (outer < 0 || outer >= a->num_blocks) {
                 return 0;
             }
@@ -10364,6 +10377,25 @@ HL_API hl_status hl_incre_flash_attention_f32_d64_stats_sinks_window_softcap_ali
         return hl_refuse(error, HL_ERR_NULL, p->attention_out == NULL ? HL_ARG_ATTENTION_OUT
                          : HL_ARG_PARTS, HL_RULE_NOT_NULL, 0, 0);
     }
+    { /* the lists of parts, before they are read; outputs among themselves */
+        const uint64_t list = (uint64_t)p->parts * sizeof(void *);
+        const uint64_t bytes = p->out_f32 ? 4u : 4u;
+        const hl_range range[] = {
+            {p->out, list, HL_ARG_PARTS, 0, (uint32_t)sizeof(void *)},
+            {p->max, list, HL_ARG_PARTS, 0, (uint32_t)sizeof(void *)},
+            {p->sum, list, HL_ARG_PARTS, 0, (uint32_t)sizeof(void *)},
+            {p->attention_out, stats * bytes * 64u,
+             HL_ARG_ATTENTION_OUT, 1, (uint32_t)bytes},
+            {p->softmax_max, p->softmax_max ? stats * 4u : 0, HL_ARG_SOFTMAX_MAX, 1, 4u},
+            {p->softmax_sum, p->softmax_sum ? stats * 4u : 0, HL_ARG_SOFTMAX_SUM, 1, 4u},
+            {p->softmax_lse, p->softmax_lse ? stats * 4u : 0, HL_ARG_SOFTMAX_LSE, 1, 4u}
+        };
+        const hl_status status =
+            hl_check_ranges(range, (int32_t)(sizeof range / sizeof range[0]), error);
+        if (status != HL_OK) {
+            return status;
+        }
+    }
     for (int32_t i = 0; i < p->parts; ++i) {
         const uint64_t bytes = p->out_f32 ? 4u : 4u;
         const hl_range range[] = {
@@ -10600,7 +10632,10 @@ static inline hl_status hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_check_ap
         status = hl_check_apart(stride, count[0], count[1], count[2], channels, argument, error);
     }
     *extent = hl_extent(stride, count[0], count[1], count[2], channels, element);
-    if (status == HL_OK && *extent > (uint64_t)PTRDIFF_MAX) {
+    if (status != HL_OK) {
+        return status;
+    }
+    if (*extent > (uint64_t)PTRDIFF_MAX) {
         return hl_refuse(error, HL_ERR_SHAPE, argument, HL_RULE_ADDRESSABLE,
                          *extent > (uint64_t)INT64_MAX ? INT64_MAX : (int64_t)*extent,
                          (int64_t)PTRDIFF_MAX);
@@ -10609,7 +10644,7 @@ static inline hl_status hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_check_ap
     stride->batch = *extent > 0 && count[0] > 1 ? stride->batch * (ptrdiff_t)element : 0;
     stride->row = *extent > 0 && count[1] > 1 ? stride->row * (ptrdiff_t)element : 0;
     stride->head = *extent > 0 && count[2] > 1 ? stride->head * (ptrdiff_t)element : 0;
-    return status;
+    return HL_OK;
 }
 
 /* One tensor of the cache, or one of its pages: it is there, and apart from all other memory. */
@@ -10784,7 +10819,7 @@ HL_OWN_FRAME hl_status hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_check_app
 static inline int32_t hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_new_rows(
     const hl_decode_append_args *a, int32_t b)
 {
-    return a->lengths != NULL ? a->lengths[b] : a->rows;
+    return a->lengths != NULL ? hl_once(a->lengths + b) : a->rows;
 }
 
 /* An entry of a batch's row of the table, or its page. */
@@ -10801,7 +10836,7 @@ static inline hl_status hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_check_ap
     (void)side;
     (void)inputs;
     (void)count;
-    id = a->block_table[at];
+    id = hl_once(a->block_table + at);
     if (id < 0 || id >= blocks) {
         return hl_refuse_at(error, HL_ERR_BLOCK_ID, HL_ARG_BLOCK_TABLE, id < 0 ? HL_RULE_AT_LEAST
                             : HL_RULE_AT_MOST, 2, b, i, id, id < 0 ? 0 : blocks - 1);
@@ -10821,7 +10856,7 @@ HL_OWN_FRAME hl_status hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_check_app
         : a->block_size;
     for (int32_t b = 0; a->rows > 0 && b < a->batch; ++b) {
         const int32_t n = hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_new_rows(a, b);
-        const int32_t first = a->positions[b];
+        const int32_t first = hl_once(a->positions + b);
         if (n < 0 || n > a->rows) {
             return hl_refuse_at(error, HL_ERR_LENGTH, HL_ARG_LENGTHS, n < 0 ? HL_RULE_AT_LEAST
                                 : HL_RULE_AT_MOST, 1, b, 0, n, n < 0 ? 0 : a->rows);
@@ -10851,6 +10886,18 @@ HL_OWN_FRAME hl_status hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_check_app
         }
     }
     return HL_OK;
+}
+
+/* New rows of a batch and their first place, for writing: what has been checked is looked at once
+ * more, so that a caller who changes it meanwhile gets rows that are not written, but none that
+ * are out of bounds. */
+static inline int32_t hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_rows_to_write(
+    const hl_decode_append_args *a, int32_t b, int32_t *first)
+{
+    const int32_t n = hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_new_rows(a, b);
+    *first = hl_once(a->positions + b);
+    return n > 0 && n <= a->rows && *first >= 0
+        && *first <= hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_append_limit(a) - n ? n : 0;
 }
 /* Rows as they are: as much at a time as lies side by side in both places. */
 static inline void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_copy_rows(
@@ -10894,10 +10941,12 @@ HL_OWN_FRAME void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_append_batch(
     const hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_side *side, int32_t isa, int32_t b)
 {
     const int32_t sides = hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_sides(a);
-    const int32_t rows = hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_new_rows(a, b);
+    int32_t first;
+    const int32_t rows =
+        hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_rows_to_write(a, b, &first);
     int32_t n = 0;
     for (int32_t i = 0; i < rows; i += n) { /* as many as lie at even steps */
-        const int32_t t = a->positions[b] + i;
+        const int32_t t = first + i;
         ptrdiff_t entry = 0;
         ptrdiff_t outer = b;
         ptrdiff_t inner = t;
@@ -10908,13 +10957,18 @@ HL_OWN_FRAME void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_append_batch(
                 + (hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_by_slot(a) ? t
                    : t / a->block_size);
             outer = hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_in_pages(a) ? 0
-                : a->block_table[entry];
+                : hl_once(a->block_table + entry);
             inner = hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_by_slot(a)
                 ? outer % a->block_size : t % a->block_size;
             outer = hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_by_slot(a)
                 ? outer / a->block_size : outer;
             n = hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_by_slot(a) ? 1 : n < left ? n
                 : left;
+            if (inner < 0 || outer < 0
+                || (!hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_in_pages(a)
+                    && outer >= a->num_blocks)) {
+                continue; /* a table that has changed under way */
+            }
         }
         for (int32_t s = 0; s < sides; ++s) {
             const hl_stride *const from = &side[s].from_stride;

@@ -733,6 +733,13 @@ static inline float hl_log(float x)
     return hl_product((float)e, 0.693359375f) + t;
 }
 
+/* A number of the caller's that another thread may be changing: read exactly once, whatever the
+ * compiler would make of it, so that what was checked is what is used. */
+static inline int32_t hl_once(const int32_t *number)
+{
+    return *(const volatile int32_t *)number;
+}
+
 /* Fills *error, if there is one, and returns its status. */
 static inline hl_status hl_refuse(hl_error *error, hl_status status, hl_argument argument,
                                   hl_rule rule, int64_t value, int64_t limit)
@@ -1508,7 +1515,7 @@ static inline hl_status hl_sfa_f32_d32_rope8_check_lengths(const hl_sparse_flash
     for (int32_t b = 0; b < a->batch; ++b) {
         int32_t keys = limit_kv;
         if (a->actual_seq_lengths_query != NULL) {
-            const int32_t n = a->actual_seq_lengths_query[b];
+            const int32_t n = hl_once(a->actual_seq_lengths_query + b);
             if (n < (tnd_q ? before_q : 0)) {
                 return hl_refuse_at(error, HL_ERR_LENGTH, HL_ARG_ACTUAL_SEQ_LENGTHS_QUERY,
                                     HL_RULE_AT_LEAST, 1, b, 0, n, tnd_q ? before_q : 0);
@@ -1523,7 +1530,7 @@ static inline hl_status hl_sfa_f32_d32_rope8_check_lengths(const hl_sparse_flash
             continue; /* neither lengths nor table of the cache are read */
         }
         if (a->actual_seq_lengths_kv != NULL) {
-            keys = a->actual_seq_lengths_kv[b];
+            keys = hl_once(a->actual_seq_lengths_kv + b);
             if (keys < (tnd_kv ? before_kv : 0)) {
                 return hl_refuse_at(error, HL_ERR_LENGTH, HL_ARG_ACTUAL_SEQ_LENGTHS_KV,
                                     HL_RULE_AT_LEAST, 1, b, 0, keys, tnd_kv ? before_kv : 0);
@@ -1540,7 +1547,7 @@ static inline hl_status hl_sfa_f32_d32_rope8_check_lengths(const hl_sparse_flash
                 return hl_refuse(error, HL_ERR_NULL, HL_ARG_BLOCK_TABLE, HL_RULE_NOT_NULL, 0, 0);
             }
             for (int32_t i = 0; i < needed; ++i) {
-                const int32_t id = a->block_table[(ptrdiff_t)b * a->max_blocks + i];
+                const int32_t id = hl_once(a->block_table + (ptrdiff_t)b * a->max_blocks + i);
                 if (id < 0) {
                     return hl_refuse_at(error, HL_ERR_BLOCK_ID, HL_ARG_BLOCK_TABLE,
                                         HL_RULE_AT_LEAST, 2, b, i, id, 0);
@@ -1604,6 +1611,11 @@ HL_OWN_FRAME hl_status hl_sfa_f32_d32_rope8_check_memory(hl_sparse_flash_attenti
     extent[3] = hl_extent(&a->key_rope_stride, b_kv, s_kv, n2, 8, 4u);
     extent[4] = hl_extent(&a->value_stride, b_kv, s_kv, n2, 32, 4u);
     extent[5] = hl_extent(&a->out_stride, b_q, a->seq_q, n1, 32, out_bytes);
+    if (a->query_rope == NULL) { /* steps to nowhere, of any size, are multiplied like others */
+        a->query_rope_stride.batch = 0;
+        a->query_rope_stride.row = 0;
+        a->query_rope_stride.head = 0;
+    }
     status = hl_check_apart(&a->out_stride, b_q, a->seq_q, n1, 32, HL_ARG_OUT_STRIDE, error);
     if (status != HL_OK) {
         return status;
@@ -1642,8 +1654,9 @@ HL_OWN_FRAME hl_status hl_sfa_f32_d32_rope8_check_memory(hl_sparse_flash_attenti
 /* ---- select: which keys a query row sees, and where their rows lie ---- */
 
 /* Group number `index` of the plan: its row, its kv head, its list, its threshold. Returns 0 for a
- * row that is only padding. Values that the plan has checked are kept within bounds once more, so
- * that a caller who changes them meanwhile gets wrong numbers, but no access out of bounds. */
+ * row that is only padding. Values that the plan has checked are read once and kept within bounds
+ * once more, so that a caller who changes them meanwhile gets wrong numbers, but no access out of
+ * bounds. */
 static inline int32_t hl_sfa_f32_d32_rope8_group(const hl_sparse_flash_attention_plan *plan,
                                                  int64_t index, hl_group *g)
 {
@@ -1653,8 +1666,9 @@ static inline int32_t hl_sfa_f32_d32_rope8_group(const hl_sparse_flash_attention
     const int32_t limit_kv = a->layout_kv == HL_LAYOUT_PA_BSND ? a->max_blocks * a->block_size
                                                                : a->seq_kv;
     int32_t b = 0;
-    int32_t i = 0;         /* row inside its batch */
-    int32_t rows = 0;      /* of the batch         */
+    int64_t i = 0;         /* row inside its batch */
+    int64_t rows = 0;      /* of the batch         */
+    int64_t seen_keys;
     int32_t keys = limit_kv;
     int32_t seen = 1;
     g->group = plan->group;
@@ -1678,10 +1692,10 @@ static inline int32_t hl_sfa_f32_d32_rope8_group(const hl_sparse_flash_attention
         }
         seen = low < a->batch;
         if (seen) {
-            const int32_t start = low > 0 ? a->actual_seq_lengths_query[low - 1] : 0;
+            const int64_t start = low > 0 ? hl_once(a->actual_seq_lengths_query + low - 1) : 0;
             b = low;
-            i = (int32_t)row - start;
-            rows = a->actual_seq_lengths_query[low] - start;
+            i = row - start;
+            rows = hl_once(a->actual_seq_lengths_query + low) - start;
         }
         g->query = (ptrdiff_t)row * a->query_stride.row;
         g->query_rope = (ptrdiff_t)row * a->query_rope_stride.row;
@@ -1689,12 +1703,13 @@ static inline int32_t hl_sfa_f32_d32_rope8_group(const hl_sparse_flash_attention
         g->stats = ((int64_t)head * a->seq_q + row) * plan->group;
     } else {
         b = (int32_t)(row / a->seq_q);
-        i = (int32_t)(row % a->seq_q);
-        rows = a->actual_seq_lengths_query != NULL ? a->actual_seq_lengths_query[b] : a->seq_q;
+        i = row % a->seq_q;
+        rows = a->actual_seq_lengths_query != NULL ? hl_once(a->actual_seq_lengths_query + b)
+                                                   : a->seq_q;
         seen = i < rows;
-        g->query = b * a->query_stride.batch + i * a->query_stride.row;
-        g->query_rope = b * a->query_rope_stride.batch + i * a->query_rope_stride.row;
-        g->out = b * a->out_stride.batch + i * a->out_stride.row;
+        g->query = b * a->query_stride.batch + (ptrdiff_t)i * a->query_stride.row;
+        g->query_rope = b * a->query_rope_stride.batch + (ptrdiff_t)i * a->query_rope_stride.row;
+        g->out = b * a->out_stride.batch + (ptrdiff_t)i * a->out_stride.row;
         g->stats = (((int64_t)b * a->heads_kv + head) * a->seq_q + i) * plan->group;
     }
     g->query += (ptrdiff_t)head * plan->group * a->query_stride.head;
@@ -1704,18 +1719,18 @@ static inline int32_t hl_sfa_f32_d32_rope8_group(const hl_sparse_flash_attention
     g->kv_head = head;
     g->pages = a->block_table != NULL ? a->block_table + (ptrdiff_t)b * a->max_blocks : NULL;
     if (seen && a->actual_seq_lengths_kv != NULL && a->index_kind == HL_INDEX_BLOCKS) {
-        keys = a->actual_seq_lengths_kv[b];
+        keys = hl_once(a->actual_seq_lengths_kv + b);
         if (a->layout_kv == HL_LAYOUT_TND) {
-            g->first = b > 0 ? a->actual_seq_lengths_kv[b - 1] : 0;
+            g->first = b > 0 ? hl_once(a->actual_seq_lengths_kv + b - 1) : 0;
             g->first = g->first < 0 ? 0 : g->first > limit_kv ? limit_kv : g->first;
-            keys = (keys < limit_kv ? keys : limit_kv) - g->first;
         }
-        keys = keys < 0 ? 0 : keys > limit_kv ? limit_kv : keys;
+        keys = keys < g->first ? g->first : keys > limit_kv ? limit_kv : keys;
+        keys -= g->first;
     }
     g->length = keys;
     /* thr(i): S2 in mode 0, S2 - S1 + i + 1 in mode 3 (actual lengths). */
-    g->keys = a->sparse_mode == 3 ? keys - rows + i + 1 : keys;
-    g->keys = g->keys < 0 ? 0 : g->keys > keys ? keys : g->keys;
+    seen_keys = a->sparse_mode == 3 ? keys - rows + i + 1 : keys;
+    g->keys = seen_keys < 0 ? 0 : seen_keys > keys ? keys : (int32_t)seen_keys;
     g->entries = g->keys;
     g->list = NULL;
     if (a->sparse_indices != NULL) {
@@ -1746,7 +1761,7 @@ static inline int32_t hl_sfa_f32_d32_rope8_locate(const hl_sparse_flash_attentio
         return 1;
     }
     if (a->layout_kv == HL_LAYOUT_PA_BSND) { /* [block][token][N2][D] */
-        const int32_t block = g->pages[j / a->block_size];
+        const int32_t block = hl_once(g->pages + j / a->block_size);
         loc->outer = block;
         loc->inner = j % a->block_size;
         return block >= 0 && block < a->num_blocks;
@@ -1825,7 +1840,7 @@ static inline int32_t hl_sfa_f32_d32_rope8_next(const hl_sparse_flash_attention_
         return n;
     }
     while (n < cap && c->at < c->end) { /* blocks of sparse_block_size tokens */
-        const int32_t id = g->list[c->at];
+        const int32_t id = hl_once(g->list + c->at);
         const int32_t size = a->sparse_block_size;
         if (id >= 0 && id <= (INT32_MAX - size) / size) { /* else far above any threshold */
             const int32_t begin = id * size;
@@ -3299,6 +3314,25 @@ HL_API hl_status hl_sparse_flash_attention_f32_d32_rope8_merge_parts(
     if (p->out == NULL || p->max == NULL || p->sum == NULL || p->attention_out == NULL) {
         return hl_refuse(error, HL_ERR_NULL, p->attention_out == NULL ? HL_ARG_ATTENTION_OUT
                          : HL_ARG_PARTS, HL_RULE_NOT_NULL, 0, 0);
+    }
+    { /* the lists of parts, before they are read; outputs among themselves */
+        const uint64_t list = (uint64_t)p->parts * sizeof(void *);
+        const uint64_t bytes = p->out_f32 ? 4u : 4u;
+        const hl_range range[] = {
+            {p->out, list, HL_ARG_PARTS, 0, (uint32_t)sizeof(void *)},
+            {p->max, list, HL_ARG_PARTS, 0, (uint32_t)sizeof(void *)},
+            {p->sum, list, HL_ARG_PARTS, 0, (uint32_t)sizeof(void *)},
+            {p->attention_out, stats * bytes * 32u,
+             HL_ARG_ATTENTION_OUT, 1, (uint32_t)bytes},
+            {p->softmax_max, p->softmax_max ? stats * 4u : 0, HL_ARG_SOFTMAX_MAX, 1, 4u},
+            {p->softmax_sum, p->softmax_sum ? stats * 4u : 0, HL_ARG_SOFTMAX_SUM, 1, 4u},
+            {p->softmax_lse, p->softmax_lse ? stats * 4u : 0, HL_ARG_SOFTMAX_LSE, 1, 4u}
+        };
+        const hl_status status =
+            hl_check_ranges(range, (int32_t)(sizeof range / sizeof range[0]), error);
+        if (status != HL_OK) {
+            return status;
+        }
     }
     for (int32_t i = 0; i < p->parts; ++i) {
         const uint64_t bytes = p->out_f32 ? 4u : 4u;
