@@ -123,7 +123,7 @@ def test_hazard_06_every_page_size_has_the_same_bits(name, isa):
             name,
             helpers_cases.Shape(
                 lens_q=(1, 2), lens_kv=(150, 41), group=3, layout_kv=PA_BSND, block_size=1,
-                lists="blocks", list_length=120, sparse_mode=3, seed=3,
+                sparse_mode=3, seed=3,
             ),
         )  # fmt: skip
     want = call.run(isa)
