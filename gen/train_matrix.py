@@ -50,6 +50,8 @@ class TrainMatrixTile:
     lanes: int = 16
     grad: bool = False
     keys: int = 0  # gradients: of a task of keys
+    rate_queries: int = 0  # gradients: pieces of two rows by 16 columns behind a column of products
+    rate_keys: int = 0
     numbers: dict[str, str] = field(
         default_factory=lambda: {
             "top": "largest scores, where m may lie below them",
@@ -123,14 +125,21 @@ def tile(kernel, isa):
     return grad_tile(kernel, isa) if kernel.backward else forward_tile(kernel, isa)
 
 
+def rate_of(products, sums):
+    """Pieces of P and dS behind each column of products: a unit has so many columns of them, and as
+    many pieces as rows. While the first unit is summed, nothing can be weighed; what is left over
+    is weighed when the sums begin."""
+    return max(1, round(SUB / (products + sums - 1)))
+
+
 def grad_tile(kernel, isa):
     """The tiles of gradients: a task of queries meets panels of keys, one of keys those of
     queries."""
     columns, groups = -(-kernel.dk // SUB), -(-kernel.dv // SUB)
     both = columns + groups
-    # P and dS of a step, the group's two panels, and the sums of one of two gradients
+    # S of two steps and dP of one, the group's two panels, and the sums of one of two gradients
     room = L1_BYTES - both * 2 * TILE - columns * 4 * TILE
-    step = STEPS[1] if room >= 2 * 4 * SUB * STEPS[1] else STEPS[0]
+    step = STEPS[1] if room >= 3 * 4 * SUB * STEPS[1] else STEPS[0]
     panel = largest(*GRAD_PANELS, 128 * both, PANEL_BYTES)
     task = largest(*GRAD_TASKS, 192 * both, TASK_BYTES)
     return TrainMatrixTile(
@@ -142,6 +151,8 @@ def grad_tile(kernel, isa):
         columns=columns,
         groups=groups,
         pairs=0,
+        rate_queries=rate_of(both, columns),
+        rate_keys=rate_of(both, both),
         o_stride=SUB * columns,
         dv_tail=kernel.dv % isa.lanes != 0,
         exp2=exp2_of(kernel),
@@ -149,8 +160,8 @@ def grad_tile(kernel, isa):
             "registers": "2 x 2 tiles of 16 x 16 sums in 4 of 8 registers: 4 loads, 4 products",
             "block": f"{task} columns by panels of {panel} rows, whose tiles are "
             f"{panel * 128 * both // 1024} KiB of the second-level cache",
-            "channels": f"{step} rows a step: P and dS of 32 columns are {step * SUB * 8 // 1024} "
-            "KiB",
+            "channels": f"{step} rows a step: S of two steps and dP of one are "
+            f"{step * SUB * 12 // 1024} KiB, for 32 columns",
         },
         slices={
             "panel_k": task * columns * 16,
@@ -159,7 +170,7 @@ def grad_tile(kernel, isa):
             "v": panel * groups * 16,
             "turned_k": panel * columns * 16,
             "turned_v": panel * groups * 16,
-            "s": step * SUB,
+            "s": 2 * step * SUB,
             "ds": step * SUB,
             "kept": step * SUB,
             "slope": step * SUB if "softcap" in kernel.features else 0,

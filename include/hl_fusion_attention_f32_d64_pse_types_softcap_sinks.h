@@ -103,7 +103,7 @@
 /* ==== shared by every Headlight header ==== */
 
 #ifndef HL_COMMON
-#define HL_COMMON 5
+#define HL_COMMON 6
 
 #include <stddef.h>
 #include <stdint.h>
@@ -352,6 +352,20 @@ enum {
     HL_ISA_AMX = 5
 };
 
+/* Stack in bytes, whatever the arguments: of any one function, and of a whole call with all that it
+ * calls on this instruction set. */
+#define HL_FRAME_BYTES_SCALAR 1024
+#define HL_STACK_BYTES_SCALAR 3072
+#define HL_FRAME_BYTES_NEON 4096
+#define HL_STACK_BYTES_NEON 6144
+#define HL_FRAME_BYTES_AVX2 4096
+#define HL_STACK_BYTES_AVX2 6144
+#define HL_FRAME_BYTES_AVX512 4096
+#define HL_STACK_BYTES_AVX512 6144
+#define HL_FRAME_BYTES_AMX 8192
+#define HL_STACK_BYTES_AMX 8192
+/* As GCC and Clang compile it from -O1 up. Without optimisation vector code takes far more. */
+
 /* Writes one sentence about the error into text (always ended by a 0 byte) and returns text; 160
  * bytes are enough. With HL_NO_TEXT defined the program holds no words: text is empty. */
 HL_API const char *hl_error_text(const hl_error *error, char *text, size_t size);
@@ -360,7 +374,7 @@ HL_API const char *hl_error_text(const hl_error *error, char *text, size_t size)
 }
 #endif
 
-#elif HL_COMMON != 5
+#elif HL_COMMON != 6
 #error "hl: headers of two generator versions in one file; regenerate the older one"
 #endif /* HL_COMMON */
 /* ==== shared by the operators for training and prefill ==== */
@@ -563,6 +577,14 @@ typedef struct hl_fusion_attention_plan {
 #define HL_FETCH(address) ((void)(address))
 #endif
 
+/* A function that its caller shall not take in: what it keeps on the stack is gone when it returns,
+ * and does not add to what later calls need. */
+#if defined(__GNUC__)
+#define HL_OWN_FRAME __attribute__((noinline, unused)) static
+#else
+#define HL_OWN_FRAME static inline
+#endif
+
 #ifdef __cplusplus
 extern "C" {
 #endif
@@ -661,6 +683,25 @@ static inline float hl_float_of(uint32_t bits)
     return x;
 }
 
+/* Compilers may make one operation of a product and the sum around it, each by rules and flags of
+ * its own, and then round once instead of twice. This says that x is looked at in between: with it
+ * the bits are the same whoever compiles. In the words of plain C it is left to the compiler. */
+#if defined(__GNUC__) && defined(__SSE__)
+#define HL_ROUNDED(x) __asm__("" : "+x"(x))
+#elif defined(__GNUC__) && defined(__aarch64__)
+#define HL_ROUNDED(x) __asm__("" : "+w"(x))
+#else
+#define HL_ROUNDED(x) (void)(x)
+#endif
+
+/* x * y, rounded before anything is added to it. */
+static inline float hl_product(float x, float y)
+{
+    float product = x * y;
+    HL_ROUNDED(product);
+    return product;
+}
+
 static inline float hl_float_of_bf16(uint16_t h)
 {
     return hl_float_of((uint32_t)h << 16);
@@ -713,16 +754,20 @@ static inline float hl_log(float x)
     const uint32_t bits = hl_bits_of(x);
     const int32_t e = (int32_t)((bits + 0x4afb0du) >> 23) - 127;
     const float y = hl_float_of(bits - ((uint32_t)e << 23));
-    const float t = (y - 1.0f) / (y + 1.0f);
+    float t = (y - 1.0f) / (y + 1.0f);
     const float t2 = t * t;
-    const float odd = 2.0f + t2 * (0.666666667f + t2 * (0.4f + t2 * (0.285714286f + t2 * 0.23f)));
+    float odd = 0.285714286f + hl_product(t2, 0.23f);
+    odd = 0.4f + hl_product(t2, odd);
+    odd = 0.666666667f + hl_product(t2, odd);
+    odd = 2.0f + hl_product(t2, odd);
     if (x == 0.0f) {
         return hl_float_of(0xff800000u);
     }
     if (!(x < hl_float_of(0x7f800000u))) { /* infinity or NaN */
         return x;
     }
-    return (float)e * 0.693359375f + ((float)e * -2.12194440e-4f + t * odd); /* ln 2 in two parts */
+    t = hl_product((float)e, -2.12194440e-4f) + hl_product(t, odd); /* ln 2 in two parts */
+    return hl_product((float)e, 0.693359375f) + t;
 }
 
 /* A number of the caller's that another thread may be changing: read exactly once, whatever the
@@ -777,6 +822,12 @@ static inline uint64_t hl_add_cap(uint64_t a, uint64_t b)
     return a > UINT64_MAX - b ? UINT64_MAX : a + b;
 }
 
+/* As a size of memory; what there cannot be is SIZE_MAX, which no allocator grants. */
+static inline size_t hl_size(uint64_t bytes)
+{
+    return bytes > (uint64_t)PTRDIFF_MAX ? SIZE_MAX : (size_t)bytes;
+}
+
 /* Bytes from the first to behind the last element of a strided tensor; 0 if it has none. */
 static inline uint64_t hl_extent(const hl_stride *stride, int64_t batches, int64_t rows,
                                  int64_t heads, int64_t channels, uint64_t element)
@@ -796,8 +847,8 @@ typedef struct hl_range {
     const void *start;
     uint64_t bytes;
     hl_argument argument;
-    int32_t written;
-    uint32_t align; /* a power of two */
+    uint16_t written;
+    uint16_t align; /* a power of two */
 } hl_range;
 
 /* NULL, alignment, size, and that nothing written overlaps anything else. */
@@ -882,8 +933,10 @@ static inline hl_status hl_default_stride(hl_stride *stride, int64_t rows, int64
                               : stride->row < 0 ? stride->row : stride->head;
         return hl_refuse(error, HL_ERR_SHAPE, argument, HL_RULE_AT_LEAST, (int64_t)bad, 0);
     }
-    if (batch > (uint64_t)PTRDIFF_MAX) {
-        return hl_refuse(error, HL_ERR_SHAPE, argument, HL_RULE_ADDRESSABLE, INT64_MAX,
+    if (row > (uint64_t)PTRDIFF_MAX || batch > (uint64_t)PTRDIFF_MAX) {
+        const uint64_t most = row > batch ? row : batch;
+        return hl_refuse(error, HL_ERR_SHAPE, argument, HL_RULE_ADDRESSABLE,
+                         most > (uint64_t)INT64_MAX ? INT64_MAX : (int64_t)most,
                          (int64_t)PTRDIFF_MAX);
     }
     stride->head = stride->head != 0 ? stride->head : (ptrdiff_t)channels;
@@ -1199,7 +1252,7 @@ static inline float hl_root(float x)
 {
     float r = hl_float_of(0x5f3759dfu - (hl_bits_of(x) >> 1)); /* 1 / root, 3 % off */
     for (int32_t i = 0; i < 4; ++i) {
-        r = r * (1.5f - 0.5f * x * r * r);
+        r = r * (1.5f - hl_product(0.5f * x * r, r));
     }
     return x > 0.0f ? x * r : 0.0f;
 }
@@ -1263,6 +1316,10 @@ enum {
 
 /* Bytes of workspace for one task, any alignment, whatever the shape of the call. */
 #define HL_FUSION_ATTENTION_F32_D64_PSE_TYPES_SOFTCAP_SINKS_WORKSPACE_BYTES ((size_t)181504)
+
+/* Stack that any call below may need, on the deepest of the kernel's instruction sets. */
+#define HL_FUSION_ATTENTION_F32_D64_PSE_TYPES_SOFTCAP_SINKS_STACK_BYTES \
+    HL_STACK_BYTES_NEON
 
 /* Checks everything, fills in defaults, counts tasks. On an error *plan is untouched. */
 HL_API hl_status hl_fusion_attention_f32_d64_pse_types_softcap_sinks_plan(
@@ -1416,7 +1473,12 @@ HL_WORD_NEON void hl_vpair_neon(const float *p, hl_vf_neon *x, hl_vf_neon *y)
 HL_WORD_NEON hl_vf_neon hl_vkeep_neon(hl_vf_neon x) { return x; }
 HL_WORD_NEON hl_vf_neon hl_vadd_neon(hl_vf_neon x, hl_vf_neon y) { return vaddq_f32(x, y); }
 HL_WORD_NEON hl_vf_neon hl_vsub_neon(hl_vf_neon x, hl_vf_neon y) { return vsubq_f32(x, y); }
-HL_WORD_NEON hl_vf_neon hl_vmul_neon(hl_vf_neon x, hl_vf_neon y) { return vmulq_f32(x, y); }
+HL_WORD_NEON hl_vf_neon hl_vmul_neon(hl_vf_neon x, hl_vf_neon y)
+{
+    hl_vf_neon product = vmulq_f32(x, y);
+    HL_ROUNDED(product);
+    return product;
+}
 HL_WORD_NEON hl_vf_neon hl_vfma_neon(hl_vf_neon x, hl_vf_neon y, hl_vf_neon z)
 {
     return vfmaq_f32(z, x, y);
@@ -1538,7 +1600,10 @@ HL_WORD_AVX2 hl_vf_avx2 hl_vkeep_avx2(hl_vf_avx2 x)
 }
 HL_WORD_AVX2 hl_vf_avx2 hl_vadd_avx2(hl_vf_avx2 x, hl_vf_avx2 y) { return _mm256_add_ps(x, y); }
 HL_WORD_AVX2 hl_vf_avx2 hl_vsub_avx2(hl_vf_avx2 x, hl_vf_avx2 y) { return _mm256_sub_ps(x, y); }
-HL_WORD_AVX2 hl_vf_avx2 hl_vmul_avx2(hl_vf_avx2 x, hl_vf_avx2 y) { return _mm256_mul_ps(x, y); }
+HL_WORD_AVX2 hl_vf_avx2 hl_vmul_avx2(hl_vf_avx2 x, hl_vf_avx2 y)
+{
+    return hl_vkeep_avx2(_mm256_mul_ps(x, y));
+}
 HL_WORD_AVX2 hl_vf_avx2 hl_vfma_avx2(hl_vf_avx2 x, hl_vf_avx2 y, hl_vf_avx2 z)
 {
     return _mm256_fmadd_ps(x, y, z);
@@ -1678,7 +1743,7 @@ HL_WORD_AVX512 hl_vf_avx512 hl_vsub_avx512(hl_vf_avx512 x, hl_vf_avx512 y)
 }
 HL_WORD_AVX512 hl_vf_avx512 hl_vmul_avx512(hl_vf_avx512 x, hl_vf_avx512 y)
 {
-    return _mm512_mul_ps(x, y);
+    return hl_vkeep_avx512(_mm512_mul_ps(x, y));
 }
 HL_WORD_AVX512 hl_vf_avx512 hl_vfma_avx512(hl_vf_avx512 x, hl_vf_avx512 y, hl_vf_avx512 z)
 {
@@ -2070,7 +2135,7 @@ static inline hl_status hl_fa_f32_d64_pse_types_softcap_sinks_check_absent(
 }
 
 /* Sizes, modes and numbers. Fills in the defaults of *a. */
-static inline hl_status hl_fa_f32_d64_pse_types_softcap_sinks_check_sizes(
+HL_OWN_FRAME hl_status hl_fa_f32_d64_pse_types_softcap_sinks_check_sizes(
     hl_fusion_attention_args *a, hl_error *error)
 {
     const int64_t far = (int64_t)1 << 40;
@@ -2161,17 +2226,13 @@ static inline hl_status hl_fa_f32_d64_pse_types_softcap_sinks_check_sizes(
     return HL_OK;
 }
 
-/* A list of `count` numbers: there, and aligned, as it is read before the others are looked at. */
+/* A list of `count` numbers: there, aligned and no larger than memory, as it is read before the
+ * others are looked at. */
 static inline hl_status hl_fa_f32_d64_pse_types_softcap_sinks_check_list(const int64_t *list,
     int32_t count, hl_argument argument, hl_error *error)
 {
-    const uintptr_t off = (uintptr_t)list % 8u;
-    if (count > 0 && (list == NULL || off != 0)) {
-        return list == NULL ? hl_refuse(error, HL_ERR_NULL, argument, HL_RULE_NOT_NULL, 0, 0)
-                            : hl_refuse(error, HL_ERR_ALIGN, argument, HL_RULE_MULTIPLE_OF,
-                                        (int64_t)off, 8);
-    }
-    return HL_OK;
+    const hl_range range = {list, 8u * (uint64_t)count, argument, 0, 8u};
+    return hl_check_ranges(&range, 1, error);
 }
 
 /* How far a list of ends has been looked at. */
@@ -2371,16 +2432,16 @@ static inline uint64_t hl_fa_f32_d64_pse_types_softcap_sinks_pse_bytes(
         return 0;
     }
     if (a->pse_type == HL_PSE_SLOPE || a->pse_type == HL_PSE_SLOPE_SQRT) {
-        return 4u * heads;
+        return hl_mul_cap(heads, 4u);
     }
     if (a->pse_shape == HL_PSE_LAST_ROWS) {
-        return hl_mul_cap(heads * 1024u, 4u * (uint64_t)a->pse_width);
+        return hl_mul_cap(hl_mul_cap(heads, 1024u), 4u * (uint64_t)a->pse_width);
     }
     if (a->input_layout == HL_LAYOUT_TND) { /* of all batches, end to end */
         const uint64_t keys = (uint64_t)a->seq_kv;
         return hl_mul_cap(4u * (uint64_t)a->heads_q, a->pse_shape == HL_PSE_ONE_ROW ? keys : pairs);
     }
-    return hl_mul_cap(heads * 4u, a->pse_shape == HL_PSE_ONE_ROW ? (uint64_t)a->seq_kv
+    return hl_mul_cap(hl_mul_cap(heads, 4u), a->pse_shape == HL_PSE_ONE_ROW ? (uint64_t)a->seq_kv
                       : (uint64_t)a->seq_q * (uint64_t)a->seq_kv);
 }
 
@@ -2402,19 +2463,22 @@ static inline void hl_fa_f32_d64_pse_types_softcap_sinks_pack(const hl_fusion_at
 }
 
 /* Strides, alignment, extents; and nothing that is written overlaps anything else. */
-static inline hl_status hl_fa_f32_d64_pse_types_softcap_sinks_check_memory(
+HL_OWN_FRAME hl_status hl_fa_f32_d64_pse_types_softcap_sinks_check_memory(
     hl_fusion_attention_args *a, uint64_t pairs, const void *workspace, size_t bytes,
     hl_error *error)
 {
     const int32_t tnd = a->input_layout == HL_LAYOUT_TND;
     const int64_t b = tnd ? 1 : a->batch;
-    const int64_t s1 = a->seq_q;
-    const int64_t s2 = a->seq_kv;
-    const int64_t n1 = a->heads_q;
-    const int64_t n2 = a->heads_kv;
-    const uint64_t element = 4u;
-    const uint64_t wide = a->out_f32 ? 4u : element;
-    const uint64_t rows = 4u * hl_mul_cap(hl_mul_cap((uint64_t)b, (uint64_t)s1), (uint64_t)n1);
+    const int32_t s1 = a->seq_q;
+    const int32_t s2 = a->seq_kv;
+    const int32_t n1 = a->heads_q;
+    const int32_t n2 = a->heads_kv;
+    const uint16_t element = 4u;
+    const uint16_t wide = a->out_f32 ? 4u : 4u;
+    const uint16_t slopes = a->pse_type == HL_PSE_SLOPE || a->pse_type == HL_PSE_SLOPE_SQRT;
+    const uint16_t pse_number = slopes ? 4u : 4u;
+    const uint64_t all_rows = hl_mul_cap((uint64_t)b * (uint64_t)s1, (uint64_t)n1);
+    const uint64_t rows = hl_mul_cap(all_rows, 4u);
     const uint64_t stats = hl_mul_cap(rows, (uint64_t)a->stats_width);
     const uint64_t elements = hl_mul_cap(pairs, (uint64_t)n1);
     const uint64_t drop = a->dropout_mask != NULL && a->keep_prob < 1.0f ? elements / 8u
@@ -2423,31 +2487,29 @@ static inline hl_status hl_fa_f32_d64_pse_types_softcap_sinks_check_memory(
         hl_mul_cap(hl_mul_cap((uint64_t)a->mask_batch * (uint64_t)a->mask_heads,
                               (uint64_t)a->mask_rows), (uint64_t)a->mask_width);
     const uint64_t ends = tnd ? 8u * (uint64_t)a->batch : 0;
+    const uint64_t prefixes = a->sparse_mode == 6 ? 8u * (uint64_t)a->batch : 0;
     const struct {
         hl_stride *stride;
-        const void *memory;
-        int64_t rows;
-        int64_t heads;
-        int64_t channels;
-        uint64_t element;
+        int32_t rows;
+        int32_t heads;
+        int32_t channels;
         hl_argument argument;
-        hl_argument stride_argument;
-        int32_t written;
-    } tensor[] = {
-        {&a->query_stride, a->query, s1, n1, 64, element, HL_ARG_QUERY,
-         HL_ARG_QUERY_STRIDE, 0},
-        {&a->key_stride, a->key, s2, n2, 64, element, HL_ARG_KEY, HL_ARG_KEY_STRIDE, 0},
-        {&a->value_stride, a->value, s2, n2, 64, element, HL_ARG_VALUE,
-         HL_ARG_VALUE_STRIDE, 0},
-        {&a->out_stride, a->attention_out, s1, n1, 64, wide, HL_ARG_ATTENTION_OUT,
-         HL_ARG_OUT_STRIDE, 1}
+    } tensor[] = { /* of the first of range[], whose bytes follow from it */
+        {&a->query_stride, s1, n1, 64, HL_ARG_QUERY_STRIDE},
+        {&a->key_stride, s2, n2, 64, HL_ARG_KEY_STRIDE},
+        {&a->value_stride, s2, n2, 64, HL_ARG_VALUE_STRIDE},
+        {&a->out_stride, s1, n1, 64, HL_ARG_OUT_STRIDE}
     };
     enum { TENSORS = sizeof tensor / sizeof tensor[0] };
-    const hl_range other[] = {
+    hl_range range[] = {
+        {a->query, 0, HL_ARG_QUERY, 0, element},
+        {a->key, 0, HL_ARG_KEY, 0, element},
+        {a->value, 0, HL_ARG_VALUE, 0, element},
+        {a->attention_out, 0, HL_ARG_ATTENTION_OUT, 1, wide},
         {a->pse, hl_fa_f32_d64_pse_types_softcap_sinks_pse_bytes(a, pairs), HL_ARG_PSE, 0,
-         a->pse_type == HL_PSE_SLOPE || a->pse_type == HL_PSE_SLOPE_SQRT ? 4u : 4u},
+         pse_number},
         {a->atten_mask, a->atten_mask != NULL ? mask : 0, HL_ARG_ATTEN_MASK, 0, 1u},
-        {a->prefix, a->sparse_mode == 6 ? 8u * (uint64_t)a->batch : 0, HL_ARG_PREFIX, 0, 8u},
+        {a->prefix, prefixes, HL_ARG_PREFIX, 0, 8u},
         {a->actual_seq_qlen, ends, HL_ARG_ACTUAL_SEQ_QLEN, 0, 8u},
         {a->actual_seq_kvlen, ends, HL_ARG_ACTUAL_SEQ_KVLEN, 0, 8u},
         {a->dropout_mask, drop, HL_ARG_DROPOUT_MASK, 0, 1u},
@@ -2458,8 +2520,6 @@ static inline hl_status hl_fa_f32_d64_pse_types_softcap_sinks_check_memory(
         {a->dropout_state, a->dropout_state != NULL ? 24u : 0, HL_ARG_DROPOUT_STATE, 1, 8u},
         {workspace, (uint64_t)bytes, HL_ARG_WORKSPACE, 1, 1u}
     };
-    enum { OTHERS = sizeof other / sizeof other[0] };
-    hl_range range[TENSORS + OTHERS];
     for (int32_t i = 0; i < TENSORS; ++i) {
         hl_stride *const stride = tensor[i].stride;
         hl_status status;
@@ -2467,27 +2527,20 @@ static inline hl_status hl_fa_f32_d64_pse_types_softcap_sinks_check_memory(
                                                    tensor[i].channels);
         status =
             hl_default_stride(stride, tensor[i].rows, tensor[i].heads, tensor[i].channels,
-                              tensor[i].stride_argument, error);
-        if (status == HL_OK && tensor[i].written) {
+                              tensor[i].argument, error);
+        if (status == HL_OK && range[i].written) {
             status =
                 hl_check_apart(stride, b, tensor[i].rows, tensor[i].heads, tensor[i].channels,
-                               tensor[i].stride_argument, error);
+                               tensor[i].argument, error);
         }
         if (status != HL_OK) {
             return status;
         }
-        range[i].start = tensor[i].memory;
         range[i].bytes =
             hl_extent(stride, b, tensor[i].rows, tensor[i].heads, tensor[i].channels,
-                      tensor[i].element);
-        range[i].argument = tensor[i].argument;
-        range[i].written = tensor[i].written;
-        range[i].align = (uint32_t)tensor[i].element;
+                      range[i].align);
     }
-    for (int32_t i = 0; i < OTHERS; ++i) {
-        range[TENSORS + i] = other[i];
-    }
-    return hl_check_ranges(range, TENSORS + OTHERS, error);
+    return hl_check_ranges(range, (int32_t)(sizeof range / sizeof range[0]), error);
 }
 /* ---- mask: S = -inf where a query does not see a key ----
  *
@@ -3264,7 +3317,7 @@ HL_KERNEL_SCALAR void hl_fa_f32_d64_pse_types_softcap_sinks_drop_queries_scalar(
     int32_t n)
 {
     enum { N = 1 };
-    const uint32_t kept = (uint32_t)((double)a->keep_prob * 4294967296.0);
+    const uint32_t kept = (uint32_t)(a->keep_prob * 4294967296.0f);
     for (int32_t p = 0; p < g->n; p += N) {
         for (int32_t j = -(j0 % 4); j < n; j += 4) {
             uint32_t word[4 * N];
@@ -3285,7 +3338,7 @@ HL_KERNEL_SCALAR void hl_fa_f32_d64_pse_types_softcap_sinks_drop_keys_scalar(
     int32_t n)
 {
     enum { N = 1 };
-    const uint32_t kept = (uint32_t)((double)a->keep_prob * 4294967296.0);
+    const uint32_t kept = (uint32_t)(a->keep_prob * 4294967296.0f);
     for (int32_t p = 0; p < g->n; ++p) {
         float *const at = s + p * step;
         for (int32_t j = -(j0 % 4); j < n; j += 4 * N) {
@@ -3400,7 +3453,8 @@ HL_KERNEL_SCALAR void hl_fa_f32_d64_pse_types_softcap_sinks_finish_scalar(
         const float l = t->l[p];
         const int32_t none = l == 0.0f;
         const int32_t no_keys = g->seq_kv == 0 || g->batch == a->batch;
-        float max = none ? (no_keys ? 0.0f : -most) : t->m[p] * 0.693147181f;
+        float max = none ? (no_keys ? 0.0f : -most)
+                         : hl_product(t->m[p], 0.693147181f);
         const float sum = none ? (no_keys ? 0.0f : most) : l;
         if (sinks != NULL && !none && !(max > sinks[h])) {
             max = sinks[h];
@@ -4220,7 +4274,7 @@ HL_KERNEL_NEON void hl_fa_f32_d64_pse_types_softcap_sinks_drop_queries_neon(
     int32_t n)
 {
     enum { N = 4 };
-    const uint32_t kept = (uint32_t)((double)a->keep_prob * 4294967296.0);
+    const uint32_t kept = (uint32_t)(a->keep_prob * 4294967296.0f);
     for (int32_t p = 0; p < g->n; p += N) {
         for (int32_t j = -(j0 % 4); j < n; j += 4) {
             uint32_t word[4 * N];
@@ -4241,7 +4295,7 @@ HL_KERNEL_NEON void hl_fa_f32_d64_pse_types_softcap_sinks_drop_keys_neon(
     int32_t n)
 {
     enum { N = 4 };
-    const uint32_t kept = (uint32_t)((double)a->keep_prob * 4294967296.0);
+    const uint32_t kept = (uint32_t)(a->keep_prob * 4294967296.0f);
     for (int32_t p = 0; p < g->n; ++p) {
         float *const at = s + p * step;
         for (int32_t j = -(j0 % 4); j < n; j += 4 * N) {
@@ -4356,7 +4410,8 @@ HL_KERNEL_NEON void hl_fa_f32_d64_pse_types_softcap_sinks_finish_neon(
         const float l = t->l[p];
         const int32_t none = l == 0.0f;
         const int32_t no_keys = g->seq_kv == 0 || g->batch == a->batch;
-        float max = none ? (no_keys ? 0.0f : -most) : t->m[p] * 0.693147181f;
+        float max = none ? (no_keys ? 0.0f : -most)
+                         : hl_product(t->m[p], 0.693147181f);
         const float sum = none ? (no_keys ? 0.0f : most) : l;
         if (sinks != NULL && !none && !(max > sinks[h])) {
             max = sinks[h];
@@ -5116,7 +5171,7 @@ HL_KERNEL_AVX2 void hl_fa_f32_d64_pse_types_softcap_sinks_drop_queries_avx2(
     int32_t n)
 {
     enum { N = 8 };
-    const uint32_t kept = (uint32_t)((double)a->keep_prob * 4294967296.0);
+    const uint32_t kept = (uint32_t)(a->keep_prob * 4294967296.0f);
     for (int32_t p = 0; p < g->n; p += N) {
         for (int32_t j = -(j0 % 4); j < n; j += 4) {
             uint32_t word[4 * N];
@@ -5137,7 +5192,7 @@ HL_KERNEL_AVX2 void hl_fa_f32_d64_pse_types_softcap_sinks_drop_keys_avx2(
     int32_t n)
 {
     enum { N = 8 };
-    const uint32_t kept = (uint32_t)((double)a->keep_prob * 4294967296.0);
+    const uint32_t kept = (uint32_t)(a->keep_prob * 4294967296.0f);
     for (int32_t p = 0; p < g->n; ++p) {
         float *const at = s + p * step;
         for (int32_t j = -(j0 % 4); j < n; j += 4 * N) {
@@ -5252,7 +5307,8 @@ HL_KERNEL_AVX2 void hl_fa_f32_d64_pse_types_softcap_sinks_finish_avx2(
         const float l = t->l[p];
         const int32_t none = l == 0.0f;
         const int32_t no_keys = g->seq_kv == 0 || g->batch == a->batch;
-        float max = none ? (no_keys ? 0.0f : -most) : t->m[p] * 0.693147181f;
+        float max = none ? (no_keys ? 0.0f : -most)
+                         : hl_product(t->m[p], 0.693147181f);
         const float sum = none ? (no_keys ? 0.0f : most) : l;
         if (sinks != NULL && !none && !(max > sinks[h])) {
             max = sinks[h];
@@ -6639,7 +6695,7 @@ HL_KERNEL_AVX512 void hl_fa_f32_d64_pse_types_softcap_sinks_drop_queries_avx512(
     int32_t n)
 {
     enum { N = 16 };
-    const uint32_t kept = (uint32_t)((double)a->keep_prob * 4294967296.0);
+    const uint32_t kept = (uint32_t)(a->keep_prob * 4294967296.0f);
     for (int32_t p = 0; p < g->n; p += N) {
         for (int32_t j = -(j0 % 4); j < n; j += 4) {
             uint32_t word[4 * N];
@@ -6660,7 +6716,7 @@ HL_KERNEL_AVX512 void hl_fa_f32_d64_pse_types_softcap_sinks_drop_keys_avx512(
     int32_t n)
 {
     enum { N = 16 };
-    const uint32_t kept = (uint32_t)((double)a->keep_prob * 4294967296.0);
+    const uint32_t kept = (uint32_t)(a->keep_prob * 4294967296.0f);
     for (int32_t p = 0; p < g->n; ++p) {
         float *const at = s + p * step;
         for (int32_t j = -(j0 % 4); j < n; j += 4 * N) {
@@ -6775,7 +6831,8 @@ HL_KERNEL_AVX512 void hl_fa_f32_d64_pse_types_softcap_sinks_finish_avx512(
         const float l = t->l[p];
         const int32_t none = l == 0.0f;
         const int32_t no_keys = g->seq_kv == 0 || g->batch == a->batch;
-        float max = none ? (no_keys ? 0.0f : -most) : t->m[p] * 0.693147181f;
+        float max = none ? (no_keys ? 0.0f : -most)
+                         : hl_product(t->m[p], 0.693147181f);
         const float sum = none ? (no_keys ? 0.0f : most) : l;
         if (sinks != NULL && !none && !(max > sinks[h])) {
             max = sinks[h];
@@ -7057,7 +7114,7 @@ HL_API size_t hl_fusion_attention_f32_d64_pse_types_softcap_sinks_workspace_byte
         return 0;
     }
 #if defined(_OPENMP)
-    return plan.task_bytes * (size_t)omp_get_max_threads();
+    return hl_size(hl_mul_cap(plan.task_bytes, (uint64_t)omp_get_max_threads()));
 #else
     return plan.task_bytes;
 #endif

@@ -7,6 +7,7 @@ Where the machine has no tiles they are emulated (tests/helpers_tiles.py).
 
 import dataclasses
 import itertools
+import re
 from typing import Any
 
 import helpers_tiles
@@ -22,6 +23,7 @@ from helpers_fusion import (
     check,
     check_call,
     check_grad,
+    check_grads,
     check_guarded,
     execute,
     expected,
@@ -32,14 +34,17 @@ from helpers_fusion import (
     kernel,
     make_case,
     make_grad_case,
+    prepared_grad,
     rows_of,
     run,
     run_grad,
     run_grad_guarded,
+    text,
 )
 from oracle import BSND, TND
 from oracle_fusion import BNSD, NO_LIMIT
 
+from gen import bind, spec
 from gen.isa import ISAS
 from gen.train import tile
 
@@ -532,6 +537,110 @@ def test_tasks_of_gradients_in_any_order(name):
         workspace = np.full(k.workspace_bytes(**fields), byte, np.uint8)
         assert k.run(**fields, workspace=workspace).ok
         assert_same(outputs, want, byte)
+
+
+# One step alone; steps of all sizes behind each other, of one group and of several.
+WOVEN = (
+    Shape(lens_q=(20,), lens_kv=(30,), seed=5),
+    Shape(lens_q=(300,), lens_kv=(40,), seed=1),
+    Shape(lens_q=(40,), lens_kv=(300,), group=3, mode=3, mask="formula", seed=2),
+    Shape(lens_q=(150,), lens_kv=(150,), group=2, mode=4, mask="formula", band=(70, 9), seed=3),
+    Shape(lens_q=(70,), lens_kv=(150,), mode=1, mask="given", hidden=0.5, keep_prob=0.6, seed=4),
+)
+
+
+def weave(name: str, k: Any) -> None:
+    """Gradients of all of these, against the oracle and its plain implementation."""
+    for shape in WOVEN:
+        grad, known = prepared_grad(name, shape)
+        check_grads(grad, run_grad(k, grad, "amx"), "amx", known, strict=not shape.keep_prob)
+
+
+@by_grad
+def test_gradients_beside_products(name):
+    """P and dS of a step are made while products of others are, in the memory of its own scores."""
+    weave(name, kernel(name))
+
+
+GRAD_DEFECTS = {  # what is left out of the header's text
+    "dP of a step is overwritten before it is read": (r"\n +\w+reach_amx\(x, r\);", ""),
+    "what is left of a step is not weighed": (r"\n +\w+reach_amx\(x, x->pieces\);", ""),
+    "two steps have their scores in one place": (r"w->s \+ pipe->turn \* STEP", "w->s + 0 * STEP"),
+    "the last unit of a panel is not stored": (
+        r"(1 - pipe->turn\],) NULL,\s*(&pipe->x\);)\s*\w+flush_amx\(&pipe->x\);",
+        r"\1 NULL, \2",
+    ),
+    "a step begins before its last unit is stored": (
+        r"flush_amx\(x\);(\s*\w+start_amx\(plan)",
+        r"reach_amx(x, 0);\1",
+    ),
+    "dS has the words of P": (r"u->s \+ \(of_value \? 0 : 32\)", "u->s"),
+    "keys that are hidden keep their scores": (
+        r"if \(!t->whole\) \{\s*\w+hide_amx(?=\(a, t, w->low)",
+        "if (0) {\n            (void)",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", GRAD_DEFECTS)
+def test_gradients_beside_products_notice(what):
+    """The control: with one step left out of the header's text the same calls fail."""
+    old, new = GRAD_DEFECTS[what]
+    name = "bf16_128_grad"
+    wrong, count = re.subn(old, new, text(name))
+    assert count == 1, f"{what}: the text has {count} such places"
+    k = bind.load(wrong, flags=("-O1",))
+    k.dtype = kernel(name).dtype
+    with pytest.raises(AssertionError):
+        weave(name, k)
+
+
+@by_grad
+def test_rows_around_a_row_change_no_bit_of_its_gradient(name):
+    """dQ of rows in a call of their own, which begins anywhere; of keys dK and dV likewise."""
+    k, rows = kernel(name), 100
+    shape = Shape(lens_q=(rows,), lens_kv=(rows + 20,), group=3, mode=3, mask="formula", seed=2)
+    grad = make_grad_case(name, shape, "amx")
+    in_floats(grad.case)
+    whole = run_grad(k, grad, "amx")
+    a = grad.case.args
+    for cut in (1, 33, 98):
+        for rows_in_call, first in ((slice(0, cut), 0), (slice(cut, rows), cut)):
+            band = {"sparse_mode": 0, "band": 1, "pre_tokens": NO_LIMIT}
+            part = grad.case.changed(
+                query=a.query[:, rows_in_call].copy(), next_tokens=first + 20, **band
+            )
+            forward = {n: x[:, :, rows_in_call].copy() for n, x in grad.forward.items()
+                       if n in ("softmax_max", "softmax_sum")}  # fmt: skip
+            forward["attention_out"] = grad.forward["attention_out"][:, rows_in_call].copy()
+            alone = dataclasses.replace(
+                grad, case=part, dout=grad.dout[:, rows_in_call].copy(), forward=forward
+            )
+            got = run_grad(k, alone, "amx")
+            assert same_bits(got["dquery"], whole["dquery"][:, rows_in_call]), (cut, first)
+        for keys, first in ((slice(0, cut), 0), (slice(cut, rows + 20), cut)):
+            band = {"sparse_mode": 0, "band": 1, "pre_tokens": NO_LIMIT}
+            part = grad.case.changed(
+                key=a.key[:, keys].copy(), value=a.value[:, keys].copy(),
+                next_tokens=20 - first, **band,
+            )  # fmt: skip
+            got = run_grad(k, dataclasses.replace(grad, case=part), "amx")
+            for name_ in ("dkey", "dvalue"):
+                assert same_bits(got[name_], whole[name_][:, keys]), (name_, cut, first)
+
+
+def test_the_work_beside_products_fits():
+    """Pieces of P and dS are spread over the columns of products that they can stand beside, for any
+    widths: at most a fifth is left for the end of a step, and they do not end before two thirds."""
+    for dk, dv in itertools.product((16, 64, 128, 192, 256, 576), (16, 64, 128, 512)):
+        if dv > dk:
+            continue
+        table = {**TILE_SPECS["bf16_128"], "op": "fusion_attention_grad", "dk": dk, "dv": dv}
+        sizes = tile(spec.parse_kernel(table), ISAS["amx"])
+        both = sizes.columns + sizes.groups
+        for rate, sums in ((sizes.rate_queries, sizes.columns), (sizes.rate_keys, both)):
+            share = rate * (both + sums - 1) / SUB
+            assert 0.8 <= share <= 1.5 or rate == 1, (dk, dv, rate, share)
 
 
 def test_steps_are_all_there():
