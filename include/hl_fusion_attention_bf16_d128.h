@@ -98,8 +98,9 @@
  *   On x86-64 Linux ..._plan and ..._isas ask the system once for the use of AMX tiles; where it
  *   says no, AVX-512 runs. A task leaves no tile configured; tiles of the caller's own are lost, as
  *   in any call (they are the caller's to save). There P, and dS of gradients, are rounded to
- *   bfloat16 for the second products, and subnormal bfloat16 numbers count as 0; max, sum and LSE
- *   are those of the exact weights.
+ *   bfloat16 for the second products (float16: to two parts of it), subnormal bfloat16 numbers
+ *   count as 0, an infinite float16 of query or key as NaN; max, sum and LSE are those of the exact
+ *   weights.
  *
  * SOURCES
  *   Milakov and Gimelshein 2018 (online softmax); Dao 2023 (FlashAttention-2); Salmon et al. 2011
@@ -111,7 +112,7 @@
 /* ==== shared by every Headlight header ==== */
 
 #ifndef HL_COMMON
-#define HL_COMMON 6
+#define HL_COMMON 5
 
 #include <stddef.h>
 #include <stdint.h>
@@ -382,7 +383,7 @@ HL_API const char *hl_error_text(const hl_error *error, char *text, size_t size)
 }
 #endif
 
-#elif HL_COMMON != 6
+#elif HL_COMMON != 5
 #error "hl: headers of two generator versions in one file; regenerate the older one"
 #endif /* HL_COMMON */
 /* ==== shared by the operators for training and prefill ==== */
@@ -2589,7 +2590,9 @@ HL_OWN_FRAME hl_status hl_fa_bf16_d128_check_sizes(hl_fusion_attention_args *a, 
     }
     a->scale_value = a->scale_value != 0.0f ? a->scale_value : 1.0f;
     a->keep_prob = a->keep_prob != 0.0f ? a->keep_prob : 1.0f;
-    if (a->keep_prob != a->keep_prob) {
+    if (a->keep_prob != a->keep_prob
+        || (a->keep_prob > 0.0f && hl_bits_of(a->keep_prob) < 0x00800000u)) {
+        /* nor may 1 / keep_prob be infinite */
         return hl_refuse(error, HL_ERR_VALUE, HL_ARG_KEEP_PROB, HL_RULE_FINITE, 0, 0);
     }
     if (!(a->keep_prob > 0.0f && a->keep_prob <= 1.0f)) {
@@ -7130,22 +7133,35 @@ static inline const uint16_t *hl_fa_bf16_d128_query_row_amx(const void *tensor, 
            + (ptrdiff_t)((g->first + p) / g->heads) * stride->row
            + (ptrdiff_t)((g->first + p) % g->heads) * stride->head;
 }
-/* Row r of a unit, [column][tile][row]. A row that is NULL is 0. */
+/* The first n of 32 channels as words of bfloat16, 0 behind them; of two parts, one. */
+HL_WORD_AMX __m512i hl_fa_bf16_d128_halves_amx(const uint16_t *from, int32_t n, int32_t part)
+{
+    (void)part;
+    return hl_halves_amx(from, n);
+}
+
+/* Row r of a unit, [column][part][tile][row]. A row that is NULL is 0. */
 HL_WORD_AMX void hl_fa_bf16_d128_copy_row_amx(const uint16_t *row, int32_t channels, int32_t r,
                                               unsigned char *unit)
 {
+    enum { PARTS = 1 };
     unsigned char *to = unit + (r / 16 * 1024 + r % 16 * 64);
-    for (int32_t c = 0; c < channels; c += 32, to += 2048) {
-        _mm512_storeu_si512(to, row != NULL ? hl_halves_amx(row + c, channels - c)
-                            : _mm512_setzero_si512());
+    for (int32_t c = 0; c < channels; c += 32) {
+        for (int32_t part = 0; part < PARTS; ++part, to += 2048) {
+            _mm512_storeu_si512(to, row != NULL
+                                ? hl_fa_bf16_d128_halves_amx(row + c, channels - c, part)
+                                : _mm512_setzero_si512());
+        }
     }
 }
 
 /* May rows be read as tiles where they lie? Not if they are far apart: the lines of a panel would
- * share a few sets of the caches, and each row of a tile would be on a page of its own. */
+ * share a few sets of the caches, and each row of a tile would be on a page of its own. Rows in
+ * two parts are nowhere. */
 HL_WORD_AMX int32_t hl_fa_bf16_d128_in_place_amx(ptrdiff_t step, int32_t n, int32_t channels)
 {
-    return n >= 32 && channels % 32 == 0 && step <= 2 * channels;
+    enum { PARTS = 1 };
+    return PARTS == 1 && n >= 32 && channels % 32 == 0 && step <= 2 * channels;
 }
 
 /* The first n of 32 rows, `step` elements apart, into a unit; if they have to be copied. Rows that
@@ -7177,36 +7193,41 @@ HL_WORD_AMX void hl_fa_bf16_d128_rows_of_amx(hl_fa_bf16_d128_operand_amx *rows,
     }
 }
 
-/* A unit as B: [column][tile][pair of channels], rows in the lanes. */
+/* A unit as B: [column][part][tile][pair of channels], rows in the lanes. */
 HL_KERNEL_AMX void hl_fa_bf16_d128_pack_unit_amx(const unsigned char *unit, int32_t channels,
                                                  unsigned char *to)
 {
-    for (int32_t tile = 0; tile < (channels + 31) / 32 * 2; ++tile) {
+    enum { PARTS = 1 };
+    for (int32_t tile = 0; tile < (channels + 31) / 32 * 2 * PARTS; ++tile) {
         for (int32_t quad = 0; quad < 4; ++quad) {
             hl_turn_amx(unit + tile * 1024, 64, quad, to + tile * 1024, 64);
         }
     }
 }
 
-/* A unit's transpose, as A of sums over rows: [column][tile][channel], of those of 32 rows whose
- * bit is set; `column` elements lie between its columns, and what is `ahead` from them is asked
- * for. Were all of these numbers finite? `pairs`: 2 KiB. */
+/* A unit's transpose, as A of sums over rows: [column][part][tile][channel], of those of 32 rows
+ * whose bit is set; `column` elements lie between its columns, and what is `ahead` from them is
+ * asked for. Were all of these numbers finite? `pairs`: 2 KiB. */
 HL_KERNEL_AMX int32_t hl_fa_bf16_d128_turn_unit_amx(const uint16_t *from, ptrdiff_t step,
                                                     ptrdiff_t column, ptrdiff_t ahead,
                                                     uint32_t rows, int32_t channels,
                                                     unsigned char *pairs, unsigned char *to)
 {
+    enum { PARTS = 1 };
     const __mmask32 all = (__mmask32)0xffffffffu;
     const __m512i none = _mm512_setzero_si512();
     const __m512i size = _mm512_set1_epi16(0x7fff);
     __m512i most = none;
-    for (int32_t c = 0; c < channels; c += 32, from += column, to += 2048) {
+    for (int32_t i = 0; i < (channels + 31) / 32 * PARTS; ++i, to += 2048) {
+        const int32_t part = i % PARTS;
+        const int32_t n = channels - i / PARTS * 32;
         for (int32_t r = 0; r < 32; r += 2) {
-            const uint16_t *const at = from + r * step;
-            const __m512i x = (rows >> r & 1u) != 0 ? hl_halves_amx(at, channels - c) : none;
-            const __m512i y = (rows >> r & 2u) != 0 ? hl_halves_amx(at + step, channels - c)
-                                                    : none;
-            if (ahead != 0) {
+            const uint16_t *const at = from + i / PARTS * column + r * step;
+            const __m512i x = (rows >> r & 1u) != 0 ? hl_fa_bf16_d128_halves_amx(at, n, part)
+                : none;
+            const __m512i y = (rows >> r & 2u) != 0 ? hl_fa_bf16_d128_halves_amx(at + step, n, part)
+                : none;
+            if (ahead != 0 && part == 0) {
                 HL_FETCH(at + ahead);
                 HL_FETCH(at + step + ahead);
             }
@@ -7372,7 +7393,8 @@ HL_KERNEL_AMX void hl_fa_bf16_d128_drop_amx(const hl_fusion_attention_args *a, c
  *
  * m is a whole number, raised only when a score lies more than 8 above it: every
  * factor of O and l is then a power of two, and most are 1. P takes the place of S: a pair of keys
- * is 16 words of 32 bits where its first key was. */
+ * is 16 words of 32 bits where its first key was.
+ */
 
 /* What goes on beside products: tiles that are not stored yet, scores that become weights. */
 typedef struct hl_fa_bf16_d128_woven_amx {
@@ -7401,15 +7423,27 @@ HL_WORD_AMX hl_vf_avx512 hl_fa_bf16_d128_weight_amx(const hl_fa_bf16_d128_woven_
                                       hl_vload_avx512(x->m + q)));
 }
 
-/* Those of a pair of keys join their sums, and are rounded. */
-HL_WORD_AMX __m512i hl_fa_bf16_d128_join_amx(hl_fa_bf16_d128_woven_amx *x, int32_t q,
-                                             hl_vf_avx512 p0, hl_vf_avx512 p1)
+/* A pair of keys, rounded. */
+HL_WORD_AMX __m512i hl_fa_bf16_d128_rounded_amx(hl_vf_avx512 p0, hl_vf_avx512 p1)
 {
-    const __m512i words = hl_pair_amx(p0, p1);
+    return hl_pair_amx(p0, p1);
+}
+
+/* The weights of a pair of keys join their sums. */
+HL_WORD_AMX void hl_fa_bf16_d128_join_amx(hl_fa_bf16_d128_woven_amx *x, int32_t q, hl_vf_avx512 p0,
+                                          hl_vf_avx512 p1)
+{
+    const hl_vf_avx512 mass =
+        hl_add_pairs_amx(hl_vload_avx512(x->mass + q), hl_fa_bf16_d128_rounded_amx(p0, p1));
     hl_vstore_avx512(x->sum + q,
                      hl_vadd_avx512(hl_vload_avx512(x->sum + q), hl_vadd_avx512(p0, p1)));
-    hl_vstore_avx512(x->mass + q, hl_add_pairs_amx(hl_vload_avx512(x->mass + q), words));
-    return words;
+    hl_vstore_avx512(x->mass + q, mass);
+}
+
+/* Into the place of their scores. */
+HL_WORD_AMX void hl_fa_bf16_d128_put_amx(float *s, hl_vf_avx512 p0, hl_vf_avx512 p1)
+{
+    _mm512_storeu_si512(s, hl_fa_bf16_d128_rounded_amx(p0, p1));
 }
 
 /* The next pair of keys. */
@@ -7419,7 +7453,8 @@ HL_WORD_AMX void hl_fa_bf16_d128_weigh_pair_amx(hl_fa_bf16_d128_woven_amx *x)
     for (int32_t q = 0; q < 32; q += 16) {
         const hl_vf_avx512 p0 = hl_fa_bf16_d128_weight_amx(x, s, q);
         const hl_vf_avx512 p1 = hl_fa_bf16_d128_weight_amx(x, s + 32, q);
-        _mm512_storeu_si512(s + q, hl_fa_bf16_d128_join_amx(x, q, p0, p1));
+        hl_fa_bf16_d128_join_amx(x, q, p0, p1);
+        hl_fa_bf16_d128_put_amx(s + q, p0, p1);
     }
     ++x->pair;
 }
@@ -7440,7 +7475,7 @@ HL_KERNEL_AMX void hl_fa_bf16_d128_weigh_dropped_amx(const hl_fusion_attention_a
         for (int32_t q = 0; q < 32; q += 16) {
             const hl_vf_avx512 p0 = hl_fa_bf16_d128_weight_amx(x, x->s + i, q);
             const hl_vf_avx512 p1 = hl_fa_bf16_d128_weight_amx(x, x->s + i + 32, q);
-            (void)hl_fa_bf16_d128_join_amx(x, q, p0, p1);
+            hl_fa_bf16_d128_join_amx(x, q, p0, p1);
             hl_vstore_avx512(x->s + i + q, p0);
             hl_vstore_avx512(x->s + i + 32 + q, p1);
         }
@@ -7449,8 +7484,7 @@ HL_KERNEL_AMX void hl_fa_bf16_d128_weigh_dropped_amx(const hl_fusion_attention_a
     for (; x->pair < x->pairs; ++x->pair) {
         float *const s = x->s + (ptrdiff_t)x->pair * 64;
         for (int32_t q = 0; q < 32; q += 16) {
-            _mm512_storeu_si512(s + q,
-                                hl_pair_amx(hl_vload_avx512(s + q), hl_vload_avx512(s + 32 + q)));
+            hl_fa_bf16_d128_put_amx(s + q, hl_vload_avx512(s + q), hl_vload_avx512(s + 32 + q));
         }
     }
 }
@@ -7718,7 +7752,7 @@ HL_KERNEL_AMX void hl_fa_bf16_d128_load_panel_amx(const hl_fusion_attention_args
             hl_fa_bf16_d128_turn_finite_amx(value, a->value_stride.row, 32, ahead
                                             * a->value_stride.row, n, DV, (unsigned char *)w->s,
                                             value_to);
-        key_to += 4 * 2048;
+        key_to += 8192;
         value_to += 8192;
     }
 }

@@ -119,8 +119,9 @@
  *   On x86-64 Linux ..._plan and ..._isas ask the system once for the use of AMX tiles; where it
  *   says no, AVX-512 runs. A task leaves no tile configured; tiles of the caller's own are lost, as
  *   in any call (they are the caller's to save). There P, and dS of gradients, are rounded to
- *   bfloat16 for the second products, and subnormal bfloat16 numbers count as 0; max, sum and LSE
- *   are those of the exact weights.
+ *   bfloat16 for the second products (float16: to two parts of it), subnormal bfloat16 numbers
+ *   count as 0, an infinite float16 of query or key as NaN; max, sum and LSE are those of the exact
+ *   weights.
  *
  * SOURCES
  *   Dao 2023 (FlashAttention-2); Salmon et al. 2011 (Philox); the operator's own documents.
@@ -131,7 +132,7 @@
 /* ==== shared by every Headlight header ==== */
 
 #ifndef HL_COMMON
-#define HL_COMMON 6
+#define HL_COMMON 5
 
 #include <stddef.h>
 #include <stdint.h>
@@ -402,7 +403,7 @@ HL_API const char *hl_error_text(const hl_error *error, char *text, size_t size)
 }
 #endif
 
-#elif HL_COMMON != 6
+#elif HL_COMMON != 5
 #error "hl: headers of two generator versions in one file; regenerate the older one"
 #endif /* HL_COMMON */
 /* ==== shared by the operators for training and prefill ==== */
@@ -2622,7 +2623,9 @@ HL_OWN_FRAME hl_status hl_fag_bf16_d128_check_sizes(hl_fusion_attention_grad_arg
     }
     a->scale_value = a->scale_value != 0.0f ? a->scale_value : 1.0f;
     a->keep_prob = a->keep_prob != 0.0f ? a->keep_prob : 1.0f;
-    if (a->keep_prob != a->keep_prob) {
+    if (a->keep_prob != a->keep_prob
+        || (a->keep_prob > 0.0f && hl_bits_of(a->keep_prob) < 0x00800000u)) {
+        /* nor may 1 / keep_prob be infinite */
         return hl_refuse(error, HL_ERR_VALUE, HL_ARG_KEEP_PROB, HL_RULE_FINITE, 0, 0);
     }
     if (!(a->keep_prob > 0.0f && a->keep_prob <= 1.0f)) {
@@ -8278,22 +8281,35 @@ static inline const uint16_t *hl_fag_bf16_d128_query_row_amx(const void *tensor,
            + (ptrdiff_t)((g->first + p) / g->heads) * stride->row
            + (ptrdiff_t)((g->first + p) % g->heads) * stride->head;
 }
-/* Row r of a unit, [column][tile][row]. A row that is NULL is 0. */
+/* The first n of 32 channels as words of bfloat16, 0 behind them; of two parts, one. */
+HL_WORD_AMX __m512i hl_fag_bf16_d128_halves_amx(const uint16_t *from, int32_t n, int32_t part)
+{
+    (void)part;
+    return hl_halves_amx(from, n);
+}
+
+/* Row r of a unit, [column][part][tile][row]. A row that is NULL is 0. */
 HL_WORD_AMX void hl_fag_bf16_d128_copy_row_amx(const uint16_t *row, int32_t channels, int32_t r,
                                                unsigned char *unit)
 {
+    enum { PARTS = 1 };
     unsigned char *to = unit + (r / 16 * 1024 + r % 16 * 64);
-    for (int32_t c = 0; c < channels; c += 32, to += 2048) {
-        _mm512_storeu_si512(to, row != NULL ? hl_halves_amx(row + c, channels - c)
-                            : _mm512_setzero_si512());
+    for (int32_t c = 0; c < channels; c += 32) {
+        for (int32_t part = 0; part < PARTS; ++part, to += 2048) {
+            _mm512_storeu_si512(to, row != NULL
+                                ? hl_fag_bf16_d128_halves_amx(row + c, channels - c, part)
+                                : _mm512_setzero_si512());
+        }
     }
 }
 
 /* May rows be read as tiles where they lie? Not if they are far apart: the lines of a panel would
- * share a few sets of the caches, and each row of a tile would be on a page of its own. */
+ * share a few sets of the caches, and each row of a tile would be on a page of its own. Rows in
+ * two parts are nowhere. */
 HL_WORD_AMX int32_t hl_fag_bf16_d128_in_place_amx(ptrdiff_t step, int32_t n, int32_t channels)
 {
-    return n >= 32 && channels % 32 == 0 && step <= 2 * channels;
+    enum { PARTS = 1 };
+    return PARTS == 1 && n >= 32 && channels % 32 == 0 && step <= 2 * channels;
 }
 
 /* The first n of 32 rows, `step` elements apart, into a unit; if they have to be copied. Rows that
@@ -8325,35 +8341,40 @@ HL_WORD_AMX void hl_fag_bf16_d128_rows_of_amx(hl_fag_bf16_d128_operand_amx *rows
     }
 }
 
-/* A unit as B: [column][tile][pair of channels], rows in the lanes. */
+/* A unit as B: [column][part][tile][pair of channels], rows in the lanes. */
 HL_KERNEL_AMX void hl_fag_bf16_d128_pack_unit_amx(const unsigned char *unit, int32_t channels,
                                                   unsigned char *to)
 {
-    for (int32_t tile = 0; tile < (channels + 31) / 32 * 2; ++tile) {
+    enum { PARTS = 1 };
+    for (int32_t tile = 0; tile < (channels + 31) / 32 * 2 * PARTS; ++tile) {
         for (int32_t quad = 0; quad < 4; ++quad) {
             hl_turn_amx(unit + tile * 1024, 64, quad, to + tile * 1024, 64);
         }
     }
 }
 
-/* A unit's transpose, as A of sums over rows: [column][tile][channel], of those of 32 rows whose
- * bit is set; `column` elements lie between its columns, and what is `ahead` from them is asked
- * for. Were all of these numbers finite? `pairs`: 2 KiB. */
+/* A unit's transpose, as A of sums over rows: [column][part][tile][channel], of those of 32 rows
+ * whose bit is set; `column` elements lie between its columns, and what is `ahead` from them is
+ * asked for. Were all of these numbers finite? `pairs`: 2 KiB. */
 HL_KERNEL_AMX int32_t hl_fag_bf16_d128_turn_unit_amx(const uint16_t *from, ptrdiff_t step,
     ptrdiff_t column, ptrdiff_t ahead, uint32_t rows, int32_t channels, unsigned char *pairs,
     unsigned char *to)
 {
+    enum { PARTS = 1 };
     const __mmask32 all = (__mmask32)0xffffffffu;
     const __m512i none = _mm512_setzero_si512();
     const __m512i size = _mm512_set1_epi16(0x7fff);
     __m512i most = none;
-    for (int32_t c = 0; c < channels; c += 32, from += column, to += 2048) {
+    for (int32_t i = 0; i < (channels + 31) / 32 * PARTS; ++i, to += 2048) {
+        const int32_t part = i % PARTS;
+        const int32_t n = channels - i / PARTS * 32;
         for (int32_t r = 0; r < 32; r += 2) {
-            const uint16_t *const at = from + r * step;
-            const __m512i x = (rows >> r & 1u) != 0 ? hl_halves_amx(at, channels - c) : none;
-            const __m512i y = (rows >> r & 2u) != 0 ? hl_halves_amx(at + step, channels - c)
-                                                    : none;
-            if (ahead != 0) {
+            const uint16_t *const at = from + i / PARTS * column + r * step;
+            const __m512i x = (rows >> r & 1u) != 0 ? hl_fag_bf16_d128_halves_amx(at, n, part)
+                : none;
+            const __m512i y = (rows >> r & 2u) != 0
+                ? hl_fag_bf16_d128_halves_amx(at + step, n, part) : none;
+            if (ahead != 0 && part == 0) {
                 HL_FETCH(at + ahead);
                 HL_FETCH(at + step + ahead);
             }
@@ -8766,7 +8787,7 @@ HL_KERNEL_AMX void hl_fag_bf16_d128_start_amx(const hl_fusion_attention_grad_pla
     x->of_keys = t->of_keys;
     x->piece = 0;
     x->pieces = whole / 32;
-    if (a->pse != NULL) {
+    if (a->pse != NULL || x->scale < 0.0f) {
         for (int32_t i = 0; i < n; i += 16) {
             hl_vstore_avx512(x->s + i,
                              hl_vmul_avx512(hl_vload_avx512(x->s + i), hl_vset_avx512(x->scale)));

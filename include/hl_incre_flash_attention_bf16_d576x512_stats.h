@@ -111,7 +111,7 @@
 /* ==== shared by every Headlight header ==== */
 
 #ifndef HL_COMMON
-#define HL_COMMON 6
+#define HL_COMMON 5
 
 #include <stddef.h>
 #include <stdint.h>
@@ -382,7 +382,7 @@ HL_API const char *hl_error_text(const hl_error *error, char *text, size_t size)
 }
 #endif
 
-#elif HL_COMMON != 6
+#elif HL_COMMON != 5
 #error "hl: headers of two generator versions in one file; regenerate the older one"
 #endif /* HL_COMMON */
 /* ==== the operator's arguments, shared by all of its kernels ==== */
@@ -12178,6 +12178,25 @@ HL_API hl_status hl_incre_flash_attention_bf16_d576x512_stats_merge_parts(
         return hl_refuse(error, HL_ERR_NULL, p->attention_out == NULL ? HL_ARG_ATTENTION_OUT
                          : HL_ARG_PARTS, HL_RULE_NOT_NULL, 0, 0);
     }
+    { /* the lists of parts, before they are read; outputs among themselves */
+        const uint64_t list = (uint64_t)p->parts * sizeof(void *);
+        const uint64_t bytes = p->out_f32 ? 4u : 2u;
+        const hl_range range[] = {
+            {p->out, list, HL_ARG_PARTS, 0, (uint32_t)sizeof(void *)},
+            {p->max, list, HL_ARG_PARTS, 0, (uint32_t)sizeof(void *)},
+            {p->sum, list, HL_ARG_PARTS, 0, (uint32_t)sizeof(void *)},
+            {p->attention_out, stats * bytes * 512u,
+             HL_ARG_ATTENTION_OUT, 1, (uint32_t)bytes},
+            {p->softmax_max, p->softmax_max ? stats * 4u : 0, HL_ARG_SOFTMAX_MAX, 1, 4u},
+            {p->softmax_sum, p->softmax_sum ? stats * 4u : 0, HL_ARG_SOFTMAX_SUM, 1, 4u},
+            {p->softmax_lse, p->softmax_lse ? stats * 4u : 0, HL_ARG_SOFTMAX_LSE, 1, 4u}
+        };
+        const hl_status status =
+            hl_check_ranges(range, (int32_t)(sizeof range / sizeof range[0]), error);
+        if (status != HL_OK) {
+            return status;
+        }
+    }
     for (int32_t i = 0; i < p->parts; ++i) {
         const uint64_t bytes = p->out_f32 ? 4u : 2u;
         const hl_range range[] = {
@@ -12440,7 +12459,10 @@ static inline hl_status hl_ifa_bf16_d576x512_stats_check_append_stride(hl_stride
         status = hl_check_apart(stride, count[0], count[1], count[2], channels, argument, error);
     }
     *extent = hl_extent(stride, count[0], count[1], count[2], channels, element);
-    if (status == HL_OK && *extent > (uint64_t)PTRDIFF_MAX) {
+    if (status != HL_OK) {
+        return status;
+    }
+    if (*extent > (uint64_t)PTRDIFF_MAX) {
         return hl_refuse(error, HL_ERR_SHAPE, argument, HL_RULE_ADDRESSABLE,
                          *extent > (uint64_t)INT64_MAX ? INT64_MAX : (int64_t)*extent,
                          (int64_t)PTRDIFF_MAX);
@@ -12449,7 +12471,7 @@ static inline hl_status hl_ifa_bf16_d576x512_stats_check_append_stride(hl_stride
     stride->batch = *extent > 0 && count[0] > 1 ? stride->batch * (ptrdiff_t)element : 0;
     stride->row = *extent > 0 && count[1] > 1 ? stride->row * (ptrdiff_t)element : 0;
     stride->head = *extent > 0 && count[2] > 1 ? stride->head * (ptrdiff_t)element : 0;
-    return status;
+    return HL_OK;
 }
 
 /* One tensor of the cache, or one of its pages: it is there, and apart from all other memory. */

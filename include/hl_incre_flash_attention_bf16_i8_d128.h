@@ -110,7 +110,7 @@
 /* ==== shared by every Headlight header ==== */
 
 #ifndef HL_COMMON
-#define HL_COMMON 6
+#define HL_COMMON 5
 
 #include <stddef.h>
 #include <stdint.h>
@@ -381,7 +381,7 @@ HL_API const char *hl_error_text(const hl_error *error, char *text, size_t size)
 }
 #endif
 
-#elif HL_COMMON != 6
+#elif HL_COMMON != 5
 #error "hl: headers of two generator versions in one file; regenerate the older one"
 #endif /* HL_COMMON */
 /* ==== the operator's arguments, shared by all of its kernels ==== */
@@ -12137,7 +12137,10 @@ static inline hl_status hl_ifa_bf16_i8_d128_check_append_stride(hl_stride *strid
         status = hl_check_apart(stride, count[0], count[1], count[2], channels, argument, error);
     }
     *extent = hl_extent(stride, count[0], count[1], count[2], channels, element);
-    if (status == HL_OK && *extent > (uint64_t)PTRDIFF_MAX) {
+    if (status != HL_OK) {
+        return status;
+    }
+    if (*extent > (uint64_t)PTRDIFF_MAX) {
         return hl_refuse(error, HL_ERR_SHAPE, argument, HL_RULE_ADDRESSABLE,
                          *extent > (uint64_t)INT64_MAX ? INT64_MAX : (int64_t)*extent,
                          (int64_t)PTRDIFF_MAX);
@@ -12146,7 +12149,7 @@ static inline hl_status hl_ifa_bf16_i8_d128_check_append_stride(hl_stride *strid
     stride->batch = *extent > 0 && count[0] > 1 ? stride->batch * (ptrdiff_t)element : 0;
     stride->row = *extent > 0 && count[1] > 1 ? stride->row * (ptrdiff_t)element : 0;
     stride->head = *extent > 0 && count[2] > 1 ? stride->head * (ptrdiff_t)element : 0;
-    return status;
+    return HL_OK;
 }
 
 /* One tensor of the cache, or one of its pages: it is there, and apart from all other memory. */

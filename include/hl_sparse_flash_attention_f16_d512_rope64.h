@@ -93,7 +93,7 @@
 /* ==== shared by every Headlight header ==== */
 
 #ifndef HL_COMMON
-#define HL_COMMON 6
+#define HL_COMMON 5
 
 #include <stddef.h>
 #include <stdint.h>
@@ -364,7 +364,7 @@ HL_API const char *hl_error_text(const hl_error *error, char *text, size_t size)
 }
 #endif
 
-#elif HL_COMMON != 6
+#elif HL_COMMON != 5
 #error "hl: headers of two generator versions in one file; regenerate the older one"
 #endif /* HL_COMMON */
 /* ==== the operator's arguments, shared by all of its kernels ==== */
@@ -2415,6 +2415,11 @@ HL_OWN_FRAME hl_status hl_sfa_f16_d512_rope64_check_memory(hl_sparse_flash_atten
     extent[3] = hl_extent(&a->key_rope_stride, b_kv, s_kv, n2, 64, 2u);
     extent[4] = hl_extent(&a->value_stride, b_kv, s_kv, n2, 512, 2u);
     extent[5] = hl_extent(&a->out_stride, b_q, a->seq_q, n1, 512, out_bytes);
+    if (a->query_rope == NULL) { /* steps to nowhere, of any size, are multiplied like others */
+        a->query_rope_stride.batch = 0;
+        a->query_rope_stride.row = 0;
+        a->query_rope_stride.head = 0;
+    }
     status = hl_check_apart(&a->out_stride, b_q, a->seq_q, n1, 512, HL_ARG_OUT_STRIDE, error);
     if (status != HL_OK) {
         return status;
@@ -10774,6 +10779,25 @@ HL_API hl_status hl_sparse_flash_attention_f16_d512_rope64_merge_parts(
     if (p->out == NULL || p->max == NULL || p->sum == NULL || p->attention_out == NULL) {
         return hl_refuse(error, HL_ERR_NULL, p->attention_out == NULL ? HL_ARG_ATTENTION_OUT
                          : HL_ARG_PARTS, HL_RULE_NOT_NULL, 0, 0);
+    }
+    { /* the lists of parts, before they are read; outputs among themselves */
+        const uint64_t list = (uint64_t)p->parts * sizeof(void *);
+        const uint64_t bytes = p->out_f32 ? 4u : 2u;
+        const hl_range range[] = {
+            {p->out, list, HL_ARG_PARTS, 0, (uint32_t)sizeof(void *)},
+            {p->max, list, HL_ARG_PARTS, 0, (uint32_t)sizeof(void *)},
+            {p->sum, list, HL_ARG_PARTS, 0, (uint32_t)sizeof(void *)},
+            {p->attention_out, stats * bytes * 512u,
+             HL_ARG_ATTENTION_OUT, 1, (uint32_t)bytes},
+            {p->softmax_max, p->softmax_max ? stats * 4u : 0, HL_ARG_SOFTMAX_MAX, 1, 4u},
+            {p->softmax_sum, p->softmax_sum ? stats * 4u : 0, HL_ARG_SOFTMAX_SUM, 1, 4u},
+            {p->softmax_lse, p->softmax_lse ? stats * 4u : 0, HL_ARG_SOFTMAX_LSE, 1, 4u}
+        };
+        const hl_status status =
+            hl_check_ranges(range, (int32_t)(sizeof range / sizeof range[0]), error);
+        if (status != HL_OK) {
+            return status;
+        }
     }
     for (int32_t i = 0; i < p->parts; ++i) {
         const uint64_t bytes = p->out_f32 ? 4u : 2u;

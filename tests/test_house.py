@@ -15,7 +15,8 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 import check  # noqa: E402
 
-TARGETS = ["demo", "demo-embedded", "test", "check", "bench", "bench-peers", "examples", "headers"]
+TARGETS = ["demo", "demo-embedded", "test", "guard", "check", "bench", "bench-peers", "examples"]
+TARGETS += ["headers"]
 TARGETS += ["clean"]
 
 
