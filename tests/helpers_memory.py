@@ -19,6 +19,8 @@ from typing import Any
 
 import numpy as np
 
+from gen import bind
+
 PAGE = mmap.PAGESIZE
 LIBC = ctypes.CDLL(None, use_errno=True)
 LIBC.mmap.restype = ctypes.c_void_p
@@ -126,6 +128,14 @@ class Died(AssertionError):
     """The child was killed by a signal."""
 
 
+def covered(what: str) -> None:
+    """Tells libraries that were compiled for coverage (tests/cover.py) that a child begins or ends;
+    others have no ear for it."""
+    if "LLVM_PROFILE_FILE" in os.environ:
+        for library in bind.loaded:
+            getattr(library, f"hl_cover_{what}", lambda: None)()
+
+
 def in_child(call: Callable[[], Any], what: str = "") -> Any:
     """Runs call() in a forked child and returns its result; Died if a signal ended it, or if it
     had to be ended after LONGEST seconds."""
@@ -135,10 +145,12 @@ def in_child(call: Callable[[], Any], what: str = "") -> Any:
         child = os.fork()
     if child == 0:
         faulthandler.disable()
+        covered("begin")
         try:
             message = pickle.dumps((True, call()))
         except BaseException:
             message = pickle.dumps((False, traceback.format_exc()))
+        covered("end")
         with os.fdopen(writer, "wb") as pipe:
             pipe.write(message)
         os._exit(0)

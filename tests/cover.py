@@ -1,0 +1,177 @@
+"""`make coverage`: which lines, branches and conditions of the shipped headers the tests reach.
+
+Headers are compiled with clang-19's source-based coverage and run by the test files of TESTS; the
+report counts, for each header, lines of everything that runs on this machine, and branches and
+MC/DC (each condition is shown to decide by itself) of what plans and checks. What is not reached is
+listed with its source line in build/coverage/; what cannot be is in EXPLAINED, with the reason.
+"""
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+WORK = ROOT / "build" / "coverage"
+CC, COV, PROFDATA = "clang-19", "llvm-cov-19", "llvm-profdata-19"
+FLAGS = ("-fprofile-instr-generate", "-fcoverage-mapping", "-fcoverage-mcdc")
+HOOK = HERE / "cover_hook.h"
+TESTS = ("test_every_line.py",)
+
+# What has to be reached to the last branch and condition: whatever may refuse.
+CHECKS = re.compile(
+    r"_(check_\w+|plan|pack|refuse\w*|fits|extent|mul_cap|add_cap|overlap\w*|workspace_bytes"
+    r"|append|convert|quantise_rows|dequantise_rows|merge_parts|error_text)$"
+)
+
+# (function, source line, what) that cannot be reached, and why; searched for, in this order.
+EXPLAINED: tuple[tuple[str, str, str], ...] = ()
+
+
+def environment() -> dict[str, str]:
+    """For processes that run tests under coverage."""
+    return {
+        **os.environ,
+        "HEADLIGHT_CC": CC,
+        "HEADLIGHT_CFLAGS": " ".join((*FLAGS, "-include", str(HOOK))),
+        "HEADLIGHT_CACHE": str(WORK / "cache"),
+        "LLVM_PROFILE_FILE": str(WORK / "raw" / "%m.profraw"),
+    }
+
+
+@dataclass
+class Reached:
+    """Of one header: counts, and what is missing as (line, function, what)."""
+
+    lines: list[int] = field(default_factory=lambda: [0, 0])
+    branches: list[int] = field(default_factory=lambda: [0, 0])
+    conditions: list[int] = field(default_factory=lambda: [0, 0])
+    missing: list[tuple[int, str, str]] = field(default_factory=list)
+
+
+def tool(*command: object) -> str:
+    return subprocess.run(
+        list(map(str, command)), check=True, capture_output=True, text=True
+    ).stdout
+
+
+def library_of(name: str) -> Path:
+    """The compiled header: what the tests of this environment load."""
+    code = "import sys; sys.path[:0] = sys.argv[1:3]; import helpers_every as e; "
+    code += "print(e.kernel(sys.argv[3]).library._name)"
+    command = [sys.executable, "-c", code, str(HERE), str(ROOT), name]
+    done = subprocess.run(
+        command, check=True, capture_output=True, text=True, env={**environment(), "LLVM_PROFILE_FILE": "/dev/null"}
+    )
+    return Path(done.stdout.strip())
+
+
+def short(function: str) -> str:
+    return function.rsplit(":", 1)[-1]
+
+
+def reached(name: str, text: str, library: Path, profile: Path) -> Reached:
+    made = Reached()
+    data = json.loads(tool(COV, "export", library, f"-instr-profile={profile}"))["data"][0]
+    source = text.split("\n")
+    starts = []
+    for function in data["functions"]:
+        if not function["filenames"][0].endswith("header.h"):
+            continue
+        named, first = short(function["name"]), function["regions"][0][0]
+        starts.append((first, function["regions"][0][2], named))
+        if not CHECKS.search(named):
+            continue
+        for line, column, _, until, true, false, *_ in function["branches"]:
+            condition = source[line - 1][column - 1 : until - 1] or source[line - 1].strip()
+            made.branches[1] += 2
+            made.branches[0] += (true > 0) + (false > 0)
+            if not (true and false) :
+                side = "neither" if not (true or false) else "never true" if not true else "never false"
+                made.missing.append((line, named, f"branch {side}: {condition}"))
+        for line, column, last, until, _, _, covered in function["mcdc_records"]:
+            made.conditions[1] += len(covered)
+            made.conditions[0] += sum(covered)
+            for number, well in enumerate(covered, 1):
+                if not well:
+                    made.missing.append((line, named, f"condition {number} of {len(covered)}"))
+    at = {line: named for first, last, named in starts for line in range(first, last + 1)}
+    lcov = tool(COV, "export", "-format=lcov", library, f"-instr-profile={profile}")
+    for block in lcov.split("end_of_record"):
+        if not re.search(r"^SF:.*header\.h$", block, re.MULTILINE):
+            continue
+        for line, count in re.findall(r"^DA:(\d+),(\d+)", block, re.MULTILINE):
+            made.lines[1] += 1
+            made.lines[0] += count != "0"
+            if count == "0":
+                made.missing.append((int(line), at.get(int(line), "?"), "line"))
+    return made
+
+
+def explained(function: str, source: str, what: str) -> str | None:
+    for where, line, why in EXPLAINED:
+        if re.search(where, function) and line in source:
+            return why
+    return None
+
+
+def percent(pair: list[int]) -> str:
+    return f"{100 * pair[0] / pair[1]:.2f}" if pair[1] else "-"
+
+
+def report(names: list[str]) -> int:
+    sys.path[:0] = [str(HERE), str(ROOT)]
+    profile = WORK / "all.profdata"
+    raw = sorted((WORK / "raw").glob("*.profraw"))
+    tool(PROFDATA, "merge", "-o", profile, *raw)
+    print(f"{'header':66} {'line %':>8} {'branch %':>9} {'MC/DC %':>8} {'unexplained':>12}")
+    left = 0
+    for name in names:
+        text = (ROOT / "include" / f"{name}.h").read_text()
+        made = reached(name, text, library_of(name), profile)
+        lines, open_ones = [], 0
+        source = text.split("\n")
+        for line, function, what in sorted(made.missing):
+            code = source[line - 1]
+            why = explained(function, code, what)
+            open_ones += why is None
+            lines.append(f"{line:6} {function}: {what}\n       {code}" + (f"\n       BECAUSE {why}" if why else ""))
+        (WORK / f"{name}.txt").write_text("\n".join(lines) + "\n")
+        left += open_ones
+        row = (percent(made.lines), percent(made.branches), percent(made.conditions), open_ones)
+        print("{:66} {:>8} {:>9} {:>8} {:>12}".format(name, *row), flush=True)
+    return left
+
+
+def main(arguments: list[str]) -> int:
+    sys.path[:0] = [str(ROOT)]
+    from gen.spec import load_catalogue
+
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--only", default="", help="headers whose name has this in it")
+    parser.add_argument("--report", action="store_true", help="of what was run before")
+    options = parser.parse_args(arguments)
+    names = [h.name for h in load_catalogue() if options.only in h.name]
+    status = 0
+    if not options.report:
+        shutil.rmtree(WORK / "raw", ignore_errors=True)
+        (WORK / "raw").mkdir(parents=True)
+        command = [sys.executable, "-m", "pytest", *(str(HERE / test) for test in TESTS), "-q"]
+        command += ["-n", str(options.jobs)] if options.jobs > 1 else []
+        command += ["-k", options.only] if options.only else []
+        status = subprocess.run(command, cwd=ROOT, env=environment(), check=False).returncode
+    left = report(names)
+    print(f"{left} lines, branches and conditions that are not reached and not explained")
+    return 1 if status or left else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
