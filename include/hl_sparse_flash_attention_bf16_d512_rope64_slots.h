@@ -11341,9 +11341,24 @@ HL_API hl_status hl_sparse_flash_attention_bf16_d512_rope64_slots_merge_parts(
         return hl_refuse(error, HL_ERR_SHAPE, HL_ARG_ATTENTION_OUT, HL_RULE_ADDRESSABLE, INT64_MAX,
                          (int64_t)PTRDIFF_MAX);
     }
-    if (p->out == NULL || p->max == NULL || p->sum == NULL || p->attention_out == NULL) {
-        return hl_refuse(error, HL_ERR_NULL, p->attention_out == NULL ? HL_ARG_ATTENTION_OUT
-                         : HL_ARG_PARTS, HL_RULE_NOT_NULL, 0, 0);
+    { /* the tables are read all the time: they are memory of the call as well */
+        const uint64_t table = (uint64_t)p->parts * sizeof(void *);
+        const uint64_t bytes = p->out_f32 ? 4u : 2u;
+        const hl_range range[] = {
+            {p->attention_out, stats * bytes * 512u,
+             HL_ARG_ATTENTION_OUT, 1, (uint32_t)bytes},
+            {p->softmax_max, p->softmax_max ? stats * 4u : 0, HL_ARG_SOFTMAX_MAX, 1, 4u},
+            {p->softmax_sum, p->softmax_sum ? stats * 4u : 0, HL_ARG_SOFTMAX_SUM, 1, 4u},
+            {p->softmax_lse, p->softmax_lse ? stats * 4u : 0, HL_ARG_SOFTMAX_LSE, 1, 4u},
+            {p->out, table, HL_ARG_PARTS, 0, (uint32_t)sizeof(void *)},
+            {p->max, table, HL_ARG_PARTS, 0, (uint32_t)sizeof(void *)},
+            {p->sum, table, HL_ARG_PARTS, 0, (uint32_t)sizeof(void *)}
+        };
+        const hl_status status =
+            hl_check_ranges(range, (int32_t)(sizeof range / sizeof range[0]), error);
+        if (status != HL_OK) {
+            return status;
+        }
     }
     for (int32_t i = 0; i < p->parts; ++i) {
         const uint64_t bytes = p->out_f32 ? 4u : 2u;
