@@ -64,13 +64,11 @@ def tool(*command: object) -> str:
 
 def library_of(name: str) -> Path:
     """The compiled header: what the tests of this environment load."""
-    code = "import sys; sys.path[:0] = sys.argv[1:3]; import helpers_every as e; "
-    code += "print(e.kernel(sys.argv[3]).library._name)"
-    command = [sys.executable, "-c", code, str(HERE), str(ROOT), name]
-    done = subprocess.run(
-        command, check=True, capture_output=True, text=True, env={**environment(), "LLVM_PROFILE_FILE": "/dev/null"}
-    )
-    return Path(done.stdout.strip())
+    os.environ.update(environment(), LLVM_PROFILE_FILE=os.devnull)
+    sys.path[:0] = [str(HERE), str(ROOT)]
+    import helpers_every
+
+    return Path(helpers_every.kernel(name).library._name)
 
 
 def short(function: str) -> str:

@@ -18,6 +18,7 @@ for folder in (HERE, HERE.parent):
 
 import check  # noqa: E402
 import helpers_every  # noqa: E402
+import numpy as np  # noqa: E402
 from helpers_runner import BY_TASK, PARTIALS, play, program  # noqa: E402
 from helpers_tiles import preload_environment  # noqa: E402
 
@@ -72,8 +73,19 @@ def played(
     ]
     _, results = play(command, recorded, env=env)
     for (call, isa), got in zip(pairs, results, strict=True):
-        call.check(got, isa)
+        if ISAS[isa].tiles:  # bfloat16 weights: a few elements are no sample for the error rule
+            check_near(got, call.run(isa, **split))
+        else:
+            call.check(got, isa)
     return f"{len(pairs)} calls on {', '.join(isas)}"
+
+
+def check_near(got: dict[str, np.ndarray], known: dict[str, np.ndarray]) -> None:
+    """The same to the eighth bit, from another compiler."""
+    for name, want in known.items():
+        found, want = got[name].astype(np.float64), want.astype(np.float64)
+        wrong = ~np.isclose(found, want, rtol=2.0**-8, atol=2.0**-8, equal_nan=True)
+        assert not wrong.any(), f"{name}: {found[wrong][:4]} for {want[wrong][:4]}"
 
 
 def environment(options: str, tiles: bool = False) -> dict[str, str]:
