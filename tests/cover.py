@@ -23,7 +23,7 @@ WORK = ROOT / "build" / "coverage"
 CC, COV, PROFDATA = "clang-19", "llvm-cov-19", "llvm-profdata-19"
 FLAGS = ("-fprofile-instr-generate", "-fcoverage-mapping", "-fcoverage-mcdc")
 HOOK = HERE / "cover_hook.h"
-TESTS = ("test_every_line.py",)
+TESTS = ("test_every_argument.py", "test_every_line.py")
 
 # What has to be reached to the last branch and condition: whatever may refuse.
 CHECKS = re.compile(
@@ -54,6 +54,7 @@ class Reached:
     branches: list[int] = field(default_factory=lambda: [0, 0])
     conditions: list[int] = field(default_factory=lambda: [0, 0])
     missing: list[tuple[int, str, str]] = field(default_factory=list)
+    unused: list[str] = field(default_factory=list)
 
 
 def tool(*command: object) -> str:
@@ -75,42 +76,73 @@ def short(function: str) -> str:
     return function.rsplit(":", 1)[-1]
 
 
-def reached(name: str, text: str, library: Path, profile: Path) -> Reached:
-    made = Reached()
+def called(source: list[str], spans: dict[str, tuple[int, int]]) -> set[str]:
+    """Functions that a user of the header can get to: words are shared by all headers, and none
+    has a caller for each of them."""
+    bodies = {
+        name: set(re.findall(r"\w+", "\n".join(source[first - 1 : last])))
+        for name, (first, last) in spans.items()
+    }
+    text = "\n".join(source)
+    left = list(dict.fromkeys(re.findall(r"^HL_API [^;{(]*?(\w+)\(", text, re.MULTILINE)))
+    seen = set()
+    while left:
+        name = left.pop()
+        if name in spans and name not in seen:
+            seen.add(name)
+            left += bodies[name] & set(spans)
+    return seen
+
+
+def sides(true: int, false: int) -> str:
+    if true or false:
+        return "never false" if true else "never true"
+    return "neither"
+
+
+def reached(text: str, library: Path, profile: Path) -> Reached:
+    """What one header's functions have seen."""
+    made, source = Reached(), text.split("\n")
     data = json.loads(tool(COV, "export", library, f"-instr-profile={profile}"))["data"][0]
-    source = text.split("\n")
-    starts = []
-    for function in data["functions"]:
-        if not function["filenames"][0].endswith("header.h"):
-            continue
-        named, first = short(function["name"]), function["regions"][0][0]
-        starts.append((first, function["regions"][0][2], named))
-        if not CHECKS.search(named):
-            continue
-        for line, column, _, until, true, false, *_ in function["branches"]:
-            condition = source[line - 1][column - 1 : until - 1] or source[line - 1].strip()
-            made.branches[1] += 2
-            made.branches[0] += (true > 0) + (false > 0)
-            if not (true and false) :
-                side = "neither" if not (true or false) else "never true" if not true else "never false"
-                made.missing.append((line, named, f"branch {side}: {condition}"))
-        for line, column, last, until, _, _, covered in function["mcdc_records"]:
-            made.conditions[1] += len(covered)
-            made.conditions[0] += sum(covered)
-            for number, well in enumerate(covered, 1):
-                if not well:
-                    made.missing.append((line, named, f"condition {number} of {len(covered)}"))
-    at = {line: named for first, last, named in starts for line in range(first, last + 1)}
+    functions = [f for f in data["functions"] if f["filenames"][0].endswith("header.h")]
+    spans = {short(f["name"]): (f["regions"][0][0], f["regions"][0][2]) for f in functions}
+    used = called(source, spans)
+    made.unused = sorted(set(spans) - used)
+    for function in functions:
+        named = short(function["name"])
+        if named in used and CHECKS.search(named):
+            count_branches(made, named, function["branches"], source)
+            count_conditions(made, named, function["mcdc_records"])
+    owner = {line: n for n in spans for line in range(spans[n][0], spans[n][1] + 1)}
     lcov = tool(COV, "export", "-format=lcov", library, f"-instr-profile={profile}")
-    for block in lcov.split("end_of_record"):
-        if not re.search(r"^SF:.*header\.h$", block, re.MULTILINE):
+    block = next(b for b in lcov.split("end_of_record") if re.search(r"^SF:.*header\.h$", b, re.M))
+    for line, count in re.findall(r"^DA:(\d+),(\d+)", block, re.MULTILINE):
+        named = owner.get(int(line), "?")
+        if named not in used:
             continue
-        for line, count in re.findall(r"^DA:(\d+),(\d+)", block, re.MULTILINE):
-            made.lines[1] += 1
-            made.lines[0] += count != "0"
-            if count == "0":
-                made.missing.append((int(line), at.get(int(line), "?"), "line"))
+        made.lines[1] += 1
+        made.lines[0] += count != "0"
+        if count == "0":
+            made.missing.append((int(line), named, "line"))
     return made
+
+
+def count_branches(made: Reached, named: str, branches: list, source: list[str]) -> None:
+    for line, column, _, until, true, false, *_ in branches:
+        condition = source[line - 1][column - 1 : until - 1] or source[line - 1].strip()
+        made.branches[1] += 2
+        made.branches[0] += (true > 0) + (false > 0)
+        if not (true and false):
+            made.missing.append((line, named, f"branch {sides(true, false)}: {condition}"))
+
+
+def count_conditions(made: Reached, named: str, records: list) -> None:
+    for line, _, _, _, _, _, covered in records:
+        made.conditions[1] += len(covered)
+        made.conditions[0] += sum(covered)
+        for number, well in enumerate(covered, 1):
+            if not well:
+                made.missing.append((line, named, f"condition {number} of {len(covered)}"))
 
 
 def explained(function: str, source: str, what: str) -> str | None:
@@ -133,7 +165,7 @@ def report(names: list[str]) -> int:
     left = 0
     for name in names:
         text = (ROOT / "include" / f"{name}.h").read_text()
-        made = reached(name, text, library_of(name), profile)
+        made = reached(text, library_of(name), profile)
         lines, open_ones = [], 0
         source = text.split("\n")
         for line, function, what in sorted(made.missing):
