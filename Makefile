@@ -10,7 +10,7 @@ DEMO_NAME := hl_sparse_flash_attention_bf16_d512_rope64
 DEMO_SPEC := --op sparse_flash_attention --dtype bf16 --dk 512 --rope 64
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-embedded test check bench bench-peers examples headers clean
+.PHONY: help demo demo-embedded test check sanitize analyse coverage bench bench-peers examples headers clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -28,12 +28,24 @@ demo-embedded: ## the same in small, as firmware for a Cortex-M4F under qemu
 	$(PYTHON) examples/embedded/run.py
 
 test: ## all tests, the examples, the firmware
-	@$(SETUP) python cc cxx sleef arm64 arm
+	@$(SETUP) python cc cxx sleef arm64 arm lint analyse
 	$(PYTHON) -m pytest tests -n $(JOBS) --dist loadfile
 
 check: ## what must hold of the product: same bytes, strict compiles, names, stack, linters
 	@$(SETUP) python cc cxx arm64 arm lint
 	@$(PYTHON) tests/check.py --jobs $(JOBS)
+
+sanitize: ## every shipped header under ASan, UBSan, MSan, TSan and valgrind; ONLY=<part of a name>
+	@$(SETUP) python cc lint analyse
+	$(PYTHON) tests/sanitize.py --jobs $(JOBS) --only '$(ONLY)'
+
+analyse: ## every shipped header through gcc -fanalyzer and scan-build
+	@$(SETUP) python cc lint analyse
+	$(PYTHON) tests/analyse.py --jobs $(JOBS)
+
+coverage: ## lines, branches and MC/DC of the shipped headers; ONLY=<part|part> for some
+	@$(SETUP) python cc sleef coverage
+	$(PYTHON) tests/cover.py --jobs $(JOBS) --only '$(ONLY)'
 
 bench: ## time the shipped headers against this machine's own limits; ONLY=<pattern> for some
 	@$(SETUP) python cc sleef

@@ -126,7 +126,7 @@ static void set_pointer(args_t *args, int64_t offset, void *value)
 
 #if defined(WORKERS)
 enum { THREADED = 1 };
-static pthread_barrier_t gate;
+static pthread_barrier_t begun, done; /* two: who wakes late at one is not to learn from the other */
 
 typedef struct worker {
     const plan_t *plan;
@@ -138,11 +138,11 @@ static void *work(void *own)
 {
     const worker *const w = own;
     int64_t i;
-    pthread_barrier_wait(&gate); /* nobody is done before the last has begun */
+    pthread_barrier_wait(&begun);
     for (i = w->number; i < w->plan->n_tasks; i += WORKERS) {
         JOIN(KERNEL, _task)(w->plan, i, w->workspace);
     }
-    pthread_barrier_wait(&gate);
+    pthread_barrier_wait(&done);
 #ifndef WITHOUT_MERGES
     for (i = w->number; i < w->plan->n_merges; i += WORKERS) {
         JOIN(KERNEL, _merge)(w->plan, i);
@@ -157,7 +157,8 @@ static void run_plan(const plan_t *plan, int64_t mode)
     worker all[WORKERS];
     piece workspace[WORKERS];
     int i;
-    pthread_barrier_init(&gate, NULL, WORKERS);
+    pthread_barrier_init(&begun, NULL, WORKERS);
+    pthread_barrier_init(&done, NULL, WORKERS);
     for (i = 0; i < WORKERS; ++i) {
         workspace[i] = room(plan->task_bytes, mode);
         all[i].plan = plan;
@@ -177,7 +178,8 @@ static void run_plan(const plan_t *plan, int64_t mode)
     for (i = 0; i < WORKERS; ++i) {
         leave(&workspace[i]);
     }
-    pthread_barrier_destroy(&gate);
+    pthread_barrier_destroy(&begun);
+    pthread_barrier_destroy(&done);
 }
 #else
 enum { THREADED = 0 };

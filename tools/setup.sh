@@ -7,6 +7,8 @@
 #   cc        a C compiler                   sleef   the SLEEF vector maths library
 #   cxx       a C++ compiler                 arm64   cross compiler and emulator for AArch64 (NEON)
 #   lint      clang, clang-tidy, cppcheck    arm     the same for Cortex-M
+#   analyse   valgrind, scan-build, clang's  coverage  clang-19 and its llvm-cov
+#             sanitizers
 #
 # Missing system packages come through apt-get: as root, else with sudo. Where neither is allowed
 # the exact command is printed and the status is 1.
@@ -88,8 +90,18 @@ check() {
             have clang-tidy || want clang-tidy
             have cppcheck || want cppcheck
             includes omp.h clang -fopenmp || want libomp-dev ;;
+        analyse)
+            have valgrind || want valgrind
+            have scan-build || want clang-tools
+            printf 'int main(void){return 0;}' | clang -fsanitize=memory -x c - -o /dev/null \
+                2>/dev/null || want clang libclang-rt-14-dev ;;
+        coverage)
+            have clang-19 || want clang-19
+            have llvm-cov-19 || want llvm-19
+            printf 'int main(void){return 0;}' | clang-19 -fprofile-instr-generate -x c - \
+                -o /dev/null 2>/dev/null || want libclang-rt-19-dev ;;
         *)
-            fail "no part '$1'; fix: one of python cc cxx sleef arm64 arm lint" ;;
+            fail "no part '$1'; fix: one of python cc cxx sleef arm64 arm lint analyse coverage" ;;
     esac
 }
 
