@@ -29,7 +29,7 @@ VALUES = {
     ctypes.c_uint64: (0, 1, 2**20, 2**40, FAR),
 }
 # Counts of what is read: with nothing to write, nothing overlaps, and a larger one is believed.
-COUNTS = {"batch", "seq_q", "parts"}
+COUNTS = {"batch", "seq_q", "parts", "max_blocks", "lengths"}
 
 
 class Walk:
@@ -202,6 +202,8 @@ def presets(walk: PlanWalk) -> Iterator[dict[str, Any]]:
     yield {"seq_q": 0}
     yield {"heads_q": 0}
     yield {"isa": 1, "seq_kv": 0}
+    ends = ("actual_seq_lengths", "actual_seq_lengths_query", "actual_seq_lengths_kv")
+    yield {"batch": 0, **dict.fromkeys(ends)}
     if {"value", "key"} <= names:
         same = {"key_stride": (900, 800, 700), "value_stride": (900, 800, 700)}
         yield {"value": now["key"], "block_table": None, **same}
@@ -303,7 +305,7 @@ def walk_plan(call: helpers_every.Call, seed: int, drawn: int) -> Counter:
     walk.together(rng, drawn)
     vast(walk, rng, drawn)
     for i, fields in enumerate(presets(walk)):
-        if MANY and (i + seed) % 8 == 0:
+        if MANY and (i < 6 or (i + seed) % 8 == 0):
             walk.after(fields)
     if seed < 4:
         odd(call)

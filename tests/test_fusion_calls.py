@@ -734,7 +734,7 @@ def test_bsh_is_the_memory_of_bsnd():
 def test_what_was_in_the_workspace_enters_no_arithmetic(name, isa, control):
     """Scores that no row of a panel sees were not computed, but capped all the same: a signalling
     NaN of the workspace raised the invalid-operation flag, which some callers trap."""
-    shape = Shape(lens_q=(40,), lens_kv=(150,), mode=3, mask="formula", softcap=5.0, seed=3)
+    shape = Shape(lens_q=(60,), lens_kv=(60,), mode=3, mask="formula", softcap=5.0, seed=3)
     case = make_case(kernel(name), shape)
     k, outputs = kernel(name), case.outputs()
     fields = {**case.inputs(), **case.sizes(), **outputs, "isa": k.isas()[isa]}
