@@ -454,6 +454,8 @@ def walk_parts(name: str, drawn: int) -> Counter:
         walk.ask()
         walk.alone()
         walk.together(rng, drawn)
+    walk.put_all({"batch": INT_MAX, "seq_q": INT_MAX})  # as large as no memory is
+    assert walk.ask() != 0
     kernel._c_merge_parts(None, ctypes.byref(walk.error))
     assert walk.error.argument == kernel.constants["HL_ARG_PARTS"]
     return walk.seen

@@ -730,7 +730,7 @@ def test_bsh_is_the_memory_of_bsnd():
     assert_same(outputs, want)
 
 
-@by_pair("f32_all")
+@by_pair("f32_all", "bf16_all")
 def test_what_was_in_the_workspace_enters_no_arithmetic(name, isa, control):
     """Scores that no row of a panel sees were not computed, but capped all the same: a signalling
     NaN of the workspace raised the invalid-operation flag, which some callers trap."""
