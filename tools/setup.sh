@@ -7,8 +7,10 @@
 #   cc        a C compiler                   sleef   the SLEEF vector maths library
 #   cxx       a C++ compiler                 arm64   cross compiler and emulator for AArch64 (NEON)
 #   lint      clang, clang-tidy, cppcheck    arm     the same for Cortex-M
-#   analyse   valgrind, scan-build, clang's  coverage  clang-19 and its llvm-cov
-#             sanitizers
+#   compilers a newer Clang, to compare bits
+#   fuzz      clang with libFuzzer
+#   analyse   valgrind, scan-build, clang's sanitizers
+#   coverage  clang-19 and its llvm-cov
 #
 # Missing system packages come through apt-get: as root, else with sudo. Where neither is allowed
 # the exact command is printed and the status is 1.
@@ -32,6 +34,13 @@ includes() {
     header=$1
     shift
     printf '#include <%s>\n' "$header" | "$@" -E -x c - >/dev/null 2>&1
+}
+
+# Does clang have libFuzzer and the sanitizers' libraries?
+fuzzes() {
+    printf 'int LLVMFuzzerTestOneInput(const void *, unsigned long);\nint LLVMFuzzerTestOneInput(%s)%s\n' \
+        'const void *data, unsigned long size' '{ (void)data; (void)size; return 0; }' |
+        clang -fsanitize=fuzzer,address,undefined -x c - -o /dev/null 2>/dev/null
 }
 
 # want PACKAGE...: adds them to what is missing, once each.
@@ -90,6 +99,10 @@ check() {
             have clang-tidy || want clang-tidy
             have cppcheck || want cppcheck
             includes omp.h clang -fopenmp || want libomp-dev ;;
+        compilers)
+            have clang-19 || want clang-19 ;;
+        fuzz)
+            fuzzes || want clang libclang-rt-14-dev ;;
         analyse)
             have valgrind || want valgrind
             have scan-build || want clang-tools
@@ -101,7 +114,7 @@ check() {
             printf 'int main(void){return 0;}' | clang-19 -fprofile-instr-generate -x c - \
                 -o /dev/null 2>/dev/null || want libclang-rt-19-dev ;;
         *)
-            fail "no part '$1'; fix: one of python cc cxx sleef arm64 arm lint analyse coverage" ;;
+            fail "no part '$1'; fix: one of python cc cxx sleef arm64 arm lint compilers fuzz analyse coverage" ;;
     esac
 }
 
