@@ -3374,12 +3374,17 @@ HL_KERNEL_SCALAR void hl_fa_bf16_d128_scores_scalar(const float *panels, const f
                                                     const hl_seen *seen)
 {
     enum { W = 2 * 1, SLICE = 128 };
-    enum { KS = 128 };
+    enum { KS = 128, L = 1 };
     for (int32_t p = 0; p < columns; p += W) {
         const int32_t width = columns - p < W ? columns - p : W;
         const int32_t begin = seen != NULL ? hl_clip(seen->low[p] - seen->at, 0, n) : 0;
         const int32_t end = seen != NULL
             ? hl_clip(seen->high[p + width - 1] - seen->at, begin, n) : n;
+        for (int32_t j = 0; j < n; ++j) { /* what nobody sees meets a bias before it is hidden */
+            for (int32_t c = 0; (j < begin || j >= end) && c < width; c += L) {
+                hl_vstore_scalar(s + (ptrdiff_t)j * columns + p + c, hl_vzero_scalar());
+            }
+        }
         for (int32_t c0 = 0; c0 < channels; c0 += SLICE) {
             const int32_t left = channels - c0;
             hl_fa_bf16_d128_score_panel_scalar(panels + (ptrdiff_t)p * channels + (ptrdiff_t)c0
@@ -4223,12 +4228,17 @@ HL_KERNEL_NEON void hl_fa_bf16_d128_scores_neon(const float *panels, const float
                                                 float scale, const hl_seen *seen)
 {
     enum { W = 2 * 4, SLICE = 128 };
-    enum { KS = 128 };
+    enum { KS = 128, L = 4 };
     for (int32_t p = 0; p < columns; p += W) {
         const int32_t width = columns - p < W ? columns - p : W;
         const int32_t begin = seen != NULL ? hl_clip(seen->low[p] - seen->at, 0, n) : 0;
         const int32_t end = seen != NULL
             ? hl_clip(seen->high[p + width - 1] - seen->at, begin, n) : n;
+        for (int32_t j = 0; j < n; ++j) { /* what nobody sees meets a bias before it is hidden */
+            for (int32_t c = 0; (j < begin || j >= end) && c < width; c += L) {
+                hl_vstore_neon(s + (ptrdiff_t)j * columns + p + c, hl_vzero_neon());
+            }
+        }
         for (int32_t c0 = 0; c0 < channels; c0 += SLICE) {
             const int32_t left = channels - c0;
             hl_fa_bf16_d128_score_panel_neon(panels + (ptrdiff_t)p * channels + (ptrdiff_t)c0
@@ -5090,12 +5100,17 @@ HL_KERNEL_AVX2 void hl_fa_bf16_d128_scores_avx2(const float *panels, const float
                                                 float scale, const hl_seen *seen)
 {
     enum { W = 2 * 8, SLICE = 128 };
-    enum { KS = 128 };
+    enum { KS = 128, L = 8 };
     for (int32_t p = 0; p < columns; p += W) {
         const int32_t width = columns - p < W ? columns - p : W;
         const int32_t begin = seen != NULL ? hl_clip(seen->low[p] - seen->at, 0, n) : 0;
         const int32_t end = seen != NULL
             ? hl_clip(seen->high[p + width - 1] - seen->at, begin, n) : n;
+        for (int32_t j = 0; j < n; ++j) { /* what nobody sees meets a bias before it is hidden */
+            for (int32_t c = 0; (j < begin || j >= end) && c < width; c += L) {
+                hl_vstore_avx2(s + (ptrdiff_t)j * columns + p + c, hl_vzero_avx2());
+            }
+        }
         for (int32_t c0 = 0; c0 < channels; c0 += SLICE) {
             const int32_t left = channels - c0;
             hl_fa_bf16_d128_score_panel_avx2(panels + (ptrdiff_t)p * channels + (ptrdiff_t)c0
@@ -6111,12 +6126,17 @@ HL_KERNEL_AVX512 void hl_fa_bf16_d128_scores_avx512(const float *panels, const f
                                                     const hl_seen *seen)
 {
     enum { W = 2 * 16, SLICE = 128 };
-    enum { KS = 128 };
+    enum { KS = 128, L = 16 };
     for (int32_t p = 0; p < columns; p += W) {
         const int32_t width = columns - p < W ? columns - p : W;
         const int32_t begin = seen != NULL ? hl_clip(seen->low[p] - seen->at, 0, n) : 0;
         const int32_t end = seen != NULL
             ? hl_clip(seen->high[p + width - 1] - seen->at, begin, n) : n;
+        for (int32_t j = 0; j < n; ++j) { /* what nobody sees meets a bias before it is hidden */
+            for (int32_t c = 0; (j < begin || j >= end) && c < width; c += L) {
+                hl_vstore_avx512(s + (ptrdiff_t)j * columns + p + c, hl_vzero_avx512());
+            }
+        }
         for (int32_t c0 = 0; c0 < channels; c0 += SLICE) {
             const int32_t left = channels - c0;
             hl_fa_bf16_d128_score_panel_avx512(panels + (ptrdiff_t)p * channels + (ptrdiff_t)c0

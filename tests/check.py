@@ -990,10 +990,14 @@ def main(arguments: list[str]) -> int:
     unknown = set(options.rules) - set(rules)
     if unknown:
         parser.error(f"no rule {', '.join(sorted(unknown))}; fix: one of {' '.join(rules)}")
-    chosen = [rules[name] for name in options.rules or rules]
+    return run_rules([rules[name] for name in options.rules or rules], options.jobs)
+
+
+def run_rules(chosen: list[Callable[[], Iterator[Check]]], jobs: int) -> int:
+    """Runs them, prints what they say; the exit status."""
     WORK.mkdir(parents=True, exist_ok=True)
     CACHE.mkdir(parents=True, exist_ok=True)
-    with ThreadPoolExecutor(options.jobs) as pool:
+    with ThreadPoolExecutor(jobs) as pool:
         begun = [(rule, begin(rule, pool)) for rule in chosen]  # no rule waits for another's last
         results = [finish(*one) for one in begun]
     passed, failed = (sum(column) for column in zip(*results, strict=True))

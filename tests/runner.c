@@ -5,6 +5,9 @@
  *
  *     cc -DKERNEL=name -DOPERATOR=its_operator runner.c        header.h beside it
  *     -DWITHOUT_MERGES: of an operator whose tasks have nothing to merge, and no partials
+ *     -DFROM_HEAP: buffers of exactly their bytes from malloc, for tools that watch the heap
+ *     -DWORKERS=16: tasks and merges on so many threads, task i on thread i % 16; -DRACY: all of
+ *     them in one workspace, which TSan has to notice
  *     runner calls results
  *
  * A file of calls: count, then for each call: size of args, mode, pieces; args; for each piece its
@@ -15,6 +18,19 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <unistd.h>
+
+#if defined(WORKERS)
+#include <pthread.h>
+#endif
+#if defined(__has_feature)
+#if __has_feature(memory_sanitizer)
+#include <sanitizer/msan_interface.h>
+#define POISON(start, bytes) __msan_poison((start), (bytes))
+#endif
+#endif
+#if !defined(POISON)
+#define POISON(start, bytes) ((void)0) /* what is not written yet is told to MSan only */
+#endif
 
 #include "header.h"
 
@@ -59,6 +75,18 @@ static piece room(size_t bytes, int64_t mode)
     p.bytes = bytes;
     p.offset = -1;
     p.written = 1;
+#if defined(FROM_HEAP)
+    (void)mode;
+    (void)i;
+    p.inner = 0;
+    p.map = malloc(bytes);
+    p.start = p.map;
+    if (p.map == NULL) {
+        stop("no memory");
+    }
+    POISON(p.start, bytes);
+    return p;
+#endif
     p.inner = (bytes + page - 1) / page * page;
     p.map = mmap(NULL, p.inner + 2 * page, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (p.map == MAP_FAILED
@@ -78,6 +106,10 @@ static piece room(size_t bytes, int64_t mode)
 static void leave(piece *p)
 {
     size_t i;
+#if defined(FROM_HEAP)
+    free(p->map);
+    return;
+#endif
     for (i = 0; i < p->inner; ++i) {
         const unsigned char *const at = p->map + page + i;
         if ((at < p->start || at >= p->start + p->bytes) && *at != CANARY) {
@@ -92,15 +124,89 @@ static void set_pointer(args_t *args, int64_t offset, void *value)
     memcpy((unsigned char *)args + offset, &value, sizeof value);
 }
 
+#if defined(WORKERS)
+enum { THREADED = 1 };
+static pthread_barrier_t begun, done; /* two: who wakes late at one is not to learn from the other */
+
+typedef struct worker {
+    const plan_t *plan;
+    void *workspace;
+    int64_t number;
+} worker;
+
+static void *work(void *own)
+{
+    const worker *const w = own;
+    int64_t i;
+    pthread_barrier_wait(&begun);
+    for (i = w->number; i < w->plan->n_tasks; i += WORKERS) {
+        JOIN(KERNEL, _task)(w->plan, i, w->workspace);
+    }
+    pthread_barrier_wait(&done);
+#ifndef WITHOUT_MERGES
+    for (i = w->number; i < w->plan->n_merges; i += WORKERS) {
+        JOIN(KERNEL, _merge)(w->plan, i);
+    }
+#endif
+    return NULL;
+}
+
+static void run_plan(const plan_t *plan, int64_t mode)
+{
+    pthread_t thread[WORKERS];
+    worker all[WORKERS];
+    piece workspace[WORKERS];
+    int i;
+    pthread_barrier_init(&begun, NULL, WORKERS);
+    pthread_barrier_init(&done, NULL, WORKERS);
+    for (i = 0; i < WORKERS; ++i) {
+        workspace[i] = room(plan->task_bytes, mode);
+        all[i].plan = plan;
+        all[i].number = i;
+#if defined(RACY)
+        all[i].workspace = workspace[0].start;
+#else
+        all[i].workspace = workspace[i].start;
+#endif
+        if (pthread_create(&thread[i], NULL, work, &all[i]) != 0) {
+            stop("no thread");
+        }
+    }
+    for (i = 0; i < WORKERS; ++i) {
+        pthread_join(thread[i], NULL);
+    }
+    for (i = 0; i < WORKERS; ++i) {
+        leave(&workspace[i]);
+    }
+    pthread_barrier_destroy(&begun);
+    pthread_barrier_destroy(&done);
+}
+#else
+enum { THREADED = 0 };
+
+static void run_plan(const plan_t *plan, int64_t mode)
+{
+    piece workspace = room(plan->task_bytes, mode);
+    int64_t i;
+    for (i = plan->n_tasks - 1; i >= 0; --i) {
+        JOIN(KERNEL, _task)(plan, i, workspace.start);
+    }
+#ifndef WITHOUT_MERGES
+    for (i = plan->n_merges - 1; i >= 0; --i) {
+        JOIN(KERNEL, _merge)(plan, i);
+    }
+#endif
+    leave(&workspace);
+}
+#endif
+
 static hl_status call(args_t *args, int64_t mode)
 {
-    piece workspace;
 #ifndef WITHOUT_MERGES
     piece partials = room(0, mode);
 #endif
     plan_t plan;
     hl_error error;
-    int64_t i;
     hl_status status = JOIN(KERNEL, _plan)(&plan, args, &error);
     if (status != HL_OK) {
         return status;
@@ -114,21 +220,13 @@ static hl_status call(args_t *args, int64_t mode)
         status = JOIN(KERNEL, _plan)(&plan, args, &error);
     }
 #endif
-    if (status == HL_OK && mode & BY_TASK) {
-        workspace = room(plan.task_bytes, mode);
-        for (i = plan.n_tasks - 1; i >= 0; --i) {
-            JOIN(KERNEL, _task)(&plan, i, workspace.start);
-        }
-#ifndef WITHOUT_MERGES
-        for (i = plan.n_merges - 1; i >= 0; --i) {
-            JOIN(KERNEL, _merge)(&plan, i);
-        }
-#endif
-    } else {
-        workspace = room(JOIN(KERNEL, _workspace_bytes)(args), mode);
+    if (status == HL_OK && (THREADED || mode & BY_TASK)) {
+        run_plan(&plan, mode);
+    } else if (status == HL_OK) {
+        piece workspace = room(JOIN(KERNEL, _workspace_bytes)(args), mode);
         status = KERNEL(args, workspace.start, workspace.bytes, &error);
+        leave(&workspace);
     }
-    leave(&workspace);
 #ifndef WITHOUT_MERGES
     leave(&partials);
 #endif

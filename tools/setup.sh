@@ -9,6 +9,8 @@
 #   lint      clang, clang-tidy, cppcheck    arm     the same for Cortex-M
 #   compilers a newer Clang, to compare bits
 #   fuzz      clang with libFuzzer
+#   analyse   valgrind, scan-build, clang's sanitizers
+#   coverage  clang-19 and its llvm-cov
 #
 # Missing system packages come through apt-get: as root, else with sudo. Where neither is allowed
 # the exact command is printed and the status is 1.
@@ -101,8 +103,18 @@ check() {
             have clang-19 || want clang-19 ;;
         fuzz)
             fuzzes || want clang libclang-rt-14-dev ;;
+        analyse)
+            have valgrind || want valgrind
+            have scan-build || want clang-tools
+            printf 'int main(void){return 0;}' | clang -fsanitize=memory -x c - -o /dev/null \
+                2>/dev/null || want clang libclang-rt-14-dev ;;
+        coverage)
+            have clang-19 || want clang-19
+            have llvm-cov-19 || want llvm-19
+            printf 'int main(void){return 0;}' | clang-19 -fprofile-instr-generate -x c - \
+                -o /dev/null 2>/dev/null || want libclang-rt-19-dev ;;
         *)
-            fail "no part '$1'; fix: one of python cc cxx sleef arm64 arm lint compilers fuzz" ;;
+            fail "no part '$1'; fix: one of python cc cxx sleef arm64 arm lint compilers fuzz analyse coverage" ;;
     esac
 }
 
