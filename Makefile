@@ -10,7 +10,7 @@ DEMO_NAME := hl_sparse_flash_attention_bf16_d512_rope64
 DEMO_SPEC := --op sparse_flash_attention --dtype bf16 --dk 512 --rope 64
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-embedded test guard check bench bench-peers examples headers clean determinism compilers accuracy fuzz sanitize analyse coverage
+.PHONY: help demo demo-embedded test guard check bench bench-peers examples headers clean determinism compilers accuracy fuzz sanitize analyse coverage wide
 REPEATS   ?= 1000
 
 help: ## this list
@@ -29,7 +29,7 @@ demo-embedded: ## the same in small, as firmware for a Cortex-M4F under qemu
 	$(PYTHON) examples/embedded/run.py
 
 test: ## all tests, the examples, the firmware
-	@$(SETUP) python cc cxx sleef arm64 arm lint fuzz analyse
+	@$(SETUP) python cc cxx sleef arm64 arm wide lint fuzz analyse
 	$(PYTHON) -m pytest tests -n $(JOBS) --dist loadfile
 
 guard: ## every shipped header between pages that may not be touched: the whole sweep, with counts
@@ -37,6 +37,10 @@ guard: ## every shipped header between pages that may not be touched: the whole 
 	@rm -rf build/guard
 	HEADLIGHT_GUARD=full $(PYTHON) -m pytest tests/test_guard*.py -n $(JOBS) --dist worksteal
 	@PYTHONPATH=.:tests $(PYTHON) tests/helpers_guard.py
+
+wide: ## every header on 32-bit x86 and Arm and on big-endian s390x (test has some of each)
+	@$(SETUP) python cc wide
+	HEADLIGHT_WIDE=all $(PYTHON) -m pytest tests/test_wide.py -n $(JOBS)
 
 check: ## what must hold of the product: same bytes, strict compiles, names, stack, linters
 	@$(SETUP) python cc cxx arm64 arm lint

@@ -373,7 +373,8 @@ enum {
 #define HL_STACK_BYTES_AVX512 6144
 #define HL_FRAME_BYTES_AMX 8192
 #define HL_STACK_BYTES_AMX 8192
-/* As GCC and Clang compile it from -O1 up. Without optimisation vector code takes far more. */
+/* As GCC and Clang compile it with -O1, -O2 and -Os; with -O3 up to twice as much. Without
+ * optimisation vector code takes far more. */
 
 /* Writes one sentence about the error into text (always ended by a 0 byte) and returns text; 160
  * bytes are enough. With HL_NO_TEXT defined the program holds no words: text is empty. */
@@ -2878,8 +2879,9 @@ HL_OWN_FRAME hl_status hl_fa_bf16_d128_check_memory(hl_fusion_attention_args *a,
     const uint64_t rows = hl_mul_cap(all_rows, 4u);
     const uint64_t stats = hl_mul_cap(rows, (uint64_t)a->stats_width);
     const uint64_t elements = hl_mul_cap(pairs, (uint64_t)n1);
-    const uint64_t drop = a->dropout_mask != NULL && a->keep_prob < 1.0f ? elements / 8u
-                          + (elements % 8u != 0) : 0;
+    const uint64_t bits = elements / 8u + (elements % 8u != 0);
+    const uint64_t drop = a->dropout_mask == NULL || a->keep_prob >= 1.0f ? 0
+                          : elements == UINT64_MAX ? elements : bits; /* 2^64 fit nowhere */
     const uint64_t mask =
         hl_mul_cap(hl_mul_cap((uint64_t)a->mask_batch * (uint64_t)a->mask_heads,
                               (uint64_t)a->mask_rows), (uint64_t)a->mask_width);
@@ -3821,10 +3823,10 @@ HL_KERNEL_SCALAR void hl_fa_bf16_d128_add_seen_scalar(const hl_fusion_attention_
 }
 
 /* One block of keys: load, score, mask, softmax, dropout, value. */
-HL_KERNEL_SCALAR void hl_fa_bf16_d128_block_scalar(const hl_fusion_attention_plan *plan,
-                                                   const hl_span *g, const hl_fa_bf16_d128_space *w,
-                                                   const hl_state *t, int32_t columns, int32_t j0,
-                                                   int32_t n, int32_t kinds)
+HL_OWN_FRAME void hl_fa_bf16_d128_block_scalar(const hl_fusion_attention_plan *plan,
+                                               const hl_span *g, const hl_fa_bf16_d128_space *w,
+                                               const hl_state *t, int32_t columns, int32_t j0,
+                                               int32_t n, int32_t kinds)
 {
     enum { DK = 128, DV = 128, OC = 128 };
     const hl_fusion_attention_args *const a = &plan->args;

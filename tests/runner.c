@@ -1,13 +1,15 @@
 /* Runs recorded calls of one kernel: every buffer between pages that may not be touched, workspace
  * and partials of exactly the bytes asked for. Compiled for other processors and run under qemu,
- * or with sanitizers. Struct layouts are those of the machine that wrote the file (64 bit, little
- * endian, as here).
+ * or with sanitizers. All numbers of the file, and the args in it, are laid out as on the machine
+ * that runs this (helpers_wide.py).
  *
  *     cc -DKERNEL=name -DOPERATOR=its_operator runner.c        header.h beside it
  *     -DWITHOUT_MERGES: of an operator whose tasks have nothing to merge, and no partials
  *     -DFROM_HEAP: buffers of exactly their bytes from malloc, for tools that watch the heap
  *     -DWORKERS=16: tasks and merges on so many threads, task i on thread i % 16; -DRACY: all of
  *     them in one workspace, which TSan has to notice
+ *     -DENVIRONMENT: registers and control words are looked at after each call (environment.c
+ *     beside it); -DSPOIL=function: and that function called behind each, which is to be noticed
  *     runner calls results
  *
  * A file of calls: count, then for each call: size of args, mode, pieces; args; for each piece its
@@ -40,7 +42,7 @@
 typedef JOIN(OPERATOR, _args) args_t;
 typedef JOIN(OPERATOR, _plan) plan_t;
 
-enum { BY_TASK = 1, PARTIALS = 2, FLUSH_LEFT = 4, CANARY = 0xC3, PIECES = 32 };
+enum { BY_TASK = 1, PARTIALS = 2, FLUSH_LEFT = 4, FLUSH_TO_ZERO = 8, CANARY = 0xC3, PIECES = 32 };
 
 typedef struct piece {
     unsigned char *map;   /* with a forbidden page on both sides */
@@ -124,6 +126,43 @@ static void set_pointer(args_t *args, int64_t offset, void *value)
     memcpy((unsigned char *)args + offset, &value, sizeof value);
 }
 
+#if defined(ENVIRONMENT)
+#include "environment.c"
+
+/* A call of the kernel's, with a full set of registers. */
+static int64_t enter(void *function, void *x, void *y, void *z, void *u, int64_t mode)
+{
+    void *const arguments[4] = {x, y, z, u};
+    env_report report;
+#if defined(__x86_64__)
+    const uint64_t control = mode & FLUSH_TO_ZERO ? 0x9fc0u : 0x1f80u;
+#else
+    const uint64_t control = mode & FLUSH_TO_ZERO ? 0x1000000u : 0u;
+#endif
+    int wrong = env_call(function, arguments, control, &report);
+#if defined(SPOIL)
+    env_report other;
+    wrong |= env_call((void *)SPOIL, arguments, control, &other);
+#endif
+    if (wrong != 0) {
+        fprintf(stderr, "runner: environment %d\n", wrong);
+        exit(5);
+    }
+    return (int32_t)report.result;
+}
+#define ENTER(function, x, y, z, u) \
+    enter((void *)(function), (void *)(x), (void *)(y), (void *)(z), (void *)(u), mode)
+#define PLAN(plan, args, error) (hl_status)ENTER(JOIN(KERNEL, _plan), plan, args, error, NULL)
+#define TASK(plan, i, space) (void)ENTER(JOIN(KERNEL, _task), plan, (intptr_t)(i), space, NULL)
+#define MERGE(plan, i) (void)ENTER(JOIN(KERNEL, _merge), plan, (intptr_t)(i), NULL, NULL)
+#define CALL(args, space, bytes, error) (hl_status)ENTER(KERNEL, args, space, bytes, error)
+#else
+#define PLAN(plan, args, error) JOIN(KERNEL, _plan)((plan), (args), (error))
+#define TASK(plan, i, space) JOIN(KERNEL, _task)((plan), (i), (space))
+#define MERGE(plan, i) JOIN(KERNEL, _merge)((plan), (i))
+#define CALL(args, space, bytes, error) KERNEL((args), (space), (bytes), (error))
+#endif
+
 #if defined(WORKERS)
 enum { THREADED = 1 };
 static pthread_barrier_t begun, done; /* two: who wakes late at one is not to learn from the other */
@@ -189,11 +228,11 @@ static void run_plan(const plan_t *plan, int64_t mode)
     piece workspace = room(plan->task_bytes, mode);
     int64_t i;
     for (i = plan->n_tasks - 1; i >= 0; --i) {
-        JOIN(KERNEL, _task)(plan, i, workspace.start);
+        TASK(plan, i, workspace.start);
     }
 #ifndef WITHOUT_MERGES
     for (i = plan->n_merges - 1; i >= 0; --i) {
-        JOIN(KERNEL, _merge)(plan, i);
+        MERGE(plan, i);
     }
 #endif
     leave(&workspace);
@@ -207,7 +246,7 @@ static hl_status call(args_t *args, int64_t mode)
 #endif
     plan_t plan;
     hl_error error;
-    hl_status status = JOIN(KERNEL, _plan)(&plan, args, &error);
+    hl_status status = PLAN(&plan, args, &error);
     if (status != HL_OK) {
         return status;
     }
@@ -217,14 +256,14 @@ static hl_status call(args_t *args, int64_t mode)
         partials = room(plan.split_bytes, mode);
         args->partials = partials.start;
         args->partials_bytes = partials.bytes;
-        status = JOIN(KERNEL, _plan)(&plan, args, &error);
+        status = PLAN(&plan, args, &error);
     }
 #endif
     if (status == HL_OK && (THREADED || mode & BY_TASK)) {
         run_plan(&plan, mode);
     } else if (status == HL_OK) {
         piece workspace = room(JOIN(KERNEL, _workspace_bytes)(args), mode);
-        status = KERNEL(args, workspace.start, workspace.bytes, &error);
+        status = CALL(args, workspace.start, workspace.bytes, &error);
         leave(&workspace);
     }
 #ifndef WITHOUT_MERGES

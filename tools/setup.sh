@@ -7,6 +7,7 @@
 #   cc        a C compiler                   sleef   the SLEEF vector maths library
 #   cxx       a C++ compiler                 arm64   cross compiler and emulator for AArch64 (NEON)
 #   lint      clang, clang-tidy, cppcheck    arm     the same for Cortex-M
+#   wide      the same for 32-bit x86 and Arm, and for s390x, which is big-endian
 #   compilers a newer Clang, to compare bits
 #   fuzz      clang with libFuzzer
 #   analyse   valgrind, scan-build, clang's sanitizers
@@ -94,6 +95,14 @@ check() {
             includes stdio.h arm-none-eabi-gcc --specs=picolibc.specs ||
                 want picolibc-arm-none-eabi
             have qemu-system-arm || want qemu-system-arm ;;
+        wide)
+            for target in i686-linux-gnu:i386 arm-linux-gnueabihf:armhf s390x-linux-gnu:s390x; do
+                tool=${target%:*}
+                library=libc6-dev-${target#*:}-cross
+                have "$tool-gcc" || want "gcc-$tool" "$library"
+                includes stdio.h "$tool-gcc" || want "$library"
+            done
+            have qemu-arm && have qemu-s390x || want qemu-user ;;
         lint)
             have clang && have clang++ || want clang
             have clang-tidy || want clang-tidy
@@ -114,7 +123,8 @@ check() {
             printf 'int main(void){return 0;}' | clang-19 -fprofile-instr-generate -x c - \
                 -o /dev/null 2>/dev/null || want libclang-rt-19-dev ;;
         *)
-            fail "no part '$1'; fix: one of python cc cxx sleef arm64 arm lint compilers fuzz analyse coverage" ;;
+            fail "no part '$1'; fix: one of python cc cxx sleef arm64 arm wide lint compilers fuzz" \
+                "analyse coverage" ;;
     esac
 }
 
