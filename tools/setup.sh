@@ -7,6 +7,7 @@
 #   cc        a C compiler                   sleef   the SLEEF vector maths library
 #   cxx       a C++ compiler                 arm64   cross compiler and emulator for AArch64 (NEON)
 #   lint      clang, clang-tidy, cppcheck    arm     the same for Cortex-M
+#   compilers a newer Clang, to compare bits
 #   fuzz      clang with libFuzzer
 #
 # Missing system packages come through apt-get: as root, else with sudo. Where neither is allowed
@@ -96,10 +97,12 @@ check() {
             have clang-tidy || want clang-tidy
             have cppcheck || want cppcheck
             includes omp.h clang -fopenmp || want libomp-dev ;;
+        compilers)
+            have clang-19 || want clang-19 ;;
         fuzz)
             fuzzes || want clang libclang-rt-14-dev ;;
         *)
-            fail "no part '$1'; fix: one of python cc cxx sleef arm64 arm lint fuzz" ;;
+            fail "no part '$1'; fix: one of python cc cxx sleef arm64 arm lint compilers fuzz" ;;
     esac
 }
 
