@@ -7,6 +7,7 @@ A target is one program for all headers of an operator. glue() writes what its C
 of them: tables of the structs' fields, and wrappers of the functions.
 """
 
+import functools
 import hashlib
 import json
 import lzma
@@ -156,6 +157,7 @@ def fields_of(parsed: bind.HeaderText, of: str, path: str = "") -> list[Field]:
     return made
 
 
+@functools.cache
 def all_slots() -> list[str]:
     """Every field of every args struct that is shipped, and the two more numbers of strides."""
     names: dict[str, bool] = {}  # -> whether it is a stride
