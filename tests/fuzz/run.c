@@ -562,7 +562,7 @@ static double bound_of(const call *c, const span *s, double x)
     const int64_t *const v = c->v;
     const kernel *const k = c->q->of;
     const double magnitude = x < 0 ? -x : x;
-    const double scale = V(scale_value) != 0 || k->family == SPARSE || k->family == RECORDS
+    const double scale = float_of(V(scale_value)) != 0 || k->family == SPARSE || k->family == RECORDS
                          ? (double)float_of(V(scale_value)) : 1.0;
     const double kept = float_of(V(keep_prob)) > 0 ? (double)float_of(V(keep_prob)) : 1.0;
     const double score = (scale < 0 ? -scale : scale) * c->size.q_sum * c->size.k_most
