@@ -3809,7 +3809,7 @@ HL_KERNEL_SCALAR void hl_fa_bf16_d128_add_seen_scalar(const hl_fusion_attention_
     for (int32_t q = 0; q < g->n; ++q) {
         if (hl_fa_bf16_d128_sees(&plan->args, g, q, j)) {
             for (int32_t c = 0; c < DV; ++c) {
-                o[(ptrdiff_t)q * OS + c] += p[q] * w->row[c];
+                o[(ptrdiff_t)q * OS + c] += hl_product(p[q], w->row[c]);
             }
         }
     }
@@ -4702,7 +4702,7 @@ HL_KERNEL_NEON void hl_fa_bf16_d128_add_seen_neon(const hl_fusion_attention_plan
     for (int32_t q = 0; q < g->n; ++q) {
         if (hl_fa_bf16_d128_sees(&plan->args, g, q, j)) {
             for (int32_t c = 0; c < DV; ++c) {
-                o[(ptrdiff_t)q * OS + c] += p[q] * w->row[c];
+                o[(ptrdiff_t)q * OS + c] += hl_product(p[q], w->row[c]);
             }
         }
     }
@@ -5535,7 +5535,7 @@ HL_KERNEL_AVX2 void hl_fa_bf16_d128_add_seen_avx2(const hl_fusion_attention_plan
     for (int32_t q = 0; q < g->n; ++q) {
         if (hl_fa_bf16_d128_sees(&plan->args, g, q, j)) {
             for (int32_t c = 0; c < DV; ++c) {
-                o[(ptrdiff_t)q * OS + c] += p[q] * w->row[c];
+                o[(ptrdiff_t)q * OS + c] += hl_product(p[q], w->row[c]);
             }
         }
     }
@@ -7000,7 +7000,7 @@ HL_KERNEL_AVX512 void hl_fa_bf16_d128_add_seen_avx512(const hl_fusion_attention_
     for (int32_t q = 0; q < g->n; ++q) {
         if (hl_fa_bf16_d128_sees(&plan->args, g, q, j)) {
             for (int32_t c = 0; c < DV; ++c) {
-                o[(ptrdiff_t)q * OS + c] += p[q] * w->row[c];
+                o[(ptrdiff_t)q * OS + c] += hl_product(p[q], w->row[c]);
             }
         }
     }

@@ -3490,7 +3490,7 @@ HL_KERNEL_SCALAR void hl_fa_f32_d64_pse_types_softcap_sinks_add_seen_scalar(
     for (int32_t q = 0; q < g->n; ++q) {
         if (hl_fa_f32_d64_pse_types_softcap_sinks_sees(&plan->args, g, q, j)) {
             for (int32_t c = 0; c < DV; ++c) {
-                o[(ptrdiff_t)q * OS + c] += p[q] * w->row[c];
+                o[(ptrdiff_t)q * OS + c] += hl_product(p[q], w->row[c]);
             }
         }
     }
@@ -4447,7 +4447,7 @@ HL_KERNEL_NEON void hl_fa_f32_d64_pse_types_softcap_sinks_add_seen_neon(
     for (int32_t q = 0; q < g->n; ++q) {
         if (hl_fa_f32_d64_pse_types_softcap_sinks_sees(&plan->args, g, q, j)) {
             for (int32_t c = 0; c < DV; ++c) {
-                o[(ptrdiff_t)q * OS + c] += p[q] * w->row[c];
+                o[(ptrdiff_t)q * OS + c] += hl_product(p[q], w->row[c]);
             }
         }
     }
@@ -5344,7 +5344,7 @@ HL_KERNEL_AVX2 void hl_fa_f32_d64_pse_types_softcap_sinks_add_seen_avx2(
     for (int32_t q = 0; q < g->n; ++q) {
         if (hl_fa_f32_d64_pse_types_softcap_sinks_sees(&plan->args, g, q, j)) {
             for (int32_t c = 0; c < DV; ++c) {
-                o[(ptrdiff_t)q * OS + c] += p[q] * w->row[c];
+                o[(ptrdiff_t)q * OS + c] += hl_product(p[q], w->row[c]);
             }
         }
     }
@@ -6868,7 +6868,7 @@ HL_KERNEL_AVX512 void hl_fa_f32_d64_pse_types_softcap_sinks_add_seen_avx512(
     for (int32_t q = 0; q < g->n; ++q) {
         if (hl_fa_f32_d64_pse_types_softcap_sinks_sees(&plan->args, g, q, j)) {
             for (int32_t c = 0; c < DV; ++c) {
-                o[(ptrdiff_t)q * OS + c] += p[q] * w->row[c];
+                o[(ptrdiff_t)q * OS + c] += hl_product(p[q], w->row[c]);
             }
         }
     }

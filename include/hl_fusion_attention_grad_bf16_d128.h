@@ -4013,7 +4013,7 @@ HL_KERNEL_SCALAR void hl_fag_bf16_d128_add_scalar(const hl_fusion_attention_grad
             const int32_t j = t->key + (t->of_keys ? u : r);
             const int32_t end = hl_fag_bf16_d128_sees(a, &t->g, p, j) ? channels : 0;
             for (int32_t c = 0; c < end; ++c) {
-                o[(ptrdiff_t)u * OS + c] += s[(ptrdiff_t)r * t->width + u] * row[c];
+                o[(ptrdiff_t)u * OS + c] += hl_product(s[(ptrdiff_t)r * t->width + u], row[c]);
             }
         }
     }
@@ -5172,7 +5172,7 @@ HL_KERNEL_NEON void hl_fag_bf16_d128_add_neon(const hl_fusion_attention_grad_pla
             const int32_t j = t->key + (t->of_keys ? u : r);
             const int32_t end = hl_fag_bf16_d128_sees(a, &t->g, p, j) ? channels : 0;
             for (int32_t c = 0; c < end; ++c) {
-                o[(ptrdiff_t)u * OS + c] += s[(ptrdiff_t)r * t->width + u] * row[c];
+                o[(ptrdiff_t)u * OS + c] += hl_product(s[(ptrdiff_t)r * t->width + u], row[c]);
             }
         }
     }
@@ -6271,7 +6271,7 @@ HL_KERNEL_AVX2 void hl_fag_bf16_d128_add_avx2(const hl_fusion_attention_grad_pla
             const int32_t j = t->key + (t->of_keys ? u : r);
             const int32_t end = hl_fag_bf16_d128_sees(a, &t->g, p, j) ? channels : 0;
             for (int32_t c = 0; c < end; ++c) {
-                o[(ptrdiff_t)u * OS + c] += s[(ptrdiff_t)r * t->width + u] * row[c];
+                o[(ptrdiff_t)u * OS + c] += hl_product(s[(ptrdiff_t)r * t->width + u], row[c]);
             }
         }
     }
@@ -7992,7 +7992,7 @@ HL_KERNEL_AVX512 void hl_fag_bf16_d128_add_avx512(const hl_fusion_attention_grad
             const int32_t j = t->key + (t->of_keys ? u : r);
             const int32_t end = hl_fag_bf16_d128_sees(a, &t->g, p, j) ? channels : 0;
             for (int32_t c = 0; c < end; ++c) {
-                o[(ptrdiff_t)u * OS + c] += s[(ptrdiff_t)r * t->width + u] * row[c];
+                o[(ptrdiff_t)u * OS + c] += hl_product(s[(ptrdiff_t)r * t->width + u], row[c]);
             }
         }
     }

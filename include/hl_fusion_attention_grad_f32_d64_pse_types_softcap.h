@@ -3698,7 +3698,7 @@ HL_KERNEL_SCALAR void hl_fag_f32_d64_pse_types_softcap_add_scalar(
             const int32_t end = hl_fag_f32_d64_pse_types_softcap_sees(a, &t->g, p, j) ? channels
                 : 0;
             for (int32_t c = 0; c < end; ++c) {
-                o[(ptrdiff_t)u * OS + c] += s[(ptrdiff_t)r * t->width + u] * row[c];
+                o[(ptrdiff_t)u * OS + c] += hl_product(s[(ptrdiff_t)r * t->width + u], row[c]);
             }
         }
     }
@@ -4928,7 +4928,7 @@ HL_KERNEL_NEON void hl_fag_f32_d64_pse_types_softcap_add_neon(
             const int32_t end = hl_fag_f32_d64_pse_types_softcap_sees(a, &t->g, p, j) ? channels
                 : 0;
             for (int32_t c = 0; c < end; ++c) {
-                o[(ptrdiff_t)u * OS + c] += s[(ptrdiff_t)r * t->width + u] * row[c];
+                o[(ptrdiff_t)u * OS + c] += hl_product(s[(ptrdiff_t)r * t->width + u], row[c]);
             }
         }
     }
@@ -6100,7 +6100,7 @@ HL_KERNEL_AVX2 void hl_fag_f32_d64_pse_types_softcap_add_avx2(
             const int32_t end = hl_fag_f32_d64_pse_types_softcap_sees(a, &t->g, p, j) ? channels
                 : 0;
             for (int32_t c = 0; c < end; ++c) {
-                o[(ptrdiff_t)u * OS + c] += s[(ptrdiff_t)r * t->width + u] * row[c];
+                o[(ptrdiff_t)u * OS + c] += hl_product(s[(ptrdiff_t)r * t->width + u], row[c]);
             }
         }
     }
@@ -7903,7 +7903,7 @@ HL_KERNEL_AVX512 void hl_fag_f32_d64_pse_types_softcap_add_avx512(
             const int32_t end = hl_fag_f32_d64_pse_types_softcap_sees(a, &t->g, p, j) ? channels
                 : 0;
             for (int32_t c = 0; c < end; ++c) {
-                o[(ptrdiff_t)u * OS + c] += s[(ptrdiff_t)r * t->width + u] * row[c];
+                o[(ptrdiff_t)u * OS + c] += hl_product(s[(ptrdiff_t)r * t->width + u], row[c]);
             }
         }
     }
