@@ -405,10 +405,11 @@ typedef struct hl_incre_flash_attention_args {
     const void *query;      /* required [B][S1][N1][DK]                                          */
     const void *key;        /* required [B][S2][N2][DK]; PA_BSND [num_blocks][block_size][N2][DK],
                              * PA_BNSD [num_blocks][N2][block_size][DK]                          */
-    const void *value;      /* the same with DV channels; NULL: the first DV channels of key     */
+    const void *value;      /* the same with DV channels; NULL: the first DV channels of key, of
+                             * codes by V's own antiquant numbers                                */
     const void *const *key_pages;   /* with the feature pages, in the place of key, value and
                                      * block_table: [B][max_blocks], where each block lies       */
-    const void *const *value_pages; /* NULL: the first DV channels of the keys                   */
+    const void *const *value_pages; /* NULL: the first DV channels of the keys, as value         */
     const void *pse_shift;  /* [pse_batch][N1][S1][pse_width] in the query's type: is added to
                              * scale_value * (q . k); column j is key row j of the batch         */
     const void *atten_mask; /* [mask_batch][mask_rows][mask_width] bytes; key rows of columns that

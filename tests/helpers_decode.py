@@ -925,7 +925,7 @@ def shapes(
     slots = paged and not pages and has(name, "slots") and either(False, False, True)
     modes = (CHANNEL, TENSOR, TOKEN) if coded else (CHANNEL,)
     dk, dv = header(name).kernels[0].dk, header(name).kernels[0].dv
-    alike = dv <= dk and formats_of(name) == ("", "")
+    alike = dv <= dk and formats_of(name) in (("", ""), ("i8", "i8"))
     quantised = either("none", "none", "none", "tensor", "channel")
     return Shape(
         lens=lens,

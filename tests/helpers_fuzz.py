@@ -673,8 +673,6 @@ def check_decode(d: Dumped) -> bool:
     paged = v["layout_kv"] in (bind_layout("PA_BSND"), bind_layout("PA_BNSD"))
     if paged and table is None:
         return False  # a list without entries is nothing to NumPy
-    if k.kv != k.dtype and "value" not in d.pieces:
-        return False  # the oracle's values are decoded keys, the kernel's have numbers of their own
     a = oracle_decode.Args(
         query=query,
         key=laid("key", v["layout_kv"]),

@@ -262,7 +262,7 @@ def rows(a: Args) -> Iterator[Row]:
             for n2 in range(a.heads_kv):
                 heads = slice(n2 * group, (n2 + 1) * group)
                 k, k_size = numbers_seen(a, 0, b, n2, columns, at)
-                if a.value is None:  # the first channels of the keys
+                if a.value is None and not is_codes(a.formats[1]):  # the first channels of the keys
                     v, v_size = k[:, : a.dv], k_size[:, : a.dv]
                 else:
                     v, v_size = numbers_seen(a, 1, b, n2, columns, at)

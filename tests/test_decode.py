@@ -47,7 +47,7 @@ def some(shape: Shape, **changes: object) -> Shape:
 def can_leave_value_out(name: str) -> bool:
     """Whether a key's first channels can be the value: stored alike, and enough of them."""
     widths = SPECS[name]["dk"], SPECS[name]["dv"]
-    return formats_of(name) == ("", "") and widths[1] <= widths[0]
+    return formats_of(name) in (("", ""), ("i8", "i8")) and widths[1] <= widths[0]
 
 
 def test_every_instruction_set_is_present():
