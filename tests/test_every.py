@@ -1,0 +1,720 @@
+"""Every shipped header on every instruction set: random calls against the float64 oracle, the same
+bits whichever way a call is made, and each argument out of its range, one at a time.
+
+What is asked of single operators, of odd shapes and of small kernels is in their own files; this is
+what all headers have to pass, and what tests/mutate.py runs first."""
+
+import ctypes
+import functools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import helpers_every as every
+import helpers_runner
+import numpy as np
+import pytest
+from helpers_cases import INT_MAX, INT_MIN
+from helpers_every import Call, by_pair, description, sized
+from helpers_memory import in_child
+from oracle import BSND, PA_BSND, TND
+from oracle_decode import BSH, PA_BNSD, TENSOR, TOKEN
+from oracle_fusion import BNSD, SBH, SLOPE
+from test_bad_input import OTHER_MACHINES_ISA
+
+from gen import bind
+
+SEED, COUNT = 7, 8  # random calls of each header
+CHUNK = 128  # the smallest number of keys that chunk_keys takes
+
+
+# ---- results ------------------------------------------------------------------------------------
+
+
+def corners(name: str) -> Iterator[Call]:
+    """Calls that random ones seldom are: several chunks, all ways through a block of heads, tasks
+    of several blocks."""
+    of = description(name)
+    if of.trains:
+        yield sized(name, 210, rows=201, heads=1, seed=1, keep_prob=0.8)
+        yield sized(name, 40, rows=50, heads=3, seed=2, mode=3, mask="formula")
+        return
+    if of.decodes:
+        for keys, rows, heads in ((300, 1, 4), (290, 2, 17), (150, 1, 1), (135, 3, 2)):
+            yield sized(name, keys, rows, heads, seed=keys)
+        return
+    lists = "slots" if "slots" in of.features else "blocks"
+    yield sized(name, 300, 1, 33, seed=1)
+    yield sized(name, 270, 2, 4, seed=2, lists=lists, list_length=200)
+    yield sized(name, 40, 3, 17, seed=3, sparse_mode=3, sinks="plain")
+    yield sized(name, 150, 1, 1, seed=4, lists="blocks", list_length=12, sparse_block_size=16)
+
+
+@functools.cache
+def drawn(name: str) -> tuple[Call, ...]:
+    """A header's calls, with what should come out of them."""
+    made = (*every.calls(name, SEED, COUNT), *corners(name))
+    for call in made:
+        assert call.known is None or call.known  # the oracle's part, before a child is forked
+    return made
+
+
+def same(got: dict[str, np.ndarray], want: dict[str, np.ndarray], what: str) -> None:
+    for name, array in got.items():
+        assert array.tobytes() == want[name].tobytes(), f"{name} has other bits: {what}"
+
+
+def check_call(call: Call, isa: str, turn: int) -> None:
+    """Right, and the same bits with strides, by task, between guard pages on either side."""
+    plain = call.run(isa)
+    call.check(plain, isa)
+    of = description(call.name)
+    way: dict[str, Any] = {"strides": turn % 3 == 0, "by_task": turn % 2 == 0}
+    flush = ("left", "right")[turn // 2 % 2]
+    same(call.guarded(isa, flush, **way), plain, f"{flush} {way}")
+    if not of.trains:
+        chunks = call.run(isa, chunk_keys=CHUNK)
+        call.check(chunks, isa)
+        way |= {"chunk_keys": CHUNK, "partials": True, "by_task": turn % 2 == 1}
+        same(call.guarded(isa, flush, **way), chunks, f"{flush} {way}")
+
+
+def check_calls(name: str, isa: str) -> None:
+    for turn, call in enumerate(drawn(name)):
+        check_call(call, isa, turn)
+
+
+@by_pair()
+def test_random_calls_are_right_in_every_way(name, isa):
+    drawn(name), every.kernel(name)
+    in_child(lambda: check_calls(name, isa), f"{name} {isa}")
+
+
+# ---- refusals -----------------------------------------------------------------------------------
+
+SPARSE = {"sparse_flash_attention", "sparse_flash_attention_antiquant"}
+TWO = {"lens_q": (2, 1), "lens_kv": (20, 9), "heads_kv": 2, "group": 3}
+ROWS = {"lens": (20, 9), "seq_q": 2, "heads_kv": 2, "group": 3, "pse": "each", "mask": "each"}
+BOTH = {"lens_q": (5, 5), "lens_kv": (9, 9), "heads_kv": 2, "group": 3}
+ENDS = {"lens_q": (5, 2), "lens_kv": (9, 4), "pad_q": 1, "pad_kv": 2, "layout": TND}
+GIVEN = {"mask": "given", "hidden": 0.2, "pse": "full", "keep_prob": 0.5, "bits": True}
+
+
+def bases(name: str) -> Iterator[Call]:
+    """Accepted calls that together give every pointer of a header."""
+    of = description(name)
+    if of.trains:
+        yield sized(name, 9, **BOTH, **GIVEN, mask_batch=True, mask_heads=True, band=(3, 4))
+        yield sized(name, 9, **ENDS, **GIVEN, heads_kv=2, group=3)
+        yield sized(name, 9, **BOTH, layout=SBH, mode=6, mask="formula", pse="one_row")
+        yield sized(name, 9, **BOTH, layout=BNSD, stats_width=1)
+        if "pse_types" in of.features:
+            yield sized(name, 9, **BOTH, pse="slope", pse_type=SLOPE)
+        return
+    if of.decodes:
+        more: dict[str, Any] = {n: "plain" for n in ("sinks",) if n in of.features}
+        more |= {"alibi": True} if "alibi" in of.features else {}
+        yield sized(name, 20, **ROWS, **more, room=1, mask_rows=True, quant="channel")
+        yield sized(name, 20, **ROWS, **more, padding=1, quant="tensor", quant_bf16=True)
+        yield sized(name, 20, **ROWS, layout_kv=PA_BSND, block_size=4, antiquant=TOKEN)
+        yield sized(name, 20, **ROWS, layout_q=BNSD, layout_kv=PA_BNSD, block_size=4)
+        yield sized(name, 20, **ROWS, layout_q=BNSD, layout_kv=BNSD, antiquant=TENSOR)
+        return
+    lists = {"lists": "blocks", "list_length": 6, "sinks": "plain"}
+    one_head = {"heads_kv": 1} if "BSND" not in of.layout_kv else {}
+    yield sized(name, 20, **{**TWO, **lists, **one_head}, layout_kv=PA_BSND, block_size=4)
+    if not one_head:
+        yield sized(name, 20, **TWO, **lists, layout_kv=BSND, pad_q=1, pad_kv=1)
+        yield sized(name, 20, **TWO, layout_q=TND, layout_kv=TND, pad_q=1, pad_kv=2, value=True)
+        if of.rope:
+            yield sized(name, 20, **TWO, **lists, layout_kv=BSND, joined_q=True, joined_k=True)
+    if "slots" in of.features:
+        slots = {**TWO, **lists, **one_head, "lists": "slots", "list_lengths": True}
+        yield sized(name, 20, **slots, layout_kv=PA_BSND, block_size=4)
+
+
+REQUIRED = {
+    "sparse_flash_attention": "query key block_table",
+    "sparse_flash_attention_antiquant": "query key block_table",
+    "incre_flash_attention": "query key block_table antiquant_scale",
+    "fusion_attention": "query key value actual_seq_qlen actual_seq_kvlen prefix",
+    "fusion_attention_grad": "query key value attention_out dout softmax_max softmax_sum "
+    "actual_seq_qlen actual_seq_kvlen prefix",
+}
+
+
+@dataclass(frozen=True)
+class Refused:
+    """What plan has to say."""
+
+    status: str
+    argument: str
+    rule: str
+    value: int = 0
+    limit: int = 0
+    position: tuple[int, ...] = ()
+
+
+def expect(k: bind.Kernel, fields: dict[str, Any], want: Refused | None, what: str) -> None:
+    """The plan of a call is refused exactly so, or accepted."""
+    _, got = k.plan(**fields)
+    if want is None:
+        assert got.ok, f"{what}: {got.error_text}"
+        return
+    argument = want.argument.upper()
+    found = (got.status_name, got.argument, got.rule, got.value, got.limit, got.position)
+    told = (want.value, want.limit, want.position)
+    assert found == (f"HL_ERR_{want.status}", argument, want.rule, *told), f"{what}: {found} {want}"
+    assert k.workspace_bytes(**fields) == 0, what
+
+
+def alignment(call: Call, name: str, array: np.ndarray) -> int:
+    record = getattr(call.kernel, "record", None)
+    if name == "key" and record is not None:
+        return record.align(call.case.dtype)
+    return array.itemsize
+
+
+def check_pointers(call: Call, fields: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
+    """Each that is needed, and each alignment."""
+    k, needed = call.kernel, REQUIRED[description(call.name).op].split()
+    outputs = [] if call.grads else ["attention_out"]
+    slots = fields.get("index_kind")
+    for name, array in arrays.items():
+        if name in (*needed, *outputs) and not (slots and name == "block_table"):
+            want = Refused("NULL", name, "NOT_NULL")
+            expect(k, {**fields, name: None}, want, f"{name} NULL")
+        align = alignment(call, name, array)
+        for off in {1, align // 2} - {0, align}:
+            want = Refused("ALIGN", name, "MULTIPLE_OF", off, align)
+            moved = {**fields, name: array.ctypes.data + off}
+            expect(k, moved, want, f"{name} off by {off}")
+
+
+def side_by_side(a: np.ndarray, b: np.ndarray, shared: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Copies, the second where the first ends, or over its last bytes."""
+    end = -(-a.nbytes // 64) * 64 + 64
+    start = end - a.nbytes // a.itemsize * a.itemsize
+    start -= start % a.itemsize
+    behind = start + a.nbytes
+    step = max(b.itemsize, 4)
+    at = (behind - 1) // step * step if shared else -(-behind // step) * step
+    pool = np.zeros(at + b.nbytes + 64, np.uint8)
+    room = pool[-pool.ctypes.data % 64 :] if pool.ctypes.data % 64 else pool
+    pool = np.zeros(at + b.nbytes + 128, np.uint8)
+    room = pool[-pool.ctypes.data % 64 :]
+    made = []
+    for array, first in ((a, start), (b, at)):
+        place = room[first : first + array.nbytes].view(array.dtype).reshape(array.shape)
+        made.append(place)
+    made[1][...] = b
+    made[0][...] = a
+    return made[0], made[1]
+
+
+def check_overlaps(call: Call, fields: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
+    """What is written may touch everything and share nothing, not an element; what is only read
+    may lie over each other."""
+    k, outputs = call.kernel, list(call.outputs())
+    for name in outputs:
+        for other in arrays:
+            if other == name:
+                continue
+            both = other in outputs
+            first = min(name, other, key=outputs.index) if both else name
+            for pair in ((name, other), (other, name)):
+                for shared in (True, False):
+                    places = side_by_side(arrays[pair[0]], arrays[pair[1]], shared)
+                    moved = {**fields, **dict(zip(pair, places, strict=True))}
+                    lists = {n: arrays[n] for n in pair if n not in outputs and shared}
+                    if shared and any(a.dtype.kind == "i" for a in lists.values()):
+                        moved |= dict.fromkeys(())  # the numbers of a list survive: it is put last
+                        places[pair.index(other)][...] = arrays[other]
+                    want = Refused("ALIAS", first, "DISJOINT") if shared else None
+                    expect(k, moved, want, f"{pair} {'share' if shared else 'touch'}")
+
+
+STRIDES = {"attention_out": "out"}
+
+
+def stride_names(k: bind.Kernel) -> list[str]:
+    return [f.name for f in k.header.structs[k.Args.__name__] if f.name.endswith("_stride")]
+
+
+def check_strides(call: Call, fields: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
+    """None is negative; rows that are written do not overlap; a tensor fits in memory."""
+    k = call.kernel
+    for name in stride_names(k):
+        for i in range(3):
+            strides = tuple(-4 if j == i else 0 for j in range(3))
+            want = Refused("SHAPE", name, "AT_LEAST", -4, 0)
+            expect(k, {**fields, name: strides}, want, f"{name} {strides}")
+
+
+# argument -> least and most, where a call has nothing to do
+RANGES: dict[str, dict[str, tuple[int, int]]] = {
+    "sparse": dict.fromkeys(
+        ("batch", "seq_q", "heads_q", "heads_kv", "list_length", "chunk_keys"), (0, INT_MAX)
+    )
+    | {"out_f32": (0, 1), "strict_lists": (0, 1)},  # whose limit below is told as the one above
+    "decode": dict.fromkeys(
+        ("batch", "heads_q", "heads_kv", "lengths", "pse_batch", "pse_width", "mask_batch"),
+        (0, INT_MAX),
+    )
+    | dict.fromkeys(("mask_rows", "mask_width", "chunk_keys", "seq_kv"), (0, INT_MAX))
+    | {"seq_q": (0, 16), "inner_precise": (0, 1), "out_f32": (0, 1), "antiquant_f32": (0, 1)}
+    | {"quant_per_channel": (0, 1), "quant_bf16": (0, 1)},
+    "train": dict.fromkeys(
+        ("batch", "seq_q", "seq_kv", "pse_batch", "pse_width", "mask_rows", "mask_width"),
+        (0, INT_MAX),
+    )
+    | dict.fromkeys(("heads_kv", "mask_batch", "mask_heads", "heads_q"), (1, INT_MAX))
+    | dict.fromkeys(("mask_from_mode", "mask_check", "band", "stats_order", "out_f32"), (0, 1))
+    | {"sparse_mode": (0, 8), "pse_type": (0, 3), "pse_shape": (0, 2), "inner_precise": (0, 2)}
+    | {"q_start": (-(2**40), 2**40), "kv_start": (-(2**40), 2**40)}
+    | {"dropout_offset": (0, 2**32 - 1)},
+}
+
+
+def kind_of(name: str) -> str:
+    of = description(name)
+    return "train" if of.trains else "decode" if of.decodes else "sparse"
+
+
+def nothing(name: str) -> dict[str, Any]:
+    """A call of no batch: only its numbers count."""
+    k, of = every.kernel(name), description(name)
+    made: dict[str, Any] = {"heads_q": 4, "heads_kv": 1, "scale_value": 0.5}
+    if of.trains:
+        return {**made, "input_layout": BSND, "seq_q": 3, "seq_kv": 5}
+    layout = BSND if "BSND" in of.layout_kv else PA_BSND
+    made |= {"seq_q": 3, "layout_query": BSND, "layout_kv": layout}
+    paged = {"block_size": 4, "num_blocks": 3, "max_blocks": 2}
+    return {**made, **({"seq_kv": 5} if layout == BSND else paged)} if k else made
+
+
+ANY = {"lengths", "pse_width", "mask_width", "seq_kv", "list_length", "mask_rows"}
+ODD = {"sparse_mode", "attention_mode"}
+
+
+def rows_of_numbers(name: str) -> Iterator[tuple[dict[str, Any], Refused | None]]:
+    """Each number just in and just out of its range; the checks that two of them make."""
+    of, kind = description(name), kind_of(name)
+    for n, (least, most) in RANGES[kind].items():
+        low, high = ("AT_LEAST", least), ("AT_MOST", most)
+        if n == "pse_type" and "pse_types" not in of.features:
+            continue
+        low = high if kind == "sparse" and most == 1 else low
+        for value, (rule, limit) in (
+            (least - 1, low), (INT_MIN if least >= -1 else least - 7, low),
+            *([(most + 1, high), (most + 7, high)] if most < INT_MAX or least < -1 else []),
+        ):  # fmt: skip
+            if n == "heads_q" and kind == "train" and value == 0:
+                continue
+            if value == 0 and n in ("heads_kv", "mask_batch", "mask_heads"):
+                continue  # their default
+            yield {n: value}, Refused("SHAPE", n, rule, value, limit)
+        if most < INT_MAX and n not in ("sparse_mode", "pse_type", "mask_from_mode", "mask_check"):
+            yield {n: most}, None
+            yield {n: least}, None
+    for value in (math.nan, math.inf, -math.inf):
+        yield {"scale_value": value}, Refused("VALUE", "scale_value", "FINITE")
+    yield {"scale_value": 3e38}, None
+    yield {"isa": INT_MAX}, Refused("UNSUPPORTED", "isa", "GENERATED", INT_MAX)
+    for value in (OTHER_MACHINES_ISA, 6, 31, 32, -1, INT_MIN):
+        yield {"isa": value}, Refused("UNSUPPORTED", "isa", "GENERATED", value)
+    for heads, kv in ((7, 2), (5, 4), (3, 6)):
+        if "BSND" in getattr(of, "layout_kv", ("BSND",)) or of.trains:
+            many = {"heads_q": heads, "heads_kv": kv}
+            yield many, Refused("SHAPE", "heads_q", "MULTIPLE_OF", heads, kv)
+    yield from {"sparse": sparse_numbers, "decode": decode_numbers, "train": train_numbers}[kind](
+        name
+    )
+
+
+def chunked() -> Iterator[tuple[dict[str, Any], Refused | None]]:
+    for value in (1, 64, 127, 129, 192):
+        want = Refused("SHAPE", "chunk_keys", "MULTIPLE_OF", value, 128)
+        yield {"chunk_keys": value}, want
+    for value in (0, 128, 256, 1 << 30):
+        yield {"chunk_keys": value}, None
+
+
+def pages(group: int) -> Iterator[tuple[dict[str, Any], Refused | None]]:
+    """Numbers of a paged cache."""
+    base = {"layout_kv": PA_BSND, "block_size": 4, "num_blocks": 3, "max_blocks": 2}
+    base |= {"heads_kv": 1, "heads_q": group}
+    for n, least in (("block_size", 1), ("num_blocks", 0), ("max_blocks", 0)):
+        for value in (least - 1, INT_MIN):
+            yield {**base, n: value}, Refused("SHAPE", n, "AT_LEAST", value, least)
+        yield {**base, n: least}, None
+    most = INT_MAX // 4
+    for value in (most + 1, INT_MAX):
+        want = Refused("SHAPE", "max_blocks", "AT_MOST", value, most)
+        yield {**base, "max_blocks": value}, want
+    yield {**base, "max_blocks": most}, None
+
+
+def sparse_numbers(name: str) -> Iterator[tuple[dict[str, Any], Refused | None]]:
+    of = description(name)
+    yield from chunked()
+    yield from pages(4)
+    for value in (3, 6, 96, 129, 256, INT_MAX):
+        want = Refused("SHAPE", "sparse_block_size", "POWER_OF_2", value, 128)
+        yield {"sparse_block_size": value}, want
+    for value in (-1, INT_MIN):
+        want = Refused("SHAPE", "sparse_block_size", "AT_LEAST", value, 0)
+        yield {"sparse_block_size": value}, want
+    for value in (0, 1, 2, 4, 64, 128):
+        yield {"sparse_block_size": value}, None
+    most = Refused("SHAPE", "heads_q", "AT_MOST", 65537, 65536)
+    yield {"heads_q": 65537, "heads_kv": 1}, most
+    yield {"heads_q": 65536, "heads_kv": 1}, None
+    yield {"heads_q": 4, "heads_kv": 0}, None
+    for n, good, bad, limit in (
+        ("sparse_mode", (0, 3), (1, 2, 4, -1), 3),
+        ("attention_mode", (0, 2), (1, 3, -1), 2),
+    ):
+        for value in bad:
+            yield {n: value}, Refused("UNSUPPORTED", n, "GENERATED", value, limit)
+        for value in good:
+            yield {n: value}, None
+    slots = "slots" in of.features
+    for value in (2, -1, *(() if slots else (1,))):
+        want = Refused("UNSUPPORTED", "index_kind", "GENERATED", value, int(slots))
+        yield {"index_kind": value}, want
+    if slots:
+        both = {"index_kind": 1, "sparse_mode": 3}
+        yield both, Refused("UNSUPPORTED", "sparse_mode", "NULL", 3)
+        both = {"index_kind": 1, "sparse_block_size": 2}
+        yield both, Refused("SHAPE", "sparse_block_size", "EQUAL", 2, 1)
+    for value in (2, 3, -1):
+        yield {"layout_query": value}, Refused("UNSUPPORTED", "layout_query", "GENERATED", value)
+    for value in (3, 7, -1):
+        yield {"layout_kv": value}, Refused("UNSUPPORTED", "layout_kv", "GENERATED", value)
+    forgotten = Refused("NULL", "sparse_indices", "NOT_NULL")
+    yield {"list_length": 1}, forgotten
+    if "BSND" in of.layout_kv:
+        for a, b in ((BSND, TND), (TND, BSND)):
+            both = {"layout_query": a, "layout_kv": b}
+            yield both, Refused("UNSUPPORTED", "layout_kv", "PAIRED", b, a)
+        for value in (-1, INT_MIN):
+            yield {"seq_kv": value}, Refused("SHAPE", "seq_kv", "AT_LEAST", value)
+        table = {"block_table": np.zeros(4, np.int32)}
+        yield table, Refused("UNSUPPORTED", "block_table", "NULL", 1)
+        ends = {"layout_query": TND, "layout_kv": TND}
+        yield {**ends, "seq_q": 0}, None
+        fields = {**ends, "batch": 1, "actual_seq_lengths_query": np.zeros(1, np.int32)}
+        yield fields, Refused("NULL", "actual_seq_lengths_kv", "NOT_NULL")
+        fields = {**ends, "batch": 1, "actual_seq_lengths_kv": np.zeros(1, np.int32)}
+        yield fields, Refused("NULL", "actual_seq_lengths_query", "NOT_NULL")
+    if of.op.endswith("antiquant"):
+        yield from record_numbers(name)
+
+
+def record_numbers(name: str) -> Iterator[tuple[dict[str, Any], Refused | None]]:
+    of, record = description(name), every.kernel(name).record
+    only = {"key_quant_mode": 2, "value_quant_mode": 2, "quant_scale_repo_mode": 1}
+    only |= {"tile_size": record.tile, "rope_head_dim": of.rope}
+    for n, value in only.items():
+        for bad in (value - 1, value + 1, -1, INT_MAX, INT_MIN):
+            if bad:
+                yield {n: bad}, Refused("UNSUPPORTED", n, "EQUAL", bad, value)
+        yield {n: value}, None
+        yield {n: 0}, None
+    some = np.zeros(64, np.float32)
+    for n in ("key_dequant_scale", "value_dequant_scale"):
+        yield {n: some}, Refused("UNSUPPORTED", n, "NULL", 1)
+    if "BSND" not in of.layout_kv:
+        for value in (2, 4):
+            yield {"heads_kv": value}, Refused("SHAPE", "heads_kv", "EQUAL", value, 1)
+
+
+def decode_numbers(name: str) -> Iterator[tuple[dict[str, Any], Refused | None]]:
+    of = description(name)
+    yield from chunked()
+    yield from pages(4)
+    some = np.zeros(4096, np.float32)
+    for seq_q, most in ((1, 65536), (3, 21845), (16, 4096)):
+        fields = {"seq_q": seq_q, "heads_q": most, "heads_kv": 1}
+        yield fields, None
+        want = Refused("SHAPE", "heads_q", "AT_MOST", most + 1, most)
+        yield {**fields, "heads_q": most + 1}, want
+    for n in ("pse_batch", "mask_batch"):
+        for value in (2, 5):
+            yield {n: value}, Refused("SHAPE", n, "EQUAL", value, 0)
+        yield {n: 1}, None
+    for value in (2, 4):
+        yield {"mask_rows": value}, Refused("SHAPE", "mask_rows", "EQUAL", value, 3)
+    for value in (0, 1, 3):
+        yield {"mask_rows": value}, None
+    yield {"quant_offset2": some}, Refused("NULL", "quant_scale2", "NOT_NULL")
+    both = {"quant_scale2": some, "out_f32": 1}
+    yield both, Refused("UNSUPPORTED", "out_f32", "NULL", 1)
+    for n in ("dequant_scale1", "quant_scale1", "dequant_scale2"):
+        yield {n: some}, Refused("UNSUPPORTED", n, "NULL", 1)
+    absent = {"alibi": "alibi_slopes", "sinks": "sinks"}
+    for feature, n in absent.items():
+        if feature not in of.features:
+            yield {n: some}, Refused("UNSUPPORTED", n, "NULL", 1)
+    if "stats" not in of.features:
+        for n in ("softmax_max", "softmax_sum", "softmax_lse"):
+            yield {n: some}, Refused("UNSUPPORTED", n, "NULL", 1)
+    if "window" in of.features:
+        for value in (-1, INT_MIN):
+            yield {"window": value}, Refused("SHAPE", "window", "AT_LEAST", value)
+        yield {"window": INT_MAX}, None
+    else:
+        yield {"window": 1}, Refused("UNSUPPORTED", "window", "NULL", 1)
+    if "softcap" in of.features:
+        for value in (math.nan, math.inf, -math.inf, -1.0, -1e-40):
+            yield {"softcap": value}, Refused("VALUE", "softcap", "FINITE")
+        yield {"softcap": 1e-40}, None
+    else:
+        yield {"softcap": 1.0}, Refused("UNSUPPORTED", "softcap", "NULL", 1)
+    codes = any(side in ("i8", "e4m3") for side in of.kv.split("x"))
+    for value in (3, INT_MAX):
+        want = Refused("SHAPE", "antiquant_mode", "AT_MOST", value, 2)
+        yield {"antiquant_mode": value}, want
+    for value in (-1, INT_MIN):
+        want = Refused("SHAPE", "antiquant_mode", "AT_LEAST", value)
+        yield {"antiquant_mode": value}, want
+    for value in (1, 2):
+        want = Refused("UNSUPPORTED", "antiquant_mode", "NULL", value)
+        yield {"antiquant_mode": value}, None if codes else want
+    if not codes:
+        for n in ("antiquant_scale", "antiquant_offset"):
+            yield {n: some}, Refused("UNSUPPORTED", n, "NULL", 1)
+    for value in (TND, PA_BSND, PA_BNSD, 6, -1):
+        yield {"layout_query": value}, Refused("UNSUPPORTED", "layout_query", "GENERATED", value)
+    for value in (TND, 6, -1):
+        yield {"layout_kv": value}, Refused("UNSUPPORTED", "layout_kv", "GENERATED", value)
+    allowed = {(q, q) for q in (BSND, BSH, BNSD)} | {(BNSD, PA_BNSD)}
+    allowed |= {(q, PA_BSND) for q in (BSND, BSH, BNSD)}
+    for q in (BSND, BSH, BNSD):
+        for kv in (BSND, BSH, BNSD, PA_BSND, PA_BNSD):
+            want = Refused("UNSUPPORTED", "layout_kv", "PAIRED", kv, q)
+            fields = {"layout_query": q, "layout_kv": kv, "block_size": 4}
+            yield fields, None if (q, kv) in allowed else want
+    table = {"block_table": np.zeros(4, np.int32)}
+    yield table, Refused("UNSUPPORTED", "block_table", "NULL", 1)
+    paged = {"layout_kv": PA_BSND, "block_size": 4, "max_blocks": 1, "batch": 1}
+    yield paged, Refused("NULL", "actual_seq_lengths", "NOT_NULL")
+    two = {"batch": 3, "actual_seq_lengths": np.zeros(3, np.int32)}
+    yield {**two, "lengths": 2}, Refused("SHAPE", "lengths", "AT_LEAST", 2, 3)
+
+
+def train_numbers(name: str) -> Iterator[tuple[dict[str, Any], Refused | None]]:
+    of = description(name)
+    some, longs = np.zeros(4096, np.float32), np.zeros(4, np.int64)
+    yield {"heads_q": 0}, Refused("SHAPE", "heads_q", "AT_LEAST", 0, 1)
+    for value in (-1, 2, 7, 9, INT_MAX):
+        yield {"stats_width": value}, Refused("SHAPE", "stats_width", "EQUAL", value, 8)
+    for value in (0, 1, 8):
+        yield {"stats_width": value}, None
+    for n, other in (("pse_batch", 0), ("mask_batch", 0), ("mask_heads", 4)):
+        for value in (2, 5):
+            yield {n: value}, Refused("SHAPE", n, "EQUAL", value, other)
+        yield {n: 1}, None
+    yield {"mask_heads": 4}, None
+    for value in (math.nan,):
+        yield {"keep_prob": value}, Refused("VALUE", "keep_prob", "FINITE")
+    for value in (1.0001, math.inf):
+        yield {"keep_prob": value}, Refused("VALUE", "keep_prob", "AT_MOST", 2, 1)
+    for value in (-1e-30, -math.inf):
+        yield {"keep_prob": value}, Refused("VALUE", "keep_prob", "AT_LEAST", -1, 0)
+    for value in (1e-30, 1.0, 0.0):
+        yield {"keep_prob": value}, None
+    if "softcap" in of.features:
+        for value in (math.nan, math.inf, -math.inf, -1.0, -1e-40):
+            yield {"softcap": value}, Refused("VALUE", "softcap", "FINITE")
+    else:
+        yield {"softcap": 1.0}, Refused("UNSUPPORTED", "softcap", "NULL", 1)
+    if "pse_types" not in of.features:
+        for value in (1, 2, 3):
+            want = Refused("UNSUPPORTED", "pse_type", "NULL", 1)
+            yield {"pse_type": value}, want
+    if "sinks" not in of.features and not of.backward:
+        yield {"sinks": some}, Refused("UNSUPPORTED", "sinks", "NULL", 1)
+    for group in (1, 4):
+        most = INT_MAX // 2 // group
+        fields = {"heads_q": group, "heads_kv": 1}
+        yield {**fields, "seq_q": most}, None
+        want = Refused("SHAPE", "seq_q", "AT_MOST", most + 1, most)
+        yield {**fields, "seq_q": most + 1}, want
+    for value in (PA_BSND, 5, 7, -1, INT_MIN):
+        yield {"input_layout": value}, Refused("UNSUPPORTED", "input_layout", "GENERATED", value)
+    empty = {"seq_q": 0, "seq_kv": 0}
+    for value in (BSND, BSH, SBH, BNSD, TND):
+        yield {**empty, "input_layout": value}, None
+    for n in ("actual_seq_qlen", "actual_seq_kvlen"):
+        yield {n: longs}, Refused("UNSUPPORTED", n, "NULL", 1)
+    for value in (7, 8):
+        want = Refused("UNSUPPORTED", "sparse_mode", "AT_MOST", value, 6)
+        yield {"sparse_mode": value}, want
+        tnd = {**empty, "sparse_mode": value, "input_layout": TND}
+        yield tnd, None
+        yield {**tnd, "pse": some}, Refused("UNSUPPORTED", "pse", "NULL", 1)
+    given = {"atten_mask": some, "mask_rows": 3, "mask_width": 5}
+    five = {**given, "sparse_mode": 5}
+    yield {**five, "input_layout": TND}, Refused("UNSUPPORTED", "sparse_mode", "EQUAL", 5, 6)
+    yield five, None
+    for n in ("pre_tokens", "next_tokens"):
+        yield {n: 1}, Refused("SHAPE", "band", "EQUAL", 0, 1)
+        yield {n: 1, "band": 1}, None
+    small = {"mask_rows": 2, "mask_width": 4}
+    for n, most in (("mask_rows", 3), ("mask_width", 5)):
+        want = Refused("SHAPE", n, "AT_LEAST", small[n], most)
+        yield {**given, n: small[n]}, want
+    last = {"pse": some, "pse_shape": 2, "seq_kv": 3}
+    yield {**last, "seq_kv": 5}, Refused("SHAPE", "seq_kv", "EQUAL", 5, 3)
+    wide = Refused("SHAPE", "pse_width", "AT_LEAST", 1023, 1024)
+    yield {**last, "pse_width": 1023}, wide
+    yield {**last, "pse_width": 1024}, None
+    for mode in (4, 6):
+        fields = {**last, "sparse_mode": mode, "pse_width": 1024, "mask_from_mode": 1}
+        yield fields, Refused("UNSUPPORTED", "sparse_mode", "AT_MOST", mode, 3)
+
+
+def check_numbers(name: str) -> None:
+    k, base = every.kernel(name), nothing(name)
+    expect(k, base, None, "nothing to do")
+    wrong = []
+    for change, want in rows_of_numbers(name):
+        try:
+            expect(k, {**base, **change}, want, f"{change}")
+        except AssertionError as error:
+            wrong.append(str(error))
+    assert not wrong, "\n".join(wrong)
+
+
+def check_lists(call: Call, fields: dict[str, Any]) -> None:
+    """Lengths, ends and blocks: each entry that is read, just in and just out of range."""
+    k, arrays = call.kernel, call.inputs()
+
+    def entry(name: str, at: tuple[int, ...], value: int, want: Refused | None) -> None:
+        changed = arrays[name].copy()
+        changed[at] = value
+        expect(k, {**fields, name: changed}, want, f"{name}{list(at)} = {value}")
+
+    def bounds(name: str, at: tuple[int, ...], least: int, most: int, status: str) -> None:
+        for value, rule, limit in ((least - 1, "AT_LEAST", least), (most + 1, "AT_MOST", most)):
+            entry(name, at, value, Refused(status, name, rule, value, limit, at))
+
+    paged = fields.get("layout_kv") in (PA_BSND, PA_BNSD)
+    span = fields.get("max_blocks", 0) * fields.get("block_size", 0)
+    for name, array in arrays.items():
+        if name == "block_table" and not fields.get("index_kind"):
+            lens = arrays.get("actual_seq_lengths_kv", arrays.get("actual_seq_lengths"))
+            for b, n in enumerate(lens):
+                for i in range(-(-int(n) // fields["block_size"])):
+                    bounds(name, (b, i), 0, fields["num_blocks"] - 1, "BLOCK_ID")
+                    entry(name, (b, i), 0, None)
+                    entry(name, (b, i), fields["num_blocks"] - 1, None)
+        if "seq" not in name or name == "actual_seq_lengths" and fields.get("lengths") == 1:
+            continue
+        total = fields["seq_q"] if name.endswith(("query", "qlen")) else fields.get("seq_kv", 0)
+        if paged and name != "actual_seq_lengths_query":
+            total = span
+        ends = TND in (fields.get("layout_query"), fields.get("input_layout"))
+        ends = ends and not (paged and name.endswith("kv"))
+        if fields.get("index_kind") and name.endswith("kv"):
+            continue
+        for b in range(len(array)):
+            least = int(array[b - 1]) if ends and b else 0
+            if ends and b + 1 < len(array):
+                entry(name, (b,), least - 1, Refused("LENGTH", name, "AT_LEAST", least - 1, least, (b,)))
+                continue
+            bounds(name, (b,), least, total, "LENGTH")
+
+
+def check_room(call: Call, fields: dict[str, Any]) -> None:
+    """A workspace of the bytes that are asked for is enough, one less is not; it overlaps
+    nothing."""
+    k, need = call.kernel, call.kernel.workspace_bytes(**fields)
+    plan, _ = k.plan(**fields)
+    assert need == plan.task_bytes > 0
+    pool = np.zeros(need + 128, np.uint8)
+    room = pool[-pool.ctypes.data % 64 :]
+    for capacity in (0, need - 1):
+        got = k.run(**fields, workspace=room, capacity=capacity)
+        assert (got.status_name, got.argument) == ("HL_ERR_WORKSPACE", "WORKSPACE")
+        assert (got.rule, got.value, got.limit) == ("AT_LEAST", capacity, need)
+    got = k.run(**fields, workspace=None, capacity=need)
+    assert (got.status_name, got.argument) == ("HL_ERR_NULL", "WORKSPACE")
+    assert k.run(**fields, workspace=room, capacity=need).ok
+    arrays = {n: a for n, a in fields.items() if isinstance(a, np.ndarray)}
+    outputs = list(call.outputs())
+    for name, array in arrays.items():
+        for shared in (True, False):
+            place, work = side_by_side(array, np.zeros(need + 64, np.uint8), shared)
+            got = k.run(**{**fields, name: place}, workspace=work, capacity=work.nbytes)
+            if shared:
+                found = got.status_name, got.argument
+                whose = name.upper() if name in outputs else "WORKSPACE"
+                assert found == ("HL_ERR_ALIAS", whose), f"{name}: {found}"
+            else:
+                assert got.ok, f"{name}: {got.error_text}"
+
+
+def check_structs(name: str) -> None:
+    """No plan, no arguments, no place for an error."""
+    k = every.kernel(name)
+    args, error, plan = k.args(**nothing(name)), k.Error(), k.Plan()
+    place = ctypes.byref
+    null = k.constants["HL_ERR_NULL"]
+    assert k._c_plan(None, place(args), place(error)) == null
+    assert k.result(-1, error).argument == "PLAN"
+    assert k._c_plan(place(plan), None, place(error)) == null
+    assert k.result(-1, error).argument == "ARGS"
+    assert k._c(None, None, 0, place(error)) == null
+    assert k._c_workspace_bytes(None) == 0
+    assert k._c_plan(place(plan), place(args), None) == 0
+    bad = k.args(**{**nothing(name), "batch": -1})
+    assert k._c_plan(place(plan), place(bad), None) == k.constants["HL_ERR_SHAPE"]
+
+
+@functools.cache
+def based(name: str) -> tuple[Call, ...]:
+    return tuple(bases(name))
+
+
+def check_refusals(name: str) -> None:
+    """Everything that plan and the call refuse, and what is just within bounds."""
+    check_numbers(name)
+    check_structs(name)
+    for turn, call in enumerate(based(name)):
+        fields = {**call.fields(), **call.outputs()}
+        arrays = {n: a for n, a in fields.items() if isinstance(a, np.ndarray)}
+        expect(call.kernel, fields, None, "as it is")
+        check_pointers(call, fields, arrays)
+        check_overlaps(call, fields, arrays)
+        check_strides(call, fields, arrays)
+        check_lists(call, fields)
+        if turn < 2:
+            check_room(call, fields)
+
+
+@pytest.mark.parametrize("name", every.HEADERS)
+def test_each_argument_just_in_and_just_out_of_its_range(name):
+    based(name), every.kernel(name)
+    in_child(lambda: check_refusals(name), name)
+
+
+def check_all(name: str, isas: list[str], first: str = "") -> None:
+    """All of this file for a header, on some instruction sets; for tests/mutate.py."""
+    parts = [check_refusals, *(functools.partial(check_calls, isa=isa) for isa in isas)]
+    for part in parts if first == "refusals" else reversed(parts):
+        part(name)
+
+
+def check_neon(name: str, text: str) -> None:
+    """Recorded calls of a header's NEON code, under qemu."""
+    defines = ("-O1", "-DHL_ISA_ONLY_NEON")
+    made = helpers_runner.program(text, name, flags=defines)
+    calls = [call for call in drawn(name) if not getattr(call.case, "shape", None) or True]
+    isa = every.kernel(name).constants["HL_ISA_NEON"]
+    _, results = helpers_runner.play([*helpers_runner.QEMU, str(made)], [c.recorded(isa) for c in calls])
+    for call, got in zip(calls, results, strict=True):
+        call.check(got, "neon")
