@@ -41,7 +41,9 @@ import helpers  # noqa: E402
 import helpers_every as every  # noqa: E402
 import helpers_memory  # noqa: E402
 import helpers_runner  # noqa: E402
+import test_decode_append  # noqa: E402
 import test_every  # noqa: E402
+import test_rows  # noqa: E402
 
 from gen import bind  # noqa: E402
 
@@ -123,7 +125,8 @@ def page_of(f: Function) -> str:
 @functools.lru_cache(maxsize=64)
 def prefix(text: str) -> str:
     """What begins the names of a kernel's own functions."""
-    return re.search(r"\b(hl_\w+?_)check_sizes\(", text)[1]
+    found = re.search(r"\b(hl_\w+?_)check_sizes\(", text)
+    return found[1] if found else "no kernel"
 
 
 # ---- the defects --------------------------------------------------------------------------------
@@ -146,6 +149,7 @@ COUNTED |= {">>": ("<<",), "&": ("|",), "|": ("&",), "^": ("|",), "+=": ("-=",),
 COUNTED |= {"*=": ("/=",), "|=": ("&=",), "&=": ("|=",), "++": ("--",)}
 JOINED = {"&&": ("||",), "||": ("&&",)}
 ENDS = {"(": ")", "[": "]", "{": "}"}
+COMMUTES = re.compile(r"_v?(f?n?m(ul|add|sub)|add|mul|max|fma|xor|and|or)(_|$)")
 NOT_CALLED = ("if", "for", "while", "switch", "return", "sizeof", "HL_FETCH", "defined")
 
 
@@ -209,9 +213,7 @@ def statements(t: tuple[Token, ...]) -> Iterator[Edit]:
         if token.text != ";":
             continue
         inside = t[start:i]
-        if inside and inside[0].text in ("return", "continue", "break", "goto"):
-            yield Edit("delete", start, i, "")
-        elif is_statement(inside):
+        if is_jump(inside) or is_statement(inside):
             yield Edit("delete", start, i, "")
         start = i + 1
     for i, token in enumerate(t):
@@ -220,6 +222,10 @@ def statements(t: tuple[Token, ...]) -> Iterator[Edit]:
             jump = last and any(x.text in ("return", "continue", "break") for x in t[end:last])
             if jump and (last + 1 >= len(t) or t[last + 1].text != "else"):
                 yield Edit("check", i, last + 1, ";")
+
+
+def is_jump(t: tuple[Token, ...]) -> bool:
+    return bool(t) and t[0].text in ("return", "continue", "break", "goto")
 
 
 def is_head(t: tuple[Token, ...], i: int) -> bool:
@@ -256,7 +262,9 @@ def arguments(t: tuple[Token, ...]) -> Iterator[Edit]:
                 cuts.append(j)
         cuts.append(end)
         parts = [(a + 1, b) for a, b in itertools.pairwise(cuts)]
-        for (a, b), (c, d) in itertools.pairwise(parts):
+        for turn, ((a, b), (c, d)) in enumerate(itertools.pairwise(parts)):
+            if turn == 0 and COMMUTES.search(token.text):
+                continue
             first, second = (" ".join(x.text for x in t[m:n]) for m, n in ((a, b), (c, d)))
             if first != second and first and second:
                 yield Edit("swap", a, d, f"{second}, {first}")
@@ -363,17 +371,16 @@ class Mutant:
         plain = original(self.header)
         if text == plain:
             return self.text()
-        if "_workspace_bytes(" not in text or (found := re.search(r"check_sizes\(", text)) is None:
-            return text
-        name = self.function.replace(prefix(plain), prefix(text), 1)
+        mine, other = prefix(plain), prefix(text)
+        name = self.function.replace(mine, other, 1)
         there = next((f for f in functions(text) if f.name == name), None)
-        if found is None or there is None:
+        if there is None:
             return text
         here = self.of(plain)
         for width in (12, 6, 3):
-            place = self.place(here, there, prefix(plain), prefix(text), width)
+            place = self.place(here, there, mine, other, width)
             if place is not None:
-                new = self.new.replace(prefix(plain), prefix(text))
+                new = self.new.replace(mine, other)
                 moved = Edit(self.kind, place, place + self.last - self.first, new)
                 return with_edit(text, there, moved)
         return text
@@ -393,6 +400,17 @@ class Mutant:
             return None
         turn = mine.index(low)
         return others[min(turn, len(others) - 1)] + self.first - low
+
+
+def named(header: str, ending: str, old: str, new: str) -> Mutant:
+    """A defect by its text: `old`, which a function whose name ends so has once."""
+    f = next(f for f in functions(original(header)) if f.name.endswith(ending))
+    here = [t.text for t in f.tokens]
+    wanted = [t.text for t in tokens_of(old, 0, len(old))]
+    at = [i for i in range(len(here)) if here[i : i + len(wanted)] == wanted]
+    if len(at) != 1:
+        raise ValueError(f"{header} {f.name} has {old!r} {len(at)} times; fix: name another")
+    return Mutant(header, f.name, f.region, page_of(f), "named", at[0], at[0] + len(wanted), new)
 
 
 @functools.cache
@@ -492,7 +510,7 @@ def plain_object(name: str, defines: tuple[str, ...], compiler: str) -> bytes | 
 
 def forget_kernels() -> None:
     """Kernels are loaded anew."""
-    for module in (helpers, every.helpers_decode, every.helpers_fusion):
+    for module in (helpers, every.helpers_decode, every.helpers_fusion, test_decode_append):
         module.kernel.cache_clear()
 
 
@@ -510,7 +528,28 @@ def first_stage(mutant: Mutant, library: Path, whole: bool) -> None:
     mine = [mutant.region] if mutant.region in isas else [isas[0]]
     if whole:
         mine = list(isas)
+    if every.description(mutant.header).kv in test_rows.NAMES:
+        rows_stage(mutant, mine)
     test_every.check_all(mutant.header, mine, first="refusals" * (mutant.page == "check"))
+
+
+def rows_stage(mutant: Mutant, isas: list[str]) -> None:
+    """What test_rows.py asks of a shipped header."""
+    name = every.description(mutant.header).kv
+    test_rows.kernel.cache_clear()
+    test_rows.ISAS_HERE = tuple(isas)
+    for numbers_f32 in (0, 1):
+        test_rows.test_every_instruction_set_writes_the_oracles_bytes(name, numbers_f32, 1)
+        test_rows.test_every_instruction_set_writes_the_oracles_bytes(name, numbers_f32, 0)
+        test_rows.test_all_codes_times_special_scales(name, numbers_f32)
+    for which, paged, heads in test_rows.ways():
+        if which == name:
+            test_rows.test_append_by_token_or_at_once_writes_the_oracles_bytes(name, paged, heads)
+    if name in test_rows.SWAPPED:
+        test_rows.test_convert_is_the_oracles_order_and_its_own_inverse(name)
+    for bad in test_rows.BAD:
+        if bad[0] == name:
+            test_rows.test_bad_input(*bad)
 
 
 def neon_stage(mutant: Mutant, text: str) -> None:
@@ -518,21 +557,15 @@ def neon_stage(mutant: Mutant, text: str) -> None:
     test_every.check_neon(mutant.header, text)
 
 
-CONTROLLED: set[tuple[str, tuple[str, ...]]] = set()
-
-
-def control(name: str, defines: tuple[str, ...], region: str) -> None:
-    """A header as it is passes what its mutants are killed by: one for each operator and region."""
-    key = (every.description(name).op, defines)
-    if key in CONTROLLED:
-        return
-    CONTROLLED.add(key)
-    same = Mutant(name, "", region, "", "", 0, 0, "")
+def control(name: str, region: str) -> tuple[str, str]:
+    """What becomes of a header without a defect: it has to survive."""
+    same = Mutant(name, "", region, "check", "", 0, 0, "")
+    test_every.drawn(name)
     with tempfile.TemporaryDirectory() as folder:
         library = Path(folder) / "made.so"
-        assert compiled(original(name), list(defines), LEVEL, "cc", library) is not None
-        fate = attempt(lambda: first_stage(same, library, not defines))
-    assert fate[0] == "survived", f"{name} without a defect: {fate[1]}"
+        defines = [] if region == "shared" else [f"HL_ISA_ONLY_{region.upper()}"]
+        assert compiled(original(name), defines, LEVEL, "cc", library) is not None
+        return attempt(lambda: first_stage(same, library, not defines))
 
 
 def killed_first(mutant: Mutant, folder: Path) -> tuple[str, str]:
@@ -550,7 +583,6 @@ def killed_first(mutant: Mutant, folder: Path) -> tuple[str, str]:
     if compiled(text, defines, LEVEL, "cc", library) is None:
         return "stillborn", ""
     test_every.drawn(mutant.header)  # here, not in each child
-    control(mutant.header, tuple(defines), mutant.region)
     return attempt(lambda: first_stage(mutant, library, not defines))
 
 
@@ -594,7 +626,7 @@ def second_stage(mutant: Mutant) -> tuple[str, str]:
     with tempfile.TemporaryDirectory() as cache:
         environment["HEADLIGHT_MUTANTS"] = cache
         narrow = NARROW.get(mutant.page)
-        for which in ([narrow, f"not ({narrow})"] if narrow else [""]):
+        for which in [narrow, f"not ({narrow})"] if narrow else [""]:
             command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "mutate", "--no-header"]
             command += ["-p", "no:cacheprovider", *(["-k", which] if which else []), *files]
             path = {"PYTHONPATH": f"{HERE}:{ROOT}"}
@@ -645,12 +677,10 @@ def one(mutant: Mutant, folder: Path, stages: int) -> dict[str, Any]:
     start = time.monotonic()
     fate, by = killed_first(mutant, folder)
     stage = 1
-    if fate == "survived" and stages > 1:
-        if mutant.region != "neon" and same_object(mutant, folder):
-            fate = "equivalent"
-        else:
-            fate, by = second_stage(mutant)
-        stage = 2
+    if fate == "survived" and stages > 1 and mutant.region != "neon":
+        fate = "equivalent" if same_object(mutant, folder) else fate
+    if fate == "survived" and stages > 2:
+        (fate, by), stage = second_stage(mutant), 2
     for made in folder.glob("made*"):
         made.unlink()
     seconds = round(time.monotonic() - start, 1)
@@ -694,9 +724,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--count", type=int, default=20)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--stages", type=int, default=2, choices=(1, 2))
+    parser.add_argument(
+        "--stages",
+        type=int,
+        default=3,
+        choices=(1, 2, 3),
+        help="test_every; and what is no other program; and pytest",
+    )
     parser.add_argument("--only", default="", help="pattern of 'operator region page'")
-    parser.add_argument("--part", default="0/1", help="i/n: every n-th mutant from the i-th")
+    parser.add_argument("--part", default="0/1", help="i/n: of every n-th header from the i-th")
     parser.add_argument("--again", action="store_true", help="survivors of the log once more")
     chosen_here = parser.parse_args()
     log = ROOT / "build" / "mutants" / f"{chosen_here.seed}{chosen_here.only and '-some'}.jsonl"
@@ -710,7 +746,8 @@ def main() -> int:
     i, n = map(int, chosen_here.part.split("/"))
     helpers_memory.LONGEST = LONGEST
     with tempfile.TemporaryDirectory() as folder:
-        for mutant in mutants[i::n]:
+        mine = [m for m in mutants if every.HEADERS.index(m.header) % n == i]
+        for mutant in sorted(mine, key=lambda m: m.header):
             past = done.get(mutant)
             if past and not (chosen_here.again and past["fate"] == "survived"):
                 continue
@@ -718,8 +755,8 @@ def main() -> int:
             done[mutant] = row
             with log.open("a") as file:
                 file.write(json.dumps(row) + "\n")
-            shown = f"{row['fate']:10} {row['seconds']:6} s  {mutant.header[3:40]} {mutant.function}"
-            print(shown, mutant.kind, row["by"][:100], flush=True)
+            shown = f"{row['fate']:10} {row['seconds']:6} s  {mutant.header[3:40]}"
+            print(shown, mutant.function, mutant.kind, row["by"][:100], flush=True)
     print(report([done[m] for m in mutants if m in done]))
     return 0
 

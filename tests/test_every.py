@@ -15,16 +15,21 @@ import helpers_every as every
 import helpers_runner
 import numpy as np
 import pytest
+import test_decode_append as append
+from helpers import FEW_HEADS, WORDS_HERE
 from helpers_cases import INT_MAX, INT_MIN
 from helpers_every import Call, by_pair, description, sized
+from helpers_fusion import RECTANGLE, TRIANGLE
 from helpers_memory import in_child
 from oracle import BSND, PA_BSND, TND
-from oracle_decode import BSH, PA_BNSD, TENSOR, TOKEN
-from oracle_fusion import BNSD, SBH, SLOPE
+from oracle_decode import BSH, PA_BNSD, TENSOR, TOKEN, span
+from oracle_fusion import BNSD, SBH, SLOPE, spans_of
 from test_bad_input import OTHER_MACHINES_ISA
 
 from gen import bind
+from gen.isa import ISAS
 
+FLOATS = ("bf16", "f16", "f32")
 SEED, COUNT = 7, 8  # random calls of each header
 CHUNK = 128  # the smallest number of keys that chunk_keys takes
 
@@ -54,7 +59,7 @@ def corners(name: str) -> Iterator[Call]:
 @functools.cache
 def drawn(name: str) -> tuple[Call, ...]:
     """A header's calls, with what should come out of them."""
-    made = (*every.calls(name, SEED, COUNT), *corners(name))
+    made = (*every.calls(name, SEED, COUNT), *corners(name), *based(name))
     for call in made:
         assert call.known is None or call.known  # the oracle's part, before a child is forked
     return made
@@ -73,7 +78,7 @@ def check_call(call: Call, isa: str, turn: int) -> None:
     way: dict[str, Any] = {"strides": turn % 3 == 0, "by_task": turn % 2 == 0}
     flush = ("left", "right")[turn // 2 % 2]
     same(call.guarded(isa, flush, **way), plain, f"{flush} {way}")
-    if not of.trains:
+    if not of.trains and turn < COUNT + 6:
         chunks = call.run(isa, chunk_keys=CHUNK)
         call.check(chunks, isa)
         way |= {"chunk_keys": CHUNK, "partials": True, "by_task": turn % 2 == 1}
@@ -83,6 +88,53 @@ def check_call(call: Call, isa: str, turn: int) -> None:
 def check_calls(name: str, isa: str) -> None:
     for turn, call in enumerate(drawn(name)):
         check_call(call, isa, turn)
+
+
+SPOILED = [n for n in every.HEADERS if not description(n).backward and description(n).kv in FLOATS]
+
+
+@functools.cache
+def clean(name: str) -> Call:
+    """Where a NaN is put: 30 rows of fusion_attention see keys up to their own, 2 rows all 40."""
+    if description(name).trains:
+        return sized(name, 40, 30, 3, seed=6, heads_kv=2, mode=3, mask="formula")
+    return sized(name, 40, 2, 3, seed=6, heads_kv=2)
+
+
+def check_nan(name: str, isa: str) -> None:
+    """A NaN in one head of a row, or in a key, or in one channel of a value: it reaches exactly
+    what it has to do with, and changes no bit of anything else."""
+    call = clean(name)
+    want = call.run(isa)["attention_out"]
+    _, rows, heads, channels = want.shape
+    for tensor, at in (("query", 1), ("key", 17), ("key", 39), ("value", 17), ("value", 39)):
+        array = getattr(call.case.args, tensor)
+        if array is None:
+            continue
+        array = array.copy()
+        array[0, at, 1, 5] = np.nan
+        got = Call(name, call.case.changed(**{tensor: array})).run(isa)["attention_out"]
+        lost = np.zeros((rows, heads, channels), bool)
+        if tensor == "query":
+            lost[at, 1] = True
+        else:
+            first = max(at - (40 - rows), 0) if kind_of(name) != "sparse" else 0
+            lost[first:, 3:, 5 if tensor == "value" else slice(None)] = True
+        found = np.isnan(got.astype(np.float32))[0]
+        if tensor == "value" and ISAS[isa].tiles:  # words of two channels, as documented
+            found[..., 4] &= ~found[..., 5]
+        assert (found == lost).all(), f"{tensor}[{at}]: {np.argwhere(found != lost)[0]}"
+        if tensor == "value" and description(name).trains:
+            continue  # what is not finite is added apart: other roundings
+        lost[..., 4] |= lost[..., 5]
+        same = got.view(f"u{got.itemsize}")[0][~lost] == want.view(f"u{want.itemsize}")[0][~lost]
+        assert same.all(), f"{tensor}[{at}] changed what it has nothing to do with"
+
+
+@by_pair(*SPOILED)
+def test_nan_reaches_what_it_has_to_do_with(name, isa):
+    clean(name), every.kernel(name)
+    in_child(lambda: check_nan(name, isa), f"{name} {isa}")
 
 
 @by_pair()
@@ -235,21 +287,156 @@ def check_overlaps(call: Call, fields: dict[str, Any], arrays: dict[str, np.ndar
                     expect(k, moved, want, f"{pair} {'share' if shared else 'touch'}")
 
 
-STRIDES = {"attention_out": "out"}
-
-
 def stride_names(k: bind.Kernel) -> list[str]:
     return [f.name for f in k.header.structs[k.Args.__name__] if f.name.endswith("_stride")]
 
 
+def strided_tensor(name: str, arrays: dict[str, np.ndarray]) -> str:
+    """The argument that a stride belongs to."""
+    return "attention_out" if name == "out_stride" else name.removesuffix("_stride")
+
+
 def check_strides(call: Call, fields: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
-    """None is negative; rows that are written do not overlap; a tensor fits in memory."""
-    k = call.kernel
+    """None is negative; a tensor fits in memory; rows that are written do not overlap."""
+    k, outputs = call.kernel, call.outputs()
     for name in stride_names(k):
         for i in range(3):
             strides = tuple(-4 if j == i else 0 for j in range(3))
             want = Refused("SHAPE", name, "AT_LEAST", -4, 0)
             expect(k, {**fields, name: strides}, want, f"{name} {strides}")
+        tensor = strided_tensor(name, arrays)
+        array = arrays.get(tensor)
+        layout = fields.get("layout_kv" if tensor in KV else "layout_query")
+        layout = fields.get("input_layout", layout)
+        if array is None or layout not in (BSND, PA_BSND) or array.ndim != 4:
+            continue
+        for i in range(3):
+            if array.shape[i] > 1:
+                far = 2**62 if array.itemsize > 1 else 2**63 - 64
+                strides = tuple(far if j == i else 0 for j in range(3))
+                want = Refused("SHAPE", tensor, "ADDRESSABLE", INT64_MAX, INT64_MAX)
+                expect(k, {**fields, name: strides}, want, f"{name} {strides}")
+        if tensor in outputs:
+            check_apart(call, fields, name, array)
+
+
+KV = ("key", "key_rope", "value")
+INT64_MAX = 2**63 - 1
+
+
+def check_apart(call: Call, fields: dict[str, Any], name: str, array: np.ndarray) -> None:
+    """[B][S][N][C] that is written: each step is at least what lies below it."""
+    batches, rows, heads, channels = array.shape
+    packed = (rows * heads * channels, heads * channels, channels)
+    for i, count in enumerate((batches, rows, heads)):
+        strides = tuple(packed[i] - 1 if j == i else 0 for j in range(3))
+        want = Refused("SHAPE", name, "AT_LEAST", packed[i] - 1, packed[i])
+        expect(call.kernel, {**fields, name: strides}, want if count > 1 else None, f"{strides}")
+    expect(call.kernel, {**fields, name: packed}, None, f"{name} {packed}")
+    if heads > 1 and rows > 1:  # heads first: rows within heads, batches behind both
+        first = (0, channels, rows * channels)
+        expect(call.kernel, {**fields, name: first}, None, f"{name} {first}")
+        close = (0, channels, rows * channels - 1)
+        want = Refused("SHAPE", name, "AT_LEAST", close[2], close[2] + 1)
+        expect(call.kernel, {**fields, name: close}, want, f"{name} {close}")
+
+
+def check_sparse_lists(call: Call, fields: dict[str, Any]) -> None:
+    """Entries of each list that count; ids, where strict_lists asks for it."""
+    k, lists = call.kernel, fields.get("sparse_indices")
+    if lists is None:
+        return
+    slots, length = fields["index_kind"] == 1, lists.shape[-1]
+    counted = fields.get("sparse_lengths")
+    if counted is not None:
+        flat = counted.size - 1 if fields["layout_query"] == TND else 0
+        for at in {0, flat}:
+            for value, rule, limit in (
+                (-1, "AT_LEAST", 0), (INT_MIN, "AT_LEAST", 0), (length + 1, "AT_MOST", length),
+                (0, "", 0), (length, "", 0),
+            ):  # fmt: skip
+                changed = counted.copy()
+                changed.reshape(-1)[at] = value
+                want = Refused("LENGTH", "sparse_lengths", rule, value, limit, (at,))
+                changed = {**fields, "sparse_lengths": changed}
+                expect(k, changed, want if rule else None, f"sparse_lengths[{at}] = {value}")
+    none = np.full_like(lists, -1)
+    strict = {**fields, "strict_lists": 1}
+    if counted is not None:
+        strict["sparse_lengths"] = np.full_like(counted, length)
+    expect(k, {**strict, "sparse_indices": none}, None, "no ids")
+    keys = int(call.case.args.actual_seq_lengths_kv[0]) if not slots else 0
+    most = (keys - 1) // fields["sparse_block_size"] if not slots else (
+        fields["num_blocks"] * fields["block_size"] - 1
+    )  # fmt: skip
+    cases = [
+        ({0: most}, None), ({0: 0}, None), ({0: 1, 1: 0}, None),
+        ({0: most + 1}, (0, "AT_MOST", most + 1, most)),
+        ({0: 0, 1: INT_MAX}, (1, "AT_MOST", INT_MAX, most)),
+        ({0: -2}, (0, "AT_LEAST", -2, -1)), ({0: 1, 1: INT_MIN}, (1, "AT_LEAST", INT_MIN, -1)),
+        ({0: 1, 1: 1}, (1, "UNIQUE", 1, 0)), ({0: 2, 1: 0, 2: 1, 3: 0}, (3, "UNIQUE", 0, 1)),
+        ({0: -1, 1: -7}, (1, "AT_LEAST", -7, -1) if slots else None),
+        ({0: 1, 1: -1, 2: 1}, (2, "UNIQUE", 1, 0) if slots else None),
+    ]  # fmt: skip
+    for ids, told in cases:
+        changed = none.copy()
+        for t, value in ids.items():
+            changed.reshape(-1, length)[0, t] = value
+        want = told and Refused("INDEX", "sparse_indices", told[1], told[2], told[3], (0, told[0]))
+        expect(k, {**strict, "sparse_indices": changed}, want, f"ids {ids}")
+        plain = {**fields, "sparse_indices": changed}
+        expect(k, plain, None, f"ids {ids}, not strict")
+    if counted is not None:  # ids behind a list's end are no part of the call
+        short = {**strict, "sparse_lengths": np.full_like(counted, 2)}
+        changed = none.copy()
+        changed[..., 2:] = INT_MAX
+        expect(k, {**short, "sparse_indices": changed}, None, "behind the end")
+
+
+def check_partials(call: Call, fields: dict[str, Any]) -> None:
+    """Memory to split rows: to the byte, and it overlaps nothing."""
+    k = call.kernel
+    fields = {**fields, "chunk_keys": CHUNK}
+    plan, got = k.plan(**fields)
+    assert got.ok and plan.split_bytes > 0 and plan.n_merges == 0 and plan.chunks > 1
+    need = plan.split_bytes
+    pool = np.zeros(need + 128, np.uint8)
+    room = pool[-pool.ctypes.data % 64 :][:need]
+    for held in (0, 1, need - 1):
+        want = Refused("WORKSPACE", "partials_bytes", "AT_LEAST", held, need)
+        expect(k, {**fields, "partials": room, "partials_bytes": held}, want, f"partials {held}")
+    split, got = k.plan(**{**fields, "partials": room, "partials_bytes": need})
+    assert got.ok and split.n_merges > 0 and split.n_tasks == plan.n_tasks * plan.chunks
+    assert split.task_bytes == plan.task_bytes and split.chunks == plan.chunks
+    for name, array in ((n, a) for n, a in fields.items() if isinstance(a, np.ndarray)):
+        place, other = side_by_side(array, np.zeros(need, np.uint8), True)
+        moved = {**fields, name: place, "partials": other, "partials_bytes": need}
+        whose = name if name in call.outputs() else "partials"
+        expect(k, moved, Refused("ALIAS", whose, "DISJOINT"), f"partials over {name}")
+
+
+def check_triangle(call: Call, fields: dict[str, Any]) -> None:
+    """The mask that a mode wants to be given, byte by byte, on request."""
+    k = call.kernel
+    fields = {**fields, "mask_check": 1, "mask_batch": 1, "mask_heads": 1, "pse": None}
+    fields |= {"dpse": None} if call.grads else {}
+    fields["prefix"] = np.array([3, 4], np.int64)
+    for mode in (2, 6):
+        right = RECTANGLE if mode == 6 else TRIANGLE[0, 0]
+        rows, width = right.shape
+        given = {**fields, "sparse_mode": mode, "mask_rows": rows, "mask_width": width}
+        expect(k, {**given, "atten_mask": right}, None, f"mode {mode}")
+        for n, size in (("mask_rows", rows), ("mask_width", width)):
+            want = Refused("SHAPE", n, "EQUAL", size - 1, size)
+            expect(k, {**given, "atten_mask": right, n: size - 1}, want, f"{n} {size - 1}")
+        places = [(0, 0), (0, 1), (7, 8), (2047, 2047), (2047, 0)]
+        places += [(2048, 1023), (2048, 1024), (3071, 2047), (3071, 0)] if mode == 6 else []
+        for at in places:
+            wrong = right.copy()
+            wrong[at] ^= 1
+            value = int(wrong[at])
+            want = Refused("VALUE", "atten_mask", "EQUAL", value, 1 - value, at)
+            expect(k, {**given, "atten_mask": wrong}, want, f"mode {mode} {at}")
 
 
 # argument -> least and most, where a call has nothing to do
@@ -356,6 +543,9 @@ def pages(group: int) -> Iterator[tuple[dict[str, Any], Refused | None]]:
     yield {**base, "max_blocks": most}, None
 
 
+WIDE = {"heads_q": INT_MAX - 1, "heads_kv": INT_MAX - 1, "seq_kv": INT_MAX}
+
+
 def sparse_numbers(name: str) -> Iterator[tuple[dict[str, Any], Refused | None]]:
     of = description(name)
     yield from chunked()
@@ -393,6 +583,8 @@ def sparse_numbers(name: str) -> Iterator[tuple[dict[str, Any], Refused | None]]
         yield {"layout_query": value}, Refused("UNSUPPORTED", "layout_query", "GENERATED", value)
     for value in (3, 7, -1):
         yield {"layout_kv": value}, Refused("UNSUPPORTED", "layout_kv", "GENERATED", value)
+    if "BSND" in of.layout_kv and not of.op.endswith("antiquant"):
+        yield WIDE, Refused("SHAPE", "key_stride", "ADDRESSABLE", INT64_MAX, INT64_MAX)
     forgotten = Refused("NULL", "sparse_indices", "NOT_NULL")
     yield {"list_length": 1}, forgotten
     if "BSND" in of.layout_kv:
@@ -501,6 +693,7 @@ def decode_numbers(name: str) -> Iterator[tuple[dict[str, Any], Refused | None]]
     yield table, Refused("UNSUPPORTED", "block_table", "NULL", 1)
     paged = {"layout_kv": PA_BSND, "block_size": 4, "max_blocks": 1, "batch": 1}
     yield paged, Refused("NULL", "actual_seq_lengths", "NOT_NULL")
+    yield WIDE, Refused("SHAPE", "key_stride", "ADDRESSABLE", INT64_MAX, INT64_MAX)
     two = {"batch": 3, "actual_seq_lengths": np.zeros(3, np.int32)}
     yield {**two, "lengths": 2}, Refused("SHAPE", "lengths", "AT_LEAST", 2, 3)
 
@@ -563,6 +756,7 @@ def train_numbers(name: str) -> Iterator[tuple[dict[str, Any], Refused | None]]:
     for n in ("pre_tokens", "next_tokens"):
         yield {n: 1}, Refused("SHAPE", "band", "EQUAL", 0, 1)
         yield {n: 1, "band": 1}, None
+    yield WIDE, Refused("SHAPE", "key_stride", "ADDRESSABLE", INT64_MAX, INT64_MAX)
     small = {"mask_rows": 2, "mask_width": 4}
     for n, most in (("mask_rows", 3), ("mask_width", 5)):
         want = Refused("SHAPE", n, "AT_LEAST", small[n], most)
@@ -612,7 +806,7 @@ def check_lists(call: Call, fields: dict[str, Any]) -> None:
                     bounds(name, (b, i), 0, fields["num_blocks"] - 1, "BLOCK_ID")
                     entry(name, (b, i), 0, None)
                     entry(name, (b, i), fields["num_blocks"] - 1, None)
-        if "seq" not in name or name == "actual_seq_lengths" and fields.get("lengths") == 1:
+        if "seq" not in name or (name == "actual_seq_lengths" and fields.get("lengths") == 1):
             continue
         total = fields["seq_q"] if name.endswith(("query", "qlen")) else fields.get("seq_kv", 0)
         if paged and name != "actual_seq_lengths_query":
@@ -624,7 +818,8 @@ def check_lists(call: Call, fields: dict[str, Any]) -> None:
         for b in range(len(array)):
             least = int(array[b - 1]) if ends and b else 0
             if ends and b + 1 < len(array):
-                entry(name, (b,), least - 1, Refused("LENGTH", name, "AT_LEAST", least - 1, least, (b,)))
+                want = Refused("LENGTH", name, "AT_LEAST", least - 1, least, (b,))
+                entry(name, (b,), least - 1, want)
                 continue
             bounds(name, (b,), least, total, "LENGTH")
 
@@ -658,17 +853,77 @@ def check_room(call: Call, fields: dict[str, Any]) -> None:
                 assert got.ok, f"{name}: {got.error_text}"
 
 
+def longest_of(call: Call, fields: dict[str, Any]) -> int:
+    """Keys of a call's longest row, at most."""
+    if fields.get("sparse_indices") is not None:
+        return fields["list_length"] * fields["sparse_block_size"]
+    if not description(call.name).decodes:
+        paged = fields["layout_kv"] == PA_BSND
+        return fields["max_blocks"] * fields["block_size"] if paged else fields["seq_kv"]
+    return max(span(call.case.args, b)[1] for b in range(fields["batch"]))
+
+
+def planned(call: Call, fields: dict[str, Any]) -> dict[str, int]:
+    """What a plan says of a call, counted from its sizes."""
+    of, heads = description(call.name), fields["heads_q"]
+    group = heads // fields["heads_kv"]
+    tnd = TND in (fields.get("layout_query"), fields.get("input_layout"))
+    if of.trains:
+        a = call.case.case.args if call.grads else call.case.args
+        lens = spans_of(a)
+        pairs = sum(q * kv for _, q, _, kv in lens)
+        each = 4 * of.dk + 3 * of.dv if of.backward else of.dk + of.dv
+        return {"group": group, "work": pairs * heads * each}
+    rows = (1 if tnd else fields["batch"]) * fields["seq_q"]
+    longest = longest_of(call, fields)
+    made = {"group": group, "chunks": max(-(-longest // fields.get("chunk_keys", 2048)), 1)}
+    made["work"] = rows * longest * heads * (of.dk + of.rope + of.dv)
+    made["n_tasks"] = rows * fields["heads_kv"]
+    if of.decodes:
+        made["group"], made["longest"] = group * fields["seq_q"], longest
+        made["n_tasks"] = fields["batch"] * fields["heads_kv"]
+    return {**made, "n_merges": 0}
+
+
+def check_plan(call: Call, fields: dict[str, Any]) -> None:
+    """Numbers of tasks, work, defaults that are filled in."""
+    k, of = call.kernel, description(call.name)
+    plan, got = k.plan(**{**fields, "isa": 0})
+    assert got.ok, got.error_text
+    for name, value in planned(call, fields).items():
+        assert getattr(plan, name) == value, f"{name}: {getattr(plan, name)}, not {value}"
+    isas = k.isas()
+    if not of.trains and of.dtype == "f16" and plan.group <= FEW_HEADS:
+        isas.pop("amx", None)  # words do better
+    best = next(isa for isa in ("amx", "avx512", "avx2", "neon", "scalar") if isa in isas)
+    assert plan.args.isa == isas[best]
+    scale = fields["scale_value"] or (kind_of(call.name) != "sparse")  # elsewhere 0 is 1
+    scale = np.float32(scale) * np.float32(1.44269504)
+    assert abs(plan.scale_log2 - scale) <= abs(scale) * 2.0**-22
+    assert k.workspace_bytes(**fields) == k.plan(**fields)[0].task_bytes
+    if of.trains and fields["input_layout"] != TND:
+        tasks = -(-fields["seq_q"] * plan.group // plan.queries)
+        if of.backward:
+            assert plan.q_tasks == fields["batch"] * fields["heads_kv"] * tasks
+            tasks += -(-fields["seq_kv"] // plan.keys)
+        assert plan.n_tasks == fields["batch"] * fields["heads_kv"] * tasks
+
+
 def check_structs(name: str) -> None:
     """No plan, no arguments, no place for an error."""
     k = every.kernel(name)
     args, error, plan = k.args(**nothing(name)), k.Error(), k.Plan()
     place = ctypes.byref
     null = k.constants["HL_ERR_NULL"]
-    assert k._c_plan(None, place(args), place(error)) == null
-    assert k.result(-1, error).argument == "PLAN"
-    assert k._c_plan(place(plan), None, place(error)) == null
-    assert k.result(-1, error).argument == "ARGS"
+    for made, given, argument in (
+        (None, place(args), "PLAN"), (place(plan), None, "ARGS"), (None, None, "PLAN"),
+    ):  # fmt: skip
+        assert k._c_plan(made, given, place(error)) == null
+        told = k.result(-1, error)
+        assert (told.argument, told.rule) == (argument, "NOT_NULL")
+        assert (told.value, told.limit, told.position) == (0, 0, ())
     assert k._c(None, None, 0, place(error)) == null
+    assert k.result(-1, error).argument == "ARGS"
     assert k._c_workspace_bytes(None) == 0
     assert k._c_plan(place(plan), place(args), None) == 0
     bad = k.args(**{**nothing(name), "batch": -1})
@@ -677,7 +932,14 @@ def check_structs(name: str) -> None:
 
 @functools.cache
 def based(name: str) -> tuple[Call, ...]:
-    return tuple(bases(name))
+    """The bases, and last one of one batch, one row and one head."""
+    return (*bases(name), sized(name, 3, 1, 1))
+
+
+@functools.cache
+def long_call(name: str) -> Call:
+    """Of several chunks."""
+    return sized(name, 300, 2, 3, seed=5)
 
 
 def check_refusals(name: str) -> None:
@@ -688,23 +950,62 @@ def check_refusals(name: str) -> None:
         fields = {**call.fields(), **call.outputs()}
         arrays = {n: a for n, a in fields.items() if isinstance(a, np.ndarray)}
         expect(call.kernel, fields, None, "as it is")
+        check_plan(call, fields)
         check_pointers(call, fields, arrays)
         check_overlaps(call, fields, arrays)
         check_strides(call, fields, arrays)
         check_lists(call, fields)
+        if kind_of(name) == "sparse":
+            check_sparse_lists(call, fields)
         if turn < 2:
             check_room(call, fields)
+    if description(name).trains:
+        call = based(name)[0]
+        check_triangle(call, {**call.fields(), **call.outputs()})
+    else:
+        call = long_call(name)
+        check_partials(call, {**call.fields(), **call.outputs()})
 
 
 @pytest.mark.parametrize("name", every.HEADERS)
 def test_each_argument_just_in_and_just_out_of_its_range(name):
-    based(name), every.kernel(name)
+    based(name), every.kernel(name)  # here, not in the child
+    if not description(name).trains:
+        long_call(name)
     in_child(lambda: check_refusals(name), name)
+
+
+# ---- a cache's rows -----------------------------------------------------------------------------
+
+
+def check_appends(name: str, isas: tuple[str, ...]) -> None:
+    """A decode header's append: every layout, every mode, at once and by token. What writes and
+    reads records is tried on the shipped headers in test_rows.py."""
+    for turn, way in enumerate(append.ways(name)):
+        for i, (mode, antiquant_f32) in enumerate(append.modes(name)):
+            call = append.Call(name, way, mode, antiquant_f32, (turn + i) % 2)
+            flush = ("left", "right")[turn % 2]
+            call.check(flush, turn % 2 == 0, isas)
+
+
+APPENDS = [name for name in every.HEADERS if description(name).decodes]
+
+
+@pytest.mark.parametrize("name", APPENDS)
+def test_appended_rows_are_the_oracles_bytes(name):
+    append.kernel(name)
+    isas = tuple(isa for isa in WORDS_HERE if isa in every.isas_in(name))
+    in_child(lambda: check_appends(name, isas), name)
 
 
 def check_all(name: str, isas: list[str], first: str = "") -> None:
     """All of this file for a header, on some instruction sets; for tests/mutate.py."""
     parts = [check_refusals, *(functools.partial(check_calls, isa=isa) for isa in isas)]
+    if name in SPOILED:
+        parts += [functools.partial(check_nan, isa=isa) for isa in isas]
+    if description(name).decodes:
+        words = tuple(isa for isa in isas if isa in WORDS_HERE)
+        parts.insert(1, functools.partial(check_appends, isas=words))
     for part in parts if first == "refusals" else reversed(parts):
         part(name)
 
@@ -713,8 +1014,8 @@ def check_neon(name: str, text: str) -> None:
     """Recorded calls of a header's NEON code, under qemu."""
     defines = ("-O1", "-DHL_ISA_ONLY_NEON")
     made = helpers_runner.program(text, name, flags=defines)
-    calls = [call for call in drawn(name) if not getattr(call.case, "shape", None) or True]
     isa = every.kernel(name).constants["HL_ISA_NEON"]
-    _, results = helpers_runner.play([*helpers_runner.QEMU, str(made)], [c.recorded(isa) for c in calls])
-    for call, got in zip(calls, results, strict=True):
+    recorded = [call.recorded(isa) for call in drawn(name)]
+    _, results = helpers_runner.play([*helpers_runner.QEMU, str(made)], recorded)
+    for call, got in zip(drawn(name), results, strict=True):
         call.check(got, "neon")
