@@ -3,6 +3,8 @@
 PYTHON := build/venv/bin/python
 SETUP  := sh tools/setup.sh
 JOBS   ?= 2
+COUNT  ?= 500
+SEED   ?= 1
 
 # The header of `make demo`: DeepSeek's shape, 512 channels and 64 more with the position.
 DEMO      := build/demo
@@ -10,7 +12,7 @@ DEMO_NAME := hl_sparse_flash_attention_bf16_d512_rope64
 DEMO_SPEC := --op sparse_flash_attention --dtype bf16 --dk 512 --rope 64
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-embedded test check bench bench-peers examples headers clean
+.PHONY: help demo demo-embedded test check mutate bench bench-peers examples headers clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -34,6 +36,10 @@ test: ## all tests, the examples, the firmware
 check: ## what must hold of the product: same bytes, strict compiles, names, stack, linters
 	@$(SETUP) python cc cxx arm64 arm lint
 	@$(PYTHON) tests/check.py --jobs $(JOBS)
+
+mutate: ## put COUNT defects into generated headers, one at a time: which ones do tests notice?
+	@$(SETUP) python cc cxx sleef arm64
+	$(PYTHON) tests/mutate.py --count $(COUNT) --seed $(SEED) --jobs $(JOBS)
 
 bench: ## time the shipped headers against this machine's own limits; ONLY=<pattern> for some
 	@$(SETUP) python cc sleef

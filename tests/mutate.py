@@ -20,6 +20,7 @@ import difflib
 import functools
 import itertools
 import json
+import multiprocessing
 import os
 import re
 import subprocess
@@ -296,7 +297,7 @@ def unmasked(t: tuple[Token, ...], i: int, known: frozenset[str]) -> Iterator[Ed
         return
     end = closing(t, i + 1)
     parts = "".join(x.text + " " for x in t[i + 2 : end])
-    if "_maskz_" in name and "," in parts and "hl_all_" not in parts:
+    if "_maskz_" in name and "," in parts and not re.match("hl_all_|all ", parts):
         rest = parts.split(",", 1)[1] if "(" not in parts.split(",", 1)[0] else None
         rest = rest or re.sub(r"^[^()]*\([^()]*\) ?,", "", parts)
         yield Edit("mask", i, end + 1, f"{name.replace('_maskz_', '_')}({rest})")
@@ -732,33 +733,56 @@ def main() -> int:
         help="test_every; and what is no other program; and pytest",
     )
     parser.add_argument("--only", default="", help="pattern of 'operator region page'")
-    parser.add_argument("--part", default="0/1", help="i/n: of every n-th header from the i-th")
-    parser.add_argument("--again", action="store_true", help="survivors of the log once more")
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--again", action="store_true", help="only survivors of the log, once more")
     chosen_here = parser.parse_args()
     log = ROOT / "build" / "mutants" / f"{chosen_here.seed}{chosen_here.only and '-some'}.jsonl"
     log.parent.mkdir(parents=True, exist_ok=True)
-    rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-    done = {}
-    for row in rows:
-        keys = [field.name for field in dataclasses.fields(Mutant)]
-        done[Mutant(**{k: row[k] for k in keys})] = row
+    done = logged(log)
     mutants = draw(chosen_here.seed, chosen_here.count, chosen_here.only)
-    i, n = map(int, chosen_here.part.split("/"))
+    left = [m for m in mutants if m not in done]
+    if chosen_here.again:
+        left = [m for m in mutants if m in done and done[m]["fate"] == "survived"]
     helpers_memory.LONGEST = LONGEST
-    with tempfile.TemporaryDirectory() as folder:
-        mine = [m for m in mutants if every.HEADERS.index(m.header) % n == i]
-        for mutant in sorted(mine, key=lambda m: m.header):
-            past = done.get(mutant)
-            if past and not (chosen_here.again and past["fate"] == "survived"):
-                continue
-            row = one(mutant, Path(folder), chosen_here.stages)
-            done[mutant] = row
-            with log.open("a") as file:
-                file.write(json.dumps(row) + "\n")
-            shown = f"{row['fate']:10} {row['seconds']:6} s  {mutant.header[3:40]}"
-            print(shown, mutant.function, mutant.kind, row["by"][:100], flush=True)
+    share(sorted(left, key=lambda m: m.header), log, chosen_here.stages, chosen_here.jobs)
+    done = logged(log)
     print(report([done[m] for m in mutants if m in done]))
     return 0
+
+
+def logged(log: Path) -> dict[Mutant, dict[str, Any]]:
+    """The last line of each mutant."""
+    rows = map(json.loads, log.read_text().splitlines()) if log.exists() else ()
+    keys = [field.name for field in dataclasses.fields(Mutant)]
+    return {Mutant(**{k: row[k] for k in keys}): row for row in rows}
+
+
+def share(mutants: list[Mutant], log: Path, stages: int, jobs: int) -> None:
+    """All of them, some at a time, by so many processes: those of a header together, whose calls
+    are then made once."""
+    some = [mutants[i : i + 12] for i in range(0, len(mutants), 12)]
+    turn = multiprocessing.Value("l", 0)
+
+    def work() -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            while True:
+                with turn.get_lock():
+                    at, turn.value = turn.value, turn.value + 1
+                if at >= len(some):
+                    return
+                for mutant in some[at]:
+                    row = one(mutant, Path(folder), stages)
+                    with log.open("a") as file:
+                        file.write(json.dumps(row) + "\n")
+                    shown = f"{row['fate']:10} {row['seconds']:6} s  {mutant.header[3:40]}"
+                    print(shown, mutant.function, mutant.kind, row["by"][:100], flush=True)
+
+    fork = multiprocessing.get_context("fork")
+    workers = [fork.Process(target=work) for _ in range(jobs)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
 
 
 if __name__ == "__main__":

@@ -41,19 +41,27 @@ def corners(name: str) -> Iterator[Call]:
     """Calls that random ones seldom are: several chunks, all ways through a block of heads, tasks
     of several blocks."""
     of = description(name)
+    growing = {"spread": "growing"}  # maxima rise from block to block
     if of.trains:
         yield sized(name, 210, rows=201, heads=1, seed=1, keep_prob=0.8)
         yield sized(name, 40, rows=50, heads=3, seed=2, mode=3, mask="formula")
+        yield sized(name, 130, rows=110, heads=2, seed=3, mode=3, mask="formula", **growing)
+        yield sized(name, 140, rows=100, heads=1, seed=4, mode=4, mask="formula", band=(50, -20))
         return
     if of.decodes:
         for keys, rows, heads in ((300, 1, 4), (290, 2, 17), (150, 1, 1), (135, 3, 2)):
             yield sized(name, keys, rows, heads, seed=keys)
+        yield sized(name, 280, 1, 33, seed=5, lens=(280, 20), **growing)
+        yield sized(name, 270, 1, 3, seed=6, lens=(270, 0, 20), **growing)
         return
     lists = "slots" if "slots" in of.features else "blocks"
     yield sized(name, 300, 1, 33, seed=1)
     yield sized(name, 270, 2, 4, seed=2, lists=lists, list_length=200)
     yield sized(name, 40, 3, 17, seed=3, sparse_mode=3, sinks="plain")
     yield sized(name, 150, 1, 1, seed=4, lists="blocks", list_length=12, sparse_block_size=16)
+    uneven = {"lens_q": (1, 1), "lens_kv": (280, 20), **growing}
+    yield sized(name, 280, 1, 33, seed=5, **uneven)
+    yield sized(name, 280, 1, 3, seed=6, **uneven)
 
 
 @functools.cache
@@ -78,7 +86,7 @@ def check_call(call: Call, isa: str, turn: int) -> None:
     way: dict[str, Any] = {"strides": turn % 3 == 0, "by_task": turn % 2 == 0}
     flush = ("left", "right")[turn // 2 % 2]
     same(call.guarded(isa, flush, **way), plain, f"{flush} {way}")
-    if not of.trains and turn < COUNT + 6:
+    if not of.trains and turn < COUNT + 6:  # corners among them
         chunks = call.run(isa, chunk_keys=CHUNK)
         call.check(chunks, isa)
         way |= {"chunk_keys": CHUNK, "partials": True, "by_task": turn % 2 == 1}
