@@ -23,6 +23,7 @@ import json
 import multiprocessing
 import os
 import re
+import resource
 import subprocess
 import sys
 import tempfile
@@ -49,7 +50,7 @@ import test_rows  # noqa: E402
 from gen import bind  # noqa: E402
 
 REGIONS = ("shared", "scalar", "avx2", "avx512", "amx", "neon")
-LONGEST = 60.0  # seconds of the first stage; without a defect it takes a few
+LONGEST = 40  # seconds of processor time of the first stage; without a defect it takes a few
 SLOW = 600.0  # of a pytest file
 
 
@@ -598,8 +599,12 @@ LEVEL = "-O0"
 
 
 def attempt(call: Callable[[], None]) -> tuple[str, str]:
+    def in_time() -> None:
+        resource.setrlimit(resource.RLIMIT_CPU, (LONGEST, LONGEST))
+        call()
+
     try:
-        helpers_memory.in_child(call)
+        helpers_memory.in_child(in_time)
     except AssertionError as error:
         lines = [line for line in str(error).splitlines() if line.strip()]
         return "killed", f"test_every: {lines[-1][:200]}"
@@ -743,7 +748,7 @@ def main() -> int:
     left = [m for m in mutants if m not in done]
     if chosen_here.again:
         left = [m for m in mutants if m in done and done[m]["fate"] == "survived"]
-    helpers_memory.LONGEST = LONGEST
+    helpers_memory.LONGEST = 20.0 * LONGEST  # others may be at work, too
     share(sorted(left, key=lambda m: m.header), log, chosen_here.stages, chosen_here.jobs)
     done = logged(log)
     print(report([done[m] for m in mutants if m in done]))

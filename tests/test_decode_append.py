@@ -659,7 +659,7 @@ def base(name: str, way: str) -> dict[str, Any]:
         "rows": 3,
         "heads_kv": HEADS,
     }
-    if name in CODED:
+    if any(is_codes(kind) for kind, _ in sides(name)):
         scale, offset = fine_scales(name)
         fields |= {"antiquant_scale": scale, "antiquant_offset": offset, "antiquant_f32": 1}
     if not paged:

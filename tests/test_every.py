@@ -996,6 +996,26 @@ def check_appends(name: str, isas: tuple[str, ...]) -> None:
             call.check(flush, turn % 2 == 0, isas)
 
 
+def refused_appends(name: str) -> list[append.Bad]:
+    """Those bad calls of test_decode_append.py that say the same of a shipped header: it has no
+    slots and no pages, other widths, and bfloat16 or codes."""
+    like = ("i8",) if "i8" in description(name).kv else ("bf16", "f16")
+    absent = ("INDEX_KIND", "ANTIQUANT_MODE")  # what the small f16 kernel lacks too
+    return [
+        (name, *bad[1:])
+        for bad in append.BAD
+        if bad[0] in like
+        and bad[1] in ("BSND", "PA")
+        and not bad[3].endswith("_STRIDE")
+        and (bad[3] in absent if bad[0] == "f16" else bad[3] != "INDEX_KIND")
+    ]
+
+
+def check_refused_appends(name: str) -> None:
+    for bad in refused_appends(name):
+        append.test_bad_input(*bad)
+
+
 APPENDS = [name for name in every.HEADERS if description(name).decodes]
 
 
@@ -1006,6 +1026,12 @@ def test_appended_rows_are_the_oracles_bytes(name):
     in_child(lambda: check_appends(name, isas), name)
 
 
+@pytest.mark.parametrize("name", [n for n in APPENDS if description(n).dtype == "bf16"])
+def test_appends_that_are_refused(name):
+    append.kernel(name)
+    in_child(lambda: check_refused_appends(name), name)
+
+
 def check_all(name: str, isas: list[str], first: str = "") -> None:
     """All of this file for a header, on some instruction sets; for tests/mutate.py."""
     parts = [check_refusals, *(functools.partial(check_calls, isa=isa) for isa in isas)]
@@ -1014,6 +1040,7 @@ def check_all(name: str, isas: list[str], first: str = "") -> None:
     if description(name).decodes:
         words = tuple(isa for isa in isas if isa in WORDS_HERE)
         parts.insert(1, functools.partial(check_appends, isas=words))
+        parts[1:1] = [check_refused_appends] if description(name).dtype == "bf16" else []
     for part in parts if first == "refusals" else reversed(parts):
         part(name)
 
