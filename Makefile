@@ -12,7 +12,8 @@ DEMO_NAME := hl_sparse_flash_attention_bf16_d512_rope64
 DEMO_SPEC := --op sparse_flash_attention --dtype bf16 --dk 512 --rope 64
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-embedded test check mutate bench bench-peers examples headers clean
+.PHONY: help demo demo-embedded test guard check bench bench-peers examples headers clean determinism compilers accuracy fuzz mutate
+REPEATS   ?= 1000
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -30,12 +31,34 @@ demo-embedded: ## the same in small, as firmware for a Cortex-M4F under qemu
 	$(PYTHON) examples/embedded/run.py
 
 test: ## all tests, the examples, the firmware
-	@$(SETUP) python cc cxx sleef arm64 arm
+	@$(SETUP) python cc cxx sleef arm64 arm lint fuzz
 	$(PYTHON) -m pytest tests -n $(JOBS) --dist loadfile
+
+guard: ## every shipped header between pages that may not be touched: the whole sweep, with counts
+	@$(SETUP) python cc cxx sleef arm64
+	@rm -rf build/guard
+	HEADLIGHT_GUARD=full $(PYTHON) -m pytest tests/test_guard*.py -n $(JOBS) --dist worksteal
+	@PYTHONPATH=.:tests $(PYTHON) tests/helpers_guard.py
 
 check: ## what must hold of the product: same bytes, strict compiles, names, stack, linters
 	@$(SETUP) python cc cxx arm64 arm lint
 	@$(PYTHON) tests/check.py --jobs $(JOBS)
+
+determinism: ## the same bits whatever is around a row: REPEATS (1000) of every kernel; an hour
+	@$(SETUP) python cc arm64
+	$(PYTHON) tests/repeats.py --repeats $(REPEATS)
+
+compilers: ## the same bits from every compiler, level, standard and contraction; hours
+	@$(SETUP) python cc arm64 lint compilers
+	$(PYTHON) tests/compilers.py --fused
+
+accuracy: ## every element within its bound, to 131072 keys, and how tight the bounds are; an hour
+	@$(SETUP) python cc
+	$(PYTHON) tests/accuracy.py
+
+fuzz: ## feed every shipped header what libFuzzer makes of it, for SECONDS in all (600)
+	@$(SETUP) python cc fuzz
+	$(PYTHON) tests/fuzz/run.py --seconds $(or $(SECONDS),600) --jobs $(JOBS) $(FUZZ)
 
 mutate: ## put COUNT defects into generated headers, one at a time: which ones do tests notice?
 	@$(SETUP) python cc cxx sleef arm64

@@ -20,7 +20,7 @@ from measure import alternate
 from tables import Table, ms, number, percent
 from tensors import LARGEST, allocate, lists, normal_once, rng
 
-from gen import bind
+from gen import bind, spec
 
 NAME = f"hl_sparse_flash_attention_{MLA}"
 SPEC = ["--op", "sparse_flash_attention", "--dtype", "bf16", "--dk", "512", "--rope", "64"]
@@ -377,8 +377,52 @@ def masks(bench: Bench) -> Table:
     return table
 
 
+# ---- what checking costs ------------------------------------------------------------------------
+
+
+def checked_shapes(made: m.Build) -> dict[str, m.Shape]:
+    """Calls that hardly compute and a usual one, as each operator has them: where it has lists,
+    2048 keys are selected of 32768; where it trains, they are a prompt."""
+    own_value = bool(made.decodes or made.trains)
+    usual = m.Shape(1, 1, 2048, 32768, "list")
+    if made.trains:
+        usual = training.prompt(2048, 1, 1)
+    elif made.decodes:
+        usual = m.Shape(1, 1, 2048, 2048, value=True)
+    return {"1 head, 64 keys": m.Shape(1, 1, 64, 64, value=own_value),
+            "4 heads, 256 keys": m.Shape(4, 1, 256, 256, value=own_value),
+            "1 head, 2048 keys": usual}
+
+
+def safety(bench: Bench) -> Table:
+    """What plan takes, which checks all arguments and every length, block and page, beside the
+    whole call with it."""
+    table = Table("Cost of the checks: plan, and its share of a call",
+                  ["header", "isa", "plan ns", "1 head, 64 keys", "4 heads, 256 keys",
+                   "1 head, 2048 keys", "in pages of 64"],
+                  "One query row; in prefill and training 2048 keys are a prompt. plan: at 2048 "
+                  "keys. In pages:\nof the same 2048 keys, every id of a page checked.",
+                  left=2)
+    for header in spec.load_catalogue():
+        made = m.build(bench.include / f"{header.name}.h")
+        isa = next(iter(made.isas))
+        shapes: dict[str, tuple[m.Shape, dict]] = {
+            what: (shape, {}) for what, shape in checked_shapes(made).items()}
+        if not (made.trains or made.decodes or (made.record and made.record.behind)):
+            shapes["paged"] = shapes["1 head, 2048 keys"][0], {"block_size": BLOCK_SIZE}
+        shares, plan = {}, 0.0
+        for what, (shape, options) in shapes.items():
+            calls = m.Calls(made, shape, isa, **options)
+            t = alternate({"plan": calls.plan(), "call": calls}, bench.rounds, seconds=2)
+            shares[what] = percent(np.median(t["plan"] / t["call"]))
+            plan = plan if options else float(np.median(t["plan"]))
+        table.add(header.name.removeprefix("hl_"), isa, f"{plan:.0f}",
+                  *(shares.get(what, "") for what in (*checked_shapes(made), "paged")))
+    return table
+
+
 def tables(bench: Bench) -> Iterator[Table]:
     """What README and docs quote beside the main table."""
-    for make in (list_cost, ways, maths, beside_bf16, writing, masks):
+    for make in (list_cost, ways, maths, beside_bf16, writing, masks, safety):
         yield make(bench)
 

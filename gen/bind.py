@@ -310,6 +310,11 @@ class Kernel:
             if (found := re.search(rf"\b{name}_{routine}\(\s*const (\w+)", header.text))
         }
         self.constants = header.constants
+        self.statuses = {
+            value: name
+            for name, value in self.constants.items()
+            if name == f"{header.macro}_OK" or name.startswith(f"{header.macro}_ERR_")
+        }
         macro = self.macro = name.upper()
         self.dk, self.dv = (self.constants[f"{macro}_{n}"] for n in ("DK", "DV"))
         self.rope = self.constants.get(f"{macro}_ROPE", 0)
@@ -382,12 +387,7 @@ class Kernel:
     def result(self, status: int, error: ctypes.Structure | None = None) -> Result:
         """A status and what the C error struct says, with names."""
         prefix = self.header.macro
-        names = {
-            v: n
-            for n, v in self.constants.items()
-            if n == f"{prefix}_OK" or n.startswith(f"{prefix}_ERR_")
-        }
-        made = Result(status, names.get(status, "?"))
+        made = Result(status, self.statuses.get(status, "?"))
         if status == 0 or error is None:
             return made
 

@@ -20,6 +20,9 @@ class Isa:
     header: str = ""  # that declares its intrinsics
     detect: tuple[str, ...] = ()  # what the cpu model has to say; () where it is always there
     rows_by: str = ""  # the instruction set whose words do everything but the two products
+    # Stack in bytes, of one function and of a whole call; tests/check.py measures them.
+    frame_bytes: int = 4096
+    stack_bytes: int = 6144
 
     @property
     def tiles(self):
@@ -49,6 +52,8 @@ ISAS = {
             formats=("f32", "f16", "bf16"),
             maths=("builtin", "sleef", "libm"),
             sleef_exp2="Sleef_exp2f_u10",
+            frame_bytes=1024,
+            stack_bytes=3072,
         ),
         Isa(
             name="neon",
@@ -100,6 +105,8 @@ ISAS = {
             maths=("builtin", "sleef", "libm"),
             header="immintrin.h",
             rows_by="avx512",
+            frame_bytes=8192,
+            stack_bytes=8192,
         ),
     )
 }

@@ -184,6 +184,7 @@ def kernel_view(kernel):
         word_isas=[view for view in views if not ISAS[view.name].tiles],
         tile_isas=[view for view in views if ISAS[view.name].tiles],
         isa_last=f"HL_ISA_{list(ISAS.values())[-1].macro}",
+        deepest=max(kernel.isas, key=lambda isa: isa.stack_bytes).macro,
         tile_heads=matrix.least_heads(kernel),
         load=words["load"],
         load_n=words["load_n"],
@@ -270,9 +271,10 @@ TRAIN_STEPS += ("train/finish",)
 TRAIN_STEPS += ("train/forward",)
 TRAIN_TILE_STEPS = ("train/tile_load", "train/drop", "train/tile_softmax", "train/tile_products")
 TRAIN_TILE_STEPS += ("train/softmax", "train/finish", "train/tile_forward")
-GRAD_STEPS = ("train/load", "train/products", "train/drop", "train/gradient", "train/backward")
-GRAD_TILE_STEPS = ("train/tile_load", "train/tile_products", "train/tile_sums", "train/drop")
-GRAD_TILE_STEPS += ("train/gradient", "train/tile_backward")
+GRAD_STEPS = ("train/load", "train/products", "train/drop", "train/gradient", "train/pairs")
+GRAD_STEPS += ("train/backward",)
+GRAD_TILE_STEPS = ("train/tile_load", "train/drop", "train/gradient", "train/tile_gradient")
+GRAD_TILE_STEPS += ("train/tile_products", "train/tile_sums", "train/tile_backward")
 TILE_STEPS = ("tile/load", "tile/many", "tile/few", "tile/settle", "step/finish")
 
 
@@ -434,6 +436,7 @@ def render_header(header):
         log_error=LOG_ERROR,
         ops=ops,
         records=any(kernel.record for kernel in header.kernels),
+        all_isas=ISAS.values(),
         isas=[
             isa
             for isa in ISAS.values()

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 
-from gen import names
+from gen import names, train_matrix
 from gen.formats import FORMATS, RECORDS, STORED, Record
 from gen.isa import ISAS
 from gen.records import CHANNELS_MAX, parse_record
@@ -355,11 +355,18 @@ def parse_features(op, dtype, table):
     return features
 
 
-def tiles_fit(op, isa, dtype, kv):
-    """Whether an instruction set can be had: when decoding and when training, tiles read rows of
-    bfloat16 only. For float16 they would take two parts, and when decoding more than 16 queries;
-    for codes there is no page yet."""
-    return op not in (DECODE, TRAIN, GRAD) or not isa.tiles or dtype == kv == "bf16"
+def no_tiles(op, isa, dtype, kv, dk, dv):
+    """Why an instruction set cannot be had, "" if it can: when decoding and for gradients, tiles
+    read rows of bfloat16 only. Of float16 they take two parts: gradients would need twice the
+    memory near the processor for a step, decoding more than 16 queries, and attention rows that
+    are not too wide. For codes there is no page yet."""
+    if not isa.tiles or dtype == kv == "bf16" or op not in (DECODE, TRAIN, GRAD):
+        return ""
+    if op != TRAIN or dtype != "f16":
+        return f"tiles take {'bf16 and f16' if op == TRAIN else 'bf16'} only in {op}"
+    if not train_matrix.fits(dtype, dk, dv):
+        return f"two parts of rows of {dk} and {dv} channels do not fit the second-level cache"
+    return ""
 
 
 def check_tiles(isa, record, dk, dv):
@@ -396,13 +403,14 @@ def parse_kernel(table, prefix=None, records=RECORDS):
     able = tuple(
         name
         for name, isa in ISAS.items()
-        if math in isa.maths and numbers in isa.formats and tiles_fit(op, isa, dtype, kv)
+        if math in isa.maths and numbers in isa.formats and not no_tiles(op, isa, dtype, kv, dk, dv)
     )
     isa = some_of("isa", table.get("isa", able), tuple(ISAS))
     for name in isa:
-        if not tiles_fit(op, ISAS[name], dtype, kv):
+        reason = no_tiles(op, ISAS[name], dtype, kv, dk, dv)
+        if reason:
             raise Refusal(
-                f"isa {name} with dtype {dtype} and kv {kv}: tiles take bf16 only in {op}",
+                f"isa {name} with dtype {dtype} and kv {kv}: {reason}",
                 f"leave {name} out of isa",
             )
         if numbers not in ISAS[name].formats:

@@ -98,8 +98,9 @@
  *   On x86-64 Linux ..._plan and ..._isas ask the system once for the use of AMX tiles; where it
  *   says no, AVX-512 runs. A task leaves no tile configured; tiles of the caller's own are lost, as
  *   in any call (they are the caller's to save). There P, and dS of gradients, are rounded to
- *   bfloat16 for the second products, and subnormal bfloat16 numbers count as 0; max, sum and LSE
- *   are those of the exact weights.
+ *   bfloat16 for the second products (float16: to two parts of it), subnormal bfloat16 numbers
+ *   count as 0, an infinite float16 of query or key as NaN; max, sum and LSE are those of the exact
+ *   weights.
  *
  * SOURCES
  *   Milakov and Gimelshein 2018 (online softmax); Dao 2023 (FlashAttention-2); Salmon et al. 2011
@@ -111,7 +112,7 @@
 /* ==== shared by every Headlight header ==== */
 
 #ifndef HL_COMMON
-#define HL_COMMON 4
+#define HL_COMMON 5
 
 #include <stddef.h>
 #include <stdint.h>
@@ -360,6 +361,20 @@ enum {
     HL_ISA_AMX = 5
 };
 
+/* Stack in bytes, whatever the arguments: of any one function, and of a whole call with all that it
+ * calls on this instruction set. */
+#define HL_FRAME_BYTES_SCALAR 1024
+#define HL_STACK_BYTES_SCALAR 3072
+#define HL_FRAME_BYTES_NEON 4096
+#define HL_STACK_BYTES_NEON 6144
+#define HL_FRAME_BYTES_AVX2 4096
+#define HL_STACK_BYTES_AVX2 6144
+#define HL_FRAME_BYTES_AVX512 4096
+#define HL_STACK_BYTES_AVX512 6144
+#define HL_FRAME_BYTES_AMX 8192
+#define HL_STACK_BYTES_AMX 8192
+/* As GCC and Clang compile it from -O1 up. Without optimisation vector code takes far more. */
+
 /* Writes one sentence about the error into text (always ended by a 0 byte) and returns text; 160
  * bytes are enough. With HL_NO_TEXT defined the program holds no words: text is empty. */
 HL_API const char *hl_error_text(const hl_error *error, char *text, size_t size);
@@ -368,7 +383,7 @@ HL_API const char *hl_error_text(const hl_error *error, char *text, size_t size)
 }
 #endif
 
-#elif HL_COMMON != 4
+#elif HL_COMMON != 5
 #error "hl: headers of two generator versions in one file; regenerate the older one"
 #endif /* HL_COMMON */
 /* ==== shared by the operators for training and prefill ==== */
@@ -491,6 +506,8 @@ typedef struct hl_fusion_attention_plan {
     int32_t group;         /* G: query heads that share one kv head                              */
     int32_t queries;       /* rows times heads of a task, at most                                */
     int32_t band_batch;    /* modes 7, 8: the batch that takes mode 4's formula; else -1         */
+    int32_t longest[2];    /* rows and keys of the longest batches                               */
+    int64_t pairs;         /* (row, key) pairs of all batches; INT64_MAX if it does not fit      */
     float scale_log2;      /* scale_value * log2(e)                                              */
 } hl_fusion_attention_plan;
 #ifdef __cplusplus
@@ -567,6 +584,14 @@ typedef struct hl_fusion_attention_plan {
 #include <string.h>
 #define HL_COPY(to, from, bytes) memcpy((to), (from), (bytes))
 #define HL_FETCH(address) ((void)(address))
+#endif
+
+/* A function that its caller shall not take in: what it keeps on the stack is gone when it returns,
+ * and does not add to what later calls need. */
+#if defined(__GNUC__)
+#define HL_OWN_FRAME __attribute__((noinline, unused)) static
+#else
+#define HL_OWN_FRAME static inline
 #endif
 
 #ifdef __cplusplus
@@ -667,6 +692,25 @@ static inline float hl_float_of(uint32_t bits)
     return x;
 }
 
+/* Compilers may make one operation of a product and the sum around it, each by rules and flags of
+ * its own, and then round once instead of twice. This says that x is looked at in between: with it
+ * the bits are the same whoever compiles. In the words of plain C it is left to the compiler. */
+#if defined(__GNUC__) && defined(__SSE__)
+#define HL_ROUNDED(x) __asm__("" : "+x"(x))
+#elif defined(__GNUC__) && defined(__aarch64__)
+#define HL_ROUNDED(x) __asm__("" : "+w"(x))
+#else
+#define HL_ROUNDED(x) (void)(x)
+#endif
+
+/* x * y, rounded before anything is added to it. */
+static inline float hl_product(float x, float y)
+{
+    float product = x * y;
+    HL_ROUNDED(product);
+    return product;
+}
+
 static inline float hl_float_of_bf16(uint16_t h)
 {
     return hl_float_of((uint32_t)h << 16);
@@ -719,16 +763,27 @@ static inline float hl_log(float x)
     const uint32_t bits = hl_bits_of(x);
     const int32_t e = (int32_t)((bits + 0x4afb0du) >> 23) - 127;
     const float y = hl_float_of(bits - ((uint32_t)e << 23));
-    const float t = (y - 1.0f) / (y + 1.0f);
+    float t = (y - 1.0f) / (y + 1.0f);
     const float t2 = t * t;
-    const float odd = 2.0f + t2 * (0.666666667f + t2 * (0.4f + t2 * (0.285714286f + t2 * 0.23f)));
+    float odd = 0.285714286f + hl_product(t2, 0.23f);
+    odd = 0.4f + hl_product(t2, odd);
+    odd = 0.666666667f + hl_product(t2, odd);
+    odd = 2.0f + hl_product(t2, odd);
     if (x == 0.0f) {
         return hl_float_of(0xff800000u);
     }
     if (!(x < hl_float_of(0x7f800000u))) { /* infinity or NaN */
         return x;
     }
-    return (float)e * 0.693359375f + ((float)e * -2.12194440e-4f + t * odd); /* ln 2 in two parts */
+    t = hl_product((float)e, -2.12194440e-4f) + hl_product(t, odd); /* ln 2 in two parts */
+    return hl_product((float)e, 0.693359375f) + t;
+}
+
+/* A number of the caller's that another thread may be changing: read exactly once, whatever the
+ * compiler would make of it, so that what was checked is what is used. */
+static inline int32_t hl_once(const int32_t *number)
+{
+    return *(const volatile int32_t *)number;
 }
 
 /* Fills *error, if there is one, and returns its status. */
@@ -765,12 +820,21 @@ static inline hl_status hl_refuse_at(hl_error *error, hl_status status, hl_argum
 /* a * b and a + b that stay at the top instead of wrapping. */
 static inline uint64_t hl_mul_cap(uint64_t a, uint64_t b)
 {
+    if ((a | b) <= UINT32_MAX) { /* as a rule, and a division costs more than all the rest */
+        return a * b;
+    }
     return b != 0 && a > UINT64_MAX / b ? UINT64_MAX : a * b;
 }
 
 static inline uint64_t hl_add_cap(uint64_t a, uint64_t b)
 {
     return a > UINT64_MAX - b ? UINT64_MAX : a + b;
+}
+
+/* As a size of memory; what there cannot be is SIZE_MAX, which no allocator grants. */
+static inline size_t hl_size(uint64_t bytes)
+{
+    return bytes > (uint64_t)PTRDIFF_MAX ? SIZE_MAX : (size_t)bytes;
 }
 
 /* Bytes from the first to behind the last element of a strided tensor; 0 if it has none. */
@@ -792,8 +856,8 @@ typedef struct hl_range {
     const void *start;
     uint64_t bytes;
     hl_argument argument;
-    int32_t written;
-    uint32_t align;
+    uint16_t written;
+    uint16_t align; /* a power of two */
 } hl_range;
 
 /* NULL, alignment, size, and that nothing written overlaps anything else. */
@@ -807,9 +871,9 @@ static inline hl_status hl_check_ranges(const hl_range *range, int32_t n, hl_err
         if (start == 0) {
             return hl_refuse(error, HL_ERR_NULL, range[i].argument, HL_RULE_NOT_NULL, 0, 0);
         }
-        if (start % range[i].align != 0) {
+        if ((start & (range[i].align - 1)) != 0) {
             return hl_refuse(error, HL_ERR_ALIGN, range[i].argument, HL_RULE_MULTIPLE_OF,
-                             (int64_t)(start % range[i].align), (int64_t)range[i].align);
+                             (int64_t)(start & (range[i].align - 1)), (int64_t)range[i].align);
         }
         if (range[i].bytes > (uint64_t)PTRDIFF_MAX
             || range[i].bytes > (uint64_t)UINTPTR_MAX - (uint64_t)start) {
@@ -819,11 +883,14 @@ static inline hl_status hl_check_ranges(const hl_range *range, int32_t n, hl_err
         }
     }
     for (int32_t i = 0; i < n; ++i) {
+        const uintptr_t a = (uintptr_t)range[i].start;
+        const uintptr_t a_end = a + (uintptr_t)range[i].bytes;
+        if (!range[i].written || a == a_end) {
+            continue;
+        }
         for (int32_t j = 0; j < n; ++j) {
-            const uintptr_t a = (uintptr_t)range[i].start;
             const uintptr_t b = (uintptr_t)range[j].start;
-            if (i != j && range[i].written && range[i].bytes != 0 && range[j].bytes != 0 && a < b
-                + (uintptr_t)range[j].bytes && b < a + (uintptr_t)range[i].bytes) {
+            if (a < b + (uintptr_t)range[j].bytes && b < a_end && range[j].bytes != 0 && i != j) {
                 return hl_refuse(error, HL_ERR_ALIAS, range[i].argument, HL_RULE_DISJOINT, 0, 0);
             }
         }
@@ -875,8 +942,10 @@ static inline hl_status hl_default_stride(hl_stride *stride, int64_t rows, int64
                               : stride->row < 0 ? stride->row : stride->head;
         return hl_refuse(error, HL_ERR_SHAPE, argument, HL_RULE_AT_LEAST, (int64_t)bad, 0);
     }
-    if (batch > (uint64_t)PTRDIFF_MAX) {
-        return hl_refuse(error, HL_ERR_SHAPE, argument, HL_RULE_ADDRESSABLE, INT64_MAX,
+    if (row > (uint64_t)PTRDIFF_MAX || batch > (uint64_t)PTRDIFF_MAX) {
+        const uint64_t most = row > batch ? row : batch;
+        return hl_refuse(error, HL_ERR_SHAPE, argument, HL_RULE_ADDRESSABLE,
+                         most > (uint64_t)INT64_MAX ? INT64_MAX : (int64_t)most,
                          (int64_t)PTRDIFF_MAX);
     }
     stride->head = stride->head != 0 ? stride->head : (ptrdiff_t)channels;
@@ -1176,6 +1245,12 @@ typedef struct hl_pairs {
     float *v;             /* rows of dO or V                                                      */
 } hl_pairs;
 
+/* An end of the caller's that another thread may be changing: read once. */
+static inline int64_t hl_once64(const int64_t *number)
+{
+    return *(const volatile int64_t *)number;
+}
+
 static inline int32_t hl_clip(int64_t x, int64_t low, int64_t high)
 {
     return (int32_t)(x < low ? low : x > high ? high : x);
@@ -1186,7 +1261,7 @@ static inline float hl_root(float x)
 {
     float r = hl_float_of(0x5f3759dfu - (hl_bits_of(x) >> 1)); /* 1 / root, 3 % off */
     for (int32_t i = 0; i < 4; ++i) {
-        r = r * (1.5f - 0.5f * x * r * r);
+        r = r * (1.5f - hl_product(0.5f * x * r, r));
     }
     return x > 0.0f ? x * r : 0.0f;
 }
@@ -1272,6 +1347,10 @@ enum {
 
 /* Bytes of workspace for one task, any alignment, whatever the shape of the call. */
 #define HL_FUSION_ATTENTION_BF16_D576X512_WORKSPACE_BYTES ((size_t)1488192)
+
+/* Stack that any call below may need, on the deepest of the kernel's instruction sets. */
+#define HL_FUSION_ATTENTION_BF16_D576X512_STACK_BYTES \
+    HL_STACK_BYTES_AMX
 
 /* Checks everything, fills in defaults, counts tasks. On an error *plan is untouched. */
 HL_API hl_status hl_fusion_attention_bf16_d576x512_plan(hl_fusion_attention_plan *plan,
@@ -1445,7 +1524,12 @@ HL_WORD_NEON void hl_vpair_neon(const float *p, hl_vf_neon *x, hl_vf_neon *y)
 HL_WORD_NEON hl_vf_neon hl_vkeep_neon(hl_vf_neon x) { return x; }
 HL_WORD_NEON hl_vf_neon hl_vadd_neon(hl_vf_neon x, hl_vf_neon y) { return vaddq_f32(x, y); }
 HL_WORD_NEON hl_vf_neon hl_vsub_neon(hl_vf_neon x, hl_vf_neon y) { return vsubq_f32(x, y); }
-HL_WORD_NEON hl_vf_neon hl_vmul_neon(hl_vf_neon x, hl_vf_neon y) { return vmulq_f32(x, y); }
+HL_WORD_NEON hl_vf_neon hl_vmul_neon(hl_vf_neon x, hl_vf_neon y)
+{
+    hl_vf_neon product = vmulq_f32(x, y);
+    HL_ROUNDED(product);
+    return product;
+}
 HL_WORD_NEON hl_vf_neon hl_vfma_neon(hl_vf_neon x, hl_vf_neon y, hl_vf_neon z)
 {
     return vfmaq_f32(z, x, y);
@@ -1602,7 +1686,10 @@ HL_WORD_AVX2 hl_vf_avx2 hl_vkeep_avx2(hl_vf_avx2 x)
 }
 HL_WORD_AVX2 hl_vf_avx2 hl_vadd_avx2(hl_vf_avx2 x, hl_vf_avx2 y) { return _mm256_add_ps(x, y); }
 HL_WORD_AVX2 hl_vf_avx2 hl_vsub_avx2(hl_vf_avx2 x, hl_vf_avx2 y) { return _mm256_sub_ps(x, y); }
-HL_WORD_AVX2 hl_vf_avx2 hl_vmul_avx2(hl_vf_avx2 x, hl_vf_avx2 y) { return _mm256_mul_ps(x, y); }
+HL_WORD_AVX2 hl_vf_avx2 hl_vmul_avx2(hl_vf_avx2 x, hl_vf_avx2 y)
+{
+    return hl_vkeep_avx2(_mm256_mul_ps(x, y));
+}
 HL_WORD_AVX2 hl_vf_avx2 hl_vfma_avx2(hl_vf_avx2 x, hl_vf_avx2 y, hl_vf_avx2 z)
 {
     return _mm256_fmadd_ps(x, y, z);
@@ -1788,7 +1875,7 @@ HL_WORD_AVX512 hl_vf_avx512 hl_vsub_avx512(hl_vf_avx512 x, hl_vf_avx512 y)
 }
 HL_WORD_AVX512 hl_vf_avx512 hl_vmul_avx512(hl_vf_avx512 x, hl_vf_avx512 y)
 {
-    return _mm512_mul_ps(x, y);
+    return hl_vkeep_avx512(_mm512_mul_ps(x, y));
 }
 HL_WORD_AVX512 hl_vf_avx512 hl_vfma_avx512(hl_vf_avx512 x, hl_vf_avx512 y, hl_vf_avx512 z)
 {
@@ -2247,16 +2334,18 @@ static inline void hl_fa_bf16_d576x512_cut(hl_fa_bf16_d576x512_space *w, void *w
 }
 /* ---- select: which rows and keys a batch has, which keys a row sees ---- */
 
-/* TND: rows of batch b, and where they begin. Batch `batch` are the rows behind the last end. */
+/* TND: rows of batch b, and where they begin. Batch `batch` are the rows behind the last end. Ends
+ * that the plan has checked are kept within bounds once more, here and below, so that a caller who
+ * changes them meanwhile gets wrong numbers, but no access out of bounds. */
 static inline int32_t hl_fa_bf16_d576x512_rows_of(const int64_t *ends, int32_t batch, int32_t total,
                                                   int32_t b, int32_t *first)
 {
-    const int64_t end = b < batch ? ends[b] : total;
+    const int64_t end = b < batch ? hl_once64(ends + b) : total;
     int32_t last = b;
     while (last > 0 && ends[last - 1] <= 0) { /* batches that are not used end at 0 */
         --last;
     }
-    *first = hl_clip(last > 0 ? ends[last - 1] : 0, 0, total);
+    *first = hl_clip(last > 0 ? hl_once64(ends + last - 1) : 0, 0, total);
     return end > *first ? hl_clip(end, 0, total) - *first : 0;
 }
 
@@ -2287,6 +2376,14 @@ static inline void hl_fa_bf16_d576x512_batch(const hl_fusion_attention_plan *pla
                 hl_fa_bf16_d576x512_rows_of(a->actual_seq_qlen, a->batch, a->seq_q, u, &first);
             g->pairs += rows
                 * hl_fa_bf16_d576x512_rows_of(a->actual_seq_kvlen, a->batch, a->seq_kv, u, &first);
+            g->pairs = g->pairs < plan->pairs ? g->pairs : plan->pairs;
+        }
+        if (b < a->batch) { /* as far as atten_mask, pse and dropout_mask reach */
+            g->seq_q = g->seq_q < plan->longest[0] ? g->seq_q : plan->longest[0];
+            g->seq_kv = g->seq_kv < plan->longest[1] ? g->seq_kv : plan->longest[1];
+            if ((int64_t)g->seq_q * g->seq_kv > plan->pairs - g->pairs) {
+                g->seq_q = 0;
+            }
         }
     }
     mode = mode < 7 ? mode : b == plan->band_batch ? 4 : mode == 7 ? 3 : 2;
@@ -2296,7 +2393,7 @@ static inline void hl_fa_bf16_d576x512_batch(const hl_fusion_attention_plan *pla
     if (b == a->batch) { /* rows and keys behind the last end are nobody's */
         g->ahead = -(int64_t)INT32_MAX * 2;
     }
-    g->prefix = mode == 6 ? hl_clip(b < a->batch ? a->prefix[b] : 0, 0, g->seq_kv) : 0;
+    g->prefix = mode == 6 && b < a->batch ? hl_clip(hl_once64(a->prefix + b), 0, g->seq_kv) : 0;
 }
 
 /* The keys that row i sees, but for atten_mask: low .. high - 1. */
@@ -2387,7 +2484,8 @@ static inline int32_t hl_fa_bf16_d576x512_find(const hl_fusion_attention_plan *p
         hl_fa_bf16_d576x512_batch(plan, b, g);
         task -= hl_fa_bf16_d576x512_first_piece(ends, a->batch, total, b, each, most);
         *piece = (int32_t)task;
-        return task < hl_fa_bf16_d576x512_pieces(of_keys ? g->seq_kv : g->seq_q, each, most);
+        return task >= 0
+            && task < hl_fa_bf16_d576x512_pieces(of_keys ? g->seq_kv : g->seq_q, each, most);
     }
     hl_fa_bf16_d576x512_batch(plan, (int32_t)(task / (pieces * a->heads_kv)), g);
     *kv_head = (int32_t)(task / pieces % a->heads_kv);
@@ -2441,8 +2539,7 @@ static inline hl_status hl_fa_bf16_d576x512_check_absent(const hl_fusion_attenti
 }
 
 /* Sizes, modes and numbers. Fills in the defaults of *a. */
-static inline hl_status hl_fa_bf16_d576x512_check_sizes(hl_fusion_attention_args *a,
-    hl_error *error)
+HL_OWN_FRAME hl_status hl_fa_bf16_d576x512_check_sizes(hl_fusion_attention_args *a, hl_error *error)
 {
     const int64_t far = (int64_t)1 << 40;
     a->heads_kv = a->heads_kv != 0 ? a->heads_kv : a->heads_q;
@@ -2495,7 +2592,9 @@ static inline hl_status hl_fa_bf16_d576x512_check_sizes(hl_fusion_attention_args
     }
     a->scale_value = a->scale_value != 0.0f ? a->scale_value : 1.0f;
     a->keep_prob = a->keep_prob != 0.0f ? a->keep_prob : 1.0f;
-    if (a->keep_prob != a->keep_prob) {
+    if (a->keep_prob != a->keep_prob
+        || (a->keep_prob > 0.0f && hl_bits_of(a->keep_prob) < 0x00800000u)) {
+        /* nor may 1 / keep_prob be infinite */
         return hl_refuse(error, HL_ERR_VALUE, HL_ARG_KEEP_PROB, HL_RULE_FINITE, 0, 0);
     }
     if (!(a->keep_prob > 0.0f && a->keep_prob <= 1.0f)) {
@@ -2529,50 +2628,48 @@ static inline hl_status hl_fa_bf16_d576x512_check_sizes(hl_fusion_attention_args
     return HL_OK;
 }
 
-/* A list of `count` numbers: there, and aligned, as it is read before the others are looked at. */
+/* A list of `count` numbers: there, aligned and no larger than memory, as it is read before the
+ * others are looked at. */
 static inline hl_status hl_fa_bf16_d576x512_check_list(const int64_t *list, int32_t count,
     hl_argument argument, hl_error *error)
 {
-    const uintptr_t off = (uintptr_t)list % 8u;
-    if (count > 0 && (list == NULL || off != 0)) {
-        return list == NULL ? hl_refuse(error, HL_ERR_NULL, argument, HL_RULE_NOT_NULL, 0, 0)
-                            : hl_refuse(error, HL_ERR_ALIGN, argument, HL_RULE_MULTIPLE_OF,
-                                        (int64_t)off, 8);
-    }
-    return HL_OK;
+    const hl_range range = {list, 8u * (uint64_t)count, argument, 0, 8u};
+    return hl_check_ranges(&range, 1, error);
 }
+
+/* How far a list of ends has been looked at. */
+typedef struct hl_fa_bf16_d576x512_ends {
+    int64_t last;   /* the largest so far                              */
+    int32_t unused; /* only zeros may follow                           */
+    int32_t rows;   /* of the batch that was looked at last            */
+} hl_fa_bf16_d576x512_ends;
 
 /* TND: ends do not fall, but for zeros behind the last batch that is used. */
-static inline hl_status hl_fa_bf16_d576x512_check_ends(const int64_t *ends, int32_t batch,
-    int32_t total, hl_argument argument, hl_error *error)
+static inline hl_status hl_fa_bf16_d576x512_check_end(const int64_t *ends, int32_t b, int32_t total,
+    hl_argument argument, hl_fa_bf16_d576x512_ends *e, hl_error *error)
 {
-    int64_t last = 0;
-    int32_t unused = 0;
-    const hl_status status = hl_fa_bf16_d576x512_check_list(ends, batch, argument, error);
-    if (status != HL_OK) {
-        return status;
+    const int64_t end = hl_once64(ends + b);
+    if (end > total) {
+        return hl_refuse_at(error, HL_ERR_LENGTH, argument, HL_RULE_AT_MOST, 1, b, 0, end, total);
     }
-    for (int32_t b = 0; b < batch; ++b) {
-        if (ends[b] > total) {
-            return hl_refuse_at(error, HL_ERR_LENGTH, argument, HL_RULE_AT_MOST, 1, b, 0, ends[b],
-                                total);
-        }
-        unused |= ends[b] == 0 && last > 0;
-        if (unused ? ends[b] != 0 : ends[b] < last) {
-            return hl_refuse_at(error, HL_ERR_LENGTH, argument, unused ? HL_RULE_EQUAL
-                                : HL_RULE_AT_LEAST, 1, b, 0, ends[b], unused ? 0 : last);
-        }
-        last = unused ? last : ends[b];
+    e->unused |= end == 0 && e->last > 0;
+    if (e->unused ? end != 0 : end < e->last) {
+        return hl_refuse_at(error, HL_ERR_LENGTH, argument, e->unused ? HL_RULE_EQUAL
+                            : HL_RULE_AT_LEAST, 1, b, 0, end, e->unused ? 0 : e->last);
     }
+    e->rows = e->unused ? 0 : (int32_t)(end - e->last);
+    e->last = e->unused ? e->last : end;
     return HL_OK;
 }
 
-/* The layout, and lengths. *longest: rows and keys of the longest batches. */
+/* The layout, and lengths. longest: rows and keys of the longest batches; *pairs: (row, key) pairs
+ * of all of them. */
 static inline hl_status hl_fa_bf16_d576x512_check_lengths(hl_fusion_attention_args *a,
-    int32_t longest[2], hl_error *error)
+    int32_t longest[2], uint64_t *pairs, hl_error *error)
 {
     longest[0] = a->seq_q;
     longest[1] = a->seq_kv;
+    *pairs = hl_mul_cap((uint64_t)a->batch, (uint64_t)a->seq_q * (uint64_t)a->seq_kv);
     if (!(a->input_layout == HL_LAYOUT_BSND || a->input_layout == HL_LAYOUT_BSH
           || a->input_layout == HL_LAYOUT_SBH || a->input_layout == HL_LAYOUT_BNSD
           || a->input_layout == HL_LAYOUT_TND)) {
@@ -2580,33 +2677,38 @@ static inline hl_status hl_fa_bf16_d576x512_check_lengths(hl_fusion_attention_ar
                          a->input_layout, 0);
     }
     if (a->input_layout == HL_LAYOUT_TND) {
+        hl_fa_bf16_d576x512_ends q = {0, 0, 0};
+        hl_fa_bf16_d576x512_ends kv = {0, 0, 0};
         hl_status status =
-            hl_fa_bf16_d576x512_check_ends(a->actual_seq_qlen, a->batch, a->seq_q,
-                                           HL_ARG_ACTUAL_SEQ_QLEN, error);
+            hl_fa_bf16_d576x512_check_list(a->actual_seq_qlen, a->batch, HL_ARG_ACTUAL_SEQ_QLEN,
+                                           error);
         if (status == HL_OK) {
             status =
-                hl_fa_bf16_d576x512_check_ends(a->actual_seq_kvlen, a->batch, a->seq_kv,
+                hl_fa_bf16_d576x512_check_list(a->actual_seq_kvlen, a->batch,
                                                HL_ARG_ACTUAL_SEQ_KVLEN, error);
-        }
-        if (status != HL_OK) {
-            return status;
         }
         longest[0] = 0;
         longest[1] = 0;
-        for (int32_t b = 0; b < a->batch; ++b) {
-            int32_t first;
-            const int32_t q =
-                hl_fa_bf16_d576x512_rows_of(a->actual_seq_qlen, a->batch, a->seq_q, b, &first);
-            const int32_t kv =
-                hl_fa_bf16_d576x512_rows_of(a->actual_seq_kvlen, a->batch, a->seq_kv, b, &first);
-            longest[0] = longest[0] > q ? longest[0] : q;
-            longest[1] = longest[1] > kv ? longest[1] : kv;
-            if (a->pse != NULL && a->pse_shape == HL_PSE_LAST_ROWS && q != kv) {
+        *pairs = 0;
+        for (int32_t b = 0; status == HL_OK && b < a->batch; ++b) {
+            status =
+                hl_fa_bf16_d576x512_check_end(a->actual_seq_qlen, b, a->seq_q,
+                                              HL_ARG_ACTUAL_SEQ_QLEN, &q, error);
+            if (status == HL_OK) {
+                status =
+                    hl_fa_bf16_d576x512_check_end(a->actual_seq_kvlen, b, a->seq_kv,
+                                                  HL_ARG_ACTUAL_SEQ_KVLEN, &kv, error);
+            }
+            longest[0] = longest[0] > q.rows ? longest[0] : q.rows;
+            longest[1] = longest[1] > kv.rows ? longest[1] : kv.rows;
+            *pairs = hl_add_cap(*pairs, (uint64_t)q.rows * (uint64_t)kv.rows);
+            if (status == HL_OK && a->pse != NULL && a->pse_shape == HL_PSE_LAST_ROWS
+                && q.rows != kv.rows) {
                 return hl_refuse_at(error, HL_ERR_LENGTH, HL_ARG_ACTUAL_SEQ_KVLEN, HL_RULE_EQUAL, 1,
-                                    b, 0, kv, q);
+                                    b, 0, kv.rows, q.rows);
             }
         }
-        return HL_OK;
+        return status;
     }
     if (a->actual_seq_qlen != NULL || a->actual_seq_kvlen != NULL) {
         return hl_refuse(error, HL_ERR_UNSUPPORTED, a->actual_seq_qlen != NULL
@@ -2687,9 +2789,10 @@ static inline hl_status hl_fa_bf16_d576x512_check_mask(hl_fusion_attention_args 
             return status;
         }
         for (int32_t b = 0; b < a->batch; ++b) {
-            if (a->prefix[b] < 0) {
+            const int64_t prefix = hl_once64(a->prefix + b);
+            if (prefix < 0) {
                 return hl_refuse_at(error, HL_ERR_LENGTH, HL_ARG_PREFIX, HL_RULE_AT_LEAST, 1, b, 0,
-                                    a->prefix[b], 0);
+                                    prefix, 0);
             }
         }
     }
@@ -2719,43 +2822,26 @@ static inline hl_status hl_fa_bf16_d576x512_check_mask(hl_fusion_attention_args 
     return HL_OK;
 }
 
-/* (row, key) pairs of all batches. */
-static inline uint64_t hl_fa_bf16_d576x512_pairs(const hl_fusion_attention_args *a)
-{
-    if (a->input_layout == HL_LAYOUT_TND) {
-        uint64_t pairs = 0;
-        for (int32_t b = 0; b < a->batch; ++b) {
-            int32_t first;
-            const int32_t q =
-                hl_fa_bf16_d576x512_rows_of(a->actual_seq_qlen, a->batch, a->seq_q, b, &first);
-            const int32_t kv =
-                hl_fa_bf16_d576x512_rows_of(a->actual_seq_kvlen, a->batch, a->seq_kv, b, &first);
-            pairs = hl_add_cap(pairs, (uint64_t)q * (uint64_t)kv);
-        }
-        return pairs;
-    }
-    return hl_mul_cap((uint64_t)a->batch, (uint64_t)a->seq_q * (uint64_t)a->seq_kv);
-}
-
 /* Bytes of pse. */
-static inline uint64_t hl_fa_bf16_d576x512_pse_bytes(const hl_fusion_attention_args *a)
+static inline uint64_t hl_fa_bf16_d576x512_pse_bytes(const hl_fusion_attention_args *a,
+    uint64_t pairs)
 {
     const uint64_t heads = (uint64_t)a->pse_batch * (uint64_t)a->heads_q;
+    (void)pairs; /* of sequences end to end */
     if (a->pse == NULL) {
         return 0;
     }
     if (a->pse_type == HL_PSE_SLOPE || a->pse_type == HL_PSE_SLOPE_SQRT) {
-        return 4u * heads;
+        return hl_mul_cap(heads, 4u);
     }
     if (a->pse_shape == HL_PSE_LAST_ROWS) {
-        return hl_mul_cap(heads * 1024u, 2u * (uint64_t)a->pse_width);
+        return hl_mul_cap(hl_mul_cap(heads, 1024u), 2u * (uint64_t)a->pse_width);
     }
     if (a->input_layout == HL_LAYOUT_TND) { /* of all batches, end to end */
         const uint64_t keys = (uint64_t)a->seq_kv;
-        return hl_mul_cap(2u * (uint64_t)a->heads_q, a->pse_shape == HL_PSE_ONE_ROW ? keys
-                          : hl_fa_bf16_d576x512_pairs(a));
+        return hl_mul_cap(2u * (uint64_t)a->heads_q, a->pse_shape == HL_PSE_ONE_ROW ? keys : pairs);
     }
-    return hl_mul_cap(heads * 2u, a->pse_shape == HL_PSE_ONE_ROW ? (uint64_t)a->seq_kv
+    return hl_mul_cap(hl_mul_cap(heads, 2u), a->pse_shape == HL_PSE_ONE_ROW ? (uint64_t)a->seq_kv
                       : (uint64_t)a->seq_q * (uint64_t)a->seq_kv);
 }
 
@@ -2777,51 +2863,51 @@ static inline void hl_fa_bf16_d576x512_pack(const hl_fusion_attention_args *a, h
 }
 
 /* Strides, alignment, extents; and nothing that is written overlaps anything else. */
-static inline hl_status hl_fa_bf16_d576x512_check_memory(hl_fusion_attention_args *a,
+HL_OWN_FRAME hl_status hl_fa_bf16_d576x512_check_memory(hl_fusion_attention_args *a, uint64_t pairs,
     const void *workspace, size_t bytes, hl_error *error)
 {
     const int32_t tnd = a->input_layout == HL_LAYOUT_TND;
     const int64_t b = tnd ? 1 : a->batch;
-    const int64_t s1 = a->seq_q;
-    const int64_t s2 = a->seq_kv;
-    const int64_t n1 = a->heads_q;
-    const int64_t n2 = a->heads_kv;
-    const uint64_t element = 2u;
-    const uint64_t wide = a->out_f32 ? 4u : element;
-    const uint64_t rows = 4u * hl_mul_cap(hl_mul_cap((uint64_t)b, (uint64_t)s1), (uint64_t)n1);
+    const int32_t s1 = a->seq_q;
+    const int32_t s2 = a->seq_kv;
+    const int32_t n1 = a->heads_q;
+    const int32_t n2 = a->heads_kv;
+    const uint16_t element = 2u;
+    const uint16_t wide = a->out_f32 ? 4u : 2u;
+    const uint16_t slopes = a->pse_type == HL_PSE_SLOPE || a->pse_type == HL_PSE_SLOPE_SQRT;
+    const uint16_t pse_number = slopes ? 4u : 2u;
+    const uint64_t all_rows = hl_mul_cap((uint64_t)b * (uint64_t)s1, (uint64_t)n1);
+    const uint64_t rows = hl_mul_cap(all_rows, 4u);
     const uint64_t stats = hl_mul_cap(rows, (uint64_t)a->stats_width);
-    const uint64_t elements = hl_mul_cap(hl_fa_bf16_d576x512_pairs(a), (uint64_t)n1);
+    const uint64_t elements = hl_mul_cap(pairs, (uint64_t)n1);
     const uint64_t drop = a->dropout_mask != NULL && a->keep_prob < 1.0f ? elements / 8u
                           + (elements % 8u != 0) : 0;
     const uint64_t mask =
         hl_mul_cap(hl_mul_cap((uint64_t)a->mask_batch * (uint64_t)a->mask_heads,
                               (uint64_t)a->mask_rows), (uint64_t)a->mask_width);
     const uint64_t ends = tnd ? 8u * (uint64_t)a->batch : 0;
+    const uint64_t prefixes = a->sparse_mode == 6 ? 8u * (uint64_t)a->batch : 0;
     const struct {
         hl_stride *stride;
-        const void *memory;
-        int64_t rows;
-        int64_t heads;
-        int64_t channels;
-        uint64_t element;
+        int32_t rows;
+        int32_t heads;
+        int32_t channels;
         hl_argument argument;
-        hl_argument stride_argument;
-        int32_t written;
-    } tensor[] = {
-        {&a->query_stride, a->query, s1, n1, 576, element, HL_ARG_QUERY,
-         HL_ARG_QUERY_STRIDE, 0},
-        {&a->key_stride, a->key, s2, n2, 576, element, HL_ARG_KEY, HL_ARG_KEY_STRIDE, 0},
-        {&a->value_stride, a->value, s2, n2, 512, element, HL_ARG_VALUE,
-         HL_ARG_VALUE_STRIDE, 0},
-        {&a->out_stride, a->attention_out, s1, n1, 512, wide, HL_ARG_ATTENTION_OUT,
-         HL_ARG_OUT_STRIDE, 1}
+    } tensor[] = { /* of the first of range[], whose bytes follow from it */
+        {&a->query_stride, s1, n1, 576, HL_ARG_QUERY_STRIDE},
+        {&a->key_stride, s2, n2, 576, HL_ARG_KEY_STRIDE},
+        {&a->value_stride, s2, n2, 512, HL_ARG_VALUE_STRIDE},
+        {&a->out_stride, s1, n1, 512, HL_ARG_OUT_STRIDE}
     };
     enum { TENSORS = sizeof tensor / sizeof tensor[0] };
-    const hl_range other[] = {
-        {a->pse, hl_fa_bf16_d576x512_pse_bytes(a), HL_ARG_PSE, 0,
-         a->pse_type == HL_PSE_SLOPE || a->pse_type == HL_PSE_SLOPE_SQRT ? 4u : 2u},
+    hl_range range[] = {
+        {a->query, 0, HL_ARG_QUERY, 0, element},
+        {a->key, 0, HL_ARG_KEY, 0, element},
+        {a->value, 0, HL_ARG_VALUE, 0, element},
+        {a->attention_out, 0, HL_ARG_ATTENTION_OUT, 1, wide},
+        {a->pse, hl_fa_bf16_d576x512_pse_bytes(a, pairs), HL_ARG_PSE, 0, pse_number},
         {a->atten_mask, a->atten_mask != NULL ? mask : 0, HL_ARG_ATTEN_MASK, 0, 1u},
-        {a->prefix, a->sparse_mode == 6 ? 8u * (uint64_t)a->batch : 0, HL_ARG_PREFIX, 0, 8u},
+        {a->prefix, prefixes, HL_ARG_PREFIX, 0, 8u},
         {a->actual_seq_qlen, ends, HL_ARG_ACTUAL_SEQ_QLEN, 0, 8u},
         {a->actual_seq_kvlen, ends, HL_ARG_ACTUAL_SEQ_KVLEN, 0, 8u},
         {a->dropout_mask, drop, HL_ARG_DROPOUT_MASK, 0, 1u},
@@ -2832,35 +2918,26 @@ static inline hl_status hl_fa_bf16_d576x512_check_memory(hl_fusion_attention_arg
         {a->dropout_state, a->dropout_state != NULL ? 24u : 0, HL_ARG_DROPOUT_STATE, 1, 8u},
         {workspace, (uint64_t)bytes, HL_ARG_WORKSPACE, 1, 1u}
     };
-    enum { OTHERS = sizeof other / sizeof other[0] };
-    hl_range range[TENSORS + OTHERS];
     for (int32_t i = 0; i < TENSORS; ++i) {
         hl_stride *const stride = tensor[i].stride;
         hl_status status;
         hl_fa_bf16_d576x512_pack(a, stride, tensor[i].rows, tensor[i].heads, tensor[i].channels);
         status =
             hl_default_stride(stride, tensor[i].rows, tensor[i].heads, tensor[i].channels,
-                              tensor[i].stride_argument, error);
-        if (status == HL_OK && tensor[i].written) {
+                              tensor[i].argument, error);
+        if (status == HL_OK && range[i].written) {
             status =
                 hl_check_apart(stride, b, tensor[i].rows, tensor[i].heads, tensor[i].channels,
-                               tensor[i].stride_argument, error);
+                               tensor[i].argument, error);
         }
         if (status != HL_OK) {
             return status;
         }
-        range[i].start = tensor[i].memory;
         range[i].bytes =
             hl_extent(stride, b, tensor[i].rows, tensor[i].heads, tensor[i].channels,
-                      tensor[i].element);
-        range[i].argument = tensor[i].argument;
-        range[i].written = tensor[i].written;
-        range[i].align = (uint32_t)tensor[i].element;
+                      range[i].align);
     }
-    for (int32_t i = 0; i < OTHERS; ++i) {
-        range[TENSORS + i] = other[i];
-    }
-    return hl_check_ranges(range, TENSORS + OTHERS, error);
+    return hl_check_ranges(range, (int32_t)(sizeof range / sizeof range[0]), error);
 }
 /* ---- mask: S = -inf where a query does not see a key ----
  *
@@ -2969,7 +3046,7 @@ static inline void hl_fa_bf16_d576x512_hide(const hl_fusion_attention_args *a, c
 static inline void hl_fa_bf16_d576x512_store_state(const hl_fusion_attention_plan *plan)
 {
     const hl_fusion_attention_args *const a = &plan->args;
-    const uint64_t elements = hl_mul_cap(hl_fa_bf16_d576x512_pairs(a), (uint64_t)a->heads_q);
+    const uint64_t elements = hl_mul_cap((uint64_t)plan->pairs, (uint64_t)a->heads_q);
     if (a->dropout_state == NULL) {
         return;
     }
@@ -3579,7 +3656,7 @@ HL_KERNEL_SCALAR void hl_fa_bf16_d576x512_drop_queries_scalar(const hl_fusion_at
     const hl_span *g, float *s, ptrdiff_t step, int32_t j0, int32_t n)
 {
     enum { N = 1 };
-    const uint32_t kept = (uint32_t)((double)a->keep_prob * 4294967296.0);
+    const uint32_t kept = (uint32_t)(a->keep_prob * 4294967296.0f);
     for (int32_t p = 0; p < g->n; p += N) {
         for (int32_t j = -(j0 % 4); j < n; j += 4) {
             uint32_t word[4 * N];
@@ -3599,7 +3676,7 @@ HL_KERNEL_SCALAR void hl_fa_bf16_d576x512_drop_keys_scalar(const hl_fusion_atten
     const hl_span *g, float *s, ptrdiff_t step, int32_t j0, int32_t n)
 {
     enum { N = 1 };
-    const uint32_t kept = (uint32_t)((double)a->keep_prob * 4294967296.0);
+    const uint32_t kept = (uint32_t)(a->keep_prob * 4294967296.0f);
     for (int32_t p = 0; p < g->n; ++p) {
         float *const at = s + p * step;
         for (int32_t j = -(j0 % 4); j < n; j += 4 * N) {
@@ -3689,7 +3766,8 @@ HL_KERNEL_SCALAR void hl_fa_bf16_d576x512_finish_scalar(const hl_fusion_attentio
         const float l = t->l[p];
         const int32_t none = l == 0.0f;
         const int32_t no_keys = g->seq_kv == 0 || g->batch == a->batch;
-        float max = none ? (no_keys ? 0.0f : -most) : t->m[p] * 0.693147181f;
+        float max = none ? (no_keys ? 0.0f : -most)
+                         : hl_product(t->m[p], 0.693147181f);
         const float sum = none ? (no_keys ? 0.0f : most) : l;
         max = l != l ? l : max;
         hl_fa_bf16_d576x512_store_out_scalar(a, at, t->o + (ptrdiff_t)p * OS, none ? 0.0f
@@ -4470,7 +4548,7 @@ HL_KERNEL_NEON void hl_fa_bf16_d576x512_drop_queries_neon(const hl_fusion_attent
     const hl_span *g, float *s, ptrdiff_t step, int32_t j0, int32_t n)
 {
     enum { N = 4 };
-    const uint32_t kept = (uint32_t)((double)a->keep_prob * 4294967296.0);
+    const uint32_t kept = (uint32_t)(a->keep_prob * 4294967296.0f);
     for (int32_t p = 0; p < g->n; p += N) {
         for (int32_t j = -(j0 % 4); j < n; j += 4) {
             uint32_t word[4 * N];
@@ -4490,7 +4568,7 @@ HL_KERNEL_NEON void hl_fa_bf16_d576x512_drop_keys_neon(const hl_fusion_attention
     const hl_span *g, float *s, ptrdiff_t step, int32_t j0, int32_t n)
 {
     enum { N = 4 };
-    const uint32_t kept = (uint32_t)((double)a->keep_prob * 4294967296.0);
+    const uint32_t kept = (uint32_t)(a->keep_prob * 4294967296.0f);
     for (int32_t p = 0; p < g->n; ++p) {
         float *const at = s + p * step;
         for (int32_t j = -(j0 % 4); j < n; j += 4 * N) {
@@ -4582,7 +4660,8 @@ HL_KERNEL_NEON void hl_fa_bf16_d576x512_finish_neon(const hl_fusion_attention_pl
         const float l = t->l[p];
         const int32_t none = l == 0.0f;
         const int32_t no_keys = g->seq_kv == 0 || g->batch == a->batch;
-        float max = none ? (no_keys ? 0.0f : -most) : t->m[p] * 0.693147181f;
+        float max = none ? (no_keys ? 0.0f : -most)
+                         : hl_product(t->m[p], 0.693147181f);
         const float sum = none ? (no_keys ? 0.0f : most) : l;
         max = l != l ? l : max;
         hl_fa_bf16_d576x512_store_out_neon(a, at, t->o + (ptrdiff_t)p * OS, none ? 0.0f
@@ -5305,7 +5384,7 @@ HL_KERNEL_AVX2 void hl_fa_bf16_d576x512_drop_queries_avx2(const hl_fusion_attent
     const hl_span *g, float *s, ptrdiff_t step, int32_t j0, int32_t n)
 {
     enum { N = 8 };
-    const uint32_t kept = (uint32_t)((double)a->keep_prob * 4294967296.0);
+    const uint32_t kept = (uint32_t)(a->keep_prob * 4294967296.0f);
     for (int32_t p = 0; p < g->n; p += N) {
         for (int32_t j = -(j0 % 4); j < n; j += 4) {
             uint32_t word[4 * N];
@@ -5325,7 +5404,7 @@ HL_KERNEL_AVX2 void hl_fa_bf16_d576x512_drop_keys_avx2(const hl_fusion_attention
     const hl_span *g, float *s, ptrdiff_t step, int32_t j0, int32_t n)
 {
     enum { N = 8 };
-    const uint32_t kept = (uint32_t)((double)a->keep_prob * 4294967296.0);
+    const uint32_t kept = (uint32_t)(a->keep_prob * 4294967296.0f);
     for (int32_t p = 0; p < g->n; ++p) {
         float *const at = s + p * step;
         for (int32_t j = -(j0 % 4); j < n; j += 4 * N) {
@@ -5417,7 +5496,8 @@ HL_KERNEL_AVX2 void hl_fa_bf16_d576x512_finish_avx2(const hl_fusion_attention_pl
         const float l = t->l[p];
         const int32_t none = l == 0.0f;
         const int32_t no_keys = g->seq_kv == 0 || g->batch == a->batch;
-        float max = none ? (no_keys ? 0.0f : -most) : t->m[p] * 0.693147181f;
+        float max = none ? (no_keys ? 0.0f : -most)
+                         : hl_product(t->m[p], 0.693147181f);
         const float sum = none ? (no_keys ? 0.0f : most) : l;
         max = l != l ? l : max;
         hl_fa_bf16_d576x512_store_out_avx2(a, at, t->o + (ptrdiff_t)p * OS, none ? 0.0f
@@ -6753,7 +6833,7 @@ HL_KERNEL_AVX512 void hl_fa_bf16_d576x512_drop_queries_avx512(const hl_fusion_at
     const hl_span *g, float *s, ptrdiff_t step, int32_t j0, int32_t n)
 {
     enum { N = 16 };
-    const uint32_t kept = (uint32_t)((double)a->keep_prob * 4294967296.0);
+    const uint32_t kept = (uint32_t)(a->keep_prob * 4294967296.0f);
     for (int32_t p = 0; p < g->n; p += N) {
         for (int32_t j = -(j0 % 4); j < n; j += 4) {
             uint32_t word[4 * N];
@@ -6773,7 +6853,7 @@ HL_KERNEL_AVX512 void hl_fa_bf16_d576x512_drop_keys_avx512(const hl_fusion_atten
     const hl_span *g, float *s, ptrdiff_t step, int32_t j0, int32_t n)
 {
     enum { N = 16 };
-    const uint32_t kept = (uint32_t)((double)a->keep_prob * 4294967296.0);
+    const uint32_t kept = (uint32_t)(a->keep_prob * 4294967296.0f);
     for (int32_t p = 0; p < g->n; ++p) {
         float *const at = s + p * step;
         for (int32_t j = -(j0 % 4); j < n; j += 4 * N) {
@@ -6863,7 +6943,8 @@ HL_KERNEL_AVX512 void hl_fa_bf16_d576x512_finish_avx512(const hl_fusion_attentio
         const float l = t->l[p];
         const int32_t none = l == 0.0f;
         const int32_t no_keys = g->seq_kv == 0 || g->batch == a->batch;
-        float max = none ? (no_keys ? 0.0f : -most) : t->m[p] * 0.693147181f;
+        float max = none ? (no_keys ? 0.0f : -most)
+                         : hl_product(t->m[p], 0.693147181f);
         const float sum = none ? (no_keys ? 0.0f : most) : l;
         max = l != l ? l : max;
         hl_fa_bf16_d576x512_store_out_avx512(a, at, t->o + (ptrdiff_t)p * OS, none ? 0.0f
@@ -7025,22 +7106,35 @@ static inline const uint16_t *hl_fa_bf16_d576x512_query_row_amx(const void *tens
            + (ptrdiff_t)((g->first + p) / g->heads) * stride->row
            + (ptrdiff_t)((g->first + p) % g->heads) * stride->head;
 }
-/* Row r of a unit, [column][tile][row]. A row that is NULL is 0. */
+/* The first n of 32 channels as words of bfloat16, 0 behind them; of two parts, one. */
+HL_WORD_AMX __m512i hl_fa_bf16_d576x512_halves_amx(const uint16_t *from, int32_t n, int32_t part)
+{
+    (void)part;
+    return hl_halves_amx(from, n);
+}
+
+/* Row r of a unit, [column][part][tile][row]. A row that is NULL is 0. */
 HL_WORD_AMX void hl_fa_bf16_d576x512_copy_row_amx(const uint16_t *row, int32_t channels, int32_t r,
                                                   unsigned char *unit)
 {
+    enum { PARTS = 1 };
     unsigned char *to = unit + (r / 16 * 1024 + r % 16 * 64);
-    for (int32_t c = 0; c < channels; c += 32, to += 2048) {
-        _mm512_storeu_si512(to, row != NULL ? hl_halves_amx(row + c, channels - c)
-                            : _mm512_setzero_si512());
+    for (int32_t c = 0; c < channels; c += 32) {
+        for (int32_t part = 0; part < PARTS; ++part, to += 2048) {
+            _mm512_storeu_si512(to, row != NULL
+                                ? hl_fa_bf16_d576x512_halves_amx(row + c, channels - c, part)
+                                : _mm512_setzero_si512());
+        }
     }
 }
 
 /* May rows be read as tiles where they lie? Not if they are far apart: the lines of a panel would
- * share a few sets of the caches, and each row of a tile would be on a page of its own. */
+ * share a few sets of the caches, and each row of a tile would be on a page of its own. Rows in
+ * two parts are nowhere. */
 HL_WORD_AMX int32_t hl_fa_bf16_d576x512_in_place_amx(ptrdiff_t step, int32_t n, int32_t channels)
 {
-    return n >= 32 && channels % 32 == 0 && step <= 2 * channels;
+    enum { PARTS = 1 };
+    return PARTS == 1 && n >= 32 && channels % 32 == 0 && step <= 2 * channels;
 }
 
 /* The first n of 32 rows, `step` elements apart, into a unit; if they have to be copied. Rows that
@@ -7071,35 +7165,40 @@ HL_WORD_AMX void hl_fa_bf16_d576x512_rows_of_amx(hl_fa_bf16_d576x512_operand_amx
     }
 }
 
-/* A unit as B: [column][tile][pair of channels], rows in the lanes. */
+/* A unit as B: [column][part][tile][pair of channels], rows in the lanes. */
 HL_KERNEL_AMX void hl_fa_bf16_d576x512_pack_unit_amx(const unsigned char *unit, int32_t channels,
     unsigned char *to)
 {
-    for (int32_t tile = 0; tile < (channels + 31) / 32 * 2; ++tile) {
+    enum { PARTS = 1 };
+    for (int32_t tile = 0; tile < (channels + 31) / 32 * 2 * PARTS; ++tile) {
         for (int32_t quad = 0; quad < 4; ++quad) {
             hl_turn_amx(unit + tile * 1024, 64, quad, to + tile * 1024, 64);
         }
     }
 }
 
-/* A unit's transpose, as A of sums over rows: [column][tile][channel], of those of 32 rows whose
- * bit is set; `column` elements lie between its columns, and what is `ahead` from them is asked
- * for. Were all of these numbers finite? `pairs`: 2 KiB. */
+/* A unit's transpose, as A of sums over rows: [column][part][tile][channel], of those of 32 rows
+ * whose bit is set; `column` elements lie between its columns, and what is `ahead` from them is
+ * asked for. Were all of these numbers finite? `pairs`: 2 KiB. */
 HL_KERNEL_AMX int32_t hl_fa_bf16_d576x512_turn_unit_amx(const uint16_t *from, ptrdiff_t step,
     ptrdiff_t column, ptrdiff_t ahead, uint32_t rows, int32_t channels, unsigned char *pairs,
     unsigned char *to)
 {
+    enum { PARTS = 1 };
     const __mmask32 all = (__mmask32)0xffffffffu;
     const __m512i none = _mm512_setzero_si512();
     const __m512i size = _mm512_set1_epi16(0x7fff);
     __m512i most = none;
-    for (int32_t c = 0; c < channels; c += 32, from += column, to += 2048) {
+    for (int32_t i = 0; i < (channels + 31) / 32 * PARTS; ++i, to += 2048) {
+        const int32_t part = i % PARTS;
+        const int32_t n = channels - i / PARTS * 32;
         for (int32_t r = 0; r < 32; r += 2) {
-            const uint16_t *const at = from + r * step;
-            const __m512i x = (rows >> r & 1u) != 0 ? hl_halves_amx(at, channels - c) : none;
-            const __m512i y = (rows >> r & 2u) != 0 ? hl_halves_amx(at + step, channels - c)
-                                                    : none;
-            if (ahead != 0) {
+            const uint16_t *const at = from + i / PARTS * column + r * step;
+            const __m512i x = (rows >> r & 1u) != 0 ? hl_fa_bf16_d576x512_halves_amx(at, n, part)
+                : none;
+            const __m512i y = (rows >> r & 2u) != 0
+                ? hl_fa_bf16_d576x512_halves_amx(at + step, n, part) : none;
+            if (ahead != 0 && part == 0) {
                 HL_FETCH(at + ahead);
                 HL_FETCH(at + step + ahead);
             }
@@ -7190,7 +7289,7 @@ HL_KERNEL_AMX void hl_fa_bf16_d576x512_drop_queries_amx(const hl_fusion_attentio
     const hl_span *g, float *s, ptrdiff_t step, int32_t j0, int32_t n)
 {
     enum { N = 16 };
-    const uint32_t kept = (uint32_t)((double)a->keep_prob * 4294967296.0);
+    const uint32_t kept = (uint32_t)(a->keep_prob * 4294967296.0f);
     for (int32_t p = 0; p < g->n; p += N) {
         for (int32_t j = -(j0 % 4); j < n; j += 4) {
             uint32_t word[4 * N];
@@ -7210,7 +7309,7 @@ HL_KERNEL_AMX void hl_fa_bf16_d576x512_drop_keys_amx(const hl_fusion_attention_a
     const hl_span *g, float *s, ptrdiff_t step, int32_t j0, int32_t n)
 {
     enum { N = 16 };
-    const uint32_t kept = (uint32_t)((double)a->keep_prob * 4294967296.0);
+    const uint32_t kept = (uint32_t)(a->keep_prob * 4294967296.0f);
     for (int32_t p = 0; p < g->n; ++p) {
         float *const at = s + p * step;
         for (int32_t j = -(j0 % 4); j < n; j += 4 * N) {
@@ -7263,7 +7362,8 @@ HL_KERNEL_AMX void hl_fa_bf16_d576x512_drop_amx(const hl_fusion_attention_args *
  *
  * m is a whole number, raised only when a score lies more than 8 above it: every
  * factor of O and l is then a power of two, and most are 1. P takes the place of S: a pair of keys
- * is 16 words of 32 bits where its first key was. */
+ * is 16 words of 32 bits where its first key was.
+ */
 
 /* What goes on beside products: tiles that are not stored yet, scores that become weights. */
 typedef struct hl_fa_bf16_d576x512_woven_amx {
@@ -7292,15 +7392,27 @@ HL_WORD_AMX hl_vf_avx512 hl_fa_bf16_d576x512_weight_amx(const hl_fa_bf16_d576x51
                                       hl_vload_avx512(x->m + q)));
 }
 
-/* Those of a pair of keys join their sums, and are rounded. */
-HL_WORD_AMX __m512i hl_fa_bf16_d576x512_join_amx(hl_fa_bf16_d576x512_woven_amx *x, int32_t q,
-                                                 hl_vf_avx512 p0, hl_vf_avx512 p1)
+/* A pair of keys, rounded. */
+HL_WORD_AMX __m512i hl_fa_bf16_d576x512_rounded_amx(hl_vf_avx512 p0, hl_vf_avx512 p1)
 {
-    const __m512i words = hl_pair_amx(p0, p1);
+    return hl_pair_amx(p0, p1);
+}
+
+/* The weights of a pair of keys join their sums. */
+HL_WORD_AMX void hl_fa_bf16_d576x512_join_amx(hl_fa_bf16_d576x512_woven_amx *x, int32_t q,
+                                              hl_vf_avx512 p0, hl_vf_avx512 p1)
+{
+    const hl_vf_avx512 mass =
+        hl_add_pairs_amx(hl_vload_avx512(x->mass + q), hl_fa_bf16_d576x512_rounded_amx(p0, p1));
     hl_vstore_avx512(x->sum + q,
                      hl_vadd_avx512(hl_vload_avx512(x->sum + q), hl_vadd_avx512(p0, p1)));
-    hl_vstore_avx512(x->mass + q, hl_add_pairs_amx(hl_vload_avx512(x->mass + q), words));
-    return words;
+    hl_vstore_avx512(x->mass + q, mass);
+}
+
+/* Into the place of their scores. */
+HL_WORD_AMX void hl_fa_bf16_d576x512_put_amx(float *s, hl_vf_avx512 p0, hl_vf_avx512 p1)
+{
+    _mm512_storeu_si512(s, hl_fa_bf16_d576x512_rounded_amx(p0, p1));
 }
 
 /* The next pair of keys. */
@@ -7310,7 +7422,8 @@ HL_WORD_AMX void hl_fa_bf16_d576x512_weigh_pair_amx(hl_fa_bf16_d576x512_woven_am
     for (int32_t q = 0; q < 32; q += 16) {
         const hl_vf_avx512 p0 = hl_fa_bf16_d576x512_weight_amx(x, s, q);
         const hl_vf_avx512 p1 = hl_fa_bf16_d576x512_weight_amx(x, s + 32, q);
-        _mm512_storeu_si512(s + q, hl_fa_bf16_d576x512_join_amx(x, q, p0, p1));
+        hl_fa_bf16_d576x512_join_amx(x, q, p0, p1);
+        hl_fa_bf16_d576x512_put_amx(s + q, p0, p1);
     }
     ++x->pair;
 }
@@ -7331,7 +7444,7 @@ HL_KERNEL_AMX void hl_fa_bf16_d576x512_weigh_dropped_amx(const hl_fusion_attenti
         for (int32_t q = 0; q < 32; q += 16) {
             const hl_vf_avx512 p0 = hl_fa_bf16_d576x512_weight_amx(x, x->s + i, q);
             const hl_vf_avx512 p1 = hl_fa_bf16_d576x512_weight_amx(x, x->s + i + 32, q);
-            (void)hl_fa_bf16_d576x512_join_amx(x, q, p0, p1);
+            hl_fa_bf16_d576x512_join_amx(x, q, p0, p1);
             hl_vstore_avx512(x->s + i + q, p0);
             hl_vstore_avx512(x->s + i + 32 + q, p1);
         }
@@ -7340,8 +7453,7 @@ HL_KERNEL_AMX void hl_fa_bf16_d576x512_weigh_dropped_amx(const hl_fusion_attenti
     for (; x->pair < x->pairs; ++x->pair) {
         float *const s = x->s + (ptrdiff_t)x->pair * 64;
         for (int32_t q = 0; q < 32; q += 16) {
-            _mm512_storeu_si512(s + q,
-                                hl_pair_amx(hl_vload_avx512(s + q), hl_vload_avx512(s + 32 + q)));
+            hl_fa_bf16_d576x512_put_amx(s + q, hl_vload_avx512(s + q), hl_vload_avx512(s + 32 + q));
         }
     }
 }
@@ -7546,7 +7658,8 @@ HL_KERNEL_AMX void hl_fa_bf16_d576x512_finish_amx(const hl_fusion_attention_plan
         const float l = t->l[p];
         const int32_t none = l == 0.0f;
         const int32_t no_keys = g->seq_kv == 0 || g->batch == a->batch;
-        float max = none ? (no_keys ? 0.0f : -most) : t->m[p] * 0.693147181f;
+        float max = none ? (no_keys ? 0.0f : -most)
+                         : hl_product(t->m[p], 0.693147181f);
         const float sum = none ? (no_keys ? 0.0f : most) : l;
         max = l != l ? l : max;
         hl_fa_bf16_d576x512_store_out_amx(a, at, t->o + (ptrdiff_t)p * OS, none ? 0.0f
@@ -7609,7 +7722,7 @@ HL_KERNEL_AMX void hl_fa_bf16_d576x512_load_panel_amx(const hl_fusion_attention_
             hl_fa_bf16_d576x512_turn_finite_amx(value, a->value_stride.row, 32, ahead
                                                 * a->value_stride.row, n, DV, (unsigned char *)w->s,
                                                 value_to);
-        key_to += 18 * 2048;
+        key_to += 36864;
         value_to += 32768;
     }
 }
@@ -7729,7 +7842,7 @@ HL_KERNEL_AMX void hl_fa_bf16_d576x512_add_apart_amx(const hl_fusion_attention_a
             const float p = hl_float_of(j % 2 != 0 ? word & 0xffff0000u : word << 16);
             const int32_t end = hl_fa_bf16_d576x512_sees(a, &u->g, q, j) ? 512 : 0;
             for (int32_t c = 0; c < end; ++c) {
-                u->t.o[32 * c + q] += p * hl_float_of_bf16(value[c]);
+                u->t.o[32 * c + q] += hl_product(p, hl_float_of_bf16(value[c]));
             }
         }
     }
@@ -7990,7 +8103,7 @@ static inline hl_status hl_fa_bf16_d576x512_plan(hl_fusion_attention_plan *plan,
     hl_fusion_attention_args *const a = &p.args;
     const uint32_t present = hl_fusion_attention_bf16_d576x512_isas();
     uint64_t work;
-    int32_t longest[2] = {0, 0};
+    uint64_t pairs = 0;
     hl_status status;
     (void)hl_refuse(error, HL_OK, HL_ARG_NONE, HL_RULE_NONE, 0, 0);
     if (plan == NULL || args == NULL) {
@@ -8003,13 +8116,13 @@ static inline hl_status hl_fa_bf16_d576x512_plan(hl_fusion_attention_plan *plan,
         status = hl_fa_bf16_d576x512_check_sizes(a, error);
     }
     if (status == HL_OK) {
-        status = hl_fa_bf16_d576x512_check_lengths(a, longest, error);
+        status = hl_fa_bf16_d576x512_check_lengths(a, p.longest, &pairs, error);
     }
     if (status == HL_OK) {
-        status = hl_fa_bf16_d576x512_check_mask(a, longest, error);
+        status = hl_fa_bf16_d576x512_check_mask(a, p.longest, error);
     }
     if (status == HL_OK) {
-        status = hl_fa_bf16_d576x512_check_memory(a, workspace, bytes, error);
+        status = hl_fa_bf16_d576x512_check_memory(a, pairs, workspace, bytes, error);
     }
     if (status != HL_OK) {
         return status;
@@ -8036,6 +8149,7 @@ static inline hl_status hl_fa_bf16_d576x512_plan(hl_fusion_attention_plan *plan,
     }
     p.group = a->heads_q / a->heads_kv;
     p.scale_log2 = a->scale_value * 1.44269504f;
+    p.pairs = pairs > (uint64_t)INT64_MAX ? INT64_MAX : (int64_t)pairs;
     p.queries = 144;
     if (a->isa == HL_ISA_AMX) {
         p.queries = 256;
@@ -8049,7 +8163,7 @@ static inline hl_status hl_fa_bf16_d576x512_plan(hl_fusion_attention_plan *plan,
     }
     p.task_bytes = HL_FUSION_ATTENTION_BF16_D576X512_WORKSPACE_BYTES;
     p.n_tasks = hl_fa_bf16_d576x512_count_tasks(&p, 0);
-    work = hl_mul_cap(hl_fa_bf16_d576x512_pairs(a), (uint64_t)a->heads_q * 1088u);
+    work = hl_mul_cap(pairs, (uint64_t)a->heads_q * 1088u);
     p.work = work > (uint64_t)INT64_MAX ? INT64_MAX : (int64_t)work;
     *plan = p;
     return HL_OK;
@@ -8120,7 +8234,7 @@ HL_API size_t hl_fusion_attention_bf16_d576x512_workspace_bytes(
         return 0;
     }
 #if defined(_OPENMP)
-    return plan.task_bytes * (size_t)omp_get_max_threads();
+    return hl_size(hl_mul_cap(plan.task_bytes, (uint64_t)omp_get_max_threads()));
 #else
     return plan.task_bytes;
 #endif

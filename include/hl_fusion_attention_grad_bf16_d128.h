@@ -100,7 +100,7 @@
  *   keeps. keep_prob 0 or 1: no dropout, and dropout_mask is not read.
  *
  * MEMORY
- *   One task needs 1032832 bytes, whatever the shape. Nothing is read before or
+ *   One task needs 1036928 bytes, whatever the shape. Nothing is read before or
  *   behind a row; unused memory may hold NaN.
  *
  * NUMBERS
@@ -119,8 +119,9 @@
  *   On x86-64 Linux ..._plan and ..._isas ask the system once for the use of AMX tiles; where it
  *   says no, AVX-512 runs. A task leaves no tile configured; tiles of the caller's own are lost, as
  *   in any call (they are the caller's to save). There P, and dS of gradients, are rounded to
- *   bfloat16 for the second products, and subnormal bfloat16 numbers count as 0; max, sum and LSE
- *   are those of the exact weights.
+ *   bfloat16 for the second products (float16: to two parts of it), subnormal bfloat16 numbers
+ *   count as 0, an infinite float16 of query or key as NaN; max, sum and LSE are those of the exact
+ *   weights.
  *
  * SOURCES
  *   Dao 2023 (FlashAttention-2); Salmon et al. 2011 (Philox); the operator's own documents.
@@ -131,7 +132,7 @@
 /* ==== shared by every Headlight header ==== */
 
 #ifndef HL_COMMON
-#define HL_COMMON 4
+#define HL_COMMON 5
 
 #include <stddef.h>
 #include <stdint.h>
@@ -380,6 +381,20 @@ enum {
     HL_ISA_AMX = 5
 };
 
+/* Stack in bytes, whatever the arguments: of any one function, and of a whole call with all that it
+ * calls on this instruction set. */
+#define HL_FRAME_BYTES_SCALAR 1024
+#define HL_STACK_BYTES_SCALAR 3072
+#define HL_FRAME_BYTES_NEON 4096
+#define HL_STACK_BYTES_NEON 6144
+#define HL_FRAME_BYTES_AVX2 4096
+#define HL_STACK_BYTES_AVX2 6144
+#define HL_FRAME_BYTES_AVX512 4096
+#define HL_STACK_BYTES_AVX512 6144
+#define HL_FRAME_BYTES_AMX 8192
+#define HL_STACK_BYTES_AMX 8192
+/* As GCC and Clang compile it from -O1 up. Without optimisation vector code takes far more. */
+
 /* Writes one sentence about the error into text (always ended by a 0 byte) and returns text; 160
  * bytes are enough. With HL_NO_TEXT defined the program holds no words: text is empty. */
 HL_API const char *hl_error_text(const hl_error *error, char *text, size_t size);
@@ -388,7 +403,7 @@ HL_API const char *hl_error_text(const hl_error *error, char *text, size_t size)
 }
 #endif
 
-#elif HL_COMMON != 4
+#elif HL_COMMON != 5
 #error "hl: headers of two generator versions in one file; regenerate the older one"
 #endif /* HL_COMMON */
 /* ==== shared by the operators for training and prefill ==== */
@@ -507,6 +522,8 @@ typedef struct hl_fusion_attention_grad_plan {
     int32_t group;         /* G: query heads that share one kv head                              */
     int32_t queries;       /* rows times heads of a task, at most                                */
     int32_t band_batch;    /* modes 7, 8: the batch that takes mode 4's formula; else -1         */
+    int32_t longest[2];    /* rows and keys of the longest batches                               */
+    int64_t pairs;         /* (row, key) pairs of all batches; INT64_MAX if it does not fit      */
     int32_t keys;          /* of a task of dkey and dvalue, at most                              */
     int64_t q_tasks;       /* the first of them are those of dquery, the others of dkey, dvalue  */
     float scale_log2;      /* scale_value * log2(e)                                              */
@@ -585,6 +602,14 @@ typedef struct hl_fusion_attention_grad_plan {
 #include <string.h>
 #define HL_COPY(to, from, bytes) memcpy((to), (from), (bytes))
 #define HL_FETCH(address) ((void)(address))
+#endif
+
+/* A function that its caller shall not take in: what it keeps on the stack is gone when it returns,
+ * and does not add to what later calls need. */
+#if defined(__GNUC__)
+#define HL_OWN_FRAME __attribute__((noinline, unused)) static
+#else
+#define HL_OWN_FRAME static inline
 #endif
 
 #ifdef __cplusplus
@@ -685,6 +710,25 @@ static inline float hl_float_of(uint32_t bits)
     return x;
 }
 
+/* Compilers may make one operation of a product and the sum around it, each by rules and flags of
+ * its own, and then round once instead of twice. This says that x is looked at in between: with it
+ * the bits are the same whoever compiles. In the words of plain C it is left to the compiler. */
+#if defined(__GNUC__) && defined(__SSE__)
+#define HL_ROUNDED(x) __asm__("" : "+x"(x))
+#elif defined(__GNUC__) && defined(__aarch64__)
+#define HL_ROUNDED(x) __asm__("" : "+w"(x))
+#else
+#define HL_ROUNDED(x) (void)(x)
+#endif
+
+/* x * y, rounded before anything is added to it. */
+static inline float hl_product(float x, float y)
+{
+    float product = x * y;
+    HL_ROUNDED(product);
+    return product;
+}
+
 static inline float hl_float_of_bf16(uint16_t h)
 {
     return hl_float_of((uint32_t)h << 16);
@@ -737,16 +781,27 @@ static inline float hl_log(float x)
     const uint32_t bits = hl_bits_of(x);
     const int32_t e = (int32_t)((bits + 0x4afb0du) >> 23) - 127;
     const float y = hl_float_of(bits - ((uint32_t)e << 23));
-    const float t = (y - 1.0f) / (y + 1.0f);
+    float t = (y - 1.0f) / (y + 1.0f);
     const float t2 = t * t;
-    const float odd = 2.0f + t2 * (0.666666667f + t2 * (0.4f + t2 * (0.285714286f + t2 * 0.23f)));
+    float odd = 0.285714286f + hl_product(t2, 0.23f);
+    odd = 0.4f + hl_product(t2, odd);
+    odd = 0.666666667f + hl_product(t2, odd);
+    odd = 2.0f + hl_product(t2, odd);
     if (x == 0.0f) {
         return hl_float_of(0xff800000u);
     }
     if (!(x < hl_float_of(0x7f800000u))) { /* infinity or NaN */
         return x;
     }
-    return (float)e * 0.693359375f + ((float)e * -2.12194440e-4f + t * odd); /* ln 2 in two parts */
+    t = hl_product((float)e, -2.12194440e-4f) + hl_product(t, odd); /* ln 2 in two parts */
+    return hl_product((float)e, 0.693359375f) + t;
+}
+
+/* A number of the caller's that another thread may be changing: read exactly once, whatever the
+ * compiler would make of it, so that what was checked is what is used. */
+static inline int32_t hl_once(const int32_t *number)
+{
+    return *(const volatile int32_t *)number;
 }
 
 /* Fills *error, if there is one, and returns its status. */
@@ -783,12 +838,21 @@ static inline hl_status hl_refuse_at(hl_error *error, hl_status status, hl_argum
 /* a * b and a + b that stay at the top instead of wrapping. */
 static inline uint64_t hl_mul_cap(uint64_t a, uint64_t b)
 {
+    if ((a | b) <= UINT32_MAX) { /* as a rule, and a division costs more than all the rest */
+        return a * b;
+    }
     return b != 0 && a > UINT64_MAX / b ? UINT64_MAX : a * b;
 }
 
 static inline uint64_t hl_add_cap(uint64_t a, uint64_t b)
 {
     return a > UINT64_MAX - b ? UINT64_MAX : a + b;
+}
+
+/* As a size of memory; what there cannot be is SIZE_MAX, which no allocator grants. */
+static inline size_t hl_size(uint64_t bytes)
+{
+    return bytes > (uint64_t)PTRDIFF_MAX ? SIZE_MAX : (size_t)bytes;
 }
 
 /* Bytes from the first to behind the last element of a strided tensor; 0 if it has none. */
@@ -810,8 +874,8 @@ typedef struct hl_range {
     const void *start;
     uint64_t bytes;
     hl_argument argument;
-    int32_t written;
-    uint32_t align;
+    uint16_t written;
+    uint16_t align; /* a power of two */
 } hl_range;
 
 /* NULL, alignment, size, and that nothing written overlaps anything else. */
@@ -825,9 +889,9 @@ static inline hl_status hl_check_ranges(const hl_range *range, int32_t n, hl_err
         if (start == 0) {
             return hl_refuse(error, HL_ERR_NULL, range[i].argument, HL_RULE_NOT_NULL, 0, 0);
         }
-        if (start % range[i].align != 0) {
+        if ((start & (range[i].align - 1)) != 0) {
             return hl_refuse(error, HL_ERR_ALIGN, range[i].argument, HL_RULE_MULTIPLE_OF,
-                             (int64_t)(start % range[i].align), (int64_t)range[i].align);
+                             (int64_t)(start & (range[i].align - 1)), (int64_t)range[i].align);
         }
         if (range[i].bytes > (uint64_t)PTRDIFF_MAX
             || range[i].bytes > (uint64_t)UINTPTR_MAX - (uint64_t)start) {
@@ -837,11 +901,14 @@ static inline hl_status hl_check_ranges(const hl_range *range, int32_t n, hl_err
         }
     }
     for (int32_t i = 0; i < n; ++i) {
+        const uintptr_t a = (uintptr_t)range[i].start;
+        const uintptr_t a_end = a + (uintptr_t)range[i].bytes;
+        if (!range[i].written || a == a_end) {
+            continue;
+        }
         for (int32_t j = 0; j < n; ++j) {
-            const uintptr_t a = (uintptr_t)range[i].start;
             const uintptr_t b = (uintptr_t)range[j].start;
-            if (i != j && range[i].written && range[i].bytes != 0 && range[j].bytes != 0 && a < b
-                + (uintptr_t)range[j].bytes && b < a + (uintptr_t)range[i].bytes) {
+            if (a < b + (uintptr_t)range[j].bytes && b < a_end && range[j].bytes != 0 && i != j) {
                 return hl_refuse(error, HL_ERR_ALIAS, range[i].argument, HL_RULE_DISJOINT, 0, 0);
             }
         }
@@ -893,8 +960,10 @@ static inline hl_status hl_default_stride(hl_stride *stride, int64_t rows, int64
                               : stride->row < 0 ? stride->row : stride->head;
         return hl_refuse(error, HL_ERR_SHAPE, argument, HL_RULE_AT_LEAST, (int64_t)bad, 0);
     }
-    if (batch > (uint64_t)PTRDIFF_MAX) {
-        return hl_refuse(error, HL_ERR_SHAPE, argument, HL_RULE_ADDRESSABLE, INT64_MAX,
+    if (row > (uint64_t)PTRDIFF_MAX || batch > (uint64_t)PTRDIFF_MAX) {
+        const uint64_t most = row > batch ? row : batch;
+        return hl_refuse(error, HL_ERR_SHAPE, argument, HL_RULE_ADDRESSABLE,
+                         most > (uint64_t)INT64_MAX ? INT64_MAX : (int64_t)most,
                          (int64_t)PTRDIFF_MAX);
     }
     stride->head = stride->head != 0 ? stride->head : (ptrdiff_t)channels;
@@ -1194,6 +1263,12 @@ typedef struct hl_pairs {
     float *v;             /* rows of dO or V                                                      */
 } hl_pairs;
 
+/* An end of the caller's that another thread may be changing: read once. */
+static inline int64_t hl_once64(const int64_t *number)
+{
+    return *(const volatile int64_t *)number;
+}
+
 static inline int32_t hl_clip(int64_t x, int64_t low, int64_t high)
 {
     return (int32_t)(x < low ? low : x > high ? high : x);
@@ -1204,7 +1279,7 @@ static inline float hl_root(float x)
 {
     float r = hl_float_of(0x5f3759dfu - (hl_bits_of(x) >> 1)); /* 1 / root, 3 % off */
     for (int32_t i = 0; i < 4; ++i) {
-        r = r * (1.5f - 0.5f * x * r * r);
+        r = r * (1.5f - hl_product(0.5f * x * r, r));
     }
     return x > 0.0f ? x * r : 0.0f;
 }
@@ -1289,7 +1364,11 @@ enum {
 };
 
 /* Bytes of workspace for one task, any alignment, whatever the shape of the call. */
-#define HL_FUSION_ATTENTION_GRAD_BF16_D128_WORKSPACE_BYTES ((size_t)1032832)
+#define HL_FUSION_ATTENTION_GRAD_BF16_D128_WORKSPACE_BYTES ((size_t)1036928)
+
+/* Stack that any call below may need, on the deepest of the kernel's instruction sets. */
+#define HL_FUSION_ATTENTION_GRAD_BF16_D128_STACK_BYTES \
+    HL_STACK_BYTES_AMX
 
 /* Checks everything, fills in defaults, counts tasks. On an error *plan is untouched. */
 HL_API hl_status hl_fusion_attention_grad_bf16_d128_plan(hl_fusion_attention_grad_plan *plan,
@@ -1463,7 +1542,12 @@ HL_WORD_NEON void hl_vpair_neon(const float *p, hl_vf_neon *x, hl_vf_neon *y)
 HL_WORD_NEON hl_vf_neon hl_vkeep_neon(hl_vf_neon x) { return x; }
 HL_WORD_NEON hl_vf_neon hl_vadd_neon(hl_vf_neon x, hl_vf_neon y) { return vaddq_f32(x, y); }
 HL_WORD_NEON hl_vf_neon hl_vsub_neon(hl_vf_neon x, hl_vf_neon y) { return vsubq_f32(x, y); }
-HL_WORD_NEON hl_vf_neon hl_vmul_neon(hl_vf_neon x, hl_vf_neon y) { return vmulq_f32(x, y); }
+HL_WORD_NEON hl_vf_neon hl_vmul_neon(hl_vf_neon x, hl_vf_neon y)
+{
+    hl_vf_neon product = vmulq_f32(x, y);
+    HL_ROUNDED(product);
+    return product;
+}
 HL_WORD_NEON hl_vf_neon hl_vfma_neon(hl_vf_neon x, hl_vf_neon y, hl_vf_neon z)
 {
     return vfmaq_f32(z, x, y);
@@ -1620,7 +1704,10 @@ HL_WORD_AVX2 hl_vf_avx2 hl_vkeep_avx2(hl_vf_avx2 x)
 }
 HL_WORD_AVX2 hl_vf_avx2 hl_vadd_avx2(hl_vf_avx2 x, hl_vf_avx2 y) { return _mm256_add_ps(x, y); }
 HL_WORD_AVX2 hl_vf_avx2 hl_vsub_avx2(hl_vf_avx2 x, hl_vf_avx2 y) { return _mm256_sub_ps(x, y); }
-HL_WORD_AVX2 hl_vf_avx2 hl_vmul_avx2(hl_vf_avx2 x, hl_vf_avx2 y) { return _mm256_mul_ps(x, y); }
+HL_WORD_AVX2 hl_vf_avx2 hl_vmul_avx2(hl_vf_avx2 x, hl_vf_avx2 y)
+{
+    return hl_vkeep_avx2(_mm256_mul_ps(x, y));
+}
 HL_WORD_AVX2 hl_vf_avx2 hl_vfma_avx2(hl_vf_avx2 x, hl_vf_avx2 y, hl_vf_avx2 z)
 {
     return _mm256_fmadd_ps(x, y, z);
@@ -1806,7 +1893,7 @@ HL_WORD_AVX512 hl_vf_avx512 hl_vsub_avx512(hl_vf_avx512 x, hl_vf_avx512 y)
 }
 HL_WORD_AVX512 hl_vf_avx512 hl_vmul_avx512(hl_vf_avx512 x, hl_vf_avx512 y)
 {
-    return _mm512_mul_ps(x, y);
+    return hl_vkeep_avx512(_mm512_mul_ps(x, y));
 }
 HL_WORD_AVX512 hl_vf_avx512 hl_vfma_avx512(hl_vf_avx512 x, hl_vf_avx512 y, hl_vf_avx512 z)
 {
@@ -2255,7 +2342,7 @@ static inline void hl_fag_bf16_d128_cut(hl_fag_bf16_d128_space *w, void *workspa
     w->turned_v = at;
     at += 32768;
     w->s = at;
-    at += 3072;
+    at += 4096;
     w->ds = at;
     at += 3072;
     w->kept = at;
@@ -2280,16 +2367,18 @@ static inline void hl_fag_bf16_d128_cut(hl_fag_bf16_d128_space *w, void *workspa
 }
 /* ---- select: which rows and keys a batch has, which keys a row sees ---- */
 
-/* TND: rows of batch b, and where they begin. Batch `batch` are the rows behind the last end. */
+/* TND: rows of batch b, and where they begin. Batch `batch` are the rows behind the last end. Ends
+ * that the plan has checked are kept within bounds once more, here and below, so that a caller who
+ * changes them meanwhile gets wrong numbers, but no access out of bounds. */
 static inline int32_t hl_fag_bf16_d128_rows_of(const int64_t *ends, int32_t batch, int32_t total,
                                                int32_t b, int32_t *first)
 {
-    const int64_t end = b < batch ? ends[b] : total;
+    const int64_t end = b < batch ? hl_once64(ends + b) : total;
     int32_t last = b;
     while (last > 0 && ends[last - 1] <= 0) { /* batches that are not used end at 0 */
         --last;
     }
-    *first = hl_clip(last > 0 ? ends[last - 1] : 0, 0, total);
+    *first = hl_clip(last > 0 ? hl_once64(ends + last - 1) : 0, 0, total);
     return end > *first ? hl_clip(end, 0, total) - *first : 0;
 }
 
@@ -2320,6 +2409,14 @@ static inline void hl_fag_bf16_d128_batch(const hl_fusion_attention_grad_plan *p
                 hl_fag_bf16_d128_rows_of(a->actual_seq_qlen, a->batch, a->seq_q, u, &first);
             g->pairs += rows
                 * hl_fag_bf16_d128_rows_of(a->actual_seq_kvlen, a->batch, a->seq_kv, u, &first);
+            g->pairs = g->pairs < plan->pairs ? g->pairs : plan->pairs;
+        }
+        if (b < a->batch) { /* as far as atten_mask, pse and dropout_mask reach */
+            g->seq_q = g->seq_q < plan->longest[0] ? g->seq_q : plan->longest[0];
+            g->seq_kv = g->seq_kv < plan->longest[1] ? g->seq_kv : plan->longest[1];
+            if ((int64_t)g->seq_q * g->seq_kv > plan->pairs - g->pairs) {
+                g->seq_q = 0;
+            }
         }
     }
     mode = mode < 7 ? mode : b == plan->band_batch ? 4 : mode == 7 ? 3 : 2;
@@ -2329,7 +2426,7 @@ static inline void hl_fag_bf16_d128_batch(const hl_fusion_attention_grad_plan *p
     if (b == a->batch) { /* rows and keys behind the last end are nobody's */
         g->ahead = -(int64_t)INT32_MAX * 2;
     }
-    g->prefix = mode == 6 ? hl_clip(b < a->batch ? a->prefix[b] : 0, 0, g->seq_kv) : 0;
+    g->prefix = mode == 6 && b < a->batch ? hl_clip(hl_once64(a->prefix + b), 0, g->seq_kv) : 0;
 }
 
 /* The keys that row i sees, but for atten_mask: low .. high - 1. */
@@ -2420,7 +2517,8 @@ static inline int32_t hl_fag_bf16_d128_find(const hl_fusion_attention_grad_plan 
         hl_fag_bf16_d128_batch(plan, b, g);
         task -= hl_fag_bf16_d128_first_piece(ends, a->batch, total, b, each, most);
         *piece = (int32_t)task;
-        return task < hl_fag_bf16_d128_pieces(of_keys ? g->seq_kv : g->seq_q, each, most);
+        return task >= 0
+            && task < hl_fag_bf16_d128_pieces(of_keys ? g->seq_kv : g->seq_q, each, most);
     }
     hl_fag_bf16_d128_batch(plan, (int32_t)(task / (pieces * a->heads_kv)), g);
     *kv_head = (int32_t)(task / pieces % a->heads_kv);
@@ -2471,8 +2569,8 @@ static inline hl_status hl_fag_bf16_d128_check_absent(const hl_fusion_attention_
 }
 
 /* Sizes, modes and numbers. Fills in the defaults of *a. */
-static inline hl_status hl_fag_bf16_d128_check_sizes(hl_fusion_attention_grad_args *a,
-    hl_error *error)
+HL_OWN_FRAME hl_status hl_fag_bf16_d128_check_sizes(hl_fusion_attention_grad_args *a,
+                                                    hl_error *error)
 {
     const int64_t far = (int64_t)1 << 40;
     a->heads_kv = a->heads_kv != 0 ? a->heads_kv : a->heads_q;
@@ -2525,7 +2623,9 @@ static inline hl_status hl_fag_bf16_d128_check_sizes(hl_fusion_attention_grad_ar
     }
     a->scale_value = a->scale_value != 0.0f ? a->scale_value : 1.0f;
     a->keep_prob = a->keep_prob != 0.0f ? a->keep_prob : 1.0f;
-    if (a->keep_prob != a->keep_prob) {
+    if (a->keep_prob != a->keep_prob
+        || (a->keep_prob > 0.0f && hl_bits_of(a->keep_prob) < 0x00800000u)) {
+        /* nor may 1 / keep_prob be infinite */
         return hl_refuse(error, HL_ERR_VALUE, HL_ARG_KEEP_PROB, HL_RULE_FINITE, 0, 0);
     }
     if (!(a->keep_prob > 0.0f && a->keep_prob <= 1.0f)) {
@@ -2559,51 +2659,49 @@ static inline hl_status hl_fag_bf16_d128_check_sizes(hl_fusion_attention_grad_ar
     return HL_OK;
 }
 
-/* A list of `count` numbers: there, and aligned, as it is read before the others are looked at. */
+/* A list of `count` numbers: there, aligned and no larger than memory, as it is read before the
+ * others are looked at. */
 static inline hl_status hl_fag_bf16_d128_check_list(const int64_t *list, int32_t count,
                                                     hl_argument argument, hl_error *error)
 {
-    const uintptr_t off = (uintptr_t)list % 8u;
-    if (count > 0 && (list == NULL || off != 0)) {
-        return list == NULL ? hl_refuse(error, HL_ERR_NULL, argument, HL_RULE_NOT_NULL, 0, 0)
-                            : hl_refuse(error, HL_ERR_ALIGN, argument, HL_RULE_MULTIPLE_OF,
-                                        (int64_t)off, 8);
-    }
-    return HL_OK;
+    const hl_range range = {list, 8u * (uint64_t)count, argument, 0, 8u};
+    return hl_check_ranges(&range, 1, error);
 }
+
+/* How far a list of ends has been looked at. */
+typedef struct hl_fag_bf16_d128_ends {
+    int64_t last;   /* the largest so far                              */
+    int32_t unused; /* only zeros may follow                           */
+    int32_t rows;   /* of the batch that was looked at last            */
+} hl_fag_bf16_d128_ends;
 
 /* TND: ends do not fall, but for zeros behind the last batch that is used. */
-static inline hl_status hl_fag_bf16_d128_check_ends(const int64_t *ends, int32_t batch,
-                                                    int32_t total, hl_argument argument,
-                                                    hl_error *error)
+static inline hl_status hl_fag_bf16_d128_check_end(const int64_t *ends, int32_t b, int32_t total,
+                                                   hl_argument argument, hl_fag_bf16_d128_ends *e,
+                                                   hl_error *error)
 {
-    int64_t last = 0;
-    int32_t unused = 0;
-    const hl_status status = hl_fag_bf16_d128_check_list(ends, batch, argument, error);
-    if (status != HL_OK) {
-        return status;
+    const int64_t end = hl_once64(ends + b);
+    if (end > total) {
+        return hl_refuse_at(error, HL_ERR_LENGTH, argument, HL_RULE_AT_MOST, 1, b, 0, end, total);
     }
-    for (int32_t b = 0; b < batch; ++b) {
-        if (ends[b] > total) {
-            return hl_refuse_at(error, HL_ERR_LENGTH, argument, HL_RULE_AT_MOST, 1, b, 0, ends[b],
-                                total);
-        }
-        unused |= ends[b] == 0 && last > 0;
-        if (unused ? ends[b] != 0 : ends[b] < last) {
-            return hl_refuse_at(error, HL_ERR_LENGTH, argument, unused ? HL_RULE_EQUAL
-                                : HL_RULE_AT_LEAST, 1, b, 0, ends[b], unused ? 0 : last);
-        }
-        last = unused ? last : ends[b];
+    e->unused |= end == 0 && e->last > 0;
+    if (e->unused ? end != 0 : end < e->last) {
+        return hl_refuse_at(error, HL_ERR_LENGTH, argument, e->unused ? HL_RULE_EQUAL
+                            : HL_RULE_AT_LEAST, 1, b, 0, end, e->unused ? 0 : e->last);
     }
+    e->rows = e->unused ? 0 : (int32_t)(end - e->last);
+    e->last = e->unused ? e->last : end;
     return HL_OK;
 }
 
-/* The layout, and lengths. *longest: rows and keys of the longest batches. */
+/* The layout, and lengths. longest: rows and keys of the longest batches; *pairs: (row, key) pairs
+ * of all of them. */
 static inline hl_status hl_fag_bf16_d128_check_lengths(hl_fusion_attention_grad_args *a,
-    int32_t longest[2], hl_error *error)
+    int32_t longest[2], uint64_t *pairs, hl_error *error)
 {
     longest[0] = a->seq_q;
     longest[1] = a->seq_kv;
+    *pairs = hl_mul_cap((uint64_t)a->batch, (uint64_t)a->seq_q * (uint64_t)a->seq_kv);
     if (!(a->input_layout == HL_LAYOUT_BSND || a->input_layout == HL_LAYOUT_BSH
           || a->input_layout == HL_LAYOUT_SBH || a->input_layout == HL_LAYOUT_BNSD
           || a->input_layout == HL_LAYOUT_TND)) {
@@ -2611,33 +2709,38 @@ static inline hl_status hl_fag_bf16_d128_check_lengths(hl_fusion_attention_grad_
                          a->input_layout, 0);
     }
     if (a->input_layout == HL_LAYOUT_TND) {
+        hl_fag_bf16_d128_ends q = {0, 0, 0};
+        hl_fag_bf16_d128_ends kv = {0, 0, 0};
         hl_status status =
-            hl_fag_bf16_d128_check_ends(a->actual_seq_qlen, a->batch, a->seq_q,
-                                        HL_ARG_ACTUAL_SEQ_QLEN, error);
+            hl_fag_bf16_d128_check_list(a->actual_seq_qlen, a->batch, HL_ARG_ACTUAL_SEQ_QLEN,
+                                        error);
         if (status == HL_OK) {
             status =
-                hl_fag_bf16_d128_check_ends(a->actual_seq_kvlen, a->batch, a->seq_kv,
-                                            HL_ARG_ACTUAL_SEQ_KVLEN, error);
-        }
-        if (status != HL_OK) {
-            return status;
+                hl_fag_bf16_d128_check_list(a->actual_seq_kvlen, a->batch, HL_ARG_ACTUAL_SEQ_KVLEN,
+                                            error);
         }
         longest[0] = 0;
         longest[1] = 0;
-        for (int32_t b = 0; b < a->batch; ++b) {
-            int32_t first;
-            const int32_t q =
-                hl_fag_bf16_d128_rows_of(a->actual_seq_qlen, a->batch, a->seq_q, b, &first);
-            const int32_t kv =
-                hl_fag_bf16_d128_rows_of(a->actual_seq_kvlen, a->batch, a->seq_kv, b, &first);
-            longest[0] = longest[0] > q ? longest[0] : q;
-            longest[1] = longest[1] > kv ? longest[1] : kv;
-            if (a->pse != NULL && a->pse_shape == HL_PSE_LAST_ROWS && q != kv) {
+        *pairs = 0;
+        for (int32_t b = 0; status == HL_OK && b < a->batch; ++b) {
+            status =
+                hl_fag_bf16_d128_check_end(a->actual_seq_qlen, b, a->seq_q, HL_ARG_ACTUAL_SEQ_QLEN,
+                                           &q, error);
+            if (status == HL_OK) {
+                status =
+                    hl_fag_bf16_d128_check_end(a->actual_seq_kvlen, b, a->seq_kv,
+                                               HL_ARG_ACTUAL_SEQ_KVLEN, &kv, error);
+            }
+            longest[0] = longest[0] > q.rows ? longest[0] : q.rows;
+            longest[1] = longest[1] > kv.rows ? longest[1] : kv.rows;
+            *pairs = hl_add_cap(*pairs, (uint64_t)q.rows * (uint64_t)kv.rows);
+            if (status == HL_OK && a->pse != NULL && a->pse_shape == HL_PSE_LAST_ROWS
+                && q.rows != kv.rows) {
                 return hl_refuse_at(error, HL_ERR_LENGTH, HL_ARG_ACTUAL_SEQ_KVLEN, HL_RULE_EQUAL, 1,
-                                    b, 0, kv, q);
+                                    b, 0, kv.rows, q.rows);
             }
         }
-        return HL_OK;
+        return status;
     }
     if (a->actual_seq_qlen != NULL || a->actual_seq_kvlen != NULL) {
         return hl_refuse(error, HL_ERR_UNSUPPORTED, a->actual_seq_qlen != NULL
@@ -2718,9 +2821,10 @@ static inline hl_status hl_fag_bf16_d128_check_mask(hl_fusion_attention_grad_arg
             return status;
         }
         for (int32_t b = 0; b < a->batch; ++b) {
-            if (a->prefix[b] < 0) {
+            const int64_t prefix = hl_once64(a->prefix + b);
+            if (prefix < 0) {
                 return hl_refuse_at(error, HL_ERR_LENGTH, HL_ARG_PREFIX, HL_RULE_AT_LEAST, 1, b, 0,
-                                    a->prefix[b], 0);
+                                    prefix, 0);
             }
         }
     }
@@ -2750,43 +2854,26 @@ static inline hl_status hl_fag_bf16_d128_check_mask(hl_fusion_attention_grad_arg
     return HL_OK;
 }
 
-/* (row, key) pairs of all batches. */
-static inline uint64_t hl_fag_bf16_d128_pairs(const hl_fusion_attention_grad_args *a)
-{
-    if (a->input_layout == HL_LAYOUT_TND) {
-        uint64_t pairs = 0;
-        for (int32_t b = 0; b < a->batch; ++b) {
-            int32_t first;
-            const int32_t q =
-                hl_fag_bf16_d128_rows_of(a->actual_seq_qlen, a->batch, a->seq_q, b, &first);
-            const int32_t kv =
-                hl_fag_bf16_d128_rows_of(a->actual_seq_kvlen, a->batch, a->seq_kv, b, &first);
-            pairs = hl_add_cap(pairs, (uint64_t)q * (uint64_t)kv);
-        }
-        return pairs;
-    }
-    return hl_mul_cap((uint64_t)a->batch, (uint64_t)a->seq_q * (uint64_t)a->seq_kv);
-}
-
 /* Bytes of pse. */
-static inline uint64_t hl_fag_bf16_d128_pse_bytes(const hl_fusion_attention_grad_args *a)
+static inline uint64_t hl_fag_bf16_d128_pse_bytes(const hl_fusion_attention_grad_args *a,
+                                                  uint64_t pairs)
 {
     const uint64_t heads = (uint64_t)a->pse_batch * (uint64_t)a->heads_q;
+    (void)pairs; /* of sequences end to end */
     if (a->pse == NULL) {
         return 0;
     }
     if (a->pse_type == HL_PSE_SLOPE || a->pse_type == HL_PSE_SLOPE_SQRT) {
-        return 4u * heads;
+        return hl_mul_cap(heads, 4u);
     }
     if (a->pse_shape == HL_PSE_LAST_ROWS) {
-        return hl_mul_cap(heads * 1024u, 2u * (uint64_t)a->pse_width);
+        return hl_mul_cap(hl_mul_cap(heads, 1024u), 2u * (uint64_t)a->pse_width);
     }
     if (a->input_layout == HL_LAYOUT_TND) { /* of all batches, end to end */
         const uint64_t keys = (uint64_t)a->seq_kv;
-        return hl_mul_cap(2u * (uint64_t)a->heads_q, a->pse_shape == HL_PSE_ONE_ROW ? keys
-                          : hl_fag_bf16_d128_pairs(a));
+        return hl_mul_cap(2u * (uint64_t)a->heads_q, a->pse_shape == HL_PSE_ONE_ROW ? keys : pairs);
     }
-    return hl_mul_cap(heads * 2u, a->pse_shape == HL_PSE_ONE_ROW ? (uint64_t)a->seq_kv
+    return hl_mul_cap(hl_mul_cap(heads, 2u), a->pse_shape == HL_PSE_ONE_ROW ? (uint64_t)a->seq_kv
                       : (uint64_t)a->seq_q * (uint64_t)a->seq_kv);
 }
 
@@ -2824,100 +2911,92 @@ static inline hl_status hl_fag_bf16_d128_check_grad(const hl_fusion_attention_gr
 }
 
 /* Strides, alignment, extents; and nothing that is written overlaps anything else. */
-static inline hl_status hl_fag_bf16_d128_check_memory(hl_fusion_attention_grad_args *a,
-    const void *workspace, size_t bytes, hl_error *error)
+HL_OWN_FRAME hl_status hl_fag_bf16_d128_check_memory(hl_fusion_attention_grad_args *a,
+    uint64_t pairs, const void *workspace, size_t bytes, hl_error *error)
 {
     const int32_t tnd = a->input_layout == HL_LAYOUT_TND;
     const int64_t b = tnd ? 1 : a->batch;
-    const int64_t s1 = a->seq_q;
-    const int64_t s2 = a->seq_kv;
-    const int64_t n1 = a->heads_q;
-    const int64_t n2 = a->heads_kv;
-    const uint64_t element = 2u;
-    const uint64_t wide = a->out_f32 ? 4u : element;
-    const uint64_t rows = 4u * hl_mul_cap(hl_mul_cap((uint64_t)b, (uint64_t)s1), (uint64_t)n1);
+    const int32_t s1 = a->seq_q;
+    const int32_t s2 = a->seq_kv;
+    const int32_t n1 = a->heads_q;
+    const int32_t n2 = a->heads_kv;
+    const uint16_t element = 2u;
+    const uint16_t wide = a->out_f32 ? 4u : 2u;
+    const uint16_t slopes = a->pse_type == HL_PSE_SLOPE || a->pse_type == HL_PSE_SLOPE_SQRT;
+    const uint16_t pse_number = slopes ? 4u : 2u;
+    const uint64_t all_rows = hl_mul_cap((uint64_t)b * (uint64_t)s1, (uint64_t)n1);
+    const uint64_t rows = hl_mul_cap(all_rows, 4u);
     const uint64_t stats = hl_mul_cap(rows, (uint64_t)a->stats_width);
-    const uint64_t elements = hl_mul_cap(hl_fag_bf16_d128_pairs(a), (uint64_t)n1);
+    const uint64_t elements = hl_mul_cap(pairs, (uint64_t)n1);
     const uint64_t drop = a->dropout_mask != NULL && a->keep_prob < 1.0f ? elements / 8u
                           + (elements % 8u != 0) : 0;
     const uint64_t mask =
         hl_mul_cap(hl_mul_cap((uint64_t)a->mask_batch * (uint64_t)a->mask_heads,
                               (uint64_t)a->mask_rows), (uint64_t)a->mask_width);
     const uint64_t ends = tnd ? 8u * (uint64_t)a->batch : 0;
+    const uint64_t prefixes = a->sparse_mode == 6 ? 8u * (uint64_t)a->batch : 0;
     const struct {
         hl_stride *stride;
-        const void *memory;
-        int64_t rows;
-        int64_t heads;
-        int64_t channels;
-        uint64_t element;
+        int32_t rows;
+        int32_t heads;
+        int32_t channels;
         hl_argument argument;
-        hl_argument stride_argument;
-        int32_t written;
-    } tensor[] = {
-        {&a->query_stride, a->query, s1, n1, 128, element, HL_ARG_QUERY,
-         HL_ARG_QUERY_STRIDE, 0},
-        {&a->key_stride, a->key, s2, n2, 128, element, HL_ARG_KEY, HL_ARG_KEY_STRIDE, 0},
-        {&a->value_stride, a->value, s2, n2, 128, element, HL_ARG_VALUE,
-         HL_ARG_VALUE_STRIDE, 0},
-        {&a->out_stride, a->attention_out, s1, n1, 128, element, HL_ARG_ATTENTION_OUT,
-         HL_ARG_OUT_STRIDE, 0},
-        {&a->dout_stride, a->dout, s1, n1, 128, element, HL_ARG_DOUT, HL_ARG_DOUT_STRIDE,
-         0},
-        {&a->dquery_stride, a->dquery, s1, n1, 128, wide, HL_ARG_DQUERY,
-         HL_ARG_DQUERY_STRIDE, 1},
-        {&a->dkey_stride, a->dkey, s2, n2, 128, wide, HL_ARG_DKEY, HL_ARG_DKEY_STRIDE, 1},
-        {&a->dvalue_stride, a->dvalue, s2, n2, 128, wide, HL_ARG_DVALUE,
-         HL_ARG_DVALUE_STRIDE, 1}
+    } tensor[] = { /* of the first of range[], whose bytes follow from it */
+        {&a->query_stride, s1, n1, 128, HL_ARG_QUERY_STRIDE},
+        {&a->key_stride, s2, n2, 128, HL_ARG_KEY_STRIDE},
+        {&a->value_stride, s2, n2, 128, HL_ARG_VALUE_STRIDE},
+        {&a->out_stride, s1, n1, 128, HL_ARG_OUT_STRIDE},
+        {&a->dout_stride, s1, n1, 128, HL_ARG_DOUT_STRIDE},
+        {&a->dquery_stride, s1, n1, 128, HL_ARG_DQUERY_STRIDE},
+        {&a->dkey_stride, s2, n2, 128, HL_ARG_DKEY_STRIDE},
+        {&a->dvalue_stride, s2, n2, 128, HL_ARG_DVALUE_STRIDE}
     };
     enum { TENSORS = sizeof tensor / sizeof tensor[0] };
-    const hl_range other[] = {
-        {a->pse, hl_fag_bf16_d128_pse_bytes(a), HL_ARG_PSE, 0,
-         a->pse_type == HL_PSE_SLOPE || a->pse_type == HL_PSE_SLOPE_SQRT ? 4u : 2u},
+    hl_range range[] = {
+        {a->query, 0, HL_ARG_QUERY, 0, element},
+        {a->key, 0, HL_ARG_KEY, 0, element},
+        {a->value, 0, HL_ARG_VALUE, 0, element},
+        {a->attention_out, 0, HL_ARG_ATTENTION_OUT, 0, element},
+        {a->dout, 0, HL_ARG_DOUT, 0, element},
+        {a->dquery, 0, HL_ARG_DQUERY, 1, wide},
+        {a->dkey, 0, HL_ARG_DKEY, 1, wide},
+        {a->dvalue, 0, HL_ARG_DVALUE, 1, wide},
+        {a->pse, hl_fag_bf16_d128_pse_bytes(a, pairs), HL_ARG_PSE, 0, pse_number},
         {a->atten_mask, a->atten_mask != NULL ? mask : 0, HL_ARG_ATTEN_MASK, 0, 1u},
-        {a->prefix, a->sparse_mode == 6 ? 8u * (uint64_t)a->batch : 0, HL_ARG_PREFIX, 0, 8u},
+        {a->prefix, prefixes, HL_ARG_PREFIX, 0, 8u},
         {a->actual_seq_qlen, ends, HL_ARG_ACTUAL_SEQ_QLEN, 0, 8u},
         {a->actual_seq_kvlen, ends, HL_ARG_ACTUAL_SEQ_KVLEN, 0, 8u},
         {a->dropout_mask, drop, HL_ARG_DROPOUT_MASK, 0, 1u},
         {a->softmax_max, stats, HL_ARG_SOFTMAX_MAX, 0, 4u},
         {a->softmax_sum, stats, HL_ARG_SOFTMAX_SUM, 0, 4u},
-        {a->dpse, a->dpse != NULL ? hl_mul_cap(hl_fag_bf16_d128_pse_bytes(a) / element, wide) : 0,
-         HL_ARG_DPSE, 1,
-         (uint32_t)wide},
+        {a->dpse, a->dpse != NULL ? hl_mul_cap(hl_fag_bf16_d128_pse_bytes(a, pairs) / element, wide)
+         : 0,
+         HL_ARG_DPSE, 1, wide},
         {workspace, (uint64_t)bytes, HL_ARG_WORKSPACE, 1, 1u}
     };
-    enum { OTHERS = sizeof other / sizeof other[0] };
-    hl_range range[TENSORS + OTHERS];
     for (int32_t i = 0; i < TENSORS; ++i) {
         hl_stride *const stride = tensor[i].stride;
         hl_status status;
         hl_fag_bf16_d128_pack(a, stride, tensor[i].rows, tensor[i].heads, tensor[i].channels);
         status =
             hl_default_stride(stride, tensor[i].rows, tensor[i].heads, tensor[i].channels,
-                              tensor[i].stride_argument, error);
-        if (status == HL_OK && tensor[i].written) {
+                              tensor[i].argument, error);
+        if (status == HL_OK && range[i].written) {
             status =
                 hl_check_apart(stride, b, tensor[i].rows, tensor[i].heads, tensor[i].channels,
-                               tensor[i].stride_argument, error);
+                               tensor[i].argument, error);
         }
         if (status != HL_OK) {
             return status;
         }
-        range[i].start = tensor[i].memory;
         range[i].bytes =
             hl_extent(stride, b, tensor[i].rows, tensor[i].heads, tensor[i].channels,
-                      tensor[i].element);
-        range[i].argument = tensor[i].argument;
-        range[i].written = tensor[i].written;
-        range[i].align = (uint32_t)tensor[i].element;
-        if (tensor[i].written && tensor[i].memory == NULL) {
+                      range[i].align);
+        if (range[i].written && range[i].start == NULL) {
             range[i].bytes = 0; /* not wanted */
         }
     }
-    for (int32_t i = 0; i < OTHERS; ++i) {
-        range[TENSORS + i] = other[i];
-    }
-    return hl_check_ranges(range, TENSORS + OTHERS, error);
+    return hl_check_ranges(range, (int32_t)(sizeof range / sizeof range[0]), error);
 }
 /* ---- mask: S = -inf where a query does not see a key ----
  *
@@ -3644,7 +3723,7 @@ HL_KERNEL_SCALAR void hl_fag_bf16_d128_drop_queries_scalar(const hl_fusion_atten
     const hl_span *g, float *s, ptrdiff_t step, int32_t j0, int32_t n)
 {
     enum { N = 1 };
-    const uint32_t kept = (uint32_t)((double)a->keep_prob * 4294967296.0);
+    const uint32_t kept = (uint32_t)(a->keep_prob * 4294967296.0f);
     for (int32_t p = 0; p < g->n; p += N) {
         for (int32_t j = -(j0 % 4); j < n; j += 4) {
             uint32_t word[4 * N];
@@ -3664,7 +3743,7 @@ HL_KERNEL_SCALAR void hl_fag_bf16_d128_drop_keys_scalar(const hl_fusion_attentio
     const hl_span *g, float *s, ptrdiff_t step, int32_t j0, int32_t n)
 {
     enum { N = 1 };
-    const uint32_t kept = (uint32_t)((double)a->keep_prob * 4294967296.0);
+    const uint32_t kept = (uint32_t)(a->keep_prob * 4294967296.0f);
     for (int32_t p = 0; p < g->n; ++p) {
         float *const at = s + p * step;
         for (int32_t j = -(j0 % 4); j < n; j += 4 * N) {
@@ -3756,6 +3835,8 @@ HL_KERNEL_SCALAR void hl_fag_bf16_d128_numbers_scalar(const hl_fusion_attention_
         }
     }
 }
+
+/* ---- pairs: S, dP -> P, dS ---- */
 
 /* A vector of pairs: S -> P o M / keep_prob, dP -> dS. A score of -inf is that of a key that is not
  * seen: 0, whatever else is NaN. kept is M / keep_prob; NULL: all are. */
@@ -4801,7 +4882,7 @@ HL_KERNEL_NEON void hl_fag_bf16_d128_drop_queries_neon(const hl_fusion_attention
     const hl_span *g, float *s, ptrdiff_t step, int32_t j0, int32_t n)
 {
     enum { N = 4 };
-    const uint32_t kept = (uint32_t)((double)a->keep_prob * 4294967296.0);
+    const uint32_t kept = (uint32_t)(a->keep_prob * 4294967296.0f);
     for (int32_t p = 0; p < g->n; p += N) {
         for (int32_t j = -(j0 % 4); j < n; j += 4) {
             uint32_t word[4 * N];
@@ -4822,7 +4903,7 @@ HL_KERNEL_NEON void hl_fag_bf16_d128_drop_keys_neon(const hl_fusion_attention_gr
                                                     int32_t j0, int32_t n)
 {
     enum { N = 4 };
-    const uint32_t kept = (uint32_t)((double)a->keep_prob * 4294967296.0);
+    const uint32_t kept = (uint32_t)(a->keep_prob * 4294967296.0f);
     for (int32_t p = 0; p < g->n; ++p) {
         float *const at = s + p * step;
         for (int32_t j = -(j0 % 4); j < n; j += 4 * N) {
@@ -4915,6 +4996,8 @@ HL_KERNEL_NEON void hl_fag_bf16_d128_numbers_neon(const hl_fusion_attention_grad
         }
     }
 }
+
+/* ---- pairs: S, dP -> P, dS ---- */
 
 /* A vector of pairs: S -> P o M / keep_prob, dP -> dS. A score of -inf is that of a key that is not
  * seen: 0, whatever else is NaN. kept is M / keep_prob; NULL: all are. */
@@ -5898,7 +5981,7 @@ HL_KERNEL_AVX2 void hl_fag_bf16_d128_drop_queries_avx2(const hl_fusion_attention
     const hl_span *g, float *s, ptrdiff_t step, int32_t j0, int32_t n)
 {
     enum { N = 8 };
-    const uint32_t kept = (uint32_t)((double)a->keep_prob * 4294967296.0);
+    const uint32_t kept = (uint32_t)(a->keep_prob * 4294967296.0f);
     for (int32_t p = 0; p < g->n; p += N) {
         for (int32_t j = -(j0 % 4); j < n; j += 4) {
             uint32_t word[4 * N];
@@ -5919,7 +6002,7 @@ HL_KERNEL_AVX2 void hl_fag_bf16_d128_drop_keys_avx2(const hl_fusion_attention_gr
                                                     int32_t j0, int32_t n)
 {
     enum { N = 8 };
-    const uint32_t kept = (uint32_t)((double)a->keep_prob * 4294967296.0);
+    const uint32_t kept = (uint32_t)(a->keep_prob * 4294967296.0f);
     for (int32_t p = 0; p < g->n; ++p) {
         float *const at = s + p * step;
         for (int32_t j = -(j0 % 4); j < n; j += 4 * N) {
@@ -6012,6 +6095,8 @@ HL_KERNEL_AVX2 void hl_fag_bf16_d128_numbers_avx2(const hl_fusion_attention_grad
         }
     }
 }
+
+/* ---- pairs: S, dP -> P, dS ---- */
 
 /* A vector of pairs: S -> P o M / keep_prob, dP -> dS. A score of -inf is that of a key that is not
  * seen: 0, whatever else is NaN. kept is M / keep_prob; NULL: all are. */
@@ -7617,7 +7702,7 @@ HL_KERNEL_AVX512 void hl_fag_bf16_d128_drop_queries_avx512(const hl_fusion_atten
     const hl_span *g, float *s, ptrdiff_t step, int32_t j0, int32_t n)
 {
     enum { N = 16 };
-    const uint32_t kept = (uint32_t)((double)a->keep_prob * 4294967296.0);
+    const uint32_t kept = (uint32_t)(a->keep_prob * 4294967296.0f);
     for (int32_t p = 0; p < g->n; p += N) {
         for (int32_t j = -(j0 % 4); j < n; j += 4) {
             uint32_t word[4 * N];
@@ -7637,7 +7722,7 @@ HL_KERNEL_AVX512 void hl_fag_bf16_d128_drop_keys_avx512(const hl_fusion_attentio
     const hl_span *g, float *s, ptrdiff_t step, int32_t j0, int32_t n)
 {
     enum { N = 16 };
-    const uint32_t kept = (uint32_t)((double)a->keep_prob * 4294967296.0);
+    const uint32_t kept = (uint32_t)(a->keep_prob * 4294967296.0f);
     for (int32_t p = 0; p < g->n; ++p) {
         float *const at = s + p * step;
         for (int32_t j = -(j0 % 4); j < n; j += 4 * N) {
@@ -7729,6 +7814,8 @@ HL_KERNEL_AVX512 void hl_fag_bf16_d128_numbers_avx512(const hl_fusion_attention_
         }
     }
 }
+
+/* ---- pairs: S, dP -> P, dS ---- */
 
 /* A vector of pairs: S -> P o M / keep_prob, dP -> dS. A score of -inf is that of a key that is not
  * seen: 0, whatever else is NaN. kept is M / keep_prob; NULL: all are. */
@@ -8159,7 +8246,7 @@ static inline void hl_fag_bf16_d128_task_avx512(const hl_fusion_attention_grad_p
  * AMX tiles of bfloat16, with AVX-512 (amx).
  * Tiles: 2 x 2 tiles of 16 x 16 sums in 4 of 8 registers: 4 loads, 4 products.
  * 256 columns by panels of 512 rows, whose tiles are 512 KiB of the second-level cache.
- * 64 rows a step: P and dS of 32 columns are 16 KiB. */
+ * 64 rows a step: S of two steps and dP of one are 24 KiB, for 32 columns. */
 
 #if HL_HAS_AMX
 
@@ -8194,22 +8281,35 @@ static inline const uint16_t *hl_fag_bf16_d128_query_row_amx(const void *tensor,
            + (ptrdiff_t)((g->first + p) / g->heads) * stride->row
            + (ptrdiff_t)((g->first + p) % g->heads) * stride->head;
 }
-/* Row r of a unit, [column][tile][row]. A row that is NULL is 0. */
+/* The first n of 32 channels as words of bfloat16, 0 behind them; of two parts, one. */
+HL_WORD_AMX __m512i hl_fag_bf16_d128_halves_amx(const uint16_t *from, int32_t n, int32_t part)
+{
+    (void)part;
+    return hl_halves_amx(from, n);
+}
+
+/* Row r of a unit, [column][part][tile][row]. A row that is NULL is 0. */
 HL_WORD_AMX void hl_fag_bf16_d128_copy_row_amx(const uint16_t *row, int32_t channels, int32_t r,
                                                unsigned char *unit)
 {
+    enum { PARTS = 1 };
     unsigned char *to = unit + (r / 16 * 1024 + r % 16 * 64);
-    for (int32_t c = 0; c < channels; c += 32, to += 2048) {
-        _mm512_storeu_si512(to, row != NULL ? hl_halves_amx(row + c, channels - c)
-                            : _mm512_setzero_si512());
+    for (int32_t c = 0; c < channels; c += 32) {
+        for (int32_t part = 0; part < PARTS; ++part, to += 2048) {
+            _mm512_storeu_si512(to, row != NULL
+                                ? hl_fag_bf16_d128_halves_amx(row + c, channels - c, part)
+                                : _mm512_setzero_si512());
+        }
     }
 }
 
 /* May rows be read as tiles where they lie? Not if they are far apart: the lines of a panel would
- * share a few sets of the caches, and each row of a tile would be on a page of its own. */
+ * share a few sets of the caches, and each row of a tile would be on a page of its own. Rows in
+ * two parts are nowhere. */
 HL_WORD_AMX int32_t hl_fag_bf16_d128_in_place_amx(ptrdiff_t step, int32_t n, int32_t channels)
 {
-    return n >= 32 && channels % 32 == 0 && step <= 2 * channels;
+    enum { PARTS = 1 };
+    return PARTS == 1 && n >= 32 && channels % 32 == 0 && step <= 2 * channels;
 }
 
 /* The first n of 32 rows, `step` elements apart, into a unit; if they have to be copied. Rows that
@@ -8241,35 +8341,40 @@ HL_WORD_AMX void hl_fag_bf16_d128_rows_of_amx(hl_fag_bf16_d128_operand_amx *rows
     }
 }
 
-/* A unit as B: [column][tile][pair of channels], rows in the lanes. */
+/* A unit as B: [column][part][tile][pair of channels], rows in the lanes. */
 HL_KERNEL_AMX void hl_fag_bf16_d128_pack_unit_amx(const unsigned char *unit, int32_t channels,
                                                   unsigned char *to)
 {
-    for (int32_t tile = 0; tile < (channels + 31) / 32 * 2; ++tile) {
+    enum { PARTS = 1 };
+    for (int32_t tile = 0; tile < (channels + 31) / 32 * 2 * PARTS; ++tile) {
         for (int32_t quad = 0; quad < 4; ++quad) {
             hl_turn_amx(unit + tile * 1024, 64, quad, to + tile * 1024, 64);
         }
     }
 }
 
-/* A unit's transpose, as A of sums over rows: [column][tile][channel], of those of 32 rows whose
- * bit is set; `column` elements lie between its columns, and what is `ahead` from them is asked
- * for. Were all of these numbers finite? `pairs`: 2 KiB. */
+/* A unit's transpose, as A of sums over rows: [column][part][tile][channel], of those of 32 rows
+ * whose bit is set; `column` elements lie between its columns, and what is `ahead` from them is
+ * asked for. Were all of these numbers finite? `pairs`: 2 KiB. */
 HL_KERNEL_AMX int32_t hl_fag_bf16_d128_turn_unit_amx(const uint16_t *from, ptrdiff_t step,
     ptrdiff_t column, ptrdiff_t ahead, uint32_t rows, int32_t channels, unsigned char *pairs,
     unsigned char *to)
 {
+    enum { PARTS = 1 };
     const __mmask32 all = (__mmask32)0xffffffffu;
     const __m512i none = _mm512_setzero_si512();
     const __m512i size = _mm512_set1_epi16(0x7fff);
     __m512i most = none;
-    for (int32_t c = 0; c < channels; c += 32, from += column, to += 2048) {
+    for (int32_t i = 0; i < (channels + 31) / 32 * PARTS; ++i, to += 2048) {
+        const int32_t part = i % PARTS;
+        const int32_t n = channels - i / PARTS * 32;
         for (int32_t r = 0; r < 32; r += 2) {
-            const uint16_t *const at = from + r * step;
-            const __m512i x = (rows >> r & 1u) != 0 ? hl_halves_amx(at, channels - c) : none;
-            const __m512i y = (rows >> r & 2u) != 0 ? hl_halves_amx(at + step, channels - c)
-                                                    : none;
-            if (ahead != 0) {
+            const uint16_t *const at = from + i / PARTS * column + r * step;
+            const __m512i x = (rows >> r & 1u) != 0 ? hl_fag_bf16_d128_halves_amx(at, n, part)
+                : none;
+            const __m512i y = (rows >> r & 2u) != 0
+                ? hl_fag_bf16_d128_halves_amx(at + step, n, part) : none;
+            if (ahead != 0 && part == 0) {
                 HL_FETCH(at + ahead);
                 HL_FETCH(at + step + ahead);
             }
@@ -8305,178 +8410,6 @@ HL_KERNEL_AMX uint32_t hl_fag_bf16_d128_turn_finite_amx(const uint16_t *from, pt
     }
     (void)hl_fag_bf16_d128_turn_unit_amx(from, step, column, 0, all & ~apart, channels, pairs, to);
     return apart;
-}
-
-/* ---- products: C = A B or C += A B of 32 x 32 numbers, C in rows of 128 bytes ---- */
-
-/* Tiles that are not stored yet: where the four accumulators belong; NULL: nowhere. */
-typedef struct hl_fag_bf16_d128_woven_amx {
-    unsigned char *before;
-} hl_fag_bf16_d128_woven_amx;
-
-/* A unit of 2 x 2 tiles over all columns, or over all units of a sum, with slices of vector work
- * between them. It is stored when the next one needs its tiles, one by one: four at a time would
- * stall. A comes from the second-level cache, B from the first. */
-HL_KERNEL_AMX void hl_fag_bf16_d128_unit_amx(hl_fag_bf16_d128_woven_amx *x,
-                                             const hl_fag_bf16_d128_operand_amx *rows,
-                                             const hl_fag_bf16_d128_operand_amx *others,
-                                             int32_t columns, int32_t fresh, unsigned char *to)
-{
-    const unsigned char *a = rows->at; /* no copies of the structs: g++ -O0 would unwind them */
-    const unsigned char *b = others->at;
-    const ptrdiff_t stride_a = rows->stride;
-    const ptrdiff_t stride_b = others->stride;
-    const ptrdiff_t second_a = rows->second;
-    const ptrdiff_t second_b = others->second;
-    const ptrdiff_t step_a = rows->step;
-    const ptrdiff_t step_b = others->step;
-    for (int32_t c = 0; c < columns; ++c, a += step_a, b += step_b) {
-        HL_TILE_STREAM(4, a, stride_a);
-        HL_TILE_STREAM(5, a + second_a, stride_a);
-        HL_TILE_LOAD(6, b, stride_b);
-        HL_TILE_LOAD(7, b + second_b, stride_b);
-        if (c == 0) {
-            if (x->before != NULL) {
-                HL_TILE_STORE(0, x->before + 0, 128);
-            }
-            if (fresh) {
-                HL_TILE_ZERO(0);
-            } else {
-                HL_TILE_LOAD(0, to + 0, 128);
-            }
-            HL_TILE_DOT(0, 4, 6);
-            if (x->before != NULL) {
-                HL_TILE_STORE(1, x->before + 64, 128);
-            }
-            if (fresh) {
-                HL_TILE_ZERO(1);
-            } else {
-                HL_TILE_LOAD(1, to + 64, 128);
-            }
-            HL_TILE_DOT(1, 4, 7);
-            if (x->before != NULL) {
-                HL_TILE_STORE(2, x->before + 2048, 128);
-            }
-            if (fresh) {
-                HL_TILE_ZERO(2);
-            } else {
-                HL_TILE_LOAD(2, to + 2048, 128);
-            }
-            HL_TILE_DOT(2, 5, 6);
-            if (x->before != NULL) {
-                HL_TILE_STORE(3, x->before + 2112, 128);
-            }
-            if (fresh) {
-                HL_TILE_ZERO(3);
-            } else {
-                HL_TILE_LOAD(3, to + 2112, 128);
-            }
-            HL_TILE_DOT(3, 5, 7);
-        } else {
-            HL_TILE_DOT(0, 4, 6);
-            HL_TILE_DOT(1, 4, 7);
-            HL_TILE_DOT(2, 5, 6);
-            HL_TILE_DOT(3, 5, 7);
-        }
-    }
-    x->before = to;
-}
-
-/* What is not stored yet. */
-HL_KERNEL_AMX void hl_fag_bf16_d128_flush_amx(hl_fag_bf16_d128_woven_amx *x)
-{
-    if (x->before != NULL) {
-        HL_TILE_STORE(0, x->before + 0, 128);
-        HL_TILE_STORE(1, x->before + 64, 128);
-        HL_TILE_STORE(2, x->before + 2048, 128);
-        HL_TILE_STORE(3, x->before + 2112, 128);
-    }
-    x->before = NULL;
-}
-
-/* ---- products of many rows and the columns of a group, which are 32 ---- */
-
-/* A matrix in panels of tiles: 32 rows or columns, and so many columns of 32 channels. */
-HL_WORD_AMX float *hl_fag_bf16_d128_tiles_amx(float *from, int32_t rows, int32_t columns)
-{
-    return from + (ptrdiff_t)rows * columns * 16;
-}
-
-/* S of n rows against a packed group, in whole units: s is [row][32]. */
-HL_KERNEL_AMX void hl_fag_bf16_d128_scores_amx(const float *group, float *rows, float *s,
-                                               int32_t columns, int32_t n, int32_t channels,
-                                               float scale, const hl_seen *seen)
-{
-    const int32_t count = (channels + 31) / 32;
-    hl_fag_bf16_d128_operand_amx a;
-    hl_fag_bf16_d128_operand_amx b;
-    hl_fag_bf16_d128_woven_amx x;
-    x.before = NULL;
-    hl_fag_bf16_d128_set_amx(&b, group, 64, 1024, 2048);
-    for (int32_t r = 0; r < n; r += 32) {
-        hl_fag_bf16_d128_set_amx(&a, hl_fag_bf16_d128_tiles_amx(rows, r, count), 64, 1024, 2048);
-        hl_fag_bf16_d128_unit_amx(&x, &a, &b, count, 1, (unsigned char *)(s + 32 * r));
-    }
-    hl_fag_bf16_d128_flush_amx(&x);
-    for (int32_t i = 0; scale != 1.0f && i < 32 * n; i += 16) {
-        hl_vstore_avx512(s + i, hl_vmul_avx512(hl_vload_avx512(s + i), hl_vset_avx512(scale)));
-    }
-    (void)columns;
-    (void)seen;
-}
-
-/* x where it is a number, else the NaN that rounding leaves one. */
-HL_WORD_AMX hl_vf_avx512 hl_fag_bf16_d128_quiet_amx(hl_vf_avx512 x)
-{
-    return _mm512_mask_mov_ps(x, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q),
-                              hl_vset_avx512(hl_float_of(0x7fc00000u)));
-}
-
-/* Weights of n rows as pairs, in their place; 0 for what is behind them in their unit. */
-HL_KERNEL_AMX void hl_fag_bf16_d128_pair_rows_amx(float *s, int32_t n)
-{
-    const int32_t units = (n + 31) / 32;
-    for (int32_t i = 32 * n; i < 1024 * units; i += 16) {
-        hl_vstore_avx512(s + i, hl_vzero_avx512());
-    }
-    for (int32_t i = 0; i < 1024 * units; i += 64) {
-        for (int32_t q = 0; q < 32; q += 16) {
-            _mm512_storeu_si512(s + i + q,
-                                hl_pair_amx(hl_fag_bf16_d128_quiet_amx(hl_vload_avx512(s + i + q)),
-                                            hl_fag_bf16_d128_quiet_amx(hl_vload_avx512(s + i + 32
-                    + q))));
-        }
-    }
-}
-
-/* O^T += R^T S for n rows R, whose transposes are given, and weights in pairs. */
-HL_KERNEL_AMX void hl_fag_bf16_d128_sums_amx(const float *s, const float *turned, int32_t n,
-                                             int32_t count, float *o)
-{
-    hl_fag_bf16_d128_operand_amx a;
-    hl_fag_bf16_d128_operand_amx b;
-    hl_fag_bf16_d128_woven_amx x;
-    x.before = NULL;
-    hl_fag_bf16_d128_set_amx(&a, turned, 64, 1024, (ptrdiff_t)count * 2048);
-    hl_fag_bf16_d128_set_amx(&b, s, 256, 64, 4096);
-    for (int32_t c = 0; c < count; ++c, a.at += 2048) {
-        hl_fag_bf16_d128_unit_amx(&x, &a, &b, (n + 31) / 32, 0, (unsigned char *)(o + 1024 * c));
-    }
-    hl_fag_bf16_d128_flush_amx(&x);
-}
-
-/* A group's sums, [channel][32], as rows. */
-HL_KERNEL_AMX void hl_fag_bf16_d128_turn_back_amx(const float *o, int32_t count, float *rows)
-{
-    const ptrdiff_t step = (ptrdiff_t)count * 32;
-    for (int32_t c = 0; c < count * 32; c += 16) {
-        for (int32_t p = 0; p < 32; p += 16) {
-            for (int32_t quad = 0; quad < 4; ++quad) {
-                hl_turn_amx((const unsigned char *)(o + 32 * c + p), 128, quad,
-                            (unsigned char *)(rows + p * step + c), step * 4);
-            }
-        }
-    }
 }
 
 /* ---- dropout: which weights are kept ----
@@ -8531,7 +8464,7 @@ HL_KERNEL_AMX void hl_fag_bf16_d128_drop_queries_amx(const hl_fusion_attention_g
     const hl_span *g, float *s, ptrdiff_t step, int32_t j0, int32_t n)
 {
     enum { N = 16 };
-    const uint32_t kept = (uint32_t)((double)a->keep_prob * 4294967296.0);
+    const uint32_t kept = (uint32_t)(a->keep_prob * 4294967296.0f);
     for (int32_t p = 0; p < g->n; p += N) {
         for (int32_t j = -(j0 % 4); j < n; j += 4) {
             uint32_t word[4 * N];
@@ -8552,7 +8485,7 @@ HL_KERNEL_AMX void hl_fag_bf16_d128_drop_keys_amx(const hl_fusion_attention_grad
                                                   int32_t j0, int32_t n)
 {
     enum { N = 16 };
-    const uint32_t kept = (uint32_t)((double)a->keep_prob * 4294967296.0);
+    const uint32_t kept = (uint32_t)(a->keep_prob * 4294967296.0f);
     for (int32_t p = 0; p < g->n; ++p) {
         float *const at = s + p * step;
         for (int32_t j = -(j0 % 4); j < n; j += 4 * N) {
@@ -8647,98 +8580,359 @@ HL_KERNEL_AMX void hl_fag_bf16_d128_numbers_amx(const hl_fusion_attention_grad_p
     }
 }
 
-/* A vector of pairs: S -> P o M / keep_prob, dP -> dS. A score of -inf is that of a key that is not
- * seen: 0, whatever else is NaN. kept is M / keep_prob; NULL: all are. */
-HL_KERNEL_AMX void hl_fag_bf16_d128_gradient_amx(float *s, float *ds, const float *kept,
-                                                 hl_vf_avx512 max, hl_vf_avx512 weight,
-                                                 hl_vf_avx512 delta)
+/* ---- gradient: P = 2^(S - max) / sum;  dS = P o (dP - delta), behind columns of products ----
+ *
+ * In pieces of two rows by 16 columns, whose words take the place of S: those of P that of the
+ * first row, those of dS that of the second. */
+
+/* Pairs whose products are made, or weighed: who they are, where what belongs to them lies. */
+typedef struct hl_fag_bf16_d128_step_amx {
+    hl_pairs t;
+    int32_t first; /* of the panel's rows */
+    float *s;      /* [row][32] */
+    float *out_k;  /* the sums that they belong to: dQ; dK */
+    float *out_v;  /* dV */
+} hl_fag_bf16_d128_step_amx;
+
+/* What goes on beside products: tiles that are not stored yet, pairs that become weights. */
+typedef struct hl_fag_bf16_d128_woven_amx {
+    unsigned char *before; /* where the four accumulators belong; NULL: nowhere */
+    float *s;
+    float *ds;             /* dP */
+    const float *kept;     /* M / keep_prob; NULL: all are */
+    const float *slope;    /* of softcap; NULL: 1 */
+    const float *max;      /* of each query */
+    const float *weight;
+    const float *delta;
+    float scale;
+    int32_t of_keys;
+    int32_t piece;         /* the next one */
+    int32_t pieces;        /* one for each row, up to whole units */
+    int32_t rate;          /* pieces behind a column of a product */
+} hl_fag_bf16_d128_woven_amx;
+
+/* x where it is a number, else the NaN that rounding leaves one. */
+HL_WORD_AMX hl_vf_avx512 hl_fag_bf16_d128_quiet_amx(hl_vf_avx512 x)
 {
-    const float least = -3.402823466e+38f;
-    const hl_vf_avx512 x = hl_vload_avx512(s);
-    /* S <= max, but for rounding */
-    const hl_vf_avx512 below = hl_vmax_avx512(hl_vzero_avx512(), hl_vsub_avx512(max, x));
-    const hl_vf_avx512 p =
-        hl_vflush_avx512(x, least,
-                         hl_vmul_avx512(hl_exp2_amx(hl_vsub_avx512(hl_vzero_avx512(), below)),
-                                        weight));
-    hl_vf_avx512 dp = hl_vload_avx512(ds);
-    if (kept != NULL) {
-        const hl_vf_avx512 m = hl_vload_avx512(kept);
-        dp = hl_vmul_avx512(dp, m);
-        hl_vstore_avx512(s, hl_vmul_avx512(p, m));
+    return _mm512_mask_mov_ps(x, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q),
+                              hl_vset_avx512(hl_float_of(0x7fc00000u)));
+}
+
+/* A score of -inf is that of a key that is not seen: P and dS are 0, whatever else is NaN. */
+HL_WORD_AMX __mmask16 hl_fag_bf16_d128_seen_amx(const hl_fag_bf16_d128_woven_amx *x, ptrdiff_t at)
+{
+    return _mm512_cmp_ps_mask(hl_vload_avx512(x->s + at), hl_vset_avx512(-3.402823466e+38f),
+                              _CMP_NLT_UQ);
+}
+
+/* 16 pairs: P o M / keep_prob and, before any slope, dS. */
+HL_WORD_AMX hl_vf_avx512 hl_fag_bf16_d128_gradient_amx(const hl_fag_bf16_d128_woven_amx *x,
+    ptrdiff_t at, hl_vf_avx512 max, hl_vf_avx512 weight, hl_vf_avx512 delta, hl_vf_avx512 *ds)
+{
+    const __mmask16 seen = hl_fag_bf16_d128_seen_amx(x, at);
+    const hl_vf_avx512 over =
+        _mm512_fmsub_ps(hl_vload_avx512(x->s + at), hl_vset_avx512(x->scale), max);
+    /* but for rounding */
+    const hl_vf_avx512 below = _mm512_maskz_min_ps((__mmask16)0xffff, hl_vzero_avx512(), over);
+    const hl_vf_avx512 p = _mm512_maskz_mul_ps(seen, hl_exp2_amx(below), weight);
+    hl_vf_avx512 dp = hl_vload_avx512(x->ds + at);
+    if (x->kept != NULL) {
+        const hl_vf_avx512 m = hl_vload_avx512(x->kept + at);
+        *ds = _mm512_maskz_mul_ps(seen, p, hl_vsub_avx512(hl_vmul_avx512(dp, m), delta));
+        return hl_vmul_avx512(p, m);
+    }
+    *ds = _mm512_maskz_mul_ps(seen, p, hl_vsub_avx512(dp, delta));
+    return p;
+}
+
+/* The two rows of a piece: P, and their dS. */
+HL_WORD_AMX void hl_fag_bf16_d128_two_rows_amx(const hl_fag_bf16_d128_woven_amx *x, ptrdiff_t at,
+                                               hl_vf_avx512 *p, hl_vf_avx512 *ds)
+{
+    if (x->of_keys) {
+        const ptrdiff_t r = at / 32;
+        p[0] =
+            hl_fag_bf16_d128_gradient_amx(x, at, hl_vset_avx512(x->max[r]),
+                                          hl_vset_avx512(x->weight[r]), hl_vset_avx512(x->delta[r]),
+                                          &ds[0]);
+        p[1] =
+            hl_fag_bf16_d128_gradient_amx(x, at + 32, hl_vset_avx512(x->max[r + 1]),
+                                          hl_vset_avx512(x->weight[r + 1]),
+                                          hl_vset_avx512(x->delta[r + 1]), &ds[1]);
     } else {
-        hl_vstore_avx512(s, p);
-    }
-    hl_vstore_avx512(ds, hl_vflush_avx512(x, least, hl_vmul_avx512(p, hl_vsub_avx512(dp, delta))));
-}
-
-/* Queries in the lanes. */
-HL_KERNEL_AMX void hl_fag_bf16_d128_gradient_queries_amx(const hl_pairs *t,
-    const hl_fag_bf16_d128_space *w, const float *kept)
-{
-    enum { L = 16 };
-    for (int32_t p = 0; p < t->width; p += L) {
-        const hl_vf_avx512 max = hl_vload_avx512(w->max + t->at + p);
-        const hl_vf_avx512 weight = hl_vload_avx512(w->weight + t->at + p);
-        const hl_vf_avx512 delta = hl_vload_avx512(w->delta + t->at + p);
-        for (int32_t j = 0; j < t->rows; ++j) {
-            const ptrdiff_t at = (ptrdiff_t)j * t->width + p;
-            hl_fag_bf16_d128_gradient_amx(w->s + at, w->ds + at, kept != NULL ? kept + at : NULL,
-                                          max, weight, delta);
-        }
+        const hl_vf_avx512 max = hl_vload_avx512(x->max + at % 32);
+        const hl_vf_avx512 weight = hl_vload_avx512(x->weight + at % 32);
+        const hl_vf_avx512 delta = hl_vload_avx512(x->delta + at % 32);
+        p[0] = hl_fag_bf16_d128_gradient_amx(x, at, max, weight, delta, &ds[0]);
+        p[1] = hl_fag_bf16_d128_gradient_amx(x, at + 32, max, weight, delta, &ds[1]);
     }
 }
 
-/* Keys in the lanes. */
-HL_KERNEL_AMX void hl_fag_bf16_d128_gradient_keys_amx(const hl_pairs *t,
-    const hl_fag_bf16_d128_space *w, const float *kept)
+/* Their words; tasks of queries have no use for those of P. */
+HL_WORD_AMX void hl_fag_bf16_d128_join_amx(const hl_fag_bf16_d128_woven_amx *x, ptrdiff_t at,
+                                           const hl_vf_avx512 *p, const hl_vf_avx512 *ds)
 {
-    enum { L = 16 };
-    for (int32_t p = 0; p < t->rows; ++p) {
-        const hl_vf_avx512 max = hl_vset_avx512(w->max[t->at + p]);
-        const hl_vf_avx512 weight = hl_vset_avx512(w->weight[t->at + p]);
-        const hl_vf_avx512 delta = hl_vset_avx512(w->delta[t->at + p]);
-        for (int32_t j = 0; j < t->width; j += L) {
-            const ptrdiff_t at = (ptrdiff_t)p * t->width + j;
-            hl_fag_bf16_d128_gradient_amx(w->s + at, w->ds + at, kept != NULL ? kept + at : NULL,
-                                          max, weight, delta);
-        }
+    _mm512_storeu_si512(x->s + at + 32, hl_pair_amx(ds[0], ds[1]));
+    if (x->of_keys) {
+        _mm512_storeu_si512(x->s + at, hl_pair_amx(p[0], p[1]));
     }
 }
 
-/* P and dS of some pairs, into w->s and w->ds: [row][column]. */
-HL_KERNEL_AMX void hl_fag_bf16_d128_pairs_amx(const hl_fusion_attention_grad_plan *plan,
-                                              const hl_pairs *t, const hl_fag_bf16_d128_space *w)
+/* Where a piece begins. */
+HL_WORD_AMX ptrdiff_t hl_fag_bf16_d128_piece_at_amx(int32_t piece)
 {
-    enum { DK = 128, DV = 128 };
+    return (ptrdiff_t)piece / 2 * 64 + piece % 2 * 16;
+}
+
+/* The next piece. */
+HL_WORD_AMX void hl_fag_bf16_d128_weigh_piece_amx(hl_fag_bf16_d128_woven_amx *x)
+{
+    const ptrdiff_t at = hl_fag_bf16_d128_piece_at_amx(x->piece);
+    hl_vf_avx512 p[2];
+    hl_vf_avx512 ds[2];
+    hl_fag_bf16_d128_two_rows_amx(x, at, p, ds);
+    hl_fag_bf16_d128_join_amx(x, at, p, ds);
+    ++x->piece;
+}
+
+/* A slice of the work, behind a column. */
+HL_WORD_AMX void hl_fag_bf16_d128_slice_amx(hl_fag_bf16_d128_woven_amx *x)
+{
+    for (int32_t i = 0; i < x->rate && x->piece < x->pieces; ++i) {
+        hl_fag_bf16_d128_weigh_piece_amx(x);
+    }
+}
+
+/* The pieces of the first n rows, as far as there are so many, are done. */
+HL_KERNEL_AMX void hl_fag_bf16_d128_reach_amx(hl_fag_bf16_d128_woven_amx *x, int32_t n)
+{
+    while (x->piece < n && x->piece < x->pieces) {
+        hl_fag_bf16_d128_weigh_piece_amx(x);
+    }
+}
+
+/* All of them at once, where dS itself is an output. */
+HL_KERNEL_AMX void hl_fag_bf16_d128_give_dpse_amx(const hl_fusion_attention_grad_args *a,
+                                                  const hl_pairs *t, hl_fag_bf16_d128_woven_amx *x)
+{
+    hl_vf_avx512 p[2];
+    hl_vf_avx512 ds[2];
+    for (int32_t piece = 0; piece < x->pieces; ++piece) {
+        const ptrdiff_t at = hl_fag_bf16_d128_piece_at_amx(piece);
+        hl_fag_bf16_d128_two_rows_amx(x, at, p, ds);
+        hl_vstore_avx512(x->ds + at, ds[0]);
+        hl_vstore_avx512(x->ds + at + 32, ds[1]);
+    }
+    hl_fag_bf16_d128_store_dpse(a, &t->g, x->ds, 32, t->key, t->keys);
+    p[0] = hl_vzero_avx512();
+    p[1] = hl_vzero_avx512();
+    for (; x->piece < x->pieces; ++x->piece) {
+        const ptrdiff_t at = hl_fag_bf16_d128_piece_at_amx(x->piece);
+        ds[0] = hl_vload_avx512(x->ds + at);
+        ds[1] = hl_vload_avx512(x->ds + at + 32);
+        hl_fag_bf16_d128_join_amx(x, at, p, ds);
+    }
+}
+
+/* -inf where a query does not see a key; bounds alone are compared a row of scores at a time. */
+HL_KERNEL_AMX void hl_fag_bf16_d128_hide_amx(const hl_fusion_attention_grad_args *a,
+                                             const hl_pairs *t, const int32_t *low,
+                                             const int32_t *high, float *s)
+{
+    const float none = hl_float_of(0xff800000u);
+    const __m512i ahead = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    if (a->atten_mask != NULL) {
+        hl_fag_bf16_d128_hide(a, &t->g, low, high, s, t->of_keys ? 32 : 1, t->of_keys ? 1 : 32,
+                              t->key, t->keys, none);
+        return;
+    }
+    for (int32_t i = 0; i < 2 * t->rows; ++i) {
+        const int32_t r = i / 2;
+        const int32_t u = i % 2 * 16;
+        const __m512i key = t->of_keys
+            ? _mm512_add_epi32(_mm512_set1_epi32(t->key + u), ahead)
+            : _mm512_set1_epi32(t->key + r);
+        const __m512i from = t->of_keys ? _mm512_set1_epi32(low[r]) : _mm512_loadu_si512(low + u);
+        const __m512i end = t->of_keys ? _mm512_set1_epi32(high[r])
+                                       : _mm512_loadu_si512(high + u);
+        const __mmask16 seen =
+            (__mmask16)(_mm512_cmp_epi32_mask(from, key, _MM_CMPINT_LE) & _mm512_cmp_epi32_mask(key,
+                end, _MM_CMPINT_LT));
+        hl_vstore_avx512(s + 16 * i,
+                         _mm512_mask_mov_ps(hl_vset_avx512(none), seen,
+                                            hl_vload_avx512(s + 16 * i)));
+    }
+}
+
+/* S and dP of these pairs are in memory: from now on they are weighed. */
+HL_KERNEL_AMX void hl_fag_bf16_d128_start_amx(const hl_fusion_attention_grad_plan *plan,
+                                              const hl_fag_bf16_d128_space *w,
+                                              const hl_fag_bf16_d128_step_amx *u,
+                                              hl_fag_bf16_d128_woven_amx *x)
+{
     const hl_fusion_attention_grad_args *const a = &plan->args;
-    const ptrdiff_t step_q = t->of_keys ? t->width : 1;
-    const ptrdiff_t step_k = t->of_keys ? 1 : t->width;
-    const int32_t *const low = w->low + t->at;
-    const int32_t *const high = w->high + t->at;
-    float *const kept = a->keep_prob < 1.0f ? w->kept : NULL;
-    /* S = scale Q K^T, in units of log2;  dP = dO V^T */
-    hl_fag_bf16_d128_scores_amx(t->panel_k, t->k, w->s, t->width, t->rows, DK, plan->scale_log2,
-                                NULL);
-    hl_fag_bf16_d128_scores_amx(t->panel_v, t->v, w->ds, t->width, t->rows, DV, 1.0f, NULL);
-    hl_fag_bf16_d128_add_bias(a, &t->g, w->s, step_q, step_k, t->key, t->keys, w->row);
-    if (!t->whole) {
-        hl_fag_bf16_d128_hide(a, &t->g, low, high, w->s, step_q, step_k, t->key, t->keys,
-                              hl_float_of(0xff800000u));
-    }
-    if (kept != NULL) {
-        for (int32_t i = 0; i < t->rows * t->width; ++i) {
-            kept[i] = 1.0f / a->keep_prob;
+    const hl_pairs *const t = &u->t;
+    const ptrdiff_t step_q = t->of_keys ? 32 : 1;
+    const ptrdiff_t step_k = t->of_keys ? 1 : 32;
+    const int32_t n = 32 * t->rows;
+    const int32_t whole = (t->rows + 31) / 32 * 1024;
+    x->s = u->s;
+    x->ds = w->ds;
+    x->kept = a->keep_prob < 1.0f ? w->kept : NULL;
+    x->slope = NULL;
+    x->max = w->max + t->at;
+    x->weight = w->weight + t->at;
+    x->delta = w->delta + t->at;
+    x->scale = plan->scale_log2;
+    x->of_keys = t->of_keys;
+    x->piece = 0;
+    x->pieces = whole / 32;
+    if (a->pse != NULL || x->scale < 0.0f) {
+        for (int32_t i = 0; i < n; i += 16) {
+            hl_vstore_avx512(x->s + i,
+                             hl_vmul_avx512(hl_vload_avx512(x->s + i), hl_vset_avx512(x->scale)));
         }
-        hl_fag_bf16_d128_drop_amx(a, &t->g, kept, step_q, step_k, t->key, t->keys);
+        x->scale = 1.0f;
+        hl_fag_bf16_d128_add_bias(a, &t->g, x->s, step_q, step_k, t->key, t->keys, w->row);
+        for (int32_t i = 0; i < n; i += 16) {
+            hl_vstore_avx512(x->s + i, hl_fag_bf16_d128_quiet_amx(hl_vload_avx512(x->s + i)));
+        }
     }
-    /* P = 2^(S - max) / sum;  dS = P o (dP - delta) */
-    if (t->of_keys) {
-        hl_fag_bf16_d128_gradient_keys_amx(t, w, kept);
-    } else {
-        hl_fag_bf16_d128_gradient_queries_amx(t, w, kept);
-        if (a->dpse != NULL) {
-            hl_fag_bf16_d128_store_dpse(a, &t->g, w->ds, t->width, t->key, t->keys);
+    if (!t->whole) {
+        hl_fag_bf16_d128_hide_amx(a, t, w->low + t->at, w->high + t->at, x->s);
+    }
+    for (int32_t i = n; i < whole; i += 16) {
+        hl_vstore_avx512(x->s + i, hl_vset_avx512(hl_float_of(0xff800000u)));
+    }
+    if (x->kept != NULL) {
+        for (int32_t i = 0; i < whole; i += 16) {
+            hl_vstore_avx512(w->kept + i, hl_vset_avx512(1.0f / a->keep_prob));
+        }
+        hl_fag_bf16_d128_drop_amx(a, &t->g, w->kept, step_q, step_k, t->key, t->keys);
+    }
+    if (a->dpse != NULL && !t->of_keys) {
+        hl_fag_bf16_d128_give_dpse_amx(a, t, x);
+    }
+}
+
+/* ---- products: C = A B or C += A B of 32 x 32 numbers, C in rows of 128 bytes ---- */
+
+/* A unit of 2 x 2 tiles over all columns, or over all units of a sum, with slices of vector work
+ * between them. It is stored when the next one needs its tiles, one by one: four at a time would
+ * stall. A comes from the second-level cache, B from the first. */
+HL_KERNEL_AMX void hl_fag_bf16_d128_unit_amx(hl_fag_bf16_d128_woven_amx *x,
+                                             const hl_fag_bf16_d128_operand_amx *rows,
+                                             const hl_fag_bf16_d128_operand_amx *others,
+                                             int32_t columns, int32_t fresh, unsigned char *to)
+{
+    const unsigned char *a = rows->at; /* no copies of the structs: g++ -O0 would unwind them */
+    const unsigned char *b = others->at;
+    const ptrdiff_t stride_a = rows->stride;
+    const ptrdiff_t stride_b = others->stride;
+    const ptrdiff_t second_a = rows->second;
+    const ptrdiff_t second_b = others->second;
+    const ptrdiff_t step_a = rows->step;
+    const ptrdiff_t step_b = others->step;
+    for (int32_t c = 0; c < columns; ++c, a += step_a, b += step_b) {
+        HL_TILE_STREAM(4, a, stride_a);
+        HL_TILE_STREAM(5, a + second_a, stride_a);
+        HL_TILE_LOAD(6, b, stride_b);
+        HL_TILE_LOAD(7, b + second_b, stride_b);
+        if (c == 0) {
+            if (x->before != NULL) {
+                HL_TILE_STORE(0, x->before + 0, 128);
+            }
+            if (fresh) {
+                HL_TILE_ZERO(0);
+            } else {
+                HL_TILE_LOAD(0, to + 0, 128);
+            }
+            HL_TILE_DOT(0, 4, 6);
+            if (x->before != NULL) {
+                HL_TILE_STORE(1, x->before + 64, 128);
+            }
+            if (fresh) {
+                HL_TILE_ZERO(1);
+            } else {
+                HL_TILE_LOAD(1, to + 64, 128);
+            }
+            HL_TILE_DOT(1, 4, 7);
+            if (x->before != NULL) {
+                HL_TILE_STORE(2, x->before + 2048, 128);
+            }
+            if (fresh) {
+                HL_TILE_ZERO(2);
+            } else {
+                HL_TILE_LOAD(2, to + 2048, 128);
+            }
+            HL_TILE_DOT(2, 5, 6);
+            if (x->before != NULL) {
+                HL_TILE_STORE(3, x->before + 2112, 128);
+            }
+            if (fresh) {
+                HL_TILE_ZERO(3);
+            } else {
+                HL_TILE_LOAD(3, to + 2112, 128);
+            }
+            HL_TILE_DOT(3, 5, 7);
+        } else {
+            HL_TILE_DOT(0, 4, 6);
+            HL_TILE_DOT(1, 4, 7);
+            HL_TILE_DOT(2, 5, 6);
+            HL_TILE_DOT(3, 5, 7);
+        }
+        hl_fag_bf16_d128_slice_amx(x);
+    }
+    x->before = to;
+}
+
+/* What is not stored yet. */
+HL_KERNEL_AMX void hl_fag_bf16_d128_flush_amx(hl_fag_bf16_d128_woven_amx *x)
+{
+    if (x->before != NULL) {
+        HL_TILE_STORE(0, x->before + 0, 128);
+        HL_TILE_STORE(1, x->before + 64, 128);
+        HL_TILE_STORE(2, x->before + 2048, 128);
+        HL_TILE_STORE(3, x->before + 2112, 128);
+    }
+    x->before = NULL;
+}
+
+/* ---- products of many rows and the columns of a group, which are 32 ---- */
+
+/* A matrix in panels of tiles: 32 rows or columns, and so many columns of 32 channels. */
+HL_WORD_AMX float *hl_fag_bf16_d128_tiles_amx(float *from, int32_t rows, int32_t columns)
+{
+    return from + (ptrdiff_t)rows * columns * 16;
+}
+
+/* S or dP of n rows against a packed group, in whole units: s is [row][32]. A unit is stored when
+ * the next one starts: where pieces before it are still to be read, they are read first. */
+HL_KERNEL_AMX void hl_fag_bf16_d128_scores_amx(hl_fag_bf16_d128_woven_amx *x, const float *group,
+                                               float *rows, float *s, int32_t count, int32_t n)
+{
+    hl_fag_bf16_d128_operand_amx a;
+    hl_fag_bf16_d128_operand_amx b;
+    hl_fag_bf16_d128_set_amx(&b, group, 64, 1024, 2048);
+    for (int32_t r = 0; r < n; r += 32) {
+        if (s == x->ds) {
+            hl_fag_bf16_d128_reach_amx(x, r);
+        }
+        hl_fag_bf16_d128_set_amx(&a, hl_fag_bf16_d128_tiles_amx(rows, r, count), 64, 1024, 2048);
+        hl_fag_bf16_d128_unit_amx(x, &a, &b, count, 1, (unsigned char *)(s + 32 * r));
+    }
+}
+
+/* A group's sums, [channel][32], as rows. */
+HL_KERNEL_AMX void hl_fag_bf16_d128_turn_back_amx(const float *o, int32_t count, float *rows)
+{
+    const ptrdiff_t step = (ptrdiff_t)count * 32;
+    for (int32_t c = 0; c < count * 32; c += 16) {
+        for (int32_t p = 0; p < 32; p += 16) {
+            for (int32_t quad = 0; quad < 4; ++quad) {
+                hl_turn_amx((const unsigned char *)(o + 32 * c + p), 128, quad,
+                            (unsigned char *)(rows + p * step + c), step * 4);
+            }
         }
     }
 }
@@ -8748,7 +8942,9 @@ HL_KERNEL_AMX void hl_fag_bf16_d128_pairs_amx(const hl_fusion_attention_grad_pla
  * The columns of a task, queries or keys, are packed once, in groups of 32; what they meet passes
  * by in panels, keys or queries, whose tiles all groups share, rows for the scores and their
  * transposes for the sums. A group meets a panel in steps, so that its P and dS and its sums stay
- * in the first-level cache. Gradients are kept transposed, columns in the lanes. */
+ * in the first-level cache; while the products of one step are made and those of the step before
+ * are summed, what is between them becomes P and dS. Gradients are kept transposed, columns in the
+ * lanes. */
 
 /* Where row r of some pairs is stored, of K and Q or of V and dO. */
 static inline const uint16_t *hl_fag_bf16_d128_row_at_amx(const hl_fusion_attention_grad_args *a,
@@ -8802,6 +8998,14 @@ typedef struct hl_fag_bf16_d128_panel_amx {
     uint32_t apart_k[16];
     uint32_t apart_v[16];
 } hl_fag_bf16_d128_panel_amx;
+
+/* Steps on their way, whatever group they are of. */
+typedef struct hl_fag_bf16_d128_pipe_amx {
+    hl_fag_bf16_d128_woven_amx x;
+    hl_fag_bf16_d128_step_amx step[2]; /* by turns: the newest, and the one before */
+    int32_t turn;
+    int32_t some;    /* one has not been summed yet */
+} hl_fag_bf16_d128_pipe_amx;
 
 /* One unit of n rows of pairs from r on: of K and Q, or of V and dO. */
 HL_KERNEL_AMX void hl_fag_bf16_d128_copy_unit_amx(const hl_fusion_attention_grad_args *a,
@@ -8887,59 +9091,147 @@ HL_KERNEL_AMX void hl_fag_bf16_d128_all_numbers_amx(const hl_fusion_attention_gr
         }
         hl_fag_bf16_d128_numbers_amx(plan, &t, w, p);
     }
+    for (int32_t p = 0; p < columns; p += 16) { /* weights that are NaN are rounded, too */
+        hl_vstore_avx512(w->max + p, hl_fag_bf16_d128_quiet_amx(hl_vload_avx512(w->max + p)));
+        hl_vstore_avx512(w->weight + p, hl_fag_bf16_d128_quiet_amx(hl_vload_avx512(w->weight + p)));
+        hl_vstore_avx512(w->delta + p, hl_fag_bf16_d128_quiet_amx(hl_vload_avx512(w->delta + p)));
+    }
     hl_fag_bf16_d128_bounds(g, columns, w->low, w->high);
 }
 
-/* O^T += R^T S for rows R of K and Q, or of V and dO, from row `first` of the panel. Rows that are
- * not finite are added by themselves to the columns that see them: 0 times NaN would reach all. */
-HL_KERNEL_AMX void hl_fag_bf16_d128_add_amx(const hl_fusion_attention_grad_args *a,
-                                            const hl_pairs *t, const hl_fag_bf16_d128_space *w,
-                                            const hl_fag_bf16_d128_panel_amx *panel, int32_t first,
-                                            int32_t of_value, float *s, float *o)
+/* Rows of K and Q, or of V and dO, that are not finite: a weight of 0 times NaN would reach columns
+ * that do not see them. Such a row is added by itself to those that do. */
+HL_KERNEL_AMX void hl_fag_bf16_d128_add_apart_amx(const hl_fusion_attention_grad_args *a,
+                                                  const hl_fag_bf16_d128_step_amx *u,
+                                                  const hl_fag_bf16_d128_panel_amx *panel,
+                                                  int32_t of_value)
 {
+    const hl_pairs *const t = &u->t;
     const uint32_t *const apart = of_value ? panel->apart_v : panel->apart_k;
     const int32_t channels = of_value ? 128 : 128;
-    const int32_t count = of_value ? 4 : 4;
+    float *const o = of_value ? u->out_v : u->out_k;
     for (int32_t r = 0; r < t->rows; ++r) {
+        const float *const words = u->s + r / 2 * 64 + (of_value ? 0 : 32);
         const uint16_t *const row = hl_fag_bf16_d128_row_at_amx(a, t, r, of_value);
-        if ((apart[(first + r) / 32] >> (first + r) % 32 & 1u) == 0) {
+        if ((apart[(u->first + r) / 32] >> (u->first + r) % 32 & 1u) == 0) {
             continue;
         }
-        for (int32_t u = 0; u < t->columns; ++u) {
-            const int32_t p = t->of_keys ? r : u;
-            const int32_t j = t->key + (t->of_keys ? u : r);
-            const int32_t end = hl_fag_bf16_d128_sees(a, &t->g, p, j) ? channels : 0;
+        for (int32_t i = 0; i < t->columns; ++i) {
+            const uint32_t word = hl_bits_of(words[i]);
+            const float p = hl_float_of(r % 2 != 0 ? word & 0xffff0000u : word << 16);
+            const int32_t query = t->of_keys ? r : i;
+            const int32_t key = t->key + (t->of_keys ? i : r);
+            const int32_t end = hl_fag_bf16_d128_sees(a, &t->g, query, key) ? channels : 0;
             for (int32_t c = 0; c < end; ++c) {
-                o[32 * c + u] += s[32 * r + u] * hl_float_of_bf16(row[c]);
+                o[32 * c + i] += hl_product(p, hl_float_of_bf16(row[c]));
             }
         }
     }
-    hl_fag_bf16_d128_pair_rows_amx(s, t->rows);
-    hl_fag_bf16_d128_sums_amx(s,
-                              hl_fag_bf16_d128_tiles_amx(of_value ? w->turned_v : w->turned_k,
-            first, count), t->rows, count, o);
 }
 
-/* What both kinds of pairs have in common: rows of the panel from `from` on, columns of the task
- * from `at` on. */
-HL_KERNEL_AMX void hl_fag_bf16_d128_meet_amx(const hl_fag_bf16_d128_space *w, int32_t from,
-                                             int32_t at, hl_pairs *t)
+/* dV^T += dO^T P and dK^T += Q^T dS, or dQ^T += K^T dS, of the step before; behind the first unit,
+ * whose start stores the last of dP, the pairs of the next step are taken up. */
+HL_KERNEL_AMX void hl_fag_bf16_d128_sum_amx(const hl_fusion_attention_grad_plan *plan,
+                                            const hl_fag_bf16_d128_space *w,
+                                            const hl_fag_bf16_d128_panel_amx *panel,
+                                            const hl_fag_bf16_d128_step_amx *u,
+                                            const hl_fag_bf16_d128_step_amx *later,
+                                            hl_fag_bf16_d128_woven_amx *x)
 {
     enum { KC = 4, VC = 4 };
-    t->width = 32;
-    t->panel_k = hl_fag_bf16_d128_tiles_amx(w->panel_k, at, KC);
-    t->panel_v = hl_fag_bf16_d128_tiles_amx(w->panel_v, at, VC);
-    t->k = hl_fag_bf16_d128_tiles_amx(w->k, from, KC);
-    t->v = hl_fag_bf16_d128_tiles_amx(w->v, from, VC);
+    const int32_t rows = u->t.rows;
+    uint32_t apart = 0;
+    hl_fag_bf16_d128_reach_amx(x, x->pieces);
+    for (int32_t r = u->first; r < u->first + rows; r += 32) {
+        apart |= panel->apart_k[r / 32] | panel->apart_v[r / 32];
+    }
+    for (int32_t of_value = u->t.of_keys; of_value >= 0; --of_value) {
+        const int32_t count = of_value ? VC : KC;
+        float *const o = of_value ? u->out_v : u->out_k;
+        hl_fag_bf16_d128_operand_amx a;
+        hl_fag_bf16_d128_operand_amx b;
+        if (apart != 0) {
+            hl_fag_bf16_d128_flush_amx(x);
+            hl_fag_bf16_d128_add_apart_amx(&plan->args, u, panel, of_value);
+        }
+        hl_fag_bf16_d128_set_amx(&a,
+                                 hl_fag_bf16_d128_tiles_amx(of_value ? w->turned_v : w->turned_k,
+                u->first, count), 64, 1024, (ptrdiff_t)count * 2048);
+        hl_fag_bf16_d128_set_amx(&b, u->s + (of_value ? 0 : 32), 256, 64, 4096);
+        for (int32_t c = 0; c < count; ++c, a.at += 2048) {
+            hl_fag_bf16_d128_unit_amx(x, &a, &b, (rows + 31) / 32, 0,
+                                      (unsigned char *)(o + 1024 * c));
+            if (later != NULL) {
+                hl_fag_bf16_d128_start_amx(plan, w, later, x);
+                later = NULL;
+            }
+        }
+    }
+}
+
+/* Nothing is on its way. */
+HL_KERNEL_AMX void hl_fag_bf16_d128_begin_amx(hl_fag_bf16_d128_pipe_amx *pipe, int32_t rate)
+{
+    pipe->x.before = NULL;
+    pipe->x.s = NULL;
+    pipe->x.ds = NULL;
+    pipe->x.piece = 0;
+    pipe->x.pieces = 0;
+    pipe->x.rate = rate;
+    pipe->turn = 0;
+    pipe->some = 0;
+}
+
+/* One more step: pairs of rows of the panel from `from` on, columns of the task from `at` on. */
+HL_KERNEL_AMX void hl_fag_bf16_d128_push_amx(const hl_fusion_attention_grad_plan *plan,
+                                             const hl_fag_bf16_d128_space *w,
+                                             const hl_fag_bf16_d128_panel_amx *panel,
+                                             hl_fag_bf16_d128_pipe_amx *pipe, const hl_pairs *t,
+                                             int32_t from, int32_t at)
+{
+    enum { STEP = 64, KC = 4, VC = 4 };
+    hl_fag_bf16_d128_step_amx *const u = &pipe->step[pipe->turn];
+    hl_fag_bf16_d128_woven_amx *const x = &pipe->x;
+    u->t = *t;
+    u->first = from;
+    u->s = w->s + pipe->turn * STEP * 32;
+    u->out_k = w->out_k + (ptrdiff_t)at * KC * 32;
+    u->out_v = w->out_v + (ptrdiff_t)at * VC * 32;
+    hl_fag_bf16_d128_scores_amx(x, hl_fag_bf16_d128_tiles_amx(w->panel_k, at, KC),
+                                hl_fag_bf16_d128_tiles_amx(w->k, from, KC), u->s, KC, t->rows);
+    hl_fag_bf16_d128_scores_amx(x, hl_fag_bf16_d128_tiles_amx(w->panel_v, at, VC),
+                                hl_fag_bf16_d128_tiles_amx(w->v, from, VC), w->ds, VC, t->rows);
+    if (pipe->some) {
+        hl_fag_bf16_d128_sum_amx(plan, w, panel, &pipe->step[1 - pipe->turn], u, x);
+    } else {
+        hl_fag_bf16_d128_flush_amx(x);
+        hl_fag_bf16_d128_start_amx(plan, w, u, x);
+    }
+    pipe->some = 1;
+    pipe->turn = 1 - pipe->turn;
+}
+
+/* No more steps of this panel. */
+HL_KERNEL_AMX void hl_fag_bf16_d128_drain_amx(const hl_fusion_attention_grad_plan *plan,
+                                              const hl_fag_bf16_d128_space *w,
+                                              const hl_fag_bf16_d128_panel_amx *panel,
+                                              hl_fag_bf16_d128_pipe_amx *pipe)
+{
+    if (pipe->some) {
+        hl_fag_bf16_d128_sum_amx(plan, w, panel, &pipe->step[1 - pipe->turn], NULL, &pipe->x);
+        hl_fag_bf16_d128_flush_amx(&pipe->x);
+    }
+    pipe->some = 0;
 }
 
 /* A panel of n keys from j0 on against a task's queries. */
 HL_KERNEL_AMX void hl_fag_bf16_d128_block_amx(const hl_fusion_attention_grad_plan *plan,
                                               const hl_span *g, const hl_fag_bf16_d128_space *w,
-                                              const hl_fag_bf16_d128_panel_amx *panel, int32_t j0,
+                                              const hl_fag_bf16_d128_panel_amx *panel,
+                                              hl_fag_bf16_d128_pipe_amx *pipe, int32_t j0,
                                               int32_t n)
 {
-    enum { STEP = 64, KC = 4 };
+    enum { STEP = 64 };
     const hl_fusion_attention_grad_args *const a = &plan->args;
     for (int32_t p = 0; p < g->n; p += 32) {
         hl_pairs t;
@@ -8962,10 +9254,7 @@ HL_KERNEL_AMX void hl_fag_bf16_d128_block_amx(const hl_fusion_attention_grad_pla
             kinds = hl_fag_bf16_d128_mask_kinds(a, &t.g, t.key, t.keys);
             t.whole = t.key >= t.g.all_low && j0 + next <= t.g.all_high && kinds == 1;
             if (kinds != 2) {
-                hl_fag_bf16_d128_meet_amx(w, begin, p, &t);
-                hl_fag_bf16_d128_pairs_amx(plan, &t, w);
-                hl_fag_bf16_d128_add_amx(a, &t, w, panel, begin, 0, w->ds, w->out_k + (ptrdiff_t)p
-                                         * KC * 32);
+                hl_fag_bf16_d128_push_amx(plan, w, panel, pipe, &t, begin, p);
             }
         }
     }
@@ -8980,6 +9269,7 @@ HL_KERNEL_AMX void hl_fag_bf16_d128_query_task_amx(const hl_fusion_attention_gra
     hl_span g;
     hl_pairs t;
     hl_fag_bf16_d128_panel_amx panel;
+    hl_fag_bf16_d128_pipe_amx pipe;
     int32_t kv_head;
     int32_t piece;
     if (!hl_fag_bf16_d128_find(plan, task, 0, &g, &kv_head, &piece)) {
@@ -8998,13 +9288,15 @@ HL_KERNEL_AMX void hl_fag_bf16_d128_query_task_amx(const hl_fusion_attention_gra
         hl_fag_bf16_d128_clear_dpse(a, &g);
     }
     hl_tiles_on_amx(8, 16);
+    hl_fag_bf16_d128_begin_amx(&pipe, 3);
     for (int32_t j = g.low - g.low % 32; j < g.high;) {
         const int32_t next = g.high - j > PANEL - j % PANEL ? j - j % PANEL + PANEL : g.high;
         if (hl_fag_bf16_d128_mask_kinds(a, &g, j, next - j) != 2) {
             t.of_keys = 0;
             t.key = j;
             hl_fag_bf16_d128_load_panel_amx(a, &t, next - j, w, &panel);
-            hl_fag_bf16_d128_block_amx(plan, &g, w, &panel, j, next - j);
+            hl_fag_bf16_d128_block_amx(plan, &g, w, &panel, &pipe, j, next - j);
+            hl_fag_bf16_d128_drain_amx(plan, w, &panel, &pipe);
         }
         j = next;
     }
@@ -9024,10 +9316,11 @@ HL_KERNEL_AMX void hl_fag_bf16_d128_query_task_amx(const hl_fusion_attention_gra
 /* A panel of queries against a task's n keys from j0 on. */
 HL_KERNEL_AMX void hl_fag_bf16_d128_piece_amx(const hl_fusion_attention_grad_plan *plan,
                                               const hl_span *g, const hl_fag_bf16_d128_space *w,
-                                              const hl_fag_bf16_d128_panel_amx *panel, int32_t j0,
+                                              const hl_fag_bf16_d128_panel_amx *panel,
+                                              hl_fag_bf16_d128_pipe_amx *pipe, int32_t j0,
                                               int32_t n)
 {
-    enum { STEP = 64, KC = 4, VC = 4 };
+    enum { STEP = 64 };
     const hl_fusion_attention_grad_args *const a = &plan->args;
     for (int32_t c = 0; c < n; c += 32) {
         const int32_t j = j0 + c;
@@ -9056,12 +9349,7 @@ HL_KERNEL_AMX void hl_fag_bf16_d128_piece_amx(const hl_fusion_attention_grad_pla
             kinds = hl_fag_bf16_d128_mask_kinds(a, &t.g, j, keys);
             t.whole = j >= t.g.all_low && j + keys <= t.g.all_high && kinds == 1;
             if (kinds != 2) {
-                hl_fag_bf16_d128_meet_amx(w, from, c, &t);
-                hl_fag_bf16_d128_pairs_amx(plan, &t, w);
-                hl_fag_bf16_d128_add_amx(a, &t, w, panel, from, 1, w->s, w->out_v + (ptrdiff_t)c
-                                         * VC * 32);
-                hl_fag_bf16_d128_add_amx(a, &t, w, panel, from, 0, w->ds, w->out_k + (ptrdiff_t)c
-                                         * KC * 32);
+                hl_fag_bf16_d128_push_amx(plan, w, panel, pipe, &t, from, c);
             }
         }
     }
@@ -9076,6 +9364,7 @@ HL_KERNEL_AMX void hl_fag_bf16_d128_key_task_amx(const hl_fusion_attention_grad_
     hl_span g;
     hl_pairs t;
     hl_fag_bf16_d128_panel_amx panel;
+    hl_fag_bf16_d128_pipe_amx pipe;
     int32_t kv_head;
     int32_t piece;
     int32_t j0;
@@ -9097,6 +9386,7 @@ HL_KERNEL_AMX void hl_fag_bf16_d128_key_task_amx(const hl_fusion_attention_grad_
         w->out_v[c] = 0.0f;
     }
     hl_tiles_on_amx(8, 16);
+    hl_fag_bf16_d128_begin_amx(&pipe, 2);
     for (int32_t first = 0; first < g.seq_q * g.heads; first += PANEL) {
         hl_fag_bf16_d128_queries(a, &g, kv_head, first, PANEL);
         if (g.high > j0 && g.low < j0 + n && hl_fag_bf16_d128_mask_kinds(a, &g, j0, n) != 2) {
@@ -9104,7 +9394,8 @@ HL_KERNEL_AMX void hl_fag_bf16_d128_key_task_amx(const hl_fusion_attention_grad_
             t.g = g;
             t.of_keys = 1;
             hl_fag_bf16_d128_load_panel_amx(a, &t, g.n, w, &panel);
-            hl_fag_bf16_d128_piece_amx(plan, &g, w, &panel, j0, n);
+            hl_fag_bf16_d128_piece_amx(plan, &g, w, &panel, &pipe, j0, n);
+            hl_fag_bf16_d128_drain_amx(plan, w, &panel, &pipe);
         }
     }
     hl_tiles_off_amx();
@@ -9176,7 +9467,7 @@ static inline hl_status hl_fag_bf16_d128_plan(hl_fusion_attention_grad_plan *pla
     hl_fusion_attention_grad_args *const a = &p.args;
     const uint32_t present = hl_fusion_attention_grad_bf16_d128_isas();
     uint64_t work;
-    int32_t longest[2] = {0, 0};
+    uint64_t pairs = 0;
     hl_status status;
     (void)hl_refuse(error, HL_OK, HL_ARG_NONE, HL_RULE_NONE, 0, 0);
     if (plan == NULL || args == NULL) {
@@ -9189,16 +9480,16 @@ static inline hl_status hl_fag_bf16_d128_plan(hl_fusion_attention_grad_plan *pla
         status = hl_fag_bf16_d128_check_sizes(a, error);
     }
     if (status == HL_OK) {
-        status = hl_fag_bf16_d128_check_lengths(a, longest, error);
+        status = hl_fag_bf16_d128_check_lengths(a, p.longest, &pairs, error);
     }
     if (status == HL_OK) {
-        status = hl_fag_bf16_d128_check_mask(a, longest, error);
+        status = hl_fag_bf16_d128_check_mask(a, p.longest, error);
     }
     if (status == HL_OK) {
         status = hl_fag_bf16_d128_check_grad(a, error);
     }
     if (status == HL_OK) {
-        status = hl_fag_bf16_d128_check_memory(a, workspace, bytes, error);
+        status = hl_fag_bf16_d128_check_memory(a, pairs, workspace, bytes, error);
     }
     if (status != HL_OK) {
         return status;
@@ -9225,6 +9516,7 @@ static inline hl_status hl_fag_bf16_d128_plan(hl_fusion_attention_grad_plan *pla
     }
     p.group = a->heads_q / a->heads_kv;
     p.scale_log2 = a->scale_value * 1.44269504f;
+    p.pairs = pairs > (uint64_t)INT64_MAX ? INT64_MAX : (int64_t)pairs;
     p.queries = 192;
     if (a->isa == HL_ISA_AMX) {
         p.queries = 256;
@@ -9244,7 +9536,7 @@ static inline hl_status hl_fag_bf16_d128_plan(hl_fusion_attention_grad_plan *pla
     p.q_tasks = a->dquery != NULL || a->dpse != NULL ? hl_fag_bf16_d128_count_tasks(&p, 0) : 0;
     p.n_tasks = p.q_tasks
                 + (a->dkey != NULL || a->dvalue != NULL ? hl_fag_bf16_d128_count_tasks(&p, 1) : 0);
-    work = hl_mul_cap(hl_fag_bf16_d128_pairs(a), (uint64_t)a->heads_q * 896u);
+    work = hl_mul_cap(pairs, (uint64_t)a->heads_q * 896u);
     p.work = work > (uint64_t)INT64_MAX ? INT64_MAX : (int64_t)work;
     *plan = p;
     return HL_OK;
@@ -9312,7 +9604,7 @@ HL_API size_t hl_fusion_attention_grad_bf16_d128_workspace_bytes(
         return 0;
     }
 #if defined(_OPENMP)
-    return plan.task_bytes * (size_t)omp_get_max_threads();
+    return hl_size(hl_mul_cap(plan.task_bytes, (uint64_t)omp_get_max_threads()));
 #else
     return plan.task_bytes;
 #endif

@@ -123,7 +123,7 @@
 /* ==== shared by every Headlight header ==== */
 
 #ifndef HL_COMMON
-#define HL_COMMON 4
+#define HL_COMMON 5
 
 #include <stddef.h>
 #include <stdint.h>
@@ -372,6 +372,20 @@ enum {
     HL_ISA_AMX = 5
 };
 
+/* Stack in bytes, whatever the arguments: of any one function, and of a whole call with all that it
+ * calls on this instruction set. */
+#define HL_FRAME_BYTES_SCALAR 1024
+#define HL_STACK_BYTES_SCALAR 3072
+#define HL_FRAME_BYTES_NEON 4096
+#define HL_STACK_BYTES_NEON 6144
+#define HL_FRAME_BYTES_AVX2 4096
+#define HL_STACK_BYTES_AVX2 6144
+#define HL_FRAME_BYTES_AVX512 4096
+#define HL_STACK_BYTES_AVX512 6144
+#define HL_FRAME_BYTES_AMX 8192
+#define HL_STACK_BYTES_AMX 8192
+/* As GCC and Clang compile it from -O1 up. Without optimisation vector code takes far more. */
+
 /* Writes one sentence about the error into text (always ended by a 0 byte) and returns text; 160
  * bytes are enough. With HL_NO_TEXT defined the program holds no words: text is empty. */
 HL_API const char *hl_error_text(const hl_error *error, char *text, size_t size);
@@ -380,7 +394,7 @@ HL_API const char *hl_error_text(const hl_error *error, char *text, size_t size)
 }
 #endif
 
-#elif HL_COMMON != 4
+#elif HL_COMMON != 5
 #error "hl: headers of two generator versions in one file; regenerate the older one"
 #endif /* HL_COMMON */
 /* ==== shared by the operators for training and prefill ==== */
@@ -499,6 +513,8 @@ typedef struct hl_fusion_attention_grad_plan {
     int32_t group;         /* G: query heads that share one kv head                              */
     int32_t queries;       /* rows times heads of a task, at most                                */
     int32_t band_batch;    /* modes 7, 8: the batch that takes mode 4's formula; else -1         */
+    int32_t longest[2];    /* rows and keys of the longest batches                               */
+    int64_t pairs;         /* (row, key) pairs of all batches; INT64_MAX if it does not fit      */
     int32_t keys;          /* of a task of dkey and dvalue, at most                              */
     int64_t q_tasks;       /* the first of them are those of dquery, the others of dkey, dvalue  */
     float scale_log2;      /* scale_value * log2(e)                                              */
@@ -577,6 +593,14 @@ typedef struct hl_fusion_attention_grad_plan {
 #include <string.h>
 #define HL_COPY(to, from, bytes) memcpy((to), (from), (bytes))
 #define HL_FETCH(address) ((void)(address))
+#endif
+
+/* A function that its caller shall not take in: what it keeps on the stack is gone when it returns,
+ * and does not add to what later calls need. */
+#if defined(__GNUC__)
+#define HL_OWN_FRAME __attribute__((noinline, unused)) static
+#else
+#define HL_OWN_FRAME static inline
 #endif
 
 #ifdef __cplusplus
@@ -677,6 +701,25 @@ static inline float hl_float_of(uint32_t bits)
     return x;
 }
 
+/* Compilers may make one operation of a product and the sum around it, each by rules and flags of
+ * its own, and then round once instead of twice. This says that x is looked at in between: with it
+ * the bits are the same whoever compiles. In the words of plain C it is left to the compiler. */
+#if defined(__GNUC__) && defined(__SSE__)
+#define HL_ROUNDED(x) __asm__("" : "+x"(x))
+#elif defined(__GNUC__) && defined(__aarch64__)
+#define HL_ROUNDED(x) __asm__("" : "+w"(x))
+#else
+#define HL_ROUNDED(x) (void)(x)
+#endif
+
+/* x * y, rounded before anything is added to it. */
+static inline float hl_product(float x, float y)
+{
+    float product = x * y;
+    HL_ROUNDED(product);
+    return product;
+}
+
 static inline float hl_float_of_bf16(uint16_t h)
 {
     return hl_float_of((uint32_t)h << 16);
@@ -729,16 +772,27 @@ static inline float hl_log(float x)
     const uint32_t bits = hl_bits_of(x);
     const int32_t e = (int32_t)((bits + 0x4afb0du) >> 23) - 127;
     const float y = hl_float_of(bits - ((uint32_t)e << 23));
-    const float t = (y - 1.0f) / (y + 1.0f);
+    float t = (y - 1.0f) / (y + 1.0f);
     const float t2 = t * t;
-    const float odd = 2.0f + t2 * (0.666666667f + t2 * (0.4f + t2 * (0.285714286f + t2 * 0.23f)));
+    float odd = 0.285714286f + hl_product(t2, 0.23f);
+    odd = 0.4f + hl_product(t2, odd);
+    odd = 0.666666667f + hl_product(t2, odd);
+    odd = 2.0f + hl_product(t2, odd);
     if (x == 0.0f) {
         return hl_float_of(0xff800000u);
     }
     if (!(x < hl_float_of(0x7f800000u))) { /* infinity or NaN */
         return x;
     }
-    return (float)e * 0.693359375f + ((float)e * -2.12194440e-4f + t * odd); /* ln 2 in two parts */
+    t = hl_product((float)e, -2.12194440e-4f) + hl_product(t, odd); /* ln 2 in two parts */
+    return hl_product((float)e, 0.693359375f) + t;
+}
+
+/* A number of the caller's that another thread may be changing: read exactly once, whatever the
+ * compiler would make of it, so that what was checked is what is used. */
+static inline int32_t hl_once(const int32_t *number)
+{
+    return *(const volatile int32_t *)number;
 }
 
 /* Fills *error, if there is one, and returns its status. */
@@ -775,12 +829,21 @@ static inline hl_status hl_refuse_at(hl_error *error, hl_status status, hl_argum
 /* a * b and a + b that stay at the top instead of wrapping. */
 static inline uint64_t hl_mul_cap(uint64_t a, uint64_t b)
 {
+    if ((a | b) <= UINT32_MAX) { /* as a rule, and a division costs more than all the rest */
+        return a * b;
+    }
     return b != 0 && a > UINT64_MAX / b ? UINT64_MAX : a * b;
 }
 
 static inline uint64_t hl_add_cap(uint64_t a, uint64_t b)
 {
     return a > UINT64_MAX - b ? UINT64_MAX : a + b;
+}
+
+/* As a size of memory; what there cannot be is SIZE_MAX, which no allocator grants. */
+static inline size_t hl_size(uint64_t bytes)
+{
+    return bytes > (uint64_t)PTRDIFF_MAX ? SIZE_MAX : (size_t)bytes;
 }
 
 /* Bytes from the first to behind the last element of a strided tensor; 0 if it has none. */
@@ -802,8 +865,8 @@ typedef struct hl_range {
     const void *start;
     uint64_t bytes;
     hl_argument argument;
-    int32_t written;
-    uint32_t align;
+    uint16_t written;
+    uint16_t align; /* a power of two */
 } hl_range;
 
 /* NULL, alignment, size, and that nothing written overlaps anything else. */
@@ -817,9 +880,9 @@ static inline hl_status hl_check_ranges(const hl_range *range, int32_t n, hl_err
         if (start == 0) {
             return hl_refuse(error, HL_ERR_NULL, range[i].argument, HL_RULE_NOT_NULL, 0, 0);
         }
-        if (start % range[i].align != 0) {
+        if ((start & (range[i].align - 1)) != 0) {
             return hl_refuse(error, HL_ERR_ALIGN, range[i].argument, HL_RULE_MULTIPLE_OF,
-                             (int64_t)(start % range[i].align), (int64_t)range[i].align);
+                             (int64_t)(start & (range[i].align - 1)), (int64_t)range[i].align);
         }
         if (range[i].bytes > (uint64_t)PTRDIFF_MAX
             || range[i].bytes > (uint64_t)UINTPTR_MAX - (uint64_t)start) {
@@ -829,11 +892,14 @@ static inline hl_status hl_check_ranges(const hl_range *range, int32_t n, hl_err
         }
     }
     for (int32_t i = 0; i < n; ++i) {
+        const uintptr_t a = (uintptr_t)range[i].start;
+        const uintptr_t a_end = a + (uintptr_t)range[i].bytes;
+        if (!range[i].written || a == a_end) {
+            continue;
+        }
         for (int32_t j = 0; j < n; ++j) {
-            const uintptr_t a = (uintptr_t)range[i].start;
             const uintptr_t b = (uintptr_t)range[j].start;
-            if (i != j && range[i].written && range[i].bytes != 0 && range[j].bytes != 0 && a < b
-                + (uintptr_t)range[j].bytes && b < a + (uintptr_t)range[i].bytes) {
+            if (a < b + (uintptr_t)range[j].bytes && b < a_end && range[j].bytes != 0 && i != j) {
                 return hl_refuse(error, HL_ERR_ALIAS, range[i].argument, HL_RULE_DISJOINT, 0, 0);
             }
         }
@@ -885,8 +951,10 @@ static inline hl_status hl_default_stride(hl_stride *stride, int64_t rows, int64
                               : stride->row < 0 ? stride->row : stride->head;
         return hl_refuse(error, HL_ERR_SHAPE, argument, HL_RULE_AT_LEAST, (int64_t)bad, 0);
     }
-    if (batch > (uint64_t)PTRDIFF_MAX) {
-        return hl_refuse(error, HL_ERR_SHAPE, argument, HL_RULE_ADDRESSABLE, INT64_MAX,
+    if (row > (uint64_t)PTRDIFF_MAX || batch > (uint64_t)PTRDIFF_MAX) {
+        const uint64_t most = row > batch ? row : batch;
+        return hl_refuse(error, HL_ERR_SHAPE, argument, HL_RULE_ADDRESSABLE,
+                         most > (uint64_t)INT64_MAX ? INT64_MAX : (int64_t)most,
                          (int64_t)PTRDIFF_MAX);
     }
     stride->head = stride->head != 0 ? stride->head : (ptrdiff_t)channels;
@@ -1186,6 +1254,12 @@ typedef struct hl_pairs {
     float *v;             /* rows of dO or V                                                      */
 } hl_pairs;
 
+/* An end of the caller's that another thread may be changing: read once. */
+static inline int64_t hl_once64(const int64_t *number)
+{
+    return *(const volatile int64_t *)number;
+}
+
 static inline int32_t hl_clip(int64_t x, int64_t low, int64_t high)
 {
     return (int32_t)(x < low ? low : x > high ? high : x);
@@ -1196,7 +1270,7 @@ static inline float hl_root(float x)
 {
     float r = hl_float_of(0x5f3759dfu - (hl_bits_of(x) >> 1)); /* 1 / root, 3 % off */
     for (int32_t i = 0; i < 4; ++i) {
-        r = r * (1.5f - 0.5f * x * r * r);
+        r = r * (1.5f - hl_product(0.5f * x * r, r));
     }
     return x > 0.0f ? x * r : 0.0f;
 }
@@ -1260,6 +1334,10 @@ enum {
 
 /* Bytes of workspace for one task, any alignment, whatever the shape of the call. */
 #define HL_FUSION_ATTENTION_GRAD_F32_D64_PSE_TYPES_SOFTCAP_WORKSPACE_BYTES ((size_t)312256)
+
+/* Stack that any call below may need, on the deepest of the kernel's instruction sets. */
+#define HL_FUSION_ATTENTION_GRAD_F32_D64_PSE_TYPES_SOFTCAP_STACK_BYTES \
+    HL_STACK_BYTES_NEON
 
 /* Checks everything, fills in defaults, counts tasks. On an error *plan is untouched. */
 HL_API hl_status hl_fusion_attention_grad_f32_d64_pse_types_softcap_plan(
@@ -1414,7 +1492,12 @@ HL_WORD_NEON void hl_vpair_neon(const float *p, hl_vf_neon *x, hl_vf_neon *y)
 HL_WORD_NEON hl_vf_neon hl_vkeep_neon(hl_vf_neon x) { return x; }
 HL_WORD_NEON hl_vf_neon hl_vadd_neon(hl_vf_neon x, hl_vf_neon y) { return vaddq_f32(x, y); }
 HL_WORD_NEON hl_vf_neon hl_vsub_neon(hl_vf_neon x, hl_vf_neon y) { return vsubq_f32(x, y); }
-HL_WORD_NEON hl_vf_neon hl_vmul_neon(hl_vf_neon x, hl_vf_neon y) { return vmulq_f32(x, y); }
+HL_WORD_NEON hl_vf_neon hl_vmul_neon(hl_vf_neon x, hl_vf_neon y)
+{
+    hl_vf_neon product = vmulq_f32(x, y);
+    HL_ROUNDED(product);
+    return product;
+}
 HL_WORD_NEON hl_vf_neon hl_vfma_neon(hl_vf_neon x, hl_vf_neon y, hl_vf_neon z)
 {
     return vfmaq_f32(z, x, y);
@@ -1536,7 +1619,10 @@ HL_WORD_AVX2 hl_vf_avx2 hl_vkeep_avx2(hl_vf_avx2 x)
 }
 HL_WORD_AVX2 hl_vf_avx2 hl_vadd_avx2(hl_vf_avx2 x, hl_vf_avx2 y) { return _mm256_add_ps(x, y); }
 HL_WORD_AVX2 hl_vf_avx2 hl_vsub_avx2(hl_vf_avx2 x, hl_vf_avx2 y) { return _mm256_sub_ps(x, y); }
-HL_WORD_AVX2 hl_vf_avx2 hl_vmul_avx2(hl_vf_avx2 x, hl_vf_avx2 y) { return _mm256_mul_ps(x, y); }
+HL_WORD_AVX2 hl_vf_avx2 hl_vmul_avx2(hl_vf_avx2 x, hl_vf_avx2 y)
+{
+    return hl_vkeep_avx2(_mm256_mul_ps(x, y));
+}
 HL_WORD_AVX2 hl_vf_avx2 hl_vfma_avx2(hl_vf_avx2 x, hl_vf_avx2 y, hl_vf_avx2 z)
 {
     return _mm256_fmadd_ps(x, y, z);
@@ -1676,7 +1762,7 @@ HL_WORD_AVX512 hl_vf_avx512 hl_vsub_avx512(hl_vf_avx512 x, hl_vf_avx512 y)
 }
 HL_WORD_AVX512 hl_vf_avx512 hl_vmul_avx512(hl_vf_avx512 x, hl_vf_avx512 y)
 {
-    return _mm512_mul_ps(x, y);
+    return hl_vkeep_avx512(_mm512_mul_ps(x, y));
 }
 HL_WORD_AVX512 hl_vf_avx512 hl_vfma_avx512(hl_vf_avx512 x, hl_vf_avx512 y, hl_vf_avx512 z)
 {
@@ -1880,16 +1966,18 @@ static inline void hl_fag_f32_d64_pse_types_softcap_cut(hl_fag_f32_d64_pse_types
 }
 /* ---- select: which rows and keys a batch has, which keys a row sees ---- */
 
-/* TND: rows of batch b, and where they begin. Batch `batch` are the rows behind the last end. */
+/* TND: rows of batch b, and where they begin. Batch `batch` are the rows behind the last end. Ends
+ * that the plan has checked are kept within bounds once more, here and below, so that a caller who
+ * changes them meanwhile gets wrong numbers, but no access out of bounds. */
 static inline int32_t hl_fag_f32_d64_pse_types_softcap_rows_of(const int64_t *ends, int32_t batch,
     int32_t total, int32_t b, int32_t *first)
 {
-    const int64_t end = b < batch ? ends[b] : total;
+    const int64_t end = b < batch ? hl_once64(ends + b) : total;
     int32_t last = b;
     while (last > 0 && ends[last - 1] <= 0) { /* batches that are not used end at 0 */
         --last;
     }
-    *first = hl_clip(last > 0 ? ends[last - 1] : 0, 0, total);
+    *first = hl_clip(last > 0 ? hl_once64(ends + last - 1) : 0, 0, total);
     return end > *first ? hl_clip(end, 0, total) - *first : 0;
 }
 
@@ -1925,6 +2013,14 @@ static inline void hl_fag_f32_d64_pse_types_softcap_batch(const hl_fusion_attent
             g->pairs += rows
                 * hl_fag_f32_d64_pse_types_softcap_rows_of(a->actual_seq_kvlen, a->batch, a->seq_kv,
                 u, &first);
+            g->pairs = g->pairs < plan->pairs ? g->pairs : plan->pairs;
+        }
+        if (b < a->batch) { /* as far as atten_mask, pse and dropout_mask reach */
+            g->seq_q = g->seq_q < plan->longest[0] ? g->seq_q : plan->longest[0];
+            g->seq_kv = g->seq_kv < plan->longest[1] ? g->seq_kv : plan->longest[1];
+            if ((int64_t)g->seq_q * g->seq_kv > plan->pairs - g->pairs) {
+                g->seq_q = 0;
+            }
         }
     }
     mode = mode < 7 ? mode : b == plan->band_batch ? 4 : mode == 7 ? 3 : 2;
@@ -1934,7 +2030,7 @@ static inline void hl_fag_f32_d64_pse_types_softcap_batch(const hl_fusion_attent
     if (b == a->batch) { /* rows and keys behind the last end are nobody's */
         g->ahead = -(int64_t)INT32_MAX * 2;
     }
-    g->prefix = mode == 6 ? hl_clip(b < a->batch ? a->prefix[b] : 0, 0, g->seq_kv) : 0;
+    g->prefix = mode == 6 && b < a->batch ? hl_clip(hl_once64(a->prefix + b), 0, g->seq_kv) : 0;
 }
 
 /* The keys that row i sees, but for atten_mask: low .. high - 1. */
@@ -2026,7 +2122,8 @@ static inline int32_t hl_fag_f32_d64_pse_types_softcap_find(
         hl_fag_f32_d64_pse_types_softcap_batch(plan, b, g);
         task -= hl_fag_f32_d64_pse_types_softcap_first_piece(ends, a->batch, total, b, each, most);
         *piece = (int32_t)task;
-        return task < hl_fag_f32_d64_pse_types_softcap_pieces(of_keys ? g->seq_kv : g->seq_q, each,
+        return task >= 0
+            && task < hl_fag_f32_d64_pse_types_softcap_pieces(of_keys ? g->seq_kv : g->seq_q, each,
             most);
     }
     hl_fag_f32_d64_pse_types_softcap_batch(plan, (int32_t)(task / (pieces * a->heads_kv)), g);
@@ -2073,7 +2170,7 @@ static inline hl_status hl_fag_f32_d64_pse_types_softcap_check_absent(
 }
 
 /* Sizes, modes and numbers. Fills in the defaults of *a. */
-static inline hl_status hl_fag_f32_d64_pse_types_softcap_check_sizes(
+HL_OWN_FRAME hl_status hl_fag_f32_d64_pse_types_softcap_check_sizes(
     hl_fusion_attention_grad_args *a, hl_error *error)
 {
     const int64_t far = (int64_t)1 << 40;
@@ -2127,7 +2224,9 @@ static inline hl_status hl_fag_f32_d64_pse_types_softcap_check_sizes(
     }
     a->scale_value = a->scale_value != 0.0f ? a->scale_value : 1.0f;
     a->keep_prob = a->keep_prob != 0.0f ? a->keep_prob : 1.0f;
-    if (a->keep_prob != a->keep_prob) {
+    if (a->keep_prob != a->keep_prob
+        || (a->keep_prob > 0.0f && hl_bits_of(a->keep_prob) < 0x00800000u)) {
+        /* nor may 1 / keep_prob be infinite */
         return hl_refuse(error, HL_ERR_VALUE, HL_ARG_KEEP_PROB, HL_RULE_FINITE, 0, 0);
     }
     if (!(a->keep_prob > 0.0f && a->keep_prob <= 1.0f)) {
@@ -2164,51 +2263,48 @@ static inline hl_status hl_fag_f32_d64_pse_types_softcap_check_sizes(
     return HL_OK;
 }
 
-/* A list of `count` numbers: there, and aligned, as it is read before the others are looked at. */
+/* A list of `count` numbers: there, aligned and no larger than memory, as it is read before the
+ * others are looked at. */
 static inline hl_status hl_fag_f32_d64_pse_types_softcap_check_list(const int64_t *list,
     int32_t count, hl_argument argument, hl_error *error)
 {
-    const uintptr_t off = (uintptr_t)list % 8u;
-    if (count > 0 && (list == NULL || off != 0)) {
-        return list == NULL ? hl_refuse(error, HL_ERR_NULL, argument, HL_RULE_NOT_NULL, 0, 0)
-                            : hl_refuse(error, HL_ERR_ALIGN, argument, HL_RULE_MULTIPLE_OF,
-                                        (int64_t)off, 8);
-    }
-    return HL_OK;
+    const hl_range range = {list, 8u * (uint64_t)count, argument, 0, 8u};
+    return hl_check_ranges(&range, 1, error);
 }
+
+/* How far a list of ends has been looked at. */
+typedef struct hl_fag_f32_d64_pse_types_softcap_ends {
+    int64_t last;   /* the largest so far                              */
+    int32_t unused; /* only zeros may follow                           */
+    int32_t rows;   /* of the batch that was looked at last            */
+} hl_fag_f32_d64_pse_types_softcap_ends;
 
 /* TND: ends do not fall, but for zeros behind the last batch that is used. */
-static inline hl_status hl_fag_f32_d64_pse_types_softcap_check_ends(const int64_t *ends,
-    int32_t batch, int32_t total, hl_argument argument, hl_error *error)
+static inline hl_status hl_fag_f32_d64_pse_types_softcap_check_end(const int64_t *ends, int32_t b,
+    int32_t total, hl_argument argument, hl_fag_f32_d64_pse_types_softcap_ends *e, hl_error *error)
 {
-    int64_t last = 0;
-    int32_t unused = 0;
-    const hl_status status =
-        hl_fag_f32_d64_pse_types_softcap_check_list(ends, batch, argument, error);
-    if (status != HL_OK) {
-        return status;
+    const int64_t end = hl_once64(ends + b);
+    if (end > total) {
+        return hl_refuse_at(error, HL_ERR_LENGTH, argument, HL_RULE_AT_MOST, 1, b, 0, end, total);
     }
-    for (int32_t b = 0; b < batch; ++b) {
-        if (ends[b] > total) {
-            return hl_refuse_at(error, HL_ERR_LENGTH, argument, HL_RULE_AT_MOST, 1, b, 0, ends[b],
-                                total);
-        }
-        unused |= ends[b] == 0 && last > 0;
-        if (unused ? ends[b] != 0 : ends[b] < last) {
-            return hl_refuse_at(error, HL_ERR_LENGTH, argument, unused ? HL_RULE_EQUAL
-                                : HL_RULE_AT_LEAST, 1, b, 0, ends[b], unused ? 0 : last);
-        }
-        last = unused ? last : ends[b];
+    e->unused |= end == 0 && e->last > 0;
+    if (e->unused ? end != 0 : end < e->last) {
+        return hl_refuse_at(error, HL_ERR_LENGTH, argument, e->unused ? HL_RULE_EQUAL
+                            : HL_RULE_AT_LEAST, 1, b, 0, end, e->unused ? 0 : e->last);
     }
+    e->rows = e->unused ? 0 : (int32_t)(end - e->last);
+    e->last = e->unused ? e->last : end;
     return HL_OK;
 }
 
-/* The layout, and lengths. *longest: rows and keys of the longest batches. */
+/* The layout, and lengths. longest: rows and keys of the longest batches; *pairs: (row, key) pairs
+ * of all of them. */
 static inline hl_status hl_fag_f32_d64_pse_types_softcap_check_lengths(
-    hl_fusion_attention_grad_args *a, int32_t longest[2], hl_error *error)
+    hl_fusion_attention_grad_args *a, int32_t longest[2], uint64_t *pairs, hl_error *error)
 {
     longest[0] = a->seq_q;
     longest[1] = a->seq_kv;
+    *pairs = hl_mul_cap((uint64_t)a->batch, (uint64_t)a->seq_q * (uint64_t)a->seq_kv);
     if (!(a->input_layout == HL_LAYOUT_BSND || a->input_layout == HL_LAYOUT_BSH
           || a->input_layout == HL_LAYOUT_SBH || a->input_layout == HL_LAYOUT_BNSD
           || a->input_layout == HL_LAYOUT_TND)) {
@@ -2216,35 +2312,38 @@ static inline hl_status hl_fag_f32_d64_pse_types_softcap_check_lengths(
                          a->input_layout, 0);
     }
     if (a->input_layout == HL_LAYOUT_TND) {
+        hl_fag_f32_d64_pse_types_softcap_ends q = {0, 0, 0};
+        hl_fag_f32_d64_pse_types_softcap_ends kv = {0, 0, 0};
         hl_status status =
-            hl_fag_f32_d64_pse_types_softcap_check_ends(a->actual_seq_qlen, a->batch, a->seq_q,
+            hl_fag_f32_d64_pse_types_softcap_check_list(a->actual_seq_qlen, a->batch,
             HL_ARG_ACTUAL_SEQ_QLEN, error);
         if (status == HL_OK) {
             status =
-                hl_fag_f32_d64_pse_types_softcap_check_ends(a->actual_seq_kvlen, a->batch,
-                a->seq_kv, HL_ARG_ACTUAL_SEQ_KVLEN, error);
-        }
-        if (status != HL_OK) {
-            return status;
+                hl_fag_f32_d64_pse_types_softcap_check_list(a->actual_seq_kvlen, a->batch,
+                HL_ARG_ACTUAL_SEQ_KVLEN, error);
         }
         longest[0] = 0;
         longest[1] = 0;
-        for (int32_t b = 0; b < a->batch; ++b) {
-            int32_t first;
-            const int32_t q =
-                hl_fag_f32_d64_pse_types_softcap_rows_of(a->actual_seq_qlen, a->batch, a->seq_q, b,
-                &first);
-            const int32_t kv =
-                hl_fag_f32_d64_pse_types_softcap_rows_of(a->actual_seq_kvlen, a->batch, a->seq_kv,
-                b, &first);
-            longest[0] = longest[0] > q ? longest[0] : q;
-            longest[1] = longest[1] > kv ? longest[1] : kv;
-            if (a->pse != NULL && a->pse_shape == HL_PSE_LAST_ROWS && q != kv) {
+        *pairs = 0;
+        for (int32_t b = 0; status == HL_OK && b < a->batch; ++b) {
+            status =
+                hl_fag_f32_d64_pse_types_softcap_check_end(a->actual_seq_qlen, b, a->seq_q,
+                HL_ARG_ACTUAL_SEQ_QLEN, &q, error);
+            if (status == HL_OK) {
+                status =
+                    hl_fag_f32_d64_pse_types_softcap_check_end(a->actual_seq_kvlen, b, a->seq_kv,
+                    HL_ARG_ACTUAL_SEQ_KVLEN, &kv, error);
+            }
+            longest[0] = longest[0] > q.rows ? longest[0] : q.rows;
+            longest[1] = longest[1] > kv.rows ? longest[1] : kv.rows;
+            *pairs = hl_add_cap(*pairs, (uint64_t)q.rows * (uint64_t)kv.rows);
+            if (status == HL_OK && a->pse != NULL && a->pse_shape == HL_PSE_LAST_ROWS
+                && q.rows != kv.rows) {
                 return hl_refuse_at(error, HL_ERR_LENGTH, HL_ARG_ACTUAL_SEQ_KVLEN, HL_RULE_EQUAL, 1,
-                                    b, 0, kv, q);
+                                    b, 0, kv.rows, q.rows);
             }
         }
-        return HL_OK;
+        return status;
     }
     if (a->actual_seq_qlen != NULL || a->actual_seq_kvlen != NULL) {
         return hl_refuse(error, HL_ERR_UNSUPPORTED, a->actual_seq_qlen != NULL
@@ -2325,9 +2424,10 @@ static inline hl_status hl_fag_f32_d64_pse_types_softcap_check_mask(
             return status;
         }
         for (int32_t b = 0; b < a->batch; ++b) {
-            if (a->prefix[b] < 0) {
+            const int64_t prefix = hl_once64(a->prefix + b);
+            if (prefix < 0) {
                 return hl_refuse_at(error, HL_ERR_LENGTH, HL_ARG_PREFIX, HL_RULE_AT_LEAST, 1, b, 0,
-                                    a->prefix[b], 0);
+                                    prefix, 0);
             }
         }
     }
@@ -2357,47 +2457,26 @@ static inline hl_status hl_fag_f32_d64_pse_types_softcap_check_mask(
     return HL_OK;
 }
 
-/* (row, key) pairs of all batches. */
-static inline uint64_t hl_fag_f32_d64_pse_types_softcap_pairs(
-    const hl_fusion_attention_grad_args *a)
-{
-    if (a->input_layout == HL_LAYOUT_TND) {
-        uint64_t pairs = 0;
-        for (int32_t b = 0; b < a->batch; ++b) {
-            int32_t first;
-            const int32_t q =
-                hl_fag_f32_d64_pse_types_softcap_rows_of(a->actual_seq_qlen, a->batch, a->seq_q, b,
-                &first);
-            const int32_t kv =
-                hl_fag_f32_d64_pse_types_softcap_rows_of(a->actual_seq_kvlen, a->batch, a->seq_kv,
-                b, &first);
-            pairs = hl_add_cap(pairs, (uint64_t)q * (uint64_t)kv);
-        }
-        return pairs;
-    }
-    return hl_mul_cap((uint64_t)a->batch, (uint64_t)a->seq_q * (uint64_t)a->seq_kv);
-}
-
 /* Bytes of pse. */
 static inline uint64_t hl_fag_f32_d64_pse_types_softcap_pse_bytes(
-    const hl_fusion_attention_grad_args *a)
+    const hl_fusion_attention_grad_args *a, uint64_t pairs)
 {
     const uint64_t heads = (uint64_t)a->pse_batch * (uint64_t)a->heads_q;
+    (void)pairs; /* of sequences end to end */
     if (a->pse == NULL) {
         return 0;
     }
     if (a->pse_type == HL_PSE_SLOPE || a->pse_type == HL_PSE_SLOPE_SQRT) {
-        return 4u * heads;
+        return hl_mul_cap(heads, 4u);
     }
     if (a->pse_shape == HL_PSE_LAST_ROWS) {
-        return hl_mul_cap(heads * 1024u, 4u * (uint64_t)a->pse_width);
+        return hl_mul_cap(hl_mul_cap(heads, 1024u), 4u * (uint64_t)a->pse_width);
     }
     if (a->input_layout == HL_LAYOUT_TND) { /* of all batches, end to end */
         const uint64_t keys = (uint64_t)a->seq_kv;
-        return hl_mul_cap(4u * (uint64_t)a->heads_q, a->pse_shape == HL_PSE_ONE_ROW ? keys
-                          : hl_fag_f32_d64_pse_types_softcap_pairs(a));
+        return hl_mul_cap(4u * (uint64_t)a->heads_q, a->pse_shape == HL_PSE_ONE_ROW ? keys : pairs);
     }
-    return hl_mul_cap(heads * 4u, a->pse_shape == HL_PSE_ONE_ROW ? (uint64_t)a->seq_kv
+    return hl_mul_cap(hl_mul_cap(heads, 4u), a->pse_shape == HL_PSE_ONE_ROW ? (uint64_t)a->seq_kv
                       : (uint64_t)a->seq_q * (uint64_t)a->seq_kv);
 }
 
@@ -2435,71 +2514,70 @@ static inline hl_status hl_fag_f32_d64_pse_types_softcap_check_grad(
 }
 
 /* Strides, alignment, extents; and nothing that is written overlaps anything else. */
-static inline hl_status hl_fag_f32_d64_pse_types_softcap_check_memory(
-    hl_fusion_attention_grad_args *a, const void *workspace, size_t bytes, hl_error *error)
+HL_OWN_FRAME hl_status hl_fag_f32_d64_pse_types_softcap_check_memory(
+    hl_fusion_attention_grad_args *a, uint64_t pairs, const void *workspace, size_t bytes,
+    hl_error *error)
 {
     const int32_t tnd = a->input_layout == HL_LAYOUT_TND;
     const int64_t b = tnd ? 1 : a->batch;
-    const int64_t s1 = a->seq_q;
-    const int64_t s2 = a->seq_kv;
-    const int64_t n1 = a->heads_q;
-    const int64_t n2 = a->heads_kv;
-    const uint64_t element = 4u;
-    const uint64_t wide = a->out_f32 ? 4u : element;
-    const uint64_t rows = 4u * hl_mul_cap(hl_mul_cap((uint64_t)b, (uint64_t)s1), (uint64_t)n1);
+    const int32_t s1 = a->seq_q;
+    const int32_t s2 = a->seq_kv;
+    const int32_t n1 = a->heads_q;
+    const int32_t n2 = a->heads_kv;
+    const uint16_t element = 4u;
+    const uint16_t wide = a->out_f32 ? 4u : 4u;
+    const uint16_t slopes = a->pse_type == HL_PSE_SLOPE || a->pse_type == HL_PSE_SLOPE_SQRT;
+    const uint16_t pse_number = slopes ? 4u : 4u;
+    const uint64_t all_rows = hl_mul_cap((uint64_t)b * (uint64_t)s1, (uint64_t)n1);
+    const uint64_t rows = hl_mul_cap(all_rows, 4u);
     const uint64_t stats = hl_mul_cap(rows, (uint64_t)a->stats_width);
-    const uint64_t elements = hl_mul_cap(hl_fag_f32_d64_pse_types_softcap_pairs(a), (uint64_t)n1);
+    const uint64_t elements = hl_mul_cap(pairs, (uint64_t)n1);
     const uint64_t drop = a->dropout_mask != NULL && a->keep_prob < 1.0f ? elements / 8u
                           + (elements % 8u != 0) : 0;
     const uint64_t mask =
         hl_mul_cap(hl_mul_cap((uint64_t)a->mask_batch * (uint64_t)a->mask_heads,
                               (uint64_t)a->mask_rows), (uint64_t)a->mask_width);
     const uint64_t ends = tnd ? 8u * (uint64_t)a->batch : 0;
+    const uint64_t prefixes = a->sparse_mode == 6 ? 8u * (uint64_t)a->batch : 0;
     const struct {
         hl_stride *stride;
-        const void *memory;
-        int64_t rows;
-        int64_t heads;
-        int64_t channels;
-        uint64_t element;
+        int32_t rows;
+        int32_t heads;
+        int32_t channels;
         hl_argument argument;
-        hl_argument stride_argument;
-        int32_t written;
-    } tensor[] = {
-        {&a->query_stride, a->query, s1, n1, 64, element, HL_ARG_QUERY,
-         HL_ARG_QUERY_STRIDE, 0},
-        {&a->key_stride, a->key, s2, n2, 64, element, HL_ARG_KEY, HL_ARG_KEY_STRIDE, 0},
-        {&a->value_stride, a->value, s2, n2, 64, element, HL_ARG_VALUE,
-         HL_ARG_VALUE_STRIDE, 0},
-        {&a->out_stride, a->attention_out, s1, n1, 64, element, HL_ARG_ATTENTION_OUT,
-         HL_ARG_OUT_STRIDE, 0},
-        {&a->dout_stride, a->dout, s1, n1, 64, element, HL_ARG_DOUT, HL_ARG_DOUT_STRIDE,
-         0},
-        {&a->dquery_stride, a->dquery, s1, n1, 64, wide, HL_ARG_DQUERY,
-         HL_ARG_DQUERY_STRIDE, 1},
-        {&a->dkey_stride, a->dkey, s2, n2, 64, wide, HL_ARG_DKEY, HL_ARG_DKEY_STRIDE, 1},
-        {&a->dvalue_stride, a->dvalue, s2, n2, 64, wide, HL_ARG_DVALUE,
-         HL_ARG_DVALUE_STRIDE, 1}
+    } tensor[] = { /* of the first of range[], whose bytes follow from it */
+        {&a->query_stride, s1, n1, 64, HL_ARG_QUERY_STRIDE},
+        {&a->key_stride, s2, n2, 64, HL_ARG_KEY_STRIDE},
+        {&a->value_stride, s2, n2, 64, HL_ARG_VALUE_STRIDE},
+        {&a->out_stride, s1, n1, 64, HL_ARG_OUT_STRIDE},
+        {&a->dout_stride, s1, n1, 64, HL_ARG_DOUT_STRIDE},
+        {&a->dquery_stride, s1, n1, 64, HL_ARG_DQUERY_STRIDE},
+        {&a->dkey_stride, s2, n2, 64, HL_ARG_DKEY_STRIDE},
+        {&a->dvalue_stride, s2, n2, 64, HL_ARG_DVALUE_STRIDE}
     };
     enum { TENSORS = sizeof tensor / sizeof tensor[0] };
-    const hl_range other[] = {
-        {a->pse, hl_fag_f32_d64_pse_types_softcap_pse_bytes(a), HL_ARG_PSE, 0,
-         a->pse_type == HL_PSE_SLOPE || a->pse_type == HL_PSE_SLOPE_SQRT ? 4u : 4u},
+    hl_range range[] = {
+        {a->query, 0, HL_ARG_QUERY, 0, element},
+        {a->key, 0, HL_ARG_KEY, 0, element},
+        {a->value, 0, HL_ARG_VALUE, 0, element},
+        {a->attention_out, 0, HL_ARG_ATTENTION_OUT, 0, element},
+        {a->dout, 0, HL_ARG_DOUT, 0, element},
+        {a->dquery, 0, HL_ARG_DQUERY, 1, wide},
+        {a->dkey, 0, HL_ARG_DKEY, 1, wide},
+        {a->dvalue, 0, HL_ARG_DVALUE, 1, wide},
+        {a->pse, hl_fag_f32_d64_pse_types_softcap_pse_bytes(a, pairs), HL_ARG_PSE, 0, pse_number},
         {a->atten_mask, a->atten_mask != NULL ? mask : 0, HL_ARG_ATTEN_MASK, 0, 1u},
-        {a->prefix, a->sparse_mode == 6 ? 8u * (uint64_t)a->batch : 0, HL_ARG_PREFIX, 0, 8u},
+        {a->prefix, prefixes, HL_ARG_PREFIX, 0, 8u},
         {a->actual_seq_qlen, ends, HL_ARG_ACTUAL_SEQ_QLEN, 0, 8u},
         {a->actual_seq_kvlen, ends, HL_ARG_ACTUAL_SEQ_KVLEN, 0, 8u},
         {a->dropout_mask, drop, HL_ARG_DROPOUT_MASK, 0, 1u},
         {a->softmax_max, stats, HL_ARG_SOFTMAX_MAX, 0, 4u},
         {a->softmax_sum, stats, HL_ARG_SOFTMAX_SUM, 0, 4u},
         {a->dpse, a->dpse != NULL
-         ? hl_mul_cap(hl_fag_f32_d64_pse_types_softcap_pse_bytes(a) / element, wide) : 0,
-         HL_ARG_DPSE, 1,
-         (uint32_t)wide},
+         ? hl_mul_cap(hl_fag_f32_d64_pse_types_softcap_pse_bytes(a, pairs) / element, wide) : 0,
+         HL_ARG_DPSE, 1, wide},
         {workspace, (uint64_t)bytes, HL_ARG_WORKSPACE, 1, 1u}
     };
-    enum { OTHERS = sizeof other / sizeof other[0] };
-    hl_range range[TENSORS + OTHERS];
     for (int32_t i = 0; i < TENSORS; ++i) {
         hl_stride *const stride = tensor[i].stride;
         hl_status status;
@@ -2507,30 +2585,23 @@ static inline hl_status hl_fag_f32_d64_pse_types_softcap_check_memory(
                                               tensor[i].channels);
         status =
             hl_default_stride(stride, tensor[i].rows, tensor[i].heads, tensor[i].channels,
-                              tensor[i].stride_argument, error);
-        if (status == HL_OK && tensor[i].written) {
+                              tensor[i].argument, error);
+        if (status == HL_OK && range[i].written) {
             status =
                 hl_check_apart(stride, b, tensor[i].rows, tensor[i].heads, tensor[i].channels,
-                               tensor[i].stride_argument, error);
+                               tensor[i].argument, error);
         }
         if (status != HL_OK) {
             return status;
         }
-        range[i].start = tensor[i].memory;
         range[i].bytes =
             hl_extent(stride, b, tensor[i].rows, tensor[i].heads, tensor[i].channels,
-                      tensor[i].element);
-        range[i].argument = tensor[i].argument;
-        range[i].written = tensor[i].written;
-        range[i].align = (uint32_t)tensor[i].element;
-        if (tensor[i].written && tensor[i].memory == NULL) {
+                      range[i].align);
+        if (range[i].written && range[i].start == NULL) {
             range[i].bytes = 0; /* not wanted */
         }
     }
-    for (int32_t i = 0; i < OTHERS; ++i) {
-        range[TENSORS + i] = other[i];
-    }
-    return hl_check_ranges(range, TENSORS + OTHERS, error);
+    return hl_check_ranges(range, (int32_t)(sizeof range / sizeof range[0]), error);
 }
 /* ---- mask: S = -inf where a query does not see a key ----
  *
@@ -3265,7 +3336,7 @@ HL_KERNEL_SCALAR void hl_fag_f32_d64_pse_types_softcap_drop_queries_scalar(
     int32_t n)
 {
     enum { N = 1 };
-    const uint32_t kept = (uint32_t)((double)a->keep_prob * 4294967296.0);
+    const uint32_t kept = (uint32_t)(a->keep_prob * 4294967296.0f);
     for (int32_t p = 0; p < g->n; p += N) {
         for (int32_t j = -(j0 % 4); j < n; j += 4) {
             uint32_t word[4 * N];
@@ -3286,7 +3357,7 @@ HL_KERNEL_SCALAR void hl_fag_f32_d64_pse_types_softcap_drop_keys_scalar(
     int32_t n)
 {
     enum { N = 1 };
-    const uint32_t kept = (uint32_t)((double)a->keep_prob * 4294967296.0);
+    const uint32_t kept = (uint32_t)(a->keep_prob * 4294967296.0f);
     for (int32_t p = 0; p < g->n; ++p) {
         float *const at = s + p * step;
         for (int32_t j = -(j0 % 4); j < n; j += 4 * N) {
@@ -3387,17 +3458,6 @@ HL_KERNEL_SCALAR void hl_fag_f32_d64_pse_types_softcap_slope_scalar(float cap, c
     }
 }
 
-/* dS = dS o slope. */
-HL_KERNEL_SCALAR void hl_fag_f32_d64_pse_types_softcap_times_scalar(const float *slope, float *ds,
-    int32_t n)
-{
-    enum { L = 1 };
-    for (int32_t i = 0; i < n; i += L) {
-        hl_vstore_scalar(ds + i,
-                         hl_vmul_scalar(hl_vload_scalar(slope + i), hl_vload_scalar(ds + i)));
-    }
-}
-
 /* max in units of log2, 1 / sum and delta of a span's queries, whose rows of dO are in w->v; 0 for
  * those behind the last, up to a whole vector, and where the forward pass found no key. They are
  * the task's queries from `at` on. */
@@ -3438,6 +3498,19 @@ HL_KERNEL_SCALAR void hl_fag_f32_d64_pse_types_softcap_numbers_scalar(
             w->weight[at + p] = none ? 0.0f : 1.0f / l;
             w->delta[at + p] = none ? 0.0f : w->delta[at + p];
         }
+    }
+}
+
+/* ---- pairs: S, dP -> P, dS ---- */
+
+/* dS = dS o slope. */
+HL_KERNEL_SCALAR void hl_fag_f32_d64_pse_types_softcap_times_scalar(const float *slope, float *ds,
+    int32_t n)
+{
+    enum { L = 1 };
+    for (int32_t i = 0; i < n; i += L) {
+        hl_vstore_scalar(ds + i,
+                         hl_vmul_scalar(hl_vload_scalar(slope + i), hl_vload_scalar(ds + i)));
     }
 }
 
@@ -4499,7 +4572,7 @@ HL_KERNEL_NEON void hl_fag_f32_d64_pse_types_softcap_drop_queries_neon(
     int32_t n)
 {
     enum { N = 4 };
-    const uint32_t kept = (uint32_t)((double)a->keep_prob * 4294967296.0);
+    const uint32_t kept = (uint32_t)(a->keep_prob * 4294967296.0f);
     for (int32_t p = 0; p < g->n; p += N) {
         for (int32_t j = -(j0 % 4); j < n; j += 4) {
             uint32_t word[4 * N];
@@ -4520,7 +4593,7 @@ HL_KERNEL_NEON void hl_fag_f32_d64_pse_types_softcap_drop_keys_neon(
     int32_t n)
 {
     enum { N = 4 };
-    const uint32_t kept = (uint32_t)((double)a->keep_prob * 4294967296.0);
+    const uint32_t kept = (uint32_t)(a->keep_prob * 4294967296.0f);
     for (int32_t p = 0; p < g->n; ++p) {
         float *const at = s + p * step;
         for (int32_t j = -(j0 % 4); j < n; j += 4 * N) {
@@ -4618,16 +4691,6 @@ HL_KERNEL_NEON void hl_fag_f32_d64_pse_types_softcap_slope_neon(float cap, const
     }
 }
 
-/* dS = dS o slope. */
-HL_KERNEL_NEON void hl_fag_f32_d64_pse_types_softcap_times_neon(const float *slope, float *ds,
-    int32_t n)
-{
-    enum { L = 4 };
-    for (int32_t i = 0; i < n; i += L) {
-        hl_vstore_neon(ds + i, hl_vmul_neon(hl_vload_neon(slope + i), hl_vload_neon(ds + i)));
-    }
-}
-
 /* max in units of log2, 1 / sum and delta of a span's queries, whose rows of dO are in w->v; 0 for
  * those behind the last, up to a whole vector, and where the forward pass found no key. They are
  * the task's queries from `at` on. */
@@ -4668,6 +4731,18 @@ HL_KERNEL_NEON void hl_fag_f32_d64_pse_types_softcap_numbers_neon(
             w->weight[at + p] = none ? 0.0f : 1.0f / l;
             w->delta[at + p] = none ? 0.0f : w->delta[at + p];
         }
+    }
+}
+
+/* ---- pairs: S, dP -> P, dS ---- */
+
+/* dS = dS o slope. */
+HL_KERNEL_NEON void hl_fag_f32_d64_pse_types_softcap_times_neon(const float *slope, float *ds,
+    int32_t n)
+{
+    enum { L = 4 };
+    for (int32_t i = 0; i < n; i += L) {
+        hl_vstore_neon(ds + i, hl_vmul_neon(hl_vload_neon(slope + i), hl_vload_neon(ds + i)));
     }
 }
 
@@ -5669,7 +5744,7 @@ HL_KERNEL_AVX2 void hl_fag_f32_d64_pse_types_softcap_drop_queries_avx2(
     int32_t n)
 {
     enum { N = 8 };
-    const uint32_t kept = (uint32_t)((double)a->keep_prob * 4294967296.0);
+    const uint32_t kept = (uint32_t)(a->keep_prob * 4294967296.0f);
     for (int32_t p = 0; p < g->n; p += N) {
         for (int32_t j = -(j0 % 4); j < n; j += 4) {
             uint32_t word[4 * N];
@@ -5690,7 +5765,7 @@ HL_KERNEL_AVX2 void hl_fag_f32_d64_pse_types_softcap_drop_keys_avx2(
     int32_t n)
 {
     enum { N = 8 };
-    const uint32_t kept = (uint32_t)((double)a->keep_prob * 4294967296.0);
+    const uint32_t kept = (uint32_t)(a->keep_prob * 4294967296.0f);
     for (int32_t p = 0; p < g->n; ++p) {
         float *const at = s + p * step;
         for (int32_t j = -(j0 % 4); j < n; j += 4 * N) {
@@ -5788,16 +5863,6 @@ HL_KERNEL_AVX2 void hl_fag_f32_d64_pse_types_softcap_slope_avx2(float cap, const
     }
 }
 
-/* dS = dS o slope. */
-HL_KERNEL_AVX2 void hl_fag_f32_d64_pse_types_softcap_times_avx2(const float *slope, float *ds,
-    int32_t n)
-{
-    enum { L = 8 };
-    for (int32_t i = 0; i < n; i += L) {
-        hl_vstore_avx2(ds + i, hl_vmul_avx2(hl_vload_avx2(slope + i), hl_vload_avx2(ds + i)));
-    }
-}
-
 /* max in units of log2, 1 / sum and delta of a span's queries, whose rows of dO are in w->v; 0 for
  * those behind the last, up to a whole vector, and where the forward pass found no key. They are
  * the task's queries from `at` on. */
@@ -5838,6 +5903,18 @@ HL_KERNEL_AVX2 void hl_fag_f32_d64_pse_types_softcap_numbers_avx2(
             w->weight[at + p] = none ? 0.0f : 1.0f / l;
             w->delta[at + p] = none ? 0.0f : w->delta[at + p];
         }
+    }
+}
+
+/* ---- pairs: S, dP -> P, dS ---- */
+
+/* dS = dS o slope. */
+HL_KERNEL_AVX2 void hl_fag_f32_d64_pse_types_softcap_times_avx2(const float *slope, float *ds,
+    int32_t n)
+{
+    enum { L = 8 };
+    for (int32_t i = 0; i < n; i += L) {
+        hl_vstore_avx2(ds + i, hl_vmul_avx2(hl_vload_avx2(slope + i), hl_vload_avx2(ds + i)));
     }
 }
 
@@ -7464,7 +7541,7 @@ HL_KERNEL_AVX512 void hl_fag_f32_d64_pse_types_softcap_drop_queries_avx512(
     int32_t n)
 {
     enum { N = 16 };
-    const uint32_t kept = (uint32_t)((double)a->keep_prob * 4294967296.0);
+    const uint32_t kept = (uint32_t)(a->keep_prob * 4294967296.0f);
     for (int32_t p = 0; p < g->n; p += N) {
         for (int32_t j = -(j0 % 4); j < n; j += 4) {
             uint32_t word[4 * N];
@@ -7485,7 +7562,7 @@ HL_KERNEL_AVX512 void hl_fag_f32_d64_pse_types_softcap_drop_keys_avx512(
     int32_t n)
 {
     enum { N = 16 };
-    const uint32_t kept = (uint32_t)((double)a->keep_prob * 4294967296.0);
+    const uint32_t kept = (uint32_t)(a->keep_prob * 4294967296.0f);
     for (int32_t p = 0; p < g->n; ++p) {
         float *const at = s + p * step;
         for (int32_t j = -(j0 % 4); j < n; j += 4 * N) {
@@ -7586,17 +7663,6 @@ HL_KERNEL_AVX512 void hl_fag_f32_d64_pse_types_softcap_slope_avx512(float cap, c
     }
 }
 
-/* dS = dS o slope. */
-HL_KERNEL_AVX512 void hl_fag_f32_d64_pse_types_softcap_times_avx512(const float *slope, float *ds,
-    int32_t n)
-{
-    enum { L = 16 };
-    for (int32_t i = 0; i < n; i += L) {
-        hl_vstore_avx512(ds + i,
-                         hl_vmul_avx512(hl_vload_avx512(slope + i), hl_vload_avx512(ds + i)));
-    }
-}
-
 /* max in units of log2, 1 / sum and delta of a span's queries, whose rows of dO are in w->v; 0 for
  * those behind the last, up to a whole vector, and where the forward pass found no key. They are
  * the task's queries from `at` on. */
@@ -7637,6 +7703,19 @@ HL_KERNEL_AVX512 void hl_fag_f32_d64_pse_types_softcap_numbers_avx512(
             w->weight[at + p] = none ? 0.0f : 1.0f / l;
             w->delta[at + p] = none ? 0.0f : w->delta[at + p];
         }
+    }
+}
+
+/* ---- pairs: S, dP -> P, dS ---- */
+
+/* dS = dS o slope. */
+HL_KERNEL_AVX512 void hl_fag_f32_d64_pse_types_softcap_times_avx512(const float *slope, float *ds,
+    int32_t n)
+{
+    enum { L = 16 };
+    for (int32_t i = 0; i < n; i += L) {
+        hl_vstore_avx512(ds + i,
+                         hl_vmul_avx512(hl_vload_avx512(slope + i), hl_vload_avx512(ds + i)));
     }
 }
 
@@ -8110,7 +8189,7 @@ static inline hl_status hl_fag_f32_d64_pse_types_softcap_plan(hl_fusion_attentio
     hl_fusion_attention_grad_args *const a = &p.args;
     const uint32_t present = hl_fusion_attention_grad_f32_d64_pse_types_softcap_isas();
     uint64_t work;
-    int32_t longest[2] = {0, 0};
+    uint64_t pairs = 0;
     hl_status status;
     (void)hl_refuse(error, HL_OK, HL_ARG_NONE, HL_RULE_NONE, 0, 0);
     if (plan == NULL || args == NULL) {
@@ -8123,16 +8202,16 @@ static inline hl_status hl_fag_f32_d64_pse_types_softcap_plan(hl_fusion_attentio
         status = hl_fag_f32_d64_pse_types_softcap_check_sizes(a, error);
     }
     if (status == HL_OK) {
-        status = hl_fag_f32_d64_pse_types_softcap_check_lengths(a, longest, error);
+        status = hl_fag_f32_d64_pse_types_softcap_check_lengths(a, p.longest, &pairs, error);
     }
     if (status == HL_OK) {
-        status = hl_fag_f32_d64_pse_types_softcap_check_mask(a, longest, error);
+        status = hl_fag_f32_d64_pse_types_softcap_check_mask(a, p.longest, error);
     }
     if (status == HL_OK) {
         status = hl_fag_f32_d64_pse_types_softcap_check_grad(a, error);
     }
     if (status == HL_OK) {
-        status = hl_fag_f32_d64_pse_types_softcap_check_memory(a, workspace, bytes, error);
+        status = hl_fag_f32_d64_pse_types_softcap_check_memory(a, pairs, workspace, bytes, error);
     }
     if (status != HL_OK) {
         return status;
@@ -8156,6 +8235,7 @@ static inline hl_status hl_fag_f32_d64_pse_types_softcap_plan(hl_fusion_attentio
     }
     p.group = a->heads_q / a->heads_kv;
     p.scale_log2 = a->scale_value * 1.44269504f;
+    p.pairs = pairs > (uint64_t)INT64_MAX ? INT64_MAX : (int64_t)pairs;
     p.queries = 192;
     p.band_batch = -1;
     for (int32_t b = 0; a->sparse_mode > 6 && b < a->batch; ++b) { /* the last or first with rows */
@@ -8171,7 +8251,7 @@ static inline hl_status hl_fag_f32_d64_pse_types_softcap_plan(hl_fusion_attentio
     p.n_tasks = p.q_tasks
                 + (a->dkey != NULL || a->dvalue != NULL
                    ? hl_fag_f32_d64_pse_types_softcap_count_tasks(&p, 1) : 0);
-    work = hl_mul_cap(hl_fag_f32_d64_pse_types_softcap_pairs(a), (uint64_t)a->heads_q * 448u);
+    work = hl_mul_cap(pairs, (uint64_t)a->heads_q * 448u);
     p.work = work > (uint64_t)INT64_MAX ? INT64_MAX : (int64_t)work;
     *plan = p;
     return HL_OK;
@@ -8234,7 +8314,7 @@ HL_API size_t hl_fusion_attention_grad_f32_d64_pse_types_softcap_workspace_bytes
         return 0;
     }
 #if defined(_OPENMP)
-    return plan.task_bytes * (size_t)omp_get_max_threads();
+    return hl_size(hl_mul_cap(plan.task_bytes, (uint64_t)omp_get_max_threads()));
 #else
     return plan.task_bytes;
 #endif

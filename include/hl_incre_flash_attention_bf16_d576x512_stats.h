@@ -111,7 +111,7 @@
 /* ==== shared by every Headlight header ==== */
 
 #ifndef HL_COMMON
-#define HL_COMMON 4
+#define HL_COMMON 5
 
 #include <stddef.h>
 #include <stdint.h>
@@ -360,6 +360,20 @@ enum {
     HL_ISA_AMX = 5
 };
 
+/* Stack in bytes, whatever the arguments: of any one function, and of a whole call with all that it
+ * calls on this instruction set. */
+#define HL_FRAME_BYTES_SCALAR 1024
+#define HL_STACK_BYTES_SCALAR 3072
+#define HL_FRAME_BYTES_NEON 4096
+#define HL_STACK_BYTES_NEON 6144
+#define HL_FRAME_BYTES_AVX2 4096
+#define HL_STACK_BYTES_AVX2 6144
+#define HL_FRAME_BYTES_AVX512 4096
+#define HL_STACK_BYTES_AVX512 6144
+#define HL_FRAME_BYTES_AMX 8192
+#define HL_STACK_BYTES_AMX 8192
+/* As GCC and Clang compile it from -O1 up. Without optimisation vector code takes far more. */
+
 /* Writes one sentence about the error into text (always ended by a 0 byte) and returns text; 160
  * bytes are enough. With HL_NO_TEXT defined the program holds no words: text is empty. */
 HL_API const char *hl_error_text(const hl_error *error, char *text, size_t size);
@@ -368,7 +382,7 @@ HL_API const char *hl_error_text(const hl_error *error, char *text, size_t size)
 }
 #endif
 
-#elif HL_COMMON != 4
+#elif HL_COMMON != 5
 #error "hl: headers of two generator versions in one file; regenerate the older one"
 #endif /* HL_COMMON */
 /* ==== the operator's arguments, shared by all of its kernels ==== */
@@ -651,6 +665,14 @@ typedef struct hl_decode_append_args {
 #define HL_FETCH(address) ((void)(address))
 #endif
 
+/* A function that its caller shall not take in: what it keeps on the stack is gone when it returns,
+ * and does not add to what later calls need. */
+#if defined(__GNUC__)
+#define HL_OWN_FRAME __attribute__((noinline, unused)) static
+#else
+#define HL_OWN_FRAME static inline
+#endif
+
 #ifdef __cplusplus
 extern "C" {
 #endif
@@ -749,6 +771,25 @@ static inline float hl_float_of(uint32_t bits)
     return x;
 }
 
+/* Compilers may make one operation of a product and the sum around it, each by rules and flags of
+ * its own, and then round once instead of twice. This says that x is looked at in between: with it
+ * the bits are the same whoever compiles. In the words of plain C it is left to the compiler. */
+#if defined(__GNUC__) && defined(__SSE__)
+#define HL_ROUNDED(x) __asm__("" : "+x"(x))
+#elif defined(__GNUC__) && defined(__aarch64__)
+#define HL_ROUNDED(x) __asm__("" : "+w"(x))
+#else
+#define HL_ROUNDED(x) (void)(x)
+#endif
+
+/* x * y, rounded before anything is added to it. */
+static inline float hl_product(float x, float y)
+{
+    float product = x * y;
+    HL_ROUNDED(product);
+    return product;
+}
+
 static inline float hl_float_of_bf16(uint16_t h)
 {
     return hl_float_of((uint32_t)h << 16);
@@ -801,16 +842,27 @@ static inline float hl_log(float x)
     const uint32_t bits = hl_bits_of(x);
     const int32_t e = (int32_t)((bits + 0x4afb0du) >> 23) - 127;
     const float y = hl_float_of(bits - ((uint32_t)e << 23));
-    const float t = (y - 1.0f) / (y + 1.0f);
+    float t = (y - 1.0f) / (y + 1.0f);
     const float t2 = t * t;
-    const float odd = 2.0f + t2 * (0.666666667f + t2 * (0.4f + t2 * (0.285714286f + t2 * 0.23f)));
+    float odd = 0.285714286f + hl_product(t2, 0.23f);
+    odd = 0.4f + hl_product(t2, odd);
+    odd = 0.666666667f + hl_product(t2, odd);
+    odd = 2.0f + hl_product(t2, odd);
     if (x == 0.0f) {
         return hl_float_of(0xff800000u);
     }
     if (!(x < hl_float_of(0x7f800000u))) { /* infinity or NaN */
         return x;
     }
-    return (float)e * 0.693359375f + ((float)e * -2.12194440e-4f + t * odd); /* ln 2 in two parts */
+    t = hl_product((float)e, -2.12194440e-4f) + hl_product(t, odd); /* ln 2 in two parts */
+    return hl_product((float)e, 0.693359375f) + t;
+}
+
+/* A number of the caller's that another thread may be changing: read exactly once, whatever the
+ * compiler would make of it, so that what was checked is what is used. */
+static inline int32_t hl_once(const int32_t *number)
+{
+    return *(const volatile int32_t *)number;
 }
 
 /* Fills *error, if there is one, and returns its status. */
@@ -847,12 +899,21 @@ static inline hl_status hl_refuse_at(hl_error *error, hl_status status, hl_argum
 /* a * b and a + b that stay at the top instead of wrapping. */
 static inline uint64_t hl_mul_cap(uint64_t a, uint64_t b)
 {
+    if ((a | b) <= UINT32_MAX) { /* as a rule, and a division costs more than all the rest */
+        return a * b;
+    }
     return b != 0 && a > UINT64_MAX / b ? UINT64_MAX : a * b;
 }
 
 static inline uint64_t hl_add_cap(uint64_t a, uint64_t b)
 {
     return a > UINT64_MAX - b ? UINT64_MAX : a + b;
+}
+
+/* As a size of memory; what there cannot be is SIZE_MAX, which no allocator grants. */
+static inline size_t hl_size(uint64_t bytes)
+{
+    return bytes > (uint64_t)PTRDIFF_MAX ? SIZE_MAX : (size_t)bytes;
 }
 
 /* Bytes from the first to behind the last element of a strided tensor; 0 if it has none. */
@@ -874,8 +935,8 @@ typedef struct hl_range {
     const void *start;
     uint64_t bytes;
     hl_argument argument;
-    int32_t written;
-    uint32_t align;
+    uint16_t written;
+    uint16_t align; /* a power of two */
 } hl_range;
 
 /* NULL, alignment, size, and that nothing written overlaps anything else. */
@@ -889,9 +950,9 @@ static inline hl_status hl_check_ranges(const hl_range *range, int32_t n, hl_err
         if (start == 0) {
             return hl_refuse(error, HL_ERR_NULL, range[i].argument, HL_RULE_NOT_NULL, 0, 0);
         }
-        if (start % range[i].align != 0) {
+        if ((start & (range[i].align - 1)) != 0) {
             return hl_refuse(error, HL_ERR_ALIGN, range[i].argument, HL_RULE_MULTIPLE_OF,
-                             (int64_t)(start % range[i].align), (int64_t)range[i].align);
+                             (int64_t)(start & (range[i].align - 1)), (int64_t)range[i].align);
         }
         if (range[i].bytes > (uint64_t)PTRDIFF_MAX
             || range[i].bytes > (uint64_t)UINTPTR_MAX - (uint64_t)start) {
@@ -901,11 +962,14 @@ static inline hl_status hl_check_ranges(const hl_range *range, int32_t n, hl_err
         }
     }
     for (int32_t i = 0; i < n; ++i) {
+        const uintptr_t a = (uintptr_t)range[i].start;
+        const uintptr_t a_end = a + (uintptr_t)range[i].bytes;
+        if (!range[i].written || a == a_end) {
+            continue;
+        }
         for (int32_t j = 0; j < n; ++j) {
-            const uintptr_t a = (uintptr_t)range[i].start;
             const uintptr_t b = (uintptr_t)range[j].start;
-            if (i != j && range[i].written && range[i].bytes != 0 && range[j].bytes != 0 && a < b
-                + (uintptr_t)range[j].bytes && b < a + (uintptr_t)range[i].bytes) {
+            if (a < b + (uintptr_t)range[j].bytes && b < a_end && range[j].bytes != 0 && i != j) {
                 return hl_refuse(error, HL_ERR_ALIAS, range[i].argument, HL_RULE_DISJOINT, 0, 0);
             }
         }
@@ -957,8 +1021,10 @@ static inline hl_status hl_default_stride(hl_stride *stride, int64_t rows, int64
                               : stride->row < 0 ? stride->row : stride->head;
         return hl_refuse(error, HL_ERR_SHAPE, argument, HL_RULE_AT_LEAST, (int64_t)bad, 0);
     }
-    if (batch > (uint64_t)PTRDIFF_MAX) {
-        return hl_refuse(error, HL_ERR_SHAPE, argument, HL_RULE_ADDRESSABLE, INT64_MAX,
+    if (row > (uint64_t)PTRDIFF_MAX || batch > (uint64_t)PTRDIFF_MAX) {
+        const uint64_t most = row > batch ? row : batch;
+        return hl_refuse(error, HL_ERR_SHAPE, argument, HL_RULE_ADDRESSABLE,
+                         most > (uint64_t)INT64_MAX ? INT64_MAX : (int64_t)most,
                          (int64_t)PTRDIFF_MAX);
     }
     stride->head = stride->head != 0 ? stride->head : (ptrdiff_t)channels;
@@ -1293,6 +1359,10 @@ enum {
 #define HL_INCRE_FLASH_ATTENTION_BF16_D576X512_STATS_PARTIALS_BYTES(r, h, c) \
     (64 + 4 * (size_t)(r) * (size_t)(c) * (size_t)(h) * 1170)
 
+/* Stack that any call below may need, on the deepest of the kernel's instruction sets. */
+#define HL_INCRE_FLASH_ATTENTION_BF16_D576X512_STATS_STACK_BYTES \
+    HL_STACK_BYTES_AMX
+
 /* Checks everything, fills in defaults, counts tasks. On an error *plan is untouched. */
 HL_API hl_status hl_incre_flash_attention_bf16_d576x512_stats_plan(
     hl_incre_flash_attention_plan *plan, const hl_incre_flash_attention_args *args,
@@ -1473,7 +1543,12 @@ HL_WORD_NEON void hl_vpair_neon(const float *p, hl_vf_neon *x, hl_vf_neon *y)
 HL_WORD_NEON hl_vf_neon hl_vkeep_neon(hl_vf_neon x) { return x; }
 HL_WORD_NEON hl_vf_neon hl_vadd_neon(hl_vf_neon x, hl_vf_neon y) { return vaddq_f32(x, y); }
 HL_WORD_NEON hl_vf_neon hl_vsub_neon(hl_vf_neon x, hl_vf_neon y) { return vsubq_f32(x, y); }
-HL_WORD_NEON hl_vf_neon hl_vmul_neon(hl_vf_neon x, hl_vf_neon y) { return vmulq_f32(x, y); }
+HL_WORD_NEON hl_vf_neon hl_vmul_neon(hl_vf_neon x, hl_vf_neon y)
+{
+    hl_vf_neon product = vmulq_f32(x, y);
+    HL_ROUNDED(product);
+    return product;
+}
 HL_WORD_NEON hl_vf_neon hl_vfma_neon(hl_vf_neon x, hl_vf_neon y, hl_vf_neon z)
 {
     return vfmaq_f32(z, x, y);
@@ -1614,7 +1689,10 @@ HL_WORD_AVX2 hl_vf_avx2 hl_vkeep_avx2(hl_vf_avx2 x)
 }
 HL_WORD_AVX2 hl_vf_avx2 hl_vadd_avx2(hl_vf_avx2 x, hl_vf_avx2 y) { return _mm256_add_ps(x, y); }
 HL_WORD_AVX2 hl_vf_avx2 hl_vsub_avx2(hl_vf_avx2 x, hl_vf_avx2 y) { return _mm256_sub_ps(x, y); }
-HL_WORD_AVX2 hl_vf_avx2 hl_vmul_avx2(hl_vf_avx2 x, hl_vf_avx2 y) { return _mm256_mul_ps(x, y); }
+HL_WORD_AVX2 hl_vf_avx2 hl_vmul_avx2(hl_vf_avx2 x, hl_vf_avx2 y)
+{
+    return hl_vkeep_avx2(_mm256_mul_ps(x, y));
+}
 HL_WORD_AVX2 hl_vf_avx2 hl_vfma_avx2(hl_vf_avx2 x, hl_vf_avx2 y, hl_vf_avx2 z)
 {
     return _mm256_fmadd_ps(x, y, z);
@@ -1777,7 +1855,7 @@ HL_WORD_AVX512 hl_vf_avx512 hl_vsub_avx512(hl_vf_avx512 x, hl_vf_avx512 y)
 }
 HL_WORD_AVX512 hl_vf_avx512 hl_vmul_avx512(hl_vf_avx512 x, hl_vf_avx512 y)
 {
-    return _mm512_mul_ps(x, y);
+    return hl_vkeep_avx512(_mm512_mul_ps(x, y));
 }
 HL_WORD_AVX512 hl_vf_avx512 hl_vfma_avx512(hl_vf_avx512 x, hl_vf_avx512 y, hl_vf_avx512 z)
 {
@@ -2301,8 +2379,8 @@ static inline int32_t hl_ifa_bf16_d576x512_stats_cache_rows(const hl_incre_flash
 }
 
 /* Keys of a batch: rows first .. first + length - 1 of its cache. Values that the plan has checked
- * are kept within bounds once more, so that a caller who changes them meanwhile gets wrong numbers,
- * but no access out of bounds. */
+ * are read once and kept within bounds once more, so that a caller who changes them meanwhile gets
+ * wrong numbers, but no access out of bounds. */
 static inline void hl_ifa_bf16_d576x512_stats_keys_of(const hl_incre_flash_attention_args *a,
     int32_t b, int32_t *first, int32_t *length)
 {
@@ -2310,11 +2388,12 @@ static inline void hl_ifa_bf16_d576x512_stats_keys_of(const hl_incre_flash_atten
     int32_t n = limit;
     *first = 0;
     if (a->actual_seq_lengths != NULL) {
-        n = a->actual_seq_lengths[a->lengths == 1 ? 0 : b];
+        n = hl_once(a->actual_seq_lengths + (a->lengths == 1 ? 0 : b));
         n = n < 0 ? 0 : n > limit ? limit : n;
         /* keys end in front of the padding */
         if (a->kv_padding_size != NULL && !hl_ifa_bf16_d576x512_stats_paged(a)) {
-            const int32_t pad = *a->kv_padding_size > 0 ? *a->kv_padding_size : 0;
+            const int32_t given = hl_once(a->kv_padding_size);
+            const int32_t pad = given > 0 ? given : 0;
             n = (int64_t)limit - pad - n < 0 ? 0 : n;
             *first = n > 0 ? limit - pad - n : 0;
         }
@@ -2340,6 +2419,9 @@ static inline int32_t hl_ifa_bf16_d576x512_stats_group(const hl_incre_flash_atte
     const hl_incre_flash_attention_args *const a = &plan->args;
     const int32_t b = (int32_t)(index / a->heads_kv);
     const int32_t head = (int32_t)(index % a->heads_kv);
+    /* columns of pse_shift and atten_mask, which the plan has found enough for its lengths */
+    const int32_t columns = a->atten_mask != NULL ? a->mask_width : INT32_MAX;
+    const int32_t reach = a->pse_shift != NULL && a->pse_width < columns ? a->pse_width : columns;
     int32_t end;
     g->group = plan->group;
     g->heads = a->heads_q / a->heads_kv;
@@ -2348,6 +2430,8 @@ static inline int32_t hl_ifa_bf16_d576x512_stats_group(const hl_incre_flash_atte
     g->batch = b;
     g->kv_head = head;
     hl_ifa_bf16_d576x512_stats_keys_of(a, b, &g->first, &g->length);
+    g->first = g->first < reach ? g->first : reach;
+    g->length = g->length < reach - g->first ? g->length : reach - g->first;
     hl_ifa_bf16_d576x512_stats_row_keys(a, g, g->rows - 1, &g->low, &end);
     hl_ifa_bf16_d576x512_stats_row_keys(a, g, 0, &g->keys, &g->high);
     g->entries = end - g->keys; /* from the first row's first key to the last row's last */
@@ -2413,7 +2497,7 @@ static inline int32_t hl_ifa_bf16_d576x512_stats_find(const hl_incre_flash_atten
     if (hl_ifa_bf16_d576x512_stats_paged(a)) {
         inner = t % a->block_size;
         {
-            outer = g->pages[t / a->block_size];
+            outer = hl_once(g->pages + t / a->block_size);
             if (outer < 0 || outer >= a->num_blocks) {
                 return 0;
             }
@@ -2571,7 +2655,7 @@ static inline hl_status hl_ifa_bf16_d576x512_stats_check_absent(
 }
 
 /* Sizes, modes and numbers. Fills in the defaults of *a. */
-static inline hl_status hl_ifa_bf16_d576x512_stats_check_sizes(hl_incre_flash_attention_args *a,
+HL_OWN_FRAME hl_status hl_ifa_bf16_d576x512_stats_check_sizes(hl_incre_flash_attention_args *a,
     hl_error *error)
 {
     const struct {
@@ -2797,7 +2881,7 @@ static inline void hl_ifa_bf16_d576x512_stats_heads_first(hl_stride *stride, int
 }
 
 /* Strides, alignment, extents; and nothing that is written overlaps anything else. */
-static inline hl_status hl_ifa_bf16_d576x512_stats_check_memory(hl_incre_flash_attention_args *a,
+HL_OWN_FRAME hl_status hl_ifa_bf16_d576x512_stats_check_memory(hl_incre_flash_attention_args *a,
     const void *workspace, size_t bytes, hl_error *error)
 {
     const int32_t paged = hl_ifa_bf16_d576x512_stats_paged(a);
@@ -2817,7 +2901,8 @@ static inline hl_status hl_ifa_bf16_d576x512_stats_check_memory(hl_incre_flash_a
                    * (uint64_t)a->pse_width);
     const uint64_t mask =
         hl_mul_cap((uint64_t)a->mask_batch * (uint64_t)a->mask_rows, (uint64_t)a->mask_width);
-    const uint64_t quant = (a->quant_bf16 ? 2u : 4u)
+    const uint16_t quant_number = a->quant_bf16 ? 2u : 4u;
+    const uint64_t quant = quant_number
                            * (a->quant_per_channel ? (uint64_t)n1 * 512u : 1u);
     const int32_t any = a->batch != 0; /* with nothing to compute nothing is read */
     struct {
@@ -2875,12 +2960,12 @@ static inline hl_status hl_ifa_bf16_d576x512_stats_check_memory(hl_incre_flash_a
             {a->block_table, a->block_table ? each * (uint64_t)a->max_blocks : 0,
              HL_ARG_BLOCK_TABLE, 0, 4u},
             {a->quant_scale2, a->quant_scale2 ? quant : 0, HL_ARG_QUANT_SCALE2, 0,
-             a->quant_bf16 ? 2u : 4u},
+             quant_number},
             {a->quant_offset2, a->quant_offset2 ? quant : 0, HL_ARG_QUANT_OFFSET2, 0,
-             a->quant_bf16 ? 2u : 4u},
+             quant_number},
             {a->alibi_slopes, a->alibi_slopes ? 4u * (uint64_t)n1 : 0, HL_ARG_ALIBI_SLOPES, 0, 4u},
             {a->sinks, a->sinks ? 4u * (uint64_t)n1 : 0, HL_ARG_SINKS, 0, 4u},
-            {a->attention_out, extent[3], HL_ARG_ATTENTION_OUT, 1, (uint32_t)out_bytes},
+            {a->attention_out, extent[3], HL_ARG_ATTENTION_OUT, 1, (uint16_t)out_bytes},
             {a->softmax_max, a->softmax_max ? stats : 0, HL_ARG_SOFTMAX_MAX, 1, 4u},
             {a->softmax_sum, a->softmax_sum ? stats : 0, HL_ARG_SOFTMAX_SUM, 1, 4u},
             {a->softmax_lse, a->softmax_lse ? stats : 0, HL_ARG_SOFTMAX_LSE, 1, 4u},
@@ -3318,7 +3403,8 @@ HL_KERNEL_SCALAR void hl_ifa_bf16_d576x512_stats_bias_positions_scalar(
             const uint16_t *const pse = (const uint16_t *)a->pse_shift
                 + ((batch * a->heads_q + head) * a->seq_q + i) * a->pse_width;
             for (int32_t j = 0; j < b->n; ++j) {
-                s[j * ks + h * qs] += log2e * hl_float_of_bf16(pse[b->row[j].token]);
+                const float more = hl_float_of_bf16(pse[b->row[j].token]);
+                s[j * ks + h * qs] += hl_product(log2e, more);
             }
         }
     }
@@ -3403,7 +3489,7 @@ HL_KERNEL_SCALAR void hl_ifa_bf16_d576x512_stats_softmax_few_scalar(float *s, co
             sum += each[i];
         }
         t->alpha[h0 + h] = less[h];
-        t->l[h0 + h] = less[h] * t->l[h0 + h] + sum;
+        t->l[h0 + h] = hl_product(less[h], t->l[h0 + h]) + sum;
     }
 }
 
@@ -3677,7 +3763,9 @@ HL_KERNEL_SCALAR void hl_ifa_bf16_d576x512_stats_store_quantised_scalar(
     for (int32_t c = 0; c < DV; ++c) {
         const ptrdiff_t i = a->quant_per_channel ? (ptrdiff_t)head * DV + c : 0;
         float x = o[c] * factor;
-        x = x * hl_ifa_bf16_d576x512_stats_quant_number(a->quant_scale2, i, a->quant_bf16);
+        x =
+            hl_product(x,
+                       hl_ifa_bf16_d576x512_stats_quant_number(a->quant_scale2, i, a->quant_bf16));
         if (a->quant_offset2 != NULL) {
             x = x + hl_ifa_bf16_d576x512_stats_quant_number(a->quant_offset2, i, a->quant_bf16);
         }
@@ -3715,7 +3803,7 @@ HL_KERNEL_SCALAR void hl_ifa_bf16_d576x512_stats_store_lse_scalar(
         return;
     }
     for (int32_t h = 0; h < group; ++h) {
-        const float lse = t->m[h] * 0.693147181f + hl_log(t->l[h]);
+        const float lse = hl_product(t->m[h], 0.693147181f) + hl_log(t->l[h]);
         const float finite = t->m[h] < 3.402823466e+38f || lse != lse ? lse : -none;
         a->softmax_lse[g->stats + h % g->heads * g->rows + h / g->heads] = t->l[h] != 0.0f ? finite
             : none;
@@ -3915,84 +4003,6 @@ HL_KERNEL_SCALAR void hl_ifa_bf16_d576x512_stats_chunk_scalar(
             g, c), padded);
     for (int32_t i = 0; g->rows > 1 && i < g->rows; ++i) {
         hl_ifa_bf16_d576x512_stats_forward_row_scalar(plan, g, w, t, c, i);
-    }
-}
-
-/* Some kv heads of a batch, a block of keys of each in turn: where a token's heads lie side by
- * side, their lines and pages are then read together. The arithmetic is that of their tasks. */
-static inline void hl_ifa_bf16_d576x512_stats_walk_scalar(const hl_incre_flash_attention_plan *plan,
-    int64_t first, int32_t n, char *workspace)
-{
-    const int32_t padded = (plan->group + 0) / 1 * 1;
-    const hl_incre_flash_attention_args *const a = &plan->args;
-    const int32_t block = 16;
-    hl_space w[16];
-    hl_group g[16];
-    hl_block b;
-    hl_row *later; /* the next block's rows, of the first head */
-    hl_row *ask;
-    int32_t chunks;
-    if (n < 1) {
-        return;
-    }
-    for (int32_t h = 0; h < n; ++h) {
-        (void)hl_ifa_bf16_d576x512_stats_group(plan, first + h, &g[h]);
-        hl_ifa_bf16_d576x512_stats_space(&w[h], workspace + (size_t)h * plan->task_bytes,
-                                         plan->group, hl_ifa_bf16_d576x512_stats_value_apart(a));
-        w[h].k = w[0].k; /* scratch of a block is for all of them */
-        w[h].v = w[0].v;
-        w[h].s = w[0].s;
-        w[h].row = w[0].row;
-        w[h].own = w[0].own;
-    }
-    later = w[0].row + block;
-    ask = later + block;
-    b.value_apart = hl_ifa_bf16_d576x512_stats_value_apart(a);
-    b.n_later = 0;
-    b.ask = ask;
-    chunks = hl_ifa_bf16_d576x512_stats_chunks(a, &g[0]);
-    for (int32_t chunk = 0; chunk < chunks; ++chunk) {
-        const hl_cursor all = hl_ifa_bf16_d576x512_stats_chunk(a, &g[0], chunk);
-        hl_cursor c = hl_ifa_bf16_d576x512_stats_part_of_chunk(a, &g[0], all);
-        const int32_t end = c.end;
-        for (int32_t h = 0; h < n; ++h) {
-            hl_ifa_bf16_d576x512_stats_start_scalar(chunk == 0 ? &w[h].state : &w[h].other, padded,
-                                                    plan->group);
-            hl_ifa_bf16_d576x512_stats_load_queries_scalar(plan, &g[h], &w[h]);
-        }
-        c.end = end - c.at < block ? end : c.at + block;
-        b.row = w[0].row;
-        while (c.at < c.end) {
-            hl_cursor next;
-            int32_t rows;
-            next.at = c.end;
-            next.within = 0;
-            next.end = end - next.at < block ? end : next.at + block;
-            rows = next.at < next.end
-                ? hl_ifa_bf16_d576x512_stats_next_block(a, &g[0], next, later, block) : 0;
-            for (int32_t h = 0; h < n; ++h) {
-                const hl_state *const t = chunk == 0 ? &w[h].state : &w[h].other;
-                b.n = hl_ifa_bf16_d576x512_stats_next_block(a, &g[h], c, b.row, block);
-                b.asks = hl_ifa_bf16_d576x512_stats_share(a, later, rows, h, n, ask, block);
-                if (b.n > 0) {
-                    hl_ifa_bf16_d576x512_stats_block_scalar(plan, &g[h], &w[h], t, &b, padded);
-                    *t->seen = 1.0f;
-                }
-            }
-            c = next;
-        }
-        for (int32_t h = 0; h < n; ++h) {
-            const hl_state *const t = chunk == 0 ? &w[h].state : &w[h].other;
-            for (int32_t i = 0; g[h].rows > 1 && i < g[h].rows; ++i) {
-                hl_ifa_bf16_d576x512_stats_forward_row_scalar(plan, &g[h], &w[h], t, all, i);
-            }
-            if (chunk > 0) {
-                hl_ifa_bf16_d576x512_stats_merge_state_scalar(&w[h].state, t, padded, plan->group);
-            }
-        }
-    }
-    for (int32_t h = 0; h < n; ++h) {
-        hl_ifa_bf16_d576x512_stats_finish_scalar(plan, &g[h], &w[h].state, padded);
     }
 }
 
@@ -4805,7 +4815,8 @@ HL_KERNEL_NEON void hl_ifa_bf16_d576x512_stats_bias_positions_neon(
             const uint16_t *const pse = (const uint16_t *)a->pse_shift
                 + ((batch * a->heads_q + head) * a->seq_q + i) * a->pse_width;
             for (int32_t j = 0; j < b->n; ++j) {
-                s[j * ks + h * qs] += log2e * hl_float_of_bf16(pse[b->row[j].token]);
+                const float more = hl_float_of_bf16(pse[b->row[j].token]);
+                s[j * ks + h * qs] += hl_product(log2e, more);
             }
         }
     }
@@ -4919,7 +4930,7 @@ HL_KERNEL_NEON void hl_ifa_bf16_d576x512_stats_softmax_few_neon(float *s, const 
             sum += each[i];
         }
         t->alpha[h0 + h] = less[h];
-        t->l[h0 + h] = less[h] * t->l[h0 + h] + sum;
+        t->l[h0 + h] = hl_product(less[h], t->l[h0 + h]) + sum;
     }
 }
 
@@ -5483,7 +5494,9 @@ HL_KERNEL_NEON void hl_ifa_bf16_d576x512_stats_store_quantised_neon(
     for (int32_t c = 0; c < DV; ++c) {
         const ptrdiff_t i = a->quant_per_channel ? (ptrdiff_t)head * DV + c : 0;
         float x = o[c] * factor;
-        x = x * hl_ifa_bf16_d576x512_stats_quant_number(a->quant_scale2, i, a->quant_bf16);
+        x =
+            hl_product(x,
+                       hl_ifa_bf16_d576x512_stats_quant_number(a->quant_scale2, i, a->quant_bf16));
         if (a->quant_offset2 != NULL) {
             x = x + hl_ifa_bf16_d576x512_stats_quant_number(a->quant_offset2, i, a->quant_bf16);
         }
@@ -5521,7 +5534,7 @@ HL_KERNEL_NEON void hl_ifa_bf16_d576x512_stats_store_lse_neon(
         return;
     }
     for (int32_t h = 0; h < group; ++h) {
-        const float lse = t->m[h] * 0.693147181f + hl_log(t->l[h]);
+        const float lse = hl_product(t->m[h], 0.693147181f) + hl_log(t->l[h]);
         const float finite = t->m[h] < 3.402823466e+38f || lse != lse ? lse : -none;
         a->softmax_lse[g->stats + h % g->heads * g->rows + h / g->heads] = t->l[h] != 0.0f ? finite
             : none;
@@ -5738,6 +5751,21 @@ HL_KERNEL_NEON void hl_ifa_bf16_d576x512_stats_chunk_neon(const hl_incre_flash_a
     }
 }
 
+/* The workspace of head h of those that are decoded in turn; scratch of a block is for all of them.
+ * It is worked out again for each block: to keep 16 would take kilobytes of stack. */
+HL_KERNEL_NEON void hl_ifa_bf16_d576x512_stats_turn_neon(const hl_incre_flash_attention_plan *plan,
+    const hl_space *first, char *workspace, int32_t h, hl_space *w)
+{
+    const hl_incre_flash_attention_args *const a = &plan->args;
+    hl_ifa_bf16_d576x512_stats_space(w, workspace + (size_t)h * plan->task_bytes, plan->group,
+                                     hl_ifa_bf16_d576x512_stats_value_apart(a));
+    w->k = first->k;
+    w->v = first->v;
+    w->s = first->s;
+    w->row = first->row;
+    w->own = first->own;
+}
+
 /* Some kv heads of a batch, a block of keys of each in turn: where a token's heads lie side by
  * side, their lines and pages are then read together. The arithmetic is that of their tasks. */
 static inline void hl_ifa_bf16_d576x512_stats_walk_neon(const hl_incre_flash_attention_plan *plan,
@@ -5747,7 +5775,8 @@ static inline void hl_ifa_bf16_d576x512_stats_walk_neon(const hl_incre_flash_att
     const hl_incre_flash_attention_args *const a = &plan->args;
     const int32_t block = plan->group > 16 ? 64 : plan->group <= 3
         && !hl_ifa_bf16_d576x512_stats_value_apart(a) ? 16 : 64;
-    hl_space w[16];
+    hl_space all; /* the first head's, whose scratch all use */
+    hl_space w;
     hl_group g[16];
     hl_block b;
     hl_row *later; /* the next block's rows, of the first head */
@@ -5758,31 +5787,27 @@ static inline void hl_ifa_bf16_d576x512_stats_walk_neon(const hl_incre_flash_att
     }
     for (int32_t h = 0; h < n; ++h) {
         (void)hl_ifa_bf16_d576x512_stats_group(plan, first + h, &g[h]);
-        hl_ifa_bf16_d576x512_stats_space(&w[h], workspace + (size_t)h * plan->task_bytes,
-                                         plan->group, hl_ifa_bf16_d576x512_stats_value_apart(a));
-        w[h].k = w[0].k; /* scratch of a block is for all of them */
-        w[h].v = w[0].v;
-        w[h].s = w[0].s;
-        w[h].row = w[0].row;
-        w[h].own = w[0].own;
     }
-    later = w[0].row + block;
+    hl_ifa_bf16_d576x512_stats_space(&all, workspace, plan->group,
+                                     hl_ifa_bf16_d576x512_stats_value_apart(a));
+    later = all.row + block;
     ask = later + block;
     b.value_apart = hl_ifa_bf16_d576x512_stats_value_apart(a);
     b.n_later = 0;
     b.ask = ask;
     chunks = hl_ifa_bf16_d576x512_stats_chunks(a, &g[0]);
     for (int32_t chunk = 0; chunk < chunks; ++chunk) {
-        const hl_cursor all = hl_ifa_bf16_d576x512_stats_chunk(a, &g[0], chunk);
-        hl_cursor c = hl_ifa_bf16_d576x512_stats_part_of_chunk(a, &g[0], all);
+        const hl_cursor whole = hl_ifa_bf16_d576x512_stats_chunk(a, &g[0], chunk);
+        hl_cursor c = hl_ifa_bf16_d576x512_stats_part_of_chunk(a, &g[0], whole);
         const int32_t end = c.end;
         for (int32_t h = 0; h < n; ++h) {
-            hl_ifa_bf16_d576x512_stats_start_neon(chunk == 0 ? &w[h].state : &w[h].other, padded,
+            hl_ifa_bf16_d576x512_stats_turn_neon(plan, &all, workspace, h, &w);
+            hl_ifa_bf16_d576x512_stats_start_neon(chunk == 0 ? &w.state : &w.other, padded,
                                                   plan->group);
-            hl_ifa_bf16_d576x512_stats_load_queries_neon(plan, &g[h], &w[h]);
+            hl_ifa_bf16_d576x512_stats_load_queries_neon(plan, &g[h], &w);
         }
         c.end = end - c.at < block ? end : c.at + block;
-        b.row = w[0].row;
+        b.row = all.row;
         while (c.at < c.end) {
             hl_cursor next;
             int32_t rows;
@@ -5792,28 +5817,31 @@ static inline void hl_ifa_bf16_d576x512_stats_walk_neon(const hl_incre_flash_att
             rows = next.at < next.end
                 ? hl_ifa_bf16_d576x512_stats_next_block(a, &g[0], next, later, block) : 0;
             for (int32_t h = 0; h < n; ++h) {
-                const hl_state *const t = chunk == 0 ? &w[h].state : &w[h].other;
+                const hl_state *const t = chunk == 0 ? &w.state : &w.other;
+                hl_ifa_bf16_d576x512_stats_turn_neon(plan, &all, workspace, h, &w);
                 b.n = hl_ifa_bf16_d576x512_stats_next_block(a, &g[h], c, b.row, block);
                 b.asks = hl_ifa_bf16_d576x512_stats_share(a, later, rows, h, n, ask, block);
                 if (b.n > 0) {
-                    hl_ifa_bf16_d576x512_stats_block_neon(plan, &g[h], &w[h], t, &b, padded);
+                    hl_ifa_bf16_d576x512_stats_block_neon(plan, &g[h], &w, t, &b, padded);
                     *t->seen = 1.0f;
                 }
             }
             c = next;
         }
         for (int32_t h = 0; h < n; ++h) {
-            const hl_state *const t = chunk == 0 ? &w[h].state : &w[h].other;
+            const hl_state *const t = chunk == 0 ? &w.state : &w.other;
+            hl_ifa_bf16_d576x512_stats_turn_neon(plan, &all, workspace, h, &w);
             for (int32_t i = 0; g[h].rows > 1 && i < g[h].rows; ++i) {
-                hl_ifa_bf16_d576x512_stats_forward_row_neon(plan, &g[h], &w[h], t, all, i);
+                hl_ifa_bf16_d576x512_stats_forward_row_neon(plan, &g[h], &w, t, whole, i);
             }
             if (chunk > 0) {
-                hl_ifa_bf16_d576x512_stats_merge_state_neon(&w[h].state, t, padded, plan->group);
+                hl_ifa_bf16_d576x512_stats_merge_state_neon(&w.state, t, padded, plan->group);
             }
         }
     }
     for (int32_t h = 0; h < n; ++h) {
-        hl_ifa_bf16_d576x512_stats_finish_neon(plan, &g[h], &w[h].state, padded);
+        hl_ifa_bf16_d576x512_stats_turn_neon(plan, &all, workspace, h, &w);
+        hl_ifa_bf16_d576x512_stats_finish_neon(plan, &g[h], &w.state, padded);
     }
 }
 
@@ -6539,7 +6567,8 @@ HL_KERNEL_AVX2 void hl_ifa_bf16_d576x512_stats_bias_positions_avx2(
             const uint16_t *const pse = (const uint16_t *)a->pse_shift
                 + ((batch * a->heads_q + head) * a->seq_q + i) * a->pse_width;
             for (int32_t j = 0; j < b->n; ++j) {
-                s[j * ks + h * qs] += log2e * hl_float_of_bf16(pse[b->row[j].token]);
+                const float more = hl_float_of_bf16(pse[b->row[j].token]);
+                s[j * ks + h * qs] += hl_product(log2e, more);
             }
         }
     }
@@ -6653,7 +6682,7 @@ HL_KERNEL_AVX2 void hl_ifa_bf16_d576x512_stats_softmax_few_avx2(float *s, const 
             sum += each[i];
         }
         t->alpha[h0 + h] = less[h];
-        t->l[h0 + h] = less[h] * t->l[h0 + h] + sum;
+        t->l[h0 + h] = hl_product(less[h], t->l[h0 + h]) + sum;
     }
 }
 
@@ -7110,7 +7139,9 @@ HL_KERNEL_AVX2 void hl_ifa_bf16_d576x512_stats_store_quantised_avx2(
     for (int32_t c = 0; c < DV; ++c) {
         const ptrdiff_t i = a->quant_per_channel ? (ptrdiff_t)head * DV + c : 0;
         float x = o[c] * factor;
-        x = x * hl_ifa_bf16_d576x512_stats_quant_number(a->quant_scale2, i, a->quant_bf16);
+        x =
+            hl_product(x,
+                       hl_ifa_bf16_d576x512_stats_quant_number(a->quant_scale2, i, a->quant_bf16));
         if (a->quant_offset2 != NULL) {
             x = x + hl_ifa_bf16_d576x512_stats_quant_number(a->quant_offset2, i, a->quant_bf16);
         }
@@ -7148,7 +7179,7 @@ HL_KERNEL_AVX2 void hl_ifa_bf16_d576x512_stats_store_lse_avx2(
         return;
     }
     for (int32_t h = 0; h < group; ++h) {
-        const float lse = t->m[h] * 0.693147181f + hl_log(t->l[h]);
+        const float lse = hl_product(t->m[h], 0.693147181f) + hl_log(t->l[h]);
         const float finite = t->m[h] < 3.402823466e+38f || lse != lse ? lse : -none;
         a->softmax_lse[g->stats + h % g->heads * g->rows + h / g->heads] = t->l[h] != 0.0f ? finite
             : none;
@@ -7382,6 +7413,21 @@ HL_KERNEL_AVX2 void hl_ifa_bf16_d576x512_stats_chunk_avx2(const hl_incre_flash_a
     }
 }
 
+/* The workspace of head h of those that are decoded in turn; scratch of a block is for all of them.
+ * It is worked out again for each block: to keep 16 would take kilobytes of stack. */
+HL_KERNEL_AVX2 void hl_ifa_bf16_d576x512_stats_turn_avx2(const hl_incre_flash_attention_plan *plan,
+    const hl_space *first, char *workspace, int32_t h, hl_space *w)
+{
+    const hl_incre_flash_attention_args *const a = &plan->args;
+    hl_ifa_bf16_d576x512_stats_space(w, workspace + (size_t)h * plan->task_bytes, plan->group,
+                                     hl_ifa_bf16_d576x512_stats_value_apart(a));
+    w->k = first->k;
+    w->v = first->v;
+    w->s = first->s;
+    w->row = first->row;
+    w->own = first->own;
+}
+
 /* Some kv heads of a batch, a block of keys of each in turn: where a token's heads lie side by
  * side, their lines and pages are then read together. The arithmetic is that of their tasks. */
 __attribute__((target("avx2,fma,f16c")))
@@ -7392,7 +7438,8 @@ static inline void hl_ifa_bf16_d576x512_stats_walk_avx2(const hl_incre_flash_att
     const hl_incre_flash_attention_args *const a = &plan->args;
     const int32_t block = plan->group > 16 ? 96 : plan->group <= 3
         && !hl_ifa_bf16_d576x512_stats_value_apart(a) ? 16 : 48;
-    hl_space w[16];
+    hl_space all; /* the first head's, whose scratch all use */
+    hl_space w;
     hl_group g[16];
     hl_block b;
     hl_row *later; /* the next block's rows, of the first head */
@@ -7403,31 +7450,27 @@ static inline void hl_ifa_bf16_d576x512_stats_walk_avx2(const hl_incre_flash_att
     }
     for (int32_t h = 0; h < n; ++h) {
         (void)hl_ifa_bf16_d576x512_stats_group(plan, first + h, &g[h]);
-        hl_ifa_bf16_d576x512_stats_space(&w[h], workspace + (size_t)h * plan->task_bytes,
-                                         plan->group, hl_ifa_bf16_d576x512_stats_value_apart(a));
-        w[h].k = w[0].k; /* scratch of a block is for all of them */
-        w[h].v = w[0].v;
-        w[h].s = w[0].s;
-        w[h].row = w[0].row;
-        w[h].own = w[0].own;
     }
-    later = w[0].row + block;
+    hl_ifa_bf16_d576x512_stats_space(&all, workspace, plan->group,
+                                     hl_ifa_bf16_d576x512_stats_value_apart(a));
+    later = all.row + block;
     ask = later + block;
     b.value_apart = hl_ifa_bf16_d576x512_stats_value_apart(a);
     b.n_later = 0;
     b.ask = ask;
     chunks = hl_ifa_bf16_d576x512_stats_chunks(a, &g[0]);
     for (int32_t chunk = 0; chunk < chunks; ++chunk) {
-        const hl_cursor all = hl_ifa_bf16_d576x512_stats_chunk(a, &g[0], chunk);
-        hl_cursor c = hl_ifa_bf16_d576x512_stats_part_of_chunk(a, &g[0], all);
+        const hl_cursor whole = hl_ifa_bf16_d576x512_stats_chunk(a, &g[0], chunk);
+        hl_cursor c = hl_ifa_bf16_d576x512_stats_part_of_chunk(a, &g[0], whole);
         const int32_t end = c.end;
         for (int32_t h = 0; h < n; ++h) {
-            hl_ifa_bf16_d576x512_stats_start_avx2(chunk == 0 ? &w[h].state : &w[h].other, padded,
+            hl_ifa_bf16_d576x512_stats_turn_avx2(plan, &all, workspace, h, &w);
+            hl_ifa_bf16_d576x512_stats_start_avx2(chunk == 0 ? &w.state : &w.other, padded,
                                                   plan->group);
-            hl_ifa_bf16_d576x512_stats_load_queries_avx2(plan, &g[h], &w[h]);
+            hl_ifa_bf16_d576x512_stats_load_queries_avx2(plan, &g[h], &w);
         }
         c.end = end - c.at < block ? end : c.at + block;
-        b.row = w[0].row;
+        b.row = all.row;
         while (c.at < c.end) {
             hl_cursor next;
             int32_t rows;
@@ -7437,28 +7480,31 @@ static inline void hl_ifa_bf16_d576x512_stats_walk_avx2(const hl_incre_flash_att
             rows = next.at < next.end
                 ? hl_ifa_bf16_d576x512_stats_next_block(a, &g[0], next, later, block) : 0;
             for (int32_t h = 0; h < n; ++h) {
-                const hl_state *const t = chunk == 0 ? &w[h].state : &w[h].other;
+                const hl_state *const t = chunk == 0 ? &w.state : &w.other;
+                hl_ifa_bf16_d576x512_stats_turn_avx2(plan, &all, workspace, h, &w);
                 b.n = hl_ifa_bf16_d576x512_stats_next_block(a, &g[h], c, b.row, block);
                 b.asks = hl_ifa_bf16_d576x512_stats_share(a, later, rows, h, n, ask, block);
                 if (b.n > 0) {
-                    hl_ifa_bf16_d576x512_stats_block_avx2(plan, &g[h], &w[h], t, &b, padded);
+                    hl_ifa_bf16_d576x512_stats_block_avx2(plan, &g[h], &w, t, &b, padded);
                     *t->seen = 1.0f;
                 }
             }
             c = next;
         }
         for (int32_t h = 0; h < n; ++h) {
-            const hl_state *const t = chunk == 0 ? &w[h].state : &w[h].other;
+            const hl_state *const t = chunk == 0 ? &w.state : &w.other;
+            hl_ifa_bf16_d576x512_stats_turn_avx2(plan, &all, workspace, h, &w);
             for (int32_t i = 0; g[h].rows > 1 && i < g[h].rows; ++i) {
-                hl_ifa_bf16_d576x512_stats_forward_row_avx2(plan, &g[h], &w[h], t, all, i);
+                hl_ifa_bf16_d576x512_stats_forward_row_avx2(plan, &g[h], &w, t, whole, i);
             }
             if (chunk > 0) {
-                hl_ifa_bf16_d576x512_stats_merge_state_avx2(&w[h].state, t, padded, plan->group);
+                hl_ifa_bf16_d576x512_stats_merge_state_avx2(&w.state, t, padded, plan->group);
             }
         }
     }
     for (int32_t h = 0; h < n; ++h) {
-        hl_ifa_bf16_d576x512_stats_finish_avx2(plan, &g[h], &w[h].state, padded);
+        hl_ifa_bf16_d576x512_stats_turn_avx2(plan, &all, workspace, h, &w);
+        hl_ifa_bf16_d576x512_stats_finish_avx2(plan, &g[h], &w.state, padded);
     }
 }
 
@@ -8459,7 +8505,8 @@ HL_KERNEL_AVX512 void hl_ifa_bf16_d576x512_stats_bias_positions_avx512(
             const uint16_t *const pse = (const uint16_t *)a->pse_shift
                 + ((batch * a->heads_q + head) * a->seq_q + i) * a->pse_width;
             for (int32_t j = 0; j < b->n; ++j) {
-                s[j * ks + h * qs] += log2e * hl_float_of_bf16(pse[b->row[j].token]);
+                const float more = hl_float_of_bf16(pse[b->row[j].token]);
+                s[j * ks + h * qs] += hl_product(log2e, more);
             }
         }
     }
@@ -8573,7 +8620,7 @@ HL_KERNEL_AVX512 void hl_ifa_bf16_d576x512_stats_softmax_few_avx512(float *s, co
             sum += each[i];
         }
         t->alpha[h0 + h] = less[h];
-        t->l[h0 + h] = less[h] * t->l[h0 + h] + sum;
+        t->l[h0 + h] = hl_product(less[h], t->l[h0 + h]) + sum;
     }
 }
 
@@ -9621,7 +9668,9 @@ HL_KERNEL_AVX512 void hl_ifa_bf16_d576x512_stats_store_quantised_avx512(
     for (int32_t c = 0; c < DV; ++c) {
         const ptrdiff_t i = a->quant_per_channel ? (ptrdiff_t)head * DV + c : 0;
         float x = o[c] * factor;
-        x = x * hl_ifa_bf16_d576x512_stats_quant_number(a->quant_scale2, i, a->quant_bf16);
+        x =
+            hl_product(x,
+                       hl_ifa_bf16_d576x512_stats_quant_number(a->quant_scale2, i, a->quant_bf16));
         if (a->quant_offset2 != NULL) {
             x = x + hl_ifa_bf16_d576x512_stats_quant_number(a->quant_offset2, i, a->quant_bf16);
         }
@@ -9659,7 +9708,7 @@ HL_KERNEL_AVX512 void hl_ifa_bf16_d576x512_stats_store_lse_avx512(
         return;
     }
     for (int32_t h = 0; h < group; ++h) {
-        const float lse = t->m[h] * 0.693147181f + hl_log(t->l[h]);
+        const float lse = hl_product(t->m[h], 0.693147181f) + hl_log(t->l[h]);
         const float finite = t->m[h] < 3.402823466e+38f || lse != lse ? lse : -none;
         a->softmax_lse[g->stats + h % g->heads * g->rows + h / g->heads] = t->l[h] != 0.0f ? finite
             : none;
@@ -9896,6 +9945,22 @@ HL_KERNEL_AVX512 void hl_ifa_bf16_d576x512_stats_chunk_avx512(
     }
 }
 
+/* The workspace of head h of those that are decoded in turn; scratch of a block is for all of them.
+ * It is worked out again for each block: to keep 16 would take kilobytes of stack. */
+HL_KERNEL_AVX512 void hl_ifa_bf16_d576x512_stats_turn_avx512(
+    const hl_incre_flash_attention_plan *plan, const hl_space *first, char *workspace, int32_t h,
+    hl_space *w)
+{
+    const hl_incre_flash_attention_args *const a = &plan->args;
+    hl_ifa_bf16_d576x512_stats_space(w, workspace + (size_t)h * plan->task_bytes, plan->group,
+                                     hl_ifa_bf16_d576x512_stats_value_apart(a));
+    w->k = first->k;
+    w->v = first->v;
+    w->s = first->s;
+    w->row = first->row;
+    w->own = first->own;
+}
+
 /* Some kv heads of a batch, a block of keys of each in turn: where a token's heads lie side by
  * side, their lines and pages are then read together. The arithmetic is that of their tasks. */
 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma")))
@@ -9906,7 +9971,8 @@ static inline void hl_ifa_bf16_d576x512_stats_walk_avx512(const hl_incre_flash_a
     const hl_incre_flash_attention_args *const a = &plan->args;
     const int32_t block = plan->group > 32 ? 96 : plan->group <= 3
         && !hl_ifa_bf16_d576x512_stats_value_apart(a) ? 16 : 96;
-    hl_space w[16];
+    hl_space all; /* the first head's, whose scratch all use */
+    hl_space w;
     hl_group g[16];
     hl_block b;
     hl_row *later; /* the next block's rows, of the first head */
@@ -9917,31 +9983,27 @@ static inline void hl_ifa_bf16_d576x512_stats_walk_avx512(const hl_incre_flash_a
     }
     for (int32_t h = 0; h < n; ++h) {
         (void)hl_ifa_bf16_d576x512_stats_group(plan, first + h, &g[h]);
-        hl_ifa_bf16_d576x512_stats_space(&w[h], workspace + (size_t)h * plan->task_bytes,
-                                         plan->group, hl_ifa_bf16_d576x512_stats_value_apart(a));
-        w[h].k = w[0].k; /* scratch of a block is for all of them */
-        w[h].v = w[0].v;
-        w[h].s = w[0].s;
-        w[h].row = w[0].row;
-        w[h].own = w[0].own;
     }
-    later = w[0].row + block;
+    hl_ifa_bf16_d576x512_stats_space(&all, workspace, plan->group,
+                                     hl_ifa_bf16_d576x512_stats_value_apart(a));
+    later = all.row + block;
     ask = later + block;
     b.value_apart = hl_ifa_bf16_d576x512_stats_value_apart(a);
     b.n_later = 0;
     b.ask = ask;
     chunks = hl_ifa_bf16_d576x512_stats_chunks(a, &g[0]);
     for (int32_t chunk = 0; chunk < chunks; ++chunk) {
-        const hl_cursor all = hl_ifa_bf16_d576x512_stats_chunk(a, &g[0], chunk);
-        hl_cursor c = hl_ifa_bf16_d576x512_stats_part_of_chunk(a, &g[0], all);
+        const hl_cursor whole = hl_ifa_bf16_d576x512_stats_chunk(a, &g[0], chunk);
+        hl_cursor c = hl_ifa_bf16_d576x512_stats_part_of_chunk(a, &g[0], whole);
         const int32_t end = c.end;
         for (int32_t h = 0; h < n; ++h) {
-            hl_ifa_bf16_d576x512_stats_start_avx512(chunk == 0 ? &w[h].state : &w[h].other, padded,
+            hl_ifa_bf16_d576x512_stats_turn_avx512(plan, &all, workspace, h, &w);
+            hl_ifa_bf16_d576x512_stats_start_avx512(chunk == 0 ? &w.state : &w.other, padded,
                                                     plan->group);
-            hl_ifa_bf16_d576x512_stats_load_queries_avx512(plan, &g[h], &w[h]);
+            hl_ifa_bf16_d576x512_stats_load_queries_avx512(plan, &g[h], &w);
         }
         c.end = end - c.at < block ? end : c.at + block;
-        b.row = w[0].row;
+        b.row = all.row;
         while (c.at < c.end) {
             hl_cursor next;
             int32_t rows;
@@ -9951,28 +10013,31 @@ static inline void hl_ifa_bf16_d576x512_stats_walk_avx512(const hl_incre_flash_a
             rows = next.at < next.end
                 ? hl_ifa_bf16_d576x512_stats_next_block(a, &g[0], next, later, block) : 0;
             for (int32_t h = 0; h < n; ++h) {
-                const hl_state *const t = chunk == 0 ? &w[h].state : &w[h].other;
+                const hl_state *const t = chunk == 0 ? &w.state : &w.other;
+                hl_ifa_bf16_d576x512_stats_turn_avx512(plan, &all, workspace, h, &w);
                 b.n = hl_ifa_bf16_d576x512_stats_next_block(a, &g[h], c, b.row, block);
                 b.asks = hl_ifa_bf16_d576x512_stats_share(a, later, rows, h, n, ask, block);
                 if (b.n > 0) {
-                    hl_ifa_bf16_d576x512_stats_block_avx512(plan, &g[h], &w[h], t, &b, padded);
+                    hl_ifa_bf16_d576x512_stats_block_avx512(plan, &g[h], &w, t, &b, padded);
                     *t->seen = 1.0f;
                 }
             }
             c = next;
         }
         for (int32_t h = 0; h < n; ++h) {
-            const hl_state *const t = chunk == 0 ? &w[h].state : &w[h].other;
+            const hl_state *const t = chunk == 0 ? &w.state : &w.other;
+            hl_ifa_bf16_d576x512_stats_turn_avx512(plan, &all, workspace, h, &w);
             for (int32_t i = 0; g[h].rows > 1 && i < g[h].rows; ++i) {
-                hl_ifa_bf16_d576x512_stats_forward_row_avx512(plan, &g[h], &w[h], t, all, i);
+                hl_ifa_bf16_d576x512_stats_forward_row_avx512(plan, &g[h], &w, t, whole, i);
             }
             if (chunk > 0) {
-                hl_ifa_bf16_d576x512_stats_merge_state_avx512(&w[h].state, t, padded, plan->group);
+                hl_ifa_bf16_d576x512_stats_merge_state_avx512(&w.state, t, padded, plan->group);
             }
         }
     }
     for (int32_t h = 0; h < n; ++h) {
-        hl_ifa_bf16_d576x512_stats_finish_avx512(plan, &g[h], &w[h].state, padded);
+        hl_ifa_bf16_d576x512_stats_turn_avx512(plan, &all, workspace, h, &w);
+        hl_ifa_bf16_d576x512_stats_finish_avx512(plan, &g[h], &w.state, padded);
     }
 }
 
@@ -10677,7 +10742,8 @@ HL_KERNEL_AMX void hl_ifa_bf16_d576x512_stats_bias_positions_amx(
             const uint16_t *const pse = (const uint16_t *)a->pse_shift
                 + ((batch * a->heads_q + head) * a->seq_q + i) * a->pse_width;
             for (int32_t j = 0; j < b->n; ++j) {
-                s[j * ks + h * qs] += log2e * hl_float_of_bf16(pse[b->row[j].token]);
+                const float more = hl_float_of_bf16(pse[b->row[j].token]);
+                s[j * ks + h * qs] += hl_product(log2e, more);
             }
         }
     }
@@ -11232,7 +11298,9 @@ HL_KERNEL_AMX void hl_ifa_bf16_d576x512_stats_store_quantised_amx(
     for (int32_t c = 0; c < DV; ++c) {
         const ptrdiff_t i = a->quant_per_channel ? (ptrdiff_t)head * DV + c : 0;
         float x = o[c] * factor;
-        x = x * hl_ifa_bf16_d576x512_stats_quant_number(a->quant_scale2, i, a->quant_bf16);
+        x =
+            hl_product(x,
+                       hl_ifa_bf16_d576x512_stats_quant_number(a->quant_scale2, i, a->quant_bf16));
         if (a->quant_offset2 != NULL) {
             x = x + hl_ifa_bf16_d576x512_stats_quant_number(a->quant_offset2, i, a->quant_bf16);
         }
@@ -11270,7 +11338,7 @@ HL_KERNEL_AMX void hl_ifa_bf16_d576x512_stats_store_lse_amx(const hl_incre_flash
         return;
     }
     for (int32_t h = 0; h < group; ++h) {
-        const float lse = t->m[h] * 0.693147181f + hl_log(t->l[h]);
+        const float lse = hl_product(t->m[h], 0.693147181f) + hl_log(t->l[h]);
         const float finite = t->m[h] < 3.402823466e+38f || lse != lse ? lse : -none;
         a->softmax_lse[g->stats + h % g->heads * g->rows + h / g->heads] = t->l[h] != 0.0f ? finite
             : none;
@@ -11504,6 +11572,21 @@ HL_KERNEL_AMX void hl_ifa_bf16_d576x512_stats_chunk_amx(const hl_incre_flash_att
     }
 }
 
+/* The workspace of head h of those that are decoded in turn; scratch of a block is for all of them.
+ * It is worked out again for each block: to keep 16 would take kilobytes of stack. */
+HL_KERNEL_AMX void hl_ifa_bf16_d576x512_stats_turn_amx(const hl_incre_flash_attention_plan *plan,
+    const hl_space *first, char *workspace, int32_t h, hl_space *w)
+{
+    const hl_incre_flash_attention_args *const a = &plan->args;
+    hl_ifa_bf16_d576x512_stats_space(w, workspace + (size_t)h * plan->task_bytes, plan->group,
+                                     hl_ifa_bf16_d576x512_stats_value_apart(a));
+    w->k = first->k;
+    w->v = first->v;
+    w->s = first->s;
+    w->row = first->row;
+    w->own = first->own;
+}
+
 /* Some kv heads of a batch, a block of keys of each in turn: where a token's heads lie side by
  * side, their lines and pages are then read together. The arithmetic is that of their tasks. */
 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma")))
@@ -11513,7 +11596,8 @@ static inline void hl_ifa_bf16_d576x512_stats_walk_amx(const hl_incre_flash_atte
     const int32_t padded = plan->group <= 16 ? 16 : (plan->group + 31) / 32 * 32;
     const hl_incre_flash_attention_args *const a = &plan->args;
     const int32_t block = 256;
-    hl_space w[16];
+    hl_space all; /* the first head's, whose scratch all use */
+    hl_space w;
     hl_group g[16];
     hl_block b;
     hl_row *later; /* the next block's rows, of the first head */
@@ -11524,31 +11608,27 @@ static inline void hl_ifa_bf16_d576x512_stats_walk_amx(const hl_incre_flash_atte
     }
     for (int32_t h = 0; h < n; ++h) {
         (void)hl_ifa_bf16_d576x512_stats_group(plan, first + h, &g[h]);
-        hl_ifa_bf16_d576x512_stats_space(&w[h], workspace + (size_t)h * plan->task_bytes,
-                                         plan->group, hl_ifa_bf16_d576x512_stats_value_apart(a));
-        w[h].k = w[0].k; /* scratch of a block is for all of them */
-        w[h].v = w[0].v;
-        w[h].s = w[0].s;
-        w[h].row = w[0].row;
-        w[h].own = w[0].own;
     }
-    later = w[0].row + block;
+    hl_ifa_bf16_d576x512_stats_space(&all, workspace, plan->group,
+                                     hl_ifa_bf16_d576x512_stats_value_apart(a));
+    later = all.row + block;
     ask = later + block;
     b.value_apart = hl_ifa_bf16_d576x512_stats_value_apart(a);
     b.n_later = 0;
     b.ask = ask;
     chunks = hl_ifa_bf16_d576x512_stats_chunks(a, &g[0]);
     for (int32_t chunk = 0; chunk < chunks; ++chunk) {
-        const hl_cursor all = hl_ifa_bf16_d576x512_stats_chunk(a, &g[0], chunk);
-        hl_cursor c = hl_ifa_bf16_d576x512_stats_part_of_chunk(a, &g[0], all);
+        const hl_cursor whole = hl_ifa_bf16_d576x512_stats_chunk(a, &g[0], chunk);
+        hl_cursor c = hl_ifa_bf16_d576x512_stats_part_of_chunk(a, &g[0], whole);
         const int32_t end = c.end;
         for (int32_t h = 0; h < n; ++h) {
-            hl_ifa_bf16_d576x512_stats_start_amx(chunk == 0 ? &w[h].state : &w[h].other, padded,
+            hl_ifa_bf16_d576x512_stats_turn_amx(plan, &all, workspace, h, &w);
+            hl_ifa_bf16_d576x512_stats_start_amx(chunk == 0 ? &w.state : &w.other, padded,
                                                  plan->group);
-            hl_ifa_bf16_d576x512_stats_load_queries_amx(plan, &g[h], &w[h]);
+            hl_ifa_bf16_d576x512_stats_load_queries_amx(plan, &g[h], &w);
         }
         c.end = end - c.at < block ? end : c.at + block;
-        b.row = w[0].row;
+        b.row = all.row;
         while (c.at < c.end) {
             hl_cursor next;
             int32_t rows;
@@ -11558,31 +11638,34 @@ static inline void hl_ifa_bf16_d576x512_stats_walk_amx(const hl_incre_flash_atte
             rows = next.at < next.end
                 ? hl_ifa_bf16_d576x512_stats_next_block(a, &g[0], next, later, block) : 0;
             for (int32_t h = 0; h < n; ++h) {
-                const hl_state *const t = chunk == 0 ? &w[h].state : &w[h].other;
+                const hl_state *const t = chunk == 0 ? &w.state : &w.other;
+                hl_ifa_bf16_d576x512_stats_turn_amx(plan, &all, workspace, h, &w);
                 b.n = hl_ifa_bf16_d576x512_stats_next_block(a, &g[h], c, b.row, block);
                 b.asks = hl_ifa_bf16_d576x512_stats_share(a, later, rows, h, n, ask, block);
                 if (b.n > 0) {
-                    hl_ifa_bf16_d576x512_stats_block_amx(plan, &g[h], &w[h], t, &b, padded);
+                    hl_ifa_bf16_d576x512_stats_block_amx(plan, &g[h], &w, t, &b, padded);
                     *t->seen = 1.0f;
                 }
             }
             c = next;
         }
         for (int32_t h = 0; h < n; ++h) {
-            const hl_state *const t = chunk == 0 ? &w[h].state : &w[h].other;
+            const hl_state *const t = chunk == 0 ? &w.state : &w.other;
+            hl_ifa_bf16_d576x512_stats_turn_amx(plan, &all, workspace, h, &w);
             if (*t->seen == 0.0f) {
                 hl_ifa_bf16_d576x512_stats_clear_amx(t, plan->group);
             }
             for (int32_t i = 0; g[h].rows > 1 && i < g[h].rows; ++i) {
-                hl_ifa_bf16_d576x512_stats_forward_row_amx(plan, &g[h], &w[h], t, all, i, padded);
+                hl_ifa_bf16_d576x512_stats_forward_row_amx(plan, &g[h], &w, t, whole, i, padded);
             }
             if (chunk > 0) {
-                hl_ifa_bf16_d576x512_stats_merge_state_amx(&w[h].state, t, padded, plan->group);
+                hl_ifa_bf16_d576x512_stats_merge_state_amx(&w.state, t, padded, plan->group);
             }
         }
     }
     for (int32_t h = 0; h < n; ++h) {
-        hl_ifa_bf16_d576x512_stats_finish_amx(plan, &g[h], &w[h].state, padded);
+        hl_ifa_bf16_d576x512_stats_turn_amx(plan, &all, workspace, h, &w);
+        hl_ifa_bf16_d576x512_stats_finish_amx(plan, &g[h], &w.state, padded);
     }
 }
 
@@ -11848,14 +11931,15 @@ static inline int32_t hl_ifa_bf16_d576x512_stats_walks(const hl_incre_flash_atte
     const int32_t apart = a->layout_kv == HL_LAYOUT_BNSD || a->layout_kv == HL_LAYOUT_PA_BNSD;
     const size_t held = bytes / plan->task_bytes;
     const int32_t most = a->heads_kv < 16 ? a->heads_kv : 16;
-    const int64_t near = plan->longest * a->heads_kv * 2176;
+    const uint64_t near = hl_mul_cap((uint64_t)plan->longest * (uint64_t)a->heads_kv, 2176u);
     if (apart || a->atten_mask != NULL || plan->n_merges > 0 || near < 1048576) {
         return 1;
     }
     return held < (size_t)most ? (int32_t)held : most;
 }
 
-/* Kv heads first .. first + n - 1, of one batch, in turn. */
+/* Kv heads first .. first + n - 1, of one batch, in turn; in scalar code, which does not wait for
+ * memory, task by task. */
 static inline void hl_ifa_bf16_d576x512_stats_walk(const hl_incre_flash_attention_plan *plan,
                                                    int64_t first, int32_t n, void *workspace)
 {
@@ -11881,7 +11965,9 @@ static inline void hl_ifa_bf16_d576x512_stats_walk(const hl_incre_flash_attentio
         break;
 #endif
     default:
-        hl_ifa_bf16_d576x512_stats_walk_scalar(plan, first, n, (char *)workspace);
+        for (int32_t h = 0; h < n; ++h) {
+            hl_ifa_bf16_d576x512_stats_task_scalar(plan, first + h, workspace);
+        }
         break;
     }
 }
@@ -11911,13 +11997,14 @@ HL_API size_t hl_incre_flash_attention_bf16_d576x512_stats_workspace_bytes(
 #if defined(_OPENMP)
     if (args->partials == NULL) { /* with several threads long rows are split */
         const int32_t threads = omp_get_max_threads();
-        return plan.task_bytes * (size_t)threads + (threads > 1 ? plan.split_bytes : 0);
+        return hl_size(hl_add_cap(hl_mul_cap(plan.task_bytes, (uint64_t)threads), threads > 1
+                                  ? plan.split_bytes : 0));
     }
-    return plan.task_bytes * (size_t)omp_get_max_threads();
+    return hl_size(hl_mul_cap(plan.task_bytes, (uint64_t)omp_get_max_threads()));
 #else
     {
         const int32_t n = hl_ifa_bf16_d576x512_stats_walks(&plan, SIZE_MAX);
-        return plan.task_bytes * (size_t)(n > 1 ? n : 1);
+        return hl_size(hl_mul_cap(plan.task_bytes, (uint64_t)(n > 1 ? n : 1)));
     }
 #endif
 }
@@ -12091,6 +12178,25 @@ HL_API hl_status hl_incre_flash_attention_bf16_d576x512_stats_merge_parts(
         return hl_refuse(error, HL_ERR_NULL, p->attention_out == NULL ? HL_ARG_ATTENTION_OUT
                          : HL_ARG_PARTS, HL_RULE_NOT_NULL, 0, 0);
     }
+    { /* the lists of parts, before they are read; outputs among themselves */
+        const uint64_t list = (uint64_t)p->parts * sizeof(void *);
+        const uint64_t bytes = p->out_f32 ? 4u : 2u;
+        const hl_range range[] = {
+            {p->out, list, HL_ARG_PARTS, 0, (uint32_t)sizeof(void *)},
+            {p->max, list, HL_ARG_PARTS, 0, (uint32_t)sizeof(void *)},
+            {p->sum, list, HL_ARG_PARTS, 0, (uint32_t)sizeof(void *)},
+            {p->attention_out, stats * bytes * 512u,
+             HL_ARG_ATTENTION_OUT, 1, (uint32_t)bytes},
+            {p->softmax_max, p->softmax_max ? stats * 4u : 0, HL_ARG_SOFTMAX_MAX, 1, 4u},
+            {p->softmax_sum, p->softmax_sum ? stats * 4u : 0, HL_ARG_SOFTMAX_SUM, 1, 4u},
+            {p->softmax_lse, p->softmax_lse ? stats * 4u : 0, HL_ARG_SOFTMAX_LSE, 1, 4u}
+        };
+        const hl_status status =
+            hl_check_ranges(range, (int32_t)(sizeof range / sizeof range[0]), error);
+        if (status != HL_OK) {
+            return status;
+        }
+    }
     for (int32_t i = 0; i < p->parts; ++i) {
         const uint64_t bytes = p->out_f32 ? 4u : 2u;
         const hl_range range[] = {
@@ -12098,7 +12204,7 @@ HL_API hl_status hl_incre_flash_attention_bf16_d576x512_stats_merge_parts(
             {p->max[i], stats * 4u, HL_ARG_PARTS, 0, 4u},
             {p->sum[i], stats * 4u, HL_ARG_PARTS, 0, 4u},
             {p->attention_out, stats * bytes * 512u,
-             HL_ARG_ATTENTION_OUT, 1, (uint32_t)bytes},
+             HL_ARG_ATTENTION_OUT, 1, (uint16_t)bytes},
             {p->softmax_max, p->softmax_max && p->softmax_max != p->max[i] ? stats * 4u : 0,
              HL_ARG_SOFTMAX_MAX, 1, 4u},
             {p->softmax_sum, p->softmax_sum && p->softmax_sum != p->sum[i] ? stats * 4u : 0,
@@ -12198,7 +12304,7 @@ typedef struct hl_ifa_bf16_d576x512_stats_side {
     hl_stride to_stride;
     uint64_t bytes;        /* of a row in the cache               */
     uint64_t extent;       /* of the cache, or of one of its pages */
-    uint32_t align;
+    uint16_t align;
     hl_argument argument;
 } hl_ifa_bf16_d576x512_stats_side;
 
@@ -12241,7 +12347,7 @@ static inline int32_t hl_ifa_bf16_d576x512_stats_sides(const hl_decode_append_ar
 }
 
 /* What this header was not generated with; sizes and modes. Fills in the defaults of *a. */
-static inline hl_status hl_ifa_bf16_d576x512_stats_check_append_sizes(hl_decode_append_args *a,
+HL_OWN_FRAME hl_status hl_ifa_bf16_d576x512_stats_check_append_sizes(hl_decode_append_args *a,
     hl_error *error)
 {
     const int32_t paged = hl_ifa_bf16_d576x512_stats_append_paged(a);
@@ -12298,7 +12404,7 @@ static inline hl_status hl_ifa_bf16_d576x512_stats_check_append_sizes(hl_decode_
 }
 
 /* Layouts, and what each of them has no use for. */
-static inline hl_status hl_ifa_bf16_d576x512_stats_check_append_layout(
+HL_OWN_FRAME hl_status hl_ifa_bf16_d576x512_stats_check_append_layout(
     const hl_decode_append_args *a, hl_error *error)
 {
     const int32_t kv_known = a->layout_kv == HL_LAYOUT_BSND || a->layout_kv == HL_LAYOUT_BSH
@@ -12353,7 +12459,10 @@ static inline hl_status hl_ifa_bf16_d576x512_stats_check_append_stride(hl_stride
         status = hl_check_apart(stride, count[0], count[1], count[2], channels, argument, error);
     }
     *extent = hl_extent(stride, count[0], count[1], count[2], channels, element);
-    if (status == HL_OK && *extent > (uint64_t)PTRDIFF_MAX) {
+    if (status != HL_OK) {
+        return status;
+    }
+    if (*extent > (uint64_t)PTRDIFF_MAX) {
         return hl_refuse(error, HL_ERR_SHAPE, argument, HL_RULE_ADDRESSABLE,
                          *extent > (uint64_t)INT64_MAX ? INT64_MAX : (int64_t)*extent,
                          (int64_t)PTRDIFF_MAX);
@@ -12362,7 +12471,7 @@ static inline hl_status hl_ifa_bf16_d576x512_stats_check_append_stride(hl_stride
     stride->batch = *extent > 0 && count[0] > 1 ? stride->batch * (ptrdiff_t)element : 0;
     stride->row = *extent > 0 && count[1] > 1 ? stride->row * (ptrdiff_t)element : 0;
     stride->head = *extent > 0 && count[2] > 1 ? stride->head * (ptrdiff_t)element : 0;
-    return status;
+    return HL_OK;
 }
 
 /* One tensor of the cache, or one of its pages: it is there, and apart from all other memory. */
@@ -12443,7 +12552,7 @@ static inline hl_status hl_ifa_bf16_d576x512_stats_check_sides(
 
 /* Strides, alignment, extents; and the cache overlaps nothing else. Fills in side[] and count[]:
  * blocks (or batches), rows and heads of the cache. */
-static inline hl_status hl_ifa_bf16_d576x512_stats_check_append_memory(
+HL_OWN_FRAME hl_status hl_ifa_bf16_d576x512_stats_check_append_memory(
     const hl_decode_append_args *a, hl_ifa_bf16_d576x512_stats_side *side,
     hl_ifa_bf16_d576x512_stats_inputs *inputs, int64_t *count, hl_error *error)
 {
@@ -12453,7 +12562,7 @@ static inline hl_status hl_ifa_bf16_d576x512_stats_check_append_memory(
     const int32_t pages = hl_ifa_bf16_d576x512_stats_in_pages(a);
     const int32_t new_first = a->layout_new == HL_LAYOUT_BNSD;
     const int32_t kv_first = a->layout_kv == HL_LAYOUT_BNSD || a->layout_kv == HL_LAYOUT_PA_BNSD;
-    const uint32_t number = a->numbers_f32 ? 4u : 2u;
+    const uint16_t number = a->numbers_f32 ? 4u : 2u;
     const uint64_t each = 4u * (uint64_t)a->batch;
     const uint64_t entries = hl_mul_cap((uint64_t)a->batch, (uint64_t)a->max_blocks);
     const int64_t fresh[3] = {a->batch, a->rows, a->heads_kv};
@@ -12502,9 +12611,9 @@ static inline hl_status hl_ifa_bf16_d576x512_stats_check_append_memory(
             {a->block_table, a->block_table != NULL ? hl_mul_cap(entries, 4u) : 0,
              HL_ARG_BLOCK_TABLE, 0, 4u},
             {a->key_pages, a->key_pages != NULL ? hl_mul_cap(entries, sizeof(void *)) : 0,
-             HL_ARG_KEY_PAGES, 0, (uint32_t)sizeof(void *)},
+             HL_ARG_KEY_PAGES, 0, (uint16_t)sizeof(void *)},
             {a->value_pages, a->value_pages != NULL ? hl_mul_cap(entries, sizeof(void *)) : 0,
-             HL_ARG_VALUE_PAGES, 0, (uint32_t)sizeof(void *)},
+             HL_ARG_VALUE_PAGES, 0, (uint16_t)sizeof(void *)},
             {NULL, 0, HL_ARG_NONE, 0, 1u}
         };
         inputs->n = 0;
@@ -12534,7 +12643,7 @@ static inline hl_status hl_ifa_bf16_d576x512_stats_check_append_memory(
 /* New rows of a batch. */
 static inline int32_t hl_ifa_bf16_d576x512_stats_new_rows(const hl_decode_append_args *a, int32_t b)
 {
-    return a->lengths != NULL ? a->lengths[b] : a->rows;
+    return a->lengths != NULL ? hl_once(a->lengths + b) : a->rows;
 }
 
 /* An entry of a batch's row of the table, or its page. */
@@ -12550,7 +12659,7 @@ static inline hl_status hl_ifa_bf16_d576x512_stats_check_append_entry(
     (void)side;
     (void)inputs;
     (void)count;
-    id = a->block_table[at];
+    id = hl_once(a->block_table + at);
     if (id < 0 || id >= blocks) {
         return hl_refuse_at(error, HL_ERR_BLOCK_ID, HL_ARG_BLOCK_TABLE, id < 0 ? HL_RULE_AT_LEAST
                             : HL_RULE_AT_MOST, 2, b, i, id, id < 0 ? 0 : blocks - 1);
@@ -12559,7 +12668,7 @@ static inline hl_status hl_ifa_bf16_d576x512_stats_check_append_entry(
 }
 
 /* New rows and their places in each batch, and the table entries that are needed for them. */
-static inline hl_status hl_ifa_bf16_d576x512_stats_check_append_places(
+HL_OWN_FRAME hl_status hl_ifa_bf16_d576x512_stats_check_append_places(
     const hl_decode_append_args *a, const hl_ifa_bf16_d576x512_stats_side *side,
     const hl_ifa_bf16_d576x512_stats_inputs *inputs, const int64_t *count, hl_error *error)
 {
@@ -12567,7 +12676,7 @@ static inline hl_status hl_ifa_bf16_d576x512_stats_check_append_places(
     const int32_t each = hl_ifa_bf16_d576x512_stats_by_slot(a) ? 1 : a->block_size;
     for (int32_t b = 0; a->rows > 0 && b < a->batch; ++b) {
         const int32_t n = hl_ifa_bf16_d576x512_stats_new_rows(a, b);
-        const int32_t first = a->positions[b];
+        const int32_t first = hl_once(a->positions + b);
         if (n < 0 || n > a->rows) {
             return hl_refuse_at(error, HL_ERR_LENGTH, HL_ARG_LENGTHS, n < 0 ? HL_RULE_AT_LEAST
                                 : HL_RULE_AT_MOST, 1, b, 0, n, n < 0 ? 0 : a->rows);
@@ -12595,6 +12704,18 @@ static inline hl_status hl_ifa_bf16_d576x512_stats_check_append_places(
         }
     }
     return HL_OK;
+}
+
+/* New rows of a batch and their first place, for writing: what has been checked is looked at once
+ * more, so that a caller who changes it meanwhile gets rows that are not written, but none that
+ * are out of bounds. */
+static inline int32_t hl_ifa_bf16_d576x512_stats_rows_to_write(const hl_decode_append_args *a,
+    int32_t b, int32_t *first)
+{
+    const int32_t n = hl_ifa_bf16_d576x512_stats_new_rows(a, b);
+    *first = hl_once(a->positions + b);
+    return n > 0 && n <= a->rows && *first >= 0
+        && *first <= hl_ifa_bf16_d576x512_stats_append_limit(a) - n ? n : 0;
 }
 /* Rows as they are: as much at a time as lies side by side in both places. */
 static inline void hl_ifa_bf16_d576x512_stats_copy_rows(const hl_decode_run *run, ptrdiff_t bytes)
@@ -12631,6 +12752,62 @@ static inline void hl_ifa_bf16_d576x512_stats_append_run(int32_t isa, const hl_d
     hl_ifa_bf16_d576x512_stats_append_rows(isa, run, side);
 }
 
+/* New rows of batch b become rows of its cache. */
+HL_OWN_FRAME void hl_ifa_bf16_d576x512_stats_append_batch(const hl_decode_append_args *a,
+    const hl_ifa_bf16_d576x512_stats_side *side, int32_t isa, int32_t b)
+{
+    const int32_t sides = hl_ifa_bf16_d576x512_stats_sides(a);
+    int32_t first;
+    const int32_t rows = hl_ifa_bf16_d576x512_stats_rows_to_write(a, b, &first);
+    int32_t n = 0;
+    for (int32_t i = 0; i < rows; i += n) { /* as many as lie at even steps */
+        const int32_t t = first + i;
+        ptrdiff_t entry = 0;
+        ptrdiff_t outer = b;
+        ptrdiff_t inner = t;
+        n = rows - i;
+        if (hl_ifa_bf16_d576x512_stats_append_paged(a)) {
+            const int32_t left = a->block_size - t % a->block_size;
+            entry = (ptrdiff_t)b * a->max_blocks
+                + (hl_ifa_bf16_d576x512_stats_by_slot(a) ? t : t / a->block_size);
+            outer = hl_ifa_bf16_d576x512_stats_in_pages(a) ? 0 : hl_once(a->block_table + entry);
+            inner = hl_ifa_bf16_d576x512_stats_by_slot(a) ? outer % a->block_size
+                : t % a->block_size;
+            outer = hl_ifa_bf16_d576x512_stats_by_slot(a) ? outer / a->block_size : outer;
+            n = hl_ifa_bf16_d576x512_stats_by_slot(a) ? 1 : n < left ? n : left;
+            if (inner < 0 || outer < 0
+                || (!hl_ifa_bf16_d576x512_stats_in_pages(a) && outer >= a->num_blocks)) {
+                continue; /* a table that has changed under way */
+            }
+        }
+        for (int32_t s = 0; s < sides; ++s) {
+            const hl_stride *const from = &side[s].from_stride;
+            const hl_stride *const to = &side[s].to_stride;
+            unsigned char *const cache =
+                hl_ifa_bf16_d576x512_stats_in_pages(a) ? (unsigned char *)side[s].pages[entry]
+                    : side[s].to;
+            hl_decode_run run;
+            run.from = side[s].from + b * from->batch + i * from->row;
+            run.to = cache + outer * to->batch + inner * to->row;
+            run.token_scale = NULL;
+            run.token_again = NULL;
+            run.scale = NULL;
+            run.offset = NULL;
+            run.scale_f32 = a->antiquant_f32;
+            run.by_channel = a->antiquant_mode == HL_ANTIQUANT_CHANNEL;
+            run.numbers_f32 = a->numbers_f32;
+            run.rows = n;
+            run.heads = a->heads_kv;
+            run.channels = s == 0 ? 576 : 512;
+            run.from_row = from->row;
+            run.from_head = from->head;
+            run.to_row = to->row;
+            run.to_head = to->head;
+            hl_ifa_bf16_d576x512_stats_append_run(isa, &run, s);
+        }
+    }
+}
+
 HL_API hl_status hl_incre_flash_attention_bf16_d576x512_stats_append(
     const hl_decode_append_args *args, hl_error *error)
 {
@@ -12638,7 +12815,6 @@ HL_API hl_status hl_incre_flash_attention_bf16_d576x512_stats_append(
     hl_ifa_bf16_d576x512_stats_side side[2];
     hl_ifa_bf16_d576x512_stats_inputs inputs;
     int64_t count[3];
-    int32_t sides;
     int32_t isa;
     hl_status status;
     (void)hl_refuse(error, HL_OK, HL_ARG_NONE, HL_RULE_NONE, 0, 0);
@@ -12663,52 +12839,8 @@ HL_API hl_status hl_incre_flash_attention_bf16_d576x512_stats_append(
     if (isa == HL_ISA_BEST) {
         return hl_refuse(error, HL_ERR_UNSUPPORTED, HL_ARG_ISA, HL_RULE_GENERATED, a.isa, 0);
     }
-    sides = hl_ifa_bf16_d576x512_stats_sides(&a);
     for (int32_t b = 0; a.rows > 0 && b < a.batch; ++b) {
-        const int32_t rows = hl_ifa_bf16_d576x512_stats_new_rows(&a, b);
-        int32_t n = 0;
-        for (int32_t i = 0; i < rows; i += n) { /* as many as lie at even steps */
-            const int32_t t = a.positions[b] + i;
-            ptrdiff_t entry = 0;
-            ptrdiff_t outer = b;
-            ptrdiff_t inner = t;
-            n = rows - i;
-            if (hl_ifa_bf16_d576x512_stats_append_paged(&a)) {
-                const int32_t left = a.block_size - t % a.block_size;
-                entry = (ptrdiff_t)b * a.max_blocks
-                    + (hl_ifa_bf16_d576x512_stats_by_slot(&a) ? t : t / a.block_size);
-                outer = hl_ifa_bf16_d576x512_stats_in_pages(&a) ? 0 : a.block_table[entry];
-                inner = hl_ifa_bf16_d576x512_stats_by_slot(&a) ? outer % a.block_size
-                    : t % a.block_size;
-                outer = hl_ifa_bf16_d576x512_stats_by_slot(&a) ? outer / a.block_size : outer;
-                n = hl_ifa_bf16_d576x512_stats_by_slot(&a) ? 1 : n < left ? n : left;
-            }
-            for (int32_t s = 0; s < sides; ++s) {
-                const hl_stride *const from = &side[s].from_stride;
-                const hl_stride *const to = &side[s].to_stride;
-                unsigned char *const cache =
-                    hl_ifa_bf16_d576x512_stats_in_pages(&a) ? (unsigned char *)side[s].pages[entry]
-                        : side[s].to;
-                hl_decode_run run;
-                run.from = side[s].from + b * from->batch + i * from->row;
-                run.to = cache + outer * to->batch + inner * to->row;
-                run.token_scale = NULL;
-                run.token_again = NULL;
-                run.scale = NULL;
-                run.offset = NULL;
-                run.scale_f32 = a.antiquant_f32;
-                run.by_channel = a.antiquant_mode == HL_ANTIQUANT_CHANNEL;
-                run.numbers_f32 = a.numbers_f32;
-                run.rows = n;
-                run.heads = a.heads_kv;
-                run.channels = s == 0 ? 576 : 512;
-                run.from_row = from->row;
-                run.from_head = from->head;
-                run.to_row = to->row;
-                run.to_head = to->head;
-                hl_ifa_bf16_d576x512_stats_append_run(isa, &run, s);
-            }
-        }
+        hl_ifa_bf16_d576x512_stats_append_batch(&a, side, isa, b);
     }
     return HL_OK;
 }

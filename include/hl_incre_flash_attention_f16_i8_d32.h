@@ -107,7 +107,7 @@
 /* ==== shared by every Headlight header ==== */
 
 #ifndef HL_COMMON
-#define HL_COMMON 4
+#define HL_COMMON 5
 
 #include <stddef.h>
 #include <stdint.h>
@@ -356,6 +356,20 @@ enum {
     HL_ISA_AMX = 5
 };
 
+/* Stack in bytes, whatever the arguments: of any one function, and of a whole call with all that it
+ * calls on this instruction set. */
+#define HL_FRAME_BYTES_SCALAR 1024
+#define HL_STACK_BYTES_SCALAR 3072
+#define HL_FRAME_BYTES_NEON 4096
+#define HL_STACK_BYTES_NEON 6144
+#define HL_FRAME_BYTES_AVX2 4096
+#define HL_STACK_BYTES_AVX2 6144
+#define HL_FRAME_BYTES_AVX512 4096
+#define HL_STACK_BYTES_AVX512 6144
+#define HL_FRAME_BYTES_AMX 8192
+#define HL_STACK_BYTES_AMX 8192
+/* As GCC and Clang compile it from -O1 up. Without optimisation vector code takes far more. */
+
 /* Writes one sentence about the error into text (always ended by a 0 byte) and returns text; 160
  * bytes are enough. With HL_NO_TEXT defined the program holds no words: text is empty. */
 HL_API const char *hl_error_text(const hl_error *error, char *text, size_t size);
@@ -364,7 +378,7 @@ HL_API const char *hl_error_text(const hl_error *error, char *text, size_t size)
 }
 #endif
 
-#elif HL_COMMON != 4
+#elif HL_COMMON != 5
 #error "hl: headers of two generator versions in one file; regenerate the older one"
 #endif /* HL_COMMON */
 /* ==== the operator's arguments, shared by all of its kernels ==== */
@@ -647,6 +661,14 @@ typedef struct hl_decode_append_args {
 #define HL_FETCH(address) ((void)(address))
 #endif
 
+/* A function that its caller shall not take in: what it keeps on the stack is gone when it returns,
+ * and does not add to what later calls need. */
+#if defined(__GNUC__)
+#define HL_OWN_FRAME __attribute__((noinline, unused)) static
+#else
+#define HL_OWN_FRAME static inline
+#endif
+
 #ifdef __cplusplus
 extern "C" {
 #endif
@@ -745,6 +767,25 @@ static inline float hl_float_of(uint32_t bits)
     return x;
 }
 
+/* Compilers may make one operation of a product and the sum around it, each by rules and flags of
+ * its own, and then round once instead of twice. This says that x is looked at in between: with it
+ * the bits are the same whoever compiles. In the words of plain C it is left to the compiler. */
+#if defined(__GNUC__) && defined(__SSE__)
+#define HL_ROUNDED(x) __asm__("" : "+x"(x))
+#elif defined(__GNUC__) && defined(__aarch64__)
+#define HL_ROUNDED(x) __asm__("" : "+w"(x))
+#else
+#define HL_ROUNDED(x) (void)(x)
+#endif
+
+/* x * y, rounded before anything is added to it. */
+static inline float hl_product(float x, float y)
+{
+    float product = x * y;
+    HL_ROUNDED(product);
+    return product;
+}
+
 static inline float hl_float_of_bf16(uint16_t h)
 {
     return hl_float_of((uint32_t)h << 16);
@@ -797,16 +838,27 @@ static inline float hl_log(float x)
     const uint32_t bits = hl_bits_of(x);
     const int32_t e = (int32_t)((bits + 0x4afb0du) >> 23) - 127;
     const float y = hl_float_of(bits - ((uint32_t)e << 23));
-    const float t = (y - 1.0f) / (y + 1.0f);
+    float t = (y - 1.0f) / (y + 1.0f);
     const float t2 = t * t;
-    const float odd = 2.0f + t2 * (0.666666667f + t2 * (0.4f + t2 * (0.285714286f + t2 * 0.23f)));
+    float odd = 0.285714286f + hl_product(t2, 0.23f);
+    odd = 0.4f + hl_product(t2, odd);
+    odd = 0.666666667f + hl_product(t2, odd);
+    odd = 2.0f + hl_product(t2, odd);
     if (x == 0.0f) {
         return hl_float_of(0xff800000u);
     }
     if (!(x < hl_float_of(0x7f800000u))) { /* infinity or NaN */
         return x;
     }
-    return (float)e * 0.693359375f + ((float)e * -2.12194440e-4f + t * odd); /* ln 2 in two parts */
+    t = hl_product((float)e, -2.12194440e-4f) + hl_product(t, odd); /* ln 2 in two parts */
+    return hl_product((float)e, 0.693359375f) + t;
+}
+
+/* A number of the caller's that another thread may be changing: read exactly once, whatever the
+ * compiler would make of it, so that what was checked is what is used. */
+static inline int32_t hl_once(const int32_t *number)
+{
+    return *(const volatile int32_t *)number;
 }
 
 /* Fills *error, if there is one, and returns its status. */
@@ -843,12 +895,21 @@ static inline hl_status hl_refuse_at(hl_error *error, hl_status status, hl_argum
 /* a * b and a + b that stay at the top instead of wrapping. */
 static inline uint64_t hl_mul_cap(uint64_t a, uint64_t b)
 {
+    if ((a | b) <= UINT32_MAX) { /* as a rule, and a division costs more than all the rest */
+        return a * b;
+    }
     return b != 0 && a > UINT64_MAX / b ? UINT64_MAX : a * b;
 }
 
 static inline uint64_t hl_add_cap(uint64_t a, uint64_t b)
 {
     return a > UINT64_MAX - b ? UINT64_MAX : a + b;
+}
+
+/* As a size of memory; what there cannot be is SIZE_MAX, which no allocator grants. */
+static inline size_t hl_size(uint64_t bytes)
+{
+    return bytes > (uint64_t)PTRDIFF_MAX ? SIZE_MAX : (size_t)bytes;
 }
 
 /* Bytes from the first to behind the last element of a strided tensor; 0 if it has none. */
@@ -870,8 +931,8 @@ typedef struct hl_range {
     const void *start;
     uint64_t bytes;
     hl_argument argument;
-    int32_t written;
-    uint32_t align;
+    uint16_t written;
+    uint16_t align; /* a power of two */
 } hl_range;
 
 /* NULL, alignment, size, and that nothing written overlaps anything else. */
@@ -885,9 +946,9 @@ static inline hl_status hl_check_ranges(const hl_range *range, int32_t n, hl_err
         if (start == 0) {
             return hl_refuse(error, HL_ERR_NULL, range[i].argument, HL_RULE_NOT_NULL, 0, 0);
         }
-        if (start % range[i].align != 0) {
+        if ((start & (range[i].align - 1)) != 0) {
             return hl_refuse(error, HL_ERR_ALIGN, range[i].argument, HL_RULE_MULTIPLE_OF,
-                             (int64_t)(start % range[i].align), (int64_t)range[i].align);
+                             (int64_t)(start & (range[i].align - 1)), (int64_t)range[i].align);
         }
         if (range[i].bytes > (uint64_t)PTRDIFF_MAX
             || range[i].bytes > (uint64_t)UINTPTR_MAX - (uint64_t)start) {
@@ -897,11 +958,14 @@ static inline hl_status hl_check_ranges(const hl_range *range, int32_t n, hl_err
         }
     }
     for (int32_t i = 0; i < n; ++i) {
+        const uintptr_t a = (uintptr_t)range[i].start;
+        const uintptr_t a_end = a + (uintptr_t)range[i].bytes;
+        if (!range[i].written || a == a_end) {
+            continue;
+        }
         for (int32_t j = 0; j < n; ++j) {
-            const uintptr_t a = (uintptr_t)range[i].start;
             const uintptr_t b = (uintptr_t)range[j].start;
-            if (i != j && range[i].written && range[i].bytes != 0 && range[j].bytes != 0 && a < b
-                + (uintptr_t)range[j].bytes && b < a + (uintptr_t)range[i].bytes) {
+            if (a < b + (uintptr_t)range[j].bytes && b < a_end && range[j].bytes != 0 && i != j) {
                 return hl_refuse(error, HL_ERR_ALIAS, range[i].argument, HL_RULE_DISJOINT, 0, 0);
             }
         }
@@ -953,8 +1017,10 @@ static inline hl_status hl_default_stride(hl_stride *stride, int64_t rows, int64
                               : stride->row < 0 ? stride->row : stride->head;
         return hl_refuse(error, HL_ERR_SHAPE, argument, HL_RULE_AT_LEAST, (int64_t)bad, 0);
     }
-    if (batch > (uint64_t)PTRDIFF_MAX) {
-        return hl_refuse(error, HL_ERR_SHAPE, argument, HL_RULE_ADDRESSABLE, INT64_MAX,
+    if (row > (uint64_t)PTRDIFF_MAX || batch > (uint64_t)PTRDIFF_MAX) {
+        const uint64_t most = row > batch ? row : batch;
+        return hl_refuse(error, HL_ERR_SHAPE, argument, HL_RULE_ADDRESSABLE,
+                         most > (uint64_t)INT64_MAX ? INT64_MAX : (int64_t)most,
                          (int64_t)PTRDIFF_MAX);
     }
     stride->head = stride->head != 0 ? stride->head : (ptrdiff_t)channels;
@@ -1225,6 +1291,10 @@ enum {
  * plan->split_bytes is the exact figure. */
 #define HL_INCRE_FLASH_ATTENTION_F16_I8_D32_PARTIALS_BYTES(r, h, c) \
     (64 + 4 * (size_t)(r) * (size_t)(c) * (size_t)(h) * 67)
+
+/* Stack that any call below may need, on the deepest of the kernel's instruction sets. */
+#define HL_INCRE_FLASH_ATTENTION_F16_I8_D32_STACK_BYTES \
+    HL_STACK_BYTES_SCALAR
 
 /* Checks everything, fills in defaults, counts tasks. On an error *plan is untouched. */
 HL_API hl_status hl_incre_flash_attention_f16_i8_d32_plan(hl_incre_flash_attention_plan *plan,
@@ -1591,8 +1661,8 @@ static inline int32_t hl_ifa_f16_i8_d32_cache_rows(const hl_incre_flash_attentio
 }
 
 /* Keys of a batch: rows first .. first + length - 1 of its cache. Values that the plan has checked
- * are kept within bounds once more, so that a caller who changes them meanwhile gets wrong numbers,
- * but no access out of bounds. */
+ * are read once and kept within bounds once more, so that a caller who changes them meanwhile gets
+ * wrong numbers, but no access out of bounds. */
 static inline void hl_ifa_f16_i8_d32_keys_of(const hl_incre_flash_attention_args *a, int32_t b,
                                              int32_t *first, int32_t *length)
 {
@@ -1600,11 +1670,12 @@ static inline void hl_ifa_f16_i8_d32_keys_of(const hl_incre_flash_attention_args
     int32_t n = limit;
     *first = 0;
     if (a->actual_seq_lengths != NULL) {
-        n = a->actual_seq_lengths[a->lengths == 1 ? 0 : b];
+        n = hl_once(a->actual_seq_lengths + (a->lengths == 1 ? 0 : b));
         n = n < 0 ? 0 : n > limit ? limit : n;
         /* keys end in front of the padding */
         if (a->kv_padding_size != NULL && !hl_ifa_f16_i8_d32_paged(a)) {
-            const int32_t pad = *a->kv_padding_size > 0 ? *a->kv_padding_size : 0;
+            const int32_t given = hl_once(a->kv_padding_size);
+            const int32_t pad = given > 0 ? given : 0;
             n = (int64_t)limit - pad - n < 0 ? 0 : n;
             *first = n > 0 ? limit - pad - n : 0;
         }
@@ -1631,6 +1702,9 @@ static inline int32_t hl_ifa_f16_i8_d32_group(const hl_incre_flash_attention_pla
     const hl_incre_flash_attention_args *const a = &plan->args;
     const int32_t b = (int32_t)(index / a->heads_kv);
     const int32_t head = (int32_t)(index % a->heads_kv);
+    /* columns of pse_shift and atten_mask, which the plan has found enough for its lengths */
+    const int32_t columns = a->atten_mask != NULL ? a->mask_width : INT32_MAX;
+    const int32_t reach = a->pse_shift != NULL && a->pse_width < columns ? a->pse_width : columns;
     int32_t end;
     g->group = plan->group;
     g->heads = a->heads_q / a->heads_kv;
@@ -1639,6 +1713,8 @@ static inline int32_t hl_ifa_f16_i8_d32_group(const hl_incre_flash_attention_pla
     g->batch = b;
     g->kv_head = head;
     hl_ifa_f16_i8_d32_keys_of(a, b, &g->first, &g->length);
+    g->first = g->first < reach ? g->first : reach;
+    g->length = g->length < reach - g->first ? g->length : reach - g->first;
     hl_ifa_f16_i8_d32_row_keys(a, g, g->rows - 1, &g->low, &end);
     hl_ifa_f16_i8_d32_row_keys(a, g, 0, &g->keys, &g->high);
     g->entries = end - g->keys; /* from the first row's first key to the last row's last */
@@ -1704,7 +1780,7 @@ static inline int32_t hl_ifa_f16_i8_d32_find(const hl_incre_flash_attention_args
     if (hl_ifa_f16_i8_d32_paged(a)) {
         inner = t % a->block_size;
         {
-            outer = g->pages[t / a->block_size];
+            outer = hl_once(g->pages + t / a->block_size);
             if (outer < 0 || outer >= a->num_blocks) {
                 return 0;
             }
@@ -1835,7 +1911,7 @@ static inline hl_status hl_ifa_f16_i8_d32_check_absent(const hl_incre_flash_atte
 }
 
 /* Sizes, modes and numbers. Fills in the defaults of *a. */
-static inline hl_status hl_ifa_f16_i8_d32_check_sizes(hl_incre_flash_attention_args *a,
+HL_OWN_FRAME hl_status hl_ifa_f16_i8_d32_check_sizes(hl_incre_flash_attention_args *a,
     hl_error *error)
 {
     const struct {
@@ -2056,7 +2132,7 @@ static inline void hl_ifa_f16_i8_d32_heads_first(hl_stride *stride, int64_t rows
 }
 
 /* Strides, alignment, extents; and nothing that is written overlaps anything else. */
-static inline hl_status hl_ifa_f16_i8_d32_check_memory(hl_incre_flash_attention_args *a,
+HL_OWN_FRAME hl_status hl_ifa_f16_i8_d32_check_memory(hl_incre_flash_attention_args *a,
     const void *workspace, size_t bytes, hl_error *error)
 {
     const int32_t paged = hl_ifa_f16_i8_d32_paged(a);
@@ -2076,15 +2152,15 @@ static inline hl_status hl_ifa_f16_i8_d32_check_memory(hl_incre_flash_attention_
                    * (uint64_t)a->pse_width);
     const uint64_t mask =
         hl_mul_cap((uint64_t)a->mask_batch * (uint64_t)a->mask_rows, (uint64_t)a->mask_width);
-    const uint64_t quant = (a->quant_bf16 ? 2u : 4u)
+    const uint16_t quant_number = a->quant_bf16 ? 2u : 4u;
+    const uint64_t quant = quant_number
                            * (a->quant_per_channel ? (uint64_t)n1 * 32u : 1u);
     const uint64_t wide = a->antiquant_f32 || a->antiquant_mode == HL_ANTIQUANT_TOKEN;
-    const uint64_t antiquant = (wide ? 4u : 2u)
-        * (a->antiquant_mode == HL_ANTIQUANT_TOKEN
-           ? hl_mul_cap((uint64_t)a->batch, 2u * (uint64_t)hl_ifa_f16_i8_d32_cache_rows(a))
-           : a->antiquant_mode == HL_ANTIQUANT_TENSOR ? 2u
-           : (uint64_t)n2 * 64u);
-    const uint32_t number = wide ? 4u : 2u;
+    const uint16_t number = wide ? 4u : 2u;
+    const uint64_t antiquant =
+        hl_mul_cap(number, a->antiquant_mode == HL_ANTIQUANT_TOKEN
+                   ? hl_mul_cap((uint64_t)a->batch, 2u * (uint64_t)hl_ifa_f16_i8_d32_cache_rows(a))
+                   : a->antiquant_mode == HL_ANTIQUANT_TENSOR ? 2u : (uint64_t)n2 * 64u);
     const int32_t any = a->batch != 0; /* with nothing to compute nothing is read */
     struct {
         hl_stride *stride;
@@ -2143,12 +2219,12 @@ static inline hl_status hl_ifa_f16_i8_d32_check_memory(hl_incre_flash_attention_
             {a->antiquant_offset, a->antiquant_offset ? antiquant : 0, HL_ARG_ANTIQUANT_OFFSET, 0,
              number},
             {a->quant_scale2, a->quant_scale2 ? quant : 0, HL_ARG_QUANT_SCALE2, 0,
-             a->quant_bf16 ? 2u : 4u},
+             quant_number},
             {a->quant_offset2, a->quant_offset2 ? quant : 0, HL_ARG_QUANT_OFFSET2, 0,
-             a->quant_bf16 ? 2u : 4u},
+             quant_number},
             {a->alibi_slopes, a->alibi_slopes ? 4u * (uint64_t)n1 : 0, HL_ARG_ALIBI_SLOPES, 0, 4u},
             {a->sinks, a->sinks ? 4u * (uint64_t)n1 : 0, HL_ARG_SINKS, 0, 4u},
-            {a->attention_out, extent[3], HL_ARG_ATTENTION_OUT, 1, (uint32_t)out_bytes},
+            {a->attention_out, extent[3], HL_ARG_ATTENTION_OUT, 1, (uint16_t)out_bytes},
             {a->softmax_max, a->softmax_max ? stats : 0, HL_ARG_SOFTMAX_MAX, 1, 4u},
             {a->softmax_sum, a->softmax_sum ? stats : 0, HL_ARG_SOFTMAX_SUM, 1, 4u},
             {a->softmax_lse, a->softmax_lse ? stats : 0, HL_ARG_SOFTMAX_LSE, 1, 4u},
@@ -2628,7 +2704,8 @@ HL_KERNEL_SCALAR void hl_ifa_f16_i8_d32_bias_codes_scalar(const hl_incre_flash_a
                     0)[b->row[j].token];
             }
             for (int32_t h = 0; h < queries; ++h) {
-                s[j * ks + h * qs] = x * (s[j * ks + h * qs] + offset * shift[h]);
+                const float more = hl_product(offset, shift[h]);
+                s[j * ks + h * qs] = hl_product(x, s[j * ks + h * qs] + more);
             }
         }
     } else if (a->antiquant_offset != NULL) {
@@ -2654,7 +2731,8 @@ HL_KERNEL_SCALAR void hl_ifa_f16_i8_d32_bias_positions_scalar(
             const uint16_t *const pse = (const uint16_t *)a->pse_shift
                 + ((batch * a->heads_q + head) * a->seq_q + i) * a->pse_width;
             for (int32_t j = 0; j < b->n; ++j) {
-                s[j * ks + h * qs] += log2e * hl_float_of_f16(pse[b->row[j].token]);
+                const float more = hl_float_of_f16(pse[b->row[j].token]);
+                s[j * ks + h * qs] += hl_product(log2e, more);
             }
         }
     }
@@ -2711,9 +2789,9 @@ HL_KERNEL_SCALAR void hl_ifa_f16_i8_d32_weigh_scalar(const hl_incre_flash_attent
         float *const o = t->o + (ptrdiff_t)(h0 + h) * OS + LIFT;
         float sum = 0.0f;
         for (int32_t j = 0; j < b->n; ++j) {
-            sum += p[j * step + h] * offset[b->row[j].token];
+            sum += hl_product(p[j * step + h], offset[b->row[j].token]);
         }
-        *o = t->alpha[h0 + h] * *o + sum;
+        *o = hl_product(t->alpha[h0 + h], *o) + sum;
     }
 }
 
@@ -2783,7 +2861,7 @@ HL_KERNEL_SCALAR void hl_ifa_f16_i8_d32_softmax_few_scalar(float *s, const hl_st
             sum += each[i];
         }
         t->alpha[h0 + h] = less[h];
-        t->l[h0 + h] = less[h] * t->l[h0 + h] + sum;
+        t->l[h0 + h] = hl_product(less[h], t->l[h0 + h]) + sum;
     }
 }
 
@@ -3054,7 +3132,7 @@ HL_KERNEL_SCALAR void hl_ifa_f16_i8_d32_store_quantised_scalar(
     for (int32_t c = 0; c < DV; ++c) {
         const ptrdiff_t i = a->quant_per_channel ? (ptrdiff_t)head * DV + c : 0;
         float x = o[c] * factor;
-        x = x * hl_ifa_f16_i8_d32_quant_number(a->quant_scale2, i, a->quant_bf16);
+        x = hl_product(x, hl_ifa_f16_i8_d32_quant_number(a->quant_scale2, i, a->quant_bf16));
         if (a->quant_offset2 != NULL) {
             x = x + hl_ifa_f16_i8_d32_quant_number(a->quant_offset2, i, a->quant_bf16);
         }
@@ -3734,9 +3812,10 @@ HL_API size_t hl_incre_flash_attention_f16_i8_d32_workspace_bytes(
 #if defined(_OPENMP)
     if (args->partials == NULL) { /* with several threads long rows are split */
         const int32_t threads = omp_get_max_threads();
-        return plan.task_bytes * (size_t)threads + (threads > 1 ? plan.split_bytes : 0);
+        return hl_size(hl_add_cap(hl_mul_cap(plan.task_bytes, (uint64_t)threads), threads > 1
+                                  ? plan.split_bytes : 0));
     }
-    return plan.task_bytes * (size_t)omp_get_max_threads();
+    return hl_size(hl_mul_cap(plan.task_bytes, (uint64_t)omp_get_max_threads()));
 #else
     return plan.task_bytes;
 #endif
@@ -3838,7 +3917,7 @@ typedef struct hl_ifa_f16_i8_d32_side {
     hl_stride to_stride;
     uint64_t bytes;        /* of a row in the cache               */
     uint64_t extent;       /* of the cache, or of one of its pages */
-    uint32_t align;
+    uint16_t align;
     hl_argument argument;
 } hl_ifa_f16_i8_d32_side;
 
@@ -3881,7 +3960,7 @@ static inline int32_t hl_ifa_f16_i8_d32_sides(const hl_decode_append_args *a)
 }
 
 /* What this header was not generated with; sizes and modes. Fills in the defaults of *a. */
-static inline hl_status hl_ifa_f16_i8_d32_check_append_sizes(hl_decode_append_args *a,
+HL_OWN_FRAME hl_status hl_ifa_f16_i8_d32_check_append_sizes(hl_decode_append_args *a,
     hl_error *error)
 {
     const int32_t paged = hl_ifa_f16_i8_d32_append_paged(a);
@@ -3934,7 +4013,7 @@ static inline hl_status hl_ifa_f16_i8_d32_check_append_sizes(hl_decode_append_ar
 }
 
 /* Layouts, and what each of them has no use for. */
-static inline hl_status hl_ifa_f16_i8_d32_check_append_layout(const hl_decode_append_args *a,
+HL_OWN_FRAME hl_status hl_ifa_f16_i8_d32_check_append_layout(const hl_decode_append_args *a,
     hl_error *error)
 {
     const int32_t kv_known = a->layout_kv == HL_LAYOUT_BSND || a->layout_kv == HL_LAYOUT_BSH
@@ -3993,7 +4072,10 @@ static inline hl_status hl_ifa_f16_i8_d32_check_append_stride(hl_stride *stride,
         status = hl_check_apart(stride, count[0], count[1], count[2], channels, argument, error);
     }
     *extent = hl_extent(stride, count[0], count[1], count[2], channels, element);
-    if (status == HL_OK && *extent > (uint64_t)PTRDIFF_MAX) {
+    if (status != HL_OK) {
+        return status;
+    }
+    if (*extent > (uint64_t)PTRDIFF_MAX) {
         return hl_refuse(error, HL_ERR_SHAPE, argument, HL_RULE_ADDRESSABLE,
                          *extent > (uint64_t)INT64_MAX ? INT64_MAX : (int64_t)*extent,
                          (int64_t)PTRDIFF_MAX);
@@ -4002,7 +4084,7 @@ static inline hl_status hl_ifa_f16_i8_d32_check_append_stride(hl_stride *stride,
     stride->batch = *extent > 0 && count[0] > 1 ? stride->batch * (ptrdiff_t)element : 0;
     stride->row = *extent > 0 && count[1] > 1 ? stride->row * (ptrdiff_t)element : 0;
     stride->head = *extent > 0 && count[2] > 1 ? stride->head * (ptrdiff_t)element : 0;
-    return status;
+    return HL_OK;
 }
 
 /* One tensor of the cache, or one of its pages: it is there, and apart from all other memory. */
@@ -4078,7 +4160,7 @@ static inline hl_status hl_ifa_f16_i8_d32_check_sides(const hl_ifa_f16_i8_d32_si
 
 /* Strides, alignment, extents; and the cache overlaps nothing else. Fills in side[] and count[]:
  * blocks (or batches), rows and heads of the cache. */
-static inline hl_status hl_ifa_f16_i8_d32_check_append_memory(const hl_decode_append_args *a,
+HL_OWN_FRAME hl_status hl_ifa_f16_i8_d32_check_append_memory(const hl_decode_append_args *a,
     hl_ifa_f16_i8_d32_side *side, hl_ifa_f16_i8_d32_inputs *inputs, int64_t *count, hl_error *error)
 {
     const int32_t paged = hl_ifa_f16_i8_d32_append_paged(a);
@@ -4087,11 +4169,11 @@ static inline hl_status hl_ifa_f16_i8_d32_check_append_memory(const hl_decode_ap
     const int32_t pages = hl_ifa_f16_i8_d32_in_pages(a);
     const int32_t new_first = a->layout_new == HL_LAYOUT_BNSD;
     const int32_t kv_first = a->layout_kv == HL_LAYOUT_BNSD || a->layout_kv == HL_LAYOUT_PA_BNSD;
-    const uint32_t number = a->numbers_f32 ? 4u : 2u;
+    const uint16_t number = a->numbers_f32 ? 4u : 2u;
     const uint64_t each = 4u * (uint64_t)a->batch;
     const uint64_t entries = hl_mul_cap((uint64_t)a->batch, (uint64_t)a->max_blocks);
     const int32_t by_token = a->antiquant_mode == HL_ANTIQUANT_TOKEN;
-    const uint32_t given = a->antiquant_f32 ? 4u : 2u;
+    const uint16_t given = a->antiquant_f32 ? 4u : 2u;
     const uint64_t scales = given
         * (a->antiquant_mode == HL_ANTIQUANT_TENSOR ? 2u : (uint64_t)a->heads_kv * 64u);
     const uint64_t tokens =
@@ -4143,9 +4225,9 @@ static inline hl_status hl_ifa_f16_i8_d32_check_append_memory(const hl_decode_ap
             {a->block_table, a->block_table != NULL ? hl_mul_cap(entries, 4u) : 0,
              HL_ARG_BLOCK_TABLE, 0, 4u},
             {a->key_pages, a->key_pages != NULL ? hl_mul_cap(entries, sizeof(void *)) : 0,
-             HL_ARG_KEY_PAGES, 0, (uint32_t)sizeof(void *)},
+             HL_ARG_KEY_PAGES, 0, (uint16_t)sizeof(void *)},
             {a->value_pages, a->value_pages != NULL ? hl_mul_cap(entries, sizeof(void *)) : 0,
-             HL_ARG_VALUE_PAGES, 0, (uint32_t)sizeof(void *)},
+             HL_ARG_VALUE_PAGES, 0, (uint16_t)sizeof(void *)},
             {a->antiquant_scale, any && !by_token ? scales : 0, HL_ARG_ANTIQUANT_SCALE, 0, given},
             {a->antiquant_offset, a->antiquant_offset != NULL ? scales : 0,
              HL_ARG_ANTIQUANT_OFFSET, 0, given},
@@ -4178,7 +4260,7 @@ static inline hl_status hl_ifa_f16_i8_d32_check_append_memory(const hl_decode_ap
 /* New rows of a batch. */
 static inline int32_t hl_ifa_f16_i8_d32_new_rows(const hl_decode_append_args *a, int32_t b)
 {
-    return a->lengths != NULL ? a->lengths[b] : a->rows;
+    return a->lengths != NULL ? hl_once(a->lengths + b) : a->rows;
 }
 
 /* An entry of a batch's row of the table, or its page. */
@@ -4193,7 +4275,7 @@ static inline hl_status hl_ifa_f16_i8_d32_check_append_entry(const hl_decode_app
     (void)side;
     (void)inputs;
     (void)count;
-    id = a->block_table[at];
+    id = hl_once(a->block_table + at);
     if (id < 0 || id >= blocks) {
         return hl_refuse_at(error, HL_ERR_BLOCK_ID, HL_ARG_BLOCK_TABLE, id < 0 ? HL_RULE_AT_LEAST
                             : HL_RULE_AT_MOST, 2, b, i, id, id < 0 ? 0 : blocks - 1);
@@ -4202,7 +4284,7 @@ static inline hl_status hl_ifa_f16_i8_d32_check_append_entry(const hl_decode_app
 }
 
 /* New rows and their places in each batch, and the table entries that are needed for them. */
-static inline hl_status hl_ifa_f16_i8_d32_check_append_places(const hl_decode_append_args *a,
+HL_OWN_FRAME hl_status hl_ifa_f16_i8_d32_check_append_places(const hl_decode_append_args *a,
     const hl_ifa_f16_i8_d32_side *side, const hl_ifa_f16_i8_d32_inputs *inputs,
     const int64_t *count, hl_error *error)
 {
@@ -4210,7 +4292,7 @@ static inline hl_status hl_ifa_f16_i8_d32_check_append_places(const hl_decode_ap
     const int32_t each = hl_ifa_f16_i8_d32_by_slot(a) ? 1 : a->block_size;
     for (int32_t b = 0; a->rows > 0 && b < a->batch; ++b) {
         const int32_t n = hl_ifa_f16_i8_d32_new_rows(a, b);
-        const int32_t first = a->positions[b];
+        const int32_t first = hl_once(a->positions + b);
         if (n < 0 || n > a->rows) {
             return hl_refuse_at(error, HL_ERR_LENGTH, HL_ARG_LENGTHS, n < 0 ? HL_RULE_AT_LEAST
                                 : HL_RULE_AT_MOST, 1, b, 0, n, n < 0 ? 0 : a->rows);
@@ -4238,6 +4320,18 @@ static inline hl_status hl_ifa_f16_i8_d32_check_append_places(const hl_decode_ap
         }
     }
     return HL_OK;
+}
+
+/* New rows of a batch and their first place, for writing: what has been checked is looked at once
+ * more, so that a caller who changes it meanwhile gets rows that are not written, but none that
+ * are out of bounds. */
+static inline int32_t hl_ifa_f16_i8_d32_rows_to_write(const hl_decode_append_args *a, int32_t b,
+    int32_t *first)
+{
+    const int32_t n = hl_ifa_f16_i8_d32_new_rows(a, b);
+    *first = hl_once(a->positions + b);
+    return n > 0 && n <= a->rows && *first >= 0 && *first <= hl_ifa_f16_i8_d32_append_limit(a) - n
+        ? n : 0;
 }
 /* Keys or values of a run. */
 static inline void hl_ifa_f16_i8_d32_append_run(int32_t isa, const hl_decode_run *run, int32_t side)
@@ -4273,6 +4367,62 @@ static inline void hl_ifa_f16_i8_d32_scales_of_run(const hl_decode_append_args *
     }
 }
 
+/* New rows of batch b become rows of its cache. */
+HL_OWN_FRAME void hl_ifa_f16_i8_d32_append_batch(const hl_decode_append_args *a,
+                                                 const hl_ifa_f16_i8_d32_side *side, int32_t isa,
+                                                 int32_t b)
+{
+    const int32_t sides = hl_ifa_f16_i8_d32_sides(a);
+    int32_t first;
+    const int32_t rows = hl_ifa_f16_i8_d32_rows_to_write(a, b, &first);
+    int32_t n = 0;
+    for (int32_t i = 0; i < rows; i += n) { /* as many as lie at even steps */
+        const int32_t t = first + i;
+        ptrdiff_t entry = 0;
+        ptrdiff_t outer = b;
+        ptrdiff_t inner = t;
+        n = rows - i;
+        if (hl_ifa_f16_i8_d32_append_paged(a)) {
+            const int32_t left = a->block_size - t % a->block_size;
+            entry = (ptrdiff_t)b * a->max_blocks
+                + (hl_ifa_f16_i8_d32_by_slot(a) ? t : t / a->block_size);
+            outer = hl_ifa_f16_i8_d32_in_pages(a) ? 0 : hl_once(a->block_table + entry);
+            inner = hl_ifa_f16_i8_d32_by_slot(a) ? outer % a->block_size : t % a->block_size;
+            outer = hl_ifa_f16_i8_d32_by_slot(a) ? outer / a->block_size : outer;
+            n = hl_ifa_f16_i8_d32_by_slot(a) ? 1 : n < left ? n : left;
+            if (inner < 0 || outer < 0
+                || (!hl_ifa_f16_i8_d32_in_pages(a) && outer >= a->num_blocks)) {
+                continue; /* a table that has changed under way */
+            }
+        }
+        for (int32_t s = 0; s < sides; ++s) {
+            const hl_stride *const from = &side[s].from_stride;
+            const hl_stride *const to = &side[s].to_stride;
+            unsigned char *const cache =
+                hl_ifa_f16_i8_d32_in_pages(a) ? (unsigned char *)side[s].pages[entry] : side[s].to;
+            hl_decode_run run;
+            run.from = side[s].from + b * from->batch + i * from->row;
+            run.to = cache + outer * to->batch + inner * to->row;
+            run.token_scale = NULL;
+            run.token_again = NULL;
+            run.scale = NULL;
+            run.offset = NULL;
+            run.scale_f32 = a->antiquant_f32;
+            run.by_channel = a->antiquant_mode == HL_ANTIQUANT_CHANNEL;
+            run.numbers_f32 = a->numbers_f32;
+            run.rows = n;
+            run.heads = a->heads_kv;
+            run.channels = s == 0 ? 32 : 32;
+            run.from_row = from->row;
+            run.from_head = from->head;
+            run.to_row = to->row;
+            run.to_head = to->head;
+            hl_ifa_f16_i8_d32_scales_of_run(a, &run, s, b, t);
+            hl_ifa_f16_i8_d32_append_run(isa, &run, s);
+        }
+    }
+}
+
 HL_API hl_status hl_incre_flash_attention_f16_i8_d32_append(const hl_decode_append_args *args,
     hl_error *error)
 {
@@ -4280,7 +4430,6 @@ HL_API hl_status hl_incre_flash_attention_f16_i8_d32_append(const hl_decode_appe
     hl_ifa_f16_i8_d32_side side[2];
     hl_ifa_f16_i8_d32_inputs inputs;
     int64_t count[3];
-    int32_t sides;
     int32_t isa;
     hl_status status;
     (void)hl_refuse(error, HL_OK, HL_ARG_NONE, HL_RULE_NONE, 0, 0);
@@ -4305,52 +4454,8 @@ HL_API hl_status hl_incre_flash_attention_f16_i8_d32_append(const hl_decode_appe
     if (isa == HL_ISA_BEST) {
         return hl_refuse(error, HL_ERR_UNSUPPORTED, HL_ARG_ISA, HL_RULE_GENERATED, a.isa, 0);
     }
-    sides = hl_ifa_f16_i8_d32_sides(&a);
     for (int32_t b = 0; a.rows > 0 && b < a.batch; ++b) {
-        const int32_t rows = hl_ifa_f16_i8_d32_new_rows(&a, b);
-        int32_t n = 0;
-        for (int32_t i = 0; i < rows; i += n) { /* as many as lie at even steps */
-            const int32_t t = a.positions[b] + i;
-            ptrdiff_t entry = 0;
-            ptrdiff_t outer = b;
-            ptrdiff_t inner = t;
-            n = rows - i;
-            if (hl_ifa_f16_i8_d32_append_paged(&a)) {
-                const int32_t left = a.block_size - t % a.block_size;
-                entry = (ptrdiff_t)b * a.max_blocks
-                    + (hl_ifa_f16_i8_d32_by_slot(&a) ? t : t / a.block_size);
-                outer = hl_ifa_f16_i8_d32_in_pages(&a) ? 0 : a.block_table[entry];
-                inner = hl_ifa_f16_i8_d32_by_slot(&a) ? outer % a.block_size : t % a.block_size;
-                outer = hl_ifa_f16_i8_d32_by_slot(&a) ? outer / a.block_size : outer;
-                n = hl_ifa_f16_i8_d32_by_slot(&a) ? 1 : n < left ? n : left;
-            }
-            for (int32_t s = 0; s < sides; ++s) {
-                const hl_stride *const from = &side[s].from_stride;
-                const hl_stride *const to = &side[s].to_stride;
-                unsigned char *const cache =
-                    hl_ifa_f16_i8_d32_in_pages(&a) ? (unsigned char *)side[s].pages[entry]
-                        : side[s].to;
-                hl_decode_run run;
-                run.from = side[s].from + b * from->batch + i * from->row;
-                run.to = cache + outer * to->batch + inner * to->row;
-                run.token_scale = NULL;
-                run.token_again = NULL;
-                run.scale = NULL;
-                run.offset = NULL;
-                run.scale_f32 = a.antiquant_f32;
-                run.by_channel = a.antiquant_mode == HL_ANTIQUANT_CHANNEL;
-                run.numbers_f32 = a.numbers_f32;
-                run.rows = n;
-                run.heads = a.heads_kv;
-                run.channels = s == 0 ? 32 : 32;
-                run.from_row = from->row;
-                run.from_head = from->head;
-                run.to_row = to->row;
-                run.to_head = to->head;
-                hl_ifa_f16_i8_d32_scales_of_run(&a, &run, s, b, t);
-                hl_ifa_f16_i8_d32_append_run(isa, &run, s);
-            }
-        }
+        hl_ifa_f16_i8_d32_append_batch(&a, side, isa, b);
     }
     return HL_OK;
 }

@@ -93,7 +93,7 @@
 /* ==== shared by every Headlight header ==== */
 
 #ifndef HL_COMMON
-#define HL_COMMON 4
+#define HL_COMMON 5
 
 #include <stddef.h>
 #include <stdint.h>
@@ -342,6 +342,20 @@ enum {
     HL_ISA_AMX = 5
 };
 
+/* Stack in bytes, whatever the arguments: of any one function, and of a whole call with all that it
+ * calls on this instruction set. */
+#define HL_FRAME_BYTES_SCALAR 1024
+#define HL_STACK_BYTES_SCALAR 3072
+#define HL_FRAME_BYTES_NEON 4096
+#define HL_STACK_BYTES_NEON 6144
+#define HL_FRAME_BYTES_AVX2 4096
+#define HL_STACK_BYTES_AVX2 6144
+#define HL_FRAME_BYTES_AVX512 4096
+#define HL_STACK_BYTES_AVX512 6144
+#define HL_FRAME_BYTES_AMX 8192
+#define HL_STACK_BYTES_AMX 8192
+/* As GCC and Clang compile it from -O1 up. Without optimisation vector code takes far more. */
+
 /* Writes one sentence about the error into text (always ended by a 0 byte) and returns text; 160
  * bytes are enough. With HL_NO_TEXT defined the program holds no words: text is empty. */
 HL_API const char *hl_error_text(const hl_error *error, char *text, size_t size);
@@ -350,7 +364,7 @@ HL_API const char *hl_error_text(const hl_error *error, char *text, size_t size)
 }
 #endif
 
-#elif HL_COMMON != 4
+#elif HL_COMMON != 5
 #error "hl: headers of two generator versions in one file; regenerate the older one"
 #endif /* HL_COMMON */
 /* ==== the operator's arguments, shared by all of its kernels ==== */
@@ -539,6 +553,14 @@ typedef struct hl_sparse_flash_attention_parts {
 #define HL_FETCH(address) ((void)(address))
 #endif
 
+/* A function that its caller shall not take in: what it keeps on the stack is gone when it returns,
+ * and does not add to what later calls need. */
+#if defined(__GNUC__)
+#define HL_OWN_FRAME __attribute__((noinline, unused)) static
+#else
+#define HL_OWN_FRAME static inline
+#endif
+
 #ifdef __cplusplus
 extern "C" {
 #endif
@@ -637,6 +659,25 @@ static inline float hl_float_of(uint32_t bits)
     return x;
 }
 
+/* Compilers may make one operation of a product and the sum around it, each by rules and flags of
+ * its own, and then round once instead of twice. This says that x is looked at in between: with it
+ * the bits are the same whoever compiles. In the words of plain C it is left to the compiler. */
+#if defined(__GNUC__) && defined(__SSE__)
+#define HL_ROUNDED(x) __asm__("" : "+x"(x))
+#elif defined(__GNUC__) && defined(__aarch64__)
+#define HL_ROUNDED(x) __asm__("" : "+w"(x))
+#else
+#define HL_ROUNDED(x) (void)(x)
+#endif
+
+/* x * y, rounded before anything is added to it. */
+static inline float hl_product(float x, float y)
+{
+    float product = x * y;
+    HL_ROUNDED(product);
+    return product;
+}
+
 static inline float hl_float_of_bf16(uint16_t h)
 {
     return hl_float_of((uint32_t)h << 16);
@@ -689,16 +730,27 @@ static inline float hl_log(float x)
     const uint32_t bits = hl_bits_of(x);
     const int32_t e = (int32_t)((bits + 0x4afb0du) >> 23) - 127;
     const float y = hl_float_of(bits - ((uint32_t)e << 23));
-    const float t = (y - 1.0f) / (y + 1.0f);
+    float t = (y - 1.0f) / (y + 1.0f);
     const float t2 = t * t;
-    const float odd = 2.0f + t2 * (0.666666667f + t2 * (0.4f + t2 * (0.285714286f + t2 * 0.23f)));
+    float odd = 0.285714286f + hl_product(t2, 0.23f);
+    odd = 0.4f + hl_product(t2, odd);
+    odd = 0.666666667f + hl_product(t2, odd);
+    odd = 2.0f + hl_product(t2, odd);
     if (x == 0.0f) {
         return hl_float_of(0xff800000u);
     }
     if (!(x < hl_float_of(0x7f800000u))) { /* infinity or NaN */
         return x;
     }
-    return (float)e * 0.693359375f + ((float)e * -2.12194440e-4f + t * odd); /* ln 2 in two parts */
+    t = hl_product((float)e, -2.12194440e-4f) + hl_product(t, odd); /* ln 2 in two parts */
+    return hl_product((float)e, 0.693359375f) + t;
+}
+
+/* A number of the caller's that another thread may be changing: read exactly once, whatever the
+ * compiler would make of it, so that what was checked is what is used. */
+static inline int32_t hl_once(const int32_t *number)
+{
+    return *(const volatile int32_t *)number;
 }
 
 /* Fills *error, if there is one, and returns its status. */
@@ -735,12 +787,21 @@ static inline hl_status hl_refuse_at(hl_error *error, hl_status status, hl_argum
 /* a * b and a + b that stay at the top instead of wrapping. */
 static inline uint64_t hl_mul_cap(uint64_t a, uint64_t b)
 {
+    if ((a | b) <= UINT32_MAX) { /* as a rule, and a division costs more than all the rest */
+        return a * b;
+    }
     return b != 0 && a > UINT64_MAX / b ? UINT64_MAX : a * b;
 }
 
 static inline uint64_t hl_add_cap(uint64_t a, uint64_t b)
 {
     return a > UINT64_MAX - b ? UINT64_MAX : a + b;
+}
+
+/* As a size of memory; what there cannot be is SIZE_MAX, which no allocator grants. */
+static inline size_t hl_size(uint64_t bytes)
+{
+    return bytes > (uint64_t)PTRDIFF_MAX ? SIZE_MAX : (size_t)bytes;
 }
 
 /* Bytes from the first to behind the last element of a strided tensor; 0 if it has none. */
@@ -762,8 +823,8 @@ typedef struct hl_range {
     const void *start;
     uint64_t bytes;
     hl_argument argument;
-    int32_t written;
-    uint32_t align;
+    uint16_t written;
+    uint16_t align; /* a power of two */
 } hl_range;
 
 /* NULL, alignment, size, and that nothing written overlaps anything else. */
@@ -777,9 +838,9 @@ static inline hl_status hl_check_ranges(const hl_range *range, int32_t n, hl_err
         if (start == 0) {
             return hl_refuse(error, HL_ERR_NULL, range[i].argument, HL_RULE_NOT_NULL, 0, 0);
         }
-        if (start % range[i].align != 0) {
+        if ((start & (range[i].align - 1)) != 0) {
             return hl_refuse(error, HL_ERR_ALIGN, range[i].argument, HL_RULE_MULTIPLE_OF,
-                             (int64_t)(start % range[i].align), (int64_t)range[i].align);
+                             (int64_t)(start & (range[i].align - 1)), (int64_t)range[i].align);
         }
         if (range[i].bytes > (uint64_t)PTRDIFF_MAX
             || range[i].bytes > (uint64_t)UINTPTR_MAX - (uint64_t)start) {
@@ -789,11 +850,14 @@ static inline hl_status hl_check_ranges(const hl_range *range, int32_t n, hl_err
         }
     }
     for (int32_t i = 0; i < n; ++i) {
+        const uintptr_t a = (uintptr_t)range[i].start;
+        const uintptr_t a_end = a + (uintptr_t)range[i].bytes;
+        if (!range[i].written || a == a_end) {
+            continue;
+        }
         for (int32_t j = 0; j < n; ++j) {
-            const uintptr_t a = (uintptr_t)range[i].start;
             const uintptr_t b = (uintptr_t)range[j].start;
-            if (i != j && range[i].written && range[i].bytes != 0 && range[j].bytes != 0 && a < b
-                + (uintptr_t)range[j].bytes && b < a + (uintptr_t)range[i].bytes) {
+            if (a < b + (uintptr_t)range[j].bytes && b < a_end && range[j].bytes != 0 && i != j) {
                 return hl_refuse(error, HL_ERR_ALIAS, range[i].argument, HL_RULE_DISJOINT, 0, 0);
             }
         }
@@ -845,8 +909,10 @@ static inline hl_status hl_default_stride(hl_stride *stride, int64_t rows, int64
                               : stride->row < 0 ? stride->row : stride->head;
         return hl_refuse(error, HL_ERR_SHAPE, argument, HL_RULE_AT_LEAST, (int64_t)bad, 0);
     }
-    if (batch > (uint64_t)PTRDIFF_MAX) {
-        return hl_refuse(error, HL_ERR_SHAPE, argument, HL_RULE_ADDRESSABLE, INT64_MAX,
+    if (row > (uint64_t)PTRDIFF_MAX || batch > (uint64_t)PTRDIFF_MAX) {
+        const uint64_t most = row > batch ? row : batch;
+        return hl_refuse(error, HL_ERR_SHAPE, argument, HL_RULE_ADDRESSABLE,
+                         most > (uint64_t)INT64_MAX ? INT64_MAX : (int64_t)most,
                          (int64_t)PTRDIFF_MAX);
     }
     stride->head = stride->head != 0 ? stride->head : (ptrdiff_t)channels;
@@ -1181,6 +1247,10 @@ enum {
 #define HL_SPARSE_FLASH_ATTENTION_F16_D512_ROPE64_PARTIALS_BYTES(r, h, c) \
     (64 + 4 * (size_t)(r) * (size_t)(c) * (size_t)(h) * 1170)
 
+/* Stack that any call below may need, on the deepest of the kernel's instruction sets. */
+#define HL_SPARSE_FLASH_ATTENTION_F16_D512_ROPE64_STACK_BYTES \
+    HL_STACK_BYTES_AMX
+
 /* Checks everything, fills in defaults, counts tasks. On an error *plan is untouched. */
 HL_API hl_status hl_sparse_flash_attention_f16_d512_rope64_plan(
     hl_sparse_flash_attention_plan *plan, const hl_sparse_flash_attention_args *args,
@@ -1357,7 +1427,12 @@ HL_WORD_NEON void hl_vpair_neon(const float *p, hl_vf_neon *x, hl_vf_neon *y)
 HL_WORD_NEON hl_vf_neon hl_vkeep_neon(hl_vf_neon x) { return x; }
 HL_WORD_NEON hl_vf_neon hl_vadd_neon(hl_vf_neon x, hl_vf_neon y) { return vaddq_f32(x, y); }
 HL_WORD_NEON hl_vf_neon hl_vsub_neon(hl_vf_neon x, hl_vf_neon y) { return vsubq_f32(x, y); }
-HL_WORD_NEON hl_vf_neon hl_vmul_neon(hl_vf_neon x, hl_vf_neon y) { return vmulq_f32(x, y); }
+HL_WORD_NEON hl_vf_neon hl_vmul_neon(hl_vf_neon x, hl_vf_neon y)
+{
+    hl_vf_neon product = vmulq_f32(x, y);
+    HL_ROUNDED(product);
+    return product;
+}
 HL_WORD_NEON hl_vf_neon hl_vfma_neon(hl_vf_neon x, hl_vf_neon y, hl_vf_neon z)
 {
     return vfmaq_f32(z, x, y);
@@ -1493,7 +1568,10 @@ HL_WORD_AVX2 hl_vf_avx2 hl_vkeep_avx2(hl_vf_avx2 x)
 }
 HL_WORD_AVX2 hl_vf_avx2 hl_vadd_avx2(hl_vf_avx2 x, hl_vf_avx2 y) { return _mm256_add_ps(x, y); }
 HL_WORD_AVX2 hl_vf_avx2 hl_vsub_avx2(hl_vf_avx2 x, hl_vf_avx2 y) { return _mm256_sub_ps(x, y); }
-HL_WORD_AVX2 hl_vf_avx2 hl_vmul_avx2(hl_vf_avx2 x, hl_vf_avx2 y) { return _mm256_mul_ps(x, y); }
+HL_WORD_AVX2 hl_vf_avx2 hl_vmul_avx2(hl_vf_avx2 x, hl_vf_avx2 y)
+{
+    return hl_vkeep_avx2(_mm256_mul_ps(x, y));
+}
 HL_WORD_AVX2 hl_vf_avx2 hl_vfma_avx2(hl_vf_avx2 x, hl_vf_avx2 y, hl_vf_avx2 z)
 {
     return _mm256_fmadd_ps(x, y, z);
@@ -1641,7 +1719,7 @@ HL_WORD_AVX512 hl_vf_avx512 hl_vsub_avx512(hl_vf_avx512 x, hl_vf_avx512 y)
 }
 HL_WORD_AVX512 hl_vf_avx512 hl_vmul_avx512(hl_vf_avx512 x, hl_vf_avx512 y)
 {
-    return _mm512_mul_ps(x, y);
+    return hl_vkeep_avx512(_mm512_mul_ps(x, y));
 }
 HL_WORD_AVX512 hl_vf_avx512 hl_vfma_avx512(hl_vf_avx512 x, hl_vf_avx512 y, hl_vf_avx512 z)
 {
@@ -2104,7 +2182,7 @@ static inline hl_state hl_sfa_f16_d512_rope64_partial(const hl_sparse_flash_atte
 /* ---- check: every argument, before anything is written ---- */
 
 /* Sizes, modes and numbers. Fills in the defaults of *a. */
-static inline hl_status hl_sfa_f16_d512_rope64_check_sizes(hl_sparse_flash_attention_args *a,
+HL_OWN_FRAME hl_status hl_sfa_f16_d512_rope64_check_sizes(hl_sparse_flash_attention_args *a,
     hl_error *error)
 {
     const struct {
@@ -2241,7 +2319,7 @@ static inline hl_status hl_sfa_f16_d512_rope64_check_lengths(
     for (int32_t b = 0; b < a->batch; ++b) {
         int32_t keys = limit_kv;
         if (a->actual_seq_lengths_query != NULL) {
-            const int32_t n = a->actual_seq_lengths_query[b];
+            const int32_t n = hl_once(a->actual_seq_lengths_query + b);
             if (n < (tnd_q ? before_q : 0)) {
                 return hl_refuse_at(error, HL_ERR_LENGTH, HL_ARG_ACTUAL_SEQ_LENGTHS_QUERY,
                                     HL_RULE_AT_LEAST, 1, b, 0, n, tnd_q ? before_q : 0);
@@ -2256,7 +2334,7 @@ static inline hl_status hl_sfa_f16_d512_rope64_check_lengths(
             continue; /* neither lengths nor table of the cache are read */
         }
         if (a->actual_seq_lengths_kv != NULL) {
-            keys = a->actual_seq_lengths_kv[b];
+            keys = hl_once(a->actual_seq_lengths_kv + b);
             if (keys < (tnd_kv ? before_kv : 0)) {
                 return hl_refuse_at(error, HL_ERR_LENGTH, HL_ARG_ACTUAL_SEQ_LENGTHS_KV,
                                     HL_RULE_AT_LEAST, 1, b, 0, keys, tnd_kv ? before_kv : 0);
@@ -2273,7 +2351,7 @@ static inline hl_status hl_sfa_f16_d512_rope64_check_lengths(
                 return hl_refuse(error, HL_ERR_NULL, HL_ARG_BLOCK_TABLE, HL_RULE_NOT_NULL, 0, 0);
             }
             for (int32_t i = 0; i < needed; ++i) {
-                const int32_t id = a->block_table[(ptrdiff_t)b * a->max_blocks + i];
+                const int32_t id = hl_once(a->block_table + (ptrdiff_t)b * a->max_blocks + i);
                 if (id < 0) {
                     return hl_refuse_at(error, HL_ERR_BLOCK_ID, HL_ARG_BLOCK_TABLE,
                                         HL_RULE_AT_LEAST, 2, b, i, id, 0);
@@ -2289,7 +2367,7 @@ static inline hl_status hl_sfa_f16_d512_rope64_check_lengths(
 }
 
 /* Strides, alignment, extents; and nothing that is written overlaps anything else. */
-static inline hl_status hl_sfa_f16_d512_rope64_check_memory(hl_sparse_flash_attention_args *a,
+HL_OWN_FRAME hl_status hl_sfa_f16_d512_rope64_check_memory(hl_sparse_flash_attention_args *a,
     const void *workspace, size_t bytes, hl_error *error)
 {
     const int32_t paged = a->layout_kv == HL_LAYOUT_PA_BSND;
@@ -2337,6 +2415,11 @@ static inline hl_status hl_sfa_f16_d512_rope64_check_memory(hl_sparse_flash_atte
     extent[3] = hl_extent(&a->key_rope_stride, b_kv, s_kv, n2, 64, 2u);
     extent[4] = hl_extent(&a->value_stride, b_kv, s_kv, n2, 512, 2u);
     extent[5] = hl_extent(&a->out_stride, b_q, a->seq_q, n1, 512, out_bytes);
+    if (a->query_rope == NULL) { /* steps to nowhere, of any size, are multiplied like others */
+        a->query_rope_stride.batch = 0;
+        a->query_rope_stride.row = 0;
+        a->query_rope_stride.head = 0;
+    }
     status = hl_check_apart(&a->out_stride, b_q, a->seq_q, n1, 512, HL_ARG_OUT_STRIDE, error);
     if (status != HL_OK) {
         return status;
@@ -2362,7 +2445,7 @@ static inline hl_status hl_sfa_f16_d512_rope64_check_memory(hl_sparse_flash_atte
             {a->actual_seq_lengths_kv, a->actual_seq_lengths_kv ? 4u * (uint64_t)a->batch : 0,
              HL_ARG_ACTUAL_SEQ_LENGTHS_KV, 0, 4u},
             {a->sinks, a->sinks ? 4u * (uint64_t)n1 : 0, HL_ARG_SINKS, 0, 4u},
-            {a->attention_out, extent[5], HL_ARG_ATTENTION_OUT, 1, (uint32_t)out_bytes},
+            {a->attention_out, extent[5], HL_ARG_ATTENTION_OUT, 1, (uint16_t)out_bytes},
             {a->softmax_max, a->softmax_max ? stats : 0, HL_ARG_SOFTMAX_MAX, 1, 4u},
             {a->softmax_sum, a->softmax_sum ? stats : 0, HL_ARG_SOFTMAX_SUM, 1, 4u},
             {a->softmax_lse, a->softmax_lse ? stats : 0, HL_ARG_SOFTMAX_LSE, 1, 4u},
@@ -2375,8 +2458,9 @@ static inline hl_status hl_sfa_f16_d512_rope64_check_memory(hl_sparse_flash_atte
 /* ---- select: which keys a query row sees, and where their rows lie ---- */
 
 /* Group number `index` of the plan: its row, its kv head, its list, its threshold. Returns 0 for a
- * row that is only padding. Values that the plan has checked are kept within bounds once more, so
- * that a caller who changes them meanwhile gets wrong numbers, but no access out of bounds. */
+ * row that is only padding. Values that the plan has checked are read once and kept within bounds
+ * once more, so that a caller who changes them meanwhile gets wrong numbers, but no access out of
+ * bounds. */
 static inline int32_t hl_sfa_f16_d512_rope64_group(const hl_sparse_flash_attention_plan *plan,
                                                    int64_t index, hl_group *g)
 {
@@ -2386,8 +2470,9 @@ static inline int32_t hl_sfa_f16_d512_rope64_group(const hl_sparse_flash_attenti
     const int32_t limit_kv = a->layout_kv == HL_LAYOUT_PA_BSND ? a->max_blocks * a->block_size
                                                                : a->seq_kv;
     int32_t b = 0;
-    int32_t i = 0;         /* row inside its batch */
-    int32_t rows = 0;      /* of the batch         */
+    int64_t i = 0;         /* row inside its batch */
+    int64_t rows = 0;      /* of the batch         */
+    int64_t seen_keys;
     int32_t keys = limit_kv;
     int32_t seen = 1;
     g->group = plan->group;
@@ -2411,10 +2496,10 @@ static inline int32_t hl_sfa_f16_d512_rope64_group(const hl_sparse_flash_attenti
         }
         seen = low < a->batch;
         if (seen) {
-            const int32_t start = low > 0 ? a->actual_seq_lengths_query[low - 1] : 0;
+            const int64_t start = low > 0 ? hl_once(a->actual_seq_lengths_query + low - 1) : 0;
             b = low;
-            i = (int32_t)row - start;
-            rows = a->actual_seq_lengths_query[low] - start;
+            i = row - start;
+            rows = hl_once(a->actual_seq_lengths_query + low) - start;
         }
         g->query = (ptrdiff_t)row * a->query_stride.row;
         g->query_rope = (ptrdiff_t)row * a->query_rope_stride.row;
@@ -2422,12 +2507,13 @@ static inline int32_t hl_sfa_f16_d512_rope64_group(const hl_sparse_flash_attenti
         g->stats = ((int64_t)head * a->seq_q + row) * plan->group;
     } else {
         b = (int32_t)(row / a->seq_q);
-        i = (int32_t)(row % a->seq_q);
-        rows = a->actual_seq_lengths_query != NULL ? a->actual_seq_lengths_query[b] : a->seq_q;
+        i = row % a->seq_q;
+        rows = a->actual_seq_lengths_query != NULL ? hl_once(a->actual_seq_lengths_query + b)
+                                                   : a->seq_q;
         seen = i < rows;
-        g->query = b * a->query_stride.batch + i * a->query_stride.row;
-        g->query_rope = b * a->query_rope_stride.batch + i * a->query_rope_stride.row;
-        g->out = b * a->out_stride.batch + i * a->out_stride.row;
+        g->query = b * a->query_stride.batch + (ptrdiff_t)i * a->query_stride.row;
+        g->query_rope = b * a->query_rope_stride.batch + (ptrdiff_t)i * a->query_rope_stride.row;
+        g->out = b * a->out_stride.batch + (ptrdiff_t)i * a->out_stride.row;
         g->stats = (((int64_t)b * a->heads_kv + head) * a->seq_q + i) * plan->group;
     }
     g->query += (ptrdiff_t)head * plan->group * a->query_stride.head;
@@ -2437,18 +2523,18 @@ static inline int32_t hl_sfa_f16_d512_rope64_group(const hl_sparse_flash_attenti
     g->kv_head = head;
     g->pages = a->block_table != NULL ? a->block_table + (ptrdiff_t)b * a->max_blocks : NULL;
     if (seen && a->actual_seq_lengths_kv != NULL && a->index_kind == HL_INDEX_BLOCKS) {
-        keys = a->actual_seq_lengths_kv[b];
+        keys = hl_once(a->actual_seq_lengths_kv + b);
         if (a->layout_kv == HL_LAYOUT_TND) {
-            g->first = b > 0 ? a->actual_seq_lengths_kv[b - 1] : 0;
+            g->first = b > 0 ? hl_once(a->actual_seq_lengths_kv + b - 1) : 0;
             g->first = g->first < 0 ? 0 : g->first > limit_kv ? limit_kv : g->first;
-            keys = (keys < limit_kv ? keys : limit_kv) - g->first;
         }
-        keys = keys < 0 ? 0 : keys > limit_kv ? limit_kv : keys;
+        keys = keys < g->first ? g->first : keys > limit_kv ? limit_kv : keys;
+        keys -= g->first;
     }
     g->length = keys;
     /* thr(i): S2 in mode 0, S2 - S1 + i + 1 in mode 3 (actual lengths). */
-    g->keys = a->sparse_mode == 3 ? keys - rows + i + 1 : keys;
-    g->keys = g->keys < 0 ? 0 : g->keys > keys ? keys : g->keys;
+    seen_keys = a->sparse_mode == 3 ? keys - rows + i + 1 : keys;
+    g->keys = seen_keys < 0 ? 0 : seen_keys > keys ? keys : (int32_t)seen_keys;
     g->entries = g->keys;
     g->list = NULL;
     if (a->sparse_indices != NULL) {
@@ -2479,7 +2565,7 @@ static inline int32_t hl_sfa_f16_d512_rope64_locate(const hl_sparse_flash_attent
         return 1;
     }
     if (a->layout_kv == HL_LAYOUT_PA_BSND) { /* [block][token][N2][D] */
-        const int32_t block = g->pages[j / a->block_size];
+        const int32_t block = hl_once(g->pages + j / a->block_size);
         loc->outer = block;
         loc->inner = j % a->block_size;
         return block >= 0 && block < a->num_blocks;
@@ -2558,7 +2644,7 @@ static inline int32_t hl_sfa_f16_d512_rope64_next(const hl_sparse_flash_attentio
         return n;
     }
     while (n < cap && c->at < c->end) { /* blocks of sparse_block_size tokens */
-        const int32_t id = g->list[c->at];
+        const int32_t id = hl_once(g->list + c->at);
         const int32_t size = a->sparse_block_size;
         if (id >= 0 && id <= (INT32_MAX - size) / size) { /* else far above any threshold */
             const int32_t begin = id * size;
@@ -3153,7 +3239,7 @@ HL_KERNEL_SCALAR void hl_sfa_f16_d512_rope64_softmax_few_scalar(float *s, const 
             sum += each[i];
         }
         t->alpha[h0 + h] = less[h];
-        t->l[h0 + h] = less[h] * t->l[h0 + h] + sum;
+        t->l[h0 + h] = hl_product(less[h], t->l[h0 + h]) + sum;
     }
 }
 
@@ -3447,7 +3533,7 @@ HL_KERNEL_SCALAR void hl_sfa_f16_d512_rope64_store_lse_scalar(
         return;
     }
     for (int32_t h = 0; h < group; ++h) {
-        const float lse = t->m[h] * 0.693147181f + hl_log(t->l[h]);
+        const float lse = hl_product(t->m[h], 0.693147181f) + hl_log(t->l[h]);
         const float finite = t->m[h] < 3.402823466e+38f || lse != lse ? lse : -none;
         a->softmax_lse[g->stats + h] = t->l[h] != 0.0f || *t->seen != 0.0f ? finite : none;
     }
@@ -4567,7 +4653,7 @@ HL_KERNEL_NEON void hl_sfa_f16_d512_rope64_softmax_few_neon(float *s, const hl_s
             sum += each[i];
         }
         t->alpha[h0 + h] = less[h];
-        t->l[h0 + h] = less[h] * t->l[h0 + h] + sum;
+        t->l[h0 + h] = hl_product(less[h], t->l[h0 + h]) + sum;
     }
 }
 
@@ -5149,7 +5235,7 @@ HL_KERNEL_NEON void hl_sfa_f16_d512_rope64_store_lse_neon(const hl_sparse_flash_
         return;
     }
     for (int32_t h = 0; h < group; ++h) {
-        const float lse = t->m[h] * 0.693147181f + hl_log(t->l[h]);
+        const float lse = hl_product(t->m[h], 0.693147181f) + hl_log(t->l[h]);
         const float finite = t->m[h] < 3.402823466e+38f || lse != lse ? lse : -none;
         a->softmax_lse[g->stats + h] = t->l[h] != 0.0f || *t->seen != 0.0f ? finite : none;
     }
@@ -6191,7 +6277,7 @@ HL_KERNEL_AVX2 void hl_sfa_f16_d512_rope64_softmax_few_avx2(float *s, const hl_s
             sum += each[i];
         }
         t->alpha[h0 + h] = less[h];
-        t->l[h0 + h] = less[h] * t->l[h0 + h] + sum;
+        t->l[h0 + h] = hl_product(less[h], t->l[h0 + h]) + sum;
     }
 }
 
@@ -6665,7 +6751,7 @@ HL_KERNEL_AVX2 void hl_sfa_f16_d512_rope64_store_lse_avx2(const hl_sparse_flash_
         return;
     }
     for (int32_t h = 0; h < group; ++h) {
-        const float lse = t->m[h] * 0.693147181f + hl_log(t->l[h]);
+        const float lse = hl_product(t->m[h], 0.693147181f) + hl_log(t->l[h]);
         const float finite = t->m[h] < 3.402823466e+38f || lse != lse ? lse : -none;
         a->softmax_lse[g->stats + h] = t->l[h] != 0.0f || *t->seen != 0.0f ? finite : none;
     }
@@ -7968,7 +8054,7 @@ HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_softmax_few_avx512(float *s, const 
             sum += each[i];
         }
         t->alpha[h0 + h] = less[h];
-        t->l[h0 + h] = less[h] * t->l[h0 + h] + sum;
+        t->l[h0 + h] = hl_product(less[h], t->l[h0 + h]) + sum;
     }
 }
 
@@ -9036,7 +9122,7 @@ HL_KERNEL_AVX512 void hl_sfa_f16_d512_rope64_store_lse_avx512(
         return;
     }
     for (int32_t h = 0; h < group; ++h) {
-        const float lse = t->m[h] * 0.693147181f + hl_log(t->l[h]);
+        const float lse = hl_product(t->m[h], 0.693147181f) + hl_log(t->l[h]);
         const float finite = t->m[h] < 3.402823466e+38f || lse != lse ? lse : -none;
         a->softmax_lse[g->stats + h] = t->l[h] != 0.0f || *t->seen != 0.0f ? finite : none;
     }
@@ -10006,7 +10092,7 @@ HL_KERNEL_AMX void hl_sfa_f16_d512_rope64_store_lse_amx(const hl_sparse_flash_at
         return;
     }
     for (int32_t h = 0; h < group; ++h) {
-        const float lse = t->m[h] * 0.693147181f + hl_log(t->l[h]);
+        const float lse = hl_product(t->m[h], 0.693147181f) + hl_log(t->l[h]);
         const float finite = t->m[h] < 3.402823466e+38f || lse != lse ? lse : -none;
         a->softmax_lse[g->stats + h] = t->l[h] != 0.0f || *t->seen != 0.0f ? finite : none;
     }
@@ -10527,9 +10613,10 @@ HL_API size_t hl_sparse_flash_attention_f16_d512_rope64_workspace_bytes(
 #if defined(_OPENMP)
     if (args->partials == NULL) { /* with several threads long rows are split */
         const int32_t threads = omp_get_max_threads();
-        return plan.task_bytes * (size_t)threads + (threads > 1 ? plan.split_bytes : 0);
+        return hl_size(hl_add_cap(hl_mul_cap(plan.task_bytes, (uint64_t)threads), threads > 1
+                                  ? plan.split_bytes : 0));
     }
-    return plan.task_bytes * (size_t)omp_get_max_threads();
+    return hl_size(hl_mul_cap(plan.task_bytes, (uint64_t)omp_get_max_threads()));
 #else
     return plan.task_bytes;
 #endif
@@ -10693,6 +10780,25 @@ HL_API hl_status hl_sparse_flash_attention_f16_d512_rope64_merge_parts(
         return hl_refuse(error, HL_ERR_NULL, p->attention_out == NULL ? HL_ARG_ATTENTION_OUT
                          : HL_ARG_PARTS, HL_RULE_NOT_NULL, 0, 0);
     }
+    { /* the lists of parts, before they are read; outputs among themselves */
+        const uint64_t list = (uint64_t)p->parts * sizeof(void *);
+        const uint64_t bytes = p->out_f32 ? 4u : 2u;
+        const hl_range range[] = {
+            {p->out, list, HL_ARG_PARTS, 0, (uint32_t)sizeof(void *)},
+            {p->max, list, HL_ARG_PARTS, 0, (uint32_t)sizeof(void *)},
+            {p->sum, list, HL_ARG_PARTS, 0, (uint32_t)sizeof(void *)},
+            {p->attention_out, stats * bytes * 512u,
+             HL_ARG_ATTENTION_OUT, 1, (uint32_t)bytes},
+            {p->softmax_max, p->softmax_max ? stats * 4u : 0, HL_ARG_SOFTMAX_MAX, 1, 4u},
+            {p->softmax_sum, p->softmax_sum ? stats * 4u : 0, HL_ARG_SOFTMAX_SUM, 1, 4u},
+            {p->softmax_lse, p->softmax_lse ? stats * 4u : 0, HL_ARG_SOFTMAX_LSE, 1, 4u}
+        };
+        const hl_status status =
+            hl_check_ranges(range, (int32_t)(sizeof range / sizeof range[0]), error);
+        if (status != HL_OK) {
+            return status;
+        }
+    }
     for (int32_t i = 0; i < p->parts; ++i) {
         const uint64_t bytes = p->out_f32 ? 4u : 2u;
         const hl_range range[] = {
@@ -10700,7 +10806,7 @@ HL_API hl_status hl_sparse_flash_attention_f16_d512_rope64_merge_parts(
             {p->max[i], stats * 4u, HL_ARG_PARTS, 0, 4u},
             {p->sum[i], stats * 4u, HL_ARG_PARTS, 0, 4u},
             {p->attention_out, stats * bytes * 512u,
-             HL_ARG_ATTENTION_OUT, 1, (uint32_t)bytes},
+             HL_ARG_ATTENTION_OUT, 1, (uint16_t)bytes},
             {p->softmax_max, p->softmax_max && p->softmax_max != p->max[i] ? stats * 4u : 0,
              HL_ARG_SOFTMAX_MAX, 1, 4u},
             {p->softmax_sum, p->softmax_sum && p->softmax_sum != p->sum[i] ? stats * 4u : 0,

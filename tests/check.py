@@ -6,6 +6,7 @@ verdict depends on, so that a second run tries only what changed. The last line 
 """
 
 import argparse
+import functools
 import hashlib
 import itertools
 import os
@@ -34,10 +35,10 @@ LEVELS = ["-O0", "-O2", "-O3"]
 CORTEX_M4F = ["-mcpu=cortex-m4", "-mthumb", "-mfpu=fpv4-sp-d16", "-mfloat-abi=hard"]
 
 COLUMNS = 100
-STACK_BYTES = 8192  # of any function
-STACK_BYTES_SCALAR = 2048  # in a header for microcontrollers
 STACK_BYTES_UNOPTIMISED = 131072  # -O0 keeps every vector of an unrolled tile in memory
 STACK_USAGE = "-fstack-usage"  # writes what inspect_export reads
+CALL_GRAPH = "-fcallgraph-info=su"  # the same of gcc
+RED_ZONE = 128  # below its stack a function of x86-64 may use so much that neither of them counts
 COMPILE_SECONDS = 6.0
 COMPILE_READINGS = 4
 
@@ -368,9 +369,9 @@ def exported() -> Iterator[Check]:
     """The same with HL_API and HL_IMPLEMENTATION: silent, only our names in the object, and little
     stack, never an amount that depends on data. -O0 is in linked, -O3 in openmp."""
     for name in header_names():
-        tried = [("gcc", "c99", "-Os"), ("clang", "c99", "-O2")]
+        tried = [("gcc", "c99", "-O2"), ("clang", "c99", "-O2")]
         if name in samples():
-            tried += [("gcc", "c99", "-O2"), ("clang", "c99", "-O3")]
+            tried += [("gcc", "c99", level) for level in ("-O1", "-Os")] + [("clang", "c99", "-O3")]
             tried += itertools.product(["gcc", "clang"], ["c++17"], ["-O2", "-O3"])
         for compiler, standard, level in tried:
             yield export_check(name, standard, compiler, [level], allowed_undefined(name))
@@ -393,47 +394,120 @@ def openmp() -> Iterator[Check]:
 
 def export_check(name: str, standard: str, compiler: str, flags: list[str], allowed: str) -> Check:
     command = [*compiler_for(compiler, standard), *flags, STACK_USAGE, "-c"]
+    command += [CALL_GRAPH] if compiler == "gcc" else []
     label = f"{name} exported {compiler} {standard} {' '.join(flags)}"
 
     def after(made: Path) -> str:
-        deepest = inspect_export(made, name, flags[0], allowed)
+        deepest = inspect_export(made, flags[0], allowed)
         return deepest if standard == "c99" and flags == ["-O2"] else ""
 
     return build(label, name, command, [exporter(name, standard)], after)
 
 
-def inspect_export(made: Path, name: str, level: str, allowed: str, tools: str = "") -> str:
-    """Names and stack of an object that was compiled with STACK_USAGE; the deepest function."""
+def inspect_export(made: Path, level: str, allowed: str, tools: str = "", only: str = "") -> str:
+    """Names and stack of an object that was compiled with STACK_USAGE, and CALL_GRAPH if that was
+    asked for; the deepest function and call. only: an instruction set that all of it may use."""
     usage = made.with_name(f"{made.name}.su")
+    graph = made.with_name(f"{made.name}.ci")
     try:
         inspect(made, allowed, tools=tools)
-        return deepest_frame(usage.read_text(encoding="utf-8"), stack_limit(name, level))
+        said = deepest_frame(usage.read_text(encoding="utf-8"), level, only)
+        if not graph.exists():
+            return said
+        return f"{said}; {deepest_calls(graph.read_text(encoding='utf-8'), level, only)}"
     finally:
         usage.unlink()
+        graph.unlink(missing_ok=True)
 
 
-def stack_limit(name: str, level: str) -> int:
-    if level == "-O0":
-        return STACK_BYTES_UNOPTIMISED
-    return STACK_BYTES_SCALAR if isas(name) == {"scalar"} else STACK_BYTES
+@cache
+def known_isas() -> dict:
+    """Instruction sets by name, as the generator knows them."""
+    catalogue()
+    from gen.isa import ISAS
+
+    return ISAS
 
 
-def deepest_frame(usage: str, limit: int) -> str:
-    """Reads what -fstack-usage wrote; the deepest function, or Wrong."""
+OF_ISA = re.compile(r"_(neon|avx2|avx512|amx)(?=\.|$)")
+
+
+def isa_of(function: str, only: str = "") -> str:
+    """The instruction set that a function is compiled for, by its name; `only` where the whole
+    file is compiled for that."""
+    found = OF_ISA.search(function)
+    return found[1] if found else only or "scalar"
+
+
+def deepest_frame(usage: str, level: str = "-O2", only: str = "") -> str:
+    """Reads what -fstack-usage wrote; the deepest function of each instruction set, or Wrong."""
     rows = [line.split("\t") for line in usage.splitlines()]
     frames = [(int(row[1]), row[0].rsplit(":", 1)[-1], row[2]) for row in rows]
     if not frames:
         raise Wrong("no function was measured")
     # "bounded": the frame is realigned by a known amount and still has a largest size.
-    faults = [
-        f"{function}: {size} bytes, {kind}; the limit is {limit}, static"
-        for size, function, kind in frames
-        if size > limit or kind not in ("static", "dynamic,bounded")
-    ]
+    faults = []
+    deepest: dict[str, int] = {}
+    for size, function, kind in frames:
+        isa = isa_of(function, only)
+        limit = STACK_BYTES_UNOPTIMISED if level == "-O0" else known_isas()[isa].frame_bytes
+        deepest[isa] = max(deepest.get(isa, 0), size)
+        if size > limit or kind not in ("static", "dynamic,bounded"):
+            faults.append(f"{function}: {size} bytes, {kind}; the limit is {limit}, static")
     if faults:
         raise Wrong("\n".join(faults[:20]))
-    size, function, _ = max(frames)
-    return f"{size} bytes in {function}"
+    return "a function: " + ", ".join(f"{isa} {deepest[isa]}" for isa in sorted(deepest))
+
+
+NODE = re.compile(r'node: \{ title: "([^"]*)" label: "([^"]*)"')
+EDGE = re.compile(r'edge: \{ sourcename: "([^"]*)" targetname: "([^"]*)"')
+
+
+def deepest_calls(graph: str, level: str = "-O2", only: str = "") -> str:
+    """Reads what -fcallgraph-info=su wrote; the stack of the deepest call on each instruction set,
+    or Wrong: where it is past its limit, where a function calls itself, over others too, or one
+    whose name is not known. What a function of another object takes (memcpy) is not in it."""
+    size = {title: re.search(r"(\d+) bytes", label) for title, label in NODE.findall(graph)}
+    own = {title: int(found[1]) for title, found in size.items() if found}
+    calls: dict[str, list[str]] = {}
+    for source, target in EDGE.findall(graph):
+        if target == "__indirect_call":
+            raise Wrong(f"{source} calls what a pointer says")
+        calls.setdefault(source, []).append(target)
+    if not own:
+        raise Wrong("no function was measured")
+    found = {}
+    for isa in sorted({isa_of(title, only) for title in own}):
+        words = {"scalar", isa, known_isas()[isa].words}
+        reached = [title for title in own if only or isa_of(title) in words]
+        size_of, path = deepest_path(reached, own, calls)
+        size_of += RED_ZONE
+        limit = known_isas()[isa].stack_bytes
+        if level != "-O0" and size_of > limit:
+            raise Wrong(f"{isa}: {size_of} bytes, the limit is {limit}: {' > '.join(path)}")
+        found[isa] = size_of
+    return "a call: " + ", ".join(f"{isa} {size}" for isa, size in found.items())
+
+
+def deepest_path(
+    reached: list[str], own: dict[str, int], calls: dict[str, list[str]]
+) -> tuple[int, list[str]]:
+    """The largest sum of own[] along calls between functions of `reached`, and the way; Wrong if
+    one calls itself."""
+    inside = set(reached)
+    known: dict[str, tuple[int, list[str]]] = {}
+
+    def visit(title: str, above: list[str]) -> tuple[int, list[str]]:
+        if title in above:
+            circle = [*above[above.index(title) :], title]
+            raise Wrong(f"recursion: {' > '.join(one.rsplit(':', 1)[-1] for one in circle)}")
+        if title not in known:
+            within = [one for one in calls.get(title, ()) if one in inside]
+            best = max((visit(one, [*above, title]) for one in within), default=(0, []))
+            known[title] = (own[title] + best[0], [title.rsplit(":", 1)[-1], *best[1]])
+        return known[title]
+
+    return max((visit(title, []) for title in reached), default=(0, []))
 
 
 def linked() -> Iterator[Check]:
@@ -458,7 +532,7 @@ def two_files(label: str, name: str, standard: str, command: list[str]) -> Check
     user = declarer(name, standard)
 
     def after(implementation: Path) -> str:
-        inspect_export(implementation, name, "-O0", allowed_undefined(name))
+        inspect_export(implementation, "-O0", allowed_undefined(name))
         program = implementation.with_name(f"{implementation.name}-program")
         files = [str(user), str(implementation)]
         execute([*command, f"-I{INCLUDE}", *files, "-o", str(program)])
@@ -486,11 +560,13 @@ def fixed_isa() -> Iterator[Check]:
             text = f"#define HL_ISA_ONLY_{isa.upper()}\n{EXPORT}{include_line(name)}\n"
             source = write(f"{name}_only_{isa}.c", text)
             level = "-O2" if name in samples() else "-O0"  # which leaves no name out
-            command = [*compilers[isa], "-std=c99", *STRICT, *STRICT_C, level, "-c"]
+            command = [*compilers[isa], "-std=c99", *STRICT, *STRICT_C, level]
+            command += [STACK_USAGE, CALL_GRAPH, "-c"]
             tools = cross if isa == "neon" else ""
 
-            def after(made: Path, tools=tools) -> str:
-                return inspect(made, MEMORY, tools=tools)
+            def after(made: Path, tools=tools, level=level, isa=isa) -> str:
+                inspect_export(made, level, MEMORY, tools, only=isa)
+                return ""
 
             yield build(f"{name} only {isa}", name, command, [source], after)
 
@@ -502,8 +578,8 @@ def aarch64() -> Iterator[Check]:
     gcc = [f"{cross}gcc"]
     clang = ["clang", "--target=aarch64-linux-gnu", "-isystem", f"{sysroot}/include"]
 
-    def names(made: Path) -> str:
-        return inspect(made, MEMORY, tools=cross)
+    def after_export(made: Path, level="-O2") -> str:
+        return inspect_export(made, level, MEMORY, cross)
 
     def runs(made: Path) -> str:
         return execute(["qemu-aarch64", "-L", sysroot, str(made)])
@@ -516,7 +592,9 @@ def aarch64() -> Iterator[Check]:
             command = [*tool, "-std=c99", *STRICT, *STRICT_C, level, "-c"]
             label = f"{name} aarch64 {tool[0]} {level}"
             if export:
-                yield build(f"{label} exported", name, command, [exporter(name)], names)
+                command += [STACK_USAGE] + [CALL_GRAPH] * (tool == gcc)
+                after = functools.partial(after_export, level=level)
+                yield build(f"{label} exported", name, command, [exporter(name)], after)
             else:
                 yield build(label, name, command, [static_user(name)])
         command = [*gcc, "-std=c99", *STRICT, *STRICT_C]
@@ -539,10 +617,10 @@ def freestanding() -> Iterator[Check]:
                 own = execute(["clang", "-print-resource-dir"]).strip() + "/include"
             command = [*tool, "-std=c99", *STRICT, *STRICT_C, "-ffreestanding", "-nostdinc"]
             command += ["-isystem", own, STACK_USAGE, "-c"]
+            command += [CALL_GRAPH] if tool[0] != "clang" else []
 
-            def after(made: Path, name=name, tools=tools, allowed=allowed) -> str:
-                inspect_export(made, name, "-O2", allowed, tools)
-                return ""
+            def after(made: Path, tools=tools, allowed=allowed) -> str:
+                return inspect_export(made, "-O2", allowed, tools)
 
             for form, start in (("", ""), (" HL_NO_TEXT", "#define HL_NO_TEXT\n")):
                 text = f"{start}{EXPORT}{include_line(name)}\n"

@@ -532,7 +532,10 @@ def strided(
     for axis in rng.permutation(len(outer)):
         strides[axis] = step
         step = step * max(outer[axis], 1) + int(rng.integers(0, 5)) * multiple
-    memory = poison((max(step, 1),), tensor.dtype)
+    size = tensor.size and tensor.shape[-1] + sum(
+        (n - 1) * stride for n, stride in zip(outer, strides, strict=True)
+    )  # nothing behind the last element: a guarded copy ends there
+    memory = poison((max(size, 1),), tensor.dtype)
     place = np.lib.stride_tricks.as_strided(
         memory, tensor.shape, (*(s * tensor.itemsize for s in strides), tensor.itemsize)
     )

@@ -14,7 +14,9 @@ import select
 import signal
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -36,7 +38,6 @@ PROT_NONE = 0
 MAP_NORESERVE = 0x4000
 CANARY = 0xC3
 LONGEST = 120.0  # seconds that a call may take: it takes milliseconds
-inside = False  # whether this process is a child of in_child
 
 
 def map_pages(size: int, protection: int, flags: int = 0) -> int:
@@ -79,7 +80,10 @@ class Arena:
     def __exit__(self, *exc: object) -> None:
         self.canaries.clear()
         for address, size in self.maps:
-            LIBC.munmap(address, size)
+            if exc[0] is None:
+                LIBC.munmap(address, size)
+            else:  # whoever reports it will look at arrays
+                LIBC.mprotect(address, size, mmap.PROT_READ)
         self.maps.clear()
 
     def room(
@@ -127,12 +131,15 @@ class Died(AssertionError):
     """The child was killed by a signal."""
 
 
-def in_child(call: Callable[[], Any], what: str = "") -> Any:
+_inside = False  # this process is a child that may die: what it calls needs no child of its own
+
+
+def in_child(call: Callable[[], Any], what: str = "", longest: float = LONGEST) -> Any:
     """Runs call() in a forked child and returns its result; Died if a signal ended it, or if it
-    had to be ended after LONGEST seconds. In such a child call() just runs: many calls can share
+    had to be ended after so many seconds. In such a child it is simply called: many calls share
     one, which costs less than a child each."""
-    global inside
-    if inside:
+    global _inside
+    if _inside:
         return call()
     reader, writer = os.pipe()
     with warnings.catch_warnings():
@@ -140,7 +147,7 @@ def in_child(call: Callable[[], Any], what: str = "") -> Any:
         child = os.fork()
     if child == 0:
         faulthandler.disable()
-        inside = True
+        _inside = True
         try:
             message = pickle.dumps((True, call()))
         except BaseException:
@@ -150,13 +157,64 @@ def in_child(call: Callable[[], Any], what: str = "") -> Any:
         os._exit(0)
     os.close(writer)
     with os.fdopen(reader, "rb") as pipe:
-        if not select.select([pipe], [], [], LONGEST)[0]:
+        late = not select.select([pipe], [], [], longest)[0]
+        if late:
             os.kill(child, signal.SIGKILL)
         message = pipe.read()
     _, status = os.waitpid(child, 0)
+    if late:
+        raise Died(f"not done after {longest:.0f} s {what}".strip())
     if os.WIFSIGNALED(status):
         raise Died(f"killed by {signal.Signals(os.WTERMSIG(status)).name} {what}".strip())
     well, value = pickle.loads(message)
     if not well:
         raise AssertionError(f"in the child {what}:\n{value}")
     return value
+
+
+CHUNK = 100  # jobs of a child: enough for the fork not to count, too few for it to grow large
+LONGEST_CHUNK = 3000.0  # seconds: of a moment's work, on a machine that others use
+ENOUGH = 20  # faults that are reported
+
+
+@dataclass
+class Survey:
+    """What came of many jobs: calls made, and what is wrong with which job."""
+
+    calls: int = 0
+    wrong: list[str] = field(default_factory=list)
+
+    def __add__(self, other: "Survey") -> "Survey":
+        return Survey(self.calls + other.calls, self.wrong + other.wrong)
+
+
+def survey(jobs: Sequence[Callable[[], int]]) -> Survey:
+    """Runs jobs, each of which returns how many calls it made, many to a child. A child that dies
+    is the fault of the job it was at, whose number is in memory that both see; those behind it get
+    another."""
+    made, at = Survey(), 0
+    state = view(map_pages(PAGE, mmap.PROT_READ | mmap.PROT_WRITE), (2,), np.dtype(np.int64))
+    while at < len(jobs) and len(made.wrong) < ENOUGH:
+        state[0] = at
+        try:
+            at, wrong = in_child(partial(some_of, jobs, state), longest=LONGEST_CHUNK)
+            made.wrong += [f"{jobs[at - 1]}: {wrong}"] if wrong else []
+        except Died as death:
+            at = int(state[0]) + 1
+            made.wrong.append(f"{jobs[at - 1]}: {death}")
+    made.calls = int(state[1])
+    LIBC.munmap(state.ctypes.data, PAGE)
+    return made
+
+
+def some_of(jobs: Sequence[Callable[[], int]], state: np.ndarray) -> tuple[int, str]:
+    """In the child: a chunk of jobs; the number of the next one, and what was wrong with the last.
+    state: the job that is under way, calls made."""
+    end = min(int(state[0]) + CHUNK, len(jobs))
+    for i in range(int(state[0]), end):
+        state[0] = i
+        try:
+            state[1] += jobs[i]()
+        except Exception:
+            return i + 1, traceback.format_exc()
+    return end, ""

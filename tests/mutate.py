@@ -618,7 +618,7 @@ def attempt(call: Callable[[], None]) -> tuple[str, str]:
         call()
 
     try:
-        helpers_memory.in_child(in_time)
+        helpers_memory.in_child(in_time, longest=20.0 * LONGEST)  # others may be at work, too
     except AssertionError as error:
         lines = [line for line in str(error).splitlines() if line.strip()]
         return "killed", f"test_every: {lines[-1][:200]}"
@@ -762,7 +762,6 @@ def main() -> int:
     left = [m for m in mutants if m not in done]
     if chosen_here.again:
         left = [m for m in mutants if m in done and done[m]["fate"] == "survived"]
-    helpers_memory.LONGEST = 20.0 * LONGEST  # others may be at work, too
     share(sorted(left, key=lambda m: m.header), log, chosen_here.stages, chosen_here.jobs)
     done = logged(log)
     print(report([done[m] for m in mutants if m in done]))

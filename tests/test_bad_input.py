@@ -3,11 +3,13 @@ it had to be, a sentence; and nothing written."""
 
 import ctypes
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import helpers_decode
 import numpy as np
 import pytest
 from helpers import ISAS_HERE, best_in, check, kernel, table, text
@@ -776,6 +778,100 @@ def test_merge_parts_refuses(change, status, argument):
     assert before == [
         call[n].tobytes() for n in ("attention_out", "softmax_max", "softmax_sum", "softmax_lse")
     ]
+
+
+@pytest.mark.parametrize("name", ["out", "max", "sum"])
+def test_merge_parts_lists_lie_apart_and_aligned(name):
+    """They are read while results are written: an output over one of them would lead anywhere."""
+    k = kernel(NAME)
+    call = parts_call()
+    memory = np.zeros(call["attention_out"].nbytes + 8, np.uint8)
+    memory[:16].view(np.int64)[:] = [part.ctypes.data for part in call[name]]
+    made = k.struct(k.Parts, call)
+    error = k.Error()
+
+    def refused(at: int) -> tuple[str, str]:
+        setattr(made, name, at)
+        found = k.result(k._c_merge_parts(ctypes.byref(made), ctypes.byref(error)), error)
+        return found.status_name, found.argument
+
+    assert refused(memory.ctypes.data + 1) == ("HL_ERR_ALIGN", "PARTS")
+    made.attention_out = memory.ctypes.data
+    assert refused(memory.ctypes.data) == ("HL_ERR_ALIAS", "ATTENTION_OUT")
+    assert np.isnan(call["softmax_max"]).all()
+
+
+def test_merge_parts_outputs_lie_apart():
+    """Even where each of them is one part's own."""
+    k, call = kernel(NAME), parts_call()
+    call |= {"parts": 1, "out": call["out"][:1], "max": call["max"][:1], "sum": call["max"][:1]}
+    call["softmax_max"] = call["softmax_sum"] = call["max"][0]
+    result = k.merge_parts(**call)
+    assert (result.status_name, result.argument) == ("HL_ERR_ALIAS", "SOFTMAX_MAX")
+
+
+# ---- arithmetic ---------------------------------------------------------------------------------
+
+FAR = 2**62
+
+
+@functools.cache
+def trapping(which: str) -> bind.Kernel:
+    """A kernel in plain C that ends the process where a type cannot hold a result."""
+    flags = ("-O1", "-fsanitize=undefined", "-fsanitize-undefined-trap-on-error")
+    return bind.load(which, flags=flags, defines=("HL_ISA_ONLY_SCALAR",))
+
+
+def test_steps_of_an_absent_query_rope_may_be_anything():
+    _, fields = base("joined")
+    fields |= {"query_rope_stride": (FAR, FAR, FAR), "strict_lists": 1}
+    fields["sparse_indices"] = np.full_like(fields["sparse_indices"], -1)
+    assert fields.get("query_rope") is None
+    assert in_child(lambda: trapping(text(NAME)).plan(**fields)[1].error_text) == ""
+
+
+def test_the_threshold_of_a_padding_row_may_lie_past_any_key():
+    """Row 2 of 3, where one is in use, of 2^31 - 1 keys: S2 - S1 + i + 1 is 2^31 + 1."""
+    fields = {
+        **dict.fromkeys(("query", "key", "value", "attention_out"), 0),
+        "query": 1 << 20,
+        "key": 1 << 40,
+        "attention_out": 1 << 21,
+        "batch": 1,
+        "seq_q": 3,
+        "seq_kv": INT_MAX,
+        "heads_q": 1,
+        "heads_kv": 1,
+        "sparse_mode": 3,
+        "scale_value": 1.0,
+        "actual_seq_lengths_query": ints(1),
+        "sparse_indices": ints(-1, -1, -1),
+        "list_length": 1,
+        "strict_lists": 1,
+    }
+    assert in_child(lambda: trapping(text(NAME)).plan(**fields)[1].error_text) == ""
+
+
+def test_strides_that_append_refuses_are_not_multiplied():
+    k = trapping(helpers_decode.text("hl_incre_flash_attention_f16_i8_d32"))
+    rows = np.zeros((2, 1, 2, 32), np.float16)
+    cache = np.zeros((2, 4, 2, 32), np.int8)
+    call = {
+        "key": rows,
+        "value": rows,
+        "key_cache": cache,
+        "value_cache": cache.copy(),
+        "positions": ints(0, 0),
+        "antiquant_scale": np.ones(128, np.float16),
+        "batch": 2,
+        "rows": 1,
+        "heads_kv": 2,
+        "seq_kv": 4,
+    }
+    lowest = {"key_stride": (-(2**63), 0, 0)}
+    assert in_child(lambda: k.append(**call).ok)
+    result = in_child(lambda: k.append(**call, **lowest))
+    assert (result.status_name, result.argument) == ("HL_ERR_SHAPE", "KEY_STRIDE")
 
 
 # ---- the sentence -------------------------------------------------------------------------------

@@ -298,7 +298,8 @@ TABLE = [
         Bad("bsnd", {"keep_prob": v}, "VALUE", "keep_prob", "AT_LEAST")
         for v in (-0.5, -1e-30, -math.inf)
     ),
-    Bad("bsnd", {"keep_prob": math.nan}, "VALUE", "keep_prob", "FINITE"),
+    # The reciprocal of 1e-39 is infinite: what is dropped would be 0 times that.
+    *(Bad("bsnd", {"keep_prob": v}, "VALUE", "keep_prob", "FINITE") for v in (math.nan, 1e-39)),
     *(shape("bsnd", "dropout_offset", v) for v in (-1, -(2**63))),
     *(shape("bsnd", "dropout_offset", v, "AT_MOST", 2**32 - 1) for v in (2**32, 2**63 - 1)),
     # The mask that a mode wants to be given, on request.

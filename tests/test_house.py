@@ -15,7 +15,8 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 import check  # noqa: E402
 
-TARGETS = ["demo", "demo-embedded", "test", "check", "bench", "bench-peers", "examples", "headers"]
+TARGETS = ["demo", "demo-embedded", "test", "guard", "check", "bench", "bench-peers", "examples"]
+TARGETS += ["headers"]
 TARGETS += ["clean"]
 
 
@@ -346,17 +347,63 @@ def test_a_readme_without_its_example_is_wrong(text):
         check.readme_example(text)
 
 
-def test_the_deepest_frame_is_named():
-    usage = "a.h:1:2:hl_a\t64\tstatic\na.h:2:2:hl_b\t8192\tdynamic,bounded\n"
-    assert check.deepest_frame(usage, 8192) == "8192 bytes in hl_b"
+def test_the_deepest_frames_are_named():
+    usage = "a.h:1:2:hl_a\t64\tstatic\na.h:2:2:hl_b_avx2\t4096\tdynamic,bounded\n"
+    assert check.deepest_frame(usage) == "a function: avx2 4096, scalar 64"
 
 
 @pytest.mark.parametrize(
-    "usage", ["", "a.h:1:2:hl_a\t8193\tstatic\n", "a.h:1:2:hl_a\t16\tdynamic\n"]
+    "usage",
+    [
+        "",
+        "a.h:1:2:hl_a\t1025\tstatic\n",
+        "a.h:1:2:hl_a_avx512.part.0\t4097\tstatic\n",
+        "a.h:1:2:hl_a_amx\t8193\tstatic\n",
+        "a.h:1:2:hl_a\t16\tdynamic\n",
+    ],
 )
 def test_deep_and_dynamic_frames_are_wrong(usage):
     with pytest.raises(check.Wrong):
-        check.deepest_frame(usage, 8192)
+        check.deepest_frame(usage)
+
+
+GRAPH = """\
+int hl_f(int i);
+int hl_g(int i);
+__attribute__((noinline)) static int hl_h(int i) { volatile int a[%d]; a[i] = i; return a[i]; }
+int hl_g(int i) { %s return hl_h(i) + hl_h(i + 1); }
+int hl_f(int i) { return hl_g(i) + hl_g(i + 1); }
+"""
+
+
+def graph_of(tmp_path, words, more=""):
+    source = tmp_path / "a.c"
+    source.write_text(GRAPH % (words, more))
+    subprocess.run(
+        ["gcc", "-O1", "-fno-inline", check.CALL_GRAPH, "-c", source, "-o", tmp_path / "a.o"],
+        check=True,
+    )
+    return (tmp_path / "a.ci").read_text()
+
+
+def test_the_deepest_call_is_the_sum_of_its_functions(tmp_path):
+    said = check.deepest_calls(graph_of(tmp_path, 200))
+    assert 800 < int(re.fullmatch(r"a call: scalar (\d+)", said)[1]) < 1024
+    with pytest.raises(check.Wrong, match="the limit is 3072: hl_f > hl_g > hl_h"):
+        check.deepest_calls(graph_of(tmp_path, 800))
+
+
+@pytest.mark.parametrize(
+    ("more", "fault"),
+    [
+        ("if (i > 9) return 1 + hl_f(i / 2);", "recursion: "),
+        ("if (i > 9) return 1 + hl_g(i / 2);", "recursion: hl_g > hl_g"),
+        ("i += ((int (*)(int))(long)i)(1);", "hl_g calls what a pointer says"),
+    ],
+)
+def test_recursion_and_calls_by_pointer_are_wrong(tmp_path, more, fault):
+    with pytest.raises(check.Wrong, match=fault):
+        check.deepest_calls(graph_of(tmp_path, 4, more))
 
 
 def test_public_functions_are_those_declared_with_the_api_macro():

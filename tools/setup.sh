@@ -7,6 +7,8 @@
 #   cc        a C compiler                   sleef   the SLEEF vector maths library
 #   cxx       a C++ compiler                 arm64   cross compiler and emulator for AArch64 (NEON)
 #   lint      clang, clang-tidy, cppcheck    arm     the same for Cortex-M
+#   compilers a newer Clang, to compare bits
+#   fuzz      clang with libFuzzer
 #
 # Missing system packages come through apt-get: as root, else with sudo. Where neither is allowed
 # the exact command is printed and the status is 1.
@@ -30,6 +32,13 @@ includes() {
     header=$1
     shift
     printf '#include <%s>\n' "$header" | "$@" -E -x c - >/dev/null 2>&1
+}
+
+# Does clang have libFuzzer and the sanitizers' libraries?
+fuzzes() {
+    printf 'int LLVMFuzzerTestOneInput(const void *, unsigned long);\nint LLVMFuzzerTestOneInput(%s)%s\n' \
+        'const void *data, unsigned long size' '{ (void)data; (void)size; return 0; }' |
+        clang -fsanitize=fuzzer,address,undefined -x c - -o /dev/null 2>/dev/null
 }
 
 # want PACKAGE...: adds them to what is missing, once each.
@@ -88,8 +97,12 @@ check() {
             have clang-tidy || want clang-tidy
             have cppcheck || want cppcheck
             includes omp.h clang -fopenmp || want libomp-dev ;;
+        compilers)
+            have clang-19 || want clang-19 ;;
+        fuzz)
+            fuzzes || want clang libclang-rt-14-dev ;;
         *)
-            fail "no part '$1'; fix: one of python cc cxx sleef arm64 arm lint" ;;
+            fail "no part '$1'; fix: one of python cc cxx sleef arm64 arm lint compilers fuzz" ;;
     esac
 }
 
