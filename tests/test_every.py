@@ -169,6 +169,8 @@ def bases(name: str) -> Iterator[Call]:
         yield sized(name, 9, **ENDS, **GIVEN, heads_kv=2, group=3)
         yield sized(name, 9, **BOTH, layout=SBH, mode=6, mask="formula", pse="one_row")
         yield sized(name, 9, **BOTH, layout=BNSD, stats_width=1)
+        last = {"lens_q": (5, 5), "lens_kv": (5, 5), "pse": "last_rows", "pse_each": False}
+        yield sized(name, 5, **last, group=3)
         if "pse_types" in of.features:
             yield sized(name, 9, **BOTH, pse="slope", pse_type=SLOPE)
         return
@@ -229,6 +231,9 @@ def expect(k: bind.Kernel, fields: dict[str, Any], want: Refused | None, what: s
     assert k.workspace_bytes(**fields) == 0, what
 
 
+LISTS = ("prefix", "block_table", "kv_padding_size")  # that are read while they are checked
+
+
 def alignment(call: Call, name: str, array: np.ndarray) -> int:
     record = getattr(call.kernel, "record", None)
     if name == "key" and record is not None:
@@ -250,6 +255,9 @@ def check_pointers(call: Call, fields: dict[str, Any], arrays: dict[str, np.ndar
             want = Refused("ALIGN", name, "MULTIPLE_OF", off, align)
             moved = {**fields, name: array.ctypes.data + off}
             expect(k, moved, want, f"{name} off by {off}")
+        if array.nbytes > 64 and not (name in LISTS or "seq_" in name):
+            want = Refused("SHAPE", name, "ADDRESSABLE", array.nbytes, INT64_MAX)
+            expect(k, {**fields, name: 2**64 - 64}, want, f"{name} past the last address")
 
 
 def side_by_side(a: np.ndarray, b: np.ndarray, shared: bool) -> tuple[np.ndarray, np.ndarray]:
