@@ -547,6 +547,9 @@ def rows_stage(mutant: Mutant, isas: list[str]) -> None:
     for which, paged, heads in test_rows.ways():
         if which == name:
             test_rows.test_append_by_token_or_at_once_writes_the_oracles_bytes(name, paged, heads)
+    routines = ["quantise_rows", "dequantise_rows", "append"]
+    for routine in routines + ["convert"] * (name in test_rows.SWAPPED):
+        test_rows.test_nothing_to_do_needs_no_memory(name, routine)
     if name in test_rows.SWAPPED:
         test_rows.test_convert_is_the_oracles_order_and_its_own_inverse(name)
     for bad in test_rows.BAD:

@@ -185,7 +185,8 @@ def bases(name: str) -> Iterator[Call]:
         return
     lists = {"lists": "blocks", "list_length": 6, "sinks": "plain"}
     one_head = {"heads_kv": 1} if "BSND" not in of.layout_kv else {}
-    yield sized(name, 20, **{**TWO, **lists, **one_head}, layout_kv=PA_BSND, block_size=4)
+    paged = {**TWO, **lists, **one_head, "layout_kv": PA_BSND}
+    yield sized(name, 20, **paged, block_size=4, pad_q=1)
     if not one_head:
         yield sized(name, 20, **TWO, **lists, layout_kv=BSND, pad_q=1, pad_kv=1)
         yield sized(name, 20, **TWO, layout_q=TND, layout_kv=TND, pad_q=1, pad_kv=2, value=True)
@@ -727,7 +728,7 @@ def train_numbers(name: str) -> Iterator[tuple[dict[str, Any], Refused | None]]:
             yield {n: value}, Refused("SHAPE", n, "EQUAL", value, other)
         yield {n: 1}, None
     yield {"mask_heads": 4}, None
-    for value in (math.nan,):
+    for value in (math.nan, 1e-40):  # nor may 1 / keep_prob be infinite
         yield {"keep_prob": value}, Refused("VALUE", "keep_prob", "FINITE")
     for value in (1.0001, math.inf):
         yield {"keep_prob": value}, Refused("VALUE", "keep_prob", "AT_MOST", 2, 1)
@@ -1007,21 +1008,37 @@ def check_appends(name: str, isas: tuple[str, ...]) -> None:
 def refused_appends(name: str) -> list[append.Bad]:
     """Those bad calls of test_decode_append.py that say the same of a shipped header: it has no
     slots and no pages, other widths, and bfloat16 or codes."""
-    like = ("i8",) if "i8" in description(name).kv else ("bf16", "f16")
+    of = description(name)
+    like = ("i8",) if "i8" in of.kv else ("bf16", "f16")
     absent = ("INDEX_KIND", "ANTIQUANT_MODE")  # what the small f16 kernel lacks too
-    return [
+    steps = [bad for bad in append.BAD if bad[3].endswith("_STRIDE") and bad[7] == -1]
+    return [(name, *bad[1:]) for bad in steps] + [
         (name, *bad[1:])
         for bad in append.BAD
         if bad[0] in like
         and bad[1] in ("BSND", "PA")
         and not bad[3].endswith("_STRIDE")
         and (bad[3] in absent if bad[0] == "f16" else bad[3] != "INDEX_KIND")
+        and (of.dtype == "bf16" or bad[4] != "ALIGN")
     ]
 
 
 def check_refused_appends(name: str) -> None:
     for bad in refused_appends(name):
         append.test_bad_input(*bad)
+    k = append.kernel(name)
+    for way in ("BSND", "PA"):
+        fields = append.base(name, way)
+        inputs = [n for n, a in fields.items() if isinstance(a, np.ndarray) and "cache" not in n]
+        for cache in ("key_cache", "value_cache"):
+            for pair in ((n, cache) for n in inputs):
+                for first, second in (pair, pair[::-1]):
+                    for shared in (True, False):
+                        places = side_by_side(fields[first], fields[second], shared)
+                        got = k.append(**{**fields, first: places[0], second: places[1]})
+                        what = f"{first} {second} {'share' if shared else 'touch'}"
+                        want = ("HL_ERR_ALIAS", cache.upper()) if shared else ("HL_OK", "")
+                        assert (got.status_name, got.argument) == want, f"{what}: {got.error_text}"
 
 
 APPENDS = [name for name in every.HEADERS if description(name).decodes]
@@ -1034,7 +1051,7 @@ def test_appended_rows_are_the_oracles_bytes(name):
     in_child(lambda: check_appends(name, isas), name)
 
 
-@pytest.mark.parametrize("name", [n for n in APPENDS if description(n).dtype == "bf16"])
+@pytest.mark.parametrize("name", APPENDS)
 def test_appends_that_are_refused(name):
     append.kernel(name)
     in_child(lambda: check_refused_appends(name), name)
@@ -1048,7 +1065,7 @@ def check_all(name: str, isas: list[str], first: str = "") -> None:
     if description(name).decodes:
         words = tuple(isa for isa in isas if isa in WORDS_HERE)
         parts.insert(1, functools.partial(check_appends, isas=words))
-        parts[1:1] = [check_refused_appends] if description(name).dtype == "bf16" else []
+        parts.insert(1, check_refused_appends)
     for part in parts if first == "refusals" else reversed(parts):
         part(name)
 

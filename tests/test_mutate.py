@@ -12,7 +12,7 @@ GRADS = "hl_fusion_attention_grad_f32_d64_pse_types_softcap"
 # header, function, what stands there, what stands there instead
 FIXED = [
     (PLAIN, "check_sizes", "a->chunk_keys % 128 != 0", "a->chunk_keys % 64 != 0"),
-    (PLAIN, "hl_check_ranges", "b < a + (uintptr_t)range[i].bytes", "b <= a + range[i].bytes"),
+    (PLAIN, "hl_check_ranges", "b < a_end", "b <= a_end"),
     (PLAIN, "merge_state_scalar", "hl_vmax_scalar(m_t, m_u)", "m_t"),
     (CODES, "check_lengths", "id >= a->num_blocks", "id > a->num_blocks"),
     (DECODE, "check_layout", "a->block_size < 1", "a->block_size < 0"),
