@@ -939,6 +939,7 @@ def check_structs(name: str) -> None:
         told = k.result(-1, error)
         assert (told.argument, told.rule) == (argument, "NOT_NULL")
         assert (told.value, told.limit, told.position) == (0, 0, ())
+        assert list(error.position) == [0, 0]
     assert k._c(None, None, 0, place(error)) == null
     assert k.result(-1, error).argument == "ARGS"
     assert k._c_workspace_bytes(None) == 0
