@@ -823,6 +823,9 @@ def check_lists(call: Call, fields: dict[str, Any]) -> None:
                     bounds(name, (b, i), 0, fields["num_blocks"] - 1, "BLOCK_ID")
                     entry(name, (b, i), 0, None)
                     entry(name, (b, i), fields["num_blocks"] - 1, None)
+        for b in range(len(array)) if name == "prefix" else ():
+            entry(name, (b,), -1, Refused("LENGTH", name, "AT_LEAST", -1, 0, (b,)))
+            entry(name, (b,), 0, None)
         if "seq" not in name or (name == "actual_seq_lengths" and fields.get("lengths") == 1):
             continue
         total = fields["seq_q"] if name.endswith(("query", "qlen")) else fields.get("seq_kv", 0)
