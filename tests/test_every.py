@@ -42,6 +42,8 @@ def corners(name: str) -> Iterator[Call]:
     of several blocks."""
     of = description(name)
     growing = {"spread": "growing"}  # maxima rise from block to block
+    yield sized(name, 0, 3, 2)
+    yield sized(name, 1, 3, 2)
     if of.trains:
         yield sized(name, 210, rows=201, heads=1, seed=1, keep_prob=0.8)
         yield sized(name, 40, rows=50, heads=3, seed=2, mode=3, mask="formula")
@@ -86,7 +88,7 @@ def check_call(call: Call, isa: str, turn: int) -> None:
     way: dict[str, Any] = {"strides": turn % 3 == 0, "by_task": turn % 2 == 0}
     flush = ("left", "right")[turn // 2 % 2]
     same(call.guarded(isa, flush, **way), plain, f"{flush} {way}")
-    if not of.trains and turn < COUNT + 6:  # corners among them
+    if not of.trains and turn < COUNT + 8:  # corners among them
         chunks = call.run(isa, chunk_keys=CHUNK)
         call.check(chunks, isa)
         way |= {"chunk_keys": CHUNK, "partials": True, "by_task": turn % 2 == 1}
@@ -522,6 +524,9 @@ def rows_of_numbers(name: str) -> Iterator[tuple[dict[str, Any], Refused | None]
         if most < INT_MAX and n not in ("sparse_mode", "pse_type", "mask_from_mode", "mask_check"):
             yield {n: most}, None
             yield {n: least}, None
+    written = ("dquery", "dkey", "dvalue") if of.trains and of.backward else ("out",)
+    for tensor in written:  # of nothing: it overlaps nothing
+        yield {f"{tensor}_stride": (1, 1, 1)}, None
     for value in (math.nan, math.inf, -math.inf):
         yield {"scale_value": value}, Refused("VALUE", "scale_value", "FINITE")
     yield {"scale_value": 3e38}, None
