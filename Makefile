@@ -12,7 +12,7 @@ DEMO_NAME := hl_sparse_flash_attention_bf16_d512_rope64
 DEMO_SPEC := --op sparse_flash_attention --dtype bf16 --dk 512 --rope 64
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-embedded test guard check bench bench-peers examples headers clean determinism compilers accuracy fuzz mutate
+.PHONY: help demo demo-embedded test guard check bench bench-peers examples headers clean determinism compilers accuracy fuzz sanitize analyse coverage wide mutate
 REPEATS   ?= 1000
 
 help: ## this list
@@ -31,7 +31,7 @@ demo-embedded: ## the same in small, as firmware for a Cortex-M4F under qemu
 	$(PYTHON) examples/embedded/run.py
 
 test: ## all tests, the examples, the firmware
-	@$(SETUP) python cc cxx sleef arm64 arm lint fuzz
+	@$(SETUP) python cc cxx sleef arm64 arm wide lint fuzz analyse
 	$(PYTHON) -m pytest tests -n $(JOBS) --dist loadfile
 
 guard: ## every shipped header between pages that may not be touched: the whole sweep, with counts
@@ -39,6 +39,10 @@ guard: ## every shipped header between pages that may not be touched: the whole 
 	@rm -rf build/guard
 	HEADLIGHT_GUARD=full $(PYTHON) -m pytest tests/test_guard*.py -n $(JOBS) --dist worksteal
 	@PYTHONPATH=.:tests $(PYTHON) tests/helpers_guard.py
+
+wide: ## every header on 32-bit x86 and Arm and on big-endian s390x (test has some of each)
+	@$(SETUP) python cc wide
+	HEADLIGHT_WIDE=all $(PYTHON) -m pytest tests/test_wide.py -n $(JOBS)
 
 check: ## what must hold of the product: same bytes, strict compiles, names, stack, linters
 	@$(SETUP) python cc cxx arm64 arm lint
@@ -59,6 +63,18 @@ accuracy: ## every element within its bound, to 131072 keys, and how tight the b
 fuzz: ## feed every shipped header what libFuzzer makes of it, for SECONDS in all (600)
 	@$(SETUP) python cc fuzz
 	$(PYTHON) tests/fuzz/run.py --seconds $(or $(SECONDS),600) --jobs $(JOBS) $(FUZZ)
+
+sanitize: ## every shipped header under ASan, UBSan, MSan, TSan and valgrind; ONLY=<part of a name>
+	@$(SETUP) python cc lint analyse
+	$(PYTHON) tests/sanitize.py --jobs $(JOBS) --only '$(ONLY)'
+
+analyse: ## every shipped header through gcc -fanalyzer and scan-build
+	@$(SETUP) python cc lint analyse
+	$(PYTHON) tests/analyse.py --jobs $(JOBS)
+
+coverage: ## lines, branches and MC/DC of the shipped headers; ONLY=<part|part> for some
+	@$(SETUP) python cc sleef coverage
+	$(PYTHON) tests/cover.py --jobs $(JOBS) --only '$(ONLY)'
 
 mutate: ## put COUNT defects into generated headers, one at a time: which ones do tests notice?
 	@$(SETUP) python cc cxx sleef arm64

@@ -52,6 +52,7 @@ POINTED = {
 ROUTINES = ("quantise_rows", "dequantise_rows", "append", "convert")  # of a cache's rows
 TENSORS = ("query", "query_rope", "key", "key_rope", "value")
 STATS = ("softmax_max", "softmax_sum", "softmax_lse")
+loaded: list[ctypes.CDLL] = []  # libraries of headers, by this process
 
 
 # ---- what the text of a header says -------------------------------------------------------------
@@ -736,8 +737,13 @@ def load_all(
     extra: str = "",
 ) -> dict[str, Kernel]:
     """Compiles a header (text, path or gen.spec.Header) and binds every kernel in it, by name.
-    defines: "NAME" or "NAME value". extra: C text after the header, in the same file."""
+    defines: "NAME" or "NAME value". extra: C text after the header, in the same file.
+    HEADLIGHT_CC stands for `cc` where no other compiler is named, and HEADLIGHT_CFLAGS then comes
+    behind the flags."""
     text = header_text(header)
+    if compiler == "cc":
+        compiler = os.environ.get("HEADLIGHT_CC") or compiler
+        flags = (*flags, *os.environ.get("HEADLIGHT_CFLAGS", "").split())
     parsed = parse(text)
     path = compile_c(
         {"header.h": text, "header.c": export_source(parsed, defines, extra)},
@@ -746,6 +752,7 @@ def load_all(
         libs=libs,
     )
     library = ctypes.CDLL(str(path))
+    loaded.append(library)
     return {n: Kernel(parsed, n, library, dtype_of(n, header)) for n in parsed.kernels}
 
 

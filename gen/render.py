@@ -299,6 +299,8 @@ def region_page(region, view):
         "record": view.record,
         "codes": getattr(region.tile, "codes", None),
         "task_attribute": f'__attribute__((target("{isa.target}")))\n' if isa.target else "",
+        # In plain C a block's frame is not to be added to its task's: what little stack there is.
+        "block_linkage": "KERNEL" if isa.target or isa.lanes > 1 else "HL_OWN_FRAME",
     }
     pages = [*(TILE_STEPS if isa.tiles else STEPS), "algo/merge", "algo/forward"]
     if region.kernel.trains:

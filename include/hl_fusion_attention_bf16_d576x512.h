@@ -373,7 +373,8 @@ enum {
 #define HL_STACK_BYTES_AVX512 6144
 #define HL_FRAME_BYTES_AMX 8192
 #define HL_STACK_BYTES_AMX 8192
-/* As GCC and Clang compile it from -O1 up. Without optimisation vector code takes far more. */
+/* As GCC and Clang compile it with -O1, -O2 and -Os; with -O3 up to twice as much. Without
+ * optimisation vector code takes far more. */
 
 /* Writes one sentence about the error into text (always ended by a 0 byte) and returns text; 160
  * bytes are enough. With HL_NO_TEXT defined the program holds no words: text is empty. */
@@ -2880,8 +2881,9 @@ HL_OWN_FRAME hl_status hl_fa_bf16_d576x512_check_memory(hl_fusion_attention_args
     const uint64_t rows = hl_mul_cap(all_rows, 4u);
     const uint64_t stats = hl_mul_cap(rows, (uint64_t)a->stats_width);
     const uint64_t elements = hl_mul_cap(pairs, (uint64_t)n1);
-    const uint64_t drop = a->dropout_mask != NULL && a->keep_prob < 1.0f ? elements / 8u
-                          + (elements % 8u != 0) : 0;
+    const uint64_t bits = elements / 8u + (elements % 8u != 0);
+    const uint64_t drop = a->dropout_mask == NULL || a->keep_prob >= 1.0f ? 0
+                          : elements == UINT64_MAX ? elements : bits; /* 2^64 fit nowhere */
     const uint64_t mask =
         hl_mul_cap(hl_mul_cap((uint64_t)a->mask_batch * (uint64_t)a->mask_heads,
                               (uint64_t)a->mask_rows), (uint64_t)a->mask_width);
@@ -3370,12 +3372,17 @@ HL_KERNEL_SCALAR void hl_fa_bf16_d576x512_scores_scalar(const float *panels, con
     float *s, int32_t columns, int32_t n, int32_t channels, float scale, const hl_seen *seen)
 {
     enum { W = 2 * 1, SLICE = 576 };
-    enum { KS = 576 };
+    enum { KS = 576, L = 1 };
     for (int32_t p = 0; p < columns; p += W) {
         const int32_t width = columns - p < W ? columns - p : W;
         const int32_t begin = seen != NULL ? hl_clip(seen->low[p] - seen->at, 0, n) : 0;
         const int32_t end = seen != NULL
             ? hl_clip(seen->high[p + width - 1] - seen->at, begin, n) : n;
+        for (int32_t j = 0; j < n; ++j) { /* what nobody sees meets a bias before it is hidden */
+            for (int32_t c = 0; (j < begin || j >= end) && c < width; c += L) {
+                hl_vstore_scalar(s + (ptrdiff_t)j * columns + p + c, hl_vzero_scalar());
+            }
+        }
         for (int32_t c0 = 0; c0 < channels; c0 += SLICE) {
             const int32_t left = channels - c0;
             hl_fa_bf16_d576x512_score_panel_scalar(panels + (ptrdiff_t)p * channels + (ptrdiff_t)c0
@@ -3797,16 +3804,18 @@ HL_KERNEL_SCALAR void hl_fa_bf16_d576x512_add_seen_scalar(const hl_fusion_attent
     for (int32_t q = 0; q < g->n; ++q) {
         if (hl_fa_bf16_d576x512_sees(&plan->args, g, q, j)) {
             for (int32_t c = 0; c < DV; ++c) {
-                o[(ptrdiff_t)q * OS + c] += p[q] * w->row[c];
+                o[(ptrdiff_t)q * OS + c] += hl_product(p[q], w->row[c]);
             }
         }
     }
 }
 
 /* One block of keys: load, score, mask, softmax, dropout, value. */
-HL_KERNEL_SCALAR void hl_fa_bf16_d576x512_block_scalar(const hl_fusion_attention_plan *plan,
-    const hl_span *g, const hl_fa_bf16_d576x512_space *w, const hl_state *t, int32_t columns,
-    int32_t j0, int32_t n, int32_t kinds)
+HL_OWN_FRAME void hl_fa_bf16_d576x512_block_scalar(const hl_fusion_attention_plan *plan,
+                                                   const hl_span *g,
+                                                   const hl_fa_bf16_d576x512_space *w,
+                                                   const hl_state *t, int32_t columns, int32_t j0,
+                                                   int32_t n, int32_t kinds)
 {
     enum { DK = 576, DV = 512, OC = 512 };
     const hl_fusion_attention_args *const a = &plan->args;
@@ -4215,12 +4224,17 @@ HL_KERNEL_NEON void hl_fa_bf16_d576x512_scores_neon(const float *panels, const f
                                                     const hl_seen *seen)
 {
     enum { W = 2 * 4, SLICE = 288 };
-    enum { KS = 576 };
+    enum { KS = 576, L = 4 };
     for (int32_t p = 0; p < columns; p += W) {
         const int32_t width = columns - p < W ? columns - p : W;
         const int32_t begin = seen != NULL ? hl_clip(seen->low[p] - seen->at, 0, n) : 0;
         const int32_t end = seen != NULL
             ? hl_clip(seen->high[p + width - 1] - seen->at, begin, n) : n;
+        for (int32_t j = 0; j < n; ++j) { /* what nobody sees meets a bias before it is hidden */
+            for (int32_t c = 0; (j < begin || j >= end) && c < width; c += L) {
+                hl_vstore_neon(s + (ptrdiff_t)j * columns + p + c, hl_vzero_neon());
+            }
+        }
         for (int32_t c0 = 0; c0 < channels; c0 += SLICE) {
             const int32_t left = channels - c0;
             hl_fa_bf16_d576x512_score_panel_neon(panels + (ptrdiff_t)p * channels + (ptrdiff_t)c0
@@ -4691,7 +4705,7 @@ HL_KERNEL_NEON void hl_fa_bf16_d576x512_add_seen_neon(const hl_fusion_attention_
     for (int32_t q = 0; q < g->n; ++q) {
         if (hl_fa_bf16_d576x512_sees(&plan->args, g, q, j)) {
             for (int32_t c = 0; c < DV; ++c) {
-                o[(ptrdiff_t)q * OS + c] += p[q] * w->row[c];
+                o[(ptrdiff_t)q * OS + c] += hl_product(p[q], w->row[c]);
             }
         }
     }
@@ -5085,12 +5099,17 @@ HL_KERNEL_AVX2 void hl_fa_bf16_d576x512_scores_avx2(const float *panels, const f
                                                     const hl_seen *seen)
 {
     enum { W = 2 * 8, SLICE = 192 };
-    enum { KS = 576 };
+    enum { KS = 576, L = 8 };
     for (int32_t p = 0; p < columns; p += W) {
         const int32_t width = columns - p < W ? columns - p : W;
         const int32_t begin = seen != NULL ? hl_clip(seen->low[p] - seen->at, 0, n) : 0;
         const int32_t end = seen != NULL
             ? hl_clip(seen->high[p + width - 1] - seen->at, begin, n) : n;
+        for (int32_t j = 0; j < n; ++j) { /* what nobody sees meets a bias before it is hidden */
+            for (int32_t c = 0; (j < begin || j >= end) && c < width; c += L) {
+                hl_vstore_avx2(s + (ptrdiff_t)j * columns + p + c, hl_vzero_avx2());
+            }
+        }
         for (int32_t c0 = 0; c0 < channels; c0 += SLICE) {
             const int32_t left = channels - c0;
             hl_fa_bf16_d576x512_score_panel_avx2(panels + (ptrdiff_t)p * channels + (ptrdiff_t)c0
@@ -5527,7 +5546,7 @@ HL_KERNEL_AVX2 void hl_fa_bf16_d576x512_add_seen_avx2(const hl_fusion_attention_
     for (int32_t q = 0; q < g->n; ++q) {
         if (hl_fa_bf16_d576x512_sees(&plan->args, g, q, j)) {
             for (int32_t c = 0; c < DV; ++c) {
-                o[(ptrdiff_t)q * OS + c] += p[q] * w->row[c];
+                o[(ptrdiff_t)q * OS + c] += hl_product(p[q], w->row[c]);
             }
         }
     }
@@ -6098,12 +6117,17 @@ HL_KERNEL_AVX512 void hl_fa_bf16_d576x512_scores_avx512(const float *panels, con
     float *s, int32_t columns, int32_t n, int32_t channels, float scale, const hl_seen *seen)
 {
     enum { W = 2 * 16, SLICE = 128 };
-    enum { KS = 576 };
+    enum { KS = 576, L = 16 };
     for (int32_t p = 0; p < columns; p += W) {
         const int32_t width = columns - p < W ? columns - p : W;
         const int32_t begin = seen != NULL ? hl_clip(seen->low[p] - seen->at, 0, n) : 0;
         const int32_t end = seen != NULL
             ? hl_clip(seen->high[p + width - 1] - seen->at, begin, n) : n;
+        for (int32_t j = 0; j < n; ++j) { /* what nobody sees meets a bias before it is hidden */
+            for (int32_t c = 0; (j < begin || j >= end) && c < width; c += L) {
+                hl_vstore_avx512(s + (ptrdiff_t)j * columns + p + c, hl_vzero_avx512());
+            }
+        }
         for (int32_t c0 = 0; c0 < channels; c0 += SLICE) {
             const int32_t left = channels - c0;
             hl_fa_bf16_d576x512_score_panel_avx512(panels + (ptrdiff_t)p * channels + (ptrdiff_t)c0
@@ -6974,7 +6998,7 @@ HL_KERNEL_AVX512 void hl_fa_bf16_d576x512_add_seen_avx512(const hl_fusion_attent
     for (int32_t q = 0; q < g->n; ++q) {
         if (hl_fa_bf16_d576x512_sees(&plan->args, g, q, j)) {
             for (int32_t c = 0; c < DV; ++c) {
-                o[(ptrdiff_t)q * OS + c] += p[q] * w->row[c];
+                o[(ptrdiff_t)q * OS + c] += hl_product(p[q], w->row[c]);
             }
         }
     }

@@ -364,7 +364,8 @@ enum {
 #define HL_STACK_BYTES_AVX512 6144
 #define HL_FRAME_BYTES_AMX 8192
 #define HL_STACK_BYTES_AMX 8192
-/* As GCC and Clang compile it from -O1 up. Without optimisation vector code takes far more. */
+/* As GCC and Clang compile it with -O1, -O2 and -Os; with -O3 up to twice as much. Without
+ * optimisation vector code takes far more. */
 
 /* Writes one sentence about the error into text (always ended by a 0 byte) and returns text; 160
  * bytes are enough. With HL_NO_TEXT defined the program holds no words: text is empty. */
@@ -2483,8 +2484,9 @@ HL_OWN_FRAME hl_status hl_fa_f32_d64_pse_types_softcap_sinks_check_memory(
     const uint64_t rows = hl_mul_cap(all_rows, 4u);
     const uint64_t stats = hl_mul_cap(rows, (uint64_t)a->stats_width);
     const uint64_t elements = hl_mul_cap(pairs, (uint64_t)n1);
-    const uint64_t drop = a->dropout_mask != NULL && a->keep_prob < 1.0f ? elements / 8u
-                          + (elements % 8u != 0) : 0;
+    const uint64_t bits = elements / 8u + (elements % 8u != 0);
+    const uint64_t drop = a->dropout_mask == NULL || a->keep_prob >= 1.0f ? 0
+                          : elements == UINT64_MAX ? elements : bits; /* 2^64 fit nowhere */
     const uint64_t mask =
         hl_mul_cap(hl_mul_cap((uint64_t)a->mask_batch * (uint64_t)a->mask_heads,
                               (uint64_t)a->mask_rows), (uint64_t)a->mask_width);
@@ -2991,12 +2993,17 @@ HL_KERNEL_SCALAR void hl_fa_f32_d64_pse_types_softcap_sinks_scores_scalar(const 
     const hl_seen *seen)
 {
     enum { W = 2 * 1, SLICE = 64 };
-    enum { KS = 64 };
+    enum { KS = 64, L = 1 };
     for (int32_t p = 0; p < columns; p += W) {
         const int32_t width = columns - p < W ? columns - p : W;
         const int32_t begin = seen != NULL ? hl_clip(seen->low[p] - seen->at, 0, n) : 0;
         const int32_t end = seen != NULL
             ? hl_clip(seen->high[p + width - 1] - seen->at, begin, n) : n;
+        for (int32_t j = 0; j < n; ++j) { /* what nobody sees meets a bias before it is hidden */
+            for (int32_t c = 0; (j < begin || j >= end) && c < width; c += L) {
+                hl_vstore_scalar(s + (ptrdiff_t)j * columns + p + c, hl_vzero_scalar());
+            }
+        }
         for (int32_t c0 = 0; c0 < channels; c0 += SLICE) {
             const int32_t left = channels - c0;
             hl_fa_f32_d64_pse_types_softcap_sinks_score_panel_scalar(panels + (ptrdiff_t)p
@@ -3490,14 +3497,14 @@ HL_KERNEL_SCALAR void hl_fa_f32_d64_pse_types_softcap_sinks_add_seen_scalar(
     for (int32_t q = 0; q < g->n; ++q) {
         if (hl_fa_f32_d64_pse_types_softcap_sinks_sees(&plan->args, g, q, j)) {
             for (int32_t c = 0; c < DV; ++c) {
-                o[(ptrdiff_t)q * OS + c] += p[q] * w->row[c];
+                o[(ptrdiff_t)q * OS + c] += hl_product(p[q], w->row[c]);
             }
         }
     }
 }
 
 /* One block of keys: load, score, mask, softmax, dropout, value. */
-HL_KERNEL_SCALAR void hl_fa_f32_d64_pse_types_softcap_sinks_block_scalar(
+HL_OWN_FRAME void hl_fa_f32_d64_pse_types_softcap_sinks_block_scalar(
     const hl_fusion_attention_plan *plan, const hl_span *g,
     const hl_fa_f32_d64_pse_types_softcap_sinks_space *w, const hl_state *t, int32_t columns,
     int32_t j0, int32_t n, int32_t kinds)
@@ -3909,12 +3916,17 @@ HL_KERNEL_NEON void hl_fa_f32_d64_pse_types_softcap_sinks_scores_neon(const floa
     const hl_seen *seen)
 {
     enum { W = 2 * 4, SLICE = 64 };
-    enum { KS = 64 };
+    enum { KS = 64, L = 4 };
     for (int32_t p = 0; p < columns; p += W) {
         const int32_t width = columns - p < W ? columns - p : W;
         const int32_t begin = seen != NULL ? hl_clip(seen->low[p] - seen->at, 0, n) : 0;
         const int32_t end = seen != NULL
             ? hl_clip(seen->high[p + width - 1] - seen->at, begin, n) : n;
+        for (int32_t j = 0; j < n; ++j) { /* what nobody sees meets a bias before it is hidden */
+            for (int32_t c = 0; (j < begin || j >= end) && c < width; c += L) {
+                hl_vstore_neon(s + (ptrdiff_t)j * columns + p + c, hl_vzero_neon());
+            }
+        }
         for (int32_t c0 = 0; c0 < channels; c0 += SLICE) {
             const int32_t left = channels - c0;
             hl_fa_f32_d64_pse_types_softcap_sinks_score_panel_neon(panels + (ptrdiff_t)p * channels
@@ -4447,7 +4459,7 @@ HL_KERNEL_NEON void hl_fa_f32_d64_pse_types_softcap_sinks_add_seen_neon(
     for (int32_t q = 0; q < g->n; ++q) {
         if (hl_fa_f32_d64_pse_types_softcap_sinks_sees(&plan->args, g, q, j)) {
             for (int32_t c = 0; c < DV; ++c) {
-                o[(ptrdiff_t)q * OS + c] += p[q] * w->row[c];
+                o[(ptrdiff_t)q * OS + c] += hl_product(p[q], w->row[c]);
             }
         }
     }
@@ -4840,12 +4852,17 @@ HL_KERNEL_AVX2 void hl_fa_f32_d64_pse_types_softcap_sinks_scores_avx2(const floa
     const hl_seen *seen)
 {
     enum { W = 2 * 8, SLICE = 64 };
-    enum { KS = 64 };
+    enum { KS = 64, L = 8 };
     for (int32_t p = 0; p < columns; p += W) {
         const int32_t width = columns - p < W ? columns - p : W;
         const int32_t begin = seen != NULL ? hl_clip(seen->low[p] - seen->at, 0, n) : 0;
         const int32_t end = seen != NULL
             ? hl_clip(seen->high[p + width - 1] - seen->at, begin, n) : n;
+        for (int32_t j = 0; j < n; ++j) { /* what nobody sees meets a bias before it is hidden */
+            for (int32_t c = 0; (j < begin || j >= end) && c < width; c += L) {
+                hl_vstore_avx2(s + (ptrdiff_t)j * columns + p + c, hl_vzero_avx2());
+            }
+        }
         for (int32_t c0 = 0; c0 < channels; c0 += SLICE) {
             const int32_t left = channels - c0;
             hl_fa_f32_d64_pse_types_softcap_sinks_score_panel_avx2(panels + (ptrdiff_t)p * channels
@@ -5344,7 +5361,7 @@ HL_KERNEL_AVX2 void hl_fa_f32_d64_pse_types_softcap_sinks_add_seen_avx2(
     for (int32_t q = 0; q < g->n; ++q) {
         if (hl_fa_f32_d64_pse_types_softcap_sinks_sees(&plan->args, g, q, j)) {
             for (int32_t c = 0; c < DV; ++c) {
-                o[(ptrdiff_t)q * OS + c] += p[q] * w->row[c];
+                o[(ptrdiff_t)q * OS + c] += hl_product(p[q], w->row[c]);
             }
         }
     }
@@ -5920,12 +5937,17 @@ HL_KERNEL_AVX512 void hl_fa_f32_d64_pse_types_softcap_sinks_scores_avx512(const 
     const hl_seen *seen)
 {
     enum { W = 2 * 16, SLICE = 64 };
-    enum { KS = 64 };
+    enum { KS = 64, L = 16 };
     for (int32_t p = 0; p < columns; p += W) {
         const int32_t width = columns - p < W ? columns - p : W;
         const int32_t begin = seen != NULL ? hl_clip(seen->low[p] - seen->at, 0, n) : 0;
         const int32_t end = seen != NULL
             ? hl_clip(seen->high[p + width - 1] - seen->at, begin, n) : n;
+        for (int32_t j = 0; j < n; ++j) { /* what nobody sees meets a bias before it is hidden */
+            for (int32_t c = 0; (j < begin || j >= end) && c < width; c += L) {
+                hl_vstore_avx512(s + (ptrdiff_t)j * columns + p + c, hl_vzero_avx512());
+            }
+        }
         for (int32_t c0 = 0; c0 < channels; c0 += SLICE) {
             const int32_t left = channels - c0;
             hl_fa_f32_d64_pse_types_softcap_sinks_score_panel_avx512(panels + (ptrdiff_t)p
@@ -6868,7 +6890,7 @@ HL_KERNEL_AVX512 void hl_fa_f32_d64_pse_types_softcap_sinks_add_seen_avx512(
     for (int32_t q = 0; q < g->n; ++q) {
         if (hl_fa_f32_d64_pse_types_softcap_sinks_sees(&plan->args, g, q, j)) {
             for (int32_t c = 0; c < DV; ++c) {
-                o[(ptrdiff_t)q * OS + c] += p[q] * w->row[c];
+                o[(ptrdiff_t)q * OS + c] += hl_product(p[q], w->row[c]);
             }
         }
     }

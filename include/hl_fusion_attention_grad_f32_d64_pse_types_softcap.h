@@ -384,7 +384,8 @@ enum {
 #define HL_STACK_BYTES_AVX512 6144
 #define HL_FRAME_BYTES_AMX 8192
 #define HL_STACK_BYTES_AMX 8192
-/* As GCC and Clang compile it from -O1 up. Without optimisation vector code takes far more. */
+/* As GCC and Clang compile it with -O1, -O2 and -Os; with -O3 up to twice as much. Without
+ * optimisation vector code takes far more. */
 
 /* Writes one sentence about the error into text (always ended by a 0 byte) and returns text; 160
  * bytes are enough. With HL_NO_TEXT defined the program holds no words: text is empty. */
@@ -2532,8 +2533,9 @@ HL_OWN_FRAME hl_status hl_fag_f32_d64_pse_types_softcap_check_memory(
     const uint64_t rows = hl_mul_cap(all_rows, 4u);
     const uint64_t stats = hl_mul_cap(rows, (uint64_t)a->stats_width);
     const uint64_t elements = hl_mul_cap(pairs, (uint64_t)n1);
-    const uint64_t drop = a->dropout_mask != NULL && a->keep_prob < 1.0f ? elements / 8u
-                          + (elements % 8u != 0) : 0;
+    const uint64_t bits = elements / 8u + (elements % 8u != 0);
+    const uint64_t drop = a->dropout_mask == NULL || a->keep_prob >= 1.0f ? 0
+                          : elements == UINT64_MAX ? elements : bits; /* 2^64 fit nowhere */
     const uint64_t mask =
         hl_mul_cap(hl_mul_cap((uint64_t)a->mask_batch * (uint64_t)a->mask_heads,
                               (uint64_t)a->mask_rows), (uint64_t)a->mask_width);
@@ -3088,12 +3090,17 @@ HL_KERNEL_SCALAR void hl_fag_f32_d64_pse_types_softcap_scores_scalar(const float
     const hl_seen *seen)
 {
     enum { W = 2 * 1, SLICE = 64 };
-    enum { KS = 64 };
+    enum { KS = 64, L = 1 };
     for (int32_t p = 0; p < columns; p += W) {
         const int32_t width = columns - p < W ? columns - p : W;
         const int32_t begin = seen != NULL ? hl_clip(seen->low[p] - seen->at, 0, n) : 0;
         const int32_t end = seen != NULL
             ? hl_clip(seen->high[p + width - 1] - seen->at, begin, n) : n;
+        for (int32_t j = 0; j < n; ++j) { /* what nobody sees meets a bias before it is hidden */
+            for (int32_t c = 0; (j < begin || j >= end) && c < width; c += L) {
+                hl_vstore_scalar(s + (ptrdiff_t)j * columns + p + c, hl_vzero_scalar());
+            }
+        }
         for (int32_t c0 = 0; c0 < channels; c0 += SLICE) {
             const int32_t left = channels - c0;
             hl_fag_f32_d64_pse_types_softcap_score_panel_scalar(panels + (ptrdiff_t)p * channels
@@ -3698,7 +3705,7 @@ HL_KERNEL_SCALAR void hl_fag_f32_d64_pse_types_softcap_add_scalar(
             const int32_t end = hl_fag_f32_d64_pse_types_softcap_sees(a, &t->g, p, j) ? channels
                 : 0;
             for (int32_t c = 0; c < end; ++c) {
-                o[(ptrdiff_t)u * OS + c] += s[(ptrdiff_t)r * t->width + u] * row[c];
+                o[(ptrdiff_t)u * OS + c] += hl_product(s[(ptrdiff_t)r * t->width + u], row[c]);
             }
         }
     }
@@ -4283,12 +4290,17 @@ HL_KERNEL_NEON void hl_fag_f32_d64_pse_types_softcap_scores_neon(const float *pa
     const hl_seen *seen)
 {
     enum { W = 2 * 4, SLICE = 64 };
-    enum { KS = 80 };
+    enum { KS = 80, L = 4 };
     for (int32_t p = 0; p < columns; p += W) {
         const int32_t width = columns - p < W ? columns - p : W;
         const int32_t begin = seen != NULL ? hl_clip(seen->low[p] - seen->at, 0, n) : 0;
         const int32_t end = seen != NULL
             ? hl_clip(seen->high[p + width - 1] - seen->at, begin, n) : n;
+        for (int32_t j = 0; j < n; ++j) { /* what nobody sees meets a bias before it is hidden */
+            for (int32_t c = 0; (j < begin || j >= end) && c < width; c += L) {
+                hl_vstore_neon(s + (ptrdiff_t)j * columns + p + c, hl_vzero_neon());
+            }
+        }
         for (int32_t c0 = 0; c0 < channels; c0 += SLICE) {
             const int32_t left = channels - c0;
             hl_fag_f32_d64_pse_types_softcap_score_panel_neon(panels + (ptrdiff_t)p * channels
@@ -4928,7 +4940,7 @@ HL_KERNEL_NEON void hl_fag_f32_d64_pse_types_softcap_add_neon(
             const int32_t end = hl_fag_f32_d64_pse_types_softcap_sees(a, &t->g, p, j) ? channels
                 : 0;
             for (int32_t c = 0; c < end; ++c) {
-                o[(ptrdiff_t)u * OS + c] += s[(ptrdiff_t)r * t->width + u] * row[c];
+                o[(ptrdiff_t)u * OS + c] += hl_product(s[(ptrdiff_t)r * t->width + u], row[c]);
             }
         }
     }
@@ -5489,12 +5501,17 @@ HL_KERNEL_AVX2 void hl_fag_f32_d64_pse_types_softcap_scores_avx2(const float *pa
     const hl_seen *seen)
 {
     enum { W = 2 * 8, SLICE = 64 };
-    enum { KS = 80 };
+    enum { KS = 80, L = 8 };
     for (int32_t p = 0; p < columns; p += W) {
         const int32_t width = columns - p < W ? columns - p : W;
         const int32_t begin = seen != NULL ? hl_clip(seen->low[p] - seen->at, 0, n) : 0;
         const int32_t end = seen != NULL
             ? hl_clip(seen->high[p + width - 1] - seen->at, begin, n) : n;
+        for (int32_t j = 0; j < n; ++j) { /* what nobody sees meets a bias before it is hidden */
+            for (int32_t c = 0; (j < begin || j >= end) && c < width; c += L) {
+                hl_vstore_avx2(s + (ptrdiff_t)j * columns + p + c, hl_vzero_avx2());
+            }
+        }
         for (int32_t c0 = 0; c0 < channels; c0 += SLICE) {
             const int32_t left = channels - c0;
             hl_fag_f32_d64_pse_types_softcap_score_panel_avx2(panels + (ptrdiff_t)p * channels
@@ -6100,7 +6117,7 @@ HL_KERNEL_AVX2 void hl_fag_f32_d64_pse_types_softcap_add_avx2(
             const int32_t end = hl_fag_f32_d64_pse_types_softcap_sees(a, &t->g, p, j) ? channels
                 : 0;
             for (int32_t c = 0; c < end; ++c) {
-                o[(ptrdiff_t)u * OS + c] += s[(ptrdiff_t)r * t->width + u] * row[c];
+                o[(ptrdiff_t)u * OS + c] += hl_product(s[(ptrdiff_t)r * t->width + u], row[c]);
             }
         }
     }
@@ -6844,12 +6861,17 @@ HL_KERNEL_AVX512 void hl_fag_f32_d64_pse_types_softcap_scores_avx512(const float
     const hl_seen *seen)
 {
     enum { W = 2 * 16, SLICE = 64 };
-    enum { KS = 80 };
+    enum { KS = 80, L = 16 };
     for (int32_t p = 0; p < columns; p += W) {
         const int32_t width = columns - p < W ? columns - p : W;
         const int32_t begin = seen != NULL ? hl_clip(seen->low[p] - seen->at, 0, n) : 0;
         const int32_t end = seen != NULL
             ? hl_clip(seen->high[p + width - 1] - seen->at, begin, n) : n;
+        for (int32_t j = 0; j < n; ++j) { /* what nobody sees meets a bias before it is hidden */
+            for (int32_t c = 0; (j < begin || j >= end) && c < width; c += L) {
+                hl_vstore_avx512(s + (ptrdiff_t)j * columns + p + c, hl_vzero_avx512());
+            }
+        }
         for (int32_t c0 = 0; c0 < channels; c0 += SLICE) {
             const int32_t left = channels - c0;
             hl_fag_f32_d64_pse_types_softcap_score_panel_avx512(panels + (ptrdiff_t)p * channels
@@ -7903,7 +7925,7 @@ HL_KERNEL_AVX512 void hl_fag_f32_d64_pse_types_softcap_add_avx512(
             const int32_t end = hl_fag_f32_d64_pse_types_softcap_sees(a, &t->g, p, j) ? channels
                 : 0;
             for (int32_t c = 0; c < end; ++c) {
-                o[(ptrdiff_t)u * OS + c] += s[(ptrdiff_t)r * t->width + u] * row[c];
+                o[(ptrdiff_t)u * OS + c] += hl_product(s[(ptrdiff_t)r * t->width + u], row[c]);
             }
         }
     }

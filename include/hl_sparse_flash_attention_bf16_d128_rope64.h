@@ -354,7 +354,8 @@ enum {
 #define HL_STACK_BYTES_AVX512 6144
 #define HL_FRAME_BYTES_AMX 8192
 #define HL_STACK_BYTES_AMX 8192
-/* As GCC and Clang compile it from -O1 up. Without optimisation vector code takes far more. */
+/* As GCC and Clang compile it with -O1, -O2 and -Os; with -O3 up to twice as much. Without
+ * optimisation vector code takes far more. */
 
 /* Writes one sentence about the error into text (always ended by a 0 byte) and returns text; 160
  * bytes are enough. With HL_NO_TEXT defined the program holds no words: text is empty. */
@@ -2297,8 +2298,7 @@ static inline hl_status hl_sfa_bf16_d128_rope64_check_layout(hl_sparse_flash_att
         return hl_refuse(error, HL_ERR_NULL, HL_ARG_ACTUAL_SEQ_LENGTHS_QUERY, HL_RULE_NOT_NULL, 0,
                          0);
     }
-    if (a->layout_kv == HL_LAYOUT_TND && a->actual_seq_lengths_kv == NULL && a->batch > 0
-        && a->index_kind == HL_INDEX_BLOCKS) {
+    if (a->layout_kv == HL_LAYOUT_TND && a->actual_seq_lengths_kv == NULL && a->batch > 0) {
         return hl_refuse(error, HL_ERR_NULL, HL_ARG_ACTUAL_SEQ_LENGTHS_KV, HL_RULE_NOT_NULL, 0, 0);
     }
     if (paged) {
@@ -2345,9 +2345,6 @@ static inline hl_status hl_sfa_bf16_d128_rope64_check_lengths(
                                     HL_RULE_AT_MOST, 1, b, 0, n, a->seq_q);
             }
             before_q = n;
-        }
-        if (a->index_kind == HL_INDEX_SLOTS) {
-            continue; /* neither lengths nor table of the cache are read */
         }
         if (a->actual_seq_lengths_kv != NULL) {
             keys = hl_once(a->actual_seq_lengths_kv + b);
@@ -2450,8 +2447,6 @@ HL_OWN_FRAME hl_status hl_sfa_bf16_d128_rope64_check_memory(hl_sparse_flash_atte
             {a->sparse_indices,
              a->sparse_indices ? hl_mul_cap(hl_mul_cap(lists, (uint64_t)a->list_length), 4u) : 0,
              HL_ARG_SPARSE_INDICES, 0, 4u},
-            {a->sparse_lengths, a->sparse_lengths ? hl_mul_cap(lists, 4u) : 0,
-             HL_ARG_SPARSE_LENGTHS, 0, 4u},
             {a->block_table,
              a->block_table ? 4u * (uint64_t)a->batch * (uint64_t)a->max_blocks : 0,
              HL_ARG_BLOCK_TABLE, 0, 4u},

@@ -46,6 +46,8 @@ class Job:
             for side, flush in enumerate(("right", "left")):
                 got = call.guarded(isa, flush, **ways(self.name, self.way + 7 * side))
                 for name in seen.keys() & got.keys():
+                    if name == "dropout_state" and not got["attention_out"].size:
+                        continue  # a plan without tasks has nobody to write it
                     assert same_bits(seen[name], got[name]), f"{isa}: {name} depends on its place"
                 seen |= got
                 calls += 1

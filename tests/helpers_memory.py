@@ -21,6 +21,8 @@ from typing import Any
 
 import numpy as np
 
+from gen import bind
+
 PAGE = mmap.PAGESIZE
 LIBC = ctypes.CDLL(None, use_errno=True)
 LIBC.mmap.restype = ctypes.c_void_p
@@ -131,6 +133,14 @@ class Died(AssertionError):
     """The child was killed by a signal."""
 
 
+def covered(what: str) -> None:
+    """Tells libraries that were compiled for coverage (tests/cover.py) that a child begins or ends;
+    others have no ear for it."""
+    if "LLVM_PROFILE_FILE" in os.environ:
+        for library in bind.loaded:
+            getattr(library, f"hl_cover_{what}", lambda: None)()
+
+
 _inside = False  # this process is a child that may die: what it calls needs no child of its own
 
 
@@ -148,10 +158,12 @@ def in_child(call: Callable[[], Any], what: str = "", longest: float = LONGEST) 
     if child == 0:
         faulthandler.disable()
         _inside = True
+        covered("begin")
         try:
             message = pickle.dumps((True, call()))
         except BaseException:
             message = pickle.dumps((False, traceback.format_exc()))
+        covered("end")
         with os.fdopen(writer, "wb") as pipe:
             pipe.write(message)
         os._exit(0)

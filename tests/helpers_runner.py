@@ -21,7 +21,7 @@ from oracle import BSND, PA_BSND, TND
 from gen import bind
 
 HERE = Path(__file__).resolve().parent
-BY_TASK, PARTIALS, FLUSH_LEFT = 1, 2, 4
+BY_TASK, PARTIALS, FLUSH_LEFT, FLUSH_TO_ZERO = 1, 2, 4, 8
 AARCH64 = "aarch64-linux-gnu-gcc"
 QEMU = ("qemu-aarch64", "-L", "/usr/aarch64-linux-gnu")
 PACKAGES = "gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user"
@@ -42,15 +42,26 @@ def program(
     compiler: str = AARCH64,
     flags: Sequence[str] = ("-O2",),
     libs: Sequence[str] = (),
+    environment: str = "",
 ) -> Path:
-    """runner.c around one kernel."""
+    """runner.c around one kernel. environment: look at registers and control words after each call
+    ("env_good"), or call a function of environment.c that spoils them too."""
     files = {"header.h": text, "runner.c": (HERE / "runner.c").read_text()}
-    operator = re.search(rf"\b{name}_workspace_bytes\(\s*const (\w+)_args\b", text)[1]
-    named = [f"-DKERNEL={name}", f"-DOPERATOR={operator}"]
-    named += [] if f"{name}_merge(" in text else ["-DWITHOUT_MERGES"]
+    if environment:
+        files["environment.c.txt"] = (HERE / "environment.c").read_text()
+        files["runner.c"] = files["runner.c"].replace("environment.c", "environment.c.txt")
+        flags = (*flags, "-DENVIRONMENT", f"-DSPOIL={environment}")
+    named = named_flags(text, name)
     return bind.compile_c(
         files, compiler=compiler, flags=(*flags, *named), libs=libs, suffix=".bin"
     )
+
+
+def named_flags(text: str, name: str) -> list[str]:
+    """What runner.c has to be told of a kernel."""
+    operator = re.search(rf"\b{name}_workspace_bytes\(\s*const (\w+)_args\b", text)[1]
+    named = [f"-DKERNEL={name}", f"-DOPERATOR={operator}"]
+    return named + ([] if f"{name}_merge(" in text else ["-DWITHOUT_MERGES"])
 
 
 def record(kernel: bind.Kernel, case: Case, way: Way, isa: int) -> tuple[bytes, dict[str, Any]]:
@@ -79,20 +90,21 @@ def play(
     command: Sequence[str],
     calls: list[tuple[bytes, dict[str, Any]]],
     env: dict[str, str] | None = None,
+    order: str = "<",
 ) -> tuple[int, list[dict[str, np.ndarray]]]:
     """Runs recorded calls, in this process's environment or another; what isas() said there, and
-    the outputs."""
+    the outputs. order: of bytes, on the machine that runs them."""
     with tempfile.TemporaryDirectory() as folder:
         to, back = Path(folder) / "calls", Path(folder) / "results"
-        to.write_bytes(struct.pack("<q", len(calls)) + b"".join(data for data, _ in calls))
+        to.write_bytes(struct.pack(f"{order}q", len(calls)) + b"".join(data for data, _ in calls))
         run = subprocess.run(
             [*command, str(to), str(back)], capture_output=True, text=True, timeout=300, env=env
         )
         assert run.returncode == 0, f"exit {run.returncode}: {run.stderr[-4000:]}"
         data = back.read_bytes()
-    (isas,), at = struct.unpack_from("<I", data), 4
+    (isas,), at = struct.unpack_from(f"{order}I", data), 4
     for _, outputs in calls:
-        (status,), at = struct.unpack_from("<q", data, at), at + 8
+        (status,), at = struct.unpack_from(f"{order}q", data, at), at + 8
         assert status == 0, f"a call was refused with status {status}"
         for array in outputs.values():
             array.reshape(-1).view(np.uint8)[...] = np.frombuffer(data, np.uint8, array.nbytes, at)

@@ -51,3 +51,11 @@ def test_nothing_is_fused_that_is_not_written(compiler, level):
     flags = (level, "-std=gnu99", "-w", "-ffp-contract=fast")
     control = compilers.fused(without_rounding(text), compiler, flags, ISA)
     assert control > asked, "the control is fused no more than it says"
+
+
+def test_sums_of_rows_that_are_not_finite_were_fused():
+    """Training adds rows with a NaN or an infinity by themselves: their finite numbers had other
+    bits from Clang."""
+    text = every.text("hl_fusion_attention_grad_bf16_d128")
+    asked, made = compilers.fused_by_itself(text, "clang", "-O1", "fast", ISA)
+    assert asked == made > 0

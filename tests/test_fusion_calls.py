@@ -729,3 +729,20 @@ def test_bsh_is_the_memory_of_bsnd():
     outputs = case.outputs()
     assert k.run(**{**fields, **outputs, "input_layout": BSH}).ok
     assert_same(outputs, want)
+
+
+@by_pair("f32_all", "bf16_all")
+def test_what_was_in_the_workspace_enters_no_arithmetic(name, isa, control):
+    """Scores that no row of a panel sees were not computed, but capped all the same: a signalling
+    NaN of the workspace raised the invalid-operation flag, which some callers trap."""
+    shape = Shape(lens_q=(60,), lens_kv=(60,), mode=3, mask="formula", softcap=5.0, seed=3)
+    case = make_case(kernel(name), shape)
+    k, outputs = kernel(name), case.outputs()
+    fields = {**case.inputs(), **case.sizes(), **outputs, "isa": k.isas()[isa]}
+    workspace = np.full(k.workspace_bytes(**fields) // 4, 0x7FA00000, np.uint32)
+    control.set_control(DEFAULT)
+    result = k.run(**fields, workspace=workspace)
+    after = control.get_control()
+    control.set_control(DEFAULT)
+    assert result.ok and after & 1 == 0, hex(after)
+    check(case, outputs, isa)

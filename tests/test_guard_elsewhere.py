@@ -101,10 +101,12 @@ def test_arm(name):
 AVX2 = [name for name in every.HEADERS if "avx2" in every.description(name).isa]
 
 
-@pytest.mark.parametrize("name", AVX2 if FULL else [SLICE])
-def test_without_avx512(name):
-    """Every header on a processor of 2013: what it finds there is AVX2, and that is enough."""
-    sweep(name, ("scalar", "avx2"), haswell(name), "qemu Haswell", "elsewhere")
+if FULL:
+
+    @pytest.mark.parametrize("name", AVX2)
+    def test_without_avx512(name):
+        """Every header on a processor of 2013: what it finds there is AVX2, and that is enough."""
+        sweep(name, ("scalar", "avx2"), haswell(name), "qemu Haswell", "elsewhere")
 
 
 @pytest.mark.parametrize("name", every.HEADERS if FULL else [SLICE])

@@ -473,7 +473,7 @@ def beside(call: every.Call, name: str, array: np.ndarray) -> np.ndarray:
     return rows[skip:] if layout == TND else rows[:, skip:]
 
 
-@BY_PAIR
+@pytest.mark.parametrize("name,isa", every.pairs() if FULL else SOME[:-1])
 def test_the_last_of_very_many(name, isa):
     """Packed tensors of terabytes: queries, caches, lists, tables, masks, biases, bits, results and
     statistics, each with its offset computed from sizes."""

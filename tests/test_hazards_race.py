@@ -296,7 +296,7 @@ void hazard_hook(void) { memcpy(hazard_to, hazard_from, (size_t)hazard_bytes); }
 """
 AFTER_CHECKS = {  # header -> the first line behind the checks of ..._append
     "hl_sparse_flash_attention_antiquant_bf16_i8_656_d512_rope64": "    tokens = a.layout_kv",
-    "hl_incre_flash_attention_f16_i8_d32": "    sides = hl_ifa_f16_i8_d32_sides(&a);\n    for",
+    "hl_incre_flash_attention_f16_i8_d32": "    for (int32_t b = 0; a.rows > 0 && b < a.batch;",
 }
 BOUNDS = (  # that ..._append has behind its checks, and what is left without them
     (r"if \(rows < 1 \|\| rows > a\.rows.*?\) \{", "if (0) {"),

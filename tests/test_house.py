@@ -16,7 +16,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 import check  # noqa: E402
 
 TARGETS = ["demo", "demo-embedded", "test", "guard", "check", "bench", "bench-peers", "examples"]
-TARGETS += ["headers"]
+TARGETS += ["headers", "wide"]
 TARGETS += ["clean"]
 
 
@@ -359,6 +359,8 @@ def test_the_deepest_frames_are_named():
         "a.h:1:2:hl_a\t1025\tstatic\n",
         "a.h:1:2:hl_a_avx512.part.0\t4097\tstatic\n",
         "a.h:1:2:hl_a_amx\t8193\tstatic\n",
+        "a.h:1:2:void hl_a_avx2(const hl_plan*)\t4097\tstatic\n",
+        "a.h:1:2:_ZL6hl_b_aPK7hl_amx\t1025\tstatic\n",
         "a.h:1:2:hl_a\t16\tdynamic\n",
     ],
 )
@@ -391,6 +393,29 @@ def test_the_deepest_call_is_the_sum_of_its_functions(tmp_path):
     assert 800 < int(re.fullmatch(r"a call: scalar (\d+)", said)[1]) < 1024
     with pytest.raises(check.Wrong, match="the limit is 3072: hl_f > hl_g > hl_h"):
         check.deepest_calls(graph_of(tmp_path, 800))
+
+
+@pytest.mark.parametrize("more", ["", "if (i > 9) return 1 + hl_f(i / 2);"])
+def test_calls_are_found_in_code_too(tmp_path, more):
+    source = tmp_path / "a.c"
+    source.write_text(GRAPH % (200, more))
+    made = [tmp_path / "a.o", tmp_path / "a.su"]
+    flags = ["-O1", "-fno-inline", check.STACK_USAGE, check.CALL_GRAPH]
+    subprocess.run(["gcc", *flags, "-c", source, "-o", made[0]], check=True)
+    code = check.execute(["objdump", "-dr", "--no-show-raw-insn", str(made[0])])
+    graph = (tmp_path / "a.ci").read_text()
+    if more:
+        with pytest.raises(check.Wrong, match="recursion: "):
+            check.deepest_calls_in_code(code, made[1].read_text())
+        return
+    found, same = (
+        int(re.fullmatch(r"a call: scalar (\d+)", said)[1])
+        for said in (
+            check.deepest_calls_in_code(code, made[1].read_text()),
+            check.deepest_calls(graph),
+        )
+    )
+    assert found == same + 3 * 8  # gcc counts return addresses by itself
 
 
 @pytest.mark.parametrize(

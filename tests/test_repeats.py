@@ -10,7 +10,7 @@ from helpers_repeat import families, repeat
 from gen import bind
 from gen.isa import ISAS
 
-REPEATS = {False: 16, True: 1}  # tiles may be emulated: a repeat takes a hundred times as long
+REPEATS = {False: 14, True: 2}  # tiles may be emulated: a repeat takes a hundred times as long
 # A header with a defect in it: the factor of its scores is sometimes a little more. When?
 DEFECTS = {
     "address": "(int64_t)((uintptr_t)a->query / 4 % 2)",

@@ -7,8 +7,11 @@
 #   cc        a C compiler                   sleef   the SLEEF vector maths library
 #   cxx       a C++ compiler                 arm64   cross compiler and emulator for AArch64 (NEON)
 #   lint      clang, clang-tidy, cppcheck    arm     the same for Cortex-M
+#   wide      the same for 32-bit x86 and Arm, and for s390x, which is big-endian
 #   compilers a newer Clang, to compare bits
 #   fuzz      clang with libFuzzer
+#   analyse   valgrind, scan-build, clang's sanitizers
+#   coverage  clang-19 and its llvm-cov
 #
 # Missing system packages come through apt-get: as root, else with sudo. Where neither is allowed
 # the exact command is printed and the status is 1.
@@ -92,6 +95,14 @@ check() {
             includes stdio.h arm-none-eabi-gcc --specs=picolibc.specs ||
                 want picolibc-arm-none-eabi
             have qemu-system-arm || want qemu-system-arm ;;
+        wide)
+            for target in i686-linux-gnu:i386 arm-linux-gnueabihf:armhf s390x-linux-gnu:s390x; do
+                tool=${target%:*}
+                library=libc6-dev-${target#*:}-cross
+                have "$tool-gcc" || want "gcc-$tool" "$library"
+                includes stdio.h "$tool-gcc" || want "$library"
+            done
+            have qemu-arm && have qemu-s390x || want qemu-user ;;
         lint)
             have clang && have clang++ || want clang
             have clang-tidy || want clang-tidy
@@ -101,8 +112,19 @@ check() {
             have clang-19 || want clang-19 ;;
         fuzz)
             fuzzes || want clang libclang-rt-14-dev ;;
+        analyse)
+            have valgrind || want valgrind
+            have scan-build || want clang-tools
+            printf 'int main(void){return 0;}' | clang -fsanitize=memory -x c - -o /dev/null \
+                2>/dev/null || want clang libclang-rt-14-dev ;;
+        coverage)
+            have clang-19 || want clang-19
+            have llvm-cov-19 || want llvm-19
+            printf 'int main(void){return 0;}' | clang-19 -fprofile-instr-generate -x c - \
+                -o /dev/null 2>/dev/null || want libclang-rt-19-dev ;;
         *)
-            fail "no part '$1'; fix: one of python cc cxx sleef arm64 arm lint compilers fuzz" ;;
+            fail "no part '$1'; fix: one of python cc cxx sleef arm64 arm wide lint compilers fuzz" \
+                "analyse coverage" ;;
     esac
 }
 

@@ -406,7 +406,7 @@ static void model_train(const kernel *k, const int64_t *v, const int64_t *ends_q
                ? (wide)or_else(V(mask_batch), 1) * or_else(V(mask_heads), 1)
                  * or_else(V(mask_rows), longest_of(v, ends_q, V(seq_q)))
                  * or_else(V(mask_width), longest_of(v, ends_kv, V(seq_kv))) : 0, 1, 0, T_MASK);
-    add_wanted(m, v, S_dropout_mask, float_of(V(keep_prob)) < 1 && V(keep_prob) != 0
+    add_wanted(m, v, S_dropout_mask, float_of(V(keep_prob)) < 1 && float_of(V(keep_prob)) > 0
                ? (pairs * n1 + 7) / 8 : 0, 1, 0, T_BITS);
 }
 
