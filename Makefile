@@ -3,6 +3,8 @@
 PYTHON := build/venv/bin/python
 SETUP  := sh tools/setup.sh
 JOBS   ?= 2
+COUNT  ?= 500
+SEED   ?= 1
 
 # The header of `make demo`: DeepSeek's shape, 512 channels and 64 more with the position.
 DEMO      := build/demo
@@ -10,7 +12,7 @@ DEMO_NAME := hl_sparse_flash_attention_bf16_d512_rope64
 DEMO_SPEC := --op sparse_flash_attention --dtype bf16 --dk 512 --rope 64
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-embedded test guard check bench bench-peers examples headers clean determinism compilers accuracy fuzz sanitize analyse coverage wide
+.PHONY: help demo demo-embedded test guard check bench bench-peers examples headers clean determinism compilers accuracy fuzz sanitize analyse coverage wide mutate
 REPEATS   ?= 1000
 
 help: ## this list
@@ -73,6 +75,10 @@ analyse: ## every shipped header through gcc -fanalyzer and scan-build
 coverage: ## lines, branches and MC/DC of the shipped headers; ONLY=<part|part> for some
 	@$(SETUP) python cc sleef coverage
 	$(PYTHON) tests/cover.py --jobs $(JOBS) --only '$(ONLY)'
+
+mutate: ## put COUNT defects into generated headers, one at a time: which ones do tests notice?
+	@$(SETUP) python cc cxx sleef arm64
+	$(PYTHON) tests/mutate.py --count $(COUNT) --seed $(SEED) --jobs $(JOBS)
 
 bench: ## time the shipped headers against this machine's own limits; ONLY=<pattern> for some
 	@$(SETUP) python cc sleef

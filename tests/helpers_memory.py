@@ -146,7 +146,9 @@ _inside = False  # this process is a child that may die: what it calls needs no 
 
 def in_child(call: Callable[[], Any], what: str = "", longest: float = LONGEST) -> Any:
     """Runs call() in a forked child and returns its result; Died if a signal ended it, or if it
-    had to be ended after so many seconds. In a child of survey() it is simply called."""
+    had to be ended after so many seconds. In such a child it is simply called: many calls share
+    one, which costs less than a child each."""
+    global _inside
     if _inside:
         return call()
     reader, writer = os.pipe()
@@ -155,6 +157,7 @@ def in_child(call: Callable[[], Any], what: str = "", longest: float = LONGEST) 
         child = os.fork()
     if child == 0:
         faulthandler.disable()
+        _inside = True
         covered("begin")
         try:
             message = pickle.dumps((True, call()))
@@ -219,8 +222,6 @@ def survey(jobs: Sequence[Callable[[], int]]) -> Survey:
 def some_of(jobs: Sequence[Callable[[], int]], state: np.ndarray) -> tuple[int, str]:
     """In the child: a chunk of jobs; the number of the next one, and what was wrong with the last.
     state: the job that is under way, calls made."""
-    global _inside
-    _inside = True
     end = min(int(state[0]) + CHUNK, len(jobs))
     for i in range(int(state[0]), end):
         state[0] = i

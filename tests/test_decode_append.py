@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import helpers_decode
 import numpy as np
 import pytest
 from helpers import WORDS_HERE
@@ -40,6 +41,9 @@ BATCH, ROWS, TOKENS, HEADS, BLOCK = 3, 7, 23, 3, 5
 
 @functools.cache
 def text(name: str) -> str:
+    """Of a shipped header that is named, the committed file."""
+    if name.startswith("hl_"):
+        return helpers_decode.text(name)
     return bind.header_text(spec.parse_header({"op": OP, "name": f"hl_{name}", **SPECS[name]}))
 
 
@@ -49,13 +53,22 @@ def kernel(name: str) -> bind.Kernel:
     return bind.load(text(name), flags=("-O1",))
 
 
+def described(name: str) -> dict[str, Any]:
+    """A kernel's table, as in SPECS; of a shipped header, from the catalogue."""
+    if name in SPECS:
+        return SPECS[name]
+    of = helpers_decode.header(name).kernels[0]
+    fields = ("dtype", "dk", "dv", "kv", "features")
+    return {field: getattr(of, field) for field in fields}
+
+
 def query_type(name: str) -> np.dtype:
-    return TYPES[SPECS[name]["dtype"]]
+    return TYPES[described(name)["dtype"]]
 
 
 def sides(name: str) -> tuple[tuple[str, int], tuple[str, int]]:
     """(format, channels) of keys and of values."""
-    table = SPECS[name]
+    table = described(name)
     kinds = table.get("kv", table["dtype"]).split("x")
     return (kinds[0], table["dk"]), (kinds[-1], table["dv"])
 
@@ -65,7 +78,7 @@ def is_codes(kind: str) -> bool:
 
 
 def has(name: str, feature: str) -> bool:
-    return feature in SPECS[name].get("features", ())
+    return feature in described(name).get("features", ())
 
 
 def ways(name: str) -> list[str]:
@@ -646,7 +659,7 @@ def base(name: str, way: str) -> dict[str, Any]:
         "rows": 3,
         "heads_kv": HEADS,
     }
-    if name in CODED:
+    if any(is_codes(kind) for kind, _ in sides(name)):
         scale, offset = fine_scales(name)
         fields |= {"antiquant_scale": scale, "antiquant_offset": offset, "antiquant_f32": 1}
     if not paged:
