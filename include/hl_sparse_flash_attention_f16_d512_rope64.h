@@ -10779,11 +10779,11 @@ HL_API hl_status hl_sparse_flash_attention_f16_d512_rope64_merge_parts(
         const uint64_t list = (uint64_t)p->parts * sizeof(void *);
         const uint64_t bytes = p->out_f32 ? 4u : 2u;
         const hl_range range[] = {
-            {p->out, list, HL_ARG_PARTS, 0, (uint32_t)sizeof(void *)},
-            {p->max, list, HL_ARG_PARTS, 0, (uint32_t)sizeof(void *)},
-            {p->sum, list, HL_ARG_PARTS, 0, (uint32_t)sizeof(void *)},
+            {p->out, list, HL_ARG_PARTS, 0, (uint16_t)sizeof(void *)},
+            {p->max, list, HL_ARG_PARTS, 0, (uint16_t)sizeof(void *)},
+            {p->sum, list, HL_ARG_PARTS, 0, (uint16_t)sizeof(void *)},
             {p->attention_out, stats * bytes * 512u,
-             HL_ARG_ATTENTION_OUT, 1, (uint32_t)bytes},
+             HL_ARG_ATTENTION_OUT, 1, (uint16_t)bytes},
             {p->softmax_max, p->softmax_max ? stats * 4u : 0, HL_ARG_SOFTMAX_MAX, 1, 4u},
             {p->softmax_sum, p->softmax_sum ? stats * 4u : 0, HL_ARG_SOFTMAX_SUM, 1, 4u},
             {p->softmax_lse, p->softmax_lse ? stats * 4u : 0, HL_ARG_SOFTMAX_LSE, 1, 4u}
