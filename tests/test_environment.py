@@ -19,11 +19,15 @@ from helpers_memory import Died, in_child
 from helpers_runner import BY_TASK, FLUSH_TO_ZERO, PARTIALS, QEMU, need_aarch64
 
 from gen import bind
+from gen.isa import ISAS
 
 SOURCE = Path(__file__).resolve().parent / "environment.c"
 DEFAULT, FLUSH = 0x1F80, 0x9FC0
 TRAPS = DEFAULT & ~0x680  # INVALID, DIVBYZERO and OVERFLOW, as by feenableexcept
 TRAPPED = 0x0D  # their sticky bits
+# On tiles weights are computed before their maximum is known, and again behind it: what is thrown
+# away may overflow.
+TRAPS_TILES, TRAPPED_TILES = DEFAULT & ~0x280, 0x05
 DOWN, UP, TOWARDS_ZERO = DEFAULT | 0x2000, DEFAULT | 0x4000, DEFAULT | 0x6000
 CALLS = 5
 
@@ -140,14 +144,16 @@ def test_hazard_48_refused_calls_give_all_back_too(name, isa):
 
 @by_pair()
 def test_hazard_39_finite_numbers_trap_nothing(name, isa):
-    """With INVALID, DIVBYZERO and OVERFLOW trapped, calls of finite numbers run to their end."""
+    """With INVALID, DIVBYZERO and OVERFLOW trapped (on tiles the first two), calls of finite
+    numbers run to their end."""
+    traps, flags = (TRAPS_TILES, TRAPPED_TILES) if ISAS[isa].tiles else (TRAPS, TRAPPED)
 
     def trapped(call: Call) -> tuple[int, dict]:
-        return run(call, isa, TRAPS)[:2]
+        return run(call, isa, traps)[:2]
 
     for call in finite_calls(name, 43, CALLS):
         _, want, raised = run(call, isa)
-        assert raised & TRAPPED == 0, (hex(raised), call)
+        assert raised & flags == 0, (hex(raised), call)
         status, got = in_child(functools.partial(trapped, call), f"{name} {isa} {call}")
         assert status == 0
         for output in got:

@@ -74,8 +74,8 @@ DEFECTS = {
     ),
     "an_overlap": (
         "checks",
-        "&& b < a + (uintptr_t)range[i].bytes) {",
-        "&& b + 64 < a + (uintptr_t)range[i].bytes) {",
+        "&& b < a_end && range[j].bytes != 0 && i != j) {",
+        "&& b + 64 < a_end && range[j].bytes != 0 && i != j) {",
         "overlaps",
     ),
     "an_argument_of_another_struct": (
