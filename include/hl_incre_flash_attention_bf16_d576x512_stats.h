@@ -5770,7 +5770,7 @@ HL_KERNEL_NEON void hl_ifa_bf16_d576x512_stats_turn_neon(const hl_incre_flash_at
 
 /* Some kv heads of a batch, a block of keys of each in turn: where a token's heads lie side by
  * side, their lines and pages are then read together. The arithmetic is that of their tasks. */
-static inline void hl_ifa_bf16_d576x512_stats_walk_neon(const hl_incre_flash_attention_plan *plan,
+HL_OWN_FRAME void hl_ifa_bf16_d576x512_stats_walk_neon(const hl_incre_flash_attention_plan *plan,
     int64_t first, int32_t n, char *workspace)
 {
     const int32_t padded = (plan->group + 3) / 4 * 4;
@@ -7433,7 +7433,7 @@ HL_KERNEL_AVX2 void hl_ifa_bf16_d576x512_stats_turn_avx2(const hl_incre_flash_at
 /* Some kv heads of a batch, a block of keys of each in turn: where a token's heads lie side by
  * side, their lines and pages are then read together. The arithmetic is that of their tasks. */
 __attribute__((target("avx2,fma,f16c")))
-static inline void hl_ifa_bf16_d576x512_stats_walk_avx2(const hl_incre_flash_attention_plan *plan,
+HL_OWN_FRAME void hl_ifa_bf16_d576x512_stats_walk_avx2(const hl_incre_flash_attention_plan *plan,
     int64_t first, int32_t n, char *workspace)
 {
     const int32_t padded = (plan->group + 7) / 8 * 8;
@@ -9966,7 +9966,7 @@ HL_KERNEL_AVX512 void hl_ifa_bf16_d576x512_stats_turn_avx512(
 /* Some kv heads of a batch, a block of keys of each in turn: where a token's heads lie side by
  * side, their lines and pages are then read together. The arithmetic is that of their tasks. */
 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma")))
-static inline void hl_ifa_bf16_d576x512_stats_walk_avx512(const hl_incre_flash_attention_plan *plan,
+HL_OWN_FRAME void hl_ifa_bf16_d576x512_stats_walk_avx512(const hl_incre_flash_attention_plan *plan,
     int64_t first, int32_t n, char *workspace)
 {
     const int32_t padded = (plan->group + 15) / 16 * 16;
@@ -11592,7 +11592,7 @@ HL_KERNEL_AMX void hl_ifa_bf16_d576x512_stats_turn_amx(const hl_incre_flash_atte
 /* Some kv heads of a batch, a block of keys of each in turn: where a token's heads lie side by
  * side, their lines and pages are then read together. The arithmetic is that of their tasks. */
 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma")))
-static inline void hl_ifa_bf16_d576x512_stats_walk_amx(const hl_incre_flash_attention_plan *plan,
+HL_OWN_FRAME void hl_ifa_bf16_d576x512_stats_walk_amx(const hl_incre_flash_attention_plan *plan,
     int64_t first, int32_t n, char *workspace)
 {
     const int32_t padded = plan->group <= 16 ? 16 : (plan->group + 31) / 32 * 32;

@@ -6474,8 +6474,8 @@ HL_KERNEL_NEON void hl_ifa_bf16_i8_d128_turn_neon(const hl_incre_flash_attention
 
 /* Some kv heads of a batch, a block of keys of each in turn: where a token's heads lie side by
  * side, their lines and pages are then read together. The arithmetic is that of their tasks. */
-static inline void hl_ifa_bf16_i8_d128_walk_neon(const hl_incre_flash_attention_plan *plan,
-                                                 int64_t first, int32_t n, char *workspace)
+HL_OWN_FRAME void hl_ifa_bf16_i8_d128_walk_neon(const hl_incre_flash_attention_plan *plan,
+                                                int64_t first, int32_t n, char *workspace)
 {
     const int32_t padded = (plan->group + 3) / 4 * 4;
     const hl_incre_flash_attention_args *const a = &plan->args;
@@ -8451,8 +8451,8 @@ HL_KERNEL_AVX2 void hl_ifa_bf16_i8_d128_turn_avx2(const hl_incre_flash_attention
 /* Some kv heads of a batch, a block of keys of each in turn: where a token's heads lie side by
  * side, their lines and pages are then read together. The arithmetic is that of their tasks. */
 __attribute__((target("avx2,fma,f16c")))
-static inline void hl_ifa_bf16_i8_d128_walk_avx2(const hl_incre_flash_attention_plan *plan,
-                                                 int64_t first, int32_t n, char *workspace)
+HL_OWN_FRAME void hl_ifa_bf16_i8_d128_walk_avx2(const hl_incre_flash_attention_plan *plan,
+                                                int64_t first, int32_t n, char *workspace)
 {
     const int32_t padded = (plan->group + 7) / 8 * 8;
     const hl_incre_flash_attention_args *const a = &plan->args;
@@ -11239,8 +11239,8 @@ HL_KERNEL_AVX512 void hl_ifa_bf16_i8_d128_turn_avx512(const hl_incre_flash_atten
 /* Some kv heads of a batch, a block of keys of each in turn: where a token's heads lie side by
  * side, their lines and pages are then read together. The arithmetic is that of their tasks. */
 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma")))
-static inline void hl_ifa_bf16_i8_d128_walk_avx512(const hl_incre_flash_attention_plan *plan,
-                                                   int64_t first, int32_t n, char *workspace)
+HL_OWN_FRAME void hl_ifa_bf16_i8_d128_walk_avx512(const hl_incre_flash_attention_plan *plan,
+                                                  int64_t first, int32_t n, char *workspace)
 {
     const int32_t padded = (plan->group + 15) / 16 * 16;
     const hl_incre_flash_attention_args *const a = &plan->args;

@@ -5551,7 +5551,7 @@ HL_KERNEL_NEON void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_turn_neon(
 
 /* Some kv heads of a batch, a block of keys of each in turn: where a token's heads lie side by
  * side, their lines and pages are then read together. The arithmetic is that of their tasks. */
-static inline void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_walk_neon(
+HL_OWN_FRAME void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_walk_neon(
     const hl_incre_flash_attention_plan *plan, int64_t first, int32_t n, char *workspace)
 {
     const int32_t padded = (plan->group + 3) / 4 * 4;
@@ -7289,7 +7289,7 @@ HL_KERNEL_AVX2 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_turn_avx2(
 /* Some kv heads of a batch, a block of keys of each in turn: where a token's heads lie side by
  * side, their lines and pages are then read together. The arithmetic is that of their tasks. */
 __attribute__((target("avx2,fma,f16c")))
-static inline void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_walk_avx2(
+HL_OWN_FRAME void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_walk_avx2(
     const hl_incre_flash_attention_plan *plan, int64_t first, int32_t n, char *workspace)
 {
     const int32_t padded = (plan->group + 7) / 8 * 8;
@@ -9787,7 +9787,7 @@ HL_KERNEL_AVX512 void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_turn_avx51
 /* Some kv heads of a batch, a block of keys of each in turn: where a token's heads lie side by
  * side, their lines and pages are then read together. The arithmetic is that of their tasks. */
 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma")))
-static inline void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_walk_avx512(
+HL_OWN_FRAME void hl_ifa_f32_d64_stats_sinks_window_softcap_alibi_walk_avx512(
     const hl_incre_flash_attention_plan *plan, int64_t first, int32_t n, char *workspace)
 {
     const int32_t padded = (plan->group + 15) / 16 * 16;
