@@ -493,3 +493,9 @@ def same_bits(x: np.ndarray, y: np.ndarray) -> bool:
     bits = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}[x.itemsize]
     both_nan = np.isnan(x.astype(np.float64)) & np.isnan(y.astype(np.float64))
     return x.shape == y.shape and bool(((x.view(bits) == y.view(bits)) | both_nan).all())
+
+
+def assert_same(x: dict, y: dict, what: object = "") -> None:
+    """Every output equal in every bit."""
+    for name in x:
+        assert same_bits(x[name], y[name]), f"{name} {what}"

@@ -20,6 +20,7 @@ from helpers import (
     FEW_HEADS,
     ISAS_HERE,
     TILES,
+    assert_same,
     bound_of,
     check,
     check_stats,
@@ -61,11 +62,6 @@ def emulated():
 def groups_that_run(name: str, *groups: int) -> tuple[int, ...]:
     """Those of the groups that are computed on tiles."""
     return tuple(g for g in groups if name not in F16_NAMES or g > FEW_HEADS)
-
-
-def assert_same(x: dict, y: dict) -> None:
-    for name in x:
-        assert same_bits(x[name], y[name]), name
 
 
 def listed(case: Case, ids: np.ndarray) -> Case:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import oracle_decode as oracle
 import pytest
-from helpers import WORDS_HERE, same_bits
+from helpers import WORDS_HERE, assert_same, same_bits
 from helpers_cases import INT_MAX, INT_MIN, poison
 from helpers_decode import (
     CODED,
@@ -691,11 +691,6 @@ LONG = Shape(
     antiquant=TOKEN,
     seed=17,
 )
-
-
-def assert_same(x: dict, y: dict, what: object = "") -> None:
-    for name in x:
-        assert same_bits(x[name], y[name]), f"{name} {what}"
 
 
 def differs(x: dict, y: dict) -> bool:

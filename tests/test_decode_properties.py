@@ -6,7 +6,7 @@ import dataclasses
 import numpy as np
 import oracle_decode as oracle
 import pytest
-from helpers import same_bits
+from helpers import assert_same
 from helpers_decode import (
     PAIRS,
     SMALL,
@@ -39,12 +39,6 @@ PLAIN = Shape(lens=(150, 45), heads_kv=2, group=3, seed=12)
 
 def with_shape(**changes: object) -> Shape:
     return dataclasses.replace(PLAIN, **changes)
-
-
-def assert_same(x: dict, y: dict, what: object = "") -> None:
-    """Every output equal in every bit."""
-    for name in x:
-        assert same_bits(x[name], y[name]), f"{name} {what}"
 
 
 def assert_close(x: dict, y: dict, dtype: np.dtype) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import helpers_tiles
 import numpy as np
 import pytest
-from helpers import ISAS_HERE, TILES, same_bits
+from helpers import ISAS_HERE, TILES, assert_same, same_bits
 from helpers_decode import (
     SPECS,
     Case,
@@ -50,11 +50,6 @@ def emulated():
     with helpers_tiles.during("granted") as tiles:
         tiles.reset()
         yield tiles
-
-
-def assert_same(x: dict, y: dict, what: object = "") -> None:
-    for name in x:
-        assert same_bits(x[name], y[name]), f"{name} {what}"
 
 
 def planned(k: bind.Kernel, case: Case, isa: str) -> str:

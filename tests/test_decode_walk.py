@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import same_bits
+from helpers import assert_same, same_bits
 from helpers_cases import STATS
 from helpers_decode import (
     SPECS,
@@ -69,11 +69,6 @@ def turns(k: bind.Kernel, case: Case, isa: str, **more: Any) -> tuple[int, int]:
     need = k.workspace_bytes(**fields)
     assert need % plan.task_bytes == 0
     return need // plan.task_bytes, plan.task_bytes
-
-
-def assert_same(x: dict, y: dict, what: object = "") -> None:
-    for name in x:
-        assert same_bits(x[name], y[name]), f"{name} {what}"
 
 
 def check_turns(name: str, isa: str, call: Shape, guarded: bool = False) -> None:

@@ -8,7 +8,7 @@ import dataclasses
 
 import numpy as np
 import pytest
-from helpers import best_in, by_pair, by_way, check, isas_in, kernel, same_bits, text
+from helpers import assert_same, best_in, by_pair, by_way, check, isas_in, kernel, same_bits, text
 from helpers_cases import POINTERS, Case, Shape, make_case, run
 from helpers_memory import in_child
 from oracle import PA_BSND, TND
@@ -30,11 +30,6 @@ LONG = Shape(
     sinks="plain",
     seed=17,
 )
-
-
-def assert_same(x: dict, y: dict) -> None:
-    for name in x:
-        assert same_bits(x[name], y[name]), name
 
 
 def differs(x: dict, y: dict) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import WORDS_HERE, same_bits
+from helpers import WORDS_HERE, assert_same
 from helpers_cases import INT_MAX, INT_MIN, STATS
 from helpers_fusion import (
     LAYOUTS,
@@ -626,11 +626,6 @@ def test_offsets_beyond_two_to_the_33_bytes(name, isa):
             assert_same(run(k, case, isa, **changes), want)
     finally:
         LIBC.munmap(memory, size)
-
-
-def assert_same(x: dict, y: dict, what: object = "") -> None:
-    for name in x:
-        assert same_bits(x[name], y[name]), f"{name} {what}"
 
 
 def check_played(name: str, command: Sequence[str], isas: Sequence[str], seed: int, **env) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import oracle_decode
 import oracle_fusion as oracle
 import pytest
-from helpers import same_bits
+from helpers import assert_same, same_bits
 from helpers_cases import STATS
 from helpers_fusion import (
     LAYOUTS,
@@ -65,12 +65,6 @@ LONG = Shape(
 
 def with_shape(**changes: object) -> Shape:
     return dataclasses.replace(PLAIN, **changes)
-
-
-def assert_same(x: dict, y: dict, what: object = "") -> None:
-    """Every output equal in every bit."""
-    for name in x:
-        assert same_bits(x[name], y[name]), f"{name} {what}"
 
 
 def differs(x: dict, y: dict) -> bool:

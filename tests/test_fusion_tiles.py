@@ -13,7 +13,7 @@ from typing import Any
 import helpers_tiles
 import numpy as np
 import pytest
-from helpers import ISAS_HERE, TILES, same_bits
+from helpers import ISAS_HERE, TILES, assert_same, same_bits
 from helpers_fusion import (
     FORWARD,
     GRAD_TILE_SPECS,
@@ -75,11 +75,6 @@ def emulated():
 def sizes_of(name: str) -> Any:
     """What the generator chose for tiles."""
     return tile(header(name).kernels[0], ISAS["amx"])
-
-
-def assert_same(x: dict, y: dict, what: object = "") -> None:
-    for name in x:
-        assert same_bits(x[name], y[name]), f"{name} {what}"
 
 
 def some(shape: Shape, **changes: object) -> Shape:

@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
-from helpers import by_way, kernel, same_bits
+from helpers import assert_same, by_way, kernel, same_bits
 from helpers_cases import TENSORS, Case, Shape, make_case, random_list, run, shapes, strided
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,12 +14,6 @@ SMALL = ("f32_small", "f16_small", "bf16_small")
 BY_WAY = by_way(*SMALL)  # name, isa, group: 3 heads, and on tiles also more than 16
 PLAIN = Shape(lens_q=(3, 2), lens_kv=(70, 45), heads_kv=2, group=3, sparse_mode=3, seed=12)
 NORMAL = ("normal", "equal", "growing", "dominant")
-
-
-def assert_same(x: dict, y: dict) -> None:
-    """Every output equal in every bit."""
-    for name in x:
-        assert same_bits(x[name], y[name]), name
 
 
 def assert_close(x: dict, y: dict, dtype: np.dtype) -> None:
